@@ -1,0 +1,22 @@
+"""Compose a multimodal LLM from any HuggingFace encoders and any HuggingFace causal language model."""
+
+from .auto import register_auto_classes
+from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
+from .encoders import ModalEncoderModule
+from .modeling_multimodal import MultimodalModel
+from .projectors import MultimodalProjector
+from .registries import register_callback, register_feature_count, register_projector
+
+__all__ = [
+    "ModalEncoderModule",
+    "MultimodalConfig",
+    "MultimodalModel",
+    "MultimodalProjector",
+    "MultimodalProjectorConfig",
+    "register_callback",
+    "register_feature_count",
+    "register_projector",
+]
+__version__ = "0.1.0"
+
+register_auto_classes()

@@ -1,0 +1,109 @@
+"""PEFT-wrapped parts: see through the wrapper, describe its adapters, wrap a rebuilt part again."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from .module_specs import NotStorable, as_json
+
+if is_peft_available():
+    from peft import PeftModel, get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a model is a `peft.PeftModel`."""
+    return is_peft_available() and isinstance(model, PeftModel)
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if is_wrapped(model) else model
+
+
+def describe_adapters(model: nn.Module, where: str) -> dict[str, Any] | None:
+    """JSON description of a wrapped part's adapters, None for a part that is not wrapped.
+
+    Raises:
+        ValueError: the adapters cannot be stored (prompt learning inside a part, values that are not JSON, adapters
+            injected without a wrapper).
+    """
+    if not is_wrapped(model):
+        _refuse_injected(model, where)
+        return None
+    if not isinstance(model.base_model, BaseTuner):
+        raise ValueError(
+            f"{where}: a checkpoint cannot hold {model.active_peft_config.peft_type} inside a part. Compose the plain "
+            "model and wrap the composed one: get_peft_model(mllm, config)."
+        )
+    try:
+        configs = {
+            name: as_json(_plain(config.to_dict()), f"{where}: the adapter {name!r}")
+            for name, config in model.peft_config.items()
+        }
+    except NotStorable as error:
+        raise ValueError(f"{error}: give the adapter configuration JSON values.") from error
+    active = model.active_adapters
+    return {"configs": configs, "active": list(active), "class": type(model).__name__}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if key not in ("base_model_name_or_path", "auto_mapping")}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value)
+
+
+def _refuse_injected(model: nn.Module, where: str) -> None:
+    if not is_peft_available() or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{where} has adapters injected without a wrapper, which cannot be restored from a checkpoint: wrap the "
+            "part with get_peft_model(part, config) before composing."
+        )
+
+
+def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: str) -> nn.Module:
+    """Wrap a rebuilt part in the adapters that `describe_adapters` described; weights are loaded afterwards.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: an adapter type that this version of peft does not know.
+    """
+    if not described:
+        return model
+    if not is_peft_available():
+        raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
+    configs = {name: _config(values, where) for name, values in described["configs"].items()}
+    names = list(configs)
+    wrapped = get_peft_model(model, configs[names[0]], adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, configs[name])
+    active = described.get("active") or names[:1]
+    if active != list(wrapped.active_adapters):
+        wrapped.base_model.set_adapter(active)
+        if len(active) == 1:
+            wrapped.set_adapter(active[0])
+    return wrapped
+
+
+def _config(values: dict[str, Any], where: str):
+    kind = values.get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(PEFT_TYPE_TO_CONFIG_MAPPING)}.")
+    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if k not in ("peft_type", "peft_version")})
+
+
+def adapter_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that a wrapped part trains: adapter weights and copies kept by `modules_to_save`."""
+    if not is_wrapped(model):
+        return set()
+    prefix = getattr(model.base_model, "prefix", "lora_")
+    return {name for name, _ in model.named_parameters() if prefix in name or ".modules_to_save." in name}

@@ -1,0 +1,121 @@
+"""What a saved model needs besides its weights: a configuration in step with it, and a folder without old weights."""
+
+import copy
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .callbacks import check_callbacks_storable
+from .composition import record_adapters
+from .configuration_multimodal import MultimodalConfig
+from .encoders import ModalEncoderModule
+from .freezing import frozen_patterns
+from .name_patterns import as_regex, compress
+from .projectors import check_storable
+
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule], language_model):
+    """Write into the configuration what only the live model knows: frozen names, dtypes, adapters, callbacks.
+
+    Raises:
+        ValueError: a projector, a callback or adapters that a checkpoint cannot hold; names the remedy.
+    """
+    for name, encoder in encoders.items():
+        check_storable(encoder.projector, f"{name}_encoder.projector")
+        config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+    record_adapters(config, encoders, language_model)
+    config.frozen = frozen_patterns(model) or None
+    config.part_dtypes = dtypes_by_pattern(model, first_dtype(language_model))
+
+
+def first_dtype(module: nn.Module) -> torch.dtype:
+    """dtype of the first floating-point parameter, else buffer, else torch's default."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()
+
+
+def dtypes_by_pattern(model: nn.Module, main: torch.dtype) -> dict[str, Any] | None:
+    """Which parameters have another dtype than the language model: ``{"": main, dtype: [patterns]}``, None if none."""
+    tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    others = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype != main)
+    if not others:
+        return None
+    found = {d: compress((n for n, t in tensors.items() if t.dtype == getattr(torch, d)), tensors) for d in sorted(others)}
+    return {"": str(main).removeprefix("torch."), **found}
+
+
+def dtype_plan(part_dtypes: dict[str, Any] | None, main: torch.dtype) -> dict[str, torch.dtype]:
+    """Regular expressions of parameter names and the dtype in which each is loaded.
+
+    The parts keep their dtypes when the model is loaded in the dtype in which it was saved; a caller who asks for
+    another dtype gets that one throughout.
+    """
+    if not part_dtypes or part_dtypes.get("") != str(main).removeprefix("torch."):
+        return {}
+    return {
+        as_regex(pattern): getattr(torch, dtype)
+        for dtype, patterns in part_dtypes.items()
+        if dtype
+        for pattern in patterns
+    }
+
+
+def check_rebuildable(model: PreTrainedModel) -> None:
+    """Build the model again from its configuration, on the meta device, and compare names and shapes of its weights.
+
+    Raises:
+        ValueError: the checkpoint would not load as this model; names the first differing weights.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    with torch.device("meta"):
+        again = type(model)(copy.deepcopy(model.config))
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    got = {name: tuple(t.shape) for name, t in again.state_dict().items() if isinstance(t, torch.Tensor)}
+    ignored = model._keys_to_ignore_on_save or set()
+    changed = sorted(n for n in expected.keys() & got.keys() if expected[n] != got[n])
+    missing, surplus = sorted(expected.keys() - got.keys() - ignored), sorted(got.keys() - expected.keys() - ignored)
+    if changed or missing or surplus:
+        raise ValueError(
+            "This model cannot be saved so that it loads again: its configuration describes other weights. Only in the "
+            f"model: {missing[:4]} ({len(missing)}); only in what the configuration builds: {surplus[:4]} "
+            f"({len(surplus)}); other shapes: {[(n, expected[n], got[n]) for n in changed[:3]]}. Undo the change to the "
+            "part, or give the part a class of its own whose configuration holds it."
+        )
+
+
+def remove_stale_weights(folder: str | os.PathLike, before: Iterable[str]) -> None:
+    """Remove weight files of an earlier save that the save just made did not write (loading would prefer some of them).
+
+    Args:
+        folder: where the model was saved.
+        before: names of this module's weight files in it and their stamps before the save, from `weight_files`.
+    """
+    now, before = weight_files(folder), dict(before)
+    fresh = {name for name, stamp in now.items() if before.get(name) != stamp}
+    if not fresh:
+        return
+    for name in set(now) - fresh:
+        os.remove(os.path.join(folder, name))
+
+
+def weight_files(folder: str | os.PathLike) -> dict[str, tuple[int, int, int]]:
+    """The weight files of a composed model in a folder, with inode, size and time of change."""
+    if not os.path.isdir(folder):
+        return {}
+    found = {}
+    for entry in os.scandir(folder):
+        if WEIGHTS.fullmatch(entry.name) and entry.is_file():
+            status = entry.stat()
+            found[entry.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found

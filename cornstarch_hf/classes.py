@@ -1,0 +1,118 @@
+"""Model classes by name: how a checkpoint names the class of a part, and how that name is found again safely.
+
+Only transformers' own modules are imported; any other class must have been imported by the user already.
+"""
+
+import importlib
+import inspect
+import itertools
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+TRANSFORMERS_CLASS = re.compile(r"(transformers\.models\.\w+\.modeling_\w+)\.(\w+)")
+
+
+def class_name(cls: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """The name to store: the class's own where that leads back to it, else the full path of a transformers class.
+
+    Raises:
+        ValueError: the class cannot be found by any name, e.g. because it was made inside a function.
+    """
+    for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
+        try:
+            if resolve_class(name, config, cls.__name__) is cls:
+                return name
+        except ValueError:
+            continue
+    raise ValueError(
+        f"{cls.__module__}.{cls.__qualname__} cannot be found by its name: define it at the top of a module, under a "
+        "name that no other model class of that configuration has."
+    )
+
+
+def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
+    """The model class of that name.
+
+    Args:
+        name: as `class_name` gave it.
+        config: of the part; its module tells where transformers keeps the class.
+        where: the part, for the message.
+
+    Raises:
+        ValueError: no such class in transformers, and none or several among the imported ones.
+    """
+    if match := TRANSFORMERS_CLASS.fullmatch(name or ""):
+        found = _attribute(match[1], match[2])
+        if found is not None:
+            return found
+    module = type(config).__module__
+    if module.startswith("transformers.models."):
+        found = _attribute(module.replace(".configuration_", ".modeling_"), name)
+        if found is not None:
+            return found
+    imported = _imported(name, type(config))
+    if len(imported) == 1:
+        return imported[0]
+    raise ValueError(
+        f"{where}: the model class {name!r} is not in transformers; expected one imported class of that name for "
+        f"{type(config).__name__}, found {len(imported)}. Import the file that defines it before you load."
+    )
+
+
+def _attribute(module: str, name: str) -> type[PreTrainedModel] | None:
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None
+    return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
+
+
+def _imported(name: str, config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    def below(cls):
+        for sub in cls.__subclasses__():
+            yield sub
+            yield from below(sub)
+
+    named = {cls for cls in below(PreTrainedModel) if cls.__name__ == name and cls.forward is not nn.Module.forward}
+    exact = [cls for cls in named if cls.config_class is config_class]
+    return exact or list(named)
+
+
+def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The causal language model class that transformers' Auto classes choose for a configuration, or None."""
+    mapping = AutoModelForCausalLM._model_mapping
+    found = mapping[type(config)] if type(config) in mapping else None
+    return found[0] if isinstance(found, tuple) else found
+
+
+def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
+    """Constructor arguments that a model was built with and its configuration does not hold.
+
+    transformers does not keep them, so a model is built on the meta device with each combination of its boolean
+    arguments until the parameters' names are those of the given one, e.g. ``{"add_pooling_layer": False}``.
+    Empty when the defaults fit, or when nothing does (saving then says so).
+    """
+    parameters = list(inspect.signature(type(model).__init__).parameters.values())[2:]
+    switches = [p.name for p in parameters if isinstance(p.default, bool)]
+    if not switches:
+        return {}
+    expected = _base_keys(model)
+    defaults = {p.name: p.default for p in parameters if p.name in switches}
+    choices = itertools.product((False, True), repeat=len(switches))
+    for flips in sorted(choices, key=sum):
+        options = {n: defaults[n] ^ flip for n, flip in zip(switches, flips, strict=True) if flip}
+        with torch.device("meta"):
+            candidate = type(model)(model.config, **options)
+        if set(candidate.state_dict()) == expected:
+            return options
+    return {}
+
+
+def _base_keys(model: PreTrainedModel) -> set[str]:
+    from_adapters = re.compile(r"\.(lora_\w+|ia3_\w+|modules_to_save)\.")
+    return {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in model.state_dict()
+            if not from_adapters.search(key)}

@@ -1,0 +1,236 @@
+"""Parts to configuration and back: what live encoders and a language model are, and how they are built again."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .adapters import describe_adapters, is_wrapped, unwrapped, wrap_again
+from .callbacks import SLOTS, build_callback
+from .classes import class_name, constructor_options, language_model_class, resolve_class
+from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig, validate_encoder_names
+from .encoders import ModalEncoderModule
+from .input_names import assign_input_names
+from .projectors import MultimodalProjector
+from .towers import forward_parameters
+
+
+def check_language_model(model: Any) -> None:
+    """Refuse what cannot be the language model of a composition.
+
+    Raises:
+        TypeError: not an instance of a transformers model.
+        ValueError: an encoder-decoder, no language-model head, or no `inputs_embeds`.
+    """
+    if isinstance(model, type) or not isinstance(unwrapped(model), PreTrainedModel):
+        raise TypeError(f"language_model must be a transformers.PreTrainedModel instance, got {model!r:.100}.")
+    inner = unwrapped(model)
+    what = type(inner).__name__
+    if inner.config.is_encoder_decoder:
+        raise ValueError(f"{what} is an encoder-decoder: expected a causal (decoder-only) language model.")
+    if not inner.can_generate():
+        raise ValueError(f"{what} has no language-model head: pass the ...ForCausalLM class of the same checkpoint.")
+    if "inputs_embeds" not in forward_parameters(inner):
+        raise ValueError(
+            f"{what} cannot take embeddings: its forward has no `inputs_embeds`, through which features reach a language "
+            "model. Choose another language model."
+        )
+
+
+def embedding_width(language_model: nn.Module) -> int:
+    """Width of a language model's input embeddings, which projected features must have."""
+    embedding = unwrapped(language_model).get_input_embeddings()
+    return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1]
+
+
+def compose_config(
+    encoders: Mapping[str, ModalEncoderModule],
+    language_model: PreTrainedModel,
+    init_projector_type: str = "linear",
+    init_activation: str = "gelu",
+) -> MultimodalConfig:
+    """Describe live parts; creates the projectors that are missing or lack their sizes.
+
+    The parts' configurations become sub-configurations as they are, not copies.
+
+    Raises:
+        TypeError: a part is of the wrong type.
+        ValueError: names, widths, shared weights, or a language model that cannot be used.
+    """
+    check_language_model(language_model)
+    check_encoders(encoders, language_model)
+    separate_configs(encoders, language_model)
+    width = embedding_width(language_model)
+    values: dict[str, Any] = {}
+    for name, encoder in encoders.items():
+        encoder.name = name
+        complete_projector(encoder, language_model, width, init_projector_type, init_activation)
+        values[f"{name}_config"] = unwrapped(encoder.module).config
+        values[f"{name}_projector_config"] = encoder.projector.config
+        values[f"{name}_modality"] = modality_entry(encoder)
+    text = unwrapped(language_model)
+    names = assign_input_names(
+        {name: encoder.parameter_names for name, encoder in encoders.items()},
+        {name: encoder.kind for name, encoder in encoders.items()},
+        forward_parameters(text),
+    )
+    for name in encoders:
+        values[f"{name}_modality"]["input_names"] = names[name]
+    config = MultimodalConfig(text_config=text.config, encoders=list(encoders), **values)
+    if language_model_class(text.config) is not type(text):
+        config.language_model_class = class_name(type(text), text.config)
+    config.language_model_kwargs = constructor_options(text)
+    record_adapters(config, encoders, language_model)
+    return config
+
+
+def check_encoders(encoders: Any, language_model: nn.Module) -> None:
+    """Refuse wrong types, bad names, and weights that two parts share (a checkpoint would store them once)."""
+    if not isinstance(encoders, Mapping):
+        raise TypeError(f"encoders must be a dict of ModalEncoderModule by name, got {type(encoders).__name__}.")
+    for name, encoder in encoders.items():
+        if not isinstance(encoder, ModalEncoderModule):
+            raise TypeError(
+                f"The encoder {name!r} must be a ModalEncoderModule, got {type(encoder).__name__}: wrap it by "
+                "ModalEncoderModule(model)."
+            )
+    validate_encoder_names(list(encoders))
+    owners = {id(p): "the language model" for p in language_model.parameters()}
+    for name, encoder in encoders.items():
+        mine = {id(p) for p in encoder.parameters()}
+        if shared := mine & set(owners):
+            raise ValueError(
+                f"The encoder {name!r} shares weights with {owners[shared.pop()]}: give it a module of its own "
+                "(copy.deepcopy), or use one name."
+            )
+        owners |= dict.fromkeys(mine, f"the encoder {name!r}")
+
+
+def separate_configs(encoders: Mapping[str, ModalEncoderModule], language_model: nn.Module) -> None:
+    """Give each part a configuration object of its own, so that per-part settings stay apart."""
+    seen = {id(unwrapped(language_model).config)}
+    for encoder in encoders.values():
+        old = unwrapped(encoder.module).config
+        if id(old) in seen:
+            new = copy.deepcopy(old)
+            for module in encoder.module.modules():
+                if getattr(module, "config", None) is old:
+                    module.config = new
+        seen.add(id(unwrapped(encoder.module).config))
+
+
+def complete_projector(
+    encoder: ModalEncoderModule, language_model: nn.Module, width: int, projection_type: str, activation: str
+) -> None:
+    """Create or complete an encoder's projector, on the encoder's device and in its dtype, and check its widths.
+
+    Raises:
+        ValueError: the projector's widths do not fit, or the encoder's width is not known.
+    """
+    name, known = encoder.name, encoder.feature_width()
+    if encoder.projector is None:
+        config = MultimodalProjectorConfig(projection_type=projection_type, activation=activation)
+        encoder.projector = MultimodalProjector(config)
+    projector = encoder.projector
+    if projector.config.in_features is None and known is None and projector.projection is None:
+        raise ValueError(
+            f"{name}: the configuration of {type(unwrapped(encoder.module)).__name__} does not tell the width of its "
+            "features: give projector=MultimodalProjector(MultimodalProjectorConfig(in_features=...))."
+        )
+    fresh = projector.projection is None
+    projector.complete(known, width)
+    projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
+    projector.config.language_model_type = unwrapped(language_model).config.model_type
+    if fresh:
+        weight = next((p for p in encoder.module.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            projector.to(device=weight.device, dtype=weight.dtype)
+    got = projector.config.in_features
+    if known is not None and got not in (None, known) and encoder.postprocess_module_callback is None:
+        if encoder.selection.output is None:
+            raise ValueError(
+                f"{name}: the projector's in_features is {got}, but the encoder's features have width {known}: leave "
+                "in_features out, or choose the right layer=."
+            )
+    if projector.config.out_features != width and encoder.postprocess_projector_callback is None:
+        raise ValueError(
+            f"{name}: the projector's out_features is {projector.config.out_features}, but the language model's "
+            f"embeddings have width {width}: leave out_features out, or set it to {width}."
+        )
+
+
+def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
+    """The settings of one modality, as the configuration keeps them."""
+    module, selection = unwrapped(encoder.module), encoder.selection
+    return {
+        "kind": encoder.kind,
+        "encoder_class": class_name(type(module), module.config),
+        "encoder_kwargs": constructor_options(module),
+        "output": selection.output,
+        "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),
+        "drop_prefix": selection.drop_prefix,
+        "additional_args": list(encoder.additional_args),
+    }
+
+
+def record_adapters(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule], language_model) -> None:
+    """Write the adapters of PEFT-wrapped parts into the configuration."""
+    parts = {"language_model": language_model} | {f"{n}_encoder.module": e.module for n, e in encoders.items()}
+    found = {where: describe_adapters(part, where) for where, part in parts.items() if is_wrapped(part)}
+    config.adapters = found or None
+
+
+def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
+    """Build what a configuration describes, with fresh weights.
+
+    Raises:
+        ValueError: an empty configuration, an unknown class, callback or projector.
+    """
+    if config.text_config is None:
+        raise ValueError(
+            "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
+            "MultimodalModel(encoders=..., language_model=...) or compose(...)."
+        )
+    encoders = {name: build_encoder(config, name) for name in config.encoders}
+    return encoders, build_language_model(config)
+
+
+def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
+    """Build one encoder with its projector and callbacks."""
+    entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
+    cls = resolve_class(entry["encoder_class"], encoder_config, name)
+    module = wrap_again(cls(encoder_config, **entry["encoder_kwargs"]), _adapters(config, f"{name}_encoder.module"), name)
+    if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
+        raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
+    callbacks = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
+    encoder = ModalEncoderModule(
+        module,
+        MultimodalProjector(getattr(config, f"{name}_projector_config")),
+        entry["additional_args"],
+        **callbacks,
+        kind=entry["kind"],
+        layer=entry["layer"],
+        output=entry["output"],
+        drop_prefix=entry["drop_prefix"],
+    )
+    encoder.name = name
+    return encoder
+
+
+def build_language_model(config: MultimodalConfig) -> nn.Module:
+    """Build the language model, its adapters wrapped again."""
+    text = config.text_config
+    cls = language_model_class(text)
+    if config.language_model_class is not None:
+        cls = resolve_class(config.language_model_class, text, "language_model")
+    if cls is None:
+        raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
+    model = cls(text, **(config.language_model_kwargs or {}))
+    check_language_model(model)
+    return wrap_again(model, _adapters(config, "language_model"), "language_model")
+
+
+def _adapters(config: MultimodalConfig, where: str) -> dict[str, Any] | None:
+    return (config.adapters or {}).get(where)

@@ -1,0 +1,321 @@
+"""What a composed model is: configuration of the whole and of its projectors, with validation.
+
+Sub-configurations are flat attributes (`text_config`, `vision_config`, `vision_projector_config`, ...), the form
+that other software looks for; `encoders` keeps their order, and `{name}_modality` holds what belongs to one modality.
+"""
+
+import re
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2CLS
+
+from .registries import PROJECTORS
+
+FORMAT_VERSION = 1
+BUILT_IN_PROJECTIONS = ("linear", "mlp")
+CUSTOM_PROJECTION = "custom"
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
+RESERVED_NAMES = frozenset(
+    "add_special_tokens audios base_model conversation encoder encoder_inputs encoders feature_extractor image_processor "
+    "images inputs labels language_model llm llm_inputs max_length messages model padding processor processors "
+    "return_tensors sampling_rate text tokenizer truncation video_processor videos".split()
+)
+MODALITY_DEFAULTS: dict[str, Any] = {
+    "kind": None,
+    "token": None,
+    "token_id": None,
+    "encoder_class": None,
+    "encoder_kwargs": {},
+    "output": None,
+    "layer": -1,
+    "drop_prefix": 0,
+    "additional_args": [],
+    "input_names": {},
+    "callbacks": {},
+}
+
+
+class MultimodalProjectorConfig(PreTrainedConfig):
+    """Configuration of a projector from an encoder's width to the language model's.
+
+    Args:
+        encoder_config: configuration to read `in_features` from, when that is not given.
+        text_config: configuration to read `out_features` from, when that is not given.
+        projection_type: a registered type: ``"linear"``, ``"mlp"``, or a name given to `register_projector`.
+        activation: a key of `transformers.activations.ACT2CLS`, used by ``"mlp"``.
+        in_features: width of the encoder's features; None leaves it to the composition.
+        out_features: hidden size of the language model; None leaves it to the composition.
+        projection_kwargs: further constructor arguments of a registered projector class (JSON values).
+
+    Raises:
+        ValueError: unknown projection type or activation, sizes that are not positive.
+    """
+
+    model_type = "multimodal-projector"
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self,
+        encoder_config=None,
+        text_config=None,
+        projection_type="linear",
+        activation="gelu",
+        in_features=None,
+        out_features=None,
+        projection_kwargs=None,
+        **kwargs,
+    ):
+        if projection_type != CUSTOM_PROJECTION and projection_type not in BUILT_IN_PROJECTIONS:
+            PROJECTORS[projection_type]
+        if activation not in ACT2CLS:
+            raise ValueError(f"Unknown activation {activation!r}, expected one of {sorted(ACT2CLS)}.")
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"The projector's {name} must be a positive integer, got {size!r}.")
+        self.projection_type = projection_type
+        self.activation = activation
+        self.projection_kwargs = dict(projection_kwargs or {})
+        self.in_features = in_features if encoder_config is None else in_features or feature_width(encoder_config)
+        self.out_features = out_features if text_config is None else out_features or text_width(text_config)
+        self.encoder_model_type = getattr(encoder_config, "model_type", kwargs.pop("encoder_model_type", None))
+        self.language_model_type = getattr(text_config, "model_type", kwargs.pop("language_model_type", None))
+        super().__init__(**kwargs)
+
+    def __eq__(self, other):
+        return isinstance(other, MultimodalProjectorConfig) and self.__dict__ == other.__dict__
+
+
+def text_width(config: PreTrainedConfig) -> int:
+    """Hidden size of a language model's input embeddings (ValueError if its configuration tells none)."""
+    text = config.get_text_config()
+    width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{type(config).__name__} has no hidden_size, so the projector's out_features must be given.")
+    return width
+
+
+def feature_width(config: PreTrainedConfig) -> int | None:
+    """Width of an encoder's last hidden state by its configuration's attributes, or None."""
+    for name in ("hidden_sizes", "hidden_size", "out_hidden_size", "output_dim", "embed_dims", "d_model"):
+        width = getattr(config, name, None)
+        if isinstance(width, (list, tuple)) and width:
+            width = width[-1]
+        if isinstance(width, int) and width > 0:
+            return width
+    return None
+
+
+class _SubConfigs:
+    """`sub_configs`, which transformers reads on the class and on instances: the encoders differ per instance."""
+
+    def __get__(self, config, owner=None):
+        keys = ["text_config"]
+        for name in () if config is None else config.__dict__.get("encoders") or ():
+            keys += [f"{name}_config", f"{name}_projector_config"]
+        return dict.fromkeys(keys, AutoConfig)
+
+
+class MultimodalConfig(PreTrainedConfig):
+    """Configuration of a composed multimodal language model.
+
+    Without arguments it is an empty configuration, from which no model can be built.
+
+    Args:
+        text_config: the language model's configuration (an object, kept as it is, or a dict with `model_type`).
+        encoders: the encoders' names, in order; each matches ``[a-z][a-z0-9_]{0,63}`` and brings
+            ``{name}_config``, ``{name}_projector_config`` and ``{name}_modality`` (see `MODALITY_DEFAULTS`).
+        share_inputs: groups of modality names that see the same items.
+        **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`,
+            `part_dtypes`, `part_implementations`, `language_model_class`, `language_model_kwargs`), and whatever
+            `transformers.PreTrainedConfig` takes.
+
+    Raises:
+        ValueError: a newer `cornstarch_format`; a name that is invalid, reserved or collides; an unknown key
+            inside a modality's entry; a missing sub-configuration.
+    """
+
+    model_type = "cornstarch_multimodal"
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
+    sub_configs = _SubConfigs()
+
+    def __init__(self, text_config=None, encoders=None, share_inputs=None, cornstarch_format=FORMAT_VERSION, **kwargs):
+        if not isinstance(cornstarch_format, int) or not 1 <= cornstarch_format <= FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has cornstarch_format {cornstarch_format!r}, this version of cornstarch_hf reads up "
+                f"to {FORMAT_VERSION}: upgrade cornstarch_hf."
+            )
+        names = list(encoders or [])
+        validate_encoder_names(names)
+        parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
+        implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
+        stored = kwargs.pop("part_implementations", None) or {}
+        # The parts come after the base class: its initialiser would reset their attention settings.
+        super().__init__(**kwargs)
+        self.cornstarch_format = cornstarch_format
+        self.encoders = names
+        self.text_config = _as_config(text_config, "text_config") if text_config is not None else None
+        for name in names:
+            self._add_encoder(name, parts)
+        self.share_inputs = _valid_groups(share_inputs, names)
+        for key in ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes"):
+            if not hasattr(self, key):
+                setattr(self, key, None)
+        _apply_implementations(self, stored)
+        for key, value in implementations.items():
+            if value is not None:
+                setattr(self, f"_{key}", value)
+
+    def _add_encoder(self, name: str, parts: dict[str, Any]) -> None:
+        if parts[f"{name}_config"] is None:
+            raise ValueError(f"The encoder {name!r} is listed in `encoders` but has no {name}_config.")
+        setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config"))
+        projector = parts[f"{name}_projector_config"]
+        if isinstance(projector, dict):
+            projector = MultimodalProjectorConfig(**{k: v for k, v in projector.items() if k != "model_type"})
+        if not isinstance(projector, MultimodalProjectorConfig):
+            raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
+        setattr(self, f"{name}_projector_config", projector)
+        setattr(self, f"{name}_modality", _modality_entry(name, parts[f"{name}_modality"]))
+
+    def modality(self, name: str) -> dict[str, Any]:
+        """The entry of one modality; ValueError that lists the names for an unknown one."""
+        if name not in self.encoders:
+            raise ValueError(f"Unknown modality {name!r}, this model has {self.encoders}.")
+        return getattr(self, f"{name}_modality")
+
+    def modalities_of_kind(self, kind: str) -> list[str]:
+        """Names of the modalities of a kind (``"image"``, ``"audio"``, ...), in order."""
+        return [name for name in self.encoders if self.modality(name)["kind"] == kind]
+
+    def __getattr__(self, key: str):
+        # `image_token_id`, `vision_token_id`: what clients and chunked prefill read, derived from the entries.
+        if key.endswith(("_token_id", "_token_index")) and not key.startswith("_"):
+            names = self.__dict__.get("encoders") or []
+            label = key.removesuffix("_token_index").removesuffix("_token_id")
+            found = [label] if label in names else [n for n in names if self.modality(n)["kind"] == label]
+            if len(found) == 1:
+                return self.modality(found[0])["token_id"]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
+
+    def __eq__(self, other):
+        return isinstance(other, MultimodalConfig) and self.__dict__ == other.__dict__
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; includes the attention and experts implementations of the parts."""
+        output = super().to_dict()
+        implementations = _implementations(self)
+        if implementations:
+            output["part_implementations"] = implementations
+        for key in ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes"):
+            if not output.get(key):
+                output.pop(key, None)
+        return output
+
+
+def _own_keys(name: str) -> tuple[str, str, str]:
+    return f"{name}_config", f"{name}_projector_config", f"{name}_modality"
+
+
+def _as_config(value, key: str) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
+        raise ValueError(f"{key} must be a configuration or a dict with its `model_type`, got {value!r:.200}.")
+    values = {k: v for k, v in value.items() if k != "model_type"}
+    return config_class_of(value["model_type"], key).from_dict(values)
+
+
+def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConfig]:
+    """The configuration class of a `model_type`: transformers' own, else one that is imported already (ValueError)."""
+    try:
+        return type(AutoConfig.for_model(model_type))
+    except ValueError:
+        pass
+    found = {c for c in _subclasses(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
+    if len(found) != 1:
+        raise ValueError(
+            f"{key} has the model_type {model_type!r}, which transformers does not know: expected one imported "
+            f"configuration class of that type, found {sorted(map(str, found))}. Import the file that defines it first."
+        )
+    return found.pop()
+
+
+def _subclasses(cls: type):
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _modality_entry(name: str, values) -> dict[str, Any]:
+    values = dict(values or {})
+    if unknown := sorted(set(values) - set(MODALITY_DEFAULTS)):
+        raise ValueError(
+            f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "
+            "written by a newer version needs that version."
+        )
+    entry = {key: _copied(value) for key, value in MODALITY_DEFAULTS.items()} | values
+    if not isinstance(entry["drop_prefix"], int) or entry["drop_prefix"] < 0:
+        raise ValueError(f"{name}: drop_prefix must be a number of tokens >= 0, got {entry['drop_prefix']!r}.")
+    layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
+    if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise ValueError(f"{name}: layer must be an integer or a list of integers, got {entry['layer']!r}.")
+    return entry
+
+
+def _copied(value):
+    return type(value)(value) if isinstance(value, (list, dict)) else value
+
+
+def _valid_groups(groups, names: list[str]) -> list[list[str]]:
+    groups = [list(group) for group in groups or []]
+    for group in groups:
+        if len(group) < 2 or not set(group) <= set(names):
+            raise ValueError(f"share_inputs lists groups of two or more of the modalities {names}, got {group}.")
+    return groups
+
+
+def validate_encoder_names(names: list[str]) -> None:
+    """Refuse names that are malformed, reserved, or whose derived keys collide with anything (ValueError)."""
+    from transformers import GenerationMixin, PreTrainedModel
+
+    taken = {"text_config": "the language model", "language_model": "the language model"}
+    config_keys = set(dir(PreTrainedConfig)) | {"quantization_config", "generation_config", "language_model_class"}
+    model_keys = set(dir(PreTrainedModel)) | set(dir(GenerationMixin))
+    token_keys = {f"{k}_token_id" for k in ("bos", "eos", "pad", "sep", "unk", "mask", "decoder_start")}
+    for name in names:
+        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+            raise ValueError(f"The encoder name {name!r} is invalid: it must match {NAME_PATTERN.pattern!r}.")
+        derived = {*_own_keys(name), f"{name}_encoder", f"{name}_token_id"}
+        clash = derived & (config_keys | model_keys | token_keys)
+        if name in RESERVED_NAMES or name in model_keys or name in config_keys or clash:
+            raise ValueError(f"The encoder name {name!r} is reserved ({sorted(clash) or name}): choose another one.")
+        for key in sorted(derived):
+            if key in taken:
+                raise ValueError(f"The encoder name {name!r} collides with {taken[key]}: both need {key!r}.")
+        taken |= dict.fromkeys(derived, f"the encoder {name!r}")
+
+
+def _implementations(config: MultimodalConfig) -> dict[str, dict[str, str]]:
+    found = {}
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        values = {f: getattr(part, f"_{f}_implementation_internal", None) for f in ("attn", "experts")}
+        # A kernel repository is code: it is never taken from a checkpoint, so none is written.
+        kept = {f: v for f, v in values.items() if isinstance(v, str) and "/" not in v}
+        if kept and not key.endswith("_projector_config"):
+            found[key] = kept
+    return found
+
+
+def _apply_implementations(config: MultimodalConfig, stored: dict) -> None:
+    for key, values in stored.items():
+        part = getattr(config, key, None) if key in config.sub_configs else None
+        if not isinstance(values, dict) or not isinstance(part, PreTrainedConfig) or not set(values) <= {"attn", "experts"}:
+            raise ValueError(f"part_implementations names {key!r}: {values!r}, expected some of {list(config.sub_configs)}.")
+        for family, value in values.items():
+            if not isinstance(value, str) or "/" in value:
+                raise ValueError(f"{key} asks for the {family} implementation {value!r}: kernels from a repository are "
+                                 f"code, pass attn_implementation={value!r} yourself if you trust it.")
+            if getattr(part, f"_{family}_implementation_internal", None) is None:
+                setattr(part, f"_{family}_implementation", value)

@@ -1,0 +1,256 @@
+"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .adapters import unwrapped
+from .callbacks import SLOTS
+from .configuration_multimodal import feature_width
+from .projectors import MultimodalProjector
+from .selection import (
+    EncoderOutput,
+    Selection,
+    as_output,
+    lengths_by_grid,
+    per_item,
+    select_features,
+    with_features,
+)
+from .towers import NOT_INPUTS, accepts, counted_lengths, forward_parameters, infer_kind, resolve_tower
+
+
+class ModalEncoderModule(nn.Module):
+    """An encoder with its projector and callbacks.
+
+    The order is: `preprocess_callback` → module → selection → `postprocess_module_callback` → projector →
+    `postprocess_projector_callback`.
+
+    Args:
+        model: an encoder, or a composite model (CLIPModel, WhisperForConditionalGeneration, ...) whose tower is taken;
+            may be wrapped by PEFT.  Also accepted as `module=`.
+        projector: None, or one that lacks its sizes, is completed when a model is composed.
+        additional_args: names of inputs that only the callbacks see.
+        preprocess_callback: ``fn(inputs: dict) -> dict``, before the module.
+        postprocess_module_callback: ``fn(inputs, output) -> output`` on the selected features, ``output[0]`` being
+            `last_hidden_state`; also accepted as `postprocess_encoder_callback=`.
+        postprocess_projector_callback: ``fn(inputs, output) -> output`` on the projected features; its
+            `last_hidden_state` may become ``(items, tokens, hidden)``, a list with one tensor per item, or a
+            ``(sum, hidden)`` tensor with `feature_lens` in the output.
+        kind: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ...; inferred when None.
+        layer: hidden state to project, or several that are concatenated; -1 is the last hidden state.
+        output: output field to project instead.
+        drop_prefix: leading tokens of each item to drop.
+
+    Raises:
+        TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
+        ValueError: `model=` and `module=` both given, several towers to choose from, a bad selection.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        projector: MultimodalProjector | None = None,
+        additional_args: Sequence[str] | None = None,
+        preprocess_callback: Callable | None = None,
+        postprocess_module_callback: Callable | None = None,
+        postprocess_projector_callback: Callable | None = None,
+        *,
+        kind: str | None = None,
+        layer: int | Sequence[int] = -1,
+        output: str | None = None,
+        drop_prefix: int = 0,
+        module: PreTrainedModel | None = None,
+        postprocess_encoder_callback: Callable | None = None,
+    ):
+        super().__init__()
+        self.module = resolve_tower(_one_of(model, module, "model", "module"), kind)
+        if projector is not None and not isinstance(projector, MultimodalProjector):
+            raise TypeError(
+                f"projector must be a MultimodalProjector, got {type(projector).__name__}: wrap your module by "
+                "MultimodalProjector(MultimodalProjectorConfig(), projection=module)."
+            )
+        self.projector = projector
+        self.additional_args = list(additional_args or [])
+        self.preprocess_callback = preprocess_callback
+        self.postprocess_module_callback = _one_of(
+            postprocess_module_callback,
+            postprocess_encoder_callback,
+            "postprocess_module_callback",
+            "postprocess_encoder_callback",
+        )
+        self.postprocess_projector_callback = postprocess_projector_callback
+        for slot, callback in self.callbacks.items():
+            if callback is not None and not callable(callback):
+                raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
+        self.kind = kind or infer_kind(self.module)
+        self.selection = Selection(output, layer if isinstance(layer, int) else tuple(layer), drop_prefix)
+        self.name = self.kind
+
+    @property
+    def callbacks(self) -> dict[str, Callable | None]:
+        """The callbacks by the name of their place."""
+        return {slot: getattr(self, slot) for slot in SLOTS}
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Inputs of the encoder's `forward`, then the additional arguments."""
+        names = [p for p in forward_parameters(self.module) if p not in NOT_INPUTS]
+        return names + [name for name in self.additional_args if name not in names]
+
+    def feature_width(self) -> int | None:
+        """Width of the selected features by the encoder's configuration, None where it does not tell."""
+        width = feature_width(unwrapped(self.module).config)
+        layers = self.selection.layer
+        return width * len(layers) if width and not isinstance(layers, int) else width
+
+    def forward(self, **inputs: Any) -> EncoderOutput:
+        """Encode and project items.
+
+        Args:
+            **inputs: the encoder's inputs by the names of its `forward`, and the additional arguments.  Floating-point
+                tensors are cast to the encoder's dtype.
+
+        Returns:
+            `EncoderOutput`: the encoder's own output, with one ``(n_i, hidden)`` tensor per item as `pooler_output`.
+
+        Raises:
+            TypeError: a callback returns something else than it should.
+            ValueError: a selection that does not exist, a width that does not fit, features that cannot be split.
+        """
+        options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
+        if self.preprocess_callback is not None:
+            inputs = self.preprocess_callback(inputs)
+            self._check_returned("preprocess_callback", inputs, dict)
+        raw, output = self._encode(inputs, options)
+        output = self._postprocess("postprocess_module_callback", inputs, output)
+        output = self._project(output)
+        output = self._postprocess("postprocess_projector_callback", inputs, output)
+        items = per_item(output.last_hidden_state, output.lengths, self.name)
+        return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
+
+    def _encode(self, inputs: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+        """The encoder's own output, and the same with the selected features in place of the last hidden state."""
+        accepted = forward_parameters(self.module)
+        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
+        groups = groups_by_length(arguments)
+        if groups is None:
+            return self._encode_batch(arguments, options)
+        # One length at a time, unpadded: what an item gives never depends on its neighbours.
+        items: dict[int, Tensor] = {}
+        for length, positions in groups.items():
+            part = {key: _cut(value, positions, length, key) for key, value in arguments.items()}
+            _, selected = self._encode_batch(part, options)
+            items |= dict(zip(positions, selected.last_hidden_state, strict=True))
+        ordered = [items[i] for i in range(len(items))]
+        together = EncoderOutput(last_hidden_state=torch.cat(ordered))
+        return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
+
+    def _encode_batch(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+        wanted = dict(options)
+        if self.selection.needs_hidden_states:
+            wanted["output_hidden_states"] = True
+        wanted["return_dict"] = True
+        wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
+        trains = any(p.requires_grad for p in self.module.parameters())
+        trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
+        with nullcontext() if trains else torch.no_grad():
+            raw = as_output(self.module(**arguments, **wanted))
+        width = self.projector.config.in_features if self.projector is not None else self.feature_width()
+        features = select_features(raw, self.selection, self.name, width)
+        return raw, with_features(raw, features, self._lengths(features, arguments, raw))
+
+    def _lengths(self, features: Tensor, arguments: dict, raw: EncoderOutput) -> list[int] | None:
+        """Features of each item where the tensor's shape does not tell: packed towers and padded items."""
+        if features.ndim == 2:
+            grid = next((v for k, v in arguments.items() if k.endswith(("grid_thw", "grid_hws"))), None)
+            return None if grid is None else lengths_by_grid(len(features), grid, self.name)
+        valid, mask = raw.get("attention_mask"), arguments.get("attention_mask")
+        if not isinstance(valid, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
+            if mask.shape[1] != features.shape[1]:
+                return counted_lengths(self.module, mask)
+            valid = mask
+        if not isinstance(valid, Tensor) or valid.shape != features.shape[:2] or bool(valid.bool().all()):
+            return None
+        return valid.bool().sum(-1).tolist()
+
+    def _project(self, output: EncoderOutput) -> EncoderOutput:
+        if self.projector is None:
+            raise ValueError(f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel first.")
+        features, expected = output.last_hidden_state, self.projector.config.in_features
+        if expected is not None and features.shape[-1] != expected:
+            raise ValueError(
+                f"{self.name}: the projector expects features of width {expected}, the encoder gave "
+                f"{features.shape[-1]}: set in_features={features.shape[-1]} in its MultimodalProjectorConfig."
+            )
+        weight = next((p for p in self.projector.parameters() if p.is_floating_point()), None)
+        if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
+            features = _placed(features, weight)
+        projected = self.projector(features, return_dict=True).last_hidden_state
+        return with_features(EncoderOutput(), projected, output.lengths)
+
+    def _postprocess(self, slot: str, inputs: dict, output: EncoderOutput) -> EncoderOutput:
+        callback = getattr(self, slot)
+        if callback is None:
+            return output
+        before, lens = output.last_hidden_state, output.feature_lens
+        as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
+        result = callback(inputs, tuple(v for k, v in output.items() if k != "feature_lens") if as_tuple else output)
+        self._check_returned(slot, result, (ModelOutput, tuple))
+        result = as_output(result)
+        after, stated = result.last_hidden_state, result.feature_lens
+        if stated is None or stated is lens:  # the callback says nothing: the lengths hold while the rows do
+            same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]
+            stated = lens if same else None
+        return with_features(result, after, stated)
+
+    def _check_returned(self, slot: str, result: Any, expected: type | tuple[type, ...]) -> None:
+        if not isinstance(result, expected):
+            what = "a dict" if expected is dict else "a model output or a tuple"
+            raise TypeError(f"{self.name}.{slot} must return {what}, got {type(result).__name__}.")
+
+
+def _one_of(first: Any, second: Any, first_name: str, second_name: str) -> Any:
+    if first is not None and second is not None:
+        raise ValueError(f"{first_name}= and {second_name}= are two names of one argument, give one of them.")
+    return first if first is not None else second
+
+
+def _placed(value: Any, weight: Tensor | None) -> Any:
+    """A tensor on the weight's device, in its dtype if it is floating-point."""
+    if not isinstance(value, Tensor) or weight is None or weight.is_meta:
+        return value
+    return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+
+
+def groups_by_length(arguments: dict[str, Any]) -> dict[int, list[int]] | None:
+    """Positions of items by valid length, where a mask says that sequences of different lengths were padded together.
+
+    Only inputs of one number or id per position (``input_values``, ``input_ids``) can be cut; None for all others.
+    """
+    mask = arguments.get("attention_mask")
+    main = next((arguments[k] for k in ("input_values", "input_ids") if arguments.get(k) is not None), None)
+    if not isinstance(mask, Tensor) or not isinstance(main, Tensor) or mask.shape != main.shape:
+        return None
+    lengths = mask.sum(-1).tolist()
+    if all(n == mask.shape[1] for n in lengths):
+        return None
+    groups: dict[int, list[int]] = {}
+    for position, length in enumerate(lengths):
+        groups.setdefault(int(length), []).append(position)
+    return groups
+
+
+def _cut(value: Any, positions: list[int], length: int, key: str) -> Any:
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    rows = value[torch.tensor(positions, device=value.device)][:, :length]
+    if key == "attention_mask" and not bool(rows.all()):
+        raise ValueError("Items of an encoder must be padded on the right; this attention mask has zeros before ones.")
+    return rows

@@ -1,0 +1,58 @@
+"""A `forward` whose signature names the inputs of the encoders that an instance has.
+
+Trainer drops columns that are not in the signature, and `generate` and PEFT read it too.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable
+
+
+@functools.lru_cache(maxsize=256)
+def with_signature(function: Callable, removed: tuple[str, ...], added: tuple[str, ...]) -> Callable:
+    """A copy of a function whose signature lacks some parameters and has further keyword parameters (default None)."""
+    copied = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    functools.update_wrapper(copied, function)
+    del copied.__wrapped__
+    copied.__kwdefaults__ = function.__kwdefaults__
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in removed]
+    names = {p.name for p in parameters}
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in added if name not in names
+    ]
+    last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    kept = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    copied.__signature__ = inspect.Signature([*kept, *extra, *last])
+    return copied
+
+
+class PerInstanceSignature:
+    """Descriptor for a method whose signature an instance completes.
+
+    The instance's ``signature_changes(method_name)`` gives the parameters to remove and to add, or None if it does
+    not have the method at all.  Nothing is stored on the instance, so it can be pickled and copied, and may still
+    hold a `forward` of its own (as compiling or dispatching it does).
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        functools.update_wrapper(self, function)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Callable:
+        if instance is None:
+            return self.function
+        changes = instance.signature_changes(self.name)
+        if changes is None:
+            raise AttributeError(f"{type(instance).__name__!r} object has no attribute {self.name!r}")
+        removed, added = (tuple(sorted(set(changes[0]))), _unique(changes[1]))
+        return types.MethodType(with_signature(self.function, removed, added), instance)
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

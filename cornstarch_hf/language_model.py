@@ -1,0 +1,113 @@
+"""Calling the language model of a composition: with its head and loss, or without."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from .adapters import unwrapped
+from .towers import accepts, forward_parameters, takes_any_keyword
+
+LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
+
+
+def text_keywords(language_model: nn.Module) -> list[str]:
+    """Names that the language model's `forward` takes."""
+    return list(forward_parameters(language_model))
+
+
+def run_language_model(
+    model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any
+) -> ModelOutput:
+    """Run the language model on ids or merged embeddings.
+
+    The loss is the language model's own, unless its `forward` cannot take what the loss needs.
+
+    Args:
+        model: the composed model, whose configuration may set `use_cache`, `output_attentions`, ...
+        labels: ``(batch, length)`` or None.
+        logits_to_keep: 0 for all positions.
+        **inputs: keyword arguments, None ones are left out.
+    """
+    language_model = model.language_model
+    arguments = {key: value for key, value in inputs.items() if value is not None}
+    for key in ("use_cache", "output_attentions", "output_hidden_states"):
+        wanted = getattr(model.config, key, None)
+        if wanted is not None and (wanted or key == "use_cache"):
+            arguments.setdefault(key, wanted)
+    loss_arguments = {key: arguments[key] for key in LOSS_KEYWORDS if key in arguments}
+    own_loss = labels is not None or "shift_labels" in loss_arguments
+    theirs = own_loss and all(accepts(language_model, key) for key in loss_arguments)
+    if not theirs:
+        arguments = {key: value for key, value in arguments.items() if key not in LOSS_KEYWORDS}
+    elif labels is not None:
+        arguments["labels"] = labels
+    slice_here = not accepts(language_model, "logits_to_keep") and not _is_zero(logits_to_keep)
+    if not slice_here and not _is_zero(logits_to_keep):
+        arguments["logits_to_keep"] = logits_to_keep
+    output = language_model(**_accepted(language_model, arguments), return_dict=True)
+    if own_loss and not theirs:
+        vocabulary = output.logits.shape[-1]
+        output["loss"] = model.loss_function(output.logits, labels, vocabulary, **loss_arguments)
+    if slice_here:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        output["logits"] = output.logits[:, kept]
+    return output
+
+
+def _is_zero(value: int | Tensor) -> bool:
+    return isinstance(value, int) and value == 0
+
+
+def _accepted(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what the language model cannot take; `use_cache=False` to one without a cache is no loss."""
+    refused = {key: value for key, value in arguments.items() if not accepts(language_model, key)}
+    if wrong := sorted(key for key, value in refused.items() if not (key == "use_cache" or value is False)):
+        raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
+    return {key: value for key, value in arguments.items() if key not in refused}
+
+
+class Headless:
+    """A composed model without its head: call it for `last_hidden_state`, use it as the model for all else.
+
+    Trainers that compute a loss of their own call `model.base_model(...)`.
+    """
+
+    def __init__(self, model):
+        object.__setattr__(self, "_model", model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """As the model's `forward`, without labels.
+
+        Returns:
+            the language model's backbone output: `last_hidden_state` ``(batch, length, hidden)``, ...
+        """
+        return self._model.forward_headless(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_model"), name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Headless) and other._model is self._model
+
+    def __hash__(self) -> int:
+        return hash(("headless", id(self._model)))
+
+
+def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
+    """Run the language model's backbone, adapters included, on ids or merged embeddings.
+
+    Raises:
+        ValueError: the language model has no backbone of its own.
+    """
+    inner = unwrapped(model.language_model)
+    backbone = inner.base_model
+    if backbone is inner:
+        raise ValueError(f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run.")
+    arguments = {key: value for key, value in inputs.items() if value is not None}
+    known = set(inspect.signature(backbone.forward).parameters)
+    if not takes_any_keyword(backbone):
+        arguments = {key: value for key, value in arguments.items() if key in known}
+    return backbone(**arguments, return_dict=True)

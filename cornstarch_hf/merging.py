@@ -1,0 +1,125 @@
+"""Pure tensor functions that put features where placeholder tokens stand.  Knows no model and no configuration."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.utils import torch_compilable_check
+
+
+def placeholder_mask(input_ids: Tensor, token_id: int) -> Tensor:
+    """Where a placeholder token stands.
+
+    Args:
+        input_ids: ``(batch, length)``.
+        token_id: the placeholder's id.
+
+    Returns:
+        bool ``(batch, length)``.
+
+    >>> placeholder_mask(torch.tensor([[1, 9, 9, 2]]), 9).tolist()
+    [[False, True, True, False]]
+    """
+    return input_ids == token_id
+
+
+def embedded_placeholder_mask(inputs_embeds: Tensor, embedding: Tensor) -> Tensor:
+    """Where rows of `inputs_embeds` equal a placeholder's embedding.
+
+    Args:
+        inputs_embeds: ``(batch, length, hidden)``.
+        embedding: ``(hidden,)``.
+
+    Returns:
+        bool ``(batch, length)``.
+    """
+    return (inputs_embeds == embedding).all(-1)
+
+
+def without_placeholders(input_ids: Tensor, mask: Tensor, safe_id: int = 0) -> Tensor:
+    """`input_ids` in which masked positions hold an id that every embedding table has; the input is not changed."""
+    return input_ids.masked_fill(mask, safe_id)
+
+
+def check_counts(name: str, token: str, mask: Tensor, lengths: Sequence[int]) -> None:
+    """Raise unless each sample has as many placeholders as its items have features.
+
+    Items belong to samples in order, so every sample's placeholders must be the sum of the next whole items.
+
+    Args:
+        name: the modality, for the message.
+        token: the placeholder token, for the message.
+        mask: bool ``(batch, length)``.
+        lengths: features of each item, in order.
+
+    Raises:
+        ValueError: with the modality, the sample and both numbers.
+    """
+    needed = mask.sum(-1).tolist()
+    if sum(needed) != sum(lengths):
+        raise ValueError(
+            f"{name}: the text has {sum(needed)} placeholder tokens ({token}), but the encoder gave {sum(lengths)} "
+            f"features for {len(lengths)} item(s) {_short(lengths)}; placeholders per sample: {_short(needed)}. "
+            f"{_COUNT_REMEDY}"
+        )
+    item = 0
+    for sample, count in enumerate(needed):
+        start, given = item, 0
+        while given < count:
+            given, item = given + lengths[item], item + 1
+        if given != count:
+            raise ValueError(
+                f"{name}, sample {sample}: {count} placeholder tokens ({token}), but its items {start}..{item - 1} give "
+                f"{given} features {_short(lengths[start:item])}: an item cannot be split between samples. {_COUNT_REMEDY}"
+            )
+
+
+_COUNT_REMEDY = (
+    "Let the processor of this model expand the placeholders; if a callback changes the number of features, declare "
+    "it with register_callback(name, fn, feature_count=...)."
+)
+
+
+def _short(values: Sequence[int]) -> str:
+    values = list(values)
+    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:12]))}, ...]"
+
+
+def scatter_features(inputs_embeds: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+    """Replace the masked rows of `inputs_embeds` by `features`, in reading order.
+
+    Args:
+        inputs_embeds: ``(batch, length, hidden)``; not changed.
+        mask: bool ``(batch, length)`` with as many set positions as there are features.
+        features: ``(num_features, hidden)``.
+
+    Returns:
+        ``(batch, length, hidden)``.
+
+    >>> x = torch.zeros(1, 3, 2)
+    >>> scatter_features(x, torch.tensor([[False, True, True]]), torch.tensor([[1., 2.], [3., 4.]])).tolist()
+    [[[0.0, 0.0], [1.0, 2.0], [3.0, 4.0]]]
+    """
+    torch_compilable_check(
+        mask.sum() * inputs_embeds.shape[-1] == features.numel(),
+        f"placeholders and features do not match: features {tuple(features.shape)}",
+    )
+    return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features.to(inputs_embeds))
+
+
+def split_features(features: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Split concatenated features ``(sum(lengths), hidden)`` into one ``(n_i, hidden)`` tensor per item."""
+    return list(features.split([int(n) for n in lengths]))
+
+
+def group_by_sample(items: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    """Assign items to samples in order; `counts` are the samples' placeholder numbers (see `check_counts`)."""
+    groups: list[list[Tensor]] = []
+    item = 0
+    for count in counts:
+        group: list[Tensor] = []
+        while sum(len(x) for x in group) < count:
+            group.append(items[item])
+            item += 1
+        groups.append(group)
+    return groups

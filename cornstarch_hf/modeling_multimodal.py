@@ -1,0 +1,312 @@
+"""The composed model: encode → merge → language model → output.  Its base and generation are beside it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+
+from .adapters import unwrapped
+from .composition import build_parts, compose_config
+from .configuration_multimodal import MultimodalConfig
+from .encoders import ModalEncoderModule
+from .forward_signature import PerInstanceSignature
+from .freezing import restore_frozen
+from .generation_multimodal import MultimodalGenerationMixin
+from .input_names import OWN_INPUTS, transformers_keywords
+from .language_model import run_backbone, run_language_model, text_keywords
+from .merging import (
+    check_counts,
+    embedded_placeholder_mask,
+    placeholder_mask,
+    scatter_features,
+    without_placeholders,
+)
+from .modeling_base import MultimodalPreTrainedModel
+from .projectors import mark_initialized
+from .towers import forward_parameters
+
+EncoderOutputs = dict[str, Any]
+
+
+class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, GenerationMixin):
+    """A multimodal language model composed of named encoders, projectors and a causal language model.
+
+    Args:
+        config: a `MultimodalConfig` to build with fresh weights; a dict given here means `encoders`.
+        language_model: a causal language model of transformers, PEFT-wrapped or not.
+        init_projector_type: type of the projectors that encoders lack.
+        init_activation: activation of those projectors.
+        encoders: `ModalEncoderModule`s by name; `vision` becomes `model.vision_encoder`.
+
+    Raises:
+        TypeError: parts of wrong types.
+        ValueError: an empty configuration, bad names, widths that do not fit, shared weights, a language model that
+            cannot take embeddings.
+    """
+
+    def __init__(
+        self,
+        config: MultimodalConfig | Mapping[str, ModalEncoderModule] | None = None,
+        language_model: PreTrainedModel | None = None,
+        init_projector_type: str = "linear",
+        init_activation: str = "gelu",
+        *,
+        encoders: Mapping[str, ModalEncoderModule] | None = None,
+    ):
+        if isinstance(config, Mapping):
+            if encoders is not None:
+                raise TypeError("encoders were given twice: as the first argument and by keyword.")
+            config, encoders = None, config
+        if (config is None) == (language_model is None and encoders is None):
+            raise TypeError("MultimodalModel takes either a config, or encoders= and language_model=.")
+        if config is None:
+            encoders = {} if encoders is None else encoders
+            config = compose_config(encoders, language_model, init_projector_type, init_activation)
+            for part in (language_model, *encoders.values()):
+                mark_initialized(part)
+            supplied = True
+        else:
+            if not isinstance(config, MultimodalConfig):
+                raise TypeError(f"config must be a MultimodalConfig, got {type(config).__name__}.")
+            encoders, language_model = build_parts(config)
+            supplied = False
+        super().__init__(config)
+        for name, encoder in encoders.items():
+            self.add_module(f"{name}_encoder", encoder)
+        self.language_model = language_model
+        self.loss_type = "ForCausalLM"
+        self._take_traits(supplied)
+        self.post_init()
+        if not supplied:
+            restore_frozen(self, config.frozen)
+
+    def signature_changes(self, method: str) -> tuple[list[str], list[str]] | None:
+        """Parameters that this instance's `forward` or `get_{kind}_features` lacks and has in addition."""
+        if method == "forward":
+            text = text_keywords(self.language_model)
+            added = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
+            return [key for key in ("position_ids",) if key not in text], added + [k for k in text if k not in OWN_INPUTS]
+        names = self.config.modalities_of_kind(method.removeprefix("get_").removesuffix("_features"))
+        return ([], [key for n in names for key in self.config.modality(n)["input_names"]]) if names else None
+
+    @PerInstanceSignature
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        """Encode, merge, run the language model.
+
+        Args:
+            input_ids: ``(batch, length)`` with one placeholder id per feature.
+            attention_mask: ``(batch, length)``, or what the language model takes; used as it is.
+            position_ids: ``(batch, length)``; used as they are.
+            past_key_values: the language model's cache.
+            inputs_embeds: ``(batch, length, hidden)`` instead of `input_ids`, placeholders embedded by their id.
+            labels: ``(batch, length)``, -100 where no loss is wanted; placeholders are never labelled.
+            use_cache: whether the language model returns a cache.
+            logits_to_keep: how many last positions get logits, 0 for all.
+            mm_encoder_outputs: outputs of encoders that ran before, by modality.
+            **kwargs: the encoders' inputs by their keywords, and what the language model's `forward` takes.
+
+        Returns:
+            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)``, `past_key_values`, ...
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: placeholders and features that do not match in number; labelled placeholders where their
+                number has been counted already.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        media, text = self._route(kwargs)
+        outputs = self._encode(media, mm_encoder_outputs)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        masks = self._placeholder_masks(input_ids, inputs_embeds)
+        self._check_merge(masks, outputs, encoded_here=set(media), prefill=past_length == 0)
+        ids, embeds = self._merge(input_ids, inputs_embeds, outputs, masks)
+        output = run_language_model(
+            self,
+            input_ids=ids,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=self._without_placeholder_labels(labels, masks, text),
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **text,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _route(self, kwargs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """Split keyword arguments into each encoder's inputs (by its own names) and the language model's."""
+        media: dict[str, dict[str, Any]] = {}
+        text = dict(kwargs)
+        for name in self.config.encoders:
+            names = self.config.modality(name)["input_names"]
+            inputs = {names[key]: text.pop(key) for key in names if key in text}
+            inputs = {key: value for key, value in inputs.items() if value is not None}
+            if self._has_items(name, inputs):
+                media[name] = inputs
+        unknown = sorted(set(text) - set(text_keywords(self.language_model)) - transformers_keywords() - {"shift_labels"})
+        if unknown:
+            known = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
+            raise TypeError(
+                f"forward() got unexpected keyword arguments {unknown}: the encoders take {known}, the language model "
+                f"takes {sorted(text_keywords(self.language_model))}."
+            )
+        return media, text
+
+    def _has_items(self, name: str, inputs: dict[str, Any]) -> bool:
+        module = self.encoders[name].module
+        parameters = list(forward_parameters(module))
+        main = unwrapped(module).main_input_name
+        main = main if main in parameters else parameters[0]
+        value = inputs.get(main)
+        if value is None and self.encoders[name].preprocess_callback is None:
+            if left := [key for key, item in inputs.items() if isinstance(item, Tensor)]:
+                raise ValueError(f"{name}: got {left} without {main!r}, the input that its encoder needs.")
+            return False
+        if value is None:
+            return any(isinstance(item, Tensor) for item in inputs.values())
+        return len(value) > 0
+
+    def _encode(self, media: dict[str, dict[str, Any]], given: dict[str, Any] | None) -> EncoderOutputs:
+        outputs: EncoderOutputs = {self._named(key): value for key, value in (given or {}).items() if value is not None}
+        for name, inputs in media.items():
+            if name in outputs:
+                raise ValueError(f"{name}: give either its inputs or its mm_encoder_outputs, not both.")
+            outputs[name] = self.encoders[name](**inputs)
+        return outputs
+
+    def _placeholder_masks(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        ids = {name: self.config.modality(name)["token_id"] for name in self.config.encoders}
+        ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
+        if input_ids is not None:
+            return {name: placeholder_mask(input_ids, token_id) for name, token_id in ids.items()}
+        embed = self.get_input_embeddings()
+        rows = getattr(embed, "num_embeddings", None) or embed.weight.shape[0]
+        return {
+            name: embedded_placeholder_mask(inputs_embeds, embed(torch.tensor(i, device=inputs_embeds.device)))
+            for name, i in ids.items()
+            if i < rows
+        }
+
+    def _check_merge(self, masks: dict, outputs: EncoderOutputs, encoded_here: set[str], prefill: bool) -> None:
+        for name in outputs:
+            if name not in masks:
+                raise ValueError(
+                    f"{name}: there are features but no placeholder token: build the processor with model=, or call "
+                    f"set_modality_token_ids({{{name!r}: token_id}})."
+                )
+        if torch.compiler.is_compiling():
+            return
+        for name, mask in masks.items():
+            token = self.config.modality(name)["token"] or f"id {self.config.modality(name)['token_id']}"
+            if name in encoded_here:
+                check_counts(name, token, mask, [len(item) for item in outputs[name].pooler_output])
+            elif name not in outputs and prefill and bool(mask.any()):
+                raise ValueError(
+                    f"{name}: the text has {int(mask.sum())} placeholder tokens ({token}) but there is no input for the "
+                    f"encoder (0 features): pass {list(self.config.modality(name)['input_names'])[:1]}."
+                )
+
+    def _merge(self, input_ids, inputs_embeds, outputs: EncoderOutputs, masks: dict[str, Tensor]):
+        """``(input_ids, None)`` for text alone, else ``(None, embeddings with the features in them)``."""
+        if not outputs:
+            return input_ids, inputs_embeds
+        if inputs_embeds is None:
+            every = torch.stack(list(masks.values())).any(0)
+            inputs_embeds = self.get_input_embeddings()(without_placeholders(input_ids, every))
+        for name, output in outputs.items():
+            features = output.pooler_output
+            features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
+            mask = masks[name].to(inputs_embeds.device)
+            inputs_embeds = scatter_features(inputs_embeds, mask, features)
+        return None, inputs_embeds
+
+    def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:
+        if not masks or (labels is None and text.get("shift_labels") is None):
+            return labels
+        counted = [key for key in ("num_items_in_batch", "shift_labels") if text.get(key) is not None]
+        placeholders = torch.stack(list(masks.values())).any(0)
+        if counted and not torch.compiler.is_compiling():
+            ids = torch.tensor([self.config.modality(name)["token_id"] for name in masks])
+            shifted = text.get("shift_labels")
+            wrong = 0 if labels is None else int((placeholders.to(labels.device) & (labels != -100)).sum())
+            wrong += 0 if shifted is None else int(torch.isin(shifted, ids.to(shifted.device)).sum())
+            if wrong:
+                raise ValueError(
+                    f"{wrong} labels stand on placeholder tokens while {counted} has been counted with them, so the loss "
+                    "would be wrong: set them to -100 before the batch is counted (MultimodalCollator does)."
+                )
+        return labels if labels is None else labels.masked_fill(placeholders.to(labels.device), -100)
+
+    def forward_headless(self, input_ids: Tensor | None = None, **kwargs: Any):
+        """As `forward`, without the language-model head: the backbone's output with `last_hidden_state`."""
+        kwargs.pop("labels", None)
+        kwargs.pop("return_dict", None)
+        own = {key: kwargs.pop(key, None) for key in OWN_INPUTS if key not in ("input_ids", "labels", "logits_to_keep")}
+        kwargs.pop("logits_to_keep", None)
+        media, text = self._route(kwargs)
+        outputs = self._encode(media, own.pop("mm_encoder_outputs"))
+        embeds, cache = own.pop("inputs_embeds"), own["past_key_values"]
+        masks = self._placeholder_masks(input_ids, embeds)
+        self._check_merge(masks, outputs, set(media), prefill=cache is None or cache.get_seq_length() == 0)
+        ids, embeds = self._merge(input_ids, embeds, outputs, masks)
+        return run_backbone(self, {"input_ids": ids, "inputs_embeds": embeds, **own, **text})
+
+    @PerInstanceSignature
+    def get_image_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+        """Features of images.
+
+        Args:
+            modality: which encoder, where several take images.
+            return_dict: a model output (default), or a tuple.
+            **kwargs: the encoder's inputs by their keywords, e.g. ``pixel_values``.
+
+        Returns:
+            the encoder's output, with one ``(n_i, hidden)`` projected tensor per image as `pooler_output`.
+
+        Raises:
+            ValueError: several encoders take images and none is named.
+        """
+        return self._features("image", modality, return_dict, kwargs)
+
+    @PerInstanceSignature
+    def get_audio_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+        """Features of sounds; see `get_image_features`."""
+        return self._features("audio", modality, return_dict, kwargs)
+
+    @PerInstanceSignature
+    def get_video_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+        """Features of videos; see `get_image_features`."""
+        return self._features("video", modality, return_dict, kwargs)
+
+    def _features(self, kind: str, modality: str | None, return_dict: bool | None, kwargs: dict[str, Any]):
+        names = self.config.modalities_of_kind(kind) if modality is None else [self._named(modality)]
+        if len(names) > 1:
+            raise ValueError(f"Several encoders take {kind}s, name one of them: modality= one of {names}.")
+        keywords = self.config.modality(names[0])["input_names"]
+        inputs = {keywords[key]: value for key, value in kwargs.items() if key in keywords and value is not None}
+        options = ("output_attentions", "output_hidden_states")
+        inputs |= {key: value for key, value in kwargs.items() if key in options}
+        known = {*keywords, *options, *transformers_keywords()}
+        if unknown := sorted(set(kwargs) - known):
+            raise TypeError(f"get_{kind}_features() got unexpected keyword arguments {unknown}, expected {sorted(keywords)}.")
+        output = self.encoders[names[0]](**inputs)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()

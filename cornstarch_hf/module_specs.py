@@ -1,0 +1,124 @@
+"""Describe a user's module by name and JSON arguments, and build it again.  Used for projections and callbacks.
+
+A module can be described when its class is registered, or is one of `torch.nn`'s own, and every constructor
+argument is found on the instance under its own name (the convention of `sklearn`'s estimators).
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+_PLACEMENT = {"device", "dtype", "factory_kwargs"}
+
+
+class NotStorable(ValueError):
+    """A module or callback that a checkpoint cannot hold; the message names the reason."""
+
+
+def constructor_arguments(module: nn.Module) -> dict[str, Any]:
+    """The constructor arguments of a module, read from its attributes of the same names.
+
+    Raises:
+        NotStorable: an argument without a default has no such attribute, or a value is not JSON.
+    """
+    arguments = {}
+    for parameter in _parameters(type(module)):
+        value = _attribute(module, parameter.name)
+        if value is inspect.Parameter.empty:
+            if parameter.default is inspect.Parameter.empty:
+                raise NotStorable(
+                    f"{type(module).__name__} takes {parameter.name!r} but keeps no attribute of that name: set "
+                    f"self.{parameter.name} in its __init__"
+                )
+            continue
+        if value != parameter.default:
+            arguments[parameter.name] = as_json(value, f"{type(module).__name__}.{parameter.name}")
+    return arguments
+
+
+def as_json(value: Any, where: str) -> Any:
+    """`value` as JSON gives it back (tuples become lists); NotStorable if JSON cannot hold it."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise NotStorable(f"{where} = {value!r:.80} is not a JSON value") from error
+
+
+def _parameters(cls: Callable) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p for p in inspect.signature(cls).parameters.values() if p.kind not in kinds and p.name not in _PLACEMENT]
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    if name in module._parameters:  # a layer's `bias=True` is kept as the parameter that it made
+        return module._parameters[name] is not None
+    if name == "config":  # it is handed over by the builder
+        return inspect.Parameter.empty
+    return getattr(module, name, inspect.Parameter.empty)
+
+
+def torch_spec(module: nn.Module) -> dict[str, Any]:
+    """Describe a module made of `torch.nn`'s own classes alone: ``{"class", "arguments"}`` or ``{"class", "modules"}``.
+
+    Raises:
+        NotStorable: a class is not torch's own, or its arguments cannot be read back.
+    """
+    cls = type(module)
+    if getattr(nn, cls.__name__, None) is not cls:
+        raise NotStorable(f"{cls.__module__}.{cls.__qualname__} is not registered")
+    if isinstance(module, _CONTAINERS):
+        if [name for name, _ in module.named_children()] != [str(i) for i in range(len(module))]:
+            raise NotStorable(f"{cls.__name__} has named children")
+        return {"class": cls.__name__, "modules": [torch_spec(child) for child in module]}
+    if any(True for _ in module.children()):
+        raise NotStorable(f"torch.nn.{cls.__name__} holds other modules")
+    return {"class": cls.__name__, "arguments": constructor_arguments(module)}
+
+
+def build_torch(spec: Mapping[str, Any]) -> nn.Module:
+    """Build what `torch_spec` described; ValueError for anything that is not a module class of `torch.nn`."""
+    name = spec.get("class") if isinstance(spec, Mapping) else None
+    cls = getattr(nn, name, None) if isinstance(name, str) else None
+    if not inspect.isclass(cls) or not issubclass(cls, nn.Module) or set(spec) - {"class", "arguments", "modules"}:
+        raise ValueError(f"Expected the description of a torch.nn module, got {spec!r:.200}.")
+    if issubclass(cls, _CONTAINERS):
+        modules = [build_torch(child) for child in spec.get("modules", [])]
+        return cls(*modules) if cls is nn.Sequential else cls(modules)
+    return cls(**spec.get("arguments", {}))
+
+
+def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:
+    """Call a constructor with those of the `available` values whose names it takes.
+
+    Raises:
+        ValueError: an argument without a default is not available (None counts as missing).
+    """
+    arguments = {}
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
+    for parameter in _parameters(cls):
+        value = available.get(parameter.name)
+        if value is not None:
+            arguments[parameter.name] = value
+        elif parameter.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{getattr(cls, '__name__', cls)} takes {parameter.name!r}, expected it among {sorted(available)}: name "
+                "its arguments after the configuration's fields or pass them in projection_kwargs."
+            )
+    extra = available.get("projection_kwargs") or {}
+    if takes_any:
+        arguments = {**extra, **arguments}
+    return cls(**arguments)
+
+
+def same_structure(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules have the same class tree and parameter shapes."""
+
+    def shape(module: nn.Module):
+        kinds = [(name, type(child), child.extra_repr()) for name, child in module.named_modules()]
+        return kinds, {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+    return shape(a) == shape(b)

@@ -1,0 +1,209 @@
+"""Projectors: from an encoder's features to the language model's embedding width.
+
+Types are looked up in a registry, to which users add their own; a module made elsewhere is wrapped as it is.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
+
+from .configuration_multimodal import CUSTOM_PROJECTION, MultimodalProjectorConfig
+from .module_specs import (
+    NotStorable,
+    build_by_name,
+    build_torch,
+    constructor_arguments,
+    same_structure,
+    torch_spec,
+)
+from .registries import PROJECTORS, register_projector
+
+TORCH_PROJECTION = "torch"
+
+
+def linear_projection(in_features: int, out_features: int) -> nn.Module:
+    """One linear layer, as in LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485)."""
+    return nn.Linear(in_features, out_features)
+
+
+def mlp_projection(in_features: int, out_features: int, activation: str) -> nn.Module:
+    """Two linear layers with an activation between, as in LLaVA-1.5 (https://arxiv.org/abs/2310.03744)."""
+    return nn.Sequential(
+        nn.Linear(in_features, out_features), copy.deepcopy(ACT2FN[activation]), nn.Linear(out_features, out_features)
+    )
+
+
+register_projector("linear", linear_projection)
+register_projector("mlp", mlp_projection)
+register_projector(TORCH_PROJECTION, lambda module: build_torch(module))
+
+
+def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
+    """The module that a configuration with both sizes describes.
+
+    Raises:
+        ValueError: a size is missing, or the type cannot be built from a configuration.
+    """
+    if config.projection_type == CUSTOM_PROJECTION:
+        raise ValueError(
+            "This projector holds a module of an unregistered class, so it cannot be built from its configuration: "
+            "register the class with register_projector(name, cls)."
+        )
+    missing = [key for key in ("in_features", "out_features") if getattr(config, key) is None]
+    if missing and config.projection_type != TORCH_PROJECTION:
+        raise ValueError(f"The {config.projection_type!r} projector lacks {missing}: set them in its configuration.")
+    fields = {key: getattr(config, key) for key in ("in_features", "out_features", "activation", "projection_kwargs")}
+    return build_by_name(PROJECTORS[config.projection_type], {**config.projection_kwargs, **fields, "config": config})
+
+
+def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig) -> tuple[str, dict]:
+    """The `projection_type` and `projection_kwargs` under which a wrapped module can be stored.
+
+    ``("custom", {})`` means that it cannot: its class is not registered, or an argument is not found on it.
+    """
+    try:
+        if config.projection_type != CUSTOM_PROJECTION and _is_what_config_says(projection, config):
+            return config.projection_type, config.projection_kwargs
+        if name := PROJECTORS.name_of(type(projection)):
+            return name, constructor_arguments(projection)
+        return TORCH_PROJECTION, {"module": torch_spec(projection)}
+    except NotStorable:
+        return CUSTOM_PROJECTION, {}
+
+
+def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfig) -> bool:
+    if PROJECTORS.name_of(type(projection)) not in (None, config.projection_type):
+        return False
+    try:
+        with torch.device("meta"):
+            return same_structure(build_projection(config), projection)
+    except (TypeError, ValueError):  # sizes that are still missing, or a constructor that wants more: not the same
+        return False
+
+
+def reason_not_storable(projection: nn.Module) -> str:
+    """Why a module that is not of a registered type cannot be written into a checkpoint."""
+    try:
+        if PROJECTORS.name_of(type(projection)):
+            constructor_arguments(projection)
+        else:
+            torch_spec(projection)
+    except NotStorable as error:
+        return str(error)
+    return "it is not what its configuration describes"
+
+
+class MultimodalProjector(PreTrainedModel):
+    """Maps features ``(..., in_features)`` to ``(..., out_features)``.
+
+    Args:
+        config: copied; a size that it lacks is filled in when a model is composed.
+        projection: a module to wrap as it is, weights untouched.  None builds what the configuration describes, or
+            leaves that to the composition while a size is missing.
+
+    Raises:
+        TypeError: `projection` is no module.
+        ValueError: unknown projection type or activation.
+    """
+
+    config_class = MultimodalProjectorConfig
+    base_model_prefix = ""
+    main_input_name = "inputs_embeds"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: MultimodalProjectorConfig, projection: nn.Module | None = None):
+        super().__init__(copy.deepcopy(config) if projection is not None else config)
+        self.gradient_checkpointing = False
+        self.projection = None
+        if projection is not None:
+            if not isinstance(projection, nn.Module):
+                raise TypeError(f"projection must be a torch.nn.Module, got {type(projection).__name__}.")
+            self._wrap(projection)
+        elif self.has_sizes:
+            self.projection = build_projection(self.config)
+        self.post_init()
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the configuration is complete enough to build the projection."""
+        sized = self.config.in_features is not None and self.config.out_features is not None
+        return sized or self.config.projection_type == TORCH_PROJECTION
+
+    def _wrap(self, projection: nn.Module) -> None:
+        mark_initialized(projection)
+        self.projection = projection
+        self.config.projection_type, self.config.projection_kwargs = describe_projection(projection, self.config)
+        for key in ("in_features", "out_features"):
+            if getattr(self.config, key) is None and isinstance(getattr(projection, key, None), int):
+                setattr(self.config, key, getattr(projection, key))
+
+    def complete(self, in_features: int | None, out_features: int) -> None:
+        """Fill in sizes that the configuration lacks and build the projection if there is none yet (in place)."""
+        if self.config.in_features is None:
+            self.config.in_features = in_features
+        if self.config.out_features is None:
+            self.config.out_features = out_features
+        if self.projection is None:
+            self.projection = build_projection(self.config)
+            self.post_init()
+
+    def forward(self, inputs_embeds: Tensor, return_dict: bool | None = None) -> BaseModelOutput | tuple:
+        """Project.
+
+        Args:
+            inputs_embeds: ``(..., in_features)``.
+            return_dict: a `BaseModelOutput` (default by the configuration), or a tuple.
+
+        Returns:
+            `last_hidden_state` of ``(..., out_features)``.
+
+        Raises:
+            ValueError: no projection has been built, or the width differs from `in_features`.
+        """
+        if self.projection is None:
+            raise ValueError("This projector has no projection yet: give its configuration both sizes, or compose it.")
+        width = self.config.in_features
+        if width is not None and inputs_embeds.shape[-1] != width:
+            raise ValueError(f"The projector expects features of width {width}, got {inputs_embeds.shape[-1]}.")
+        if self.gradient_checkpointing and self.training:
+            projected = self._gradient_checkpointing_func(self.projection, inputs_embeds)
+        else:
+            projected = self.projection(inputs_embeds)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return BaseModelOutput(last_hidden_state=projected) if return_dict else (projected,)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers; ValueError, with the remedy, when the wrapped module cannot be stored."""
+        check_storable(self, "the projector")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; reads projectors of the original Cornstarch too, whose first form named its layers
+        `in_proj` and `out_proj`."""
+        kwargs.setdefault("key_mapping", {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."})
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def check_storable(projector: MultimodalProjector, where: str) -> None:
+    """ValueError, with the place, the reason and the remedy, when a projector's module cannot be stored."""
+    if projector.projection is not None and projector.config.projection_type == CUSTOM_PROJECTION:
+        config = projector.config
+        config.projection_type, config.projection_kwargs = describe_projection(projector.projection, config)
+    if projector.config.projection_type == CUSTOM_PROJECTION:
+        raise ValueError(
+            f"{where} cannot be saved: {reason_not_storable(projector.projection)}. Register the class with "
+            "register_projector(name, cls), and keep each constructor argument in an attribute of the same name."
+        )
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Tell transformers that a module's weights are made already: it never initialises them again."""
+    for child in module.modules():
+        child._is_hf_initialized = True
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor._is_hf_initialized = True

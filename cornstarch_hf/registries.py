@@ -1,0 +1,122 @@
+"""Named things that users can add to: projector types, callbacks, feature counts.
+
+A checkpoint holds names only; nothing in it is imported or run.  Every other module looks names up here.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+
+class Registry:
+    """A mapping from names to objects whose lookup error lists the valid names.
+
+    Args:
+        what: how an error calls an entry, e.g. ``"projection type"``.
+        remedy: what an error tells the user to do about a missing name.
+    """
+
+    def __init__(self, what: str, remedy: str):
+        self.what, self.remedy = what, remedy
+        self._entries: dict[str, Any] = {}
+
+    def add(self, name: str, entry: Any) -> None:
+        """Register `entry`; a name that another entry holds is refused (ValueError)."""
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"The name of a {self.what} must be a non-empty string, got {name!r}.")
+        if name in self._entries and self._entries[name] != entry:
+            raise ValueError(f"The {self.what} {name!r} is registered already, choose another name.")
+        self._entries[name] = entry
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The entry of that name, or `default`."""
+        return self._entries.get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._entries:
+            raise ValueError(f"Unknown {self.what} {name!r}, expected one of {sorted(self._entries)}. {self.remedy}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def name_of(self, entry: Any) -> str | None:
+        """The name under which this very object was registered, or None."""
+        return next((name for name, value in self._entries.items() if _target(value) is entry), None)
+
+
+class Callback(NamedTuple):
+    """A registered callback: a function, or a `torch.nn.Module` class, and how many features it leaves."""
+
+    target: Callable
+    feature_count: Callable | None = None
+
+
+def _target(entry: Any) -> Any:
+    return entry.target if isinstance(entry, Callback) else entry
+
+
+PROJECTORS = Registry("projection type", "Add your own with register_projector(name, cls) before you load or build.")
+CALLBACKS = Registry("callback", "Import the module that calls register_callback(name, fn) before you load or build.")
+FEATURE_COUNTS = Registry("feature count", "Add one with register_feature_count(modality_or_encoder_type, fn).")
+
+
+def register_projector(name: str, cls: Callable) -> None:
+    """Make a projector class known under a name, for `projection_type=name` and for wrapped instances of the class.
+
+    The constructor's arguments are found by name: ``config`` receives the `MultimodalProjectorConfig`; any other
+    argument its field of that name (``in_features``, ``out_features``, ``activation``) or an entry of
+    ``config.projection_kwargs``.  An instance that is wrapped by hand is stored with the values of its attributes
+    named like the arguments.
+
+    Args:
+        name: the projection type.
+        cls: a `torch.nn.Module` class that maps ``(..., in_features)`` to ``(..., out_features)``.
+
+    Raises:
+        ValueError: another class has that name.
+        TypeError: `cls` is not callable.
+    """
+    if not callable(cls):
+        raise TypeError(f"register_projector({name!r}, cls) expects a torch.nn.Module class, got {cls!r}.")
+    PROJECTORS.add(name, cls)
+
+
+def register_callback(name: str, fn: Callable, feature_count: Callable | None = None) -> None:
+    """Make a callback storable: checkpoints keep its name and JSON keyword arguments.
+
+    Args:
+        name: the name that a checkpoint holds.
+        fn: a function, used as it is or bound by `functools.partial(fn, **json_arguments)`; or a `torch.nn.Module`
+            class whose instances keep each constructor argument in an attribute of the same name (their parameters
+            are saved with the checkpoint).
+        feature_count: ``feature_count(inputs, num_features, **arguments) -> int``, the number of features that one
+            item has after the callback.  `inputs` holds the item's encoder inputs (leading axis of one item) and
+            `num_features` what it had before.  Without it the number is found by a run on shapes alone.
+
+    Raises:
+        ValueError: another callback has that name.
+        TypeError: `fn` is not callable.
+    """
+    if not callable(fn):
+        raise TypeError(f"register_callback({name!r}, fn) expects a function or a torch.nn.Module class, got {fn!r}.")
+    CALLBACKS.add(name, Callback(fn, feature_count))
+
+
+def register_feature_count(modality_or_encoder_type: str, fn: Callable) -> None:
+    """State how many features an item gives, by modality name (looked up first) or by the encoder's `model_type`.
+
+    Args:
+        modality_or_encoder_type: e.g. ``"vision"`` or ``"clip_vision_model"``.
+        fn: ``fn(inputs, encoder_config) -> int`` for one item: `inputs` holds what its processor made of it (leading
+            axis of one item).  The answer is final: callbacks and token reduction are included in it.
+
+    Raises:
+        ValueError: another function is registered for it.
+        TypeError: `fn` is not callable.
+    """
+    if not callable(fn):
+        raise TypeError(f"register_feature_count({modality_or_encoder_type!r}, fn) expects a function, got {fn!r}.")
+    FEATURE_COUNTS.add(modality_or_encoder_type, fn)

@@ -1,0 +1,187 @@
+"""Pure functions from an encoder's output to the features that are projected: field, layer, prefix, axes, lengths."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """What callbacks see and what an encoder gives.
+
+    Attributes:
+        last_hidden_state: features, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `feature_lens`.
+        pooler_output: after projection, a list with one ``(tokens_i, hidden)`` tensor per item.
+        hidden_states, attentions: the encoder's own, when asked for.
+        feature_lens: ``(items,)`` number of features of each item, where it differs from the tensor's shape.
+    """
+
+    feature_lens: Tensor | None = None
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """`feature_lens` as integers."""
+        lens = self.feature_lens
+        return None if lens is None else [int(n) for n in lens]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of an encoder's outputs is projected.
+
+    Attributes:
+        output: an output field, None for the last hidden state (the merged tokens of packed towers).
+        layer: index into the hidden states, or several that are concatenated; -1 is the last hidden state.
+        drop_prefix: leading tokens (CLS, registers) to drop of each item.
+    """
+
+    output: str | None = None
+    layer: int | Sequence[int] = -1
+    drop_prefix: int = 0
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether the encoder must return all its hidden states."""
+        return self.output is None and self.layer != -1
+
+
+def as_output(raw: Any) -> EncoderOutput:
+    """An encoder's output, in whatever form, as an `EncoderOutput` that keeps all of its fields."""
+    if isinstance(raw, EncoderOutput):
+        return raw
+    if isinstance(raw, Tensor):
+        return EncoderOutput(last_hidden_state=raw)
+    if isinstance(raw, tuple) and raw:
+        return EncoderOutput(last_hidden_state=raw[0])
+    if not isinstance(raw, Mapping):
+        raise TypeError(f"Expected a model output, a tuple or a tensor, got {type(raw).__name__}.")
+    last = raw.get("last_hidden_state")
+    if last is None:
+        last = next((v for v in raw.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
+    return with_features(raw, last, raw.get("feature_lens"))
+
+
+def with_features(output: Mapping[str, Any], features: Any, lens: Any, **changes: Any) -> EncoderOutput:
+    """A copy of an output with other features (first, so that ``output[0]`` finds them) and item lengths."""
+    values = {key: value for key, value in output.items() if key not in ("last_hidden_state", "feature_lens")} | changes
+    copied = EncoderOutput(last_hidden_state=features)
+    for key, value in values.items():
+        copied[key] = value
+    if lens is not None:
+        copied["feature_lens"] = lens if isinstance(lens, Tensor) else torch.tensor(lens)
+    return copied
+
+
+def select_features(output: EncoderOutput, selection: Selection, name: str, width: int | None = None) -> Tensor:
+    """The features that a selection names.
+
+    Args:
+        output: of the encoder.
+        selection: see `Selection`.
+        name: the modality, for messages.
+        width: the features' expected width, which tells channels-first from channels-last maps.
+
+    Returns:
+        ``(items, tokens, width)``, or ``(sum of tokens, width)`` for packed towers.
+
+    Raises:
+        ValueError: no such field or layer, a prefix that is not there, an output of another rank.
+    """
+    features = [_flatten_map(x, width, name) for x in _chosen(output, selection, name)]
+    joined = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+    if selection.drop_prefix:
+        if joined.ndim != 3 or joined.shape[1] <= selection.drop_prefix:
+            raise ValueError(
+                f"{name}: drop_prefix={selection.drop_prefix} needs features of shape (items, tokens, width) with more "
+                f"tokens than that, got {tuple(joined.shape)}."
+            )
+        joined = joined[:, selection.drop_prefix :]
+    return joined
+
+
+def _chosen(output: EncoderOutput, selection: Selection, name: str) -> list[Tensor]:
+    if selection.output is not None:
+        value = output.get(selection.output)
+        if not isinstance(value, Tensor):
+            present = [key for key, item in output.items() if isinstance(item, Tensor)]
+            raise ValueError(f"{name}: the encoder's output has no tensor {selection.output!r}, it has {present}.")
+        return [value]
+    if selection.layer == -1:
+        last, pooled = output.last_hidden_state, output.pooler_output
+        if last is None:
+            raise ValueError(f"{name}: the encoder's output has no features, it has {list(output)}; name one by output=.")
+        merged = isinstance(pooled, Tensor) and pooled.ndim == 2 and last.ndim == 2
+        return [pooled if merged else last]
+    states = output.hidden_states
+    layers = [selection.layer] if isinstance(selection.layer, int) else list(selection.layer)
+    if states is None:
+        raise ValueError(f"{name}: layer={selection.layer!r} needs hidden states, which this encoder does not return.")
+    for layer in layers:
+        if not -len(states) <= layer < len(states):
+            raise ValueError(f"{name}: layer {layer} does not exist, the encoder gives {len(states)} hidden states.")
+    return [states[layer] for layer in layers]
+
+
+def _flatten_map(features: Tensor, width: int | None, name: str) -> Tensor:
+    if features.ndim in (2, 3):
+        return features
+    if features.ndim != 4:
+        raise ValueError(
+            f"{name}: the encoder's features have the shape {tuple(features.shape)}, expected (items, tokens, width), "
+            "(items, width, height, width of map) or packed (tokens, width): reshape them in postprocess_module_callback."
+        )
+    channels_last = width is not None and features.shape[-1] == width and features.shape[1] != width
+    if channels_last:  # (items, rows, columns, width)
+        return features.flatten(1, 2)
+    return features.flatten(2).transpose(1, 2)  # (items, width, rows, columns)
+
+
+def lengths_by_grid(num_features: int, grid: Tensor, name: str) -> list[int]:
+    """Features of each item of a packed output.
+
+    Args:
+        num_features: of all items together.
+        grid: ``(items, 2 or 3)`` patches along each axis; a tower merges the same number of patches everywhere.
+        name: the modality, for messages.
+
+    Raises:
+        ValueError: the features do not divide by the grid.
+    """
+    patches = grid.prod(-1).tolist()
+    total = sum(patches)
+    lengths = [num_features * p // total for p in patches]
+    if any(num_features * p % total for p in patches) or sum(lengths) != num_features:
+        raise ValueError(f"{name}: {num_features} features do not divide among items of {patches} patches.")
+    return lengths
+
+
+def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
+    """One ``(n_i, width)`` tensor per item.
+
+    Args:
+        features: a list of tensors, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `lengths`.
+        lengths: features of each item; of a 3-D tensor the first ones are kept.
+        name: the modality, for messages.
+
+    Raises:
+        ValueError: packed features without lengths, or lengths that do not fit.
+    """
+    if not isinstance(features, Tensor):
+        return [x.flatten(0, -2) for x in features]
+    if features.ndim == 3:
+        if lengths is None:
+            return list(features)
+        if len(lengths) != len(features) or max(lengths, default=0) > features.shape[1]:
+            raise ValueError(f"{name}: lengths {list(lengths)} do not fit features of shape {tuple(features.shape)}.")
+        return [item[:n] for item, n in zip(features, lengths, strict=True)]
+    if features.ndim != 2 or lengths is None or sum(lengths) != len(features):
+        raise ValueError(
+            f"{name}: features of shape {tuple(features.shape)} cannot be split into items by lengths "
+            f"{None if lengths is None else list(lengths)}: return a list with one tensor per item, or set "
+            "output['feature_lens']."
+        )
+    return list(features.split([int(n) for n in lengths]))

@@ -1,0 +1,106 @@
+"""Which part of a model encodes, what kind of thing it encodes, and what its `forward` takes."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapters import is_wrapped, unwrapped
+
+MEDIA_KINDS = ("image", "video", "audio")
+KIND_BY_INPUT = {
+    "pixel_values": "image",
+    "pixel_values_videos": "video",
+    "input_features": "audio",
+    "input_values": "audio",
+    "input_ids": "text",
+    "past_values": "time",
+}
+NOT_INPUTS = frozenset(
+    "labels output_attentions output_hidden_states return_dict past_key_values use_cache cache_position "
+    "encoder_hidden_states encoder_attention_mask".split()
+)
+
+
+def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
+    """The encoder inside a model: the model itself, or the tower of a composite or headed one.
+
+    Args:
+        model: a `PreTrainedModel`, PEFT-wrapped or not.
+        kind: which tower to take where a model has several.
+
+    Raises:
+        TypeError: not a model, a class instead of an instance, or an abstract class.
+        ValueError: several towers and no `kind`.
+    """
+    if isinstance(model, type):
+        raise TypeError(f"Expected an encoder, got the class {model.__name__}: instantiate it, or load it by from_pretrained.")
+    if is_wrapped(model):
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Expected a transformers.PreTrainedModel as the encoder, got {type(model).__name__}.")
+    if type(model).forward is nn.Module.forward:
+        concrete = [c.__name__ for c in type(model).__subclasses__() if c.forward is not nn.Module.forward]
+        raise TypeError(f"{type(model).__name__} is abstract and has no forward, use one of {sorted(concrete)}.")
+    tower = _inner_tower(model, kind)
+    return model if tower is model else resolve_tower(tower, kind)
+
+
+def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    found = {k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))}
+    found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
+    if len({id(tower) for tower in found.values()}) > 1:
+        raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")
+    if found:
+        return next(iter(found.values()))
+    base = model.base_model
+    return base if isinstance(base, PreTrainedModel) else model
+
+
+def infer_kind(module: nn.Module) -> str:
+    """What an encoder encodes: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ``"time"``, or its main input's name."""
+    model = unwrapped(module)
+    stated = model.input_modalities
+    stated = (stated,) if isinstance(stated, str) else tuple(stated)
+    for kind in (*MEDIA_KINDS, "time"):
+        if kind in stated:
+            return kind
+    names = [model.main_input_name, *forward_parameters(module)]
+    return next((KIND_BY_INPUT[name] for name in names if name in KIND_BY_INPUT), model.main_input_name)
+
+
+def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """Named parameters of a module's `forward`; of a PEFT wrapper, of the model inside."""
+    parameters = inspect.signature(unwrapped(module).forward).parameters
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: p for name, p in parameters.items() if p.kind not in kinds}
+
+
+def takes_any_keyword(module: nn.Module) -> bool:
+    """Whether a module's `forward` has ``**kwargs``."""
+    parameters = inspect.signature(unwrapped(module).forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def accepts(module: nn.Module, name: str) -> bool:
+    """Whether a module's `forward` takes a keyword."""
+    return name in forward_parameters(module) or takes_any_keyword(module)
+
+
+def counted_lengths(module: nn.Module, mask: Tensor) -> list[int] | None:
+    """Feature counts that an audio encoder derives from its input's valid lengths, None where it has no such method.
+
+    Args:
+        mask: ``(items, length)``, 1 where the input is valid.
+    """
+    # The convolutional front ends of transformers' audio encoders tell their output length by one of these methods.
+    for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
+        helper = getattr(unwrapped(module), name, None)
+        if helper is not None:
+            lengths = helper(mask.sum(-1))
+            lengths = lengths[-1] if isinstance(lengths, tuple) else lengths
+            return lengths.tolist()
+    return None
