@@ -35,10 +35,14 @@ class PerInstanceSignature:
     The instance's ``signature_changes(method_name)`` gives the parameters to remove and to add, or None if it does
     not have the method at all.  Nothing is stored on the instance, so it can be pickled and copied, and may still
     hold a `forward` of its own (as compiling or dispatching it does).
+
+    Args:
+        function: the method.
+        on_class: whether the class itself shows the method; transformers looks at classes to learn what models do.
     """
 
-    def __init__(self, function: Callable):
-        self.function = function
+    def __init__(self, function: Callable, on_class: bool = True):
+        self.function, self.on_class = function, on_class
         functools.update_wrapper(self, function)
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -46,6 +50,8 @@ class PerInstanceSignature:
 
     def __get__(self, instance: object | None, owner: type | None = None) -> Callable:
         if instance is None:
+            if not self.on_class:
+                raise AttributeError(f"{self.name!r} exists on instances that have such an encoder only")
             return self.function
         changes = instance.signature_changes(self.name)
         if changes is None:

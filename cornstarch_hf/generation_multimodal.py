@@ -14,6 +14,31 @@ from .merging import group_by_sample
 class MultimodalGenerationMixin:
     """Overrides of `transformers.GenerationMixin` for encoders of any kind (its own know images and videos)."""
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; features also reach an assistant's prefill, which is no "first iteration" there."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        features = kwargs.get("mm_encoder_outputs")
+        if features is not None and past_key_values is not None and past_key_values.get_seq_length() == 0:
+            inputs.setdefault("mm_encoder_outputs", features)
+        return inputs
+
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config
     ) -> dict[str, Any]:
@@ -23,7 +48,8 @@ class MultimodalGenerationMixin:
         media, _ = self._route(given)
         outputs = self._encode(media, model_kwargs.get("mm_encoder_outputs"))
         is_ids = model_input_name != "inputs_embeds"
-        masks = self._placeholder_masks(inputs_tensor if is_ids else None, None if is_ids else inputs_tensor)
+        ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
+        masks = self._placeholder_masks(ids, embeds, text_only=not outputs)
         cache = model_kwargs.get("past_key_values")
         prefill = cache is None or cache.get_seq_length() == 0
         self._check_merge(masks, outputs, encoded_here=set(media), prefill=prefill)
@@ -40,7 +66,8 @@ class MultimodalGenerationMixin:
     ) -> dict[str, Any]:
         """Repeat the items of each sample together: beams of one sample stand side by side."""
         no_ids = input_ids is None or input_ids.numel() == 0
-        masks = self._placeholder_masks(None if no_ids else input_ids, inputs_embeds if no_ids else None)
+        ids, embeds = (None, inputs_embeds) if no_ids else (input_ids, None)
+        masks = self._placeholder_masks(ids, embeds, text_only=False)
         expanded = {}
         for name, output in mm_encoder_output.items():
             name = self._named(name)
@@ -54,8 +81,8 @@ class MultimodalGenerationMixin:
         processors = super()._get_logits_processor(*args, **kwargs)
         head = self.get_output_embeddings()
         size = head.weight.shape[0] if head is not None else self.config.get_text_config().vocab_size
-        ids = [self.config.modality(name)["token_id"] for name in self.config.encoders]
-        ids = [token_id for token_id in ids if token_id is not None and token_id < size]
+        text_only = not (kwargs.get("model_kwargs") or {}).get("mm_encoder_outputs")
+        ids = [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]
         if ids:
             processors.append(SuppressTokensLogitsProcessor(ids, device=torch.device(self.device)))
         return processors

@@ -85,6 +85,61 @@ def _short(values: Sequence[int]) -> str:
     return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:12]))}, ...]"
 
 
+def shifted_left(mask: Tensor) -> Tensor:
+    """`mask` as the labels that were shifted to their predictions see it: position t holds what t + 1 held.
+
+    >>> shifted_left(torch.tensor([[False, True, False]])).tolist()
+    [[True, False, False]]
+    """
+    return torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
+
+
+def mask_labels(placeholders: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Labels ``(batch, length)`` with -100 where a placeholder stands; the input is not changed."""
+    if labels is None or labels.shape != placeholders.shape:
+        return labels
+    return labels.masked_fill(placeholders.to(labels.device), -100)
+
+
+def check_labels(
+    placeholders: Tensor,
+    token_ids: Sequence[int],
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    counted: bool,
+) -> None:
+    """Refuse labelled placeholders whose number has gone into the loss's denominator already.
+
+    Masking them in the model would be too late then: the loss would be divided by too much.  Shifted labels that are
+    a copy of the ids, placeholders included, are refused too: whoever shifted them has counted them.
+
+    Args:
+        placeholders: bool ``(batch, length)``.
+        token_ids: the placeholders' ids.
+        labels: ``(batch, length)`` or None.
+        shift_labels: labels aligned with the logits, or None; they replace `labels`.
+        counted: whether the caller passes the number of labels (`num_items_in_batch`).
+
+    Raises:
+        ValueError: with the number of labelled placeholders.
+    """
+    if shift_labels is not None and shift_labels.shape == placeholders.shape:
+        where, given = shifted_left(placeholders), shift_labels
+    elif labels is not None and counted:
+        where, given = placeholders, labels
+    else:
+        return
+    where = where.to(given.device)
+    wrong = int((where & (given != -100)).sum())
+    copied = int((where & torch.isin(given, torch.tensor(list(token_ids), device=given.device))).sum())
+    if wrong and (counted or 2 * copied > int(where.sum())):
+        raise ValueError(
+            f"{wrong} of {int(where.sum())} placeholder tokens are labelled in "
+            f"{'labels' if given is labels else 'shift_labels'}, which were counted already, and features give no loss: set "
+            "those labels to -100 before the batch is counted (MultimodalCollator does)."
+        )
+
+
 def scatter_features(inputs_embeds: Tensor, mask: Tensor, features: Tensor) -> Tensor:
     """Replace the masked rows of `inputs_embeds` by `features`, in reading order.
 

@@ -46,6 +46,8 @@ class MultimodalPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Whether a placeholder without input is refused although no processor has named its token.
+    _strict_placeholders = False
 
     @property
     def encoders(self) -> dict[str, ModalEncoderModule]:
@@ -118,6 +120,7 @@ class MultimodalPreTrainedModel(PreTrainedModel):
             used[token_id] = name
         for name, token_id in token_ids.items():
             self.config.modality(name)["token_id"] = token_id
+        self._strict_placeholders = True
 
     def _take_traits(self, supplied: bool) -> None:
         """Traits of the parts that transformers reads on the whole."""

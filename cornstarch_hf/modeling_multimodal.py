@@ -18,9 +18,12 @@ from .input_names import OWN_INPUTS, transformers_keywords
 from .language_model import run_backbone, run_language_model, text_keywords
 from .merging import (
     check_counts,
+    check_labels,
     embedded_placeholder_mask,
+    mask_labels,
     placeholder_mask,
     scatter_features,
+    shifted_left,
     without_placeholders,
 )
 from .modeling_base import MultimodalPreTrainedModel
@@ -131,7 +134,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         media, text = self._route(kwargs)
         outputs = self._encode(media, mm_encoder_outputs)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        masks = self._placeholder_masks(input_ids, inputs_embeds)
+        masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)
         self._check_merge(masks, outputs, encoded_here=set(media), prefill=past_length == 0)
         ids, embeds = self._merge(input_ids, inputs_embeds, outputs, masks)
         output = run_language_model(
@@ -190,11 +193,10 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             outputs[name] = self.encoders[name](**inputs)
         return outputs
 
-    def _placeholder_masks(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
+    def _placeholder_masks(self, input_ids, inputs_embeds, text_only: bool) -> dict[str, Tensor]:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        ids = {name: self.config.modality(name)["token_id"] for name in self.config.encoders}
-        ids = {name: token_id for name, token_id in ids.items() if token_id is not None}
+        ids = self.placeholder_ids(text_only)
         if input_ids is not None:
             return {name: placeholder_mask(input_ids, token_id) for name, token_id in ids.items()}
         embed = self.get_input_embeddings()
@@ -221,8 +223,19 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             elif name not in outputs and prefill and bool(mask.any()):
                 raise ValueError(
                     f"{name}: the text has {int(mask.sum())} placeholder tokens ({token}) but there is no input for the "
-                    f"encoder (0 features): pass {list(self.config.modality(name)['input_names'])[:1]}."
+                    f"encoder (0 features): pass {list(self.config.modality(name)['input_names'])}."
                 )
+
+    def placeholder_ids(self, text_only: bool = False) -> dict[str, int]:
+        """Token id of each modality's placeholder.
+
+        A checkpoint may hold ids that no processor ever named; in text alone such an id is an ordinary word.
+        """
+        entries = {name: self.config.modality(name) for name in self.config.encoders}
+        ids = {name: entry["token_id"] for name, entry in entries.items() if entry["token_id"] is not None}
+        if text_only and not self._strict_placeholders:
+            return {name: token_id for name, token_id in ids.items() if entries[name]["token"] is not None}
+        return ids
 
     def _merge(self, input_ids, inputs_embeds, outputs: EncoderOutputs, masks: dict[str, Tensor]):
         """``(input_ids, None)`` for text alone, else ``(None, embeddings with the features in them)``."""
@@ -241,19 +254,14 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
     def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:
         if not masks or (labels is None and text.get("shift_labels") is None):
             return labels
-        counted = [key for key in ("num_items_in_batch", "shift_labels") if text.get(key) is not None]
         placeholders = torch.stack(list(masks.values())).any(0)
-        if counted and not torch.compiler.is_compiling():
-            ids = torch.tensor([self.config.modality(name)["token_id"] for name in masks])
-            shifted = text.get("shift_labels")
-            wrong = 0 if labels is None else int((placeholders.to(labels.device) & (labels != -100)).sum())
-            wrong += 0 if shifted is None else int(torch.isin(shifted, ids.to(shifted.device)).sum())
-            if wrong:
-                raise ValueError(
-                    f"{wrong} labels stand on placeholder tokens while {counted} has been counted with them, so the loss "
-                    "would be wrong: set them to -100 before the batch is counted (MultimodalCollator does)."
-                )
-        return labels if labels is None else labels.masked_fill(placeholders.to(labels.device), -100)
+        if not torch.compiler.is_compiling():
+            ids = [self.config.modality(name)["token_id"] for name in masks]
+            counted = text.get("num_items_in_batch") is not None
+            check_labels(placeholders, ids, labels, text.get("shift_labels"), counted)
+        if text.get("shift_labels") is not None:
+            text["shift_labels"] = mask_labels(shifted_left(placeholders), text["shift_labels"])
+        return mask_labels(placeholders, labels)
 
     def forward_headless(self, input_ids: Tensor | None = None, **kwargs: Any):
         """As `forward`, without the language-model head: the backbone's output with `last_hidden_state`."""
@@ -264,7 +272,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         media, text = self._route(kwargs)
         outputs = self._encode(media, own.pop("mm_encoder_outputs"))
         embeds, cache = own.pop("inputs_embeds"), own["past_key_values"]
-        masks = self._placeholder_masks(input_ids, embeds)
+        masks = self._placeholder_masks(input_ids, embeds, text_only=not outputs)
         self._check_merge(masks, outputs, set(media), prefill=cache is None or cache.get_seq_length() == 0)
         ids, embeds = self._merge(input_ids, embeds, outputs, masks)
         return run_backbone(self, {"input_ids": ids, "inputs_embeds": embeds, **own, **text})
@@ -291,10 +299,11 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         """Features of sounds; see `get_image_features`."""
         return self._features("audio", modality, return_dict, kwargs)
 
-    @PerInstanceSignature
     def get_video_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
         """Features of videos; see `get_image_features`."""
         return self._features("video", modality, return_dict, kwargs)
+
+    get_video_features = PerInstanceSignature(get_video_features, on_class=False)
 
     def _features(self, kind: str, modality: str | None, return_dict: bool | None, kwargs: dict[str, Any]):
         names = self.config.modalities_of_kind(kind) if modality is None else [self._named(modality)]

@@ -114,6 +114,11 @@ class MultimodalProjector(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
+    # It has no attention, so it runs under any implementation that is asked of the whole model.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: MultimodalProjectorConfig, projection: nn.Module | None = None):
         super().__init__(copy.deepcopy(config) if projection is not None else config)
