@@ -4,6 +4,7 @@ from .auto import register_auto_classes
 from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .modeling_multimodal import MultimodalModel
+from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
 from .registries import register_callback, register_feature_count, register_projector
 
@@ -11,6 +12,7 @@ __all__ = [
     "ModalEncoderModule",
     "MultimodalConfig",
     "MultimodalModel",
+    "MultimodalProcessor",
     "MultimodalProjector",
     "MultimodalProjectorConfig",
     "register_callback",

@@ -6,11 +6,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
 )
 from transformers.models.auto import modeling_auto
 
 from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
 from .modeling_multimodal import MultimodalModel
+from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
 
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
@@ -29,5 +31,6 @@ def register_auto_classes() -> None:
     for auto_class in MODEL_CLASSES:
         auto_class.register(MultimodalConfig, MultimodalModel, exist_ok=True)
     AutoModel.register(MultimodalProjectorConfig, MultimodalProjector, exist_ok=True)
+    AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
     for table in STATIC_TABLES:
         getattr(modeling_auto, table).setdefault(MultimodalConfig.model_type, MultimodalModel.__name__)

@@ -146,7 +146,10 @@ class ModalEncoderModule(nn.Module):
         items: dict[int, Tensor] = {}
         for length, positions in groups.items():
             part = {key: _cut(value, positions, length, key) for key, value in arguments.items()}
-            _, selected = self._encode_batch(part, options)
+            del part["attention_mask"]
+            raw, selected = self._encode_batch(part, options)
+            if len(groups) == 1:
+                return raw, selected
             items |= dict(zip(positions, selected.last_hidden_state, strict=True))
         ordered = [items[i] for i in range(len(items))]
         together = EncoderOutput(last_hidden_state=torch.cat(ordered))
@@ -230,7 +233,7 @@ def _placed(value: Any, weight: Tensor | None) -> Any:
 
 
 def groups_by_length(arguments: dict[str, Any]) -> dict[int, list[int]] | None:
-    """Positions of items by valid length, where a mask says that sequences of different lengths were padded together.
+    """Positions of items by valid length, where a mask tells which part of each sequence is padding.
 
     Only inputs of one number or id per position (``input_values``, ``input_ids``) can be cut; None for all others.
     """
@@ -238,11 +241,8 @@ def groups_by_length(arguments: dict[str, Any]) -> dict[int, list[int]] | None:
     main = next((arguments[k] for k in ("input_values", "input_ids") if arguments.get(k) is not None), None)
     if not isinstance(mask, Tensor) or not isinstance(main, Tensor) or mask.shape != main.shape:
         return None
-    lengths = mask.sum(-1).tolist()
-    if all(n == mask.shape[1] for n in lengths):
-        return None
     groups: dict[int, list[int]] = {}
-    for position, length in enumerate(lengths):
+    for position, length in enumerate(mask.sum(-1).tolist()):
         groups.setdefault(int(length), []).append(position)
     return groups
 

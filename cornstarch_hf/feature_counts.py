@@ -1,0 +1,157 @@
+"""How many features an item will give: by a registered count, by a rule, or by a run on shapes.  Needs no weights."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .callbacks import declared_count
+from .composition import build_encoder
+from .configuration_multimodal import MultimodalConfig
+from .encoders import ModalEncoderModule
+from .registries import FEATURE_COUNTS
+from .shape_probe import run_on_shapes, weights_to_meta
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+
+
+def _patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    height, width = inputs["pixel_values"].shape[-2:]
+    rows, columns = _pair(config.patch_size)
+    return (height // rows) * (width // columns)
+
+
+def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    length = inputs["input_values"].shape[-1]
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        length = (length - kernel) // stride + 1
+    return length
+
+
+# Tokens of the last hidden state of one item, by the encoder's model type; each is tested against the encoder.
+RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int]] = {
+    "clip_vision_model": lambda inputs, config: _patches(inputs, config) + 1,
+    "dinov2": lambda inputs, config: _patches(inputs, config) + 1,
+    "siglip_vision_model": _patches,
+    "vit": lambda inputs, config: _patches(inputs, config) + 1,
+    "whisper": lambda inputs, config: config.max_source_positions,
+    "wav2vec2": lambda inputs, config: _waveform(inputs, config),
+    "qwen2_vl": lambda inputs, config: int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2,
+}
+
+
+class FeatureCounter:
+    """Counts features per item, after selection, callbacks and token reduction, from a configuration alone.
+
+    Args:
+        config: of the composed model.
+        live: encoders of a live model, whose callbacks are run where the configuration cannot hold them.
+    """
+
+    def __init__(self, config: MultimodalConfig, live: Mapping[str, ModalEncoderModule] | None = None):
+        self.config = config
+        self._callbacks = {name: dict(encoder.callbacks) for name, encoder in (live or {}).items()}
+        self._probes: dict[str, ModalEncoderModule] = {}
+        self._cache: dict[tuple, int] = {}
+
+    def count(self, name: str, inputs: Mapping[str, Any]) -> int:
+        """Features that one item of a modality gives.
+
+        Args:
+            name: the modality.
+            inputs: the item's encoder inputs by the names of the encoder's `forward`; axis 0 has one item, or the
+                item's own patches where the encoder packs them.
+
+        Raises:
+            ValueError: a registered count is no natural number, or the run on shapes fails.
+        """
+        key = (name, *sorted((k, _signature(v)) for k, v in inputs.items()))
+        if key not in self._cache:
+            self._cache[key] = self._counted(name, inputs)
+        return self._cache[key]
+
+    def _counted(self, name: str, inputs: Mapping[str, Any]) -> int:
+        encoder_config = getattr(self.config, f"{name}_config")
+        registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
+        if registered is not None:
+            return _natural(registered(inputs, encoder_config), name, "the registered feature count")
+        entry, last = self.config.modality(name), self._last_callback(name)
+        rule = RULES.get(encoder_config.model_type)
+        if rule is not None and entry["layer"] == -1 and entry["output"] is None and last in (None, "declared"):
+            count = rule(inputs, encoder_config) - entry["drop_prefix"]
+        else:
+            count = self._probed(name, inputs, until_callbacks=last == "declared")
+        if last == "declared":
+            for callback in self._live_or_built(name).values():
+                declared = declared_count(callback) if callback is not None else None
+                count = _natural(declared(inputs, count), name, "its feature_count") if declared else count
+        return count
+
+    def _last_callback(self, name: str) -> str | None:
+        """None without callbacks, "declared" when each declares its count, else "run"."""
+        callbacks = [callback for callback in self._live_or_built(name).values() if callback is not None]
+        if not callbacks:
+            return None
+        return "declared" if all(declared_count(callback) for callback in callbacks) else "run"
+
+    def _live_or_built(self, name: str) -> dict[str, Callable | None]:
+        return self._callbacks[name] if name in self._callbacks else self._probe(name).callbacks
+
+    def _probe(self, name: str) -> ModalEncoderModule:
+        if name not in self._probes:
+            plain = copy.deepcopy(self.config)
+            plain.adapters = None
+            if name in self._callbacks:
+                plain.modality(name)["callbacks"] = {}
+            with init_empty_weights(include_buffers=False):
+                encoder = build_encoder(plain, name)
+            for slot, callback in self._callbacks.get(name, {}).items():
+                if callback is not None:
+                    setattr(encoder, slot, copy.deepcopy(callback) if isinstance(callback, nn.Module) else callback)
+            self._probes[name] = weights_to_meta(encoder.eval())
+        return self._probes[name]
+
+    def _probed(self, name: str, inputs: Mapping[str, Any], until_callbacks: bool) -> int:
+        encoder = self._probe(name)
+        if until_callbacks:
+            encoder = copy.copy(encoder)
+            encoder.__dict__ = dict(encoder.__dict__) | {"postprocess_projector_callback": None}
+        try:
+            output = run_on_shapes(encoder, dict(inputs))
+        except Exception as error:
+            shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
+            raise ValueError(
+                f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
+                f"{type(encoder.module).__name__} and its callbacks on shapes ({type(error).__name__}: {error}). State it: "
+                f"register_feature_count({name!r}, fn)."
+            ) from error
+        return sum(len(item) for item in output.pooler_output)
+
+
+def _natural(count: Any, name: str, what: str) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"{name}: {what} must be an integer >= 0, got {count!r}.")
+    return count
+
+
+def _signature(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    small = not value.is_floating_point() and value.numel() <= 4096
+    return tuple(value.shape), value.numpy().tobytes() if small else str(value.dtype)
+
+
+def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | None:
+    """Inputs of an ordinary item, where the encoder's configuration fixes their shape; on the meta device."""
+    size = getattr(config, "image_size", None)
+    if kind == "image" and size is not None:
+        return {"pixel_values": torch.empty(1, getattr(config, "num_channels", 3), *_pair(size), device="meta")}
+    if getattr(config, "max_source_positions", None) and getattr(config, "num_mel_bins", None):
+        return {"input_features": torch.empty(1, config.num_mel_bins, 2 * config.max_source_positions, device="meta")}
+    return None

@@ -1,0 +1,191 @@
+"""Items as users hand them over, made ready for their processors: loaded, checked, put in order.
+
+Whatever a processor would clip, resample or stretch without a word is refused here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.audio_utils import load_audio
+from transformers.image_utils import load_image
+
+PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
+
+
+def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
+    """Items in order, and how many each sample has when they were given per sample.
+
+    Args:
+        items: one item, a list of items, or a list of lists (one per sample).
+        kind: an array or a list of numbers is one item of ``"audio"``, a dict is one item of any kind.
+    """
+    if not isinstance(items, (list, tuple)) or _is_item(items, kind):
+        return [items], None
+    if any(isinstance(item, (list, tuple)) and not _is_item(item, kind) for item in items) or (
+        items and all(item is None for item in items)
+    ):
+        samples = [[] if sample is None else _as_list(sample, kind) for sample in items]
+        return [item for sample in samples for item in sample], [len(sample) for sample in samples]
+    return list(items), None
+
+
+def _is_item(value: Any, kind: str) -> bool:
+    if kind != "audio" or not isinstance(value, (list, tuple)):
+        return False
+    return bool(value) and all(isinstance(x, (int, float)) for x in value)
+
+
+def _as_list(sample: Any, kind: str) -> list[Any]:
+    return list(sample) if isinstance(sample, (list, tuple)) and not _is_item(sample, kind) else [sample]
+
+
+def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
+    """An image for an image processor: a PIL image of 1 or 3 channels where the item is one, else the array.
+
+    Args:
+        item: PIL image, array, tensor, path, URL or base64 text, or a dict with one of those.
+        where: modality and item, for messages.
+        channels: how many the encoder takes.
+        rescaled: whether float values are left as they are (``do_rescale=False``).
+
+    Raises:
+        ValueError: an empty image, more than 8 bits per channel, floats that would be rescaled.
+        TypeError: no image.
+    """
+    if isinstance(item, Mapping):
+        item = next((item[k] for k in ("image", "url", "path", "base64", "bytes") if item.get(k) is not None), item)
+    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+        item = _load(item)
+    if isinstance(item, Image.Image):
+        return _ready_pil(item, where, channels)
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return _ready_array(item, where, channels, rescaled)
+    raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
+
+
+def _load(item: Any) -> Image.Image:
+    if isinstance(item, bytes):
+        import io
+
+        return Image.open(io.BytesIO(item))
+    return load_image(str(item))
+
+
+def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
+    if min(image.size) == 0:
+        raise ValueError(f"{where}: the image is empty (width x height = {image.size[0]} x {image.size[1]}).")
+    if image.mode not in PLAIN_MODES:
+        raise ValueError(
+            f"{where}: the image has mode {image.mode!r} (more than 8 bits per channel or floating-point), which image "
+            "processors clip without a word: scale it to 0..255 and convert it to 'L' or 'RGB' first."
+        )
+    return image.convert("L" if channels == 1 else "RGB") if channels in (1, 3) else image
+
+
+def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
+    shape = tuple(array.shape)
+    if 0 in shape or len(shape) not in (2, 3):
+        raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
+    kind = str(array.dtype).removeprefix("torch.")
+    if kind == "uint8":
+        values = array.numpy() if isinstance(array, torch.Tensor) else array
+        if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
+            values = values.transpose(1, 2, 0)
+        if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
+        return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
+    if not kind.startswith(("float", "bfloat")):
+        raise ValueError(
+            f"{where}: the image has {kind} values, expected uint8 (0..255): scale it yourself, processors would clip it."
+        )
+    if not rescaled:
+        raise ValueError(
+            f"{where}: the image has {kind} values, which the processor would divide by 255: pass uint8 (0..255), or "
+            "images_kwargs={'do_rescale': False} if it is scaled already."
+        )
+    return array
+
+
+def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
+    """A mono waveform as float32 ``(samples,)``.
+
+    Args:
+        item: array, tensor or list of floats; path or URL (resampled on loading); dict with `array` and
+            `sampling_rate`.
+        where: modality and item, for messages.
+        expected: the sampling rate of the feature extractor, in Hz.
+        given: the sampling rate that the caller states for bare arrays, in Hz.
+
+    Raises:
+        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN.
+        TypeError: no sound.
+    """
+    if isinstance(item, Mapping):
+        given = item.get("sampling_rate", given)
+        item = next((item[k] for k in ("array", "audio", "path", "url") if item.get(k) is not None), None)
+    if isinstance(item, str) or hasattr(item, "__fspath__"):
+        item, given = load_audio(str(item), sampling_rate=expected or 16_000), expected
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
+    if not isinstance(item, (np.ndarray, list, tuple)):
+        raise TypeError(f"{where}: expected a waveform (array, tensor, path or URL), got {type(item).__name__}.")
+    wave = np.asarray(item)
+    if wave.ndim == 2 and 1 in wave.shape:
+        wave = wave.reshape(-1)
+    if wave.ndim != 1 or wave.size == 0:
+        raise ValueError(f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels.")
+    if not np.issubdtype(wave.dtype, np.floating):
+        raise ValueError(f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide it by its range.")
+    if not np.isfinite(wave).all():
+        raise ValueError(f"{where}: the waveform has values that are not finite.")
+    check_sampling_rate(where, expected, given)
+    return wave.astype(np.float32, copy=False)
+
+
+def check_sampling_rate(where: str, expected: int | None, given: int | None) -> None:
+    """Refuse a bare array without, or with another, sampling rate (ValueError with both rates)."""
+    if expected is None:
+        return
+    if given is None:
+        raise ValueError(f"{where}: pass sampling_rate= (in Hz) with bare audio arrays; the encoder expects {expected}.")
+    if int(given) != int(expected):
+        raise ValueError(f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first.")
+
+
+def split_items(outputs: Mapping[str, Any], count: int, where: str) -> list[dict[str, Any]]:
+    """A processor's output, one dict per item.
+
+    Tensors have one row per item; where a processor packs patches, its grid tells whose they are.
+
+    Raises:
+        ValueError: a tensor's rows cannot be told apart.
+    """
+    grid = next((v for k, v in outputs.items() if k.endswith(("grid_thw", "grid_hws"))), None)
+    sizes = grid.prod(-1).tolist() if grid is not None else None
+    items: list[dict[str, Any]] = [{} for _ in range(count)]
+    for key, value in outputs.items():
+        if not isinstance(value, (torch.Tensor, Sequence)) or isinstance(value, str):
+            continue
+        if len(value) == count:
+            parts = [value[i : i + 1] for i in range(count)]
+        elif sizes is not None and len(value) == sum(sizes):
+            parts = list(value.split(sizes))
+        else:
+            raise ValueError(f"{where}: {key!r} has {len(value)} rows for {count} items.")
+        for item, part in zip(items, parts, strict=True):
+            item[key] = part
+    return items
+
+
+def unpadded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """One item's inputs without the padding that a batch gave it, where a mask tells of it (see `groups_by_length`)."""
+    mask = inputs.get("attention_mask")
+    main = next((k for k in ("input_values", "input_ids") if k in inputs), None)
+    if not isinstance(mask, torch.Tensor) or main is None or mask.shape != inputs[main].shape:
+        return inputs
+    length = int(mask.sum())
+    cut = {k: v[:, :length] if isinstance(v, torch.Tensor) and v.ndim >= 2 else v for k, v in inputs.items()}
+    return {k: v for k, v in cut.items() if k != "attention_mask"}

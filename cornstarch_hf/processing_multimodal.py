@@ -1,0 +1,278 @@
+"""The processor of a composed model: raw inputs to tensors, each placeholder expanded to its item's features."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+
+from .chat import ConversationReader, assistant_spans, is_batch, refuse_typed, render
+from .input_names import PROCESSOR_NAMES, keyword_for
+from .media import flatten, split_items, unpadded
+from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows, token_mask
+from .processing_base import MultimodalProcessorBase
+from .subprocessors import MEDIA_KEYS, run_subprocessor
+
+PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
+TEXT_OPTIONS = frozenset(
+    "padding truncation max_length pad_to_multiple_of padding_side add_special_tokens return_tensors "
+    "return_attention_mask return_offsets_mapping return_token_type_ids stride split_special_tokens".split()
+)
+
+
+class MultimodalProcessor(MultimodalProcessorBase):
+    """Tokenizer and single-modality processors as one, for a composed model.
+
+    Args:
+        tokenizer: of the language model; copied, placeholder tokens are added to the copy.
+        processors: an image processor, feature extractor or tokenizer by modality name.
+        model: a composed model; its configuration is read, and the placeholder ids are written into it.
+        config: a `MultimodalConfig` instead of a model.
+        tokens: placeholder tokens by modality name; by default ``<image>``, ``<audio>``, ``<video>`` where one
+            modality has that kind, else ``<{name}>``.
+        chat_template: a Jinja template; by default the tokenizer's, else a plain one.
+
+    Raises:
+        TypeError: something of a wrong type.
+        ValueError: neither model nor config, a processor for a modality that the model does not have, placeholder
+            tokens that collide.
+    """
+
+    def __call__(
+        self, images=None, text=None, videos=None, audio=None, *, encoder_inputs=None, llm_inputs=None, **kwargs: Any
+    ) -> BatchFeature:
+        """Process text and media.
+
+        Args:
+            images, videos, audio: items of the modality of that kind: one, a list, or a list per sample.
+            text: one text or a list, with one placeholder per item.
+            encoder_inputs: ``{modality: {argument: value}}``, the items under any of their usual names, or tensors
+                that are processed already under the names that the encoder takes.
+            llm_inputs: ``{"text": ..., further arguments of the tokenizer}``.
+            **kwargs: items by modality name (``protein=[...]``); ``sampling_rate`` of bare audio arrays in Hz;
+                arguments of the tokenizer (`padding`, `truncation`, `max_length`, `return_tensors`, ...); arguments of
+                single processors in ``{modality}_kwargs``, ``images_kwargs``, ``audio_kwargs``, ``text_kwargs``.
+
+        Returns:
+            `BatchFeature` with `input_ids`, `attention_mask` ``(batch, length)`` and each encoder's inputs.
+
+        Raises:
+            TypeError: an unknown argument.
+            ValueError: placeholders and items that differ in number, items that cannot be used, truncation that would
+                cut features.
+        """
+        text, options, llm = self._text_arguments(text, llm_inputs, kwargs)
+        media = self._media_arguments({"images": images, "videos": videos, "audio": audio}, encoder_inputs, kwargs)
+        if kwargs:
+            raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {self._known_arguments()}.")
+        spans = llm.pop("assistant_spans", None)
+        tensors, lengths, samples = self._process_media(media)
+        data: dict[str, Any] = {}
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            data = self._encode_text(texts, lengths, samples, options, spans)
+        return BatchFeature({**data, **tensors}, tensor_type=None)
+
+    def _known_arguments(self) -> list[str]:
+        names = [*self.config.encoders, *(f"{n}_kwargs" for n in self.config.encoders)]
+        return sorted({*names, "images", "videos", "audio", "text", "sampling_rate", "text_kwargs", *TEXT_OPTIONS})
+
+    def _text_arguments(self, text: Any, llm_inputs: Mapping[str, Any] | None, kwargs: dict[str, Any]):
+        given = dict(llm_inputs or {})
+        if text is not None and "text" in given:
+            raise ValueError("text was given twice: as text= and in llm_inputs.")
+        text = given.pop("text", text)
+        internal = {"assistant_spans": given.pop("assistant_spans", None)}
+        options = {key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}
+        options |= kwargs.pop("text_kwargs", None) or {}
+        options |= given
+        if unknown := sorted(set(options) - TEXT_OPTIONS):
+            raise TypeError(f"Unknown arguments for the tokenizer: {unknown}, expected some of {sorted(TEXT_OPTIONS)}.")
+        return text, options, internal
+
+    def _media_arguments(self, by_kind, encoder_inputs, kwargs) -> dict[str, dict[str, Any]]:
+        """``{modality: {"items": ..., options}}`` from all the ways of handing items over."""
+        media: dict[str, dict[str, Any]] = {}
+        rate = kwargs.pop("sampling_rate", None)
+        for kind, plural in PLURALS.items():
+            for name in self.modalities_for(kind) if by_kind[plural] is not None else ():
+                self._add_items(media, name, by_kind[plural])
+        for name in self.config.encoders:
+            if kwargs.get(name) is not None:
+                self._add_items(media, name, kwargs[name])
+            kwargs.pop(name, None)
+        for name, given in (encoder_inputs or {}).items():
+            self.modalities_for(name)
+            given = dict(given)
+            key = next((k for k in MEDIA_KEYS if k in given), None)
+            if key is not None:
+                self._add_items(media, name, given.pop(key))
+            media.setdefault(name, {}).update(given)
+        shared = {f"{plural}_kwargs": kind for kind, plural in PLURALS.items()}
+        for key in [k for k in kwargs if k in shared or k.removesuffix("_kwargs") in self.config.encoders]:
+            value = kwargs.pop(key) or {}
+            names = self.config.modalities_of_kind(shared[key]) if key in shared else [key.removesuffix("_kwargs")]
+            for name in names:
+                if name in media:
+                    media[name].update(value)
+        for name in media:
+            if rate is not None and self.config.modality(name)["kind"] == "audio":
+                media[name].setdefault("sampling_rate", rate)
+        return media
+
+    def _add_items(self, media: dict[str, dict[str, Any]], name: str, items: Any) -> None:
+        if "items" in media.setdefault(name, {}):
+            raise ValueError(f"{name}: its items were given twice, by kind and by name.")
+        media[name]["items"] = items
+
+    def _process_media(self, media: dict[str, dict[str, Any]]):
+        """Tensors by keyword, features of each item by modality, items per sample where that was told."""
+        tensors, lengths, samples = {}, {name: [] for name in self.config.encoders}, {}
+        for name, given in media.items():
+            entry = self.config.modality(name)
+            given = dict(given)
+            if "items" in given:
+                items, per_sample = flatten(given.pop("items"), entry["kind"])
+                samples[name] = per_sample
+                if not items:
+                    continue
+                if name not in self.processors:
+                    raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
+                encoder_config = getattr(self.config, f"{name}_config")
+                output = run_subprocessor(self.processors[name], name, entry["kind"], items, given, encoder_config)
+                count = len(items)
+            else:  # tensors made elsewhere
+                output = {key: torch.as_tensor(value) for key, value in given.items()}
+                count = len(next((v for k, v in output.items() if k.endswith(("grid_thw", "grid_hws"))), next(iter(output.values()))))
+            used = {key: keyword_for(key, name, entry["input_names"]) for key in output}
+            lengths[name] = self._count(name, {k: v for k, v in output.items() if used[k]}, count)
+            tensors |= {used[key]: value for key, value in output.items() if used[key]}
+        return tensors, lengths, samples
+
+    def _count(self, name: str, output: dict[str, Any], count: int) -> list[int]:
+        """Features of each item, alone and unpadded."""
+        names = {v: k for k, v in PROCESSOR_NAMES.get(self.config.modality(name)["kind"], {}).items()}
+        parameters = set(self.config.modality(name)["input_names"].values())
+        lengths = []
+        for item in split_items(output, count, name):
+            inputs = {names[k] if names.get(k) in parameters else k: v for k, v in item.items()}
+            lengths.append(self.counter.count(name, unpadded(inputs)))
+        return lengths
+
+    def _encode_text(self, texts: list[str], lengths, samples, options: dict[str, Any], spans) -> dict[str, Any]:
+        by_token = {self.tokens[name]: found for name, found in lengths.items()}
+        self._check_items(texts, lengths, samples)
+        taken: dict[str, int] = {}
+        expanded = [expand(text, by_token, taken) for text in texts]
+        options = dict(options)
+        as_tensors = options.pop("return_tensors", None)
+        padding = {k: options.pop(k) for k in ("padding", "pad_to_multiple_of", "padding_side") if k in options}
+        want_offsets = options.pop("return_offsets_mapping", False)
+        with_mask = options.pop("return_attention_mask", None)
+        rows = encode(
+            self.tokenizer, [e.text for e in expanded], **options, return_offsets_mapping=want_offsets or spans is not None
+        )
+        self._check_truncation(expanded, rows)
+        if spans is not None:
+            for row, text, turns in zip(rows, expanded, spans, strict=True):
+                row["assistant_masks"] = token_mask(row["offset_mapping"], [(text.moved(a), text.moved(b)) for a, b in turns])
+        extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
+        if not want_offsets:
+            extra.pop("offset_mapping", None)
+        data = pad_rows(self.tokenizer, rows, extra, padding, options.get("max_length"))
+        if with_mask is False:
+            data.pop("attention_mask")
+        return dict(BatchFeature(data, tensor_type=as_tensors)) if as_tensors else data
+
+    def _check_items(self, texts: list[str], lengths: dict[str, list[int]], samples: dict[str, Any]) -> None:
+        found = [occurrences(text, list(self.tokens.values())) for text in texts]
+        for name, token in self.tokens.items():
+            counts = [row[token] for row in found]
+            given = samples.get(name)
+            if given is not None and len(given) != len(texts):
+                raise ValueError(f"{name}: items were given for {len(given)} samples, but there are {len(texts)} texts.")
+            for sample, (count, items) in enumerate(zip(counts, given or counts, strict=True)):
+                if count != items:
+                    raise ValueError(f"{name}, sample {sample}: the text has {count} placeholders {token}, but {items} items were given.")
+            if sum(counts) != len(lengths[name]):
+                raise ValueError(
+                    f"{name}: the texts have {sum(counts)} placeholders {token} {counts}, but {len(lengths[name])} items were "
+                    "given: write one placeholder for each item."
+                )
+
+    def _check_truncation(self, expanded: list[Expanded], rows: list[dict[str, list]]) -> None:
+        for sample, (text, row) in enumerate(zip(expanded, rows, strict=True)):
+            for name, token in self.tokens.items():
+                wanted, kept = text.counts.get(token, 0), row["input_ids"].count(self.config.modality(name)["token_id"])
+                if wanted != kept:
+                    raise ValueError(
+                        f"{name}, sample {sample}: {wanted} features need as many placeholder tokens ({token}), but {kept} are "
+                        "left after truncation: raise max_length, or shorten the text around them."
+                    )
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        tools=None,
+        documents=None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors=None,
+        return_dict: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs: Any,
+    ):
+        """Turn a conversation, or a batch of them, into text or into inputs.
+
+        A part's type is ``"text"``, a kind (``"image"``, ``"audio"``, ``"video"``) or a modality's name.  A placeholder
+        that a user typed in a message stays text when tokenized; as a string it is refused.
+
+        Args:
+            conversation: a list of messages, or a list of such lists.
+            chat_template: a template, or the name of one; this processor's by default.
+            return_assistant_tokens_mask: adds `assistant_masks`, 1 on tokens that the assistant wrote.
+            tokenize: return inputs instead of text.
+            return_tensors, return_dict, add_generation_prompt, continue_final_message, tools, documents: as in
+                transformers.
+            processor_kwargs: arguments of this processor's call; may also be given directly.
+            **kwargs: those, and variables of the template.
+
+        Returns:
+            text or a list of texts; with `tokenize` `input_ids`, or with `return_dict` a `BatchFeature`.
+
+        Raises:
+            ValueError: as the call does; a typed placeholder where text is returned.
+        """
+        template = self._resolve_chat_template(chat_template)
+        batched = is_batch(conversation)
+        conversations = list(conversation) if batched else [conversation]
+        call = {k: kwargs.pop(k) for k in list(kwargs) if k in self._known_arguments() or k.endswith("_kwargs")}
+        call |= processor_kwargs or {}
+        reader = ConversationReader(self.tokens, self.modalities_for, {n: self.config.modality(n)["kind"] for n in self.tokens})
+        variables = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
+        texts, spans, media = [], [], []
+        for one in conversations:
+            messages, found = reader.read(one, template)
+            if return_assistant_tokens_mask:
+                text, turns = assistant_spans(messages, template, **variables)
+            else:
+                text, turns = render(
+                    messages, template, add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message, **variables,
+                )
+            texts, spans, media = [*texts, text], [*spans, turns], [*media, found]
+        if not tokenize:
+            texts = [refuse_typed(text) for text in texts]
+            return texts if batched else texts[0]
+        for name in self.config.encoders:
+            if any(name in found for found in media):
+                call[name] = [found.get(name, []) for found in media]
+        bos = self.tokenizer.bos_token
+        if bos is not None and texts[0].startswith(bos):
+            call.setdefault("add_special_tokens", False)
+        llm = {"text": texts} | ({"assistant_spans": spans} if return_assistant_tokens_mask else {})
+        out = self(llm_inputs=llm, return_tensors=return_tensors, **call)
+        return out if return_dict else out["input_ids"]

@@ -1,0 +1,134 @@
+"""The processors of single modalities: recognised, called, written into a dictionary and built from one."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
+
+from .media import ready_audio, ready_image
+
+MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
+TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+
+
+def resolve_subprocessor(processor: Any, kind: str, name: str) -> Any:
+    """The processor of one modality, taken out of a processor of several where one was given.
+
+    Raises:
+        TypeError: not a processor, or one without a part for this kind.
+    """
+    if isinstance(processor, ProcessorMixin):
+        for attribute in _ATTRIBUTES.get(kind, ("tokenizer",)):
+            if (inner := getattr(processor, attribute, None)) is not None:
+                return inner
+        raise TypeError(f"{name}: {type(processor).__name__} has no part for the kind {kind!r}.")
+    if isinstance(processor, type) or not callable(processor):
+        raise TypeError(f"{name}: expected an image processor, feature extractor or tokenizer instance, got {processor!r:.100}.")
+    return processor
+
+
+_ATTRIBUTES = {
+    "image": ("image_processor",),
+    "video": ("video_processor", "image_processor"),
+    "audio": ("feature_extractor",),
+}
+
+
+def sampling_rate_of(processor: Any) -> int | None:
+    """The rate in Hz that a feature extractor expects, None for other processors."""
+    return getattr(processor, "sampling_rate", None) if isinstance(processor, FeatureExtractionMixin) else None
+
+
+def run_subprocessor(
+    processor: Any, name: str, kind: str, items: list[Any], options: Mapping[str, Any], encoder_config: Any
+) -> dict[str, Any]:
+    """Process the items of one modality.
+
+    Args:
+        processor: its processor.
+        name: the modality, for messages.
+        kind: its kind.
+        items: in order.
+        options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
+        encoder_config: of its encoder.
+
+    Returns:
+        tensors by the names that the processor emits.
+
+    Raises:
+        ValueError, TypeError: an item that cannot be used as it is.
+    """
+    options = dict(options)
+    if isinstance(processor, ImageProcessingMixin):
+        channels = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+        rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+        items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
+        if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
+            options.setdefault("input_data_format", "channels_last")
+        return _tensors(processor(images=items, return_tensors="pt", **options), name)
+    if isinstance(processor, FeatureExtractionMixin):
+        rate = processor.sampling_rate if hasattr(processor, "sampling_rate") else None
+        given = options.pop("sampling_rate", None)
+        items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
+        return _tensors(processor(items, **_audio_options(processor, rate), **options, return_tensors="pt"), name)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        options = {"padding": True} | options
+        return _tensors(processor(items, return_tensors="pt", **options), name)
+    keyword = {"image": "images", "video": "videos"}.get(kind)
+    if keyword in inspect.signature(processor.__call__).parameters:
+        return _tensors(processor(**{keyword: items}, return_tensors="pt", **options), name)
+    return _tensors(processor(items, return_tensors="pt", **options), name)
+
+
+def _audio_options(processor: FeatureExtractionMixin, rate: int | None) -> dict[str, Any]:
+    parameters = inspect.signature(processor.__call__).parameters
+    options = {} if rate is None else {"sampling_rate": rate}
+    if "padding" in parameters and parameters["padding"].default != "max_length":
+        # Sounds of different lengths go padded together, with the mask that tells where each ends.
+        options |= {"padding": True}
+        if "return_attention_mask" in parameters:
+            options |= {"return_attention_mask": True}
+    return options
+
+
+def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
+    tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{name}: its processor gave no tensors, but {sorted(output)}.")
+    return tensors
+
+
+def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
+    """A JSON dictionary of a processor with its type; None for a tokenizer, which has files of its own.
+
+    Raises:
+        ValueError: the processor tells no type by which it could be found again.
+    """
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return None
+    described = processor.to_dict() if hasattr(processor, "to_dict") else {}
+    if not any(key in described for key in TYPE_KEYS):
+        raise ValueError(
+            f"{name}: {type(processor).__name__} cannot be saved, it is no image processor, feature extractor, video "
+            "processor or tokenizer of transformers."
+        )
+    return described
+
+
+def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
+    """The processor that `describe_subprocessor` described.
+
+    Raises:
+        ValueError: no type, or one that neither transformers nor an Auto class knows.
+    """
+    values = dict(described)
+    kinds = [key for key in TYPE_KEYS if isinstance(values.get(key), str)]
+    if len(kinds) != 1:
+        raise ValueError(f"{name}: expected one of {TYPE_KEYS} in the description of its processor, got {sorted(values)}.")
+    cls = ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+    if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
+        raise ValueError(f"{name}: {values[kinds[0]]!r} is no image processor or feature extractor.")
+    return cls.from_dict(values)
