@@ -1,5 +1,6 @@
 """Compose a multimodal LLM from any HuggingFace encoders and any HuggingFace causal language model."""
 
+from .assembly import compose
 from .auto import register_auto_classes
 from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
@@ -7,14 +8,17 @@ from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
 from .registries import register_callback, register_feature_count, register_projector
+from .training import MultimodalCollator
 
 __all__ = [
     "ModalEncoderModule",
+    "MultimodalCollator",
     "MultimodalConfig",
     "MultimodalModel",
     "MultimodalProcessor",
     "MultimodalProjector",
     "MultimodalProjectorConfig",
+    "compose",
     "register_callback",
     "register_feature_count",
     "register_projector",

@@ -157,7 +157,7 @@ class MultimodalConfig(PreTrainedConfig):
         self.text_config = _as_config(text_config, "text_config") if text_config is not None else None
         for name in names:
             self._add_encoder(name, parts)
-        self.share_inputs = _valid_groups(share_inputs, names)
+        self.share_inputs = valid_groups(share_inputs, names)
         for key in ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes"):
             if not hasattr(self, key):
                 setattr(self, key, None)
@@ -267,7 +267,8 @@ def _copied(value):
     return type(value)(value) if isinstance(value, (list, dict)) else value
 
 
-def _valid_groups(groups, names: list[str]) -> list[list[str]]:
+def valid_groups(groups, names: list[str]) -> list[list[str]]:
+    """Groups of modalities that see the same items, as lists; ValueError for one that is no such group."""
     groups = [list(group) for group in groups or []]
     for group in groups:
         if len(group) < 2 or not set(group) <= set(names):

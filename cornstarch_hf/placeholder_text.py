@@ -50,12 +50,13 @@ class Expanded:
     counts: dict[str, int] = field(default_factory=dict)
 
     def moved(self, position: int) -> int:
-        """Where a position of the original text is in the expanded one."""
+        """Where a position of the original text is in the expanded one, marks not counted."""
         shift = 0
         for _, end, _, new_end in self.spans:
             if end <= position:
                 shift = new_end - end
-        return position + shift
+        before = self.text[: position + shift]
+        return len(before) - before.count(MARK_START) - before.count(MARK_END)
 
 
 def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -> Expanded:

@@ -1,0 +1,168 @@
+"""compose(): from Hub ids, paths or live objects to a model and its processor in one call."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .adapters import is_wrapped
+from .composition import check_encoders
+from .configuration_multimodal import MultimodalProjectorConfig, valid_groups
+from .encoders import ModalEncoderModule
+from .modeling_multimodal import MultimodalModel
+from .processing_multimodal import MultimodalProcessor
+from .projectors import MultimodalProjector
+
+ENCODER_KEYS = frozenset(
+    "model processor projector kind layer output drop_prefix additional_args preprocess_callback "
+    "postprocess_module_callback postprocess_projector_callback revision dtype attn_implementation subfolder".split()
+)
+LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
+Source = str | os.PathLike | PreTrainedModel
+
+
+def compose(
+    language_model: Source,
+    encoders: Mapping[str, Any],
+    projector: str | Mapping[str, Any] = "linear",
+    tokens: Mapping[str, str] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    processors: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    freeze: Sequence[str] = (),
+    share_inputs: Sequence[Sequence[str]] | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    **loading: Any,
+) -> tuple[MultimodalModel, MultimodalProcessor]:
+    """Compose a multimodal language model and its processor.
+
+    Args:
+        language_model: Hub id, path or live causal language model.
+        encoders: by name: a Hub id, a path, a live model, a `ModalEncoderModule`, or a dict with `model` and any of
+            `processor`, `projector`, `kind`, `layer`, `output`, `drop_prefix`, `additional_args`, the callbacks, and
+            for loading `revision`, `dtype`, `attn_implementation`, `subfolder`.
+        projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), or a dict of
+            `MultimodalProjectorConfig` fields.
+        tokens: placeholder tokens by encoder name.
+        tokenizer: of the language model; found beside it when it is an id or path.
+        processors: of encoders that are live objects; found beside those that are ids or paths.
+        dtype, device_map, attn_implementation, revision: for loading; `revision` is the language model's.
+        freeze: names of parts that shall not train, as in `MultimodalModel.freeze`.
+        share_inputs: groups of encoders that see the same items.
+        chat_template: of the processor.
+        trust_remote_code: whether code from the checkpoints may run.
+        **loading: passed to every `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
+
+    Returns:
+        ``(model, processor)``; the model is in evaluation mode.
+
+    Raises:
+        TypeError: an unknown key, a source of a wrong type.
+        ValueError: a live object without its tokenizer or processor, and whatever composing refuses.
+    """
+    loading = {k: v for k, v in loading.items() if v is not None} | {"trust_remote_code": trust_remote_code}
+    common = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    common = {key: value for key, value in common.items() if value is not None}
+    text_loading = loading | ({"revision": revision} if revision else {})
+    tokenizer = _tokenizer(language_model, tokenizer, text_loading)
+    specs = {name: _spec(name, value) for name, value in encoders.items()}
+    fields = dict(projector) if isinstance(projector, Mapping) else {"projection_type": projector}
+    modules, found = {}, {}
+    for name, spec in specs.items():
+        modules[name] = _encoder(name, spec, fields, loading, common)
+        found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name].kind, loading)
+    if isinstance(language_model, (str, os.PathLike)):
+        language_model = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
+    check_encoders(modules, language_model)
+    model = MultimodalModel(encoders=modules, language_model=language_model)
+    model.config.share_inputs = valid_groups(share_inputs, model.config.encoders)
+    if tokenizer.padding_side != "left":  # what decoder-only generation needs; the processor copies it
+        tokenizer = _left_padded(tokenizer)
+    processor = MultimodalProcessor(tokenizer, found, model=model, tokens=tokens, chat_template=chat_template)
+    if freeze:
+        model.freeze(*([freeze] if isinstance(freeze, str) else freeze))
+    return model.eval(), processor
+
+
+def _left_padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _spec(name: str, value: Any) -> dict[str, Any]:
+    spec = dict(value) if isinstance(value, Mapping) else {"model": value}
+    if unknown := sorted(set(spec) - ENCODER_KEYS):
+        raise TypeError(f"{name}: unknown keys {unknown}, an encoder takes {sorted(ENCODER_KEYS)}.")
+    if spec.get("model") is None:
+        raise TypeError(f"{name}: an encoder needs a model: a Hub id, a path or a live model.")
+    return spec
+
+
+def _encoder(name: str, spec: dict, fields: dict, loading: dict, common: dict) -> ModalEncoderModule:
+    source = spec["model"]
+    if isinstance(source, ModalEncoderModule):
+        if extra := sorted(set(spec) - {"model", "processor"}):
+            raise TypeError(f"{name}: {extra} belong into the ModalEncoderModule that was given.")
+        encoder = source
+    else:
+        if isinstance(source, (str, os.PathLike)):
+            own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
+            source = AutoModel.from_pretrained(source, **{**loading, **common, **own})
+        elif not isinstance(source, PreTrainedModel) and not is_wrapped(source):
+            raise TypeError(f"{name}: expected a Hub id, a path or a model, got {type(source).__name__}.")
+        options = {k: v for k, v in spec.items() if k not in (*LOADING_KEYS, "model", "processor", "projector")}
+        given = spec.get("projector")
+        encoder = ModalEncoderModule(source, given if isinstance(given, MultimodalProjector) else None, **options)
+        if given is not None and not isinstance(given, MultimodalProjector):
+            fields = dict(given) if isinstance(given, Mapping) else {"projection_type": given}
+    if encoder.projector is None:
+        encoder.projector = MultimodalProjector(MultimodalProjectorConfig(**fields))
+    return encoder
+
+
+def _tokenizer(language_model: Source, tokenizer: Any, loading: dict) -> PreTrainedTokenizerBase:
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    source = tokenizer if tokenizer is not None else language_model
+    if not isinstance(source, (str, os.PathLike)):
+        source = getattr(language_model, "name_or_path", None)
+        if not source:
+            raise ValueError("The language model is a live object that was not loaded from anywhere: pass tokenizer=.")
+    return AutoTokenizer.from_pretrained(source, **loading)
+
+
+def _processor(name: str, spec: dict, kind: str, loading: dict) -> Any:
+    given = spec.get("processor")
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        return given
+    source = given if given is not None else spec["model"]
+    if isinstance(source, ModalEncoderModule):
+        source = source.module
+    if not isinstance(source, (str, os.PathLike)):
+        source = getattr(source, "name_or_path", None)
+        if not source:
+            raise ValueError(
+                f"{name}: the encoder is a live object that was not loaded from anywhere: pass its processor, "
+                f"encoders={{{name!r}: {{'model': ..., 'processor': ...}}}}."
+            )
+    own = {key: spec[key] for key in ("revision", "subfolder") if spec.get(key) is not None}
+    auto = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoProcessor)
+    return auto.from_pretrained(source, **loading, **own)
