@@ -52,7 +52,9 @@ def describe_adapters(model: nn.Module, where: str) -> dict[str, Any] | None:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in ("base_model_name_or_path", "auto_mapping")}
+        return {
+            key: _plain(item) for key, item in value.items() if key not in ("base_model_name_or_path", "auto_mapping")
+        }
     if isinstance(value, (set, frozenset)):
         return sorted(_plain(item) for item in value)
     if isinstance(value, (list, tuple)):
@@ -97,8 +99,12 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
 def _config(values: dict[str, Any], where: str):
     kind = values.get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(PEFT_TYPE_TO_CONFIG_MAPPING)}.")
-    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{k: v for k, v in values.items() if k not in ("peft_type", "peft_version")})
+        raise ValueError(
+            f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(PEFT_TYPE_TO_CONFIG_MAPPING)}."
+        )
+    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](
+        **{k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
+    )
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:

@@ -26,8 +26,23 @@ from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
 
 ENCODER_KEYS = frozenset(
-    "model processor projector kind layer output drop_prefix additional_args preprocess_callback "
-    "postprocess_module_callback postprocess_projector_callback revision dtype attn_implementation subfolder".split()
+    [
+        "model",
+        "processor",
+        "projector",
+        "kind",
+        "layer",
+        "output",
+        "drop_prefix",
+        "additional_args",
+        "preprocess_callback",
+        "postprocess_module_callback",
+        "postprocess_projector_callback",
+        "revision",
+        "dtype",
+        "attn_implementation",
+        "subfolder",
+    ]
 )
 LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
 Source = str | os.PathLike | PreTrainedModel

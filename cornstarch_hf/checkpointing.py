@@ -46,11 +46,15 @@ def first_dtype(module: nn.Module) -> torch.dtype:
 
 def dtypes_by_pattern(model: nn.Module, main: torch.dtype) -> dict[str, Any] | None:
     """Which parameters have another dtype than the language model: ``{"": main, dtype: [patterns]}``, None if none."""
-    tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    tensors = {
+        name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor) and t.is_floating_point()
+    }
     others = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype != main)
     if not others:
         return None
-    found = {d: compress((n for n, t in tensors.items() if t.dtype == getattr(torch, d)), tensors) for d in sorted(others)}
+    found = {
+        d: compress((n for n, t in tensors.items() if t.dtype == getattr(torch, d)), tensors) for d in sorted(others)
+    }
     return {"": str(main).removeprefix("torch."), **found}
 
 

@@ -114,5 +114,8 @@ def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
 
 def _base_keys(model: PreTrainedModel) -> set[str]:
     from_adapters = re.compile(r"\.(lora_\w+|ia3_\w+|modules_to_save)\.")
-    return {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in model.state_dict()
-            if not from_adapters.search(key)}
+    return {
+        key.replace(".base_layer.", ".").replace(".original_module.", ".")
+        for key in model.state_dict()
+        if not from_adapters.search(key)
+    }

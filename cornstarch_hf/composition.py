@@ -201,7 +201,9 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
     """Build one encoder with its projector and callbacks."""
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
     cls = resolve_class(entry["encoder_class"], encoder_config, name)
-    module = wrap_again(cls(encoder_config, **entry["encoder_kwargs"]), _adapters(config, f"{name}_encoder.module"), name)
+    module = wrap_again(
+        cls(encoder_config, **entry["encoder_kwargs"]), _adapters(config, f"{name}_encoder.module"), name
+    )
     if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
         raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
     callbacks = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}

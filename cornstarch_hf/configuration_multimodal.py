@@ -17,9 +17,13 @@ BUILT_IN_PROJECTIONS = ("linear", "mlp")
 CUSTOM_PROJECTION = "custom"
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 RESERVED_NAMES = frozenset(
-    "add_special_tokens audios base_model conversation encoder encoder_inputs encoders feature_extractor image_processor "
-    "images inputs labels language_model llm llm_inputs max_length messages model padding processor processors "
-    "return_tensors sampling_rate text tokenizer truncation video_processor videos".split()
+    [
+        *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs", "encoders"),
+        *("feature_extractor", "generation_config", "image_processor", "images", "inputs", "kernel_config", "labels"),
+        *("language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages", "model", "name_or_path", "padding"),
+        *("processor", "processors", "return_tensors", "sampling_rate", "text", "tokenizer", "training", "truncation"),
+        *("video_processor", "videos"),
+    ]
 )
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None,
@@ -312,11 +316,19 @@ def _implementations(config: MultimodalConfig) -> dict[str, dict[str, str]]:
 def _apply_implementations(config: MultimodalConfig, stored: dict) -> None:
     for key, values in stored.items():
         part = getattr(config, key, None) if key in config.sub_configs else None
-        if not isinstance(values, dict) or not isinstance(part, PreTrainedConfig) or not set(values) <= {"attn", "experts"}:
-            raise ValueError(f"part_implementations names {key!r}: {values!r}, expected some of {list(config.sub_configs)}.")
+        if (
+            not isinstance(values, dict)
+            or not isinstance(part, PreTrainedConfig)
+            or not set(values) <= {"attn", "experts"}
+        ):
+            raise ValueError(
+                f"part_implementations names {key!r}: {values!r}, expected some of {list(config.sub_configs)}."
+            )
         for family, value in values.items():
             if not isinstance(value, str) or "/" in value:
-                raise ValueError(f"{key} asks for the {family} implementation {value!r}: kernels from a repository are "
-                                 f"code, pass attn_implementation={value!r} yourself if you trust it.")
+                raise ValueError(
+                    f"{key} asks for the {family} implementation {value!r}: kernels from a repository are "
+                    f"code, pass attn_implementation={value!r} yourself if you trust it."
+                )
             if getattr(part, f"_{family}_implementation_internal", None) is None:
                 setattr(part, f"_{family}_implementation", value)

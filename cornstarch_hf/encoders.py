@@ -185,7 +185,9 @@ class ModalEncoderModule(nn.Module):
 
     def _project(self, output: EncoderOutput) -> EncoderOutput:
         if self.projector is None:
-            raise ValueError(f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel first.")
+            raise ValueError(
+                f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel first."
+            )
         features, expected = output.last_hidden_state, self.projector.config.in_features
         if expected is not None and features.shape[-1] != expected:
             raise ValueError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from .callbacks import declared_count
 from .composition import build_encoder
-from .configuration_multimodal import MultimodalConfig
+from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .registries import FEATURE_COUNTS
 from .shape_probe import run_on_shapes, weights_to_meta
@@ -56,7 +56,7 @@ class FeatureCounter:
 
     def __init__(self, config: MultimodalConfig, live: Mapping[str, ModalEncoderModule] | None = None):
         self.config = config
-        self._callbacks = {name: dict(encoder.callbacks) for name, encoder in (live or {}).items()}
+        self._live = dict(live or {})
         self._probes: dict[str, ModalEncoderModule] = {}
         self._cache: dict[tuple, int] = {}
 
@@ -101,18 +101,20 @@ class FeatureCounter:
         return "declared" if all(declared_count(callback) for callback in callbacks) else "run"
 
     def _live_or_built(self, name: str) -> dict[str, Callable | None]:
-        return self._callbacks[name] if name in self._callbacks else self._probe(name).callbacks
+        return self._live[name].callbacks if name in self._live else self._probe(name).callbacks
 
     def _probe(self, name: str) -> ModalEncoderModule:
         if name not in self._probes:
-            plain = copy.deepcopy(self.config)
+            plain, live = copy.deepcopy(self.config), self._live.get(name)
             plain.adapters = None
-            if name in self._callbacks:
+            if live is not None:
                 plain.modality(name)["callbacks"] = {}
+                setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
             with init_empty_weights(include_buffers=False):
                 encoder = build_encoder(plain, name)
-            for slot, callback in self._callbacks.get(name, {}).items():
-                if callback is not None:
+            if live is not None:
+                encoder.projector = copy.deepcopy(live.projector)
+                for slot, callback in live.callbacks.items():
                     setattr(encoder, slot, copy.deepcopy(callback) if isinstance(callback, nn.Module) else callback)
             self._probes[name] = weights_to_meta(encoder.eval())
         return self._probes[name]

@@ -27,7 +27,9 @@ def select_parameters(model: nn.Module, patterns: Iterable[str]) -> set[str]:
         below = {p for p in parameters if p in named or any(p.startswith(parent + ".") for parent in _roots(named))}
         if not below:
             parts = [name for name in owners if name.count(".") <= 1 and name not in parameters]
-            raise ValueError(f"{pattern!r} names no part with parameters, expected names or globs such as {parts[:12]}.")
+            raise ValueError(
+                f"{pattern!r} names no part with parameters, expected names or globs such as {parts[:12]}."
+            )
         chosen |= below
     return chosen
 

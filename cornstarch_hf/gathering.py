@@ -72,4 +72,6 @@ def _block_rules(prefix: str, model: PreTrainedModel) -> dict[str, str]:
     """One rule per kind of block: encoders inherit FSDP rules that name modules they do not have."""
     blocks = set(model._no_split_modules or ())
     found = {name for name, module in model.named_modules() if type(module).__name__ in blocks}
-    return {f"{prefix}.{re.sub(r'(^|(?<=[.]))[0-9]+(?=[.]|$)', '*', name)}": "free_full_weight" for name in found if name}
+    return {
+        f"{prefix}.{re.sub(r'(^|(?<=[.]))[0-9]+(?=[.]|$)', '*', name)}": "free_full_weight" for name in found if name
+    }

@@ -17,8 +17,18 @@ OWN_INPUTS = (
 )
 # Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
 TEXT_NAMES = frozenset(OWN_INPUTS) | frozenset(
-    "token_type_ids mm_token_type_ids cache_position shift_labels return_dict output_attentions output_hidden_states "
-    "encoder_outputs inputs return_loss".split()
+    [
+        "token_type_ids",
+        "mm_token_type_ids",
+        "cache_position",
+        "shift_labels",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "encoder_outputs",
+        "inputs",
+        "return_loss",
+    ]
 )
 # Towers of packed models name their inputs differently from what their processors emit.
 PROCESSOR_NAMES = {
@@ -61,7 +71,7 @@ def assign_input_names(
     text = TEXT_NAMES | transformers_keywords() | set(language_model)
     wanted = [key for names in emitted.values() for key in names.values()]
     assigned: dict[str, dict[str, str]] = {}
-    taken = {key: "the language model" for key in text}
+    taken = dict.fromkeys(text, "the language model")
     for name, names in emitted.items():
         assigned[name] = {}
         for parameter, key in names.items():

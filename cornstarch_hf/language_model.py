@@ -18,9 +18,7 @@ def text_keywords(language_model: nn.Module) -> list[str]:
     return list(forward_parameters(language_model))
 
 
-def run_language_model(
-    model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any
-) -> ModelOutput:
+def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any) -> ModelOutput:
     """Run the language model on ids or merged embeddings.
 
     The loss is the language model's own, unless its `forward` cannot take what the loss needs.
@@ -105,7 +103,9 @@ def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
     inner = unwrapped(model.language_model)
     backbone = inner.base_model
     if backbone is inner:
-        raise ValueError(f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run.")
+        raise ValueError(
+            f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run."
+        )
     arguments = {key: value for key, value in inputs.items() if value is not None}
     known = set(inspect.signature(backbone.forward).parameters)
     if not takes_any_keyword(backbone):

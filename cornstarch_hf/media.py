@@ -136,9 +136,13 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     if wave.ndim == 2 and 1 in wave.shape:
         wave = wave.reshape(-1)
     if wave.ndim != 1 or wave.size == 0:
-        raise ValueError(f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels.")
+        raise ValueError(
+            f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels."
+        )
     if not np.issubdtype(wave.dtype, np.floating):
-        raise ValueError(f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide it by its range.")
+        raise ValueError(
+            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide it by its range."
+        )
     if not np.isfinite(wave).all():
         raise ValueError(f"{where}: the waveform has values that are not finite.")
     check_sampling_rate(where, expected, given)
@@ -150,9 +154,13 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
     if expected is None:
         return
     if given is None:
-        raise ValueError(f"{where}: pass sampling_rate= (in Hz) with bare audio arrays; the encoder expects {expected}.")
+        raise ValueError(
+            f"{where}: pass sampling_rate= (in Hz) with bare audio arrays; the encoder expects {expected}."
+        )
     if int(given) != int(expected):
-        raise ValueError(f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first.")
+        raise ValueError(
+            f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first."
+        )
 
 
 def split_items(outputs: Mapping[str, Any], count: int, where: str) -> list[dict[str, Any]]:

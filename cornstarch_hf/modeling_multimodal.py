@@ -90,7 +90,9 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         if method == "forward":
             text = text_keywords(self.language_model)
             added = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
-            return [key for key in ("position_ids",) if key not in text], added + [k for k in text if k not in OWN_INPUTS]
+            return [key for key in ("position_ids",) if key not in text], added + [
+                k for k in text if k not in OWN_INPUTS
+            ]
         names = self.config.modalities_of_kind(method.removeprefix("get_").removesuffix("_features"))
         return ([], [key for n in names for key in self.config.modality(n)["input_names"]]) if names else None
 
@@ -162,7 +164,9 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             inputs = {key: value for key, value in inputs.items() if value is not None}
             if self._has_items(name, inputs):
                 media[name] = inputs
-        unknown = sorted(set(text) - set(text_keywords(self.language_model)) - transformers_keywords() - {"shift_labels"})
+        unknown = sorted(
+            set(text) - set(text_keywords(self.language_model)) - transformers_keywords() - {"shift_labels"}
+        )
         if unknown:
             known = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             raise TypeError(
@@ -315,7 +319,9 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         inputs |= {key: value for key, value in kwargs.items() if key in options}
         known = {*keywords, *options, *transformers_keywords()}
         if unknown := sorted(set(kwargs) - known):
-            raise TypeError(f"get_{kind}_features() got unexpected keyword arguments {unknown}, expected {sorted(keywords)}.")
+            raise TypeError(
+                f"get_{kind}_features() got unexpected keyword arguments {unknown}, expected {sorted(keywords)}."
+            )
         output = self.encoders[names[0]](**inputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()

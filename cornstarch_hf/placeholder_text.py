@@ -184,7 +184,12 @@ def pad_rows(
         limit = max_length if strategy == "max_length" else None
         multiple = padding.get("pad_to_multiple_of")
         batch = tokenizer.pad(
-            rows, padding=strategy, max_length=limit, padding_side=side, pad_to_multiple_of=multiple, return_attention_mask=True
+            rows,
+            padding=strategy,
+            max_length=limit,
+            padding_side=side,
+            pad_to_multiple_of=multiple,
+            return_attention_mask=True,
         )
     else:
         batch = {key: [row[key] for row in rows] for key in rows[0]}

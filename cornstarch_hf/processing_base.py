@@ -19,7 +19,6 @@ from .tokens import add_placeholder_tokens, placeholder_tokens
 class MultimodalProcessorBase(ProcessorMixin):
     """What a processor is besides its call; see `MultimodalProcessor`."""
 
-
     def __init__(
         self, tokenizer=None, processors=None, model=None, config=None, tokens=None, chat_template=None, **kwargs
     ):
@@ -97,7 +96,9 @@ class MultimodalProcessorBase(ProcessorMixin):
                 f"share_inputs=[{names}]."
             )
         if not names:
-            raise ValueError(f"{what!r} is no modality of this model, expected one of {self.config.encoders} or its kind.")
+            raise ValueError(
+                f"{what!r} is no modality of this model, expected one of {self.config.encoders} or its kind."
+            )
         return names
 
     # ---- saving and loading
@@ -146,7 +147,9 @@ class MultimodalProcessorBase(ProcessorMixin):
         for name in config.encoders:
             if name not in processors and config.modality(name)["kind"] == "text":
                 folder = os.path.join(subfolder, _tokenizer_folder(name))
-                processors[name] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **kwargs)
+                processors[name] = AutoTokenizer.from_pretrained(
+                    pretrained_model_name_or_path, subfolder=folder, **kwargs
+                )
         return [tokenizer, processors, config]
 
     @classmethod

@@ -15,8 +15,20 @@ from .subprocessors import MEDIA_KEYS, run_subprocessor
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
 TEXT_OPTIONS = frozenset(
-    "padding truncation max_length pad_to_multiple_of padding_side add_special_tokens return_tensors "
-    "return_attention_mask return_offsets_mapping return_token_type_ids stride split_special_tokens".split()
+    [
+        "padding",
+        "truncation",
+        "max_length",
+        "pad_to_multiple_of",
+        "padding_side",
+        "add_special_tokens",
+        "return_tensors",
+        "return_attention_mask",
+        "return_offsets_mapping",
+        "return_token_type_ids",
+        "stride",
+        "split_special_tokens",
+    ]
 )
 
 
@@ -143,7 +155,12 @@ class MultimodalProcessor(MultimodalProcessorBase):
                 count = len(items)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
-                count = len(next((v for k, v in output.items() if k.endswith(("grid_thw", "grid_hws"))), next(iter(output.values()))))
+                count = len(
+                    next(
+                        (v for k, v in output.items() if k.endswith(("grid_thw", "grid_hws"))),
+                        next(iter(output.values())),
+                    )
+                )
             used = {key: keyword_for(key, name, entry["input_names"]) for key in output}
             lengths[name] = self._count(name, {k: v for k, v in output.items() if used[k]}, count)
             tensors |= {used[key]: value for key, value in output.items() if used[key]}
@@ -170,12 +187,17 @@ class MultimodalProcessor(MultimodalProcessorBase):
         want_offsets = options.pop("return_offsets_mapping", False)
         with_mask = options.pop("return_attention_mask", None)
         rows = encode(
-            self.tokenizer, [e.text for e in expanded], **options, return_offsets_mapping=want_offsets or spans is not None
+            self.tokenizer,
+            [e.text for e in expanded],
+            **options,
+            return_offsets_mapping=want_offsets or spans is not None,
         )
         self._check_truncation(expanded, rows)
         if spans is not None:
             for row, text, turns in zip(rows, expanded, spans, strict=True):
-                row["assistant_masks"] = token_mask(row["offset_mapping"], [(text.moved(a), text.moved(b)) for a, b in turns])
+                row["assistant_masks"] = token_mask(
+                    row["offset_mapping"], [(text.moved(a), text.moved(b)) for a, b in turns]
+                )
         extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
         if not want_offsets:
             extra.pop("offset_mapping", None)
@@ -190,10 +212,14 @@ class MultimodalProcessor(MultimodalProcessorBase):
             counts = [row[token] for row in found]
             given = samples.get(name)
             if given is not None and len(given) != len(texts):
-                raise ValueError(f"{name}: items were given for {len(given)} samples, but there are {len(texts)} texts.")
+                raise ValueError(
+                    f"{name}: items were given for {len(given)} samples, but there are {len(texts)} texts."
+                )
             for sample, (count, items) in enumerate(zip(counts, given or counts, strict=True)):
                 if count != items:
-                    raise ValueError(f"{name}, sample {sample}: the text has {count} placeholders {token}, but {items} items were given.")
+                    raise ValueError(
+                        f"{name}, sample {sample}: the text has {count} placeholders {token}, but {items} items were given."
+                    )
             if sum(counts) != len(lengths[name]):
                 raise ValueError(
                     f"{name}: the texts have {sum(counts)} placeholders {token} {counts}, but {len(lengths[name])} items were "
@@ -251,7 +277,9 @@ class MultimodalProcessor(MultimodalProcessorBase):
         conversations = list(conversation) if batched else [conversation]
         call = {k: kwargs.pop(k) for k in list(kwargs) if k in self._known_arguments() or k.endswith("_kwargs")}
         call |= processor_kwargs or {}
-        reader = ConversationReader(self.tokens, self.modalities_for, {n: self.config.modality(n)["kind"] for n in self.tokens})
+        reader = ConversationReader(
+            self.tokens, self.modalities_for, {n: self.config.modality(n)["kind"] for n in self.tokens}
+        )
         variables = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
         texts, spans, media = [], [], []
         for one in conversations:
@@ -260,8 +288,11 @@ class MultimodalProcessor(MultimodalProcessorBase):
                 text, turns = assistant_spans(messages, template, **variables)
             else:
                 text, turns = render(
-                    messages, template, add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message, **variables,
+                    messages,
+                    template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **variables,
                 )
             texts, spans, media = [*texts, text], [*spans, turns], [*media, found]
         if not tokenize:

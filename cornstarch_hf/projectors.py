@@ -85,6 +85,16 @@ def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfi
         return False
 
 
+def projection_sizes(projection: nn.Module) -> tuple[int | None, int | None]:
+    """Input and output width of a module that tells them, or whose first and last layers are linear; else None."""
+    layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
+    ends = [layer for layer in (*layers[:1], *layers[-1:])]
+    if not ends:
+        return None, None
+    widths = getattr(ends[0], "in_features", None), getattr(ends[-1], "out_features", None)
+    return tuple(width if isinstance(width, int) else None for width in widths)
+
+
 def reason_not_storable(projection: nn.Module) -> str:
     """Why a module that is not of a registered type cannot be written into a checkpoint."""
     try:
@@ -141,10 +151,11 @@ class MultimodalProjector(PreTrainedModel):
     def _wrap(self, projection: nn.Module) -> None:
         mark_initialized(projection)
         self.projection = projection
+        sizes = projection_sizes(projection)
+        for key, size in zip(("in_features", "out_features"), sizes, strict=True):
+            if getattr(self.config, key) is None:
+                setattr(self.config, key, size)
         self.config.projection_type, self.config.projection_kwargs = describe_projection(projection, self.config)
-        for key in ("in_features", "out_features"):
-            if getattr(self.config, key) is None and isinstance(getattr(projection, key, None), int):
-                setattr(self.config, key, getattr(projection, key))
 
     def complete(self, in_features: int | None, out_features: int) -> None:
         """Fill in sizes that the configuration lacks and build the projection if there is none yet (in place)."""

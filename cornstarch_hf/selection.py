@@ -113,7 +113,9 @@ def _chosen(output: EncoderOutput, selection: Selection, name: str) -> list[Tens
     if selection.layer == -1:
         last, pooled = output.last_hidden_state, output.pooler_output
         if last is None:
-            raise ValueError(f"{name}: the encoder's output has no features, it has {list(output)}; name one by output=.")
+            raise ValueError(
+                f"{name}: the encoder's output has no features, it has {list(output)}; name one by output=."
+            )
         merged = isinstance(pooled, Tensor) and pooled.ndim == 2 and last.ndim == 2
         return [pooled if merged else last]
     states = output.hidden_states

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -32,6 +33,16 @@ class ShapesOnly(TorchDispatchMode):
         args, kwargs = tree_map(_to_meta, (args, kwargs))
         if "device" in kwargs and kwargs["device"] is not None:
             kwargs["device"] = torch.device("meta")
+        return func(*args, **kwargs)
+
+
+class RealConstants(TorchFunctionMode):
+    """Within this mode tensors made from Python numbers are real, whatever device they are asked for."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_meta(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
         return func(*args, **kwargs)
 
 
@@ -74,5 +85,5 @@ def run_on_shapes(module: torch.nn.Module, inputs: dict[str, Any]) -> Any:
     Raises:
         whatever the module raises, e.g. where it reads a feature's value.
     """
-    with torch.no_grad(), ShapesOnly():
+    with torch.no_grad(), RealConstants(), ShapesOnly():
         return module(**to_shapes(inputs))

@@ -26,7 +26,9 @@ def resolve_subprocessor(processor: Any, kind: str, name: str) -> Any:
                 return inner
         raise TypeError(f"{name}: {type(processor).__name__} has no part for the kind {kind!r}.")
     if isinstance(processor, type) or not callable(processor):
-        raise TypeError(f"{name}: expected an image processor, feature extractor or tokenizer instance, got {processor!r:.100}.")
+        raise TypeError(
+            f"{name}: expected an image processor, feature extractor or tokenizer instance, got {processor!r:.100}."
+        )
     return processor
 
 
@@ -127,7 +129,9 @@ def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
     values = dict(described)
     kinds = [key for key in TYPE_KEYS if isinstance(values.get(key), str)]
     if len(kinds) != 1:
-        raise ValueError(f"{name}: expected one of {TYPE_KEYS} in the description of its processor, got {sorted(values)}.")
+        raise ValueError(
+            f"{name}: expected one of {TYPE_KEYS} in the description of its processor, got {sorted(values)}."
+        )
     cls = ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
         raise ValueError(f"{name}: {values[kinds[0]]!r} is no image processor or feature extractor.")

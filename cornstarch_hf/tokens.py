@@ -40,14 +40,20 @@ def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[s
     Raises:
         ValueError: a token that has another special meaning (end of sequence, padding, ...), or does not stay whole.
     """
-    named = {getattr(tokenizer, f"{kind}_token", None): kind for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")}
+    named = {
+        getattr(tokenizer, f"{kind}_token", None): kind for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    }
     ids = {}
     for name, token in tokens.items():
         if token in named:
-            raise ValueError(f"{name}: {token!r} is the tokenizer's {named[token]} token, choose another placeholder token.")
+            raise ValueError(
+                f"{name}: {token!r} is the tokenizer's {named[token]} token, choose another placeholder token."
+            )
         if token not in tokenizer.all_special_tokens or len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
         ids[name] = tokenizer.convert_tokens_to_ids(token)
         if tokenizer.encode(token, add_special_tokens=False) != [ids[name]]:
-            raise ValueError(f"{name}: the tokenizer does not keep {token!r} as one token, choose another placeholder token.")
+            raise ValueError(
+                f"{name}: the tokenizer does not keep {token!r} as one token, choose another placeholder token."
+            )
     return ids

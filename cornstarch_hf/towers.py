@@ -18,8 +18,17 @@ KIND_BY_INPUT = {
     "past_values": "time",
 }
 NOT_INPUTS = frozenset(
-    "labels output_attentions output_hidden_states return_dict past_key_values use_cache cache_position "
-    "encoder_hidden_states encoder_attention_mask".split()
+    [
+        "labels",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "past_key_values",
+        "use_cache",
+        "cache_position",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+    ]
 )
 
 
@@ -35,7 +44,9 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
         ValueError: several towers and no `kind`.
     """
     if isinstance(model, type):
-        raise TypeError(f"Expected an encoder, got the class {model.__name__}: instantiate it, or load it by from_pretrained.")
+        raise TypeError(
+            f"Expected an encoder, got the class {model.__name__}: instantiate it, or load it by from_pretrained."
+        )
     if is_wrapped(model):
         return model
     if not isinstance(model, PreTrainedModel):
@@ -50,7 +61,9 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
 def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
     if model.config.is_encoder_decoder:
         return model.get_encoder()
-    found = {k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))}
+    found = {
+        k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
+    }
     found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
     if len({id(tower) for tower in found.values()}) > 1:
         raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")

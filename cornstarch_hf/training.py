@@ -74,12 +74,16 @@ class MultimodalCollator:
             out = self.processor(text=[row.pop("text")], **media)
             wanted = [1] * len(out["input_ids"][0])
         else:
-            raise ValueError(f"expected 'messages', 'text', or 'prompt' and 'completion', got the columns {sorted(row)}.")
+            raise ValueError(
+                f"expected 'messages', 'text', or 'prompt' and 'completion', got the columns {sorted(row)}."
+            )
         if row:
             raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
         ids = out.pop("input_ids")[0]
         if self.max_length is not None and len(ids) > self.max_length:
-            raise ValueError(f"the row has {len(ids)} tokens, max_length is {self.max_length}: shorten it or raise max_length.")
+            raise ValueError(
+                f"the row has {len(ids)} tokens, max_length is {self.max_length}: shorten it or raise max_length."
+            )
         out.pop("attention_mask")
         silent = {self.processor.config.modality(name)["token_id"] for name in self.processor.tokens}
         labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
@@ -109,7 +113,10 @@ class MultimodalCollator:
         length += -length % multiple
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         columns = {"input_ids": pad, "labels": IGNORED}
-        batch = {key: torch.tensor([self._padded(row[key], length, value) for row in encoded]) for key, value in columns.items()}
+        batch = {
+            key: torch.tensor([self._padded(row[key], length, value) for row in encoded])
+            for key, value in columns.items()
+        }
         masks = [self._padded([1] * len(row["input_ids"]), length, 0) for row in encoded]
         batch["attention_mask"] = torch.tensor(masks)
         for key in dict.fromkeys(key for row in encoded for key in row["media"]):
@@ -135,7 +142,9 @@ def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
     if len(shapes) == 1:
         return torch.cat(list(parts))
     if any(part.ndim < 2 or part.shape[2:] != parts[0].shape[2:] for part in parts):
-        raise ValueError(f"{key}: the rows' tensors have the shapes {[tuple(p.shape) for p in parts]}, which do not join.")
+        raise ValueError(
+            f"{key}: the rows' tensors have the shapes {[tuple(p.shape) for p in parts]}, which do not join."
+        )
     longest = max(part.shape[1] for part in parts)
     padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
     return torch.cat([torch.nn.functional.pad(p, pad) for p, pad in zip(parts, padding, strict=True)])

@@ -75,6 +75,15 @@ def digits(held_out: bool) -> tuple[list[Image.Image], list[int]]:
     return images, [int(data.target[i]) for i in chosen]
 
 
+def jittered(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """The digit a little turned, scaled and shifted, so that the model sees more hands than the data has."""
+    angle, scale = np.deg2rad(generator.uniform(-12, 12)), generator.uniform(0.9, 1.1)
+    shift, centre = generator.uniform(-0.8, 0.8, 2), (np.array(image.size) - 1) / 2
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
+    offset = centre - turn @ centre + shift
+    return image.transform(image.size, Image.Transform.AFFINE, (*turn[0], offset[0], *turn[1], offset[1]), Image.BILINEAR)
+
+
 def questions(processor, count: int | None, held_out: bool, seed: int) -> list[dict]:
     """Rows of `prompt`, `completion`, an image and a tone; every held-out image once, else `count` random pairs."""
     images, values = digits(held_out)
@@ -87,7 +96,9 @@ def questions(processor, count: int | None, held_out: bool, seed: int) -> list[d
         key = int(generator.integers(10))
         answer = f" {values[index]} + {key} = {values[index] + key}"
         completion = answer + processor.tokenizer.eos_token
-        row = {"prompt": prompt, "completion": completion, "images": [images[index]], "audio": [tone(key, generator, rate)]}
+        image = images[index] if held_out else jittered(images[index], generator)
+        sound = tone(key, generator, rate)
+        row = {"prompt": prompt, "completion": completion, "images": [image], "audio": [sound]}
         rows.append(row)
     return rows
 
@@ -97,7 +108,9 @@ class EncodedRows(Dataset):
 
     def __init__(self, processor, rows: list[dict], chunk: int = 64):
         collator = MultimodalCollator(processor, pad_to_multiple_of=8)
-        batches = [collator(rows[i : i + chunk]) for i in tqdm(range(0, len(rows), chunk), desc="encoding", unit="batch")]
+        batches = [
+            collator(rows[i : i + chunk]) for i in tqdm(range(0, len(rows), chunk), desc="encoding", unit="batch")
+        ]
         length = max(batch["input_ids"].shape[1] for batch in batches)
         blank = {"input_ids": processor.tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
         self.columns = {}
@@ -127,7 +140,14 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def small_parts() -> dict:
     """Arguments of `compose` for small parts with fresh weights."""
     vision = ViTModel(
-        ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=8, patch_size=2),
+        ViTConfig(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            image_size=8,
+            patch_size=2,
+        ),
         add_pooling_layer=False,
     )
     audio = WhisperModel(
@@ -141,7 +161,9 @@ def small_parts() -> dict:
                     vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=256)
     )  # fmt: skip
     vision_processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
-    audio_processor = WhisperFeatureExtractor(feature_size=32, sampling_rate=SAMPLING_RATE, hop_length=160, chunk_length=1)
+    audio_processor = WhisperFeatureExtractor(
+        feature_size=32, sampling_rate=SAMPLING_RATE, hop_length=160, chunk_length=1
+    )
     return {
         "language_model": language_model,
         "tokenizer": tokenizer,
@@ -236,7 +258,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--rows", type=int, default=6_400, help="training rows to encode; they are used several times")
+    parser.add_argument("--rows", type=int, default=19_200, help="training rows to encode; they are used several times")
     parser.add_argument("--questions", type=int, default=HELD_OUT, help="held-out questions to answer")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--evaluate", action="store_true", help="only answer, with the model saved before")

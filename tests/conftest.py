@@ -1,11 +1,10 @@
-"""Tiny random models and processors, made here; nothing is downloaded."""
+"""Settings of the whole suite: offline, one thread per process, tiny parts from `tiny`."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import pytest
-import torch
-from tiny import tokenizer as make_tokenizer
+sys.path.insert(0, str(Path(__file__).parent))

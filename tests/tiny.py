@@ -94,7 +94,9 @@ def dinov2(**changes):
 
 @seeded
 def convnext(**changes):
-    return ConvNextModel(ConvNextConfig(**dict(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], num_channels=3) | changes))
+    return ConvNextModel(
+        ConvNextConfig(**dict(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], num_channels=3) | changes)
+    )
 
 
 @seeded
@@ -216,7 +218,27 @@ def tokenizer(chat_template=None):
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    words = "the quick brown fox jumps over the lazy dog image sound sum seven five plus what is user assistant".split()
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "the",
+        "lazy",
+        "dog",
+        "image",
+        "sound",
+        "sum",
+        "seven",
+        "five",
+        "plus",
+        "what",
+        "is",
+        "user",
+        "assistant",
+    ]
     random.Random(0).shuffle(words)
     inner.train_from_iterator([" ".join(words)] * 5, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
