@@ -75,7 +75,8 @@ class ModalEncoderModule(nn.Module):
                 f"projector must be a MultimodalProjector, got {type(projector).__name__}: wrap your module by "
                 "MultimodalProjector(MultimodalProjectorConfig(), projection=module)."
             )
-        self.projector = projector
+        # Registered even when it is still missing, so that parameters keep their order, which optimizers rely on.
+        self.register_module("projector", projector)
         self.additional_args = list(additional_args or [])
         self.preprocess_callback = preprocess_callback
         self.postprocess_module_callback = _one_of(

@@ -28,7 +28,7 @@ from .freezing import (
     set_part_trainable,
     set_trainable,
 )
-from .gathering import gathered_plans, gathered_sets, gathered_ties
+from .gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
 from .language_model import Headless
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,16 @@ class MultimodalPreTrainedModel(PreTrainedModel):
             setattr(self, key, values)
         self.all_tied_weights_keys = gathered_ties(self)
         super().init_weights()
+
+    def initialize_weights(self) -> None:
+        """Initialise what was not loaded, each part as its own class does.
+
+        transformers treats models from outside as custom code and then leaves out modules without parameters of their
+        own, among them those that fill the buffers of transformers' own parts.
+        """
+        for _, part in nearest_models(self):
+            part.initialize_weights()
+        super().initialize_weights()
 
     def set_modality_token_ids(self, token_ids: Mapping[str, int]) -> None:
         """Say which token id stands for each modality's features (a processor made with `model=` does it itself).

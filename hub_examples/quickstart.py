@@ -192,6 +192,7 @@ def train(options: argparse.Namespace) -> None:
         per_device_train_batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
+        weight_decay=0.05,
         warmup_steps=max(1, options.steps // 20),
         logging_steps=max(1, options.steps // 50),
         save_strategy="no",
