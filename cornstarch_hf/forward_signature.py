@@ -8,6 +8,8 @@ import inspect
 import types
 from collections.abc import Callable, Iterable
 
+import torch
+
 
 @functools.lru_cache(maxsize=256)
 def with_signature(function: Callable, removed: tuple[str, ...], added: tuple[str, ...]) -> Callable:
@@ -53,6 +55,8 @@ class PerInstanceSignature:
             if not self.on_class:
                 raise AttributeError(f"{self.name!r} exists on instances that have such an encoder only")
             return self.function
+        if torch.compiler.is_compiling():  # a tracer needs no signature
+            return functools.partial(self.function, instance)
         changes = instance.signature_changes(self.name)
         if changes is None:
             raise AttributeError(f"{type(instance).__name__!r} object has no attribute {self.name!r}")
