@@ -15,7 +15,7 @@ from .placeholder_text import mark_typed, occurrences, unmark
 
 DEFAULT_TEMPLATE = """\
 {%- for message in messages %}
-{{- message['role'] + ': ' }}
+{{- message['role'] + ':\\n' }}
 {%- if message['role'] == 'assistant' %}
 {%- generation %}{{ message['content'] }}{{ eos_token or '' }}{% endgeneration %}
 {%- else %}
@@ -23,7 +23,7 @@ DEFAULT_TEMPLATE = """\
 {%- endif %}
 {{- '\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
 _PROBE = "cornstarchprobe"
 
 

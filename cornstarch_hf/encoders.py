@@ -174,7 +174,10 @@ class ModalEncoderModule(nn.Module):
         """Features of each item where the tensor's shape does not tell: packed towers and padded items."""
         if features.ndim == 2:
             grid = next((v for k, v in arguments.items() if k.endswith(("grid_thw", "grid_hws"))), None)
-            return None if grid is None else lengths_by_grid(len(features), grid, self.name)
+            if grid is not None:
+                return lengths_by_grid(len(features), grid, self.name)
+            items = {len(value) for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1}
+            return [1] * len(features) if items == {len(features)} else None
         valid, mask = raw.get("attention_mask"), arguments.get("attention_mask")
         if not isinstance(valid, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
             if mask.shape[1] != features.shape[1]:

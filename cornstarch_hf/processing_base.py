@@ -125,6 +125,10 @@ class MultimodalProcessorBase(ProcessorMixin):
         for name, encoder in self._live.items():
             if FEATURE_COUNTS.get(name) is None:
                 self.config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+        for tokenizer in (self.tokenizer, *self.processors.values()):
+            if isinstance(tokenizer, PreTrainedTokenizerBase):  # sides set as attributes are not saved otherwise
+                sides = ("padding_side", "truncation_side")
+                tokenizer.init_kwargs.update({side: getattr(tokenizer, side) for side in sides})
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         for name, processor in self.processors.items():
             if isinstance(processor, PreTrainedTokenizerBase):

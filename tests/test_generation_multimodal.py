@@ -1,0 +1,139 @@
+"""Generation: caches, padding, beams, assistants, chunks; every encoder runs once."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from helpers import compose_tiny, uneven_inputs
+from transformers import TextIteratorStreamer
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model, processor = compose_tiny(["clip", "whisper"])
+    model.generation_config.eos_token_id = None
+    return model, processor
+
+
+def one(inputs, processor, sample):
+    """The inputs of one sample, unpadded."""
+    keep = inputs["attention_mask"][sample].bool()
+    single = {"input_ids": inputs["input_ids"][sample][keep][None], "attention_mask": keep[keep].long()[None]}
+    slices = {0: ([0], [0]), 1: ([1, 2], [1]), 2: ([], [])}[sample]
+    for key, items in zip(("pixel_values", "input_features"), slices, strict=True):
+        if items:
+            single[key] = inputs[key][items]
+    return single
+
+
+@pytest.mark.parametrize("language_model", ["llama", "gpt2", "gemma3", "falcon_h1"])
+def test_cached_equals_uncached(language_model):
+    model, processor = compose_tiny(["clip", "whisper"], tiny.LANGUAGE_MODELS[language_model]())
+    inputs = uneven_inputs(processor)
+    assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_a_left_padded_batch_equals_its_singles(pair, options):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    together = model.generate(**inputs, **GREEDY, **options)
+    each = options.get("num_return_sequences", 1)
+    for sample in range(3):
+        alone = model.generate(**one(inputs, processor, sample), **GREEDY, **options)
+        rows = together[sample * each : (sample + 1) * each]
+        assert torch.equal(rows[:, -5:], alone[:, -5:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static", "disable_compile": True},
+        {"prefill_chunk_size": 4},
+        {"prefill_chunk_size": 7, "cache_implementation": "static", "disable_compile": True},
+    ],
+)
+def test_static_cache_and_chunked_prefill_equal_the_plain_run(pair, options):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, **options))
+
+
+def test_assisted_and_prompt_lookup_equal_the_plain_run(pair):
+    model, processor = pair
+    inputs = one(uneven_inputs(processor), processor, 0)
+    plain = model.generate(**inputs, **GREEDY)
+    calls = []
+    assistant = copy.deepcopy(model)
+    for which in (model, assistant):
+        which.vision_encoder.register_forward_hook(lambda *_, w=which: calls.append(w))
+    assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=assistant), plain)
+    assert calls == [model], "the assistant gets the features, it does not encode again"
+    assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), plain)
+    model.vision_encoder._forward_hooks.clear()
+
+
+def test_streaming(pair):
+    model, processor = pair
+    inputs = one(uneven_inputs(processor), processor, 0)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    tokens = model.generate(**inputs, **GREEDY, streamer=streamer)
+    assert "".join(streamer) == processor.decode(tokens[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"do_sample": True, "num_return_sequences": 3}])
+def test_each_encoder_runs_once(pair, options):
+    model, processor = pair
+    calls = []
+    hooks = [e.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, e in model.encoders.items()]
+    model.generate(**uneven_inputs(processor), **(GREEDY | options))
+    for hook in hooks:
+        hook.remove()
+    assert sorted(calls) == ["audio", "vision"]
+
+
+def test_placeholders_are_never_generated(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    ids = [model.config.modality(n)["token_id"] for n in model.config.encoders]
+    out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    assert torch.isinf(out.scores[0][:, ids]).all()
+
+
+def test_generation_from_embeddings():
+    model, processor = compose_tiny(["clip"])
+    model.set_modality_token_ids({"vision": 9})
+    ids = torch.tensor([[1, *[9] * 5, 30, 31]])
+    pixels = uneven_inputs(processor)["pixel_values"][:1]
+    embeds = model.get_input_embeddings()(ids)
+    by_ids = model.generate(input_ids=ids, pixel_values=pixels, **GREEDY)
+    assert torch.equal(model.generate(inputs_embeds=embeds, pixel_values=pixels, **GREEDY), by_ids[:, 8:])
+
+
+def test_wrong_counts_and_typing_errors_are_refused_before_the_prefill(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    with pytest.raises(ValueError, match="pixel_value"):
+        model.generate(**inputs, pixel_value=1, **GREEDY)
+    with pytest.raises(ValueError, match="vision.*15 placeholder.*10 features"):
+        model.generate(**(inputs | {"pixel_values": inputs["pixel_values"][:2]}), **GREEDY)
+
+
+def test_eos_may_be_a_list(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    tokens = model.generate(**inputs, **GREEDY)
+    stop = tokens[:, -5].tolist()
+    assert model.generate(**inputs, **GREEDY, eos_token_id=stop).shape[1] == tokens.shape[1] - 4
+
+
+def test_generation_config_of_the_language_model_is_kept(tmp_path):
+    language_model = tiny.llama()
+    language_model.generation_config.temperature, language_model.generation_config.do_sample = 0.3, True
+    model, _ = compose_tiny(["clip"], language_model)
+    assert model.generation_config.temperature == 0.3
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).generation_config.temperature == 0.3
