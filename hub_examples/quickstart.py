@@ -76,12 +76,14 @@ def digits(held_out: bool) -> tuple[list[Image.Image], list[int]]:
 
 
 def jittered(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """The digit a little turned, scaled and shifted, so that the model sees more hands than the data has."""
-    angle, scale = np.deg2rad(generator.uniform(-12, 12)), generator.uniform(0.9, 1.1)
-    shift, centre = generator.uniform(-0.8, 0.8, 2), (np.array(image.size) - 1) / 2
+    """The digit a little turned, scaled, shifted and noisy, so that the model sees more hands than the data has."""
+    angle, scale = np.deg2rad(generator.uniform(-8, 8)), generator.uniform(0.95, 1.05)
+    shift, centre = generator.uniform(-0.4, 0.4, 2), (np.array(image.size) - 1) / 2
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
     offset = centre - turn @ centre + shift
-    return image.transform(image.size, Image.Transform.AFFINE, (*turn[0], offset[0], *turn[1], offset[1]), Image.BILINEAR)
+    matrix = (*turn[0], offset[0], *turn[1], offset[1])
+    moved = np.asarray(image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
+    return Image.fromarray((moved + generator.normal(0, 12, moved.shape)).clip(0, 255).astype(np.uint8))
 
 
 def questions(processor, count: int | None, held_out: bool, seed: int) -> list[dict]:
@@ -256,7 +258,7 @@ def main() -> None:
     parser.add_argument("--language-model", help="Hub id or path of a causal language model")
     parser.add_argument("--vision", help="Hub id or path of a vision encoder")
     parser.add_argument("--audio", help="Hub id or path of an audio encoder")
-    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rows", type=int, default=19_200, help="training rows to encode; they are used several times")

@@ -1,0 +1,256 @@
+"""Training: the collator, plain Trainer, accumulation, checkpointing, resuming, one TRL step."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from helpers import compose_tiny
+from torch.utils.data import Dataset as TorchDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from cornstarch_hf import MultimodalCollator, MultimodalModel
+
+
+def rows(count=8):
+    """Rows with an image, a sound, both, or none."""
+    made = []
+    for i in range(count):
+        row = {"prompt": "a ", "completion": f" is {i}"}
+        if i % 4 in (0, 2):
+            row |= {"prompt": row["prompt"] + "<image> ", "images": [tiny.image(i)]}
+        if i % 4 in (1, 2):
+            row |= {"prompt": row["prompt"] + "<audio> ", "audio": [tiny.sound(i)]}
+        made.append(row)
+    return made
+
+
+class Rows(TorchDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def trainer(model, processor, folder, items=None, **options):
+    defaults = dict(output_dir=str(folder), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, logging_steps=1,
+                    report_to="none", save_strategy="no", seed=1, use_cpu=True, remove_unused_columns=False,
+                    disable_tqdm=True, optim="sgd", lr_scheduler_type="constant")  # fmt: skip
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**(defaults | options)),
+        train_dataset=Rows(items or rows()),
+        data_collator=MultimodalCollator(processor),
+    )
+
+
+def losses(made):
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def pair():
+    return compose_tiny(["clip", "whisper"])
+
+
+# ---- collator
+
+
+def test_collator_labels_only_what_is_to_be_learnt(pair):
+    _, processor = pair
+    talk = [
+        {"role": "user", "content": [{"type": "image", "image": tiny.image()}, {"type": "text", "text": "what is <image>?"}]},
+        {"role": "assistant", "content": "seven"},
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": "five"},
+    ]
+    batch = MultimodalCollator(processor)(
+        [
+            {"messages": talk},
+            {"prompt": "a <audio> b", "completion": " is it", "audio": [tiny.sound()]},
+            {"text": "<image> and <audio>", "vision": [tiny.image(1)], "audio": [tiny.sound(1)]},
+            {"text": "none"},
+        ]
+    )
+    learnt = [processor.decode([i for i in row if i != -100]) for row in batch["labels"].tolist()]
+    assert learnt == ["seven</s>five</s>", " is it", " and ", "none"]
+    assert batch["pixel_values"].shape[0] == 2 and batch["input_features"].shape[0] == 2
+    assert torch.equal(batch["attention_mask"].sum(-1) > 0, torch.ones(4).bool())
+    assert torch.equal(batch["labels"][batch["attention_mask"] == 0].unique(), torch.tensor([-100]))
+    assert (batch["attention_mask"][:, 0] == 1).all(), "padded on the right"
+
+
+def test_collator_joins_sequences_of_different_lengths():
+    model, processor = compose_tiny(["wav2vec2"])
+    items = [{"text": "<audio>", "audio": [tiny.sound(i, n)]} for i, n in enumerate((300, 500))]
+    batch = MultimodalCollator(processor)(items)
+    assert batch["audio_attention_mask"].sum(-1).tolist() == [300, 500]
+    alone = [MultimodalCollator(processor)([item]) for item in items]
+    with torch.no_grad():
+        for row, one in enumerate(alone):
+            length = one["input_ids"].shape[1]
+            torch.testing.assert_close(model(**batch).logits[row, :length], model(**one).logits[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"images": []}, r"row 1: expected 'messages'"),
+        ({"text": "x", "colour": 1}, r"row 1: unknown columns \['colour'\]"),
+        ({"text": "<image>"}, "row 1: vision.*1 placeholders"),
+        ({"text": "long " * 50}, "row 1: the row has .* tokens, max_length is 40"),
+    ],
+)
+def test_collator_names_the_row(pair, row, message):
+    with pytest.raises(ValueError, match=message):
+        MultimodalCollator(pair[1], max_length=40)([{"text": "fine"}, row])
+    with pytest.raises(ValueError, match="no rows"):
+        MultimodalCollator(pair[1])([])
+
+
+# ---- Trainer
+
+
+def test_batch_of_8_equals_2_by_4_accumulated(tmp_path):
+    found = []
+    for batch, steps in ((8, 1), (4, 2)):
+        model, processor = compose_tiny(["clip", "whisper"])
+        made = trainer(model, processor, tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+        made.train()
+        found.append((losses(made), [p.detach().clone() for p in model.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_default_remove_unused_columns_loses_nothing(tmp_path, pair):
+    model, processor = pair
+    batch = MultimodalCollator(processor)([dict(r) for r in rows() if "images" in r and "audio" in r] * 2)
+    table = Dataset.from_dict({key: value.tolist() for key, value in batch.items()}).with_format("torch")
+    seen = []
+    for name, encoder in model.encoders.items():
+        encoder.register_forward_hook(lambda *_, n=name: seen.append(n))
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)  # fmt: skip
+    assert arguments.remove_unused_columns
+    made = Trainer(model=model, args=arguments, train_dataset=table)
+    assert set(made._remove_unused_columns(table).column_names) == set(batch)
+    made.train()
+    assert sorted(seen) == ["audio", "vision"]
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision_encoder.module",), ("language_model",)])
+@pytest.mark.parametrize("language_model", ["llama", "gpt2"])
+def test_gradient_checkpointing_gives_the_same_gradients(frozen, language_model):
+    model, processor = compose_tiny(["clip", "whisper"], tiny.LANGUAGE_MODELS[language_model]())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if frozen:
+        model.freeze(*frozen)
+    batch = MultimodalCollator(processor)(rows(4))
+    model.train()
+    plain = gradients(model, batch)
+    model.gradient_checkpointing_enable()
+    model.train()
+    layers = [m for m in model.language_model.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert layers and all(layer.training for layer in layers)
+    checkpointed = gradients(model, batch)
+    assert plain.keys() == checkpointed.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], checkpointed[name], atol=1e-6, rtol=1e-4)
+
+
+def test_bf16(tmp_path, pair):
+    model, processor = pair
+    made = trainer(model, processor, tmp_path, bf16=True)
+    made.train()
+    assert all(torch.tensor(losses(made)).isfinite())
+    half = copy.deepcopy(model).bfloat16()
+    assert torch.isfinite(half(**MultimodalCollator(processor)(rows(4))).loss)
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 2
+
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch")
+    model, processor = compose_tiny(["clip", "whisper"])
+    model.freeze("vision_encoder.module")
+    whole = trainer(model, processor, tmp_path / "whole", **options)
+    whole.train()
+    model, processor = compose_tiny(["clip", "whisper"])
+    model.freeze("vision_encoder.module")
+    first = trainer(model, processor, tmp_path / "parts", **options)
+    first.add_callback(Stop())
+    first.train()
+    assert (tmp_path / "parts" / "checkpoint-2" / "model.safetensors").exists()
+    fresh, processor = compose_tiny(["clip", "whisper"])
+    fresh.freeze("vision_encoder.module")
+    second = trainer(fresh, processor, tmp_path / "parts", **options)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert losses(second)[-2:] == losses(whole)[-2:]
+    for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_trainer_checkpoints_hold_everything_and_keep_foreign_files(tmp_path, pair):
+    model, processor = pair
+    made = trainer(model, processor, tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    made.processing_class = processor
+    made.train()
+    folder = tmp_path / "checkpoint-1"
+    assert {"model.safetensors", "config.json", "processor_config.json", "trainer_state.json", "optimizer.pt"} <= {p.name for p in folder.iterdir()}
+    again = MultimodalModel.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    again.save_pretrained(folder)
+    assert (folder / "trainer_state.json").exists() and (folder / "optimizer.pt").exists()
+
+
+def test_loss_falls_on_rows_of_mixed_modalities(tmp_path, pair):
+    model, processor = pair
+    made = trainer(model, processor, tmp_path, max_steps=30, optim="adamw_torch")
+    made.train()
+    assert losses(made)[-1] < 0.5 * losses(made)[0]
+
+
+def test_label_smoothing_shifts(tmp_path, pair):
+    """Trainer's label smoother shifts labels itself for causal language models, which it knows by class name."""
+    model, processor = pair
+    made = trainer(model, processor, tmp_path, label_smoothing_factor=0.1)
+    batch = MultimodalCollator(processor)(rows(4))
+    smoothed = made.compute_loss(model, dict(batch))
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+    target = batch["labels"][:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, label_smoothing=0.1)
+    torch.testing.assert_close(smoothed.detach(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_one_step_of_trl_sft(tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    model, processor = compose_tiny(["clip"])
+    messages = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}, {"role": "assistant", "content": [{"type": "text", "text": f"it {i}"}]}]
+        for i in range(4)
+    ]  # fmt: skip
+    table = Dataset.from_dict({"messages": messages, "images": [[tiny.image(i)] for i in range(4)]})
+    config = SFTConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+                       max_length=None, save_strategy="no", disable_tqdm=True, bf16=False, logging_steps=1)  # fmt: skip
+    seen = []
+    model.vision_encoder.register_forward_hook(lambda *_: seen.append(1))
+    made = SFTTrainer(model=model, args=config, train_dataset=table, processing_class=processor)
+    made.train()
+    assert seen and all(torch.tensor(losses(made)).isfinite())
