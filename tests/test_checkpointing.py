@@ -1,0 +1,102 @@
+"""Saving: what a folder keeps, what goes, and models that could not come back."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from helpers import compose_tiny
+from transformers import ViTConfig, ViTModel
+
+from cornstarch_hf import ModalEncoderModule, MultimodalModel
+
+
+@pytest.fixture
+def model():
+    return compose_tiny(["clip"])[0]
+
+
+def files(folder):
+    return {p.name for p in folder.iterdir()}
+
+
+def test_stale_weights_go_either_way(tmp_path, model):
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    shards = files(tmp_path)
+    assert "model.safetensors.index.json" in shards and "model.safetensors" not in shards
+    with torch.no_grad():
+        model.language_model.lm_head.weight.add_(1)
+    model.save_pretrained(tmp_path)
+    assert files(tmp_path) == {"model.safetensors", "config.json", "generation_config.json"}
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert files(tmp_path) == shards
+    again = MultimodalModel.from_pretrained(tmp_path)
+    assert torch.equal(again.language_model.lm_head.weight, model.language_model.lm_head.weight)
+
+
+def test_foreign_files_stay(tmp_path, model):
+    (tmp_path / "adapters").mkdir()
+    for name in ("notes.md", "other.safetensors", "model.onnx", "adapters/model.safetensors", "optimizer.pt"):
+        (tmp_path / name).write_text("mine")
+    model.save_pretrained(tmp_path)
+    for name in ("notes.md", "other.safetensors", "model.onnx", "adapters/model.safetensors", "optimizer.pt"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def test_constructor_arguments_that_no_config_holds(tmp_path):
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4)
+    for options in ({}, {"add_pooling_layer": False}, {"add_pooling_layer": False, "use_mask_token": True}):
+        encoder = ViTModel(config, **options)
+        model = MultimodalModel(encoders={"vision": ModalEncoderModule(encoder)}, language_model=tiny.llama())
+        assert model.config.modality("vision")["encoder_kwargs"] == options
+        model.save_pretrained(tmp_path)
+        _, info = MultimodalModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()), options
+
+
+def test_a_changed_part_is_refused_with_the_names_of_its_weights(tmp_path, model):
+    model.vision_encoder.module.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"Only in the model: \['vision_encoder.module.extra.bias'"):
+        model.save_pretrained(tmp_path)
+    del model.vision_encoder.module.extra
+    model.language_model.lm_head = torch.nn.Linear(32, 7, bias=False)
+    with pytest.raises(ValueError, match=r"lm_head.weight', \(7, 32\), \(320, 32\)"):
+        model.save_pretrained(tmp_path)
+    assert not files(tmp_path)
+
+
+def test_resized_embeddings_come_back(tmp_path, model):
+    model.resize_token_embeddings(330)
+    assert model.config.text_config.vocab_size == 330
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path)
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_only_safetensors(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="safetensors only"):
+        MultimodalModel.from_pretrained(tmp_path, use_safetensors=False)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        MultimodalModel.from_pretrained(tmp_path)
+
+
+def test_no_path_of_this_machine_is_written(tmp_path, model):
+    loaded_from = tmp_path / "first"
+    model.save_pretrained(loaded_from)
+    again = MultimodalModel.from_pretrained(loaded_from)
+    again.save_pretrained(tmp_path / "second")
+    assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["cornstarch_format"] == 1
+
+
+def test_a_split_over_cpu_and_disk_is_exact(tmp_path, model):
+    model.set_modality_token_ids({"vision": 9})
+    model.save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.tensor([[1, *[9] * 5, 30]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    parts = {"vision_encoder": "cpu", "language_model": "disk"}
+    split = MultimodalModel.from_pretrained(tmp_path, device_map=parts, offload_folder=str(tmp_path / "offload"))
+    with torch.no_grad():
+        assert torch.equal(split(**inputs).logits, model(**inputs).logits)

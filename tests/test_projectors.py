@@ -1,0 +1,141 @@
+"""Projectors: the registry, wrapped modules bit for bit, lazy ones, the original's checkpoints."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import user_parts
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModel
+
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    register_projector,
+)
+
+
+def composed(projector=None, **options):
+    encoder = ModalEncoderModule(tiny.clip(), projector)
+    return MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama(), **options)
+
+
+def test_types():
+    x = torch.randn(2, 5, 16)
+    linear = MultimodalProjector(MultimodalProjectorConfig(in_features=16, out_features=32))
+    assert torch.equal(linear(x).last_hidden_state, linear.projection(x)) and isinstance(linear.projection, nn.Linear)
+    assert torch.equal(linear(x, return_dict=False)[0], linear.projection(x))
+    mlp = MultimodalProjector(MultimodalProjectorConfig(in_features=16, out_features=32, projection_type="mlp", activation="silu"))
+    first, activation, last = mlp.projection
+    assert torch.equal(mlp(x)[0], last(nn.functional.silu(first(x)))) and activation is not None
+    with pytest.raises(ValueError, match="width 16, got 17"):
+        linear(torch.randn(1, 17))
+
+
+def test_init_projector_type_and_activation():
+    model = composed(init_projector_type="mlp", init_activation="relu")
+    assert isinstance(model.vision_encoder.projector.projection[1], nn.ReLU)
+    assert model.config.vision_projector_config.activation == "relu"
+
+
+@pytest.mark.parametrize("config", [MultimodalProjectorConfig(), MultimodalProjectorConfig(in_features=16, out_features=32)])
+def test_a_wrapped_module_keeps_its_weights(tmp_path, config):
+    projection = nn.Linear(16, 32)
+    nn.init.constant_(projection.weight, 7.0)
+    wrapped = MultimodalProjector(config, projection)
+    assert wrapped.projection is projection and wrapped.config is not config
+    model = composed(wrapped)
+    assert model.vision_encoder.projector.projection is projection and float(projection.weight.min()) == 7.0
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path).vision_encoder.projector
+    assert torch.equal(again.projection.weight, projection.weight) and again.config.projection_type == "linear"
+
+
+def test_a_registered_class_alone_and_by_name(tmp_path):
+    projection = user_parts.GatedProjection(16, 32, gain=2.0)
+    wrapped = MultimodalProjector(MultimodalProjectorConfig(), projection)
+    assert wrapped.config.projection_type == "users_gated" and wrapped.config.projection_kwargs["gain"] == 2.0
+    wrapped.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert type(again.projection) is user_parts.GatedProjection and again.projection.gain == 2.0
+    x = torch.randn(3, 16)
+    assert torch.equal(again(x)[0], wrapped(x)[0])
+    lazy = composed(init_projector_type="users_gated").vision_encoder.projector
+    assert type(lazy.projection) is user_parts.GatedProjection and lazy.projection.gain == 1.0
+
+
+def test_what_cannot_be_stored_composes_but_does_not_save(tmp_path):
+    class Local(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.inner = nn.Linear(16, width)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = composed(MultimodalProjector(MultimodalProjectorConfig(), Local(32)))
+    model.set_modality_token_ids({"vision": 9})
+    model(input_ids=torch.tensor([[9] * 5]), pixel_values=torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"vision_encoder.projector cannot be saved: .*Local is not registered.*register_projector"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    register_projector("local_for_test", Local)
+    with pytest.raises(ValueError, match=r"keeps no attribute of that name: set self.width"):
+        model.save_pretrained(tmp_path)
+
+
+def test_registering_twice_and_wrong_things():
+    register_projector("linear_again", nn.Linear)
+    register_projector("linear_again", nn.Linear)
+    with pytest.raises(ValueError, match="'linear_again' is registered already"):
+        register_projector("linear_again", nn.Bilinear)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module class"):
+        register_projector("broken", 3)
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        MultimodalProjector(MultimodalProjectorConfig(), projection=lambda x: x)
+
+
+def test_lazy_when_a_size_is_missing():
+    projector = MultimodalProjector(MultimodalProjectorConfig(projection_type="mlp", out_features=32))
+    assert projector.projection is None
+    with pytest.raises(ValueError, match="no projection yet"):
+        projector(torch.randn(1, 16))
+    model = composed(projector)
+    assert model.vision_encoder.projector is projector and projector.projection[0].in_features == 16
+    assert composed(None).vision_encoder.projector.config.in_features == 16
+
+
+@pytest.mark.parametrize("form", ["projection", "in_proj"])
+def test_projectors_of_the_original_cornstarch_load(tmp_path, form):
+    """The layouts that the original wrote: `projection.{0,2}` later, `in_proj`/`out_proj` at first."""
+    names = {"projection": ("projection.0", "projection.2"), "in_proj": ("in_proj", "out_proj")}[form]
+    tensors = {}
+    for name, shape in zip(names, ((32, 16), (32, 32)), strict=True):
+        tensors |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[0])}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["MultimodalProjector"], "model_type": "multimodal-projector", "projection_type": "mlp",
+        "activation": "gelu", "in_features": 16, "out_features": 32, "encoder_model_type": "clip_vision_model",
+        "language_model_type": "llama", "torch_dtype": "float32", "transformers_version": "4.47.0",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for cls in (MultimodalProjector, AutoModel) if form == "projection" else (MultimodalProjector,):
+        projector, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert torch.equal(projector.projection[0].weight, tensors[f"{names[0]}.weight"])
+        assert torch.equal(projector.projection[2].bias, tensors[f"{names[1]}.bias"])
+        assert composed(projector).vision_encoder.projector is projector
+
+
+def test_gradient_checkpointing_of_a_projector():
+    projector = MultimodalProjector(MultimodalProjectorConfig(in_features=4, out_features=4, projection_type="mlp")).train()
+    x = torch.randn(2, 4, requires_grad=True)
+    projector(x)[0].sum().backward()
+    plain, x.grad = x.grad.clone(), None
+    projector.gradient_checkpointing_enable()
+    projector(x)[0].sum().backward()
+    assert torch.equal(x.grad, plain)
