@@ -19,12 +19,12 @@ def is_wrapped(model: nn.Module) -> bool:
     return is_peft_available() and isinstance(model, PeftModel)
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
+def unwrapped(model: Any) -> PreTrainedModel:
     """The model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if is_wrapped(model) else model
 
 
-def describe_adapters(model: nn.Module, where: str) -> dict[str, Any] | None:
+def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
     """JSON description of a wrapped part's adapters, None for a part that is not wrapped.
 
     Raises:

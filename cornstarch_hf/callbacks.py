@@ -12,12 +12,13 @@ from .registries import CALLBACKS
 SLOTS = ("preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback")
 
 
-def describe_callback(callback: Callable) -> dict[str, Any]:
+def describe_callback(callback: Any) -> dict[str, Any]:
     """``{"name", "arguments"}`` of a registered callback.
 
     Raises:
         NotStorable: it is not registered, or an argument is no JSON value.
     """
+    arguments: Any
     if isinstance(callback, nn.Module) and CALLBACKS.name_of(callback) is None:
         name, arguments = CALLBACKS.name_of(type(callback)), constructor_arguments
     elif isinstance(callback, functools.partial):

@@ -106,10 +106,11 @@ def render(messages: list[dict], template: str, **variables: Any) -> tuple[str, 
     """The text of a conversation and where its assistant turns are, if the template marks them."""
     marks = "generation" in template and variables.pop("mark_assistant", False)
     variables.pop("mark_assistant", None)
-    rendered, spans = render_jinja_template(
+    rendered: Any = render_jinja_template(
         conversations=[messages], chat_template=template, return_assistant_tokens_mask=bool(marks), **variables
     )
-    return rendered[0], [tuple(span) for span in spans[0]] if marks and spans else []
+    texts, spans = rendered
+    return texts[0], [tuple(span) for span in spans[0]] if marks and spans else []
 
 
 def assistant_spans(messages: list[dict], template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]:

@@ -4,7 +4,7 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,14 +98,14 @@ def check_rebuildable(model: PreTrainedModel) -> None:
         )
 
 
-def remove_stale_weights(folder: str | os.PathLike, before: Iterable[str]) -> None:
+def remove_stale_weights(folder: str | os.PathLike, before: Mapping[str, tuple[int, int, int]]) -> None:
     """Remove weight files of an earlier save that the save just made did not write (loading would prefer some of them).
 
     Args:
         folder: where the model was saved.
         before: names of this module's weight files in it and their stamps before the save, from `weight_files`.
     """
-    now, before = weight_files(folder), dict(before)
+    now = weight_files(folder)
     fresh = {name for name, stamp in now.items() if before.get(name) != stamp}
     if not fresh:
         return
@@ -118,7 +118,7 @@ def weight_files(folder: str | os.PathLike) -> dict[str, tuple[int, int, int]]:
     if not os.path.isdir(folder):
         return {}
     found = {}
-    for entry in os.scandir(folder):
+    for entry in os.scandir(os.fspath(folder)):
         if WEIGHTS.fullmatch(entry.name) and entry.is_file():
             status = entry.stat()
             found[entry.name] = (status.st_ino, status.st_size, status.st_mtime_ns)

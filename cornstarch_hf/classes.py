@@ -85,7 +85,7 @@ def _imported(name: str, config_class: type[PreTrainedConfig]) -> list[type[PreT
 def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The causal language model class that transformers' Auto classes choose for a configuration, or None."""
     mapping = AutoModelForCausalLM._model_mapping
-    found = mapping[type(config)] if type(config) in mapping else None
+    found = mapping.get(type(config), None)
     return found[0] if isinstance(found, tuple) else found
 
 

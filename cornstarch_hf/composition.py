@@ -39,9 +39,9 @@ def check_language_model(model: Any) -> None:
         )
 
 
-def embedding_width(language_model: nn.Module) -> int:
+def embedding_width(language_model: Any) -> int:
     """Width of a language model's input embeddings, which projected features must have."""
-    embedding = unwrapped(language_model).get_input_embeddings()
+    embedding: Any = unwrapped(language_model).get_input_embeddings()
     return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1]
 
 
@@ -117,7 +117,7 @@ def separate_configs(encoders: Mapping[str, ModalEncoderModule], language_model:
             new = copy.deepcopy(old)
             for module in encoder.module.modules():
                 if getattr(module, "config", None) is old:
-                    module.config = new
+                    setattr(module, "config", new)  # noqa: B010
         seen.add(id(unwrapped(encoder.module).config))
 
 
@@ -148,12 +148,12 @@ def complete_projector(
         if weight is not None:
             projector.to(device=weight.device, dtype=weight.dtype)
     got = projector.config.in_features
-    if known is not None and got not in (None, known) and encoder.postprocess_module_callback is None:
-        if encoder.selection.output is None:
-            raise ValueError(
-                f"{name}: the projector's in_features is {got}, but the encoder's features have width {known}: leave "
-                "in_features out, or choose the right layer=."
-            )
+    as_encoded = encoder.postprocess_module_callback is None and encoder.selection.output is None
+    if as_encoded and known is not None and got not in (None, known):
+        raise ValueError(
+            f"{name}: the projector's in_features is {got}, but the encoder's features have width {known}: leave "
+            "in_features out, or choose the right layer=."
+        )
     if projector.config.out_features != width and encoder.postprocess_projector_callback is None:
         raise ValueError(
             f"{name}: the projector's out_features is {projector.config.out_features}, but the language model's "
@@ -200,13 +200,13 @@ def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule]
 def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
     """Build one encoder with its projector and callbacks."""
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
-    cls = resolve_class(entry["encoder_class"], encoder_config, name)
+    cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
     module = wrap_again(
         cls(encoder_config, **entry["encoder_kwargs"]), _adapters(config, f"{name}_encoder.module"), name
     )
     if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
         raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
-    callbacks = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
+    callbacks: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
     encoder = ModalEncoderModule(
         module,
         MultimodalProjector(getattr(config, f"{name}_projector_config")),
@@ -223,8 +223,8 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
 
 def build_language_model(config: MultimodalConfig) -> nn.Module:
     """Build the language model, its adapters wrapped again."""
-    text = config.text_config
-    cls = language_model_class(text)
+    text: Any = config.text_config
+    cls: Any = language_model_class(text)
     if config.language_model_class is not None:
         cls = resolve_class(config.language_model_class, text, "language_model")
     if cls is None:

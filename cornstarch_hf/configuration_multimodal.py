@@ -5,6 +5,7 @@ that other software looks for; `encoders` keeps their order, and `{name}_modalit
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -18,9 +19,28 @@ CUSTOM_PROJECTION = "custom"
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 RESERVED_NAMES = frozenset(
     [
-        *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs", "encoders"),
+        *(
+            "add_special_tokens",
+            "audios",
+            "base_model",
+            "config",
+            "conversation",
+            "encoder",
+            "encoder_inputs",
+            "encoders",
+        ),
         *("feature_extractor", "generation_config", "image_processor", "images", "inputs", "kernel_config", "labels"),
-        *("language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages", "model", "name_or_path", "padding"),
+        *(
+            "language_model",
+            "llm",
+            "llm_inputs",
+            "loss_type",
+            "max_length",
+            "messages",
+            "model",
+            "name_or_path",
+            "padding",
+        ),
         *("processor", "processors", "return_tensors", "sampling_rate", "text", "tokenizer", "training", "truncation"),
         *("video_processor", "videos"),
     ]
@@ -245,7 +265,8 @@ def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConf
     return found.pop()
 
 
-def _subclasses(cls: type):
+def _subclasses(cls: type) -> Iterator[Any]:
+    sub: Any
     for sub in cls.__subclasses__():
         yield sub
         yield from _subclasses(sub)

@@ -1,5 +1,7 @@
 """A table of a composed model for people: parts, classes, parameters, what trains, tokens."""
 
+from typing import Any
+
 from torch import nn
 
 from .adapters import is_wrapped, unwrapped
@@ -16,7 +18,7 @@ def describe_model(model: nn.Module) -> str:
     return "\n".join(lines + [_modality(model, name) for name in model.config.encoders])
 
 
-def _row(where: str, part: nn.Module) -> tuple[str, ...]:
+def _row(where: str, part: Any) -> tuple[str, str, str, str, str]:
     parameters = list(part.parameters())
     total, trainable = (sum(p.numel() for p in ps) for ps in (parameters, [p for p in parameters if p.requires_grad]))
     name = type(unwrapped(part)).__name__ + (f" + {'/'.join(part.peft_config)}" if is_wrapped(part) else "")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .adapters import unwrapped
@@ -52,9 +51,12 @@ class ModalEncoderModule(nn.Module):
         ValueError: `model=` and `module=` both given, several towers to choose from, a bad selection.
     """
 
+    module: Any
+    projector: Any
+
     def __init__(
         self,
-        model: PreTrainedModel | None = None,
+        model: Any = None,
         projector: MultimodalProjector | None = None,
         additional_args: Sequence[str] | None = None,
         preprocess_callback: Callable | None = None,
@@ -65,7 +67,7 @@ class ModalEncoderModule(nn.Module):
         layer: int | Sequence[int] = -1,
         output: str | None = None,
         drop_prefix: int = 0,
-        module: PreTrainedModel | None = None,
+        module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
         super().__init__()
@@ -132,7 +134,7 @@ class ModalEncoderModule(nn.Module):
         output = self._postprocess("postprocess_module_callback", inputs, output)
         output = self._project(output)
         output = self._postprocess("postprocess_projector_callback", inputs, output)
-        items = per_item(output.last_hidden_state, output.lengths, self.name)
+        items = per_item(output[0], output.lengths, self.name)
         return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
 
     def _encode(self, inputs: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
@@ -151,7 +153,7 @@ class ModalEncoderModule(nn.Module):
             raw, selected = self._encode_batch(part, options)
             if len(groups) == 1:
                 return raw, selected
-            items |= dict(zip(positions, selected.last_hidden_state, strict=True))
+            items |= dict(zip(positions, selected[0], strict=True))
         ordered = [items[i] for i in range(len(items))]
         together = EncoderOutput(last_hidden_state=torch.cat(ordered))
         return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])

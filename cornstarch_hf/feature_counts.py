@@ -57,7 +57,7 @@ class FeatureCounter:
     def __init__(self, config: MultimodalConfig, live: Mapping[str, ModalEncoderModule] | None = None):
         self.config = config
         self._live = dict(live or {})
-        self._probes: dict[str, ModalEncoderModule] = {}
+        self._probes: dict[str, Any] = {}
         self._cache: dict[tuple, int] = {}
 
     def count(self, name: str, inputs: Mapping[str, Any]) -> int:

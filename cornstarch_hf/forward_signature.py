@@ -45,7 +45,7 @@ class PerInstanceSignature:
 
     def __init__(self, function: Callable, on_class: bool = True):
         self.function, self.on_class = function, on_class
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name

@@ -3,7 +3,6 @@
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
@@ -84,5 +83,5 @@ class MultimodalGenerationMixin:
         text_only = not (kwargs.get("model_kwargs") or {}).get("mm_encoder_outputs")
         ids = [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]
         if ids:
-            processors.append(SuppressTokensLogitsProcessor(ids, device=torch.device(self.device)))
+            processors.append(SuppressTokensLogitsProcessor(ids, device=str(self.device)))
         return processors

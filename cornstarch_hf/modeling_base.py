@@ -37,10 +37,12 @@ logger = logging.getLogger(__name__)
 class MultimodalPreTrainedModel(PreTrainedModel):
     """What a composed model is besides its `forward`; see `MultimodalModel`."""
 
+    config: MultimodalConfig
+    language_model: Any
     config_class = MultimodalConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("text", "image", "audio", "video")
+    input_modalities: Any = ("text", "image", "audio", "video")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 
 from .adapters import unwrapped
 from .composition import build_parts, compose_config
@@ -52,7 +52,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
     def __init__(
         self,
         config: MultimodalConfig | Mapping[str, ModalEncoderModule] | None = None,
-        language_model: PreTrainedModel | None = None,
+        language_model: Any = None,
         init_projector_type: str = "linear",
         init_activation: str = "gelu",
         *,
@@ -67,7 +67,8 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         if config is None:
             encoders = {} if encoders is None else encoders
             config = compose_config(encoders, language_model, init_projector_type, init_activation)
-            for part in (language_model, *encoders.values()):
+            parts: Any = (language_model, *encoders.values())
+            for part in parts:
                 mark_initialized(part)
             supplied = True
         else:
@@ -203,7 +204,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         ids = self.placeholder_ids(text_only)
         if input_ids is not None:
             return {name: placeholder_mask(input_ids, token_id) for name, token_id in ids.items()}
-        embed = self.get_input_embeddings()
+        embed: Any = self.get_input_embeddings()
         rows = getattr(embed, "num_embeddings", None) or embed.weight.shape[0]
         return {
             name: embedded_placeholder_mask(inputs_embeds, embed(torch.tensor(i, device=inputs_embeds.device)))
@@ -307,7 +308,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         """Features of videos; see `get_image_features`."""
         return self._features("video", modality, return_dict, kwargs)
 
-    get_video_features = PerInstanceSignature(get_video_features, on_class=False)
+    get_video_features = PerInstanceSignature(get_video_features, on_class=False)  # type: ignore[assignment]
 
     def _features(self, kind: str, modality: str | None, return_dict: bool | None, kwargs: dict[str, Any]):
         names = self.config.modalities_of_kind(kind) if modality is None else [self._named(modality)]

@@ -82,12 +82,12 @@ def torch_spec(module: nn.Module) -> dict[str, Any]:
 def build_torch(spec: Mapping[str, Any]) -> nn.Module:
     """Build what `torch_spec` described; ValueError for anything that is not a module class of `torch.nn`."""
     name = spec.get("class") if isinstance(spec, Mapping) else None
-    cls = getattr(nn, name, None) if isinstance(name, str) else None
+    cls: Any = getattr(nn, name, None) if isinstance(name, str) else None
     if not inspect.isclass(cls) or not issubclass(cls, nn.Module) or set(spec) - {"class", "arguments", "modules"}:
         raise ValueError(f"Expected the description of a torch.nn module, got {spec!r:.200}.")
     if issubclass(cls, _CONTAINERS):
         modules = [build_torch(child) for child in spec.get("modules", [])]
-        return cls(*modules) if cls is nn.Sequential else cls(modules)
+        return nn.Sequential(*modules) if issubclass(cls, nn.Sequential) else cls(modules)
     return cls(**spec.get("arguments", {}))
 
 

@@ -20,7 +20,8 @@ def compress(selected: Iterable[str], every: Iterable[str]) -> list[str]:
     >>> compress(["a.1.w"], names)
     ['a.1.w']
     """
-    chosen, groups = set(selected), {}
+    chosen = set(selected)
+    groups: dict[str, list[str]] = {}
     for name in every:
         groups.setdefault(_NUMBER.sub("*", name), []).append(name)
     whole, single = set(), []

@@ -168,7 +168,7 @@ def token_mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> 
 
 
 def pad_rows(
-    tokenizer, rows: list[dict], extra: Mapping[str, list[list]], padding: Mapping[str, Any], max_length: int | None
+    tokenizer, rows: list[dict], extra: Mapping[Any, list[list]], padding: Mapping[Any, Any], max_length: int | None
 ) -> dict[str, Any]:
     """Rows as columns, padded by the tokenizer if asked for.
 

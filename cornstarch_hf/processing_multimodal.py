@@ -139,7 +139,9 @@ class MultimodalProcessor(MultimodalProcessorBase):
 
     def _process_media(self, media: dict[str, dict[str, Any]]):
         """Tensors by keyword, features of each item by modality, items per sample where that was told."""
-        tensors, lengths, samples = {}, {name: [] for name in self.config.encoders}, {}
+        tensors: dict[str, Any] = {}
+        lengths: dict[str, list[int]] = {name: [] for name in self.config.encoders}
+        samples: dict[str, Any] = {}
         for name, given in media.items():
             entry = self.config.modality(name)
             given = dict(given)
@@ -281,7 +283,9 @@ class MultimodalProcessor(MultimodalProcessorBase):
             self.tokens, self.modalities_for, {n: self.config.modality(n)["kind"] for n in self.tokens}
         )
         variables = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
-        texts, spans, media = [], [], []
+        texts: list[str] = []
+        spans: list[Any] = []
+        media: list[dict[str, list]] = []
         for one in conversations:
             messages, found = reader.read(one, template)
             if return_assistant_tokens_mask:

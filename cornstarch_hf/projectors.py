@@ -4,6 +4,7 @@ Types are looked up in a registry, to which users add their own; a module made e
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +89,10 @@ def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfi
 def projection_sizes(projection: nn.Module) -> tuple[int | None, int | None]:
     """Input and output width of a module that tells them, or whose first and last layers are linear; else None."""
     layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
-    ends = [layer for layer in (*layers[:1], *layers[-1:])]
-    if not ends:
+    if not layers:
         return None, None
-    widths = getattr(ends[0], "in_features", None), getattr(ends[-1], "out_features", None)
-    return tuple(width if isinstance(width, int) else None for width in widths)
+    first, last = getattr(layers[0], "in_features", None), getattr(layers[-1], "out_features", None)
+    return first if isinstance(first, int) else None, last if isinstance(last, int) else None
 
 
 def reason_not_storable(projection: nn.Module) -> str:
@@ -120,6 +120,9 @@ class MultimodalProjector(PreTrainedModel):
         ValueError: unknown projection type or activation.
     """
 
+    config: MultimodalProjectorConfig
+    projection: Any
+    gradient_checkpointing: Any
     config_class = MultimodalProjectorConfig
     base_model_prefix = ""
     main_input_name = "inputs_embeds"
@@ -220,6 +223,6 @@ def check_storable(projector: MultimodalProjector, where: str) -> None:
 def mark_initialized(module: nn.Module) -> None:
     """Tell transformers that a module's weights are made already: it never initialises them again."""
     for child in module.modules():
-        child._is_hf_initialized = True
+        setattr(child, "_is_hf_initialized", True)  # noqa: B010
     for tensor in (*module.parameters(), *module.buffers()):
-        tensor._is_hf_initialized = True
+        setattr(tensor, "_is_hf_initialized", True)  # noqa: B010

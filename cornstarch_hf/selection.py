@@ -111,7 +111,8 @@ def _chosen(output: EncoderOutput, selection: Selection, name: str) -> list[Tens
             raise ValueError(f"{name}: the encoder's output has no tensor {selection.output!r}, it has {present}.")
         return [value]
     if selection.layer == -1:
-        last, pooled = output.last_hidden_state, output.pooler_output
+        last: Any = output.last_hidden_state
+        pooled: Any = output.pooler_output
         if last is None:
             raise ValueError(
                 f"{name}: the encoder's output has no features, it has {list(output)}; name one by output=."

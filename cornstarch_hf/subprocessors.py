@@ -65,7 +65,7 @@ def run_subprocessor(
     """
     options = dict(options)
     if isinstance(processor, ImageProcessingMixin):
-        channels = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+        channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
         rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
@@ -79,7 +79,7 @@ def run_subprocessor(
     if isinstance(processor, PreTrainedTokenizerBase):
         options = {"padding": True} | options
         return _tensors(processor(items, return_tensors="pt", **options), name)
-    keyword = {"image": "images", "video": "videos"}.get(kind)
+    keyword = {"image": "images", "video": "videos"}.get(kind, "")
     if keyword in inspect.signature(processor.__call__).parameters:
         return _tensors(processor(**{keyword: items}, return_tensors="pt", **options), name)
     return _tensors(processor(items, return_tensors="pt", **options), name)

@@ -1,6 +1,7 @@
 """Placeholder tokens: which one stands for each modality, and adding them to a tokenizer."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
@@ -43,7 +44,7 @@ def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[s
     named = {
         getattr(tokenizer, f"{kind}_token", None): kind for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
     }
-    ids = {}
+    ids: dict[str, Any] = {}
     for name, token in tokens.items():
         if token in named:
             raise ValueError(

@@ -76,7 +76,7 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
 def infer_kind(module: nn.Module) -> str:
     """What an encoder encodes: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ``"time"``, or its main input's name."""
     model = unwrapped(module)
-    stated = model.input_modalities
+    stated: Any = model.input_modalities
     stated = (stated,) if isinstance(stated, str) else tuple(stated)
     for kind in (*MEDIA_KINDS, "time"):
         if kind in stated:

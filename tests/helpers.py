@@ -48,7 +48,11 @@ def uneven_inputs(processor, return_tensors="pt"):
 
 def run_python(code_or_file, *arguments, cwd=None, timeout=300):
     """Run a file, or ``-c`` code, in a fresh process; AssertionError with its output if it fails."""
-    command = [sys.executable, *(["-c", code_or_file] if "\n" in str(code_or_file) else [str(code_or_file)]), *arguments]
+    command = [
+        sys.executable,
+        *(["-c", code_or_file] if "\n" in str(code_or_file) else [str(code_or_file)]),
+        *arguments,
+    ]
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout)
@@ -73,7 +77,9 @@ def check_round_trips(folder, made, *modules):
         with torch.no_grad():
             logits = model(**inputs).logits
         trainable = [n for n, p in model.named_parameters() if p.requires_grad]
-        expected.append((logits, model.generate(**inputs, max_new_tokens=4, do_sample=False), trainable, processor.tokens))
+        expected.append(
+            (logits, model.generate(**inputs, max_new_tokens=4, do_sample=False), trainable, processor.tokens)
+        )
         jobs.append((name, inputs))
     for (name, _), found, (logits, tokens, trainable, words) in zip(
         jobs, reload_in_fresh_process(folder, jobs, *modules), expected, strict=True

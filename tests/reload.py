@@ -1,6 +1,6 @@
 """Load a checkpoint in a fresh process that knows transformers and cornstarch_hf alone, and report what it gives.
 
-    python reload.py FOLDER INPUTS.pt RESULT.pt [MODULE_TO_IMPORT ...]
+python reload.py FOLDER INPUTS.pt RESULT.pt [MODULE_TO_IMPORT ...]
 """
 
 import importlib
@@ -32,7 +32,7 @@ for name, inputs in jobs:
             found["logits"].append(model(**inputs).logits)
     found["trainable"] = [n for n, p in model.named_parameters() if p.requires_grad]
     found["tokens"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    if (folder_has_processor := __import__("os").path.exists(f"{folder}/{name}/processor_config.json")):
+    if folder_has_processor := __import__("os").path.exists(f"{folder}/{name}/processor_config.json"):
         processor = cornstarch_hf.MultimodalProcessor.from_pretrained(f"{folder}/{name}")
         found["processor_tokens"] = processor.tokens
     results.append(found)

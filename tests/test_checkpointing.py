@@ -44,7 +44,9 @@ def test_foreign_files_stay(tmp_path, model):
 
 
 def test_constructor_arguments_that_no_config_holds(tmp_path):
-    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4)
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
     for options in ({}, {"add_pooling_layer": False}, {"add_pooling_layer": False, "use_mask_token": True}):
         encoder = ViTModel(config, **options)
         model = MultimodalModel(encoders={"vision": ModalEncoderModule(encoder)}, language_model=tiny.llama())

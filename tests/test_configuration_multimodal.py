@@ -46,7 +46,9 @@ def test_order_of_encoders_survives_sorted_json(tmp_path):
         made.config.save_pretrained(tmp_path)
         again = AutoConfig.from_pretrained(tmp_path)
         assert again.encoders == order
-        assert [n for n, _ in MultimodalModel(again).named_children() if n != "language_model"] == [f"{n}_encoder" for n in order]
+        assert [n for n, _ in MultimodalModel(again).named_children() if n != "language_model"] == [
+            f"{n}_encoder" for n in order
+        ]
 
 
 def test_config_round_trip_is_equal(tmp_path):
@@ -74,7 +76,9 @@ def test_attention_and_experts_implementations_survive_a_reload(tmp_path):
     assert again.vision_encoder.module.config._attn_implementation == "eager"
     assert again.language_model.config._attn_implementation == "sdpa"
     assert again.language_model.config._experts_implementation == "eager"
-    asked = MultimodalModel.from_pretrained(tmp_path, attn_implementation={"vision_config": "sdpa", "text_config": "eager"})
+    asked = MultimodalModel.from_pretrained(
+        tmp_path, attn_implementation={"vision_config": "sdpa", "text_config": "eager"}
+    )
     assert asked.vision_encoder.module.config._attn_implementation == "sdpa"
     assert asked.language_model.config._attn_implementation == "eager"
 
@@ -89,7 +93,21 @@ def test_kernels_from_a_repository_are_neither_stored_nor_taken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "Vision", "1st", "a-b", "x" * 65, "config", "forward", "language_model", "quantization", "pad", "text", "train"]
+    "name",
+    [
+        "",
+        "Vision",
+        "1st",
+        "a-b",
+        "x" * 65,
+        "config",
+        "forward",
+        "language_model",
+        "quantization",
+        "pad",
+        "text",
+        "train",
+    ],
 )
 def test_bad_and_reserved_names_are_refused(name):
     with pytest.raises(ValueError, match="name"):
@@ -139,7 +157,12 @@ def test_no_fsdp_rules_of_a_plain_decoder():
 
 def test_projector_config_reads_sizes_as_the_original_did():
     config = MultimodalProjectorConfig(tiny.clip().config, tiny.llama().config, "mlp", "silu")
-    assert (config.in_features, config.out_features, config.projection_type, config.activation) == (16, 32, "mlp", "silu")
+    assert (config.in_features, config.out_features, config.projection_type, config.activation) == (
+        16,
+        32,
+        "mlp",
+        "silu",
+    )
     assert (config.encoder_model_type, config.language_model_type) == ("clip_vision_model", "llama")
 
 

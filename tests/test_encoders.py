@@ -68,7 +68,10 @@ def test_maps_are_flattened_and_packs_are_split():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"layer": -9}, "layer -9 does not exist.*4 hidden states"), ({"layer": -2, "drop_prefix": 5}, "drop_prefix=5.*5")],
+    [
+        ({"layer": -9}, "layer -9 does not exist.*4 hidden states"),
+        ({"layer": -2, "drop_prefix": 5}, "drop_prefix=5.*5"),
+    ],
 )
 def test_selections_that_do_not_exist(options, message):
     with pytest.raises(ValueError, match=message):
@@ -99,7 +102,9 @@ def test_padded_items_give_what_they_give_alone(key):
 
 def test_left_padding_of_items_is_refused():
     with pytest.raises(ValueError, match="padded on the right"):
-        encoder(tiny.esm())(input_ids=torch.ones(2, 4).long(), attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
+        encoder(tiny.esm())(
+            input_ids=torch.ones(2, 4).long(), attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+        )
 
 
 # ---- callbacks
@@ -153,7 +158,9 @@ def test_callbacks_get_tuples_where_the_encoder_returns_tuples():
 
     clip = tiny.clip()
     clip.config.return_dict = False
-    made = encoder(clip, postprocess_module_callback=cut, postprocess_projector_callback=lambda i, o: ([o[0][0], o[0][1][:1]],))
+    made = encoder(
+        clip, postprocess_module_callback=cut, postprocess_projector_callback=lambda i, o: ([o[0][0], o[0][1][:1]],)
+    )
     assert [len(x) for x in made(pixel_values=PIXELS).pooler_output] == [3, 1]
 
 
@@ -173,7 +180,9 @@ def test_concatenated_features_need_their_lengths():
         wrong(pixel_values=PIXELS)
 
 
-@pytest.mark.parametrize("slot", ["preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback"])
+@pytest.mark.parametrize(
+    "slot", ["preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback"]
+)
 def test_callbacks_that_return_nothing_or_are_none(slot):
     made = encoder(**{slot: lambda *_: None})
     with pytest.raises(TypeError, match=f"{slot} must return"):
@@ -197,11 +206,21 @@ def test_towers_of_composite_and_headed_models():
     for cls in (WhisperModel, WhisperForConditionalGeneration):
         whole = cls(config)
         assert ModalEncoderModule(whole).module is whole.get_encoder()
-    headed = ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    headed = ViTForImageClassification(
+        ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
     assert ModalEncoderModule(module=headed).module is headed.vit
-    ctc = Wav2Vec2ForCTC(Wav2Vec2Config(**{k: v for k, v in tiny.wav2vec2().config.to_dict().items() if k != "vocab_size"}))
+    ctc = Wav2Vec2ForCTC(
+        Wav2Vec2Config(**{k: v for k, v in tiny.wav2vec2().config.to_dict().items() if k != "vocab_size"})
+    )
     assert ModalEncoderModule(ctc).module is ctc.wav2vec2
-    text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    text = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 20,
+    }
     whole = CLIPModel(CLIPModel.config_class(text_config=text, vision_config=tiny.clip().config.to_dict()))
     assert ModalEncoderModule(whole).module is whole.vision_model
 
@@ -240,7 +259,11 @@ def test_a_frozen_encoder_runs_without_gradients():
 
 @pytest.mark.parametrize("key", ["whisper", "clip", "wav2vec2"])
 def test_float32_inputs_for_a_bfloat16_encoder(key):
-    shapes = {"whisper": ("input_features", (1, 8, 12)), "clip": ("pixel_values", (1, 3, 8, 8)), "wav2vec2": ("input_values", (1, 400))}
+    shapes = {
+        "whisper": ("input_features", (1, 8, 12)),
+        "clip": ("pixel_values", (1, 3, 8, 8)),
+        "wav2vec2": ("input_values", (1, 400)),
+    }
     made = encoder(tiny.ENCODERS[key][1]()).bfloat16()
     name, shape = shapes[key]
     assert made(**{name: torch.randn(shape)}).pooler_output[0].dtype is torch.bfloat16

@@ -79,7 +79,9 @@ def test_frozen_parts_keep_dropout_and_norm_statistics_off():
 
 
 def test_adapter_layers_of_a_frozen_base_follow_train():
-    lora = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, task_type="CAUSAL_LM"))
+    lora = get_peft_model(
+        tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, task_type="CAUSAL_LM")
+    )
     model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=lora).train()
     inside = [m for n, m in model.language_model.named_modules() if n.endswith("lora_dropout.default")]
     assert inside and all(m.training for m in inside)

@@ -84,7 +84,16 @@ def test_streaming(pair):
     assert "".join(streamer) == processor.decode(tokens[0, inputs["input_ids"].shape[1] :])
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"do_sample": True, "num_return_sequences": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"prefill_chunk_size": 4},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+)
 def test_each_encoder_runs_once(pair, options):
     model, processor = pair
     calls = []

@@ -8,7 +8,15 @@ import pytest
 import tiny
 import torch
 from helpers import compose_tiny, run_python, uneven_inputs
-from transformers import AutoConfig, AutoModel, CLIPModel, DynamicCache, LlamaModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPModel,
+    DynamicCache,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.auto import modeling_auto
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
@@ -119,7 +127,11 @@ def test_features_without_a_placeholder_id():
     model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=tiny.llama())
     with pytest.raises(ValueError, match="set_modality_token_ids"):
         model(input_ids=torch.tensor([[5]]), pixel_values=torch.randn(1, 3, 8, 8))
-    for ids, message in (({"vision": -1}, "integer >= 0"), ({"video": 4}, "Unknown modality 'video'"), ({"vision": True}, "integer")):
+    for ids, message in (
+        ({"vision": -1}, "integer >= 0"),
+        ({"video": 4}, "Unknown modality 'video'"),
+        ({"vision": True}, "integer"),
+    ):
         with pytest.raises(ValueError, match=message):
             model.set_modality_token_ids(ids)
 
@@ -179,9 +191,18 @@ def test_widths_that_do_not_fit():
     with pytest.raises(ValueError, match="out_features is 31.*width 32"):
         made(in_features=16, out_features=31)
     with pytest.raises(ValueError, match="Unknown projection type 'qformer'.*'mlp'"):
-        MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=tiny.llama(), init_projector_type="qformer")
+        MultimodalModel(
+            encoders={"vision": ModalEncoderModule(tiny.clip())},
+            language_model=tiny.llama(),
+            init_projector_type="qformer",
+        )
     with pytest.raises(ValueError, match="Unknown activation"):
-        MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=tiny.llama(), init_projector_type="mlp", init_activation="x")
+        MultimodalModel(
+            encoders={"vision": ModalEncoderModule(tiny.clip())},
+            language_model=tiny.llama(),
+            init_projector_type="mlp",
+            init_activation="x",
+        )
 
 
 def test_wrong_containers_and_shared_modules():
@@ -347,7 +368,12 @@ def test_features_of_two_encoders_of_one_kind_need_a_name():
     inputs = uneven_inputs(processor)
     with pytest.raises(ValueError, match=r"\['left', 'right'\]"):
         model.get_image_features(left_pixel_values=inputs["left_pixel_values"])
-    assert len(model.get_image_features(modality="right", right_pixel_values=inputs["right_pixel_values"]).pooler_output[0]) == 4
+    assert (
+        len(
+            model.get_image_features(modality="right", right_pixel_values=inputs["right_pixel_values"]).pooler_output[0]
+        )
+        == 4
+    )
 
 
 def test_headless_base_model(pair):
@@ -371,7 +397,13 @@ def test_split_modules_and_ties_are_gathered():
 
 
 def test_tower_of_a_composite_model_composes():
-    text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    text = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 20,
+    }
     whole = CLIPModel(type(CLIPModel.config_class())(text_config=text, vision_config=tiny.clip().config.to_dict()))
     model = MultimodalModel(encoders={"vision": ModalEncoderModule(whole)}, language_model=tiny.llama())
     assert model.vision_encoder.module is whole.vision_model

@@ -32,8 +32,8 @@ from cornstarch_hf import (
     MultimodalProjectorConfig,
 )
 
-VISION = dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-              num_attention_heads=2, image_size=8, patch_size=4, projection_dim=8)  # fmt: skip
+VISION = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,
+              "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 8}  # fmt: skip
 IMAGE, AUDIO = 300, 301
 
 
@@ -137,7 +137,9 @@ def test_llava_next_by_callbacks(return_dict):
         language_model=causal_lm(native, MistralForCausalLM, native.model.language_model),
     ).eval()
     image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]]
+        size={"shortest_edge": 8},
+        crop_size={"height": 8, "width": 8},
+        image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
     )
     tokenizer = tiny.tokenizer()
     tokenizer.padding_side = "left"
@@ -179,8 +181,8 @@ def qwen2_audio_lengths(inputs, output, encoder=None):
 
 def test_qwen2_audio():
     torch.manual_seed(0)
-    audio = dict(model_type="qwen2_audio_encoder", d_model=16, encoder_layers=2, encoder_attention_heads=2,
-                 encoder_ffn_dim=32, num_mel_bins=8, max_source_positions=20)  # fmt: skip
+    audio = {"model_type": "qwen2_audio_encoder", "d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2,
+                 "encoder_ffn_dim": 32, "num_mel_bins": 8, "max_source_positions": 20}  # fmt: skip
     text = dict(model_type="qwen2", **tiny.TEXT)
     native = Qwen2AudioForConditionalGeneration(
         Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=AUDIO)

@@ -26,7 +26,7 @@ def equal(a, b):
 @pytest.mark.parametrize("key", tiny.ENCODERS)
 def test_counts_are_the_encoders_for_every_kind(key):
     model, processor = compose_tiny([key])
-    name = tiny.ENCODERS[key][0]
+    tiny.ENCODERS[key][0]
     inputs = uneven_inputs(processor)
     assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
 
@@ -35,7 +35,9 @@ def test_counts_are_the_encoders_for_every_kind(key):
 def test_counts_of_items_of_many_sizes_alone_and_together(key):
     model, processor = compose_tiny([key])
     name = tiny.ENCODERS[key][0]
-    sizes = {"wav2vec2": [90, 400, 401, 1777], "esm": [1, 3, 8, 20], "qwen2_vl": [(8, 8), (33, 20), (9, 64), (17, 17)]}[key]
+    sizes = {"wav2vec2": [90, 400, 401, 1777], "esm": [1, 3, 8, 20], "qwen2_vl": [(8, 8), (33, 20), (9, 64), (17, 17)]}[
+        key
+    ]
     items = [processor.items[name](i, size) for i, size in enumerate(sizes)]
     extra = {"sampling_rate": 16_000} if name == "audio" else {}
     token, token_id = processor.tokens[name], model.config.modality(name)["token_id"]
@@ -61,7 +63,10 @@ def test_the_three_ways_of_handing_items_over_are_one(pair):
     equal(by_kind, by_name)
     equal(by_kind, cornstarch)
     ready = processor(
-        encoder_inputs={"vision": {"pixel_values": by_kind["pixel_values"]}, "audio": {"input_features": by_kind["input_features"]}},
+        encoder_inputs={
+            "vision": {"pixel_values": by_kind["pixel_values"]},
+            "audio": {"input_features": by_kind["input_features"]},
+        },
         text=text,
         return_tensors="pt",
     )
@@ -88,7 +93,9 @@ def test_canonical_attributes(pair):
     assert processor.image_processor is processor.processors["vision"]
     assert processor.feature_extractor is processor.processors["audio"]
     assert (processor.image_token, processor.audio_token) == ("<image>", "<audio>")
-    assert processor.image_token_id == model.config.image_token_id == processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert (
+        processor.image_token_id == model.config.image_token_id == processor.tokenizer.convert_tokens_to_ids("<image>")
+    )
     assert not hasattr(processor, "video_token") and not hasattr(processor, "video_processor")
     assert {"input_ids", "pixel_values", "input_features"} <= set(processor.model_input_names)
     ids = processor.tokenizer("the fox")["input_ids"]
@@ -99,8 +106,13 @@ def test_the_callers_tokenizer_is_copied_and_its_special_tokens_stay():
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<mine>", "<image>"]})
     before = (len(tokenizer), list(tokenizer.all_special_tokens))
-    model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip()), "audio": ModalEncoderModule(tiny.whisper())}, language_model=tiny.llama())
-    processor = MultimodalProcessor(tokenizer, {"vision": tiny.clip_processor(), "audio": tiny.whisper_processor()}, model=model)
+    model = MultimodalModel(
+        encoders={"vision": ModalEncoderModule(tiny.clip()), "audio": ModalEncoderModule(tiny.whisper())},
+        language_model=tiny.llama(),
+    )
+    processor = MultimodalProcessor(
+        tokenizer, {"vision": tiny.clip_processor(), "audio": tiny.whisper_processor()}, model=model
+    )
     assert (len(tokenizer), list(tokenizer.all_special_tokens)) == before
     assert processor.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
     assert set(before[1]) <= set(processor.tokenizer.all_special_tokens)
@@ -127,7 +139,7 @@ def test_placeholder_tokens_that_collide(pair, tokens, message):
 
 
 def test_saved_processor_works_without_weights_in_a_fresh_process(tmp_path, pair):
-    model, processor = compose_tiny(["clip", "wav2vec2", "esm"])
+    _model, processor = compose_tiny(["clip", "wav2vec2", "esm"])
     processor.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     inputs = uneven_inputs(processor)
@@ -172,25 +184,25 @@ def test_processor_config_holds_json_only(tmp_path, pair):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (dict(text="<image>"), r"vision.*1 placeholders.*0 items"),
-        (dict(text="<image> <image>", images=[tiny.image()]), r"2 placeholders <image> \[2\], but 1 items"),
-        (dict(text="x", images=[tiny.image()]), r"0 placeholders.*1 items"),
-        (dict(text=["<image>", "x"], images=[[], [tiny.image()]]), r"vision, sample 0: the text has 1 .*0 items"),
-        (dict(text=["<image>"], images=[[tiny.image()], []]), "2 samples, but there are 1 texts"),
-        (dict(text="<audio>", audio=tiny.sound()), "pass sampling_rate= .*16000"),
-        (dict(text="<audio>", audio=tiny.sound(), sampling_rate=8_000), "8000 Hz.*16000 Hz"),
-        (dict(text="<audio>", audio=np.zeros(0, np.float32), sampling_rate=16_000), "one mono waveform"),
-        (dict(text="<audio>", audio=np.zeros((2, 50), np.float32), sampling_rate=16_000), r"\(2, 50\)"),
-        (dict(text="<audio>", audio=np.zeros(50, np.int16), sampling_rate=16_000), "int16"),
-        (dict(text="<audio>", audio=np.full(50, np.nan, np.float32), sampling_rate=16_000), "not finite"),
-        (dict(text="<image>", images=Image.new("RGB", (0, 4))), "empty"),
-        (dict(text="<image>", images=np.zeros((0, 4, 3), np.uint8)), "empty"),
-        (dict(text="<image>", images=Image.new("I;16", (4, 4))), "I;16"),
-        (dict(text="<image>", images=Image.new("F", (4, 4))), "'F'"),
-        (dict(text="<image>", images=np.zeros((4, 4, 3), np.uint16)), "uint16"),
-        (dict(text="<image>", images=np.zeros((4, 4, 3), np.float32)), "do_rescale"),
-        (dict(text="<image>", images=np.zeros((5, 5, 7), np.uint8)), "channels"),
-        (dict(text="<image>" * 2, images=[tiny.image(), tiny.image()], truncation=True, max_length=7), r"10 features.*but 7 are left"),
+        ({"text": "<image>"}, r"vision.*1 placeholders.*0 items"),
+        ({"text": "<image> <image>", "images": [tiny.image()]}, r"2 placeholders <image> \[2\], but 1 items"),
+        ({"text": "x", "images": [tiny.image()]}, r"0 placeholders.*1 items"),
+        ({"text": ["<image>", "x"], "images": [[], [tiny.image()]]}, r"vision, sample 0: the text has 1 .*0 items"),
+        ({"text": ["<image>"], "images": [[tiny.image()], []]}, "2 samples, but there are 1 texts"),
+        ({"text": "<audio>", "audio": tiny.sound()}, "pass sampling_rate= .*16000"),
+        ({"text": "<audio>", "audio": tiny.sound(), "sampling_rate": 8_000}, "8000 Hz.*16000 Hz"),
+        ({"text": "<audio>", "audio": np.zeros(0, np.float32), "sampling_rate": 16_000}, "one mono waveform"),
+        ({"text": "<audio>", "audio": np.zeros((2, 50), np.float32), "sampling_rate": 16_000}, r"\(2, 50\)"),
+        ({"text": "<audio>", "audio": np.zeros(50, np.int16), "sampling_rate": 16_000}, "int16"),
+        ({"text": "<audio>", "audio": np.full(50, np.nan, np.float32), "sampling_rate": 16_000}, "not finite"),
+        ({"text": "<image>", "images": Image.new("RGB", (0, 4))}, "empty"),
+        ({"text": "<image>", "images": np.zeros((0, 4, 3), np.uint8)}, "empty"),
+        ({"text": "<image>", "images": Image.new("I;16", (4, 4))}, "I;16"),
+        ({"text": "<image>", "images": Image.new("F", (4, 4))}, "'F'"),
+        ({"text": "<image>", "images": np.zeros((4, 4, 3), np.uint16)}, "uint16"),
+        ({"text": "<image>", "images": np.zeros((4, 4, 3), np.float32)}, "do_rescale"),
+        ({"text": "<image>", "images": np.zeros((5, 5, 7), np.uint8)}, "channels"),
+        ({"text": "<image>" * 2, "images": [tiny.image(), tiny.image()], "truncation": True, "max_length": 7}, r"10 features.*but 7 are left"),
     ],
 )  # fmt: skip
 def test_wrong_input(pair, call, message):
@@ -236,7 +248,10 @@ def test_two_encoders_of_one_kind_need_names_or_shared_inputs():
         processor(text="<left><right>", images=tiny.image())
     with pytest.raises(ValueError, match=r"\['left', 'right'\]"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
-    encoders = {name: {"model": tiny.ENCODERS[k][1](), "processor": tiny.ENCODERS[k][2]()} for name, k in (("left", "clip"), ("right", "siglip"))}
+    encoders = {
+        name: {"model": tiny.ENCODERS[k][1](), "processor": tiny.ENCODERS[k][2]()}
+        for name, k in (("left", "clip"), ("right", "siglip"))
+    }
     model, shared = compose(tiny.llama(), encoders, tokenizer=tiny.tokenizer(), share_inputs=[["left", "right"]])
     inputs = shared(text="<left><right>", images=tiny.image(), return_tensors="pt")
     assert inputs["left_pixel_values"].shape == inputs["right_pixel_values"].shape
@@ -255,7 +270,11 @@ TEMPLATES = {
 
 
 def talk(typed="what?"):
-    user = [{"type": "image", "image": tiny.image()}, {"type": "text", "text": typed}, {"type": "audio", "audio": tiny.sound()}]
+    user = [
+        {"type": "image", "image": tiny.image()},
+        {"type": "text", "text": typed},
+        {"type": "audio", "audio": tiny.sound()},
+    ]
     return [{"role": "user", "content": user}, {"role": "assistant", "content": "seven"}]
 
 
@@ -266,13 +285,24 @@ def test_chats(template):
     text = processor.apply_chat_template(talk()[:1], add_generation_prompt=True)
     assert text.index("<image>") < text.index("what?") < text.index("<audio>") < text.index("assistant")
     inputs = processor.apply_chat_template(
-        talk()[:1], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True, sampling_rate=16_000
+        talk()[:1],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        sampling_rate=16_000,
     )
-    equal(inputs, processor(text=text, images=tiny.image(), audio=tiny.sound(), sampling_rate=16_000, return_tensors="pt"))
+    equal(
+        inputs, processor(text=text, images=tiny.image(), audio=tiny.sound(), sampling_rate=16_000, return_tensors="pt")
+    )
     model.generate(**inputs, max_new_tokens=2)
-    by_name = [{"role": "user", "content": [{"type": "vision", "image": tiny.image()}, {"type": "text", "text": "what?"}]}]
+    by_name = [
+        {"role": "user", "content": [{"type": "vision", "image": tiny.image()}, {"type": "text", "text": "what?"}]}
+    ]
     assert "<image>what?" in processor.apply_chat_template(by_name)
-    batch = processor.apply_chat_template([talk(), talk()[:1]], tokenize=True, return_dict=True, padding=True, return_tensors="pt", sampling_rate=16_000)
+    batch = processor.apply_chat_template(
+        [talk(), talk()[:1]], tokenize=True, return_dict=True, padding=True, return_tensors="pt", sampling_rate=16_000
+    )
     assert batch["input_ids"].shape[0] == 2 and batch["pixel_values"].shape[0] == 2
 
 
@@ -281,7 +311,9 @@ def test_placeholders_typed_by_a_user_stay_text(template):
     _, processor = compose_tiny(["clip", "whisper"])
     processor.chat_template = TEMPLATES[template] or processor.chat_template
     conversation = talk("is <image> or <audio> here?")
-    inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt", sampling_rate=16_000)
+    inputs = processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, return_tensors="pt", sampling_rate=16_000
+    )
     ids = inputs["input_ids"][0]
     assert (ids == processor.image_token_id).sum() == 5 and (ids == processor.audio_token_id).sum() == 6
     special = [processor.image_token_id, processor.audio_token_id]
@@ -295,7 +327,7 @@ def test_placeholders_typed_by_a_user_stay_text(template):
 def test_assistant_masks_cover_exactly_what_the_assistant_wrote(template):
     _, processor = compose_tiny(["clip", "whisper"])
     processor.chat_template = TEMPLATES[template] or processor.chat_template
-    conversation = talk("see <image>") + [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "five"}]
+    conversation = [*talk("see <image>"), {"role": "user", "content": "and?"}, {"role": "assistant", "content": "five"}]
     out = processor.apply_chat_template(
         conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, sampling_rate=16_000
     )

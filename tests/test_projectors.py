@@ -29,7 +29,9 @@ def test_types():
     linear = MultimodalProjector(MultimodalProjectorConfig(in_features=16, out_features=32))
     assert torch.equal(linear(x).last_hidden_state, linear.projection(x)) and isinstance(linear.projection, nn.Linear)
     assert torch.equal(linear(x, return_dict=False)[0], linear.projection(x))
-    mlp = MultimodalProjector(MultimodalProjectorConfig(in_features=16, out_features=32, projection_type="mlp", activation="silu"))
+    mlp = MultimodalProjector(
+        MultimodalProjectorConfig(in_features=16, out_features=32, projection_type="mlp", activation="silu")
+    )
     first, activation, last = mlp.projection
     assert torch.equal(mlp(x)[0], last(nn.functional.silu(first(x)))) and activation is not None
     with pytest.raises(ValueError, match="width 16, got 17"):
@@ -42,7 +44,9 @@ def test_init_projector_type_and_activation():
     assert model.config.vision_projector_config.activation == "relu"
 
 
-@pytest.mark.parametrize("config", [MultimodalProjectorConfig(), MultimodalProjectorConfig(in_features=16, out_features=32)])
+@pytest.mark.parametrize(
+    "config", [MultimodalProjectorConfig(), MultimodalProjectorConfig(in_features=16, out_features=32)]
+)
 def test_a_wrapped_module_keeps_its_weights(tmp_path, config):
     projection = nn.Linear(16, 32)
     nn.init.constant_(projection.weight, 7.0)
@@ -80,7 +84,9 @@ def test_what_cannot_be_stored_composes_but_does_not_save(tmp_path):
     model = composed(MultimodalProjector(MultimodalProjectorConfig(), Local(32)))
     model.set_modality_token_ids({"vision": 9})
     model(input_ids=torch.tensor([[9] * 5]), pixel_values=torch.randn(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"vision_encoder.projector cannot be saved: .*Local is not registered.*register_projector"):
+    with pytest.raises(
+        ValueError, match=r"vision_encoder.projector cannot be saved: .*Local is not registered.*register_projector"
+    ):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     register_projector("local_for_test", Local)
@@ -132,7 +138,9 @@ def test_projectors_of_the_original_cornstarch_load(tmp_path, form):
 
 
 def test_gradient_checkpointing_of_a_projector():
-    projector = MultimodalProjector(MultimodalProjectorConfig(in_features=4, out_features=4, projection_type="mlp")).train()
+    projector = MultimodalProjector(
+        MultimodalProjectorConfig(in_features=4, out_features=4, projection_type="mlp")
+    ).train()
     x = torch.randn(2, 4, requires_grad=True)
     projector(x)[0].sum().backward()
     plain, x.grad = x.grad.clone(), None

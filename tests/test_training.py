@@ -38,9 +38,9 @@ class Rows(TorchDataset):
 
 
 def trainer(model, processor, folder, items=None, **options):
-    defaults = dict(output_dir=str(folder), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, logging_steps=1,
-                    report_to="none", save_strategy="no", seed=1, use_cpu=True, remove_unused_columns=False,
-                    disable_tqdm=True, optim="sgd", lr_scheduler_type="constant")  # fmt: skip
+    defaults = {"output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
+                    "report_to": "none", "save_strategy": "no", "seed": 1, "use_cpu": True, "remove_unused_columns": False,
+                    "disable_tqdm": True, "optim": "sgd", "lr_scheduler_type": "constant"}  # fmt: skip
     return Trainer(
         model=model,
         args=TrainingArguments(**(defaults | options)),
@@ -64,7 +64,10 @@ def pair():
 def test_collator_labels_only_what_is_to_be_learnt(pair):
     _, processor = pair
     talk = [
-        {"role": "user", "content": [{"type": "image", "image": tiny.image()}, {"type": "text", "text": "what is <image>?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": tiny.image()}, {"type": "text", "text": "what is <image>?"}],
+        },
         {"role": "assistant", "content": "seven"},
         {"role": "user", "content": "sure?"},
         {"role": "assistant", "content": "five"},
@@ -94,7 +97,9 @@ def test_collator_joins_sequences_of_different_lengths():
     with torch.no_grad():
         for row, one in enumerate(alone):
             length = one["input_ids"].shape[1]
-            torch.testing.assert_close(model(**batch).logits[row, :length], model(**one).logits[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                model(**batch).logits[row, :length], model(**one).logits[0], atol=1e-5, rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step == 2
 
-    options = dict(max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     model, processor = compose_tiny(["clip", "whisper"])
     model.freeze("vision_encoder.module")
     whole = trainer(model, processor, tmp_path / "whole", **options)
@@ -211,7 +216,9 @@ def test_trainer_checkpoints_hold_everything_and_keep_foreign_files(tmp_path, pa
     made.processing_class = processor
     made.train()
     folder = tmp_path / "checkpoint-1"
-    assert {"model.safetensors", "config.json", "processor_config.json", "trainer_state.json", "optimizer.pt"} <= {p.name for p in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "processor_config.json", "trainer_state.json", "optimizer.pt"} <= {
+        p.name for p in folder.iterdir()
+    }
     again = MultimodalModel.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
     again.save_pretrained(folder)
@@ -234,7 +241,9 @@ def test_label_smoothing_shifts(tmp_path, pair):
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
     target = batch["labels"][:, 1:]
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, label_smoothing=0.1)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), ignore_index=-100, label_smoothing=0.1
+    )
     torch.testing.assert_close(smoothed.detach(), expected, atol=1e-4, rtol=1e-3)
 
 

@@ -43,18 +43,18 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 VOCABULARY = 320
-TEXT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def seeded(build):
@@ -74,62 +74,62 @@ def seeded(build):
 @seeded
 def clip(**changes):
     return CLIPVisionModel(
-        CLIPVisionConfig(**dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-                                image_size=8, patch_size=4, projection_dim=8) | changes))  # fmt: skip
+        CLIPVisionConfig(**{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+                                "image_size": 8, "patch_size": 4, "projection_dim": 8} | changes))  # fmt: skip
 
 
 @seeded
 def siglip(**changes):
     return SiglipVisionModel(
-        SiglipVisionConfig(**dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                  image_size=8, patch_size=4) | changes))  # fmt: skip
+        SiglipVisionConfig(**{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                                  "image_size": 8, "patch_size": 4} | changes))  # fmt: skip
 
 
 @seeded
 def dinov2(**changes):
     return Dinov2Model(
-        Dinov2Config(**dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
-                            mlp_ratio=2) | changes))  # fmt: skip
+        Dinov2Config(**{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+                            "mlp_ratio": 2} | changes))  # fmt: skip
 
 
 @seeded
 def convnext(**changes):
     return ConvNextModel(
-        ConvNextConfig(**dict(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], num_channels=3) | changes)
+        ConvNextConfig(**{"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1], "num_channels": 3} | changes)
     )
 
 
 @seeded
 def qwen2_vl(**changes):
     return Qwen2VisionTransformerPretrainedModel(
-        Qwen2VLVisionConfig(**dict(depth=2, embed_dim=16, hidden_size=24, num_heads=2, mlp_ratio=2, patch_size=4,
-                                   spatial_merge_size=2, temporal_patch_size=2, in_channels=3) | changes))  # fmt: skip
+        Qwen2VLVisionConfig(**{"depth": 2, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4,
+                                   "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3} | changes))  # fmt: skip
 
 
 @seeded
 def whisper(**changes):
     return WhisperEncoder(
-        WhisperConfig(**dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-                             decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8,
-                             max_source_positions=6, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                             decoder_start_token_id=1) | changes))  # fmt: skip
+        WhisperConfig(**{"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+                             "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_mel_bins": 8,
+                             "max_source_positions": 6, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                             "decoder_start_token_id": 1} | changes))  # fmt: skip
 
 
 @seeded
 def wav2vec2(**changes):
     return Wav2Vec2Model(
-        Wav2Vec2Config(**dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                              conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8,
-                              num_conv_pos_embedding_groups=2, num_feat_extract_layers=2, mask_time_prob=0.0,
-                              apply_spec_augment=False) | changes))  # fmt: skip
+        Wav2Vec2Config(**{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                              "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 8,
+                              "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, "mask_time_prob": 0.0,
+                              "apply_spec_augment": False} | changes))  # fmt: skip
 
 
 @seeded
 def esm(**changes):
     return EsmModel(
-        EsmConfig(**dict(vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-                         max_position_embeddings=64, pad_token_id=1, mask_token_id=32,
-                         position_embedding_type="rotary") | changes), add_pooling_layer=False)  # fmt: skip
+        EsmConfig(**{"vocab_size": 33, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                         "max_position_embeddings": 64, "pad_token_id": 1, "mask_token_id": 32,
+                         "position_embedding_type": "rotary"} | changes), add_pooling_layer=False)  # fmt: skip
 
 
 # ---- language models
@@ -142,33 +142,33 @@ def llama(**changes):
 
 @seeded
 def qwen3(**changes):
-    return Qwen3ForCausalLM(Qwen3Config(**TEXT | dict(head_dim=8) | changes))
+    return Qwen3ForCausalLM(Qwen3Config(**TEXT | {"head_dim": 8} | changes))
 
 
 @seeded
 def gpt2(**changes):
     return GPT2LMHeadModel(
-        GPT2Config(**dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, bos_token_id=1,
-                          eos_token_id=2, pad_token_id=0) | changes))  # fmt: skip
+        GPT2Config(**{"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 1,
+                          "eos_token_id": 2, "pad_token_id": 0} | changes))  # fmt: skip
 
 
 @seeded
 def gemma3(**changes):
-    return Gemma3ForCausalLM(Gemma3TextConfig(**TEXT | dict(head_dim=8, sliding_window=64) | changes))
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TEXT | {"head_dim": 8, "sliding_window": 64} | changes))
 
 
 @seeded
 def qwen3_moe(**changes):
     return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**TEXT | dict(head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
-                                     decoder_sparse_step=1) | changes))  # fmt: skip
+        Qwen3MoeConfig(**TEXT | {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                                     "decoder_sparse_step": 1} | changes))  # fmt: skip
 
 
 @seeded
 def falcon_h1(**changes):
     return FalconH1ForCausalLM(
-        FalconH1Config(**TEXT | dict(head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1,
-                                     mamba_d_state=8, mamba_d_conv=4, mamba_chunk_size=8, mamba_expand=1) | changes))  # fmt: skip
+        FalconH1Config(**TEXT | {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1,
+                                     "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_chunk_size": 8, "mamba_expand": 1} | changes))  # fmt: skip
 
 
 LANGUAGE_MODELS = {
@@ -179,7 +179,7 @@ LANGUAGE_MODELS = {
 
 
 def clip_processor(**changes):
-    return CLIPImageProcessorPil(**dict(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}) | changes)
+    return CLIPImageProcessorPil(**{"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}} | changes)
 
 
 def siglip_processor():
