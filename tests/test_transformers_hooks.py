@@ -1,0 +1,76 @@
+"""Canaries: every private hook of transformers that the package uses, by name, as it was when the use was written."""
+
+import inspect
+
+import pytest
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.generation import utils as generation_utils
+from transformers.models.auto import auto_factory, modeling_auto
+from transformers.utils import generic
+
+METHODS = [
+    (GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation", ["inputs_tensor", "model_kwargs", "model_input_name", "generation_config"]),
+    (GenerationMixin, "_expand_multimodal_outputs", ["input_ids", "mm_encoder_output", "expand_size", "inputs_embeds"]),
+    (GenerationMixin, "_get_logits_processor", ["generation_config", "input_ids_seq_length"]),
+    (GenerationMixin, "prepare_inputs_for_generation", ["input_ids", "next_sequence_length", "past_key_values", "attention_mask", "inputs_embeds", "is_first_iteration", "kwargs"]),
+    (PreTrainedModel, "_get_dtype_plan", ["dtype"]),
+    (PreTrainedModel, "initialize_weights", []),
+    (PreTrainedModel, "init_weights", []),
+    (PreTrainedModel, "init_parallel_plans", []),
+    (PreTrainedModel, "get_expanded_tied_weights_keys", ["all_submodels"]),
+    (ProcessorMixin, "_get_arguments_from_pretrained", ["pretrained_model_name_or_path", "processor_dict", "kwargs"]),
+    (ProcessorMixin, "from_args_and_dict", ["args", "processor_dict", "kwargs"]),
+    (ProcessorMixin, "_resolve_chat_template", ["chat_template"]),
+    (ProcessorMixin, "get_possibly_dynamic_module", ["module_name"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("owner", "name", "parameters"), METHODS, ids=lambda x: x if isinstance(x, str) else "")
+def test_methods(owner, name, parameters):
+    found = [p for p in inspect.signature(getattr(owner, name)).parameters if p not in ("self", "cls")]
+    assert found[: len(parameters)] == parameters
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        *((PreTrainedModel, name) for name in (
+            "_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan", "_no_split_modules", "_skip_keys_device_placement",
+            "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_keys_to_ignore_on_load_missing",
+            "_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_save", "_is_stateful", "_can_compile_fullgraph",
+            "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend",
+        )),
+        (PreTrainedConfig, "_attn_implementation"),
+        (PreTrainedConfig, "_experts_implementation"),
+        (PreTrainedConfig, "sub_configs"),
+        (PreTrainedTokenizerBase, "pad"),
+        (auto_factory._BaseAutoModelClass, "_model_mapping"),
+        (modeling_auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+        (modeling_auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+        (modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+        (generic.TransformersKwargs, "__optional_keys__"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_attributes(owner, name):
+    assert hasattr(owner, name)
+
+
+def test_generation_drops_and_hands_on_what_the_overrides_rely_on():
+    assert "mm_encoder_outputs" in generation_utils.MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+    assert 'f"{modality}_token_id"' in inspect.getsource(GenerationMixin._prefill)
+    assert "_maybe_prepare_encoder_kwargs_for_generation" in inspect.getsource(GenerationMixin.generate)
+    assert "model_kwargs=model_kwargs" in inspect.getsource(GenerationMixin.generate)
+
+
+def test_marks_that_keep_weights_from_being_initialised():
+    assert "_is_hf_initialized" in inspect.getsource(PreTrainedModel._initialize_weights)
+    assert "_attn_implementation_internal" in inspect.getsource(PreTrainedConfig._attn_implementation.fset)
+    assert "_experts_implementation_internal" in inspect.getsource(PreTrainedConfig._experts_implementation.fset)
+
+
+def test_helpers_that_render_templates():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    wanted = {"conversations", "chat_template", "return_assistant_tokens_mask", "continue_final_message", "add_generation_prompt"}
+    assert wanted <= set(inspect.signature(render_jinja_template).parameters)
