@@ -3,7 +3,6 @@
 import copy
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from .composition import record_adapters
 from .configuration_multimodal import MultimodalConfig
 from .encoders import ModalEncoderModule
 from .freezing import frozen_patterns
-from .name_patterns import as_regex, compress
+from .name_patterns import as_regex, compress, matches
 from .projectors import check_storable
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -45,33 +44,52 @@ def first_dtype(module: nn.Module) -> torch.dtype:
 
 
 def dtypes_by_pattern(model: nn.Module, main: torch.dtype) -> dict[str, Any] | None:
-    """Which parameters have another dtype than the language model: ``{"": main, dtype: [patterns]}``, None if none."""
-    tensors = {
-        name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor) and t.is_floating_point()
-    }
-    others = Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.dtype != main)
-    if not others:
-        return None
-    found = {
-        d: compress((n for n, t in tensors.items() if t.dtype == getattr(torch, d)), tensors) for d in sorted(others)
-    }
-    return {"": str(main).removeprefix("torch."), **found}
+    """Which tensors have another dtype than the language model.
+
+    Returns:
+        ``{"": main, dtype: [patterns of saved tensors], "buffers": {dtype: [patterns of buffers that are not saved]}}``,
+        None where there is nothing to tell.  Loading makes the latter in float32; a model that was cast as a whole has
+        them in the dtype of its weights.
+    """
+    saved = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    made = {n: b for n, b in model.named_buffers() if n not in saved and b.is_floating_point()}
+    found = _grouped(saved, main)
+    if buffers := _grouped(made, torch.float32):
+        found["buffers"] = buffers
+    return {"": _name(main), **found} if found else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _grouped(tensors: Mapping[str, torch.Tensor], usual: torch.dtype) -> dict[str, Any]:
+    others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype != usual})
+    return {d: compress((n for n, t in tensors.items() if _name(t.dtype) == d), tensors) for d in others}
+
+
+def _applies(part_dtypes: dict[str, Any] | None, main: torch.dtype) -> bool:
+    """Whether a model is loaded in the dtype in which it was saved; any other one is meant for all of it."""
+    return bool(part_dtypes) and part_dtypes.get("") == _name(main)
 
 
 def dtype_plan(part_dtypes: dict[str, Any] | None, main: torch.dtype) -> dict[str, torch.dtype]:
-    """Regular expressions of parameter names and the dtype in which each is loaded.
-
-    The parts keep their dtypes when the model is loaded in the dtype in which it was saved; a caller who asks for
-    another dtype gets that one throughout.
-    """
-    if not part_dtypes or part_dtypes.get("") != str(main).removeprefix("torch."):
+    """Regular expressions of parameter names and the dtype in which each is loaded."""
+    if part_dtypes is None or not _applies(part_dtypes, main):
         return {}
-    return {
-        as_regex(pattern): getattr(torch, dtype)
-        for dtype, patterns in part_dtypes.items()
-        if dtype
-        for pattern in patterns
-    }
+    groups = {dtype: patterns for dtype, patterns in part_dtypes.items() if dtype not in ("", "buffers")}
+    return {as_regex(pattern): getattr(torch, dtype) for dtype, patterns in groups.items() for pattern in patterns}
+
+
+def cast_buffers(model: nn.Module, part_dtypes: dict[str, Any] | None, main: torch.dtype) -> None:
+    """Give buffers that are made anew on loading the dtypes that they had when the model was saved (in place)."""
+    if part_dtypes is None or not _applies(part_dtypes, main):
+        return
+    for dtype, patterns in part_dtypes.get("buffers", {}).items():
+        for name in matches(patterns, [n for n, _ in model.named_buffers()]):
+            parent, _, key = name.rpartition(".")
+            module = model.get_submodule(parent)
+            module._buffers[key] = module.get_buffer(key).to(getattr(torch, dtype))
 
 
 def check_rebuildable(model: PreTrainedModel) -> None:

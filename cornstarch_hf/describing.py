@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from torch import nn
-
 from .adapters import is_wrapped, unwrapped
+from .feature_counts import FeatureCounter, typical_item
 
 
-def describe_model(model: nn.Module) -> str:
+def describe_model(model: Any) -> str:
     """One line per part of a composed model, and one per modality's token and selection."""
     rows = [("part", "class", "parameters", "trainable", "dtype")]
     rows += [_row(where, part) for where, part in model._parts().items()]
@@ -29,7 +28,7 @@ def _row(where: str, part: Any) -> tuple[str, str, str, str, str]:
     return where, name, f"{total:,}", f"{trainable:,}", "/".join(dtypes)
 
 
-def _modality(model: nn.Module, name: str) -> str:
+def _modality(model: Any, name: str) -> str:
     entry = model.config.modality(name)
     count = features_per_item(model, name)
     return (
@@ -39,6 +38,13 @@ def _modality(model: nn.Module, name: str) -> str:
     )
 
 
-def features_per_item(model: nn.Module, name: str) -> str:
-    """How many features one item gives where that is the same for every item, else a note."""
-    return "depends on the item"
+def features_per_item(model: Any, name: str) -> str:
+    """How many features one item gives, where the encoder's configuration fixes it, else a note."""
+    encoder = model.encoders[name]
+    item = typical_item(unwrapped(encoder.module).config, encoder.kind)
+    if item is None or encoder.additional_args or any(encoder.callbacks.values()):
+        return "depends on the item"
+    try:
+        return str(FeatureCounter(model.config, model.encoders).count(name, item))
+    except ValueError as error:  # a table for people is no place to fail; the reason is shown instead
+        return f"not known before a run ({error})"

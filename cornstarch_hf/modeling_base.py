@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .adapters import unwrapped
 from .checkpointing import (
+    cast_buffers,
     check_rebuildable,
     dtype_plan,
     first_dtype,
@@ -264,6 +265,7 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        cast_buffers(model, model.config.part_dtypes, model.dtype)
         if frozen := restore_frozen(model, model.config.frozen):
             logger.warning(
                 "%d of the loaded parameter tensors are frozen, as they were when saved (%s). unfreeze() trains all.",

@@ -38,7 +38,11 @@ def level(module):
 def test_every_module_has_its_place_and_a_docstring_and_a_test():
     assert {path.stem for path in FILES} == set().union(*ORDER)
     tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
-    covered = {"modeling_base": "modeling_multimodal", "processing_base": "processing_multimodal", "__init__": "architecture"}
+    covered = {
+        "modeling_base": "modeling_multimodal",
+        "processing_base": "processing_multimodal",
+        "__init__": "architecture",
+    }
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text())), path.name
         assert covered.get(path.stem, path.stem) in tests, f"tests/test_{path.stem}.py"
@@ -74,7 +78,9 @@ def test_files_and_functions_are_small(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = node.end_lineno - body[0].lineno + 1 if body else 0
-            assert lines <= 40 or f"{path.stem}.{node.name}" in LONG_FUNCTIONS, f"{path.name}: {node.name} has {lines} lines"
+            assert lines <= 40 or f"{path.stem}.{node.name}" in LONG_FUNCTIONS, (
+                f"{path.name}: {node.name} has {lines} lines"
+            )
 
 
 def test_public_names_are_documented_with_what_they_raise():
@@ -87,4 +93,6 @@ def test_public_names_are_documented_with_what_they_raise():
 def test_no_leftovers():
     for path in [*FILES, *Path(__file__).parent.glob("*.py")]:
         if path.name != Path(__file__).name:
-            assert not re.search(r"\b(TODO|FIXME|XXX)\b|NotImplementedError|mark\.(skip|xfail)\b", path.read_text()), path.name
+            assert not re.search(r"\b(TODO|FIXME|XXX)\b|NotImplementedError|mark\.(skip|xfail)\b", path.read_text()), (
+                path.name
+            )

@@ -44,7 +44,9 @@ def test_creating_projectors():
     own = ModalEncoderModule(module=tiny.clip(), projector=wrapped)
     lazy = ModalEncoderModule(module=tiny.whisper(), projector=None)
     assert lazy.projector is None and own.projector is wrapped
-    mllm = MultimodalModel({"vision": own, "audio": lazy}, tiny.llama(), init_projector_type="mlp", init_activation="gelu")
+    mllm = MultimodalModel(
+        {"vision": own, "audio": lazy}, tiny.llama(), init_projector_type="mlp", init_activation="gelu"
+    )
     assert mllm.vision_encoder.projector is wrapped
     assert [type(m).__name__ for m in mllm.audio_encoder.projector.projection] == ["Linear", "GELUActivation", "Linear"]
 
@@ -52,7 +54,7 @@ def test_creating_projectors():
 def postprocess_projector_callback(
     inputs: dict, output: BaseModelOutput | tuple, vision_feature_select_strategy: str | None = None
 ) -> BaseModelOutput | tuple:
-    pixel_values = inputs.get("pixel_values", None)
+    pixel_values = inputs.get("pixel_values")
     if pixel_values is not None and pixel_values.size(0) > 0:
         # output[0] == output.last_hidden_state
         image_features = output[0]
@@ -61,7 +63,7 @@ def postprocess_projector_callback(
     if isinstance(output, ModelOutput):
         output.last_hidden_state = image_features
     else:
-        output = (image_features,) + output[1:]
+        output = (image_features, *output[1:])
     return output
 
 
@@ -84,7 +86,9 @@ def test_peft_example_also_on_the_meta_device():
     from accelerate import init_empty_weights
 
     def parts():
-        vision = get_peft_model(tiny.clip(), LoraConfig(task_type=None, inference_mode=False, target_modules="all-linear"))
+        vision = get_peft_model(
+            tiny.clip(), LoraConfig(task_type=None, inference_mode=False, target_modules="all-linear")
+        )
         language = get_peft_model(tiny.llama(), LoraConfig(task_type=TaskType.CAUSAL_LM, inference_mode=False))
         return {"vision": ModalEncoderModule(vision)}, language
 

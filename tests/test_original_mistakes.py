@@ -55,7 +55,7 @@ def test_no_input_is_missing_from_the_signature_that_trainer_reads(pair):
 
 
 def test_the_number_of_items_reaches_the_loss(pair):
-    model, processor = pair
+    model, _processor = pair
     ids = torch.randint(3, 250, (2, 9))
     mean = model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(model(input_ids=ids, labels=ids, num_items_in_batch=4 * 16).loss * 4, mean)
@@ -70,8 +70,8 @@ def test_both_of_two_encoders_with_pixel_values_run():
 
 
 def test_no_counts_leak_between_processors():
-    first_model, first = compose_tiny(["clip"])
-    second_model, second = compose_tiny(["siglip"])
+    _first_model, first = compose_tiny(["clip"])
+    _second_model, second = compose_tiny(["siglip"])
     for processor, count in ((first, 5), (second, 4), (first, 5)):
         ids = processor(text="<image>", images=tiny.image(), return_tensors="pt")["input_ids"]
         assert (ids == processor.image_token_id).sum() == count
@@ -105,7 +105,9 @@ def test_train_and_eval_return_the_model_and_do_not_freeze(pair):
 
 
 def test_bf16_parts_with_a_lazy_projector_run():
-    model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip().bfloat16())}, language_model=tiny.llama().bfloat16())
+    model = MultimodalModel(
+        encoders={"vision": ModalEncoderModule(tiny.clip().bfloat16())}, language_model=tiny.llama().bfloat16()
+    )
     model.set_modality_token_ids({"vision": 9})
     assert model(input_ids=torch.tensor([[9] * 5]), pixel_values=torch.randn(1, 3, 8, 8)).logits.dtype is torch.bfloat16
 
@@ -117,7 +119,9 @@ def test_counts_include_the_class_token_exactly_where_there_is_one(key, count):
     assert (ids == processor.image_token_id).sum() == count
 
 
-@pytest.mark.parametrize(("text", "numbers"), [("<image> <image>", "2 placeholders.*1 items"), ("none", "0 placeholders.*1 items")])
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("<image> <image>", "2 placeholders.*1 items"), ("none", "0 placeholders.*1 items")]
+)
 def test_more_and_fewer_placeholders_than_images(pair, text, numbers):
     with pytest.raises(ValueError, match=numbers):
         pair[1](text=text, images=[tiny.image()])

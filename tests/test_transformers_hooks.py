@@ -72,5 +72,11 @@ def test_marks_that_keep_weights_from_being_initialised():
 def test_helpers_that_render_templates():
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    wanted = {"conversations", "chat_template", "return_assistant_tokens_mask", "continue_final_message", "add_generation_prompt"}
+    wanted = {
+        "conversations",
+        "chat_template",
+        "return_assistant_tokens_mask",
+        "continue_final_message",
+        "add_generation_prompt",
+    }
     assert wanted <= set(inspect.signature(render_jinja_template).parameters)

@@ -1,0 +1,111 @@
+"""Items as users hand them over: order, images, sounds, and processors' outputs divided among them."""
+
+import io
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from cornstarch_hf.media import check_sampling_rate, flatten, ready_audio, ready_image, split_items, unpadded
+
+WAVE = np.linspace(-1, 1, 8, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("items", "kind", "expected"),
+    [
+        ("a", "image", (["a"], None)),
+        (["a", "b"], "image", (["a", "b"], None)),
+        ([["a", "b"], [], ["c"]], "image", (["a", "b", "c"], [2, 0, 1])),
+        ([["a"], None, "b"], "image", (["a", "b"], [1, 0, 1])),
+        ([None, None], "image", ([], [0, 0])),
+        ([0.1, 0.2], "audio", ([[0.1, 0.2]], None)),
+        ([[0.1, 0.2], [0.3]], "audio", ([[0.1, 0.2], [0.3]], None)),
+        ([[[0.1, 0.2]], []], "audio", ([[0.1, 0.2]], [1, 0])),
+        ({"array": [1.0]}, "audio", ([{"array": [1.0]}], None)),
+        ([], "image", ([], None)),
+    ],
+)
+def test_items_in_order_and_how_many_each_sample_has(items, kind, expected):
+    assert flatten(items, kind) == expected
+
+
+def test_an_image_in_any_wrapping_is_the_same(tmp_path):
+    image, raw = tiny.image(), io.BytesIO()
+    image.save(raw, "png")
+    (tmp_path / "x.png").write_bytes(raw.getvalue())
+    forms = [image, raw.getvalue(), tmp_path / "x.png", str(tmp_path / "x.png"), np.asarray(image)]
+    forms += [torch.tensor(np.asarray(image)).permute(2, 0, 1), {"bytes": raw.getvalue(), "path": None}]
+    forms += [{"image": image}, {"url": str(tmp_path / "x.png")}, image.convert("RGBA")]
+    for form in forms:
+        found = ready_image(form, "vision, item 0", 3, False)
+        assert found.mode == "RGB" and found.tobytes() == image.tobytes()
+    assert ready_image(image, "vision", 1, False).mode == "L"
+    assert ready_image(np.asarray(image)[..., :1], "vision", 3, False).mode == "RGB"
+    assert ready_image(image.convert("CMYK"), "vision", 4, False).mode == "CMYK"
+    floats = np.zeros((4, 4, 3), np.float32)
+    assert ready_image(floats, "vision", 3, rescaled=True) is floats
+
+
+@pytest.mark.parametrize(
+    ("item", "error", "message"),
+    [
+        (Image.new("RGB", (0, 3)), ValueError, r"vision, item 2: the image is empty \(.* = 0 x 3\)"),
+        (Image.new("I;16", (4, 4)), ValueError, "mode 'I;16'"),
+        (np.zeros((2, 2, 2, 3), np.uint8), ValueError, r"no image, its shape is \(2, 2, 2, 3\)"),
+        (np.zeros((5, 6, 2), np.uint8), ValueError, r"1, 3 or 4 channels, its shape is \(5, 6, 2\)"),
+        (np.zeros((4, 4), np.int64), ValueError, "int64 values, expected uint8"),
+        (torch.zeros(3, 4, 4, dtype=torch.bfloat16), ValueError, "bfloat16 values.*do_rescale"),
+        (None, TypeError, "expected an image .*got NoneType"),
+        ({"caption": "x"}, TypeError, "expected an image .*got dict"),
+    ],
+)
+def test_images_that_a_processor_would_spoil(item, error, message):
+    with pytest.raises(error, match=message):
+        ready_image(item, "vision, item 2", 3, False)
+
+
+def test_a_waveform_in_any_wrapping_is_the_same():
+    forms = [WAVE, WAVE[None], WAVE[:, None], WAVE.tolist(), torch.tensor(WAVE), WAVE.astype(np.float64)]
+    for form in [*forms, torch.tensor(WAVE, requires_grad=True), {"array": WAVE, "sampling_rate": 16_000}]:
+        found = ready_audio(form, "audio", 16_000, 16_000)
+        assert found.dtype == np.float32 and np.array_equal(found, WAVE)
+    assert np.array_equal(ready_audio({"array": WAVE, "sampling_rate": 8}, "audio", 8, 16_000), WAVE)
+    check_sampling_rate("audio", None, None)
+
+
+@pytest.mark.parametrize(
+    ("item", "rate", "error", "message"),
+    [
+        (WAVE, None, ValueError, "pass sampling_rate= .*expects 16000"),
+        (WAVE, 8_000, ValueError, "is 8000 Hz, the encoder expects 16000 Hz"),
+        ({"array": WAVE, "sampling_rate": 44_100}, 16_000, ValueError, "is 44100 Hz"),
+        (np.zeros((2, 8)), 16_000, ValueError, r"shape \(2, 8\): mix the channels"),
+        (np.zeros(0), 16_000, ValueError, r"shape \(0,\)"),
+        (np.zeros(8, np.int16), 16_000, ValueError, "int16 values"),
+        ([1, 2, 3], 16_000, ValueError, "int64 values"),
+        (np.array([0.0, np.inf]), 16_000, ValueError, "not finite"),
+        (3.5, 16_000, TypeError, "expected a waveform .*got float"),
+    ],
+)
+def test_sounds_that_a_processor_would_spoil(item, rate, error, message):
+    with pytest.raises(error, match=f"audio, item 1: .*{message}"):
+        ready_audio(item, "audio, item 1", 16_000, rate)
+
+
+def test_rows_of_a_batch_go_to_their_items():
+    grid, packed = torch.tensor([[1, 2, 2], [1, 1, 2]]), torch.arange(6.0)[:, None]
+    first, second = split_items({"pixel_values": packed, "image_grid_thw": grid, "note": "x"}, 2, "vision")
+    assert torch.equal(first["pixel_values"], packed[:4]) and torch.equal(second["pixel_values"], packed[4:])
+    assert torch.equal(second["image_grid_thw"], grid[1:]) and "note" not in first
+    with pytest.raises(ValueError, match="vision: 'pixel_values' has 3 rows for 2 items"):
+        split_items({"pixel_values": torch.zeros(3, 1)}, 2, "vision")
+
+
+def test_an_items_padding_is_cut_where_its_mask_tells():
+    ids, mask = torch.tensor([[5, 6, 1, 1]]), torch.tensor([[1, 1, 0, 0]])
+    assert unpadded({"input_ids": ids, "attention_mask": mask})["input_ids"].tolist() == [[5, 6]]
+    features = {"input_features": torch.zeros(1, 8, 4), "attention_mask": mask}
+    assert unpadded(features) is features
