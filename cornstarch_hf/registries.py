@@ -23,7 +23,8 @@ class Registry:
         """Register `entry`; a name that another entry holds is refused (ValueError)."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"The name of a {self.what} must be a non-empty string, got {name!r}.")
-        if name in self._entries and self._entries[name] != entry:
+        known = self._entries.get(name)
+        if known is not None and known != entry and not _same_definition(known, entry):
             raise ValueError(f"The {self.what} {name!r} is registered already, choose another name.")
         self._entries[name] = entry
 
@@ -52,6 +53,12 @@ class Callback(NamedTuple):
 
     target: Callable
     feature_count: Callable | None = None
+
+
+def _same_definition(known: Any, entry: Any) -> bool:
+    """Whether two entries are one definition that was run again, as when a notebook's cell or a module is reloaded."""
+    places = [(getattr(_target(e), "__module__", None), getattr(_target(e), "__qualname__", "<")) for e in (known, entry)]
+    return places[0] == places[1] and "<" not in places[0][1]
 
 
 def _target(entry: Any) -> Any:

@@ -1,0 +1,170 @@
+"""Feature counts: every rule and every probe against the encoder itself, and counts that users state."""
+
+import functools
+
+import pytest
+import tiny
+import torch
+from helpers import compose_tiny
+from transformers import ViTConfig, ViTModel
+
+from cornstarch_hf import register_callback, register_feature_count
+from cornstarch_hf.encoders import ModalEncoderModule
+from cornstarch_hf.feature_counts import RULES, FeatureCounter, typical_item
+from cornstarch_hf.registries import CALLBACKS, FEATURE_COUNTS
+
+VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 4}
+
+
+def vit(**changes):
+    return ViTModel(ViTConfig(**VIT | {"image_size": 8} | changes)).eval()
+
+
+def images(*sizes):
+    return [{"pixel_values": torch.randn(1, 3, *size), "interpolate_pos_encoding": True} for size in sizes]
+
+
+def waves(*lengths):
+    return [{"input_values": torch.randn(1, n)} for n in lengths]
+
+
+def grids(*shapes):
+    grid = [torch.tensor([shape]) for shape in shapes]
+    return [{"hidden_states": torch.randn(int(g.prod()), 96), "grid_thw": g} for g in grid]
+
+
+SIZES = [(8, 8), (12, 16), (9, 23)]
+# rule -> encoders and the items on which it must be right
+CASES = {
+    "clip_vision_model": [(tiny.clip(), images(*SIZES)), (tiny.clip(image_size=12, patch_size=3), images((12, 12)))],
+    "siglip_vision_model": [(tiny.siglip(), images(*SIZES))],
+    "dinov2": [(tiny.dinov2(), [{"pixel_values": x["pixel_values"]} for x in images(*SIZES)])],
+    "vit": [(vit(), images(*SIZES)), (vit(image_size=[8, 12], patch_size=[4, 2]), images((8, 12)))],
+    "whisper": [
+        (tiny.whisper(max_source_positions=n), [{"input_features": torch.randn(1, 8, 2 * n)}]) for n in (6, 9)
+    ],
+    "wav2vec2": [(tiny.wav2vec2(), waves(20, 91, 400, 1777)), (tiny.wav2vec2(conv_kernel=(8, 4)), waves(99, 400))],
+    "qwen2_vl": [(tiny.qwen2_vl(), grids((1, 4, 4), (1, 2, 8), (3, 4, 6)))],
+}
+
+
+def projected(encoder, inputs):
+    with torch.no_grad():
+        return sum(len(item) for item in encoder(**inputs).pooler_output)
+
+
+def counts(model, name, items, live=False):
+    """What a counter says, and what the encoder gives."""
+    counter = FeatureCounter(model.config, model.encoders if live else None)
+    return [counter.count(name, x) for x in items], [projected(model.encoders[name], x) for x in items]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    for registry in (CALLBACKS, FEATURE_COUNTS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+
+def test_every_rule_has_its_cases():
+    assert CASES.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_rules_are_what_the_encoder_gives(rule):
+    for module, items in CASES[rule]:
+        encoder = ModalEncoderModule(module)
+        for inputs in items:
+            raw = module(**inputs)
+            given = raw.pooler_output if rule == "qwen2_vl" else raw.last_hidden_state
+            assert RULES[rule](inputs, module.config) == given.shape[:-1].numel(), encoder.kind
+
+
+PROBED = {
+    "convnext": ({}, images((64, 64), (96, 64)), 0),
+    "esm": ({}, [{"input_ids": torch.randint(4, 24, (1, n))} for n in (1, 5, 20)], 0),
+    "qwen2_vl": ({}, grids((1, 4, 4), (2, 4, 6)), 0),
+    "clip": ({"layer": -2, "drop_prefix": 1}, images(*SIZES), 1),
+    "dinov2": ({"output": "pooler_output"}, images((8, 8)), 1),
+    "wav2vec2": ({"layer": (0, 1)}, waves(91, 400), 0),
+    "whisper": ({"layer": 0}, [{"input_features": torch.randn(1, 8, 12)}], 0),
+}
+
+
+@pytest.mark.parametrize("key", PROBED)
+@pytest.mark.parametrize("live", [False, True])
+def test_a_run_on_shapes_is_what_the_encoder_gives(key, live):
+    options, items, _ = PROBED[key]
+    name = tiny.ENCODERS[key][0]
+    items = [{k: v for k, v in x.items() if k != "interpolate_pos_encoding" or key == "clip"} for x in items]
+    model, _ = compose_tiny([key], **{name: options})
+    predicted, real = counts(model, name, items, live)
+    assert predicted == real
+
+
+def test_rules_respect_the_prefix_and_undeclared_callbacks_are_run():
+    def halve(inputs, output):
+        output.last_hidden_state = output[0][:, ::2]
+        return output
+
+    model, _ = compose_tiny(["clip"], vision={"drop_prefix": 1})
+    assert counts(model, "vision", images(*SIZES)) == ([4, 12, 10], [4, 12, 10])
+    model, _ = compose_tiny(["clip"], vision={"postprocess_projector_callback": halve})
+    assert counts(model, "vision", images(*SIZES), live=True) == ([3, 7, 6], [3, 7, 6])
+
+
+def test_a_name_counts_before_an_encoder_type(registered):
+    model, _ = compose_tiny({"left": "clip", "right": "clip"})
+    register_feature_count("clip_vision_model", lambda inputs, config: config.hidden_size)
+    assert [FeatureCounter(model.config).count(n, images((8, 8))[0]) for n in ("left", "right")] == [16, 16]
+    register_feature_count("left", lambda inputs, config: inputs["pixel_values"].shape[-1])
+    assert [FeatureCounter(model.config).count(n, images((8, 8))[0]) for n in ("left", "right")] == [8, 16]
+
+
+@pytest.mark.parametrize("answer", [-1, 2.0, None, True, torch.tensor(3)])
+def test_counts_are_natural_numbers(registered, answer):
+    model, _ = compose_tiny(["clip"])
+    register_feature_count("vision", lambda inputs, config: answer)
+    with pytest.raises(ValueError, match=r"vision: the registered feature count must be an integer >= 0, got"):
+        FeatureCounter(model.config).count("vision", images((8, 8))[0])
+
+
+def test_declared_counts_of_callbacks_are_used_without_running_them(registered):
+    def repeat(inputs, output, times=2):
+        assert not output[0].is_meta, "declared, so never run on shapes"
+        output.last_hidden_state = output[0].repeat(1, times, 1)
+        return output
+
+    register_callback("repeat", repeat, feature_count=lambda inputs, n, times=2: n * times)
+    for callback in (repeat, functools.partial(repeat, times=3)):
+        model, _ = compose_tiny(["clip"], vision={"postprocess_projector_callback": callback})
+        predicted, real = counts(model, "vision", images(*SIZES), live=True)
+        assert predicted == real and predicted[0] == 5 * (2 if callback is repeat else 3)
+    model, _ = compose_tiny(["convnext"], vision={"postprocess_projector_callback": repeat})
+    items = [{"pixel_values": torch.randn(1, 3, 64, 96)}]
+    assert counts(model, "vision", items, live=True) == ([12], [12])
+
+
+def test_a_callback_that_reads_values_must_state_its_count():
+    def brightest(inputs, output):
+        output.last_hidden_state = output[0][:, : int(inputs["pixel_values"].max()) + 1]
+        return output
+
+    model, _ = compose_tiny(["clip"], vision={"postprocess_projector_callback": brightest})
+    message = r"vision: .*\(1, 3, 8, 8\).*CLIPVisionModel.*register_feature_count\('vision', fn\)"
+    with pytest.raises(ValueError, match=message):
+        FeatureCounter(model.config, model.encoders).count("vision", images((8, 8))[0])
+
+
+def test_counting_needs_no_weights_and_is_remembered():
+    model, _ = compose_tiny(["convnext"])
+    counter, before = FeatureCounter(model.config), model.config.to_dict()
+    item = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    assert counter.count("vision", item) == counter.count("vision", {"pixel_values": item["pixel_values"] + 1}) == 4
+    assert len(counter._cache) == 1 and model.config.to_dict() == before
+    assert all(p.is_meta for p in counter._probes["vision"].parameters())
+
+
+def test_typical_items_have_the_shape_that_the_configuration_fixes():
+    shapes = {k: typical_item(tiny.ENCODERS[k][1]().config, "image") for k in ("clip", "whisper", "esm")}
+    assert shapes["clip"]["pixel_values"].shape == (1, 3, 8, 8) and shapes["esm"] is None
+    assert shapes["whisper"]["input_features"].shape == (1, 8, 12) and shapes["clip"]["pixel_values"].is_meta
