@@ -186,3 +186,16 @@ def is_batch(conversation: Any) -> bool:
     if not conversation:
         raise ValueError("The conversation is empty.")
     return isinstance(conversation[0], (list, tuple))
+
+
+def chosen_template(own: str | Mapping[str, str] | None, asked: str | None) -> str:
+    """The template to render: one that is given, one of several by its name, or the processor's only or default one.
+
+    Raises:
+        ValueError: there is none, or several of which none is called "default".
+    """
+    named = dict(own) if isinstance(own, Mapping) else {"default": own}
+    template = named.get(asked or "default", asked)
+    if template is None:
+        raise ValueError(f"There is no default chat template, name one by chat_template=, of {sorted(named)}.")
+    return template

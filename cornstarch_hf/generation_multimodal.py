@@ -6,8 +6,11 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.generation import utils as generation_utils
 
 from .merging import group_by_sample
+
+SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
 
 
 class MultimodalGenerationMixin:
@@ -52,6 +55,11 @@ class MultimodalGenerationMixin:
         cache = model_kwargs.get("past_key_values")
         prefill = cache is None or cache.get_seq_length() == 0
         self._check_merge(masks, outputs, encoded_here=set(media), prefill=prefill)
+        if outputs and generation_config.prefill_chunk_size is not None and not SLICES_FEATURES:
+            raise ValueError(
+                "This version of transformers cannot split features among the chunks of a prefill: leave out "
+                "prefill_chunk_size, or upgrade transformers to 5.23."
+            )
         if outputs:
             model_kwargs["mm_encoder_outputs"] = outputs
         return model_kwargs

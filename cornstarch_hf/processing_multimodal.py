@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 
-from .chat import ConversationReader, assistant_spans, is_batch, refuse_typed, render
+from .chat import ConversationReader, assistant_spans, chosen_template, is_batch, refuse_typed, render
 from .input_names import PROCESSOR_NAMES, keyword_for
 from .media import flatten, split_items, unpadded
 from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows, token_mask
@@ -274,7 +274,7 @@ class MultimodalProcessor(MultimodalProcessorBase):
         Raises:
             ValueError: as the call does; a typed placeholder where text is returned.
         """
-        template = self._resolve_chat_template(chat_template)
+        template = chosen_template(self.chat_template, chat_template)
         batched = is_batch(conversation)
         conversations = list(conversation) if batched else [conversation]
         call = {k: kwargs.pop(k) for k in list(kwargs) if k in self._known_arguments() or k.endswith("_kwargs")}

@@ -57,7 +57,9 @@ class Callback(NamedTuple):
 
 def _same_definition(known: Any, entry: Any) -> bool:
     """Whether two entries are one definition that was run again, as when a notebook's cell or a module is reloaded."""
-    places = [(getattr(_target(e), "__module__", None), getattr(_target(e), "__qualname__", "<")) for e in (known, entry)]
+    places = [
+        (getattr(_target(e), "__module__", None), getattr(_target(e), "__qualname__", "<")) for e in (known, entry)
+    ]
     return places[0] == places[1] and "<" not in places[0][1]
 
 

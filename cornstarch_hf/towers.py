@@ -17,17 +17,12 @@ KIND_BY_INPUT = {
     "input_ids": "text",
     "past_values": "time",
 }
+# What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
 NOT_INPUTS = frozenset(
     [
-        "labels",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "past_key_values",
-        "use_cache",
-        "cache_position",
-        "encoder_hidden_states",
-        "encoder_attention_mask",
+        *("labels", "output_attentions", "output_hidden_states", "return_dict", "past_key_values", "use_cache"),
+        *("cache_position", "encoder_hidden_states", "encoder_attention_mask", "bool_masked_pos", "mask_time_indices"),
+        *("head_mask", "noise", "sampled_negative_indices", "decoder_input_ids", "decoder_attention_mask"),
     ]
 )
 

@@ -20,8 +20,12 @@ def vit(**changes):
     return ViTModel(ViTConfig(**VIT | {"image_size": 8} | changes)).eval()
 
 
+def pixels(*size):
+    return {"pixel_values": torch.randn(1, 3, *size)}
+
+
 def images(*sizes):
-    return [{"pixel_values": torch.randn(1, 3, *size), "interpolate_pos_encoding": True} for size in sizes]
+    return [pixels(*size) | {"interpolate_pos_encoding": True} for size in sizes]
 
 
 def waves(*lengths):
@@ -38,11 +42,9 @@ SIZES = [(8, 8), (12, 16), (9, 23)]
 CASES = {
     "clip_vision_model": [(tiny.clip(), images(*SIZES)), (tiny.clip(image_size=12, patch_size=3), images((12, 12)))],
     "siglip_vision_model": [(tiny.siglip(), images(*SIZES))],
-    "dinov2": [(tiny.dinov2(), [{"pixel_values": x["pixel_values"]} for x in images(*SIZES)])],
-    "vit": [(vit(), images(*SIZES)), (vit(image_size=[8, 12], patch_size=[4, 2]), images((8, 12)))],
-    "whisper": [
-        (tiny.whisper(max_source_positions=n), [{"input_features": torch.randn(1, 8, 2 * n)}]) for n in (6, 9)
-    ],
+    "dinov2": [(tiny.dinov2(), [pixels(*size) for size in SIZES])],
+    "vit": [(vit(), images(*SIZES)), (vit(image_size=[8, 12], patch_size=[4, 2]), [pixels(8, 12)])],
+    "whisper": [(tiny.whisper(max_source_positions=n), [{"input_features": torch.randn(1, 8, 2 * n)}]) for n in (6, 9)],
     "wav2vec2": [(tiny.wav2vec2(), waves(20, 91, 400, 1777)), (tiny.wav2vec2(conv_kernel=(8, 4)), waves(99, 400))],
     "qwen2_vl": [(tiny.qwen2_vl(), grids((1, 4, 4), (1, 2, 8), (3, 4, 6)))],
 }
@@ -80,22 +82,21 @@ def test_rules_are_what_the_encoder_gives(rule):
 
 
 PROBED = {
-    "convnext": ({}, images((64, 64), (96, 64)), 0),
-    "esm": ({}, [{"input_ids": torch.randint(4, 24, (1, n))} for n in (1, 5, 20)], 0),
-    "qwen2_vl": ({}, grids((1, 4, 4), (2, 4, 6)), 0),
-    "clip": ({"layer": -2, "drop_prefix": 1}, images(*SIZES), 1),
-    "dinov2": ({"output": "pooler_output"}, images((8, 8)), 1),
-    "wav2vec2": ({"layer": (0, 1)}, waves(91, 400), 0),
-    "whisper": ({"layer": 0}, [{"input_features": torch.randn(1, 8, 12)}], 0),
+    "convnext": ({}, [pixels(64, 64), pixels(96, 64)]),
+    "esm": ({}, [{"input_ids": torch.randint(4, 24, (1, n))} for n in (1, 5, 20)]),
+    "qwen2_vl": ({}, grids((1, 4, 4), (2, 4, 6))),
+    "clip": ({"layer": -2, "drop_prefix": 1}, images(*SIZES)),
+    "dinov2": ({"output": "pooler_output"}, [pixels(8, 8), pixels(12, 8)]),
+    "wav2vec2": ({"layer": (0, 1)}, waves(91, 400)),
+    "whisper": ({"layer": 0}, [{"input_features": torch.randn(1, 8, 12)}]),
 }
 
 
 @pytest.mark.parametrize("key", PROBED)
 @pytest.mark.parametrize("live", [False, True])
 def test_a_run_on_shapes_is_what_the_encoder_gives(key, live):
-    options, items, _ = PROBED[key]
+    options, items = PROBED[key]
     name = tiny.ENCODERS[key][0]
-    items = [{k: v for k, v in x.items() if k != "interpolate_pos_encoding" or key == "clip"} for x in items]
     model, _ = compose_tiny([key], **{name: options})
     predicted, real = counts(model, name, items, live)
     assert predicted == real
@@ -140,16 +141,15 @@ def test_declared_counts_of_callbacks_are_used_without_running_them(registered):
         predicted, real = counts(model, "vision", images(*SIZES), live=True)
         assert predicted == real and predicted[0] == 5 * (2 if callback is repeat else 3)
     model, _ = compose_tiny(["convnext"], vision={"postprocess_projector_callback": repeat})
-    items = [{"pixel_values": torch.randn(1, 3, 64, 96)}]
-    assert counts(model, "vision", items, live=True) == ([12], [12])
+    assert counts(model, "vision", [pixels(64, 96)], live=True) == ([12], [12])
 
 
 def test_a_callback_that_reads_values_must_state_its_count():
-    def brightest(inputs, output):
-        output.last_hidden_state = output[0][:, : int(inputs["pixel_values"].max()) + 1]
+    def largest(inputs, output):
+        output.last_hidden_state = output[0][:, : int(output[0].max()) + 1]
         return output
 
-    model, _ = compose_tiny(["clip"], vision={"postprocess_projector_callback": brightest})
+    model, _ = compose_tiny(["clip"], vision={"postprocess_projector_callback": largest})
     message = r"vision: .*\(1, 3, 8, 8\).*CLIPVisionModel.*register_feature_count\('vision', fn\)"
     with pytest.raises(ValueError, match=message):
         FeatureCounter(model.config, model.encoders).count("vision", images((8, 8))[0])
@@ -158,7 +158,7 @@ def test_a_callback_that_reads_values_must_state_its_count():
 def test_counting_needs_no_weights_and_is_remembered():
     model, _ = compose_tiny(["convnext"])
     counter, before = FeatureCounter(model.config), model.config.to_dict()
-    item = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    item = pixels(64, 64)
     assert counter.count("vision", item) == counter.count("vision", {"pixel_values": item["pixel_values"] + 1}) == 4
     assert len(counter._cache) == 1 and model.config.to_dict() == before
     assert all(p.is_meta for p in counter._probes["vision"].parameters())

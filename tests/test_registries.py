@@ -75,4 +75,4 @@ def test_a_callbacks_count_belongs_to_its_registration():
     register_callback("mine", one, feature_count=two)
     assert CALLBACKS["mine"] == (one, two) and CALLBACKS["mine"].feature_count is two
     with pytest.raises(ValueError, match="callback 'mine'"):
-        register_callback("mine", one)
+        register_callback("mine", two)

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     CLIPVisionModelWithProjection,
+    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -53,10 +54,10 @@ def test_what_has_no_tower(model, message):
 
 
 class TwoTowers(PreTrainedModel):
-    config_class = tiny.LlamaConfig
+    config_class = PreTrainedConfig
 
     def __init__(self):
-        super().__init__(tiny.LlamaConfig(hidden_size=8))
+        super().__init__(PreTrainedConfig())
         self.towers = {"image": tiny.clip(), "audio": tiny.whisper()}
 
     def get_encoder(self, modality=None):
@@ -74,7 +75,14 @@ def test_of_several_towers_one_is_chosen_by_kind():
         resolve_tower(model)
 
 
-KINDS = {"clip": "image", "convnext": "image", "qwen2_vl": "image", "whisper": "audio", "wav2vec2": "audio", "esm": "text"}
+KINDS = {
+    "clip": "image",
+    "convnext": "image",
+    "qwen2_vl": "image",
+    "whisper": "audio",
+    "wav2vec2": "audio",
+    "esm": "text",
+}
 
 
 @pytest.mark.parametrize(("key", "kind"), KINDS.items())
@@ -84,19 +92,21 @@ def test_kinds(key, kind):
 
 def test_an_input_that_no_kind_has_is_the_kind():
     class Spectra(PreTrainedModel):
-        config_class, main_input_name, input_modalities = tiny.LlamaConfig, "spectra", ()
+        config_class, main_input_name, input_modalities = PreTrainedConfig, "spectra", ()
 
         def forward(self, spectra, *more, mask=None):
             return spectra
 
-    model = Spectra(tiny.LlamaConfig(hidden_size=8))
+    model = Spectra(PreTrainedConfig())
     assert infer_kind(model) == "spectra" and list(forward_parameters(model)) == ["spectra", "mask"]
     assert accepts(model, "mask") and not accepts(model, "more") and not takes_any_keyword(model)
 
 
 def test_parameters_are_those_of_the_wrapped_model():
     wrapped = get_peft_model(tiny.clip(), LoraConfig(r=2, target_modules=["q_proj"]))
-    assert forward_parameters(wrapped) == forward_parameters(tiny.clip()) and "pixel_values" in forward_parameters(wrapped)
+    assert forward_parameters(wrapped) == forward_parameters(tiny.clip()) and "pixel_values" in forward_parameters(
+        wrapped
+    )
     assert takes_any_keyword(wrapped) == takes_any_keyword(tiny.clip())
 
 

@@ -20,7 +20,6 @@ METHODS = [
     (PreTrainedModel, "get_expanded_tied_weights_keys", ["all_submodels"]),
     (ProcessorMixin, "_get_arguments_from_pretrained", ["pretrained_model_name_or_path", "processor_dict", "kwargs"]),
     (ProcessorMixin, "from_args_and_dict", ["args", "processor_dict", "kwargs"]),
-    (ProcessorMixin, "_resolve_chat_template", ["chat_template"]),
     (ProcessorMixin, "get_possibly_dynamic_module", ["module_name"]),
 ]  # fmt: skip
 
@@ -58,6 +57,7 @@ def test_attributes(owner, name):
 
 def test_generation_drops_and_hands_on_what_the_overrides_rely_on():
     assert "mm_encoder_outputs" in generation_utils.MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+    assert hasattr(generation_utils, "_slice_mm_encoder_output"), "chunks of a prefill get their features"
     assert 'f"{modality}_token_id"' in inspect.getsource(GenerationMixin._prefill)
     assert "_maybe_prepare_encoder_kwargs_for_generation" in inspect.getsource(GenerationMixin.generate)
     assert "model_kwargs=model_kwargs" in inspect.getsource(GenerationMixin.generate)

@@ -1,0 +1,144 @@
+"""compose(): the same model from live objects and from paths, its options, and what it refuses."""
+
+import pytest
+import tiny
+import torch
+from helpers import uneven_inputs
+from peft import LoraConfig, get_peft_model
+from transformers import WhisperModel
+
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, MultimodalProjector, compose
+from cornstarch_hf import MultimodalProjectorConfig as ProjectorConfig
+
+LIVE = {"vision": (tiny.clip, tiny.clip_processor), "audio": (tiny.whisper, tiny.whisper_processor)}
+
+
+def live(*names, **options):
+    """Encoders as dicts of live objects, with further options by name."""
+    return {n: {"model": LIVE[n][0](), "processor": LIVE[n][1]()} | options.get(n, {}) for n in names or LIVE}
+
+
+def build(encoders=None, *args, language_model=None, **options):
+    options = {"tokenizer": tiny.tokenizer()} | options
+    return compose(language_model or tiny.llama(), live("vision") if encoders is None else encoders, *args, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Parts on disk, the audio encoder inside of its whole encoder-decoder."""
+    path = tmp_path_factory.mktemp("parts")
+    whisper = WhisperModel(tiny.whisper().config)
+    whisper.encoder.load_state_dict(tiny.whisper().state_dict())
+    for name, parts in {
+        "text": (tiny.llama(), tiny.tokenizer()),
+        "vision": (tiny.clip(), tiny.clip_processor()),
+        "audio": (whisper, tiny.whisper_processor()),
+    }.items():
+        for part in parts:
+            part.save_pretrained(path / name)
+    return path
+
+
+def test_paths_and_live_objects_give_one_model(folder):
+    projectors = {n: MultimodalProjector(ProjectorConfig(in_features=16, out_features=32)) for n in LIVE}
+    given = {n: {"projector": p} for n, p in projectors.items()}
+    paths = {n: {"model": str(folder / n), "processor": folder / n} | given[n] for n in LIVE}
+    model, processor = build(live(**given))
+    loaded, again = compose(folder / "text", paths)
+    processor.items = again.items = {"vision": tiny.image, "audio": tiny.sound}
+    inputs, same = uneven_inputs(processor), uneven_inputs(again)
+    assert inputs.keys() == same.keys() and all(torch.equal(inputs[k], same[k]) for k in inputs)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
+    assert isinstance(loaded, MultimodalModel) and isinstance(again, MultimodalProcessor) and not loaded.training
+
+
+def test_bare_paths_find_their_tokenizer_and_processors(folder):
+    model, processor = compose(str(folder / "text"), {n: str(folder / n) for n in LIVE}, dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert type(processor.processors["audio"]).__name__ == "WhisperFeatureExtractor"
+    assert processor.tokens == {"vision": "<image>", "audio": "<audio>"} and len(processor.tokenizer) == 302
+
+
+def test_each_part_may_be_loaded_in_its_own_way(folder):
+    encoders = {"vision": {"model": folder, "subfolder": "vision", "dtype": torch.float16}, "audio": folder / "audio"}
+    model, _ = compose(folder / "text", encoders, dtype=torch.bfloat16, attn_implementation="eager")
+    assert [model.encoders[n].module.dtype for n in encoders] == [torch.float16, torch.bfloat16]
+    assert model.vision_encoder.projector.dtype is torch.float16 and model.dtype is torch.bfloat16
+    assert model.language_model.config._attn_implementation == "eager"
+
+
+def test_options_of_one_encoder():
+    options = {"layer": [-2, 0], "drop_prefix": 1, "kind": "video", "additional_args": ["note"]}
+    callback = {"preprocess_callback": lambda inputs: inputs}
+    model, processor = build(live("vision", vision=options | callback))
+    encoder = model.vision_encoder
+    assert (encoder.selection.layer, encoder.selection.drop_prefix, encoder.kind) == ((-2, 0), 1, "video")
+    assert encoder.additional_args == ["note"] and encoder.preprocess_callback is callback["preprocess_callback"]
+    assert encoder.projector.config.in_features == 32 and processor.tokens == {"vision": "<video>"}
+
+
+@pytest.mark.parametrize(
+    ("general", "own", "expected"),
+    [
+        ("linear", None, ("linear", "gelu")),
+        ("mlp", None, ("mlp", "gelu")),
+        ("mlp", "linear", ("linear", "gelu")),
+        ({"projection_type": "mlp", "activation": "relu"}, None, ("mlp", "relu")),
+        ("linear", {"projection_type": "mlp", "activation": "silu"}, ("mlp", "silu")),
+    ],
+)
+def test_projectors_in_general_and_of_one_encoder(general, own, expected):
+    model, _ = build(live(vision={"projector": own} if own else {}), general)
+    found = model.vision_encoder.projector.config
+    assert (found.projection_type, found.activation) == expected
+    assert model.audio_encoder.projector.config.projection_type == (general if isinstance(general, str) else "mlp")
+
+
+def test_ready_modules_and_wrapped_models_are_taken_as_they_are():
+    ready = ModalEncoderModule(tiny.clip(), layer=0)
+    lora = get_peft_model(tiny.whisper(), LoraConfig(r=2, target_modules=["q_proj"]))
+    processors = {"vision": tiny.clip_processor(), "audio": tiny.whisper_processor()}
+    model, processor = build({"vision": ready, "audio": lora}, processors=processors)
+    assert model.vision_encoder is ready and model.audio_encoder.module is lora
+    assert processor.processors == processors
+
+
+def test_freezing_tokens_templates_and_shared_inputs():
+    encoders = {n: v for n, v in zip(("left", "right"), (live("vision")["vision"], live("vision")["vision"]), strict=True)}
+    tokens = {"left": "[L]", "right": "[R]"}
+    model, processor = build(encoders, tokens=tokens, freeze=["*.module"], chat_template="T", share_inputs=[("left", "right")])
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
+        n for n, _ in model.named_parameters() if "_encoder.module." in n
+    }
+    assert processor.tokens == tokens and processor.chat_template == "T"
+    assert model.config.share_inputs == processor.config.share_inputs == [["left", "right"]]
+    assert not any(p.requires_grad for p in build(freeze="language_model")[0].language_model.parameters())
+
+
+def test_nothing_that_was_given_is_changed():
+    tokenizer, encoders = tiny.tokenizer(), live("vision")
+    size, side, keys = len(tokenizer), tokenizer.padding_side, set(encoders["vision"])
+    _, processor = build(encoders, tokenizer=tokenizer)
+    assert processor.tokenizer.padding_side == "left" and side == tokenizer.padding_side == "right"
+    assert len(tokenizer) == size and set(encoders["vision"]) == keys
+
+
+@pytest.mark.parametrize(
+    ("encoders", "options", "error", "message"),
+    [
+        ({"vision": {"model": "x", "colour": 1}}, {}, TypeError, r"vision: unknown keys \['colour'\].*'drop_prefix'"),
+        ({"vision": {"processor": None}}, {}, TypeError, "vision: an encoder needs a model"),
+        ({"vision": 3}, {}, TypeError, "vision: expected a Hub id, a path or a model, got int"),
+        ({"vision": {"model": ModalEncoderModule(tiny.clip()), "layer": 1}}, {}, TypeError, r"vision: \['layer'\] belong into"),
+        ({"vision": tiny.clip()}, {}, ValueError, r"vision: .*pass its processor, encoders=\{'vision'"),
+        (live("vision"), {"tokenizer": None}, ValueError, "not loaded from anywhere: pass tokenizer="),
+        (live("vision"), {"share_inputs": [["vision"]]}, ValueError, r"two or more of the modalities \['vision'\]"),
+        (live("vision"), {"freeze": ["visoin"]}, ValueError, "'visoin' names no part"),
+        (live("vision"), {"tokens": {"audio": "<a>"}}, ValueError, r"tokens names \['audio'\]"),
+        (live("vision"), {"language_model": tiny.clip()}, ValueError, "CLIPVisionModel has no language-model head"),
+    ],
+)
+def test_what_is_refused(encoders, options, error, message):
+    with pytest.raises(error, match=message):
+        build(encoders, **options)

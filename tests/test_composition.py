@@ -1,0 +1,129 @@
+"""Composition: live parts to a configuration, and the same parts built from it."""
+
+import pytest
+import tiny
+import torch
+from helpers import compose_tiny
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
+
+from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalProjector, MultimodalProjectorConfig
+from cornstarch_hf.composition import (
+    build_encoder,
+    build_parts,
+    check_encoders,
+    check_language_model,
+    compose_config,
+    embedding_width,
+    modality_entry,
+    separate_configs,
+)
+
+
+class DoubledLlama(LlamaForCausalLM):
+    """A class that only its name tells from the usual one."""
+
+
+def wrap(key, **options):
+    return ModalEncoderModule(tiny.ENCODERS[key][1](), **options)
+
+
+def shapes(module):
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("key", tiny.ENCODERS)
+def test_parts_are_built_as_they_were(key):
+    encoders, text = {"it": wrap(key, drop_prefix=1, additional_args=["note"])}, tiny.llama()
+    config = MultimodalConfig.from_dict(compose_config(encoders, text).to_dict())
+    built, language_model = build_parts(config)
+    assert shapes(built["it"]) == shapes(encoders["it"]) and shapes(language_model) == shapes(text)
+    assert type(built["it"].module) is type(encoders["it"].module) and built["it"].name == "it"
+    assert modality_entry(built["it"]) == modality_entry(encoders["it"])
+    assert built["it"].parameter_names == encoders["it"].parameter_names
+
+
+def test_selections_projectors_and_adapters_come_back():
+    lora = get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    encoders = {"vision": wrap("clip", layer=[-2, 0], kind="video")}
+    config = compose_config(encoders, lora, "mlp", "relu")
+    built, language_model = build_parts(MultimodalConfig.from_dict(config.to_dict()))
+    assert built["vision"].selection == encoders["vision"].selection and built["vision"].kind == "video"
+    assert built["vision"].projector.config.projection_type == "mlp" and shapes(built["vision"]) == shapes(
+        encoders["vision"]
+    )
+    assert set(config.adapters) == {"language_model"} and shapes(language_model) == shapes(lora)
+
+
+def test_missing_projectors_are_made_and_given_ones_completed():
+    given = MultimodalProjector(MultimodalProjectorConfig(projection_type="mlp"))
+    encoders = {"vision": wrap("clip", projector=given, layer=(0, 1)), "audio": wrap("whisper").bfloat16()}
+    config = compose_config(encoders, tiny.llama())
+    assert encoders["vision"].projector is given and encoders["audio"].projector.dtype is torch.bfloat16
+    found = {n: getattr(config, f"{n}_projector_config") for n in encoders}
+    assert [(c.projection_type, c.in_features, c.out_features) for c in found.values()] == [
+        ("mlp", 32, 32),
+        ("linear", 16, 32),
+    ]
+    assert found["vision"].encoder_model_type == "clip_vision_model" and found["vision"].language_model_type == "llama"
+
+
+def test_only_an_unusual_language_model_class_is_named():
+    for model in (tiny.llama(), tiny.gpt2()):
+        config = compose_config({}, model)
+        assert config.language_model_class is None and type(build_parts(config)[1]) is type(model)
+        assert embedding_width(model) == 32
+    config = compose_config({}, DoubledLlama(tiny.llama().config))
+    assert config.language_model_class == "DoubledLlama" and type(build_parts(config)[1]) is DoubledLlama
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (GPT2LMHeadModel, TypeError, "PreTrainedModel instance, got <class"),
+        ("gpt2", TypeError, "got 'gpt2'"),
+        (LlamaModel(tiny.llama().config), ValueError, "LlamaModel has no language-model head"),
+        (
+            T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8, vocab_size=9)),
+            ValueError,
+            "T5ForConditionalGeneration is an encoder-decoder",
+        ),
+    ],
+)
+def test_what_is_no_language_model(model, error, message):
+    with pytest.raises(error, match=message):
+        check_language_model(model)
+
+
+def test_what_are_no_encoders():
+    text = tiny.llama()
+    with pytest.raises(TypeError, match="must be a dict of ModalEncoderModule by name, got list"):
+        check_encoders([wrap("clip")], text)
+    with pytest.raises(TypeError, match=r"'vision' must be a ModalEncoderModule, got CLIPVisionModel: wrap it by"):
+        check_encoders({"vision": tiny.clip()}, text)
+    one = wrap("clip")
+    with pytest.raises(ValueError, match="The encoder 'right' shares weights with the encoder 'left'.*deepcopy"):
+        check_encoders({"left": one, "right": ModalEncoderModule(one.module)}, text)
+
+
+def test_parts_that_had_one_configuration_get_their_own():
+    first = tiny.clip()
+    second = type(first)(first.config)
+    encoders = {"left": ModalEncoderModule(first), "right": ModalEncoderModule(second)}
+    separate_configs(encoders, tiny.llama())
+    assert first.config is not second.config and first.config.to_dict() == second.config.to_dict()
+    assert {id(m.config) for m in second.modules() if hasattr(m, "config")} == {id(second.config)}
+
+
+def test_configurations_that_describe_nothing_that_can_be_built():
+    with pytest.raises(ValueError, match="empty: it has no text_config"):
+        build_parts(MultimodalConfig())
+    config = compose_tiny(["clip"])[0].config
+    config.modality("vision")["callbacks"] = {"sometime": {"name": "x"}}
+    with pytest.raises(ValueError, match=r"vision: unknown callback places \['sometime'\], .*'preprocess_callback'"):
+        build_encoder(config, "vision")
+    config.modality("vision")["encoder_class"] = "NoSuchModel"
+    with pytest.raises(ValueError, match="vision: the model class 'NoSuchModel'"):
+        build_encoder(config, "vision")
+    with pytest.raises(ValueError, match="no causal language model for CLIPVisionConfig"):
+        build_parts(MultimodalConfig(text_config=tiny.clip().config))
