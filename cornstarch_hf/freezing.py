@@ -1,7 +1,7 @@
 """What of a model trains: names, `requires_grad`, and the mode in which frozen parts run."""
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -95,3 +95,29 @@ def _evaluate_frozen(module: nn.Module) -> bool:
         for inner in module.modules():
             inner.training = getattr(inner, "gradient_checkpointing", False) is True
     return False
+
+
+def evaluating_frozen(checkpoint: Callable) -> Callable:
+    """A checkpointing function under which a frozen layer runs in evaluation mode.
+
+    Layers learn from their training mode that they are to checkpoint, so frozen ones stay in it (see
+    `keep_frozen_in_eval`); dropout that a layer applies by itself must be off all the same.
+    """
+
+    def run(function: Callable, *args, **kwargs):
+        # transformers hands over partial(forward, layer, ...), older versions a partial of the layer's own call.
+        bound = getattr(function, "args", ()) or (getattr(getattr(function, "func", None), "__self__", None),)
+        layer = bound[0]
+        if not isinstance(layer, nn.Module) or any(p.requires_grad for p in layer.parameters()):
+            return checkpoint(function, *args, **kwargs)
+
+        def evaluated(*inner):
+            layer.training = False
+            try:
+                return function(*inner)
+            finally:
+                layer.training = True
+
+        return checkpoint(evaluated, *args, **kwargs)
+
+    return run

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .adapters import unwrapped
@@ -22,6 +23,7 @@ from .configuration_multimodal import MultimodalConfig
 from .describing import describe_model
 from .encoders import ModalEncoderModule
 from .freezing import (
+    evaluating_frozen,
     frozen_patterns,
     keep_frozen_in_eval,
     restore_frozen,
@@ -273,6 +275,9 @@ class MultimodalPreTrainedModel(PreTrainedModel):
                 ", ".join(model.config.frozen[:4]) + (", ..." if len(model.config.frozen) > 4 else ""),
             )
         return loaded
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
+        super()._set_gradient_checkpointing(enable, evaluating_frozen(gradient_checkpointing_func), **options)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
         return super()._get_dtype_plan(dtype) | dtype_plan(self.config.part_dtypes, dtype)

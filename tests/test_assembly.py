@@ -105,9 +105,11 @@ def test_ready_modules_and_wrapped_models_are_taken_as_they_are():
 
 
 def test_freezing_tokens_templates_and_shared_inputs():
-    encoders = {n: v for n, v in zip(("left", "right"), (live("vision")["vision"], live("vision")["vision"]), strict=True)}
+    encoders = dict(zip(("left", "right"), (live("vision")["vision"], live("vision")["vision"]), strict=True))
     tokens = {"left": "[L]", "right": "[R]"}
-    model, processor = build(encoders, tokens=tokens, freeze=["*.module"], chat_template="T", share_inputs=[("left", "right")])
+    model, processor = build(
+        encoders, tokens=tokens, freeze=["*.module"], chat_template="T", share_inputs=[("left", "right")]
+    )
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
         n for n, _ in model.named_parameters() if "_encoder.module." in n
     }
@@ -130,7 +132,12 @@ def test_nothing_that_was_given_is_changed():
         ({"vision": {"model": "x", "colour": 1}}, {}, TypeError, r"vision: unknown keys \['colour'\].*'drop_prefix'"),
         ({"vision": {"processor": None}}, {}, TypeError, "vision: an encoder needs a model"),
         ({"vision": 3}, {}, TypeError, "vision: expected a Hub id, a path or a model, got int"),
-        ({"vision": {"model": ModalEncoderModule(tiny.clip()), "layer": 1}}, {}, TypeError, r"vision: \['layer'\] belong into"),
+        (
+            {"vision": {"model": ModalEncoderModule(tiny.clip()), "layer": 1}},
+            {},
+            TypeError,
+            r"vision: \['layer'\] belong into",
+        ),
         ({"vision": tiny.clip()}, {}, ValueError, r"vision: .*pass its processor, encoders=\{'vision'"),
         (live("vision"), {"tokenizer": None}, ValueError, "not loaded from anywhere: pass tokenizer="),
         (live("vision"), {"share_inputs": [["vision"]]}, ValueError, r"two or more of the modalities \['vision'\]"),

@@ -8,6 +8,7 @@ import torch
 from helpers import compose_tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
 
@@ -76,6 +77,26 @@ def test_frozen_parts_keep_dropout_and_norm_statistics_off():
     model.unfreeze()
     model.train()
     assert all(m.training for m in model.modules())
+
+
+def test_frozen_layers_that_drop_by_themselves_are_deterministic_under_checkpointing():
+    config = OPTConfig(vocab_size=320, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                       num_attention_heads=4, max_position_embeddings=64, dropout=0.5, attention_dropout=0.5)  # fmt: skip
+    model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=OPTForCausalLM(config))
+    model.set_modality_token_ids({"vision": 9})
+    ids = torch.tensor([[5, *[9] * 5, 30, 31]])
+    batch = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8), "labels": ids}
+    expected = model.freeze("language_model").eval()(**batch).loss
+    model.gradient_checkpointing_enable()
+    model.train()
+    counted = []
+    layers = [m for m in model.language_model.modules() if getattr(m, "gradient_checkpointing", False)]
+    layers[-1].fc1.register_forward_hook(lambda *_: counted.append(layers[-1].training))
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert counted == [False, False], "run once forward and once more for the gradients, without dropout"
+    assert all(layer.training for layer in layers if layer is not model.language_model.model)
 
 
 def test_adapter_layers_of_a_frozen_base_follow_train():

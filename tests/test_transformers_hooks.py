@@ -14,6 +14,7 @@ METHODS = [
     (GenerationMixin, "_get_logits_processor", ["generation_config", "input_ids_seq_length"]),
     (GenerationMixin, "prepare_inputs_for_generation", ["input_ids", "next_sequence_length", "past_key_values", "attention_mask", "inputs_embeds", "is_first_iteration", "kwargs"]),
     (PreTrainedModel, "_get_dtype_plan", ["dtype"]),
+    (PreTrainedModel, "_set_gradient_checkpointing", ["enable", "gradient_checkpointing_func"]),
     (PreTrainedModel, "initialize_weights", []),
     (PreTrainedModel, "init_weights", []),
     (PreTrainedModel, "init_parallel_plans", []),
@@ -67,6 +68,13 @@ def test_marks_that_keep_weights_from_being_initialised():
     assert "_is_hf_initialized" in inspect.getsource(PreTrainedModel._initialize_weights)
     assert "_attn_implementation_internal" in inspect.getsource(PreTrainedConfig._attn_implementation.fset)
     assert "_experts_implementation_internal" in inspect.getsource(PreTrainedConfig._experts_implementation.fset)
+
+
+def test_checkpointing_layers_call_a_partial_of_their_own_call():
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    source = inspect.getsource(GradientCheckpointingLayer)
+    assert "partial(forward, self, **kwargs)" in source and "self.gradient_checkpointing and self.training" in source
 
 
 def test_helpers_that_render_templates():
