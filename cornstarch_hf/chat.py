@@ -80,7 +80,7 @@ class ConversationReader:
             return {"type": "text", "text": self._marked(part["text"])}
         kind = "image" if part["type"] == "image_url" else part["type"]
         names = self.names_of(kind)
-        item = _payload(part, kind)
+        item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
             if item is not None:
                 media[name].append(item)
@@ -89,12 +89,12 @@ class ConversationReader:
         return {"type": "text", "text": "".join(self.tokens[name] for name in names)}
 
 
-def _payload(part: Mapping[str, Any], kind: str) -> Any:
-    """What a media part holds: under its type, or as url, path or base64; None for a bare placeholder."""
+def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
+    """What a media part holds: under its type or kind, or as url, path or base64; None for a bare placeholder."""
     if part["type"] == "image_url":
         value = part.get("image_url")
         return value.get("url") if isinstance(value, Mapping) else value
-    for key in (kind, "url", "path", "base64", "data", "array"):
+    for key in (*kinds, "url", "path", "base64", "data", "array"):
         if part.get(key) is not None:
             value = part[key]
             rate = part.get("sampling_rate")

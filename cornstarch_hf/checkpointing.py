@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -98,9 +99,9 @@ def check_rebuildable(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the checkpoint would not load as this model; names the first differing weights.
     """
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
-        return
-    with torch.device("meta"):
+    if getattr(model, "hf_quantizer", None) is not None or any(hasattr(p, "ds_id") for p in model.parameters()):
+        return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
+    with init_empty_weights(include_buffers=False):
         again = type(model)(copy.deepcopy(model.config))
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     got = {name: tuple(t.shape) for name, t in again.state_dict().items() if isinstance(t, torch.Tensor)}

@@ -9,7 +9,7 @@ import itertools
 import re
 from typing import Any
 
-import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -22,16 +22,27 @@ def class_name(cls: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     Raises:
         ValueError: the class cannot be found by any name, e.g. because it was made inside a function.
     """
-    for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
-        try:
-            if resolve_class(name, config, cls.__name__) is cls:
-                return name
-        except ValueError:
-            continue
-    raise ValueError(
-        f"{cls.__module__}.{cls.__qualname__} cannot be found by its name: define it at the top of a module, under a "
-        "name that no other model class of that configuration has."
-    )
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    if TRANSFORMERS_CLASS.fullmatch(path):  # a bare name must lead back to it whatever else is imported
+        return cls.__name__ if _beside(config, cls.__name__) is cls else path
+    try:
+        found = resolve_class(cls.__name__, config, cls.__name__)
+    except ValueError:
+        found = None
+    if found is not cls:
+        raise ValueError(
+            f"{path} cannot be found by its name: define it at the top of a module, under a name that no other model class "
+            "of that configuration has."
+        )
+    return cls.__name__
+
+
+def _beside(config: PreTrainedConfig, name: str) -> type[PreTrainedModel] | None:
+    """The class of that name in the modeling module of a configuration of transformers."""
+    module = type(config).__module__
+    if not module.startswith("transformers.models."):
+        return None
+    return _attribute(module.replace(".configuration_", ".modeling_"), name)
 
 
 def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
@@ -49,11 +60,8 @@ def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTr
         found = _attribute(match[1], match[2])
         if found is not None:
             return found
-    module = type(config).__module__
-    if module.startswith("transformers.models."):
-        found = _attribute(module.replace(".configuration_", ".modeling_"), name)
-        if found is not None:
-            return found
+    if name and (found := _beside(config, name)) is not None:
+        return found
     imported = _imported(name, type(config))
     if len(imported) == 1:
         return imported[0]
@@ -105,7 +113,7 @@ def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
     choices = itertools.product((False, True), repeat=len(switches))
     for flips in sorted(choices, key=sum):
         options = {n: defaults[n] ^ flip for n, flip in zip(switches, flips, strict=True) if flip}
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):
             candidate = type(model)(model.config, **options)
         if set(candidate.state_dict()) == expected:
             return options

@@ -4,6 +4,7 @@ Sub-configurations are flat attributes (`text_config`, `vision_config`, `vision_
 that other software looks for; `encoders` keeps their order, and `{name}_modality` holds what belongs to one modality.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -162,6 +163,8 @@ class MultimodalConfig(PreTrainedConfig):
     model_type = "cornstarch_multimodal"
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
     sub_configs = _SubConfigs()
+    # Read by trainers that load a model from a path; a checkpoint that carries code sets its own.
+    auto_map: ClassVar[dict[str, str]] = {}
 
     def __init__(self, text_config=None, encoders=None, share_inputs=None, cornstarch_format=FORMAT_VERSION, **kwargs):
         if not isinstance(cornstarch_format, int) or not 1 <= cornstarch_format <= FORMAT_VERSION:
@@ -228,6 +231,10 @@ class MultimodalConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; includes the attention and experts implementations of the parts."""
         output = super().to_dict()
+        for key in self.sub_configs:
+            source = (output.get(key) or {}).get("_name_or_path")
+            if source and os.path.exists(source):  # where a part lay on this machine is nobody else's business
+                del output[key]["_name_or_path"]
         implementations = _implementations(self)
         if implementations:
             output["part_implementations"] = implementations

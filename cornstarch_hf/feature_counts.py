@@ -27,22 +27,25 @@ def _patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return (height // rows) * (width // columns)
 
 
-def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
+    if config.add_adapter:
+        return None
     length = inputs["input_values"].shape[-1]
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         length = (length - kernel) // stride + 1
     return length
 
 
-# Tokens of the last hidden state of one item, by the encoder's model type; each is tested against the encoder.
-RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int]] = {
+# Tokens of the last hidden state of one item by the encoder's model type, None where the rule does not hold; each is
+# tested against the encoder.
+RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
     "clip_vision_model": lambda inputs, config: _patches(inputs, config) + 1,
     "dinov2": lambda inputs, config: _patches(inputs, config) + 1,
     "siglip_vision_model": _patches,
     "vit": lambda inputs, config: _patches(inputs, config) + 1,
     "whisper": lambda inputs, config: config.max_source_positions,
-    "wav2vec2": lambda inputs, config: _waveform(inputs, config),
-    "qwen2_vl": lambda inputs, config: int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2,
+    "wav2vec2": _waveform,
+    "qwen2_vl_vision": lambda inputs, config: int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2,
 }
 
 
@@ -81,24 +84,22 @@ class FeatureCounter:
         registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
         if registered is not None:
             return _natural(registered(inputs, encoder_config), name, "the registered feature count")
-        entry, last = self.config.modality(name), self._last_callback(name)
+        entry = self.config.modality(name)
+        callbacks = {slot: cb for slot, cb in self._live_or_built(name).items() if cb is not None}
+        declared = {slot: fn for slot, cb in callbacks.items() if (fn := declared_count(cb)) is not None}
+        if any(slot.startswith("post") and slot not in declared for slot in callbacks):
+            return self._probed(name, inputs, without=())
         rule = RULES.get(encoder_config.model_type)
-        if rule is not None and entry["layer"] == -1 and entry["output"] is None and last in (None, "declared"):
-            count = rule(inputs, encoder_config) - entry["drop_prefix"]
+        plain = entry["layer"] == -1 and entry["output"] is None and set(callbacks) == set(declared)
+        count = rule(inputs, encoder_config) if rule is not None and plain else None
+        if count is None:
+            count = self._probed(name, inputs, without=tuple(declared))
         else:
-            count = self._probed(name, inputs, until_callbacks=last == "declared")
-        if last == "declared":
-            for callback in self._live_or_built(name).values():
-                declared = declared_count(callback) if callback is not None else None
-                count = _natural(declared(inputs, count), name, "its feature_count") if declared else count
+            count -= entry["drop_prefix"]
+        for slot in callbacks:  # in the order in which they run
+            if slot in declared:
+                count = _natural(declared[slot](inputs, count), name, f"the feature_count of {slot}")
         return count
-
-    def _last_callback(self, name: str) -> str | None:
-        """None without callbacks, "declared" when each declares its count, else "run"."""
-        callbacks = [callback for callback in self._live_or_built(name).values() if callback is not None]
-        if not callbacks:
-            return None
-        return "declared" if all(declared_count(callback) for callback in callbacks) else "run"
 
     def _live_or_built(self, name: str) -> dict[str, Callable | None]:
         return self._live[name].callbacks if name in self._live else self._probe(name).callbacks
@@ -119,11 +120,11 @@ class FeatureCounter:
             self._probes[name] = weights_to_meta(encoder.eval())
         return self._probes[name]
 
-    def _probed(self, name: str, inputs: Mapping[str, Any], until_callbacks: bool) -> int:
-        encoder = self._probe(name)
-        if until_callbacks:
-            encoder = copy.copy(encoder)
-            encoder.__dict__ = dict(encoder.__dict__) | {"postprocess_projector_callback": None}
+    def _probed(self, name: str, inputs: Mapping[str, Any], without: tuple[str, ...]) -> int:
+        """Features by a run on shapes, the callbacks in some places left out."""
+        encoder = copy.copy(self._probe(name))
+        encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
+        encoder.__dict__.update(dict.fromkeys(without))
         try:
             output = run_on_shapes(encoder, dict(inputs))
         except Exception as error:

@@ -37,7 +37,8 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
             arguments.setdefault(key, wanted)
     loss_arguments = {key: arguments[key] for key in LOSS_KEYWORDS if key in arguments}
     own_loss = labels is not None or "shift_labels" in loss_arguments
-    theirs = own_loss and all(accepts(language_model, key) for key in loss_arguments)
+    needed = [*loss_arguments, *(["labels"] if labels is not None else [])]
+    theirs = own_loss and all(accepts(language_model, key) for key in needed)
     if not theirs:
         arguments = {key: value for key, value in arguments.items() if key not in LOSS_KEYWORDS}
     elif labels is not None:

@@ -35,7 +35,7 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
 def _is_item(value: Any, kind: str) -> bool:
     if kind != "audio" or not isinstance(value, (list, tuple)):
         return False
-    return bool(value) and all(isinstance(x, (int, float)) for x in value)
+    return bool(value) and all(isinstance(x, (int, float, np.number)) for x in value)
 
 
 def _as_list(sample: Any, kind: str) -> list[Any]:
@@ -56,7 +56,7 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         TypeError: no image.
     """
     if isinstance(item, Mapping):
-        item = next((item[k] for k in ("image", "url", "path", "base64", "bytes") if item.get(k) is not None), item)
+        item = next((item[k] for k in ("image", "bytes", "url", "path", "base64") if item.get(k) is not None), item)
     if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
         item = _load(item)
     if isinstance(item, Image.Image):

@@ -19,29 +19,28 @@ def compress(selected: Iterable[str], every: Iterable[str]) -> list[str]:
     ['a.*.w', 'c']
     >>> compress(["a.1.w"], names)
     ['a.1.w']
+    >>> compress(["l.0.w", "l.1.w"], ["l.0.w", "l.1.w", "l.extra"])
+    ['l.*']
     """
     chosen = set(selected)
     groups: dict[str, list[str]] = {}
     for name in every:
         groups.setdefault(_NUMBER.sub("*", name), []).append(name)
-    whole, single = set(), []
+    whole: set[str] = set()
+    single: list[str] = []
     for pattern, names in groups.items():
         inside = [name for name in names if name in chosen]
         if len(inside) == len(names):
             whole.add(pattern)
         else:
             single += inside
-    return sorted(_raise_to_parents(whole, set(groups)) + single)
-
-
-def _raise_to_parents(whole: set[str], every: set[str]) -> list[str]:
-    """Replace patterns by their highest ancestor all of whose descendants are in the set."""
-    partial = {parent for pattern in every - whole for parent in _ancestors(pattern)}
-    raised = set()
+    partial = {parent for pattern in set(groups) - whole for parent in _ancestors(pattern)}
+    raised: set[str] = set()
     for pattern in whole:
+        # The highest name at or above the pattern below which everything is selected.
         free = [parent for parent in _ancestors(pattern) if parent not in partial]
-        raised.add(min(free, key=len).removesuffix(".*") if free else pattern)
-    return sorted(raised)
+        raised |= {free[0]} if free else set(groups[pattern])
+    return sorted([*raised, *single])
 
 
 def _ancestors(pattern: str) -> list[str]:

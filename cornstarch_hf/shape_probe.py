@@ -85,5 +85,6 @@ def run_on_shapes(module: torch.nn.Module, inputs: dict[str, Any]) -> Any:
     Raises:
         whatever the module raises, e.g. where it reads a feature's value.
     """
+    shapes = to_shapes(inputs)
     with torch.no_grad(), RealConstants(), ShapesOnly():
-        return module(**to_shapes(inputs))
+        return module(**shapes)

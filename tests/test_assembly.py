@@ -105,7 +105,7 @@ def test_ready_modules_and_wrapped_models_are_taken_as_they_are():
 
 
 def test_freezing_tokens_templates_and_shared_inputs():
-    encoders = dict(zip(("left", "right"), (live("vision")["vision"], live("vision")["vision"]), strict=True))
+    encoders = {name: live("vision")["vision"] for name in ("left", "right")}
     tokens = {"left": "[L]", "right": "[R]"}
     model, processor = build(
         encoders, tokens=tokens, freeze=["*.module"], chat_template="T", share_inputs=[("left", "right")]

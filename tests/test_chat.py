@@ -14,13 +14,19 @@ from cornstarch_hf.chat import (
 )
 from cornstarch_hf.placeholder_text import occurrences
 
-STRINGS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+STRINGS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{% if c.type == 'image' %}<image>{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-STRICT = "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}{{ m.content }}{% endfor %}"
+STRICT = (
+    "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
 REWRITES = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
 TOKENS = {"vision": "<image>", "audio": "<audio>"}
 ITEM, TURNS = object(), [{"role": "user", "content": "5+2?"}, {"role": "assistant", "content": "seven"}]
@@ -71,6 +77,7 @@ def test_every_template_gives_the_placeholders_where_the_media_stood(template):
         ({"type": "image_url", "image_url": {"url": "x.png"}}, ["x.png"]),
         ({"type": "image_url", "image_url": "x.png"}, ["x.png"]),
         ({"type": "vision", "vision": "x.png"}, ["x.png"]),
+        ({"type": "vision", "image": "x.png"}, ["x.png"]),
         ({"type": "image"}, None),
     ],
 )

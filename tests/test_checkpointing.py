@@ -8,7 +8,7 @@ import torch
 from helpers import compose_tiny
 from transformers import ViTConfig, ViTModel
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose
 
 
 @pytest.fixture
@@ -91,6 +91,13 @@ def test_no_path_of_this_machine_is_written(tmp_path, model):
     again = MultimodalModel.from_pretrained(loaded_from)
     again.save_pretrained(tmp_path / "second")
     assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
+    tiny.clip().save_pretrained(tmp_path / "clip")
+    tiny.clip_processor().save_pretrained(tmp_path / "clip")
+    model, processor = compose(tiny.llama(), {"vision": tmp_path / "clip"}, tokenizer=tiny.tokenizer())
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "third")
+    for file in (tmp_path / "third").glob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file.name
     assert json.loads((tmp_path / "second" / "config.json").read_text())["cornstarch_format"] == 1
 
 

@@ -24,6 +24,11 @@ def test_a_class_of_another_model_is_found_by_its_full_path():
     assert resolve_class(class_name(ViTModel, LlamaConfig()), LlamaConfig(), "x") is ViTModel
 
 
+def test_a_bare_name_is_only_given_to_a_class_beside_its_configuration():
+    assert class_name(ViTModel, LlamaConfig()) == "transformers.models.vit.modeling_vit.ViTModel"
+    assert class_name(LlamaModel, LlamaConfig()) == "LlamaModel"
+
+
 def test_imported_classes_are_found_and_local_ones_have_no_name():
     config = user_parts.PatchConfig()
     assert class_name(user_parts.PatchEncoder, config) == "PatchEncoder"
@@ -50,6 +55,7 @@ def test_imported_classes_are_found_and_local_ones_have_no_name():
     [
         "Nothing",
         "",
+        None,
         "os.system",
         "transformers.models.llama.modeling_llama.LlamaRMSNorm",
         "transformers.models.llama.modeling_llama.torch",

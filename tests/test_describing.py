@@ -60,5 +60,21 @@ def test_every_modality_has_a_line_with_its_token_and_selection():
     assert audio.endswith(f"inputs {list(model.config.modality('audio')['input_names'])}")
 
 
+@pytest.mark.parametrize(
+    ("key", "options"), [("clip", {}), ("clip", {"drop_prefix": 1}), ("siglip", {"layer": 0}), ("whisper", {})]
+)
+def test_features_per_item_are_the_encoders(key, options):
+    name = tiny.ENCODERS[key][0]
+    model, processor = compose_tiny([key], **{name: options})
+    inputs = {"sampling_rate": 16_000} if name == "audio" else {}
+    ids = processor(text=processor.tokens[name], **{name: processor.items[name]()}, **inputs)["input_ids"][0]
+    assert f"features per item {ids.count(model.config.modality(name)['token_id'])}," in rows(model)[1][-1]
+
+
+def test_features_that_differ_from_item_to_item():
+    model, _ = compose_tiny(["esm", "wav2vec2"])
+    assert all("features per item depends on the item," in line for line in rows(model)[1][-2:])
+
+
 def test_describe_prints_what_it_returns(model, capsys):
     assert model.describe() == describe_model(model) == capsys.readouterr().out.rstrip("\n")

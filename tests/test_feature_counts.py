@@ -8,7 +8,8 @@ import torch
 from helpers import compose_tiny
 from transformers import ViTConfig, ViTModel
 
-from cornstarch_hf import register_callback, register_feature_count
+from cornstarch_hf import MultimodalModel, register_callback, register_feature_count
+from cornstarch_hf.checkpointing import sync_config
 from cornstarch_hf.encoders import ModalEncoderModule
 from cornstarch_hf.feature_counts import RULES, FeatureCounter, typical_item
 from cornstarch_hf.registries import CALLBACKS, FEATURE_COUNTS
@@ -46,7 +47,7 @@ CASES = {
     "vit": [(vit(), images(*SIZES)), (vit(image_size=[8, 12], patch_size=[4, 2]), [pixels(8, 12)])],
     "whisper": [(tiny.whisper(max_source_positions=n), [{"input_features": torch.randn(1, 8, 2 * n)}]) for n in (6, 9)],
     "wav2vec2": [(tiny.wav2vec2(), waves(20, 91, 400, 1777)), (tiny.wav2vec2(conv_kernel=(8, 4)), waves(99, 400))],
-    "qwen2_vl": [(tiny.qwen2_vl(), grids((1, 4, 4), (1, 2, 8), (3, 4, 6)))],
+    "qwen2_vl_vision": [(tiny.qwen2_vl(), grids((1, 4, 4), (1, 2, 8), (3, 4, 6)))],
 }
 
 
@@ -77,8 +78,18 @@ def test_rules_are_what_the_encoder_gives(rule):
         encoder = ModalEncoderModule(module)
         for inputs in items:
             raw = module(**inputs)
-            given = raw.pooler_output if rule == "qwen2_vl" else raw.last_hidden_state
+            given = raw.pooler_output if rule == "qwen2_vl_vision" else raw.last_hidden_state
+            assert module.config.model_type == rule
             assert RULES[rule](inputs, module.config) == given.shape[:-1].numel(), encoder.kind
+
+
+def test_a_rule_that_does_not_hold_is_replaced_by_a_run():
+    module = tiny.wav2vec2(add_adapter=True, num_adapter_layers=1, output_hidden_size=16)
+    (inputs,) = waves(1777)
+    assert RULES["wav2vec2"](inputs, module.config) is None
+    model = MultimodalModel(encoders={"audio": ModalEncoderModule(module)}, language_model=tiny.llama()).eval()
+    predicted, real = counts(model, "audio", waves(91, 400, 1777))
+    assert predicted == real
 
 
 PROBED = {
@@ -142,6 +153,35 @@ def test_declared_counts_of_callbacks_are_used_without_running_them(registered):
         assert predicted == real and predicted[0] == 5 * (2 if callback is repeat else 3)
     model, _ = compose_tiny(["convnext"], vision={"postprocess_projector_callback": repeat})
     assert counts(model, "vision", [pixels(64, 96)], live=True) == ([12], [12])
+
+
+def test_declared_counts_of_several_callbacks_apply_once_each_in_their_order(registered):
+    def double(inputs, output):
+        output.last_hidden_state = output[0].repeat(1, 2, 1)
+        return output
+
+    def append(inputs, output):
+        output.last_hidden_state = torch.cat([output[0], output[0][:, :1]], 1)
+        return output
+
+    def narrow(inputs):
+        return inputs | {"pixel_values": inputs["pixel_values"][..., :64]}
+
+    register_callback("double", double, feature_count=lambda inputs, n: n * 2)
+    register_callback("append", append, feature_count=lambda inputs, n: n + 1)
+    register_callback("narrow", narrow)
+    both = {"postprocess_module_callback": double, "postprocess_projector_callback": append}
+    for key, options, items in (
+        ("clip", both, images(*SIZES)),
+        ("clip", both | {"drop_prefix": 1}, images(*SIZES)),
+        ("convnext", both, [pixels(64, 96)]),
+        ("convnext", both | {"preprocess_callback": narrow}, [pixels(64, 128)]),
+    ):
+        model, _ = compose_tiny([key], vision=options)
+        sync_config(model, model.config, model.encoders, model.language_model)  # as a checkpoint has it
+        for live in (False, True):
+            predicted, real = counts(model, "vision", items, live)
+            assert predicted == real
 
 
 def test_a_callback_that_reads_values_must_state_its_count():

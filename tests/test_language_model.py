@@ -16,6 +16,17 @@ from cornstarch_hf.language_model import Headless, run_backbone, run_language_mo
 IDS = torch.tensor([[1, 5, 9, 4], [2, 8, 3, 7]])
 
 
+class Unlabelled(nn.Module):
+    """Takes ids and whatever a loss may need, but no labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 10)
+
+    def forward(self, input_ids, num_items_in_batch=None, return_dict=True):
+        return CausalLMOutput(logits=self.table(input_ids))
+
+
 class Bare(nn.Module):
     """Takes ids and labels alone: no slice of the logits, no number of items, no cache."""
 
@@ -54,6 +65,12 @@ def test_the_loss_that_a_language_model_cannot_compute(bare):
     torch.testing.assert_close(found.loss, expected)
     shifted = nn.functional.pad(IDS[:, 1:], (0, 1), value=-100)
     torch.testing.assert_close(run(bare, shift_labels=shifted, num_items_in_batch=3).loss, expected)
+
+
+def test_a_language_model_without_labels_gets_our_loss(bare):
+    bare.language_model = Unlabelled()
+    found = run(bare, labels=IDS, num_items_in_batch=3)
+    torch.testing.assert_close(found.loss, ForCausalLMLoss(found.logits, IDS, 10, num_items_in_batch=3))
 
 
 @pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 2])])

@@ -24,6 +24,7 @@ WAVE = np.linspace(-1, 1, 8, dtype=np.float32)
         ([0.1, 0.2], "audio", ([[0.1, 0.2]], None)),
         ([[0.1, 0.2], [0.3]], "audio", ([[0.1, 0.2], [0.3]], None)),
         ([[[0.1, 0.2]], []], "audio", ([[0.1, 0.2]], [1, 0])),
+        (list(WAVE[:2]), "audio", ([[-1.0, WAVE[1]]], None)),
         ({"array": [1.0]}, "audio", ([{"array": [1.0]}], None)),
         ([], "image", ([], None)),
     ],
@@ -37,7 +38,7 @@ def test_an_image_in_any_wrapping_is_the_same(tmp_path):
     image.save(raw, "png")
     (tmp_path / "x.png").write_bytes(raw.getvalue())
     forms = [image, raw.getvalue(), tmp_path / "x.png", str(tmp_path / "x.png"), np.asarray(image)]
-    forms += [torch.tensor(np.asarray(image)).permute(2, 0, 1), {"bytes": raw.getvalue(), "path": None}]
+    forms += [torch.tensor(np.asarray(image)).permute(2, 0, 1), {"bytes": raw.getvalue(), "path": "not here.png"}]
     forms += [{"image": image}, {"url": str(tmp_path / "x.png")}, image.convert("RGBA")]
     for form in forms:
         found = ready_image(form, "vision, item 0", 3, False)

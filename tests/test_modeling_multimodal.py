@@ -16,6 +16,7 @@ from transformers import (
     LlamaModel,
     T5Config,
     T5ForConditionalGeneration,
+    pipeline,
 )
 from transformers.models.auto import modeling_auto
 
@@ -424,3 +425,24 @@ def test_compiles_without_graph_breaks(pair):
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, model(**inputs).logits)
+
+
+def test_pipelines(tmp_path, pair):
+    model, processor = pair
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    ask = pipeline("image-text-to-text", model=str(tmp_path), max_new_tokens=2, do_sample=False)
+    part = [{"type": "image", "image": tiny.image()}, {"type": "text", "text": "hi"}]
+    answer = ask(text=[{"role": "user", "content": part}])[0]["generated_text"][-1]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": part}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer == {"role": "assistant", "content": processor.decode(tokens, skip_special_tokens=True)}
+    assert pipeline("text-generation", model=str(tmp_path), max_new_tokens=2)("hello")[0]["generated_text"].startswith(
+        "hello"
+    )

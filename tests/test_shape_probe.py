@@ -68,6 +68,11 @@ def test_the_modes_end_with_the_run():
         assert not torch.tensor(3, device="meta").is_meta and not torch.arange(3, device="meta").is_meta
 
 
+def test_arrays_of_the_device_are_made_before_the_modes_begin():
+    found = run_on_shapes(nn.Identity(), {"input": {"x": torch.randn(2), "n": torch.tensor(3)}})
+    assert found["x"].is_meta and not found["n"].is_meta
+
+
 def test_reading_a_features_value_raises():
     class Reads(nn.Linear):
         def forward(self, x):

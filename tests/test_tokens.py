@@ -48,6 +48,7 @@ def test_new_tokens_get_new_ids_and_stay_whole():
     text = "a<image>the sound<image>"
     assert [i for i in tokenizer.encode(text) if i >= size] == [size, size + 1, size]
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == "a"
 
 
 def test_tokens_that_exist_keep_their_ids():

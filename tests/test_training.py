@@ -262,4 +262,7 @@ def test_one_step_of_trl_sft(tmp_path):
     model.vision_encoder.register_forward_hook(lambda *_: seen.append(1))
     made = SFTTrainer(model=model, args=config, train_dataset=table, processing_class=processor)
     made.train()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    assert SFTTrainer(model=str(tmp_path / "model"), args=config, train_dataset=table).train().training_loss > 0
     assert seen and all(torch.tensor(losses(made)).isfinite())
