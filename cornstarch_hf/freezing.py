@@ -1,9 +1,12 @@
 """What of a model trains: names, `requires_grad`, and the mode in which frozen parts run."""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import adapter_parameter_names, is_wrapped
 from .name_patterns import compress, matches
@@ -97,27 +100,29 @@ def _evaluate_frozen(module: nn.Module) -> bool:
     return False
 
 
-def evaluating_frozen(checkpoint: Callable) -> Callable:
-    """A checkpointing function under which a frozen layer runs in evaluation mode.
+def evaluate_frozen_layers_under_checkpointing(model: nn.Module) -> None:
+    """Have checkpointing layers run in evaluation mode while they are frozen.
 
     Layers learn from their training mode that they are to checkpoint, so frozen ones stay in it (see
     `keep_frozen_in_eval`); dropout that a layer applies by itself must be off all the same.
     """
+    module: Any
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            checkpoint = module._gradient_checkpointing_func
+            # Of its own layer, and not a closure: a copy of the model keeps to its own layers.
+            module._gradient_checkpointing_func = functools.partial(_checkpoint, checkpoint, module)
 
-    def run(function: Callable, *args, **kwargs):
-        # transformers hands over partial(forward, layer, ...), older versions a partial of the layer's own call.
-        bound = getattr(function, "args", ()) or (getattr(getattr(function, "func", None), "__self__", None),)
-        layer = bound[0]
-        if not isinstance(layer, nn.Module) or any(p.requires_grad for p in layer.parameters()):
-            return checkpoint(function, *args, **kwargs)
 
-        def evaluated(*inner):
-            layer.training = False
-            try:
-                return function(*inner)
-            finally:
-                layer.training = True
+def _checkpoint(checkpoint: Callable, layer: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    if any(p.requires_grad for p in layer.parameters()):
+        return checkpoint(function, *args, **kwargs)
 
-        return checkpoint(evaluated, *args, **kwargs)
+    def evaluated(*inner):
+        layer.training = False
+        try:
+            return function(*inner)
+        finally:
+            layer.training = True
 
-    return run
+    return checkpoint(evaluated, *args, **kwargs)

@@ -23,7 +23,7 @@ from .configuration_multimodal import MultimodalConfig
 from .describing import describe_model
 from .encoders import ModalEncoderModule
 from .freezing import (
-    evaluating_frozen,
+    evaluate_frozen_layers_under_checkpointing,
     frozen_patterns,
     keep_frozen_in_eval,
     restore_frozen,
@@ -277,7 +277,9 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         return loaded
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
-        super()._set_gradient_checkpointing(enable, evaluating_frozen(gradient_checkpointing_func), **options)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+        if enable:
+            evaluate_frozen_layers_under_checkpointing(self)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
         return super()._get_dtype_plan(dtype) | dtype_plan(self.config.part_dtypes, dtype)

@@ -1,5 +1,6 @@
 """Freezing: names, modes, what a reload restores."""
 
+import copy
 import logging
 
 import pytest
@@ -93,9 +94,11 @@ def test_frozen_layers_that_drop_by_themselves_are_deterministic_under_checkpoin
     layers = [m for m in model.language_model.modules() if getattr(m, "gradient_checkpointing", False)]
     layers[-1].fc1.register_forward_hook(lambda *_: counted.append(layers[-1].training))
     loss = model(**batch).loss
-    torch.testing.assert_close(loss, expected)
+    assert torch.equal(loss, expected)
     loss.backward()
     assert counted == [False, False], "run once forward and once more for the gradients, without dropout"
+    again = copy.deepcopy(model)
+    assert torch.equal(again(**batch).loss, expected), "a copy's layers know themselves"
     assert all(layer.training for layer in layers if layer is not model.language_model.model)
 
 

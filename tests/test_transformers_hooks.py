@@ -70,11 +70,11 @@ def test_marks_that_keep_weights_from_being_initialised():
     assert "_experts_implementation_internal" in inspect.getsource(PreTrainedConfig._experts_implementation.fset)
 
 
-def test_checkpointing_layers_call_a_partial_of_their_own_call():
+def test_checkpointing_layers_hand_themselves_to_their_own_function():
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     source = inspect.getsource(GradientCheckpointingLayer)
-    assert "partial(forward, self, **kwargs)" in source and "self.gradient_checkpointing and self.training" in source
+    assert "self._gradient_checkpointing_func(" in source and "self.gradient_checkpointing and self.training" in source
 
 
 def test_helpers_that_render_templates():
