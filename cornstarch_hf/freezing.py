@@ -106,12 +106,10 @@ def evaluate_frozen_layers_under_checkpointing(model: nn.Module) -> None:
     Layers learn from their training mode that they are to checkpoint, so frozen ones stay in it (see
     `keep_frozen_in_eval`); dropout that a layer applies by itself must be off all the same.
     """
-    module: Any
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            checkpoint = module._gradient_checkpointing_func
-            # Of its own layer, and not a closure: a copy of the model keeps to its own layers.
-            module._gradient_checkpointing_func = functools.partial(_checkpoint, checkpoint, module)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        # Of its own layer, and not a closure: a copy of the model keeps to its own layers.
+        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer._gradient_checkpointing_func, layer)
 
 
 def _checkpoint(checkpoint: Callable, layer: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
