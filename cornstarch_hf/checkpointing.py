@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from .encoders import ModalEncoderModule
 from .freezing import frozen_patterns
 from .name_patterns import as_regex, compress, matches
 from .projectors import check_storable
+from .shape_probe import without_weights
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
@@ -101,7 +101,7 @@ def check_rebuildable(model: PreTrainedModel) -> None:
     """
     if getattr(model, "hf_quantizer", None) is not None or any(hasattr(p, "ds_id") for p in model.parameters()):
         return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
-    with init_empty_weights(include_buffers=False):
+    with without_weights():
         again = type(model)(copy.deepcopy(model.config))
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     got = {name: tuple(t.shape) for name, t in again.state_dict().items() if isinstance(t, torch.Tensor)}

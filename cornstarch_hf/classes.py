@@ -9,9 +9,10 @@ import itertools
 import re
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .shape_probe import without_weights
 
 TRANSFORMERS_CLASS = re.compile(r"(transformers\.models\.\w+\.modeling_\w+)\.(\w+)")
 
@@ -113,7 +114,7 @@ def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
     choices = itertools.product((False, True), repeat=len(switches))
     for flips in sorted(choices, key=sum):
         options = {n: defaults[n] ^ flip for n, flip in zip(switches, flips, strict=True) if flip}
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             candidate = type(model)(model.config, **options)
         if set(candidate.state_dict()) == expected:
             return options

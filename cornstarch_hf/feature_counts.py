@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -14,7 +13,7 @@ from .composition import build_encoder
 from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .registries import FEATURE_COUNTS
-from .shape_probe import run_on_shapes, weights_to_meta
+from .shape_probe import run_on_shapes, weights_to_meta, without_weights
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -111,7 +110,7 @@ class FeatureCounter:
             if live is not None:
                 plain.modality(name)["callbacks"] = {}
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
-            with init_empty_weights(include_buffers=False):
+            with without_weights():
                 encoder = build_encoder(plain, name)
             if live is not None:
                 encoder.projector = copy.deepcopy(live.projector)

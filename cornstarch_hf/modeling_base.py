@@ -47,6 +47,7 @@ class MultimodalPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities: Any = ("text", "image", "audio", "video")
     supports_gradient_checkpointing = True
+    _saved = False  # whether the whole model lies in some folder
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -251,13 +252,21 @@ class MultimodalPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: something in the model would not come back: an unregistered callback or projection, or weights
-                that the configuration does not describe.
+                that the configuration does not describe; or only adapters would be saved (`add_adapter`) of a model
+                that was never saved itself.
         """
-        if not getattr(self, "_hf_peft_config_loaded", False):
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        if not adapters_only:
             sync_config(self, self.config, self.encoders, self.language_model)
             check_rebuildable(self)
+        elif not (self.name_or_path or self._saved):
+            raise ValueError(
+                "After add_adapter only the adapters are saved, but the model below them was never saved, so its projectors "
+                "would be lost: call save_pretrained before add_adapter, or wrap the parts with get_peft_model and compose."
+            )
         before = weight_files(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
+        self._saved = True
         if kwargs.get("is_main_process", True):
             remove_stale_weights(save_directory, before)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BatchFeature
 
@@ -83,6 +84,8 @@ class MultimodalProcessor(MultimodalProcessorBase):
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             data = self._encode_text(texts, lengths, samples, options, spans)
+        if options.get("return_tensors") == "np":
+            tensors = {key: np.asarray(value) for key, value in tensors.items()}
         return BatchFeature({**data, **tensors}, tensor_type=None)
 
     def _known_arguments(self) -> list[str]:

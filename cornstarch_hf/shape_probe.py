@@ -4,9 +4,12 @@ Encoders compute positions, lengths and grids from integers; those stay real, so
 it would, while no arithmetic is done on features.  Knows no model and no configuration.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +67,13 @@ def _as_positions(index: Tensor | None) -> Tensor | None:
 def to_shapes(value: Any) -> Any:
     """Floating-point tensors on the meta device, everything else unchanged (through lists and dicts)."""
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made here have parameters on the meta device and real buffers; random numbers drawn elsewhere stay the same."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
+        yield
 
 
 def weights_to_meta(module: torch.nn.Module) -> torch.nn.Module:

@@ -1,14 +1,23 @@
 """Saving: what a folder keeps, what goes, and models that could not come back."""
 
+import copy
 import json
 
 import pytest
 import tiny
 import torch
 from helpers import compose_tiny
+from peft import LoraConfig
 from transformers import ViTConfig, ViTModel
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProcessor,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    compose,
+)
 
 
 @pytest.fixture
@@ -109,3 +118,35 @@ def test_a_split_over_cpu_and_disk_is_exact(tmp_path, model):
     split = MultimodalModel.from_pretrained(tmp_path, device_map=parts, offload_folder=str(tmp_path / "offload"))
     with torch.no_grad():
         assert torch.equal(split(**inputs).logits, model(**inputs).logits)
+
+
+def test_adapters_are_not_saved_without_the_model_below_them(tmp_path, model):
+    ids = torch.tensor([[5, 6, 7]])
+    never_saved = copy.deepcopy(model)
+    never_saved.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ValueError, match=r"was never saved.*call save_pretrained before add_adapter"):
+        never_saved.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    model.save_pretrained(tmp_path / "model")
+    loaded = MultimodalModel.from_pretrained(tmp_path / "model")
+    for base in (model, loaded):
+        base.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        base.eval().save_pretrained(tmp_path / "adapter")
+        assert "model.safetensors" not in files(tmp_path / "adapter")
+        again = MultimodalModel.from_pretrained(tmp_path / "model")
+        again.load_adapter(str(tmp_path / "adapter"))
+        assert torch.equal(again.eval()(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_saving_and_counting_draw_no_random_numbers(tmp_path):
+    vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
+                             patch_size=4), add_pooling_layer=False)  # fmt: skip
+    projector = MultimodalProjector(MultimodalProjectorConfig(in_features=16, out_features=32))
+    language_model = tiny.llama()
+    before = torch.get_rng_state()
+    encoder = ModalEncoderModule(vit, projector=projector, layer=-2)
+    model = MultimodalModel(encoders={"vision": encoder}, language_model=language_model)
+    processor = MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.clip_processor()}, model=model)
+    assert processor(text=processor.image_token, images=tiny.image(), return_tensors="pt")["input_ids"].shape == (1, 5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -82,6 +82,15 @@ def test_several_items_in_any_order_flat_or_nested(pair):
     equal(flat, nested)
 
 
+def test_arrays_where_arrays_are_asked_for(pair):
+    _, processor = pair
+    call = {"text": [processor.image_token + processor.audio_token], "images": tiny.image(), "audio": np.zeros(160)}
+    arrays = processor(**call, sampling_rate=16_000, return_tensors="np")
+    tensors = processor(**call, sampling_rate=16_000, return_tensors="pt")
+    assert arrays.keys() == tensors.keys() and all(type(value) is np.ndarray for value in arrays.values())
+    assert all(np.array_equal(arrays[key], tensors[key].numpy()) for key in tensors)
+
+
 def test_batch_feature_casts_only_floats(pair):
     _, processor = pair
     batch = processor(text="<image>", images=tiny.image(), return_tensors="pt").to(torch.bfloat16)
