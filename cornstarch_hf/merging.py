@@ -1,6 +1,7 @@
 """Pure tensor functions that put features where placeholder tokens stand.  Knows no model and no configuration."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,3 +179,21 @@ def group_by_sample(items: Sequence[Tensor], counts: Sequence[int]) -> list[list
             item += 1
         groups.append(group)
     return groups
+
+
+def check_lengths(length: int, attention_mask: Any, labels: Tensor | None) -> None:
+    """Refuse labels of another length than the tokens, and a two-dimensional mask that is shorter than they are.
+
+    Raises:
+        ValueError: names the argument and both lengths.
+    """
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask has the length {attention_mask.shape[1]}, but there are {length} tokens in a row: pass the mask "
+            "that the processor made with them."
+        )
+    if labels is not None and labels.shape[-1] != length:
+        raise ValueError(
+            f"labels have the length {labels.shape[-1]}, but there are {length} tokens in a row: give each token a label, "
+            "-100 where no loss is wanted."
+        )

@@ -19,6 +19,7 @@ from .language_model import run_backbone, run_language_model, text_keywords
 from .merging import (
     check_counts,
     check_labels,
+    check_lengths,
     embedded_placeholder_mask,
     mask_labels,
     placeholder_mask,
@@ -140,6 +141,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)
         self._check_merge(masks, outputs, encoded_here=set(media), prefill=past_length == 0)
         ids, embeds = self._merge(input_ids, inputs_embeds, outputs, masks)
+        check_lengths((embeds if ids is None else ids).shape[1], attention_mask, labels)
         output = run_language_model(
             self,
             input_ids=ids,

@@ -75,6 +75,7 @@ def run_subprocessor(
         rate = processor.sampling_rate if hasattr(processor, "sampling_rate") else None
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
+        _check_window(processor, name, items, options)
         return _tensors(processor(items, **_audio_options(processor, rate), **options, return_tensors="pt"), name)
     if isinstance(processor, PreTrainedTokenizerBase):
         options = {"padding": True} | options
@@ -83,6 +84,19 @@ def run_subprocessor(
     if keyword in inspect.signature(processor.__call__).parameters:
         return _tensors(processor(**{keyword: items}, return_tensors="pt", **options), name)
     return _tensors(processor(items, return_tensors="pt", **options), name)
+
+
+def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any], options: Mapping[str, Any]) -> None:
+    """Refuse sounds that a feature extractor would cut by default; a caller who asks for truncation gets it."""
+    parameters = inspect.signature(processor.__call__).parameters
+    cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
+    limit = options.get("max_length") or getattr(processor, "n_samples", None)
+    for i, item in enumerate(items) if cuts and limit is not None else ():
+        if len(item) > limit:
+            raise ValueError(
+                f"{name}, item {i}: the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}: split "
+                f"it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
+            )
 
 
 def _audio_options(processor: FeatureExtractionMixin, rate: int | None) -> dict[str, Any]:

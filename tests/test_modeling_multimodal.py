@@ -446,3 +446,13 @@ def test_pipelines(tmp_path, pair):
     assert pipeline("text-generation", model=str(tmp_path), max_new_tokens=2)("hello")[0]["generated_text"].startswith(
         "hello"
     )
+
+
+@pytest.mark.parametrize(("argument", "message"), [("attention_mask", "attention_mask has"), ("labels", "labels have")])
+def test_arguments_of_another_length_than_the_tokens(pair, argument, message):
+    model, processor = pair
+    batch = uneven_inputs(processor)
+    length = batch["input_ids"].shape[1]
+    short = torch.ones_like(batch["input_ids"])[:, :-2]
+    with pytest.raises(ValueError, match=f"{message} the length {length - 2}, but there are {length} tokens"):
+        model(**{**batch, argument: short})

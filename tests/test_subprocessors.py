@@ -113,3 +113,16 @@ def test_what_has_no_description():
     ):
         with pytest.raises(ValueError, match=message):
             build_subprocessor(described, "x")
+
+
+def test_sounds_are_cut_only_where_the_caller_asks_for_it():
+    extractor = tiny.whisper_processor()
+    sounds = [np.zeros(extractor.n_samples + extra, np.float32) for extra in (0, 1)]
+    call = {"sampling_rate": 16_000}
+    assert run_subprocessor(extractor, "audio", "audio", sounds[:1], call, None)
+    message = (
+        rf"audio, item 1: the waveform has {len(sounds[1])} samples, but WhisperFeatureExtractor keeps {len(sounds[0])}"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_subprocessor(extractor, "audio", "audio", sounds, call, None)
+    assert run_subprocessor(extractor, "audio", "audio", sounds, call | {"truncation": True}, None)
