@@ -2,13 +2,13 @@
 
 from .assembly import compose
 from .auto import register_auto_classes
+from .collator import MultimodalCollator
 from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
 from .registries import register_callback, register_feature_count, register_projector
-from .training import MultimodalCollator
 
 __all__ = [
     "ModalEncoderModule",

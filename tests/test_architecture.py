@@ -21,13 +21,13 @@ ORDER = [
     {"checkpointing", "describing"},
     {"modeling_base", "generation_multimodal", "processing_base"},
     {"modeling_multimodal", "processing_multimodal"},
-    {"training", "assembly"},
+    {"training", "collator", "assembly"},
     {"auto"},
     {"__init__"},
 ]  # fmt: skip
 # name -> why it may be longer than 40 lines of body
 LONG_FUNCTIONS: dict[str, str] = {}
-OPTIONAL = {"peft", "trl", "datasets", "sklearn", "matplotlib", "soundfile", "librosa"}
+OPTIONAL = {"bitsandbytes", "peft", "trl", "datasets", "sklearn", "matplotlib", "soundfile", "librosa"}
 FILES = sorted(PACKAGE.glob("*.py"))
 
 

@@ -1,4 +1,4 @@
-"""Training: the collator, plain Trainer, accumulation, checkpointing, resuming, one TRL step."""
+"""Training: plain Trainer, accumulation, checkpointing, resuming, one TRL step."""
 
 import copy
 
@@ -7,118 +7,15 @@ import tiny
 import torch
 from datasets import Dataset
 from helpers import compose_tiny
-from torch.utils.data import Dataset as TorchDataset
+from trainers import losses, rows, trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cornstarch_hf import MultimodalCollator, MultimodalModel
 
 
-def rows(count=8):
-    """Rows with an image, a sound, both, or none."""
-    made = []
-    for i in range(count):
-        row = {"prompt": "a ", "completion": f" is {i}"}
-        if i % 4 in (0, 2):
-            row |= {"prompt": row["prompt"] + "<image> ", "images": [tiny.image(i)]}
-        if i % 4 in (1, 2):
-            row |= {"prompt": row["prompt"] + "<audio> ", "audio": [tiny.sound(i)]}
-        made.append(row)
-    return made
-
-
-class Rows(TorchDataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
-
-def trainer(model, processor, folder, items=None, **options):
-    defaults = {"output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
-                    "report_to": "none", "save_strategy": "no", "seed": 1, "use_cpu": True, "remove_unused_columns": False,
-                    "disable_tqdm": True, "optim": "sgd", "lr_scheduler_type": "constant"}  # fmt: skip
-    return Trainer(
-        model=model,
-        args=TrainingArguments(**(defaults | options)),
-        train_dataset=Rows(items or rows()),
-        data_collator=MultimodalCollator(processor),
-    )
-
-
-def losses(made):
-    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-
-
 @pytest.fixture
 def pair():
     return compose_tiny(["clip", "whisper"])
-
-
-# ---- collator
-
-
-def test_collator_labels_only_what_is_to_be_learnt(pair):
-    _, processor = pair
-    talk = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": tiny.image()}, {"type": "text", "text": "what is <image>?"}],
-        },
-        {"role": "assistant", "content": "seven"},
-        {"role": "user", "content": "sure?"},
-        {"role": "assistant", "content": "five"},
-    ]
-    batch = MultimodalCollator(processor)(
-        [
-            {"messages": talk},
-            {"prompt": "a <audio> b", "completion": " is it", "audio": [tiny.sound()]},
-            {"text": "<image> and <audio>", "vision": [tiny.image(1)], "audio": [tiny.sound(1)]},
-            {"text": "none"},
-        ]
-    )
-    learnt = [processor.decode([i for i in row if i != -100]) for row in batch["labels"].tolist()]
-    assert learnt == ["seven</s>five</s>", " is it", " and ", "none"]
-    assert batch["pixel_values"].shape[0] == 2 and batch["input_features"].shape[0] == 2
-    assert torch.equal(batch["attention_mask"].sum(-1) > 0, torch.ones(4).bool())
-    assert torch.equal(batch["labels"][batch["attention_mask"] == 0].unique(), torch.tensor([-100]))
-    assert (batch["attention_mask"][:, 0] == 1).all(), "padded on the right"
-
-
-def test_collator_joins_sequences_of_different_lengths():
-    model, processor = compose_tiny(["wav2vec2"])
-    items = [{"text": "<audio>", "audio": [tiny.sound(i, n)]} for i, n in enumerate((300, 500))]
-    batch = MultimodalCollator(processor)(items)
-    assert batch["audio_attention_mask"].sum(-1).tolist() == [300, 500]
-    alone = [MultimodalCollator(processor)([item]) for item in items]
-    with torch.no_grad():
-        for row, one in enumerate(alone):
-            length = one["input_ids"].shape[1]
-            torch.testing.assert_close(
-                model(**batch).logits[row, :length], model(**one).logits[0], atol=1e-5, rtol=1e-4
-            )
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"images": []}, r"row 1: expected 'messages'"),
-        ({"text": "x", "colour": 1}, r"row 1: unknown columns \['colour'\]"),
-        ({"text": "<image>"}, "row 1: vision.*1 placeholders"),
-        ({"text": "long " * 50}, "row 1: the row has .* tokens, max_length is 40"),
-    ],
-)
-def test_collator_names_the_row(pair, row, message):
-    with pytest.raises(ValueError, match=message):
-        MultimodalCollator(pair[1], max_length=40)([{"text": "fine"}, row])
-    with pytest.raises(ValueError, match="no rows"):
-        MultimodalCollator(pair[1])([])
-
-
-# ---- Trainer
 
 
 def test_batch_of_8_equals_2_by_4_accumulated(tmp_path):
