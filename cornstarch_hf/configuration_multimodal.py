@@ -151,6 +151,8 @@ class MultimodalConfig(PreTrainedConfig):
         encoders: the encoders' names, in order; each matches ``[a-z][a-z0-9_]{0,63}`` and brings
             ``{name}_config``, ``{name}_projector_config`` and ``{name}_modality`` (see `MODALITY_DEFAULTS`).
         share_inputs: groups of modality names that see the same items.
+        loss_at_labels: in training mode, run the language model's head at labelled positions only; the output then
+            has no `logits`.
         **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`,
             `part_dtypes`, `part_implementations`, `language_model_class`, `language_model_kwargs`), and whatever
             `transformers.PreTrainedConfig` takes.
@@ -166,7 +168,15 @@ class MultimodalConfig(PreTrainedConfig):
     # Read by trainers that load a model from a path; a checkpoint that carries code sets its own.
     auto_map: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, text_config=None, encoders=None, share_inputs=None, cornstarch_format=FORMAT_VERSION, **kwargs):
+    def __init__(
+        self,
+        text_config=None,
+        encoders=None,
+        share_inputs=None,
+        cornstarch_format=FORMAT_VERSION,
+        loss_at_labels=False,
+        **kwargs,
+    ):
         if not isinstance(cornstarch_format, int) or not 1 <= cornstarch_format <= FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has cornstarch_format {cornstarch_format!r}, this version of cornstarch_hf reads up "
@@ -185,6 +195,9 @@ class MultimodalConfig(PreTrainedConfig):
         for name in names:
             self._add_encoder(name, parts)
         self.share_inputs = valid_groups(share_inputs, names)
+        if not isinstance(loss_at_labels, bool):
+            raise ValueError(f"loss_at_labels must be True or False, got {loss_at_labels!r}.")
+        self.loss_at_labels = loss_at_labels
         for key in ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes"):
             if not hasattr(self, key):
                 setattr(self, key, None)

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .adapters import unwrapped
+from .merging import labels_to_predict
 from .towers import accepts, forward_parameters, takes_any_keyword
 
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
@@ -24,10 +25,13 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     The loss is the language model's own, unless its `forward` cannot take what the loss needs.
 
     Args:
-        model: the composed model, whose configuration may set `use_cache`, `output_attentions`, ...
+        model: the composed model, whose configuration may set `use_cache`, `output_attentions`, `loss_at_labels`, ...
         labels: ``(batch, length)`` or None.
         logits_to_keep: 0 for all positions.
         **inputs: keyword arguments, None ones are left out.
+
+    Returns:
+        the language model's output; without `logits` where `loss_at_labels` holds (training mode, with labels).
     """
     language_model = model.language_model
     arguments = {key: value for key, value in inputs.items() if value is not None}
@@ -43,6 +47,10 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
         arguments = {key: value for key, value in arguments.items() if key not in LOSS_KEYWORDS}
     elif labels is not None:
         arguments["labels"] = labels
+    at_labels = labels is not None and getattr(model.config, "loss_at_labels", False) and model.training
+    at_labels = at_labels and _is_zero(logits_to_keep)
+    if at_labels and theirs and takes_positions(language_model):
+        logits_to_keep, arguments = _head_at_labels(language_model, arguments)
     slice_here = not accepts(language_model, "logits_to_keep") and not _is_zero(logits_to_keep)
     if not slice_here and not _is_zero(logits_to_keep):
         arguments["logits_to_keep"] = logits_to_keep
@@ -53,7 +61,46 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     if slice_here:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         output["logits"] = output.logits[:, kept]
-    return output
+    return _without_logits(output) if at_labels else output
+
+
+def takes_positions(language_model: nn.Module) -> bool:
+    """Whether a language model's head can run at chosen positions and its loss at the labels of these.
+
+    It needs the parameter `logits_to_keep`, and a loss that is transformers' own (`loss_function`) and knows
+    `shift_labels`, which reach it by ``**kwargs``.
+    """
+    if "logits_to_keep" not in forward_parameters(language_model) or not takes_any_keyword(language_model):
+        return False
+    loss: Any = getattr(unwrapped(language_model), "loss_function", None)
+    return "loss_function" in _names_used(language_model) and "shift_labels" in inspect.signature(loss).parameters
+
+
+def _names_used(language_model: nn.Module) -> tuple[str, ...]:
+    function = inspect.unwrap(type(unwrapped(language_model)).forward)
+    return function.__code__.co_names
+
+
+def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Positions for the head, and the arguments with the labels that are to be predicted there.
+
+    `labels` stay as they are: a language model that did not pass `shift_labels` on to its loss would meet other sizes
+    there and fail, rather than compute another loss.
+    """
+    targets = arguments.get("shift_labels")
+    if targets is None:
+        targets = labels_to_predict(arguments["labels"])
+    wanted = targets != -100
+    if not bool(wanted.any()):
+        wanted[:1, -1:] = True  # the loss is that of no label at all, as it would be with all logits
+    if "slice_logits_to_keep" not in _names_used(language_model):  # it takes the same positions in all rows
+        columns = wanted.any(0).nonzero().flatten()
+        return columns, arguments | {"shift_labels": targets[:, columns]}
+    return wanted, arguments | {"shift_labels": targets[wanted]}
+
+
+def _without_logits(output: ModelOutput) -> ModelOutput:
+    return type(output)(**{key: value for key, value in output.items() if key != "logits"})
 
 
 def _is_zero(value: int | Tensor) -> bool:

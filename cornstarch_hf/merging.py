@@ -95,6 +95,21 @@ def shifted_left(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
 
 
+def labels_to_predict(labels: Tensor) -> Tensor:
+    """Labels aligned with the logits: position t holds the label of t + 1, the last one -100.
+
+    Args:
+        labels: ``(batch, length)``.
+
+    Returns:
+        ``(batch, length)``.
+
+    >>> labels_to_predict(torch.tensor([[-100, 5, 7]])).tolist()
+    [[5, 7, -100]]
+    """
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
 def mask_labels(placeholders: Tensor, labels: Tensor | None) -> Tensor | None:
     """Labels ``(batch, length)`` with -100 where a placeholder stands; the input is not changed."""
     if labels is None or labels.shape != placeholders.shape:

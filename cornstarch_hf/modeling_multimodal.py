@@ -128,6 +128,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
 
         Returns:
             The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)``, `past_key_values`, ...
+            With `config.loss_at_labels`, in training mode and with labels, `logits` is None.
 
         Raises:
             TypeError: an unknown keyword.
