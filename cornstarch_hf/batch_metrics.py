@@ -74,7 +74,7 @@ class BatchMetrics(TrainerCallback):
         found = self._summed(args)
         positions = sum(found.values())
         padding = found.pop("padding")
-        measured = {f"tokens/{name}": number for name, number in found.items()}
+        measured: dict[str, float] = {f"tokens/{name}": number for name, number in found.items()}
         measured |= {"padding_ratio": padding / positions, "tokens_per_second": (positions - padding) / self._seconds}
         measured = {self.prefix + key: value for key, value in measured.items()}
         logs.update(measured)
