@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
@@ -72,9 +73,8 @@ def _layer_state(model: Any, where: str) -> dict[str, Any]:
 
 
 def _tuner_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    kind = _peft_class("BaseTunerLayer")
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def _held(layer: Any, names: list[str]) -> list[str]:
@@ -82,13 +82,19 @@ def _held(layer: Any, names: list[str]) -> list[str]:
     return [name for name in names if name in layer._get_available_adapters()]
 
 
+def _peft_class(name: str) -> Any:
+    """A class of peft by its name; an empty tuple, of which nothing is an instance, without peft."""
+    if is_peft_available():
+        from peft.tuners import tuners_utils
+        from peft.utils import other
+
+        return getattr(tuners_utils, name, None) or getattr(other, name)
+    return ()
+
+
 def _is_tuned(model: Any) -> bool:
     """Whether the adapters of a wrapped part lie in its layers, and are no prompt before them."""
-    if is_peft_available():
-        from peft.tuners.tuners_utils import BaseTuner
-
-        return isinstance(model.base_model, BaseTuner)
-    return False
+    return isinstance(model.base_model, _peft_class("BaseTuner"))
 
 
 def _plain(value: Any) -> Any:
@@ -139,10 +145,8 @@ def check_all_kept(model: nn.Module) -> None:
 
 def _outside_adapters(model: nn.Module) -> list[str]:
     """Trainable parameters that belong to no adapter, and to no copy that `modules_to_save` made."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    layers: list[Any] = _tuner_layers(model)
-    layers += [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    kinds = (_peft_class("BaseTunerLayer"), _peft_class("AuxiliaryTrainingWrapper"))
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
@@ -195,6 +199,37 @@ def _config(values: dict[str, Any], where: str, known: Mapping[Any, Any]):
     if kind not in known:
         raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(known)}.")
     return known[kind](**{k: v for k, v in values.items() if k not in ("peft_type", "peft_version")})
+
+
+def wrapped_parts(model: nn.Module) -> list[tuple[str, Any]]:
+    """The PEFT wrappers inside a model, with their dotted names."""
+    return [(name, module) for name, module in model.named_modules() if is_wrapped(module)]
+
+
+def adapter_tensor_names(model: nn.Module) -> set[str]:
+    """Names of all parameters and buffers of a wrapped part that belong to its adapters."""
+    layers = _tuner_layers(model)
+    inside = {id(t) for layer in layers for t in (*layer.parameters(), *layer.buffers())}
+    inside -= {id(t) for x in layers for t in (*_wrapped_module(x).parameters(), *_wrapped_module(x).buffers())}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name for name, tensor in tensors if id(tensor) in inside}
+
+
+def restore_original_tokens(model: nn.Module) -> None:
+    """Give layers that train single tokens the rows they replaced, which they keep for unmerging and never save."""
+    for layer in (module for _, part in wrapped_parts(model) for module in _tuner_layers(part)):
+        for name, kept in getattr(layer, "trainable_tokens_original", {}).items():
+            if name not in layer.merged_adapters:
+                indices = torch.tensor(layer.token_indices[name], device=kept.device)
+                kept.copy_(layer.get_base_layer().weight.detach()[indices])
+
+
+def shared_tensors(model: nn.Module) -> dict[str, list[str]]:
+    """Names under which one tensor is saved several times, by the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {group[0]: group for group in names.values() if len(group) > 1}
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import adapter_tensor_names, shared_tensors, unwrapped, wrapped_parts
 from .callbacks import check_callbacks_storable
 from .composition import record_adapters
 from .configuration_multimodal import MultimodalConfig
 from .encoders import ModalEncoderModule
 from .freezing import frozen_patterns
+from .gathering import nearest_models
 from .name_patterns import as_regex, compress, matches
 from .projectors import check_storable
 from .shape_probe import without_weights
@@ -99,10 +101,19 @@ def check_rebuildable(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the checkpoint would not load as this model; names the first differing weights.
     """
+    check_quantized(model)
     if getattr(model, "hf_quantizer", None) is not None or any(hasattr(p, "ds_id") for p in model.parameters()):
         return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
-    with without_weights():
-        again = type(model)(copy.deepcopy(model.config))
+    check_adapter_tensors(model)
+    try:
+        # Loading makes adapters on the meta device; parts without any can be built faster.
+        with torch.random.fork_rng(), torch.device("meta") if model.config.adapters else without_weights():
+            again = type(model)(copy.deepcopy(model.config))
+    except RuntimeError as error:  # what torch raises where code wants the values of weights that are not there
+        raise ValueError(
+            f"This model cannot be saved so that it loads again: building it without its weights fails ({error}), perhaps "
+            "by a type of adapters that computes with them. Call merge_and_unload() on the part that has them."
+        ) from error
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     got = {name: tuple(t.shape) for name, t in again.state_dict().items() if isinstance(t, torch.Tensor)}
     ignored = model._keys_to_ignore_on_save or set()
@@ -115,6 +126,47 @@ def check_rebuildable(model: PreTrainedModel) -> None:
             f"({len(surplus)}); other shapes: {[(n, expected[n], got[n]) for n in changed[:3]]}. Undo the change to the "
             "part, or give the part a class of its own whose configuration holds it."
         )
+
+
+def check_quantized(model: PreTrainedModel) -> None:
+    """Refuse quantized weights that would not come back as they are.
+
+    Raises:
+        ValueError: a part that was quantized before composing; 4-bit weights that have run on a CPU, whose form for
+            inference loses digits when bitsandbytes turns it back for saving.
+    """
+    for name, part in nearest_models(model):
+        if getattr(model, "hf_quantizer", None) is None and getattr(unwrapped(part), "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"{name} was quantized before composing, and a checkpoint cannot hold that: compose and save the plain parts, "
+                "then load them with from_pretrained(folder, quantization_config=...); its adapters are saved apart."
+            )
+    for name, parameter in model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} holds 4-bit weights in the form that bitsandbytes made for inference on a CPU, from which saving "
+                "would not give them back exactly: save before running the model, or save the adapters alone."
+            )
+
+
+def check_adapter_tensors(model: PreTrainedModel) -> None:
+    """Refuse adapters inside parts whose tensors a checkpoint cannot hold or loading would not make again.
+
+    Raises:
+        ValueError: tensors shared between layers; buffers that are computed when adapters are made, and never saved.
+    """
+    for where, part in wrapped_parts(model):
+        saved = part.state_dict()
+        made = [name for name, _ in part.named_buffers() if name not in saved and name in adapter_tensor_names(part)]
+        made = [name for name in made if "trainable_tokens_original" not in name]  # see restore_original_tokens
+        ties = [name for name, names in shared_tensors(part).items() if adapter_tensor_names(part) & set(names)]
+        if made or ties:
+            kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in part.peft_config.values()})
+            what = f"computes {made[0]} when it is made" if made else f"shares {ties[0]} between layers"
+            raise ValueError(
+                f"{where}: adapters of type {kinds} inside a part cannot be saved with it, the method {what}. Wrap the "
+                "composed model instead, get_peft_model(mllm, config), or call merge_and_unload() on the part."
+            )
 
 
 def remove_stale_weights(folder: str | os.PathLike, before: Mapping[str, tuple[int, int, int]]) -> None:

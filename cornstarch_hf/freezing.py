@@ -83,7 +83,8 @@ def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
     """Put the frozen regions of parts into evaluation mode: no dropout, no updates of norm statistics.
 
     A region is frozen when none of its parameters trains.  Layers that checkpoint activations stay in training mode,
-    which is how they know to checkpoint; so do containers with anything that trains inside.
+    which is how they know to checkpoint; so do containers with anything that trains inside, and linear layers: mode
+    means nothing to them, but quantized ones take evaluation for inference and change to a form without gradients.
     """
     for part in parts.values():
         _evaluate_frozen(part)
@@ -96,7 +97,8 @@ def _evaluate_frozen(module: nn.Module) -> bool:
         return True
     if any(True for _ in module.parameters()):
         for inner in module.modules():
-            inner.training = getattr(inner, "gradient_checkpointing", False) is True
+            checkpoints = getattr(inner, "gradient_checkpointing", False) is True
+            inner.training = checkpoints or isinstance(inner, nn.Linear)
     return False
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .adapters import check_all_kept, unwrapped
+from .adapters import check_all_kept, restore_original_tokens, unwrapped
 from .checkpointing import (
     cast_buffers,
     check_rebuildable,
@@ -104,6 +104,8 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         """Gather what else the parts know, then initialise and tie as in transformers."""
         for key, values in gathered_sets(self).items():
             setattr(self, key, values)
+        # Quantizers leave these modules as they are; projectors are small, and most are still to be trained.
+        self._keep_in_fp32_modules |= self._projector_names()
         self.all_tied_weights_keys = gathered_ties(self)
         super().init_weights()
 
@@ -279,6 +281,7 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         cast_buffers(model, model.config.part_dtypes, model.dtype)
+        restore_original_tokens(model)
         if getattr(model, "_hf_peft_config_loaded", False):
             return loaded  # a folder of adapters, in which PEFT decides what trains
         if frozen := restore_frozen(model, model.config.frozen):
@@ -295,7 +298,13 @@ class MultimodalPreTrainedModel(PreTrainedModel):
             evaluate_frozen_layers_under_checkpointing(self)
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
-        return super()._get_dtype_plan(dtype) | dtype_plan(self.config.part_dtypes, dtype)
+        plan = {
+            key: value for key, value in super()._get_dtype_plan(dtype).items() if key not in self._projector_names()
+        }
+        return plan | dtype_plan(self.config.part_dtypes, dtype)
+
+    def _projector_names(self) -> set[str]:
+        return {f"{name}_encoder.projector" for name in self.config.encoders}
 
 
 def _safetensors_only(wanted: bool | None) -> bool:
