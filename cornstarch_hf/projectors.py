@@ -55,6 +55,7 @@ register_projector("resampler", ResamplerProjection)
 register_projector(TORCH_PROJECTION, lambda module: build_torch(module))
 
 # Modules that treat the last axis only, so that features of any number and any padding go through them at once.
+_ACTIVATIONS = ("transformers.activations", nn.GELU.__module__)
 _FEATUREWISE = (nn.Linear, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Sequential, nn.ModuleList)
 
 
@@ -111,9 +112,9 @@ def acts_on_single_features(projection: nn.Module) -> bool:
     def single(module: nn.Module) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return len(module.normalized_shape) == 1
-        kind = type(module).__module__
-        activation = kind == "transformers.activations" or (kind == nn.GELU.__module__ and not any(module.parameters()))
-        return type(module) in _FEATUREWISE or (activation and not hasattr(module, "dim"))
+        elementwise = type(module).__module__ in _ACTIVATIONS and not any(True for _ in module.parameters())
+        across = hasattr(module, "dim") or isinstance(module, nn.Softmax2d)  # softmax and gates along some other axis
+        return type(module) in _FEATUREWISE or (elementwise and not across)
 
     return all(single(module) for module in projection.modules())
 

@@ -91,13 +91,16 @@ class AvgPoolProjection(Reduction):
         return wanted
 
     def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
-        maps, wanted = to_axes(features, parts, axes), self.reduced_axes(axes)
+        maps, wanted = to_axes(features, parts, axes).contiguous(), self.reduced_axes(axes)
         if not maps.numel():
             return features
         even = all(size % want == 0 for size, want in zip(axes, wanted, strict=True))
         if self.num_tokens is not None and not even:
             return from_axes(ADAPTIVE_POOLS[self.dims](maps, wanted), parts)
         windows = self.windows if self.num_tokens is None else [s // w for s, w in zip(axes, wanted, strict=True)]
+        windows = [
+            min(size, window) for size, window in zip(axes, windows, strict=True)
+        ]  # of three axes torch demands it
         return from_axes(POOLS[self.dims](maps, windows, ceil_mode=self.remainder == "partial"), parts)
 
 
