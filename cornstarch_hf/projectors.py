@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
-from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig, options_of
+from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
 from .module_specs import (
     NotStorable,
     build_by_name,
@@ -24,7 +24,7 @@ from .module_specs import (
     same_structure,
     torch_spec,
 )
-from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, groups_of_items
+from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items
 from .registries import PROJECTORS, register_projector
 from .resampler import QUERY_STD, ResamplerProjection
 from .selection import per_item
@@ -173,7 +173,7 @@ class MultimodalProjector(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
-    # It has no attention, so it runs under any implementation that is asked of the whole model.
+    # Attention inside it (the resampler's) is torch's own, so it runs under any implementation that is asked of the whole.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -213,13 +213,11 @@ class MultimodalProjector(PreTrainedModel):
 
         Args:
             in_features, out_features: widths.
-            dims: axes along which a reduction of that kind of items works, where the type takes `dims`.
+            dims: axes along which items of that kind are reduced, for the built-in types that take `dims`.
         """
-        if (
-            self.projection is None
-            and dims is not None
-            and "dims" in options_of(self.config.projection_type, ("dims",))
-        ):
+        target = PROJECTORS.get(self.config.projection_type)
+        reduction = isinstance(target, type) and issubclass(target, Reduction)
+        if self.projection is None and dims is not None and reduction and "dims" in target.DEFAULTS:
             self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs
         if self.config.in_features is None:
             self.config.in_features = in_features

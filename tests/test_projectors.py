@@ -184,6 +184,26 @@ def test_a_reduction_wrapped_by_hand_comes_back(tmp_path, kind, other):
         assert torch.equal(again(x)[0], wrapped(x)[0])
 
 
+def test_axes_follow_the_encoder_only_where_they_are_not_chosen():
+    class Cube(user_parts.GatedProjection):
+        def __init__(self, in_features, out_features, dims=3):
+            super().__init__(in_features, out_features)
+            self.dims = dims
+
+    for build, kind, given, expected in (
+        (tiny.clip, "conv", {}, 2),
+        (tiny.whisper, "conv", {}, 1),
+        (tiny.esm, "avg_pool", {}, 1),
+        (tiny.clip, "avg_pool", {"dims": 1}, 1),
+    ):
+        projector = MultimodalProjector(MultimodalProjectorConfig(projection_type=kind, **given))
+        encoder = ModalEncoderModule(build(), projector)
+        MultimodalModel(encoders={"some": encoder}, language_model=tiny.llama())
+        assert projector.projection.dims == projector.config.projection_kwargs["dims"] == expected
+    register_projector("cube_for_test", Cube)
+    assert composed(init_projector_type="cube_for_test").vision_encoder.projector.projection.dims == 3
+
+
 def test_one_item_maps_and_packs_are_the_same_items():
     made = composed(init_projector_type="avg_pool").vision_encoder.projector
     maps = torch.randn(2, 4, 6, 16)
