@@ -4,13 +4,25 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2CLS, ACT2FN
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` (https://arxiv.org/abs/1910.07467) computed in float32 at least, as language models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(precise), self.normalized_shape, self.weight.to(precise), self.eps).to(x.dtype)
+
 
 NORMS: dict[str, Callable[[int, float | None], nn.Module]] = {
     "none": lambda width, eps: nn.Identity(),
     "layer_norm": lambda width, eps: nn.LayerNorm(width, eps=1e-5 if eps is None else eps),
-    "rms_norm": lambda width, eps: nn.RMSNorm(width, eps=1e-6 if eps is None else eps),
+    "rms_norm": lambda width, eps: RMSNorm(width, eps=1e-6 if eps is None else eps),
 }
 HEAD_DEFAULTS: dict[str, Any] = {
     "num_layers": 2,

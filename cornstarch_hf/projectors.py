@@ -200,8 +200,8 @@ class MultimodalProjector(PreTrainedModel):
     def _wrap(self, projection: nn.Module) -> None:
         mark_initialized(projection)
         self.projection = projection
-        if getattr(projection, "activation", None) in ACT2CLS:
-            self.config.activation = projection.activation
+        if isinstance(activation := getattr(projection, "activation", None), str) and activation in ACT2CLS:
+            self.config.activation = activation
         sizes = projection_sizes(projection)
         for key, size in zip(("in_features", "out_features"), sizes, strict=True):
             if getattr(self.config, key) is None:

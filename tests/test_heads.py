@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cornstarch_hf.heads import HEAD_DEFAULTS, ProjectionHead, activation_module, is_count
+from cornstarch_hf.heads import HEAD_DEFAULTS, NORMS, ProjectionHead, activation_module, is_count
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -30,6 +30,15 @@ def test_norms_before_between_and_after():
     assert torch.equal(head(X), head.norm_post(head.linear_2(head.norm_mid(hidden))))
     assert ProjectionHead(8, 6, norm="layer_norm").norm.eps == 1e-5
     assert ProjectionHead(8, 6, num_layers=1, norm_post="rms_norm").norm_post.eps == 1e-6
+
+
+def test_rms_norm_is_precise_and_keeps_the_dtype():
+    norm = NORMS["rms_norm"](8, None)
+    torch.nn.init.normal_(norm.weight)
+    expected = X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True) + 1e-6) * norm.weight
+    assert torch.equal(norm(X), expected) and norm(X.double()).dtype is torch.float64
+    low = X.bfloat16()
+    assert torch.equal(norm(low), norm(low.float()).bfloat16())
 
 
 def test_gates():
