@@ -85,7 +85,8 @@ def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig
     name = PROJECTORS.name_of(type(projection))
     try:
         if name is not None:  # first: the module tells what it is, which a configuration may not know in full
-            return name, constructor_arguments(projection)
+            untold = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
+            return name, (untold if name == config.projection_type else {}) | constructor_arguments(projection)
     except NotStorable:
         pass
     if config.projection_type != CUSTOM_PROJECTION and _is_what_config_says(projection, config):
@@ -297,7 +298,12 @@ class MultimodalProjector(PreTrainedModel):
 
     def _reduce(self, features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None) -> ProjectorOutput:
         """Reduce and project each item alone, those of one length and grid together."""
-        if features.ndim == 4:
+        maps = features.ndim == 4 and (self.needs_grid or hasattr(self.projection, "feature_count"))
+        if (
+            features.ndim not in (2, 3) and not maps
+        ):  # no items: a class that is not known to reduce takes any leading axes
+            return ProjectorOutput(last_hidden_state=self._run(features))
+        if maps:
             grids = [tuple(features.shape[1:3])] * len(features) if grids is None else grids
             features = features.flatten(1, 2)
         if features.ndim == 2 and lengths is None:

@@ -78,6 +78,25 @@ def test_a_registered_class_alone_and_by_name(tmp_path):
     assert type(lazy.projection) is user_parts.GatedProjection and lazy.projection.gain == 1.0
 
 
+def test_what_a_wrapped_module_tells_goes_before_its_configuration():
+    says = {"projection_type": "users_gated", "in_features": 16, "out_features": 32}
+    for stated, given in ((3.0, 2.0), (3.0, 1.0), (1.0, 2.0)):
+        config = MultimodalProjectorConfig(**says, gain=stated)
+        wrapped = MultimodalProjector(config, user_parts.GatedProjection(16, 32, gain=given))
+        assert MultimodalProjector(wrapped.config).projection.gain == given and config.projection_kwargs == {
+            "gain": stated
+        }
+
+    class Silent(user_parts.GatedProjection):
+        def __init__(self, in_features, out_features, factor=1.0):
+            super().__init__(in_features, out_features, gain=factor)
+
+    register_projector("silent_for_test", Silent)  # it keeps `factor` under another name: the configuration is asked
+    config = MultimodalProjectorConfig(**says | {"projection_type": "silent_for_test"}, factor=3.0)
+    wrapped = MultimodalProjector(config, Silent(16, 32, factor=3.0))
+    assert MultimodalProjector(wrapped.config).projection.gain == 3.0
+
+
 def test_what_cannot_be_stored_composes_but_does_not_save(tmp_path):
     class Local(nn.Module):
         def __init__(self, width):
@@ -202,6 +221,14 @@ def test_axes_follow_the_encoder_only_where_they_are_not_chosen():
         assert projector.projection.dims == projector.config.projection_kwargs["dims"] == expected
     register_projector("cube_for_test", Cube)
     assert composed(init_projector_type="cube_for_test").vision_encoder.projector.projection.dims == 3
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16), (2, 3, 4, 16), (2, 3, 4, 5, 16)])
+def test_a_class_of_the_users_still_takes_any_leading_axes(shape):
+    projection = user_parts.GatedProjection(16, 32)
+    x = torch.randn(shape)
+    found = MultimodalProjector(MultimodalProjectorConfig(), projection)(x)[0]
+    assert found.shape == (*shape[:-1], 32) and torch.allclose(found, projection(x), atol=1e-6)
 
 
 def test_one_item_maps_and_packs_are_the_same_items():
