@@ -3,7 +3,8 @@
 from .assembly import compose
 from .auto import register_auto_classes
 from .collator import MultimodalCollator
-from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
+from .configuration_multimodal import MultimodalConfig
+from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor

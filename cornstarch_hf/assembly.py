@@ -19,7 +19,8 @@ from transformers import (
 
 from .adapters import is_wrapped
 from .composition import check_encoders
-from .configuration_multimodal import MultimodalProjectorConfig, valid_groups
+from .configuration_multimodal import valid_groups
+from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor

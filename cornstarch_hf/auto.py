@@ -10,7 +10,8 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
+from .configuration_multimodal import MultimodalConfig
+from .configuration_projector import MultimodalProjectorConfig
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector

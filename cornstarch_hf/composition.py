@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 from .adapters import describe_adapters, is_wrapped, unwrapped, wrap_again
 from .callbacks import SLOTS, build_callback
 from .classes import class_name, constructor_options, language_model_class, resolve_class
-from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig, validate_encoder_names
+from .configuration_multimodal import MultimodalConfig, validate_encoder_names
+from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .grids import PLANE_KINDS
 from .input_names import assign_input_names
 from .projectors import MultimodalProjector
 from .towers import forward_parameters
@@ -140,7 +142,7 @@ def complete_projector(
             "features: give projector=MultimodalProjector(MultimodalProjectorConfig(in_features=...))."
         )
     fresh = projector.projection is None
-    projector.complete(known, width)
+    projector.complete(known, width, dims=2 if encoder.kind in PLANE_KINDS else 1)
     projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
     projector.config.language_model_type = unwrapped(language_model).config.model_type
     if fresh:

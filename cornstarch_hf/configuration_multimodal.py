@@ -1,4 +1,4 @@
-"""What a composed model is: configuration of the whole and of its projectors, with validation.
+"""What a composed model is: configuration of the whole, with validation.  That of its projectors is a neighbour.
 
 Sub-configurations are flat attributes (`text_config`, `vision_config`, `vision_projector_config`, ...), the form
 that other software looks for; `encoders` keeps their order, and `{name}_modality` holds what belongs to one modality.
@@ -10,13 +10,10 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.activations import ACT2CLS
 
-from .registries import PROJECTORS
+from .configuration_projector import MultimodalProjectorConfig
 
 FORMAT_VERSION = 1
-BUILT_IN_PROJECTIONS = ("linear", "mlp")
-CUSTOM_PROJECTION = "custom"
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 RESERVED_NAMES = frozenset(
     [
@@ -59,76 +56,6 @@ MODALITY_DEFAULTS: dict[str, Any] = {
     "input_names": {},
     "callbacks": {},
 }
-
-
-class MultimodalProjectorConfig(PreTrainedConfig):
-    """Configuration of a projector from an encoder's width to the language model's.
-
-    Args:
-        encoder_config: configuration to read `in_features` from, when that is not given.
-        text_config: configuration to read `out_features` from, when that is not given.
-        projection_type: a registered type: ``"linear"``, ``"mlp"``, or a name given to `register_projector`.
-        activation: a key of `transformers.activations.ACT2CLS`, used by ``"mlp"``.
-        in_features: width of the encoder's features; None leaves it to the composition.
-        out_features: hidden size of the language model; None leaves it to the composition.
-        projection_kwargs: further constructor arguments of a registered projector class (JSON values).
-
-    Raises:
-        ValueError: unknown projection type or activation, sizes that are not positive.
-    """
-
-    model_type = "multimodal-projector"
-    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
-
-    def __init__(
-        self,
-        encoder_config=None,
-        text_config=None,
-        projection_type="linear",
-        activation="gelu",
-        in_features=None,
-        out_features=None,
-        projection_kwargs=None,
-        **kwargs,
-    ):
-        if projection_type != CUSTOM_PROJECTION and projection_type not in BUILT_IN_PROJECTIONS:
-            PROJECTORS[projection_type]
-        if activation not in ACT2CLS:
-            raise ValueError(f"Unknown activation {activation!r}, expected one of {sorted(ACT2CLS)}.")
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise ValueError(f"The projector's {name} must be a positive integer, got {size!r}.")
-        self.projection_type = projection_type
-        self.activation = activation
-        self.projection_kwargs = dict(projection_kwargs or {})
-        self.in_features = in_features if encoder_config is None else in_features or feature_width(encoder_config)
-        self.out_features = out_features if text_config is None else out_features or text_width(text_config)
-        self.encoder_model_type = getattr(encoder_config, "model_type", kwargs.pop("encoder_model_type", None))
-        self.language_model_type = getattr(text_config, "model_type", kwargs.pop("language_model_type", None))
-        super().__init__(**kwargs)
-
-    def __eq__(self, other):
-        return isinstance(other, MultimodalProjectorConfig) and self.__dict__ == other.__dict__
-
-
-def text_width(config: PreTrainedConfig) -> int:
-    """Hidden size of a language model's input embeddings (ValueError if its configuration tells none)."""
-    text = config.get_text_config()
-    width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
-    if not isinstance(width, int):
-        raise ValueError(f"{type(config).__name__} has no hidden_size, so the projector's out_features must be given.")
-    return width
-
-
-def feature_width(config: PreTrainedConfig) -> int | None:
-    """Width of an encoder's last hidden state by its configuration's attributes, or None."""
-    for name in ("hidden_sizes", "hidden_size", "out_hidden_size", "output_dim", "embed_dims", "d_model"):
-        width = getattr(config, name, None)
-        if isinstance(width, (list, tuple)) and width:
-            width = width[-1]
-        if isinstance(width, int) and width > 0:
-            return width
-    return None
 
 
 class _SubConfigs:
@@ -212,7 +139,7 @@ class MultimodalConfig(PreTrainedConfig):
         setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config"))
         projector = parts[f"{name}_projector_config"]
         if isinstance(projector, dict):
-            projector = MultimodalProjectorConfig(**{k: v for k, v in projector.items() if k != "model_type"})
+            projector = MultimodalProjectorConfig.from_dict(dict(projector))
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
         setattr(self, f"{name}_projector_config", projector)

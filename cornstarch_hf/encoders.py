@@ -10,7 +10,8 @@ from transformers.utils import ModelOutput
 
 from .adapters import unwrapped
 from .callbacks import SLOTS
-from .configuration_multimodal import feature_width
+from .configuration_projector import feature_width
+from .grids import Features, grids_of_tensor, item_grids
 from .projectors import MultimodalProjector
 from .selection import (
     EncoderOutput,
@@ -19,6 +20,7 @@ from .selection import (
     lengths_by_grid,
     per_item,
     select_features,
+    selected_map,
     with_features,
 )
 from .towers import NOT_INPUTS, accepts, counted_lengths, forward_parameters, infer_kind, resolve_tower
@@ -27,8 +29,8 @@ from .towers import NOT_INPUTS, accepts, counted_lengths, forward_parameters, in
 class ModalEncoderModule(nn.Module):
     """An encoder with its projector and callbacks.
 
-    The order is: `preprocess_callback` → module → selection → `postprocess_module_callback` → projector →
-    `postprocess_projector_callback`.
+    The order is: `preprocess_callback` → module → selection → `postprocess_module_callback` → projector, token reduction
+    included → `postprocess_projector_callback`.
 
     Args:
         model: an encoder, or a composite model (CLIPModel, WhisperForConditionalGeneration, ...) whose tower is taken;
@@ -37,7 +39,8 @@ class ModalEncoderModule(nn.Module):
         additional_args: names of inputs that only the callbacks see.
         preprocess_callback: ``fn(inputs: dict) -> dict``, before the module.
         postprocess_module_callback: ``fn(inputs, output) -> output`` on the selected features, ``output[0]`` being
-            `last_hidden_state`; also accepted as `postprocess_encoder_callback=`.
+            `last_hidden_state`; also accepted as `postprocess_encoder_callback=`.  One that changes their number before a
+            reduction over a grid states the new one, ``(items, 2)`` height and width, as `feature_grids` in the output.
         postprocess_projector_callback: ``fn(inputs, output) -> output`` on the projected features; its
             `last_hidden_state` may become ``(items, tokens, hidden)``, a list with one tensor per item, or a
             ``(sum, hidden)`` tensor with `feature_lens` in the output.
@@ -126,16 +129,28 @@ class ModalEncoderModule(nn.Module):
             TypeError: a callback returns something else than it should.
             ValueError: a selection that does not exist, a width that does not fit, features that cannot be split.
         """
+        inputs, raw, output = self._selected(inputs)
+        encoded = self._lengths_of(output)
+        output = self._postprocess("postprocess_module_callback", inputs, output)
+        output = self._project(inputs, output, encoded)
+        output = self._postprocess("postprocess_projector_callback", inputs, output)
+        items = per_item(output[0], output.lengths, self.name)
+        return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
+
+    def select(self, **inputs: Any) -> EncoderOutput:
+        """The selected features of items, before the callbacks that come after the module; arguments as in `forward`.
+
+        Returns:
+            `EncoderOutput`: the features as `last_hidden_state`, `feature_lens` and `feature_grids` where they are known.
+        """
+        return self._selected(inputs)[2]
+
+    def _selected(self, inputs: dict) -> tuple[dict, EncoderOutput, EncoderOutput]:
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
             inputs = self.preprocess_callback(inputs)
             self._check_returned("preprocess_callback", inputs, dict)
-        raw, output = self._encode(inputs, options)
-        output = self._postprocess("postprocess_module_callback", inputs, output)
-        output = self._project(output)
-        output = self._postprocess("postprocess_projector_callback", inputs, output)
-        items = per_item(output[0], output.lengths, self.name)
-        return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
+        return inputs, *self._encode(inputs, options)
 
     def _encode(self, inputs: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
         """The encoder's own output, and the same with the selected features in place of the last hidden state."""
@@ -170,7 +185,10 @@ class ModalEncoderModule(nn.Module):
             raw = as_output(self.module(**arguments, **wanted))
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
         features = select_features(raw, self.selection, self.name, width)
-        return raw, with_features(raw, features, self._lengths(features, arguments, raw))
+        output = with_features(raw, features, self._lengths(features, arguments, raw))
+        if (shape := selected_map(raw, self.selection, self.name, width)) is not None:
+            output["feature_grids"] = torch.tensor([shape] * len(features))
+        return raw, output
 
     def _lengths(self, features: Tensor, arguments: dict, raw: EncoderOutput) -> list[int] | None:
         """Features of each item where the tensor's shape does not tell: packed towers and padded items."""
@@ -180,7 +198,7 @@ class ModalEncoderModule(nn.Module):
                 return lengths_by_grid(len(features), grid, self.name)
             items = {len(value) for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1}
             return [1] * len(features) if items == {len(features)} else None
-        valid, mask = raw.get("attention_mask"), arguments.get("attention_mask")
+        valid, mask = raw.get("attention_mask"), arguments.get("attention_mask", arguments.get("pixel_attention_mask"))
         if not isinstance(valid, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
             if mask.shape[1] != features.shape[1]:
                 return counted_lengths(self.module, mask)
@@ -189,7 +207,39 @@ class ModalEncoderModule(nn.Module):
             return None
         return valid.bool().sum(-1).tolist()
 
-    def _project(self, output: EncoderOutput) -> EncoderOutput:
+    def _lengths_of(self, output: EncoderOutput) -> list[int] | None:
+        """Features of each item before they are projected; None where the tensor does not tell."""
+        features: Any = output.last_hidden_state
+        if output.lengths is not None or not isinstance(features, Tensor) or features.ndim != 3:
+            return output.lengths
+        return [features.shape[1]] * len(features)
+
+    def grids(
+        self, inputs: dict, lengths: list[int] | None, stated: Any = None, changed: bool = False
+    ) -> list[tuple[int, ...]] | None:
+        """The grid of each item's features; None where the projector needs none.
+
+        Args:
+            inputs: of the module.
+            lengths: features of each item.
+            stated: grids that are known already, ``(items, 2 or 3)``.
+            changed: whether a callback changed their number.
+
+        Raises:
+            ValueError: the projector needs a grid that is not known.
+        """
+        if self.projector is None or not self.projector.needs_grid or lengths is None:
+            return None
+        try:
+            if stated is not None:
+                return grids_of_tensor(stated)
+            config = unwrapped(self.module).config
+            return item_grids(Features(inputs, config, self.kind, lengths, changed, self.selection.drop_prefix))
+        except ValueError as error:
+            what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
+            raise ValueError(f"{self.name}: {what}. {error}") from error
+
+    def _project(self, inputs: dict, output: EncoderOutput, encoded: list[int] | None) -> EncoderOutput:
         if self.projector is None:
             raise ValueError(
                 f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel first."
@@ -203,23 +253,39 @@ class ModalEncoderModule(nn.Module):
         weight = next((p for p in self.projector.parameters() if p.is_floating_point()), None)
         if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
             features = _placed(features, weight)
-        projected = self.projector(features, return_dict=True).last_hidden_state
-        return with_features(EncoderOutput(), projected, output.lengths)
+        if not self.projector.reduces:
+            projected = self.projector(features, return_dict=True).last_hidden_state
+            return with_features(EncoderOutput(), projected, output.lengths)
+        lengths = self._lengths_of(output)
+        if lengths is None:
+            raise ValueError(
+                f"{self.name}: features of shape {tuple(features.shape)} do not tell which belong to which item and cannot "
+                "be reduced: set output['feature_lens'] in postprocess_module_callback."
+            )
+        grids = self.grids(inputs, lengths, output.feature_grids, changed=lengths != encoded)
+        try:
+            reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        return with_features(EncoderOutput(), reduced.last_hidden_state, reduced.feature_lens)
 
     def _postprocess(self, slot: str, inputs: dict, output: EncoderOutput) -> EncoderOutput:
         callback = getattr(self, slot)
         if callback is None:
             return output
-        before, lens = output.last_hidden_state, output.feature_lens
+        before, lens, grids = output.last_hidden_state, output.feature_lens, output.feature_grids
         as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
-        result = callback(inputs, tuple(v for k, v in output.items() if k != "feature_lens") if as_tuple else output)
+        own = ("feature_lens", "feature_grids")
+        result = callback(inputs, tuple(v for k, v in output.items() if k not in own) if as_tuple else output)
         self._check_returned(slot, result, (ModelOutput, tuple))
         result = as_output(result)
-        after, stated = result.last_hidden_state, result.feature_lens
+        after, stated, lies = result.last_hidden_state, result.feature_lens, result.feature_grids
+        same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]
         if stated is None or stated is lens:  # the callback says nothing: the lengths hold while the rows do
-            same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]
             stated = lens if same else None
-        return with_features(result, after, stated)
+        if lies is None or lies is grids:
+            lies = grids if same else None
+        return with_features(result, after, stated, feature_grids=lies)
 
     def _check_returned(self, slot: str, result: Any, expected: type | tuple[type, ...]) -> None:
         if not isinstance(result, expected):

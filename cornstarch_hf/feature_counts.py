@@ -1,6 +1,7 @@
 """How many features an item will give: by a registered count, by a rule, or by a run on shapes.  Needs no weights."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,12 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from .callbacks import declared_count
+from .callbacks import SLOTS, declared_count
 from .composition import build_encoder
-from .configuration_multimodal import MultimodalConfig, MultimodalProjectorConfig
+from .configuration_multimodal import MultimodalConfig
+from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .reductions import Grid
 from .registries import FEATURE_COUNTS
+from .selection import per_item
 from .shape_probe import run_on_shapes, weights_to_meta, without_weights
+
+POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
+_REMEDY = "register_feature_count({!r}, fn)."
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -83,25 +90,54 @@ class FeatureCounter:
         registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
         if registered is not None:
             return _natural(registered(inputs, encoder_config), name, "the registered feature count")
-        entry = self.config.modality(name)
-        callbacks = {slot: cb for slot, cb in self._live_or_built(name).items() if cb is not None}
+        encoder = self._live.get(name) or self._probe(name)
+        callbacks = {slot: cb for slot, cb in encoder.callbacks.items() if cb is not None}
         declared = {slot: fn for slot, cb in callbacks.items() if (fn := declared_count(cb)) is not None}
-        if any(slot.startswith("post") and slot not in declared for slot in callbacks):
-            return self._probed(name, inputs, without=())
-        rule = RULES.get(encoder_config.model_type)
-        plain = entry["layer"] == -1 and entry["output"] is None and set(callbacks) == set(declared)
-        count = rule(inputs, encoder_config) if rule is not None and plain else None
-        if count is None:
-            count = self._probed(name, inputs, without=tuple(declared))
-        else:
-            count -= entry["drop_prefix"]
-        for slot in callbacks:  # in the order in which they run
+        after_module = set(callbacks) - {POSTPROCESS_PROJECTOR}
+        if any(slot.startswith("post") and slot not in declared for slot in callbacks) or (
+            after_module and encoder.projector.needs_grid  # a callback may state a grid, which only a run tells
+        ):
+            return self._probed(name, inputs)
+        count, grid = self._encoded(name, inputs, encoder, set(callbacks) == set(declared), tuple(declared))
+        for slot in SLOTS:  # in the order in which they run
+            if slot == POSTPROCESS_PROJECTOR:
+                count = self._reduced(name, encoder, count, grid)
             if slot in declared:
                 count = _natural(declared[slot](inputs, count), name, f"the feature_count of {slot}")
         return count
 
-    def _live_or_built(self, name: str) -> dict[str, Callable | None]:
-        return self._live[name].callbacks if name in self._live else self._probe(name).callbacks
+    def _encoded(
+        self, name: str, inputs: Mapping[str, Any], encoder: ModalEncoderModule, by_rule: bool, without: tuple[str, ...]
+    ) -> tuple[int, Grid | None]:
+        """Selected features before the callbacks that follow the module, and their grid where the projector needs it."""
+        entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
+        rule = (
+            RULES.get(encoder_config.model_type) if by_rule and entry["layer"] == -1 and not entry["output"] else None
+        )
+        count = rule(inputs, encoder_config) if rule is not None else None
+        if count is not None:
+            lengths, stated = [count - entry["drop_prefix"]], None
+        else:
+            output = self._run(name, inputs, without, ModalEncoderModule.select)
+            items = per_item(output.last_hidden_state, output.lengths, name)
+            lengths, stated = [len(item) for item in items], output.feature_grids
+        grids = encoder.grids(dict(inputs), lengths, stated)
+        if grids is not None and len(grids) != 1:
+            raise ValueError(
+                f"{name}: one item gave features in {len(grids)} grids. State its number: {_REMEDY.format(name)}"
+            )
+        return sum(lengths), grids[0] if grids else None
+
+    def _reduced(self, name: str, encoder: ModalEncoderModule, count: int, grid: Grid | None) -> int:
+        """Features that the projector leaves, by its own count or by a run of it alone."""
+        projector = encoder.projector
+        try:
+            left = projector.feature_count(count, grid)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if left is None:
+            left = self._reduced_by_run(name, count, grid)
+        return _natural(left, name, f"the feature_count of {type(projector.projection).__name__}")
 
     def _probe(self, name: str) -> ModalEncoderModule:
         if name not in self._probes:
@@ -119,21 +155,37 @@ class FeatureCounter:
             self._probes[name] = weights_to_meta(encoder.eval())
         return self._probes[name]
 
-    def _probed(self, name: str, inputs: Mapping[str, Any], without: tuple[str, ...]) -> int:
-        """Features by a run on shapes, the callbacks in some places left out."""
+    def _reduced_by_run(self, name: str, count: int, grid: Grid | None) -> int:
+        projector = self._probe(name).projector
+        features = torch.empty(1, count, projector.config.in_features, device="meta")
+        run = functools.partial(projector, return_dict=True, grids=None if grid is None else [grid])
+        try:
+            return run_on_shapes(run, {"inputs_embeds": features}).last_hidden_state.shape[1]
+        except Exception as error:
+            raise ValueError(
+                f"{name}: what {type(projector.projection).__name__} leaves of {count} features could not be found by running "
+                f"it on shapes ({type(error).__name__}: {error}). Give its class a method feature_count(length, grid), or "
+                f"state it: {_REMEDY.format(name)}"
+            ) from error
+
+    def _probed(self, name: str, inputs: Mapping[str, Any]) -> int:
+        """Features by a run of the whole chain on shapes."""
+        return sum(len(item) for item in self._run(name, inputs, (), ModalEncoderModule.__call__).pooler_output)
+
+    def _run(self, name: str, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable) -> Any:
+        """Run a method of the encoder on shapes, the callbacks in some places left out."""
         encoder = copy.copy(self._probe(name))
         encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
         encoder.__dict__.update(dict.fromkeys(without))
         try:
-            output = run_on_shapes(encoder, dict(inputs))
+            return run_on_shapes(functools.partial(method, encoder), dict(inputs))
         except Exception as error:
             shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
             raise ValueError(
                 f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
                 f"{type(encoder.module).__name__} and its callbacks on shapes ({type(error).__name__}: {error}). State it: "
-                f"register_feature_count({name!r}, fn)."
+                f"{_REMEDY.format(name)}"
             ) from error
-        return sum(len(item) for item in output.pooler_output)
 
 
 def _natural(count: Any, name: str, what: str) -> int:

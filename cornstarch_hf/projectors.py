@@ -4,15 +4,18 @@ Types are looked up in a registry, to which users add their own; a module made e
 """
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers import initialization as init
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
-from .configuration_multimodal import CUSTOM_PROJECTION, MultimodalProjectorConfig
+from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
 from .module_specs import (
     NotStorable,
     build_by_name,
@@ -21,7 +24,11 @@ from .module_specs import (
     same_structure,
     torch_spec,
 )
+from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items
 from .registries import PROJECTORS, register_projector
+from .resampler import QUERY_STD, ResamplerProjection
+from .selection import per_item
+from .window_reductions import AvgPoolProjection, ConvProjection
 
 TORCH_PROJECTION = "torch"
 
@@ -40,7 +47,16 @@ def mlp_projection(in_features: int, out_features: int, activation: str) -> nn.M
 
 register_projector("linear", linear_projection)
 register_projector("mlp", mlp_projection)
+register_projector("pixel_shuffle", PixelShuffleProjection)
+register_projector("frame_stack", FrameStackProjection)
+register_projector("avg_pool", AvgPoolProjection)
+register_projector("conv", ConvProjection)
+register_projector("resampler", ResamplerProjection)
 register_projector(TORCH_PROJECTION, lambda module: build_torch(module))
+
+# Modules that treat the last axis only, so that features of any number and any padding go through them at once.
+_ACTIVATIONS = ("transformers.activations", nn.GELU.__module__)
+_FEATUREWISE = (nn.Linear, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Sequential, nn.ModuleList)
 
 
 def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
@@ -58,7 +74,7 @@ def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
     if missing and config.projection_type != TORCH_PROJECTION:
         raise ValueError(f"The {config.projection_type!r} projector lacks {missing}: set them in its configuration.")
     fields = {key: getattr(config, key) for key in ("in_features", "out_features", "activation", "projection_kwargs")}
-    return build_by_name(PROJECTORS[config.projection_type], {**config.projection_kwargs, **fields, "config": config})
+    return build_by_name(PROJECTORS[config.projection_type], {**fields, **config.projection_kwargs, "config": config})
 
 
 def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig) -> tuple[str, dict]:
@@ -66,12 +82,17 @@ def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig
 
     ``("custom", {})`` means that it cannot: its class is not registered, or an argument is not found on it.
     """
+    name = PROJECTORS.name_of(type(projection))
     try:
-        if config.projection_type != CUSTOM_PROJECTION and _is_what_config_says(projection, config):
-            return config.projection_type, config.projection_kwargs
-        if name := PROJECTORS.name_of(type(projection)):
-            return name, constructor_arguments(projection)
-        return TORCH_PROJECTION, {"module": torch_spec(projection)}
+        if name is not None:  # first: the module tells what it is, which a configuration may not know in full
+            untold = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
+            return name, (untold if name == config.projection_type else {}) | constructor_arguments(projection)
+    except NotStorable:
+        pass
+    if config.projection_type != CUSTOM_PROJECTION and _is_what_config_says(projection, config):
+        return config.projection_type, config.projection_kwargs
+    try:
+        return (CUSTOM_PROJECTION, {}) if name else (TORCH_PROJECTION, {"module": torch_spec(projection)})
     except NotStorable:
         return CUSTOM_PROJECTION, {}
 
@@ -84,6 +105,19 @@ def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfi
             return same_structure(build_projection(config), projection)
     except (TypeError, ValueError):  # sizes that are still missing, or a constructor that wants more: not the same
         return False
+
+
+def acts_on_single_features(projection: nn.Module) -> bool:
+    """Whether a module is known to treat the last axis alone, so that it never mixes or removes features."""
+
+    def single(module: nn.Module) -> bool:
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return len(module.normalized_shape) == 1
+        elementwise = type(module).__module__ in _ACTIVATIONS and not any(True for _ in module.parameters())
+        across = hasattr(module, "dim") or isinstance(module, nn.Softmax2d)  # softmax and gates along some other axis
+        return type(module) in _FEATUREWISE or (elementwise and not across)
+
+    return all(single(module) for module in projection.modules())
 
 
 def projection_sizes(projection: nn.Module) -> tuple[int | None, int | None]:
@@ -107,8 +141,21 @@ def reason_not_storable(projection: nn.Module) -> str:
     return "it is not what its configuration describes"
 
 
+@dataclass
+class ProjectorOutput(BaseModelOutput):
+    """What a projector gives.
+
+    Attributes:
+        last_hidden_state: projected features, ``(items, fewer, out_features)``, or ``(sum, out_features)`` with
+            `feature_lens` where the items have different numbers of them.
+        feature_lens: ``(items,)`` features of each item.
+    """
+
+    feature_lens: Tensor | None = None
+
+
 class MultimodalProjector(PreTrainedModel):
-    """Maps features ``(..., in_features)`` to ``(..., out_features)``.
+    """Maps features ``(..., in_features)`` to ``(..., out_features)``; some types leave fewer of each item.
 
     Args:
         config: copied; a size that it lacks is filled in when a model is composed.
@@ -127,7 +174,7 @@ class MultimodalProjector(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
-    # It has no attention, so it runs under any implementation that is asked of the whole model.
+    # Attention inside it (the resampler's) is torch's own, so it runs under any implementation that is asked of the whole.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -154,14 +201,25 @@ class MultimodalProjector(PreTrainedModel):
     def _wrap(self, projection: nn.Module) -> None:
         mark_initialized(projection)
         self.projection = projection
+        if isinstance(activation := getattr(projection, "activation", None), str) and activation in ACT2CLS:
+            self.config.activation = activation
         sizes = projection_sizes(projection)
         for key, size in zip(("in_features", "out_features"), sizes, strict=True):
             if getattr(self.config, key) is None:
                 setattr(self.config, key, size)
         self.config.projection_type, self.config.projection_kwargs = describe_projection(projection, self.config)
 
-    def complete(self, in_features: int | None, out_features: int) -> None:
-        """Fill in sizes that the configuration lacks and build the projection if there is none yet (in place)."""
+    def complete(self, in_features: int | None, out_features: int, dims: int | None = None) -> None:
+        """Fill in what the configuration lacks and build the projection if there is none yet (in place).
+
+        Args:
+            in_features, out_features: widths.
+            dims: axes along which items of that kind are reduced, for the built-in types that take `dims`.
+        """
+        target = PROJECTORS.get(self.config.projection_type)
+        reduction = isinstance(target, type) and issubclass(target, Reduction)
+        if self.projection is None and dims is not None and reduction and "dims" in target.DEFAULTS:
+            self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs
         if self.config.in_features is None:
             self.config.in_features = in_features
         if self.config.out_features is None:
@@ -170,30 +228,118 @@ class MultimodalProjector(PreTrainedModel):
             self.projection = build_projection(self.config)
             self.post_init()
 
-    def forward(self, inputs_embeds: Tensor, return_dict: bool | None = None) -> BaseModelOutput | tuple:
+    @property
+    def reduces(self) -> bool:
+        """Whether features of an item may be mixed or removed, so that each item must be projected alone."""
+        return self.config.projection_type not in ("linear", "mlp") and not acts_on_single_features(self.projection)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the projection must be told the height and width in which an item's features lie."""
+        return bool(getattr(self.projection, "needs_grid", False))
+
+    def feature_count(self, length: int, grid: Grid | None = None) -> int | None:
+        """Features left of an item; None where only a run tells, for a projection without a `feature_count` of its own.
+
+        Args:
+            length: the item's features before.
+            grid: ``(height, width)`` or ``(frames, height, width)``, row by row.
+
+        Raises:
+            ValueError: the reduction does not fit the item.
+        """
+        if not self.reduces:
+            return length
+        count = getattr(self.projection, "feature_count", None)
+        return None if count is None else count(length, grid)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        return_dict: bool | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        grids: Sequence[Grid] | None = None,
+    ) -> ProjectorOutput | tuple:
         """Project.
 
         Args:
-            inputs_embeds: ``(..., in_features)``.
-            return_dict: a `BaseModelOutput` (default by the configuration), or a tuple.
+            inputs_embeds: ``(..., in_features)``; where the type reduces, ``(items, length, in_features)``, one item
+                ``(length, in_features)``, maps ``(items, height, width, in_features)``, or with `lengths` packed items
+                ``(sum of lengths, in_features)``.
+            return_dict: a `ProjectorOutput` (default by the configuration), or a tuple.
+            lengths: features of each item, where it differs from the tensor's shape; the rest is padding.
+            grids: ``(height, width)`` or ``(frames, height, width)`` in which each item's features lie; squares when None.
 
         Returns:
-            `last_hidden_state` of ``(..., out_features)``.
+            `last_hidden_state` of ``(..., out_features)``; with `lengths`, or where the items end up different,
+            ``(sum, out_features)`` and `feature_lens`.
 
         Raises:
-            ValueError: no projection has been built, or the width differs from `in_features`.
+            ValueError: no projection has been built, the width differs from `in_features`, or the reduction does not fit
+                an item.
         """
         if self.projection is None:
             raise ValueError("This projector has no projection yet: give its configuration both sizes, or compose it.")
         width = self.config.in_features
         if width is not None and inputs_embeds.shape[-1] != width:
             raise ValueError(f"The projector expects features of width {width}, got {inputs_embeds.shape[-1]}.")
-        if self.gradient_checkpointing and self.training:
-            projected = self._gradient_checkpointing_func(self.projection, inputs_embeds)
+        if self.reduces:
+            output = self._reduce(inputs_embeds, lengths, grids)
         else:
-            projected = self.projection(inputs_embeds)
+            output = ProjectorOutput(last_hidden_state=self._run(inputs_embeds))
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        return BaseModelOutput(last_hidden_state=projected) if return_dict else (projected,)
+        return output if return_dict else output.to_tuple()
+
+    def _run(self, *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.projection, *inputs)
+        return self.projection(*inputs)
+
+    def _reduce(self, features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None) -> ProjectorOutput:
+        """Reduce and project each item alone, those of one length and grid together."""
+        maps = features.ndim == 4 and (self.needs_grid or hasattr(self.projection, "feature_count"))
+        if (
+            features.ndim not in (2, 3) and not maps
+        ):  # no items: a class that is not known to reduce takes any leading axes
+            return ProjectorOutput(last_hidden_state=self._run(features))
+        if maps:
+            grids = [tuple(features.shape[1:3])] * len(features) if grids is None else grids
+            features = features.flatten(1, 2)
+        if features.ndim == 2 and lengths is None:
+            return ProjectorOutput(last_hidden_state=self._reduce(features[None], None, grids)[0][0])
+        groups = groups_of_items(features, lengths, grids)
+        if len(groups) == 1 and lengths is None:
+            (_, grid), *_ = groups
+            return ProjectorOutput(last_hidden_state=self._reduce_group(features, grid))
+        split = per_item(features, lengths, "the projector")
+        done: dict[int, Tensor] = {}
+        for (_, grid), positions in groups.items():
+            reduced = self._reduce_group(torch.stack([split[i] for i in positions]), grid)
+            done |= dict(zip(positions, reduced, strict=True))
+        items = [done[i] for i in range(len(split))]
+        if lengths is None and len({len(item) for item in items}) == 1:
+            return ProjectorOutput(last_hidden_state=torch.stack(items))
+        packed = torch.cat(items) if items else features.new_zeros(0, self.config.out_features)
+        return ProjectorOutput(last_hidden_state=packed, feature_lens=torch.tensor([len(item) for item in items]))
+
+    def _reduce_group(self, features: Tensor, grid: Grid | None) -> Tensor:
+        """``(items, length, in_features)`` to ``(items, fewer, out_features)``."""
+        reduced = self._run(features, grid) if self.needs_grid else self._run(features)
+        expected = self.feature_count(features.shape[1], grid)
+        wrong = reduced.ndim != 3 or len(reduced) != len(features)
+        if wrong or (expected is not None and reduced.shape[1] != expected):
+            wanted = "fewer" if expected is None else expected
+            raise ValueError(
+                f"The projection {type(self.projection).__name__} must map features of shape {tuple(features.shape)} to "
+                f"({len(features)}, {wanted}, {self.config.out_features}), it gave {tuple(reduced.shape)}."
+            )
+        return reduced
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ResamplerProjection):
+            init.normal_(module.queries, std=QUERY_STD)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; ValueError, with the remedy, when the wrapped module cannot be stored."""

@@ -80,6 +80,11 @@ def register_projector(name: str, cls: Callable) -> None:
     ``config.projection_kwargs``.  An instance that is wrapped by hand is stored with the values of its attributes
     named like the arguments.
 
+    A class may leave fewer features: it then gets ``(items, length, in_features)``, only items of equal length together,
+    and returns ``(items, fewer, out_features)``.  With the class attribute ``needs_grid = True`` its `forward` also gets
+    ``grid``, ``(height, width)`` or ``(frames, height, width)``.  How many are left is found by a run on shapes, or by a
+    method ``feature_count(length, grid) -> int`` of the class.
+
     Args:
         name: the projection type.
         cls: a `torch.nn.Module` class that maps ``(..., in_features)`` to ``(..., out_features)``.

@@ -18,9 +18,12 @@ class EncoderOutput(BaseModelOutputWithPooling):
         pooler_output: after projection, a list with one ``(tokens_i, hidden)`` tensor per item.
         hidden_states, attentions: the encoder's own, when asked for.
         feature_lens: ``(items,)`` number of features of each item, where it differs from the tensor's shape.
+        feature_grids: ``(items, 2 or 3)`` height and width, or frames, height and width, of the grid in which each item's
+            features lie, row by row; where it is known beforehand, or stated by a callback.
     """
 
     feature_lens: Tensor | None = None
+    feature_grids: Tensor | None = None
 
     @property
     def lengths(self) -> list[int] | None:
@@ -70,7 +73,8 @@ def with_features(output: Mapping[str, Any], features: Any, lens: Any, **changes
     values = {key: value for key, value in output.items() if key not in ("last_hidden_state", "feature_lens")} | changes
     copied = EncoderOutput(last_hidden_state=features)
     for key, value in values.items():
-        copied[key] = value
+        if value is not None:
+            copied[key] = value
     if lens is not None:
         copied["feature_lens"] = lens if isinstance(lens, Tensor) else torch.tensor(lens)
     return copied
@@ -129,6 +133,21 @@ def _chosen(output: EncoderOutput, selection: Selection, name: str) -> list[Tens
     return [states[layer] for layer in layers]
 
 
+def selected_map(
+    output: EncoderOutput, selection: Selection, name: str, width: int | None = None
+) -> tuple[int, int] | None:
+    """Rows and columns of the map that a selection names; None where it is no map, or loses some of it to a prefix."""
+    chosen = _chosen(output, selection, name)[0]
+    if chosen.ndim != 4 or selection.drop_prefix:
+        return None
+    rows, columns = chosen.shape[1:3] if _channels_last(chosen, width) else chosen.shape[2:]
+    return int(rows), int(columns)
+
+
+def _channels_last(features: Tensor, width: int | None) -> bool:
+    return width is not None and features.shape[-1] == width and features.shape[1] != width
+
+
 def _flatten_map(features: Tensor, width: int | None, name: str) -> Tensor:
     if features.ndim in (2, 3):
         return features
@@ -137,8 +156,7 @@ def _flatten_map(features: Tensor, width: int | None, name: str) -> Tensor:
             f"{name}: the encoder's features have the shape {tuple(features.shape)}, expected (items, tokens, width), "
             "(items, width, height, width of map) or packed (tokens, width): reshape them in postprocess_module_callback."
         )
-    channels_last = width is not None and features.shape[-1] == width and features.shape[1] != width
-    if channels_last:  # (items, rows, columns, width)
+    if _channels_last(features, width):  # (items, rows, columns, width)
         return features.flatten(1, 2)
     return features.flatten(2).transpose(1, 2)  # (items, width, rows, columns)
 

@@ -5,7 +5,7 @@ it would, while no arithmetic is done on features.  Knows no model and no config
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -89,8 +89,8 @@ def weights_to_meta(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def run_on_shapes(module: torch.nn.Module, inputs: dict[str, Any]) -> Any:
-    """Call a module whose weights are on the meta device and return what it gives, floating-point data on meta.
+def run_on_shapes(module: Callable, inputs: dict[str, Any]) -> Any:
+    """Call a module whose weights are on the meta device, or a method of it; floating-point data of the result is on meta.
 
     Raises:
         whatever the module raises, e.g. where it reads a feature's value.

@@ -12,8 +12,9 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
-     "placeholder_text", "media", "forward_signature"},
-    {"configuration_multimodal", "adapters", "chat", "callbacks", "subprocessors", "gathering"},
+     "placeholder_text", "media", "forward_signature", "heads", "grids"},
+    {"configuration_projector", "reductions", "adapters", "chat", "callbacks", "subprocessors", "gathering"},
+    {"configuration_multimodal", "window_reductions", "resampler"},
     {"projectors", "towers", "classes"},
     {"encoders", "tokens"},
     {"composition"},

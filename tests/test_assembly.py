@@ -53,6 +53,20 @@ def test_paths_and_live_objects_give_one_model(folder):
     assert isinstance(loaded, MultimodalModel) and isinstance(again, MultimodalProcessor) and not loaded.training
 
 
+def test_projectors_that_reduce_by_name_and_by_dict():
+    model, processor = build(live("audio"), "frame_stack")
+    assert model.audio_encoder.projector.config.projection_type == "frame_stack"
+    own = {"vision": {"drop_prefix": 1, "projector": {"projection_type": "pixel_shuffle", "norm": "none"}}}
+    model, processor = build(live(**own), {"projection_type": "frame_stack", "stack_factor": 3})
+    found = {name: encoder.projector.projection for name, encoder in model.encoders.items()}
+    assert found["audio"].stack_factor == 3 and found["vision"].norm == "none"
+    inputs = processor(text="<image> <audio>", images=tiny.image(), audio=tiny.sound(), sampling_rate=16_000)
+    ids = inputs["input_ids"][0]
+    assert [ids.count(model.config.modality(name)["token_id"]) for name in LIVE] == [1, 2]
+    with pytest.raises(TypeError, match=r"'frame_stack' projector takes no \['stack_size'\].*'stack_factor'"):
+        build(None, {"projection_type": "frame_stack", "stack_size": 3})
+
+
 def test_bare_paths_find_their_tokenizer_and_processors(folder):
     model, processor = compose(str(folder / "text"), {n: str(folder / n) for n in LIVE}, dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

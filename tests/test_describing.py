@@ -71,6 +71,13 @@ def test_features_per_item_are_the_encoders(key, options):
     assert f"features per item {ids.count(model.config.modality(name)['token_id'])}," in rows(model)[1][-1]
 
 
+def test_features_per_item_are_what_the_projector_leaves():
+    model, _ = compose_tiny(["siglip"], projector="pixel_shuffle")
+    found, lines = rows(model)
+    assert "features per item 1," in lines[-1]
+    assert found["vision_encoder.projector"][0] == "MultimodalProjector (pixel_shuffle, 16 -> 32)"
+
+
 def test_features_that_differ_from_item_to_item():
     model, _ = compose_tiny(["esm", "wav2vec2"])
     assert all("features per item depends on the item," in line for line in rows(model)[1][-2:])

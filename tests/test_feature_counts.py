@@ -5,10 +5,18 @@ import functools
 import pytest
 import tiny
 import torch
+import user_parts
 from helpers import compose_tiny
 from transformers import ViTConfig, ViTModel
 
-from cornstarch_hf import MultimodalModel, register_callback, register_feature_count
+from cornstarch_hf import (
+    MultimodalModel,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    feature_counts,
+    register_callback,
+    register_feature_count,
+)
 from cornstarch_hf.checkpointing import sync_config
 from cornstarch_hf.encoders import ModalEncoderModule
 from cornstarch_hf.feature_counts import RULES, FeatureCounter, typical_item
@@ -208,3 +216,134 @@ def test_typical_items_have_the_shape_that_the_configuration_fixes():
     shapes = {k: typical_item(tiny.ENCODERS[k][1]().config, "image") for k in ("clip", "whisper", "esm")}
     assert shapes["clip"]["pixel_values"].shape == (1, 3, 8, 8) and shapes["esm"] is None
     assert shapes["whisper"]["input_features"].shape == (1, 8, 12) and shapes["clip"]["pixel_values"].is_meta
+
+
+# ---- token reduction
+
+RESAMPLER = {"num_queries": 3, "depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+REDUCTIONS = [
+    {"projection_type": "pixel_shuffle", "remainder": "pad"},
+    {"projection_type": "frame_stack", "stack_factor": 3},
+    {"projection_type": "avg_pool"},
+    {"projection_type": "conv"},
+    {"projection_type": "resampler", **RESAMPLER},
+    {"projection_type": "users_halving"},
+    {"projection_type": "users_rows"},
+]
+ITEMS = {
+    "clip": ({"drop_prefix": 1}, images(*SIZES)),
+    "siglip": ({}, images(*SIZES)),
+    "dinov2": ({"drop_prefix": 1}, [pixels(*size) for size in SIZES]),
+    "convnext": ({}, [pixels(64, 64), pixels(96, 160)]),
+    "qwen2_vl": ({}, grids((1, 4, 4), (1, 2, 8), (3, 4, 6))),
+    "whisper": ({}, [{"input_features": torch.randn(1, 8, 12)}]),
+    "wav2vec2": ({}, waves(20, 91, 400, 1777)),
+    "esm": ({}, [{"input_ids": torch.randint(4, 24, (1, n))} for n in (2, 5, 20)]),
+}
+PLANE = ("pixel_shuffle", "users_rows")
+
+
+def reducing(key, fields, **options):
+    name = tiny.ENCODERS[key][0]
+    projector = MultimodalProjector(MultimodalProjectorConfig(**fields))
+    encoder = ModalEncoderModule(tiny.ENCODERS[key][1](), projector, **ITEMS[key][0] | options)
+    return MultimodalModel(encoders={name: encoder}, language_model=tiny.llama()).eval(), name
+
+
+def test_every_encoder_has_its_items():
+    assert ITEMS.keys() == tiny.ENCODERS.keys()
+
+
+@pytest.mark.parametrize("fields", REDUCTIONS, ids=lambda f: f["projection_type"])
+@pytest.mark.parametrize("key", tiny.ENCODERS)
+def test_reductions_of_every_encoder(key, fields):
+    model, name = reducing(key, fields)
+    items = ITEMS[key][1]
+    if fields["projection_type"] in PLANE and tiny.ENCODERS[key][0] != "vision":
+        for fails in (FeatureCounter(model.config).count, lambda name, item: projected(model.encoders[name], item)):
+            with pytest.raises(
+                ValueError, match=rf"{name}: the projector \({fields['projection_type']}\).*not in a grid"
+            ):
+                fails(name, items[0])
+        return
+    for live in (False, True):
+        predicted, real = counts(model, name, items, live)
+        assert predicted == real and sum(real) > 0
+    plain, _ = counts(compose_tiny([key], **{name: ITEMS[key][0]})[0], name, items)
+    if fields["projection_type"] != "resampler":
+        assert all(a < b or b == 1 for a, b in zip(predicted, plain, strict=True))
+
+
+@pytest.mark.parametrize("fields", REDUCTIONS[:5], ids=lambda f: f["projection_type"])
+@pytest.mark.parametrize("key", ["clip", "qwen2_vl", "wav2vec2"])
+def test_reductions_are_counted_by_rule_where_there_is_one(monkeypatch, key, fields):
+    if fields["projection_type"] in PLANE and key == "wav2vec2":
+        fields = REDUCTIONS[1]
+    model, name = reducing(key, fields)
+    expected = [projected(model.encoders[name], item) for item in ITEMS[key][1]]
+    monkeypatch.setattr(feature_counts, "run_on_shapes", lambda *_: pytest.fail("an encoder was run on shapes"))
+    for live in (None, model.encoders):
+        counter = FeatureCounter(model.config, live)
+        assert [counter.count(name, item) for item in ITEMS[key][1]] == expected
+
+
+@pytest.mark.parametrize("fields", REDUCTIONS, ids=lambda f: f["projection_type"])
+def test_callbacks_count_before_and_after_the_reduction(registered, fields):
+    register_callback("counted_drop", without_first, feature_count=lambda inputs, n: n - 1)
+    register_callback("counted_end", with_an_end, feature_count=lambda inputs, n: n + 1)
+    both = {"postprocess_module_callback": without_first, "postprocess_projector_callback": with_an_end}
+    model, name = reducing("clip", fields, **both, drop_prefix=0)
+    sync_config(model, model.config, model.encoders, model.language_model)
+    for live in (False, True):
+        predicted, real = counts(model, name, images(*SIZES), live)
+        assert predicted == real
+    alone, _ = counts(reducing("clip", fields)[0], name, images(*SIZES))
+    assert predicted == [count + 1 for count in alone]
+
+
+def without_first(inputs, output):
+    output.last_hidden_state = output[0][:, 1:]
+    return output
+
+
+def with_an_end(inputs, output):
+    output.last_hidden_state = torch.cat([output[0], output[0][:, -1:]], 1)
+    return output
+
+
+def test_a_registered_count_includes_the_reduction(registered):
+    register_feature_count("vision", lambda inputs, config: 77)
+    model, name = reducing("clip", REDUCTIONS[0])
+    assert FeatureCounter(model.config).count(name, ITEMS["clip"][1][0]) == 77
+
+
+def test_an_item_that_does_not_fit_is_refused_with_both_numbers():
+    model, name = reducing("clip", {"projection_type": "pixel_shuffle"})
+    with pytest.raises(
+        ValueError, match=r"vision: scale_factor=2 does not divide 3 features along an axis \(1 would be left\)"
+    ):
+        FeatureCounter(model.config).count(name, images((12, 16))[0])
+    model, name = reducing("clip", {"projection_type": "pixel_shuffle"}, drop_prefix=0)
+    with pytest.raises(
+        ValueError, match=r"vision: .*5 features do not fill the grid of 2 x 2 = 4 patches, 1 too many.*drop_prefix=1"
+    ):
+        FeatureCounter(model.config).count(name, images((8, 8))[0])
+
+
+def test_a_projection_that_reads_values_must_state_its_count(registered):
+    class Largest(user_parts.Halving):
+        def forward(self, x):
+            return self.linear(x[:, : int(x.abs().max()) + 1])
+
+    class Counted(Largest):
+        def feature_count(self, length, grid):
+            return 1
+
+    encoder = ModalEncoderModule(tiny.clip(), MultimodalProjector(MultimodalProjectorConfig(), Largest(16, 32)))
+    model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama())
+    message = r"vision: what Largest leaves of 5 features .*method feature_count\(length, grid\).*register_feature_count\('vision', fn\)"
+    with pytest.raises(ValueError, match=message):
+        FeatureCounter(model.config, model.encoders).count("vision", images((8, 8))[0])
+    encoder = ModalEncoderModule(tiny.clip(), MultimodalProjector(MultimodalProjectorConfig(), Counted(16, 32)))
+    model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama())
+    assert FeatureCounter(model.config, model.encoders).count("vision", images((8, 8))[0]) == 1

@@ -9,7 +9,7 @@ from helpers import compose_tiny, uneven_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cornstarch_hf import MultimodalModel
+from cornstarch_hf import MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
 
 pytestmark = pytest.mark.slow
 PAIRS = list(itertools.combinations(tiny.ENCODERS, 2))
@@ -63,6 +63,52 @@ def test_items_of_random_sizes_give_as_many_features_as_placeholders(key):
         assert (inputs["input_ids"] == token_id).sum() == sum((ids == token_id).sum() for ids in alone)
 
     check()
+
+
+REDUCTIONS = {
+    "pixel_shuffle": {"remainder": "pad"},
+    "frame_stack": {"stack_factor": 3},
+    "avg_pool": {"pool_size": 3},
+    "conv": {"kernel_size": 2, "num_convs": 2, "remainder": "pad"},
+    "resampler": {"num_queries": 3, "depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4},
+}
+
+
+@pytest.mark.parametrize("kind", REDUCTIONS)
+@pytest.mark.parametrize("key", tiny.ENCODERS)
+def test_reduced_items_of_random_sizes_give_as_many_features_as_placeholders(key, kind):
+    name, _, _, item = tiny.ENCODERS[key]
+    options = {"drop_prefix": 1} if key in ("clip", "dinov2") else {}
+    options["projector"] = MultimodalProjector(MultimodalProjectorConfig(projection_type=kind, **REDUCTIONS[kind]))
+    model, processor = compose_tiny([key], **{name: options})
+    token, token_id = processor.tokens[name], model.config.modality(name)["token_id"]
+    rate = {"sampling_rate": 16_000} if name == "audio" else {}
+    if kind == "pixel_shuffle" and name != "vision":
+        with pytest.raises(ValueError, match=f"{name}: .*not in a grid"):
+            processor(text=token, **{name: item()}, **rate)
+        return
+
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(SIZES[item.__name__], min_size=1, max_size=3))
+    def check(sizes):
+        items = [item(i, size) for i, size in enumerate(sizes)]
+        inputs = processor(text=[token * len(items)], **{name: [items]}, return_tensors="pt", **rate)
+        with torch.no_grad():
+            together = model.encoders[name](**encoder_inputs(model, name, inputs)).pooler_output
+            model(**inputs)
+        for one, features in zip(items, together, strict=True):
+            single = processor(text=token, **{name: one}, return_tensors="pt", **rate)
+            assert (single["input_ids"] == token_id).sum() == len(features)
+            with torch.no_grad():
+                (alone,) = model.encoders[name](**encoder_inputs(model, name, single)).pooler_output
+            torch.testing.assert_close(features, alone, rtol=1e-4, atol=1e-5)
+
+    check()
+
+
+def encoder_inputs(model, name, inputs):
+    names = model.config.modality(name)["input_names"]
+    return {names[key]: value for key, value in inputs.items() if key in names}
 
 
 @pytest.mark.parametrize("language_model", tiny.LANGUAGE_MODELS)

@@ -7,7 +7,10 @@ import tiny
 import torch
 from torch import nn
 from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -31,6 +34,7 @@ from cornstarch_hf import (
     MultimodalProjector,
     MultimodalProjectorConfig,
 )
+from cornstarch_hf.reductions import PixelShuffleProjection
 
 VISION = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,
               "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 8}  # fmt: skip
@@ -57,13 +61,39 @@ def left_padded(rows, pad=0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def test_internvl():
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+              "image_size": [16, 16], "patch_size": [4, 4]}  # fmt: skip
+    text = LlamaConfig(**tiny.TEXT).to_dict()
+    native = InternVLForConditionalGeneration(
+        InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    ).eval()
+    inner = native.model.multi_modal_projector
+    names = {"norm": inner.layer_norm, "linear_1": inner.linear_1, "linear_2": inner.linear_2}
+    shuffle = PixelShuffleProjection(16, 32, scale_factor=2)
+    shuffle.load_state_dict(
+        {f"head.{name}.{key}": value for name, layer in names.items() for key, value in layer.state_dict().items()}
+    )
+    projector = MultimodalProjector(MultimodalProjectorConfig(), projection=shuffle)
+    model = MultimodalModel(
+        encoders={"vision": ModalEncoderModule(native.model.vision_tower, projector, drop_prefix=1)},
+        language_model=causal_lm(native, LlamaForCausalLM, native.model.language_model),
+    ).eval()
+    model.set_modality_token_ids({"vision": IMAGE})
+    inputs = left_padded([[1, 5, *[IMAGE] * 4, 7], [1, *[IMAGE] * 4, 9, *[IMAGE] * 4, 11, 12], [1, 8]])
+    inputs["pixel_values"] = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, native(**inputs).logits)
+    tokens = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE]}
+    assert torch.equal(model.generate(**inputs, **tokens), native.generate(**inputs, **tokens))
+
+
 def test_llava():
     torch.manual_seed(0)
     config = LlavaConfig(vision_config=VISION, text_config=LlamaConfig(**tiny.TEXT).to_dict(), image_token_id=IMAGE,
                          image_seq_length=4, vision_feature_layer=-2, vision_feature_select_strategy="default")  # fmt: skip
     native = LlavaForConditionalGeneration(config).eval()
-    from transformers import LlamaForCausalLM
-
     projector = MultimodalProjector(MultimodalProjectorConfig(projection_type="mlp"), projection=mlp_of(native))
     model = MultimodalModel(
         encoders={"vision": ModalEncoderModule(native.model.vision_tower, projector, layer=-2, drop_prefix=1)},

@@ -1,11 +1,13 @@
 """Projectors: the registry, wrapped modules bit for bit, lazy ones, the original's checkpoints."""
 
+import copy
 import json
 
 import pytest
 import tiny
 import torch
 import user_parts
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
@@ -17,6 +19,10 @@ from cornstarch_hf import (
     MultimodalProjectorConfig,
     register_projector,
 )
+from cornstarch_hf.projectors import acts_on_single_features
+from cornstarch_hf.reductions import FrameStackProjection, PixelShuffleProjection
+from cornstarch_hf.resampler import ResamplerProjection
+from cornstarch_hf.window_reductions import AvgPoolProjection, ConvProjection
 
 
 def composed(projector=None, **options):
@@ -70,6 +76,25 @@ def test_a_registered_class_alone_and_by_name(tmp_path):
     assert torch.equal(again(x)[0], wrapped(x)[0])
     lazy = composed(init_projector_type="users_gated").vision_encoder.projector
     assert type(lazy.projection) is user_parts.GatedProjection and lazy.projection.gain == 1.0
+
+
+def test_what_a_wrapped_module_tells_goes_before_its_configuration():
+    says = {"projection_type": "users_gated", "in_features": 16, "out_features": 32}
+    for stated, given in ((3.0, 2.0), (3.0, 1.0), (1.0, 2.0)):
+        config = MultimodalProjectorConfig(**says, gain=stated)
+        wrapped = MultimodalProjector(config, user_parts.GatedProjection(16, 32, gain=given))
+        assert MultimodalProjector(wrapped.config).projection.gain == given and config.projection_kwargs == {
+            "gain": stated
+        }
+
+    class Silent(user_parts.GatedProjection):
+        def __init__(self, in_features, out_features, factor=1.0):
+            super().__init__(in_features, out_features, gain=factor)
+
+    register_projector("silent_for_test", Silent)  # it keeps `factor` under another name: the configuration is asked
+    config = MultimodalProjectorConfig(**says | {"projection_type": "silent_for_test"}, factor=3.0)
+    wrapped = MultimodalProjector(config, Silent(16, 32, factor=3.0))
+    assert MultimodalProjector(wrapped.config).projection.gain == 3.0
 
 
 def test_what_cannot_be_stored_composes_but_does_not_save(tmp_path):
@@ -147,3 +172,151 @@ def test_gradient_checkpointing_of_a_projector():
     projector.gradient_checkpointing_enable()
     projector(x)[0].sum().backward()
     assert torch.equal(x.grad, plain)
+
+
+# ---- projections that leave fewer features
+
+SMALL = {"num_queries": 3, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+REDUCING = {
+    "pixel_shuffle": PixelShuffleProjection(16, 32, "silu", channel_order="channel", remainder="pad", norm="none"),
+    "frame_stack": FrameStackProjection(16, 32, stack_factor=3, gated=True, norm_mid="rms_norm"),
+    "avg_pool": AvgPoolProjection(16, 32, "relu", num_tokens=[2, 1], num_layers=2),
+    "conv": ConvProjection(16, 32, num_convs=2, conv_sizes=[8, 12], dims=2, conv_bias=True),
+    "resampler": ResamplerProjection(16, 32, query_size=12, **SMALL),
+}
+OTHERS = [MultimodalProjectorConfig(), MultimodalProjectorConfig(activation="tanh", in_features=16, out_features=32)]
+
+
+@pytest.mark.parametrize("kind", REDUCING)
+@pytest.mark.parametrize("other", [False, True])
+def test_a_reduction_wrapped_by_hand_comes_back(tmp_path, kind, other):
+    projection = REDUCING[kind]
+    config = OTHERS[other]
+    if other and kind != "avg_pool":  # a configuration that says otherwise gives way to what the module is
+        config = MultimodalProjectorConfig(projection_type=kind, in_features=16, out_features=32)
+    wrapped = MultimodalProjector(config, projection)
+    assert wrapped.projection is projection and wrapped.config.projection_type == kind
+    wrapped.save_pretrained(tmp_path)
+    for again in (AutoModel.from_pretrained(tmp_path), MultimodalProjector.from_pretrained(tmp_path)):
+        assert again.projection.extra_repr() == projection.extra_repr()
+        x = torch.randn(2, 16, 16)
+        assert torch.equal(again(x)[0], wrapped(x)[0])
+
+
+def test_axes_follow_the_encoder_only_where_they_are_not_chosen():
+    class Cube(user_parts.GatedProjection):
+        def __init__(self, in_features, out_features, dims=3):
+            super().__init__(in_features, out_features)
+            self.dims = dims
+
+    for build, kind, given, expected in (
+        (tiny.clip, "conv", {}, 2),
+        (tiny.whisper, "conv", {}, 1),
+        (tiny.esm, "avg_pool", {}, 1),
+        (tiny.clip, "avg_pool", {"dims": 1}, 1),
+    ):
+        projector = MultimodalProjector(MultimodalProjectorConfig(projection_type=kind, **given))
+        encoder = ModalEncoderModule(build(), projector)
+        MultimodalModel(encoders={"some": encoder}, language_model=tiny.llama())
+        assert projector.projection.dims == projector.config.projection_kwargs["dims"] == expected
+    register_projector("cube_for_test", Cube)
+    assert composed(init_projector_type="cube_for_test").vision_encoder.projector.projection.dims == 3
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16), (2, 3, 4, 16), (2, 3, 4, 5, 16)])
+def test_a_class_of_the_users_still_takes_any_leading_axes(shape):
+    projection = user_parts.GatedProjection(16, 32)
+    x = torch.randn(shape)
+    found = MultimodalProjector(MultimodalProjectorConfig(), projection)(x)[0]
+    assert found.shape == (*shape[:-1], 32) and torch.allclose(found, projection(x), atol=1e-6)
+
+
+def test_one_item_maps_and_packs_are_the_same_items():
+    made = composed(init_projector_type="avg_pool").vision_encoder.projector
+    maps = torch.randn(2, 4, 6, 16)
+    expected = made(maps)
+    flat, packed = maps.flatten(1, 2), maps.flatten(0, 2)
+    grids = [(4, 6)] * 2
+    assert torch.equal(made(flat, grids=grids)[0], expected[0]) and expected[0].shape == (2, 6, 32)
+    assert torch.equal(made(flat[1], grids=grids[:1])[0], made(flat[1:], grids=grids[:1])[0][0])
+    output = made(packed, lengths=[24, 24], grids=grids)
+    assert torch.equal(output[0], expected[0].flatten(0, 1)) and output.feature_lens.tolist() == [6, 6]
+    assert torch.equal(made(flat, return_dict=False, grids=grids)[0], expected[0])
+    other = made(flat, grids=[(4, 6), (1, 24)])  # different counts: packed
+    assert other.feature_lens.tolist() == [6, 12] and other[0].shape == (18, 32)
+    with pytest.raises(ValueError, match="24 features are no square"):
+        made(flat)
+    with pytest.raises(ValueError, match="1 grids for 2 items"):
+        made(flat, grids=[(4, 6)])
+
+
+@pytest.mark.parametrize("kind", REDUCING)
+def test_gradients_checkpoints_and_dtypes_of_reductions(kind):
+    made = MultimodalProjector(MultimodalProjectorConfig(), copy.deepcopy(REDUCING[kind])).train()
+    x = torch.randn(2, 16, 16, requires_grad=True)
+
+    def gradients():
+        made.zero_grad()
+        x.grad = None
+        made(x)[0].pow(2).sum().backward()
+        return [x.grad, *(p.grad for p in made.parameters())]
+
+    plain = gradients()
+    made.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+    assert all(g is not None and g.isfinite().all() for g in plain)
+    assert made.bfloat16()(x.bfloat16())[0].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", REDUCING)
+def test_reductions_compile_to_one_graph(kind):
+    made = MultimodalProjector(MultimodalProjectorConfig(), copy.deepcopy(REDUCING[kind])).eval()
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    x = torch.randn(2, 16, 16)
+    assert torch.equal(compiled(x)[0], made(x)[0])
+    torch._dynamo.reset()
+
+
+def test_only_what_acts_on_single_features_is_projected_in_one_piece():
+    lora = nn.Sequential(
+        nn.LayerNorm(16), nn.Linear(16, 24), nn.SiLU(), nn.Dropout(0.0), nn.RMSNorm(24), nn.Linear(24, 32)
+    )
+    assert acts_on_single_features(lora) and not MultimodalProjector(MultimodalProjectorConfig(), lora).reduces
+    for mixing in (
+        nn.LayerNorm([3, 16]),
+        nn.Softmax(dim=1),
+        nn.PReLU(3),
+        nn.Conv1d(3, 3, 1),
+        user_parts.Halving(16, 32),
+    ):
+        assert not acts_on_single_features(nn.Sequential(nn.Linear(16, 16), mixing))
+    pooling = nn.Sequential(nn.Linear(16, 32), nn.AvgPool2d((2, 1)))
+    made = MultimodalProjector(MultimodalProjectorConfig(out_features=32), pooling)
+    x = torch.randn(10, 16)
+    output = made(x, lengths=[4, 6])
+    assert output.feature_lens.tolist() == [2, 3]
+    assert torch.allclose(output[0], torch.cat([pooling(x[None, :4])[0], pooling(x[None, 4:])[0]]))
+    assert made.feature_count(4) is None and composed().vision_encoder.projector.feature_count(4) == 4
+
+
+@pytest.mark.parametrize("kind", REDUCING)
+def test_peft_saves_a_reducing_projector(tmp_path, kind):
+    def made():
+        encoder = ModalEncoderModule(tiny.clip(), drop_prefix=1)
+        model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama(), init_projector_type=kind)
+        model.set_modality_token_ids({"vision": 9})
+        return model
+
+    model = made()
+    count = model.vision_encoder.projector.feature_count(4, (2, 2))
+    inputs = {"input_ids": torch.tensor([[1, *[9] * count, 4]]), "pixel_values": torch.randn(1, 3, 8, 8)}
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["projector"]))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+        expected = wrapped(**inputs).logits
+        wrapped.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(made(), tmp_path)(**inputs).logits, expected)
+        with wrapped.disable_adapter():
+            assert not torch.equal(wrapped(**inputs).logits, expected)

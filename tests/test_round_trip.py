@@ -17,6 +17,7 @@ from cornstarch_hf import (
     MultimodalProjector,
     MultimodalProjectorConfig,
 )
+from cornstarch_hf.resampler import ResamplerProjection
 
 PAIRS = [
     ("clip", "whisper", "llama"),
@@ -78,6 +79,38 @@ def test_own_projector_callbacks_and_encoder_of_the_users_file(tmp_path):
     again = MultimodalModel.from_pretrained(tmp_path / "own").vision_encoder.projector.projection
     assert type(again) is user_parts.GatedProjection and again.gain == 3.0
     assert all(torch.equal(value, before[key]) for key, value in again.state_dict().items())
+
+
+SMALL = {"projection_type": "resampler", "num_queries": 3, "depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+REDUCTIONS = {
+    "pixel_shuffle": ("clip", {"projection_type": "pixel_shuffle", "norm": "rms_norm"}),
+    "avg_pool": ("qwen2_vl", "avg_pool"),
+    "avg_pool_1d": ("wav2vec2", {"projection_type": "avg_pool", "pool_size": 3}),
+    "frame_stack": ("whisper", "frame_stack"),
+    "conv": ("convnext", {"projection_type": "conv", "conv_sizes": [24], "activation": "silu"}),
+    "conv_1d": ("esm", "conv"),
+    "resampler": ("siglip", SMALL),
+    "rows": ("siglip", "users_rows"),
+    "halving": ("esm", "users_halving"),
+}
+
+
+def test_token_reductions(tmp_path):
+    made = {}
+    for label, (key, fields) in REDUCTIONS.items():
+        name = tiny.ENCODERS[key][0]
+        prefix = {"drop_prefix": 1} if key == "clip" else {}
+        fields = {"projection_type": fields} if isinstance(fields, str) else fields
+        config = MultimodalProjectorConfig(**fields)
+        projector = MultimodalProjector(config)
+        made[label] = compose_tiny([key], **{name: {"projector": projector, **prefix}})
+        assert made[label][0].encoders[name].projector.reduces
+    wrapped = MultimodalProjector(
+        MultimodalProjectorConfig(),
+        ResamplerProjection(16, 32, **{k: v for k, v in SMALL.items() if k in ResamplerProjection.DEFAULTS}),
+    )
+    made["wrapped"] = with_parts(ModalEncoderModule(tiny.clip(), wrapped))
+    check_round_trips(tmp_path, made, "user_parts")
 
 
 def test_lora_on_encoder_and_language_model(tmp_path):

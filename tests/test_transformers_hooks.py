@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation import utils as generation_utils
 from transformers.models.auto import auto_factory, modeling_auto
@@ -15,6 +16,7 @@ METHODS = [
     (GenerationMixin, "prepare_inputs_for_generation", ["input_ids", "next_sequence_length", "past_key_values", "attention_mask", "inputs_embeds", "is_first_iteration", "kwargs"]),
     (PreTrainedModel, "_get_dtype_plan", ["dtype"]),
     (PreTrainedModel, "_set_gradient_checkpointing", ["enable", "gradient_checkpointing_func"]),
+    (PreTrainedModel, "_init_weights", ["module"]),
     (PreTrainedModel, "initialize_weights", []),
     (PreTrainedModel, "init_weights", []),
     (PreTrainedModel, "init_parallel_plans", []),
@@ -88,3 +90,26 @@ def test_helpers_that_render_templates():
         "add_generation_prompt",
     }
     assert wanted <= set(inspect.signature(render_jinja_template).parameters)
+
+
+def test_initialisation_asks_each_part_about_its_modules_and_respects_what_is_made():
+    """`_init_weights` is called with every module of a model, and `initialization` leaves marked tensors alone."""
+    from transformers import initialization
+
+    from cornstarch_hf import MultimodalProjector, MultimodalProjectorConfig
+
+    seen = []
+
+    class Watched(MultimodalProjector):
+        def _init_weights(self, module):
+            seen.append(type(module).__name__)
+            super()._init_weights(module)
+
+    Watched(MultimodalProjectorConfig(projection_type="resampler", in_features=8, out_features=8))
+    assert {"ResamplerProjection", "Linear", "RMSNorm"} <= set(seen)
+    made, fresh = torch.nn.Parameter(torch.zeros(9)), torch.nn.Parameter(torch.zeros(9))
+    made._is_hf_initialized = True
+    with torch.no_grad():
+        for tensor in (made, fresh):
+            initialization.normal_(tensor)
+    assert made.eq(0).all() and not fresh.eq(0).any()

@@ -42,6 +42,35 @@ class GatedProjection(nn.Module):
         return self.gain * self.up(x) * torch.sigmoid(self.gate(x))
 
 
+class Halving(nn.Module):
+    """Adds each feature to its neighbour: half as many, which a run on shapes finds out."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, x):
+        return self.linear(x[:, 0::2][:, : x.shape[1] // 2] + x[:, 1::2])
+
+
+class Rows(nn.Module):
+    """One feature for each row of an image: takes the grid and says its count."""
+
+    needs_grid = True
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.linear = nn.Linear(in_features, out_features)
+
+    def feature_count(self, length, grid):
+        return length // grid[-1]
+
+    def forward(self, x, grid):
+        return self.linear(x.reshape(len(x), -1, grid[-1], x.shape[-1]).mean(2))
+
+
 class Newline(nn.Module):
     """Appends a learnt feature to each item."""
 
@@ -62,5 +91,7 @@ def drop_tokens(inputs, output, count=1):
 
 
 register_projector("users_gated", GatedProjection)
+register_projector("users_halving", Halving)
+register_projector("users_rows", Rows)
 register_callback("users_newline", Newline)
 register_callback("users_drop", drop_tokens, feature_count=lambda inputs, num_features, count=1: num_features - count)

@@ -1,0 +1,141 @@
+"""Configuration of a projector: type, widths, and the options of the type by their own names, checked."""
+
+import inspect
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2CLS
+
+from .module_specs import as_json
+from .registries import PROJECTORS
+
+BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
+CUSTOM_PROJECTION = "custom"
+# What any configuration may be given, besides what its class declares.
+_BASE_KEYS = frozenset(
+    [
+        *vars(PreTrainedConfig()),
+        *("attn_implementation", "auto_map", "encoder_model_type", "experts_implementation", "language_model_type"),
+        *("model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config", "torch_dtype"),
+        *("use_cache", "tie_word_embeddings", "use_return_dict", "trust_remote_code"),
+    ]
+)
+_FIELDS = frozenset(["in_features", "out_features", "activation", "config", "projection_kwargs"])
+
+
+class MultimodalProjectorConfig(PreTrainedConfig):
+    """Configuration of a projector from an encoder's width to the language model's.
+
+    Args:
+        encoder_config: configuration to read `in_features` from, when that is not given.
+        text_config: configuration to read `out_features` from, when that is not given.
+        projection_type: a registered type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``,
+            ``"conv"`` or ``"resampler"``, which leave fewer features; or a name given to `register_projector`.
+        activation: a key of `transformers.activations.ACT2CLS`, used by all but ``"linear"``.
+        in_features: width of the encoder's features; None leaves it to the composition.
+        out_features: hidden size of the language model; None leaves it to the composition.
+        projection_kwargs: further constructor arguments of the projection (JSON values).
+        **kwargs: those arguments by their own names, e.g. ``scale_factor=2``; what `PreTrainedConfig` takes.
+
+    Raises:
+        TypeError: a keyword that neither the projection nor `PreTrainedConfig` takes.
+        ValueError: unknown projection type or activation, sizes that are not positive, options of the projection that
+            make no sense.
+    """
+
+    model_type = "multimodal-projector"
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self,
+        encoder_config=None,
+        text_config=None,
+        projection_type="linear",
+        activation="gelu",
+        in_features=None,
+        out_features=None,
+        projection_kwargs=None,
+        **kwargs,
+    ):
+        if projection_type != CUSTOM_PROJECTION and projection_type not in BUILT_IN_PROJECTIONS:
+            PROJECTORS[projection_type]
+        if activation not in ACT2CLS:
+            raise ValueError(f"Unknown activation {activation!r}, expected one of {sorted(ACT2CLS)}.")
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size is not None and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"The projector's {name} must be a positive integer, got {size!r}.")
+        self.projection_type = projection_type
+        self.activation = activation
+        self.projection_kwargs = _projection_options(projection_type, projection_kwargs, kwargs)
+        self.in_features = in_features if encoder_config is None else in_features or feature_width(encoder_config)
+        self.out_features = out_features if text_config is None else out_features or text_width(text_config)
+        self.encoder_model_type = getattr(encoder_config, "model_type", kwargs.pop("encoder_model_type", None))
+        self.language_model_type = getattr(text_config, "model_type", kwargs.pop("language_model_type", None))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; entries that neither the projection nor `PreTrainedConfig` knows are kept, not refused."""
+        known = {*_BASE_KEYS, *inspect.signature(cls.__init__).parameters}
+        options = options_of(config_dict.get("projection_type", "linear"), tuple(config_dict))
+        extras = {k: v for k, v in config_dict.items() if k not in known | options and not k.startswith("_")}
+        loaded = super().from_dict({k: v for k, v in config_dict.items() if k not in extras}, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for key, value in extras.items():
+            setattr(config, key, value)
+        return loaded
+
+    def __eq__(self, other):
+        return isinstance(other, MultimodalProjectorConfig) and self.__dict__ == other.__dict__
+
+
+def options_of(projection_type: str, names: tuple[str, ...]) -> set[str]:
+    """Those of the names that are constructor arguments of a projection type; none of a type that is not known here."""
+    if projection_type not in PROJECTORS:
+        return set()
+    parameters = inspect.signature(PROJECTORS[projection_type]).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return {name for name in names if name not in _FIELDS and name not in _BASE_KEYS}
+    return {name for name in names if name in parameters and name not in _FIELDS}
+
+
+def _projection_options(projection_type: str, given: dict[str, Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The projection's arguments from `projection_kwargs` and from keywords of their own names, which are taken out."""
+    options = dict(given or {})
+    for key in sorted(options_of(projection_type, tuple(kwargs))):
+        if key in options and options[key] != kwargs[key]:
+            raise ValueError(f"The projector's {key} was given twice, as {options[key]!r} and as {kwargs[key]!r}.")
+        options[key] = kwargs.pop(key)
+    unknown = sorted(k for k in kwargs if k not in _BASE_KEYS and not k.startswith("_"))
+    surplus = set(options) - options_of(projection_type, tuple(options)) - _FIELDS
+    if unknown or (surplus and projection_type in PROJECTORS):
+        known = []
+        if projection_type in PROJECTORS:
+            known = sorted(set(inspect.signature(PROJECTORS[projection_type]).parameters) - _FIELDS)
+        raise TypeError(
+            f"The {projection_type!r} projector takes no {unknown or sorted(surplus)}, expected some of {known}."
+        )
+    check = getattr(PROJECTORS.get(projection_type), "check_options", None)
+    if check is not None:
+        check(**{key: value for key, value in options.items() if key not in _FIELDS})
+    return as_json(options, "projection_kwargs")
+
+
+def text_width(config: PreTrainedConfig) -> int:
+    """Hidden size of a language model's input embeddings (ValueError if its configuration tells none)."""
+    text = config.get_text_config()
+    width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{type(config).__name__} has no hidden_size, so the projector's out_features must be given.")
+    return width
+
+
+def feature_width(config: PreTrainedConfig) -> int | None:
+    """Width of an encoder's last hidden state by its configuration's attributes, or None."""
+    for name in ("hidden_sizes", "hidden_size", "out_hidden_size", "output_dim", "embed_dims", "d_model"):
+        width = getattr(config, name, None)
+        if isinstance(width, (list, tuple)) and width:
+            width = width[-1]
+        if isinstance(width, int) and width > 0:
+            return width
+    return None

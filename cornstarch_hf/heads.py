@@ -1,0 +1,128 @@
+"""What projects reduced features: norm → linear → activation → linear, every step a choice.  Knows no token counts."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2CLS, ACT2FN
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` (https://arxiv.org/abs/1910.07467) computed in float32 at least, as language models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(precise), self.normalized_shape, self.weight.to(precise), self.eps).to(x.dtype)
+
+
+NORMS: dict[str, Callable[[int, float | None], nn.Module]] = {
+    "none": lambda width, eps: nn.Identity(),
+    "layer_norm": lambda width, eps: nn.LayerNorm(width, eps=1e-5 if eps is None else eps),
+    "rms_norm": lambda width, eps: RMSNorm(width, eps=1e-6 if eps is None else eps),
+}
+HEAD_DEFAULTS: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": None,
+    "gated": False,
+    "bias": True,
+    "norm": "none",
+    "norm_mid": "none",
+    "norm_post": "none",
+    "norm_eps": None,
+}
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is an integer (no bool) that is not below `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_choice(value: Any, choices: Any, name: str) -> None:
+    """ValueError that lists the choices for a value that is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown, expected one of {sorted(choices)}.")
+
+
+def check_head(options: dict[str, Any]) -> None:
+    """Check those options of a `ProjectionHead` that are there.
+
+    Raises:
+        ValueError: an unknown norm, a number of layers other than 1 and 2, a width that is no positive integer, a
+            switch that is no bool.
+    """
+    for key in ("norm", "norm_mid", "norm_post"):
+        check_choice(options.get(key, "none"), NORMS, key)
+    check_choice(options.get("num_layers", 2), (1, 2), "num_layers")
+    hidden, eps = options.get("hidden_size"), options.get("norm_eps")
+    if hidden is not None and not is_count(hidden):
+        raise ValueError(f"hidden_size must be a positive integer, got {hidden!r}.")
+    if eps is not None and not (isinstance(eps, (int, float)) and eps > 0):
+        raise ValueError(f"norm_eps must be a positive number, got {eps!r}.")
+    for key in ("gated", "bias"):
+        if not isinstance(options.get(key, False), bool):
+            raise ValueError(f"{key} must be True or False, got {options[key]!r}.")
+
+
+class ProjectionHead(nn.Module):
+    """Maps ``(..., in_features)`` to ``(..., out_features)``, each feature alone.
+
+    With one layer: ``norm_post(linear_1(norm(x)))``.  With two, as in InternVL (https://arxiv.org/abs/2312.14238),
+    Voxtral (https://arxiv.org/abs/2507.13264) and Ultravox (https://github.com/fixie-ai/ultravox):
+    ``norm_post(linear_2(norm_mid(act(linear_1(norm(x))))))``.
+
+    Args:
+        in_features, out_features: widths.
+        activation: a key of `transformers.activations.ACT2CLS`; used by two layers.
+        num_layers: 1 or 2.
+        hidden_size: width between the two layers; `out_features` when None.
+        gated: `linear_1` gives twice the hidden width, values and gates, and ``values * act(gates)`` goes on
+            (SwiGLU with ``activation="silu"``, https://arxiv.org/abs/2002.05202).
+        bias: of the linear layers.
+        norm, norm_mid, norm_post: ``"none"``, ``"layer_norm"`` or ``"rms_norm"`` before the first layer, between the
+            layers, after the last.
+        norm_eps: of the norms; by default 1e-5 for LayerNorm, 1e-6 for RMSNorm.
+
+    Raises:
+        ValueError: an option that does not exist, see `check_head`; an unknown activation.
+    """
+
+    def __init__(self, in_features: int, out_features: int, activation: str = "gelu", **options: Any):
+        super().__init__()
+        if unknown := sorted(set(options) - set(HEAD_DEFAULTS)):
+            raise ValueError(f"A projection head has no options {unknown}, expected some of {sorted(HEAD_DEFAULTS)}.")
+        chosen = HEAD_DEFAULTS | options
+        check_head(chosen)
+        self.act = activation_module(activation)
+        self.gated, bias, eps = chosen["gated"], chosen["bias"], chosen["norm_eps"]
+        self.norm = NORMS[chosen["norm"]](in_features, eps)
+        self.linear_2: nn.Module | None = None
+        if chosen["num_layers"] == 1:
+            self.linear_1 = nn.Linear(in_features, out_features, bias=bias)
+        else:
+            hidden = chosen["hidden_size"] or out_features
+            self.linear_1 = nn.Linear(in_features, 2 * hidden if self.gated else hidden, bias=bias)
+            self.norm_mid = NORMS[chosen["norm_mid"]](hidden, eps)
+            self.linear_2 = nn.Linear(hidden, out_features, bias=bias)
+        self.norm_post = NORMS[chosen["norm_post"]](out_features, eps)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project ``(..., in_features)`` to ``(..., out_features)``."""
+        hidden = self.linear_1(self.norm(features))
+        if self.linear_2 is None:
+            return self.norm_post(hidden)
+        if self.gated:
+            values, gates = hidden.chunk(2, dim=-1)
+            hidden = values * self.act(gates)
+        else:
+            hidden = self.act(hidden)
+        return self.norm_post(self.linear_2(self.norm_mid(hidden)))
+
+
+def activation_module(name: str) -> nn.Module:
+    """A fresh activation module of transformers by its name; ValueError that lists the names."""
+    check_choice(name, ACT2CLS, "activation")
+    return copy.deepcopy(ACT2FN[name])

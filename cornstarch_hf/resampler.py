@@ -1,0 +1,122 @@
+"""Token reduction by learnt queries: a Perceiver resampler.  Its base is in `reductions`."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .heads import HEAD_DEFAULTS, NORMS, ProjectionHead, is_count
+from .reductions import Grid, Reduction
+
+QUERY_STD = 0.02
+
+
+class PerceiverAttention(nn.Module):
+    """Queries attend to the context and to themselves; grouped key and value heads, no biases.
+
+    Args:
+        width: of queries and context.
+        num_heads, num_kv_heads, head_dim: `num_kv_heads` divides `num_heads`.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.head_dim, self.groups = head_dim, num_heads // num_kv_heads
+        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """``(items, queries, width)`` and ``(items, length, width)`` to ``(items, queries, width)``."""
+        seen = torch.cat([context, queries], dim=1)
+        q = self._heads(self.q_proj(queries))
+        k, v = (self._heads(x).repeat_interleave(self.groups, dim=1) for x in (self.k_proj(seen), self.v_proj(seen)))
+        attended = F.scaled_dot_product_attention(q, k, v)  # (items, heads, queries, head_dim)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class PerceiverLayer(nn.Module):
+    """Attention and a gated MLP of four times the width, each after an RMSNorm and with a residual connection."""
+
+    def __init__(self, width: int, activation: str, eps: float | None, **attention: int):
+        super().__init__()
+        self.query_norm, self.context_norm, self.mlp_norm = (NORMS["rms_norm"](width, eps) for _ in range(3))
+        self.attention = PerceiverAttention(width, **attention)
+        self.mlp = ProjectionHead(width, width, activation, hidden_size=4 * width, gated=True, bias=False)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """``(items, queries, width)`` and ``(items, length, width)`` to ``(items, queries, width)``."""
+        queries = queries + self.attention(self.query_norm(queries), self.context_norm(context))
+        return queries + self.mlp(self.mlp_norm(queries))
+
+
+class ResamplerProjection(Reduction):
+    """Projects an item's features and gathers them in a fixed number of learnt queries.
+
+    The Perceiver resampler (https://arxiv.org/abs/2103.03206, https://arxiv.org/abs/2204.14198) in the form of Idefics2
+    (https://arxiv.org/abs/2405.02246), projection first; there with ``activation="silu"`` and the language model's
+    `intermediate_size` as `hidden_size`.  Fresh queries are random: equal ones, as that model's configuration starts
+    with, would stay equal.
+
+    Args:
+        num_queries: features left of each item, whatever its length.
+        depth: layers.
+        num_heads, num_kv_heads, head_dim: of the attention.
+        query_size: width of the queries; `out_features` when None, else a linear layer follows.
+        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: of the projection before the
+            queries, see `ProjectionHead`; `norm_eps` of all norms.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "num_queries": 64, "depth": 3, "num_heads": 16, "num_kv_heads": 4, "head_dim": 96, "query_size": None,
+        **HEAD_DEFAULTS, "gated": True, "bias": False,
+    }  # fmt: skip
+    num_queries: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    query_size: int | None
+    bias: bool
+    norm_eps: float | None
+
+    @classmethod
+    def _check(cls, chosen: dict[str, Any]) -> None:
+        for key in ("num_queries", "depth", "num_heads", "num_kv_heads", "head_dim", "query_size"):
+            if not is_count(chosen[key]) and not (key == "query_size" and chosen[key] is None):
+                raise ValueError(f"{key} must be an integer >= 1, got {chosen[key]!r}.")
+        if chosen["num_heads"] % chosen["num_kv_heads"]:
+            raise ValueError(f"num_kv_heads={chosen['num_kv_heads']} must divide num_heads={chosen['num_heads']}.")
+
+    def _build(self) -> None:
+        width = self.query_size or self.out_features
+        self.head = self._head(self.in_features, width)
+        self.queries = nn.Parameter(torch.empty(self.num_queries, width))
+        nn.init.normal_(self.queries, std=QUERY_STD)
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        self.layers = nn.ModuleList(
+            PerceiverLayer(width, self.activation, self.norm_eps, **heads) for _ in range(self.depth)
+        )
+        self.query_norm = NORMS["rms_norm"](width, self.norm_eps)
+        same = width == self.out_features
+        self.output = nn.Identity() if same else nn.Linear(width, self.out_features, bias=self.bias)
+
+    def reduced_axes(self, axes: Sequence[int]) -> list[int]:
+        if not axes[0]:
+            raise ValueError("A resampler cannot gather from an item without features.")
+        return [self.num_queries]
+
+    def forward(self, features: Tensor, grid: Grid | None = None) -> Tensor:
+        """``(items, length, in_features)`` to ``(items, num_queries, out_features)``."""
+        self.reduced_axes(features.shape[1:2])
+        context = self.head(features)
+        queries = self.queries.to(context.dtype).expand(len(features), -1, -1)
+        for layer in self.layers:
+            queries = layer(queries, context)
+        return self.output(self.query_norm(queries))

@@ -1,0 +1,216 @@
+"""Token reduction by windows: average pooling and strided convolutions.  The base of both is in `reductions`."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .heads import HEAD_DEFAULTS, activation_module, is_count
+from .reductions import Reduction, divided, from_axes, per_axis, to_axes
+
+POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+ADAPTIVE_POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def convolved(size: int, kernel: int, stride: int, padding: int, remainder: str) -> tuple[int, int]:
+    """Windows of a convolution along an axis, and zeros to append (beside `padding`) so that it sees every position.
+
+    Raises:
+        ValueError: `remainder` is ``"error"`` and positions at the end are in no window; no window fits.
+    """
+    padded = size + 2 * padding
+    count = (padded - kernel) // stride + 1 if padded >= kernel else 0
+    unseen = size + padding - ((count - 1) * stride + kernel if count else 0)
+    if unseen > 0 and remainder == "error":
+        raise ValueError(
+            f"A convolution with kernel_size={kernel}, stride={stride}, padding={padding} leaves {unseen} of {size} "
+            "features along an axis unseen: choose a larger padding or kernel_size, or remainder='pad' or 'drop'."
+        )
+    if unseen > 0 and remainder == "pad":
+        more = -(-unseen // stride) if count else 1
+        extra = (count + more - 1) * stride + kernel - padded
+        return count + more, extra
+    if not count:
+        raise ValueError(f"kernel_size={kernel} with padding={padding} does not fit {size} features along an axis.")
+    return count, 0
+
+
+class AvgPoolProjection(Reduction):
+    """Averages windows of features, then projects the means.
+
+    As in Gemma 3 (https://arxiv.org/abs/2503.19786): ``num_tokens=256``, RMSNorm, one layer without bias.
+
+    Args:
+        pool_size: window along each axis, one number or a list of `dims`; 2 where `num_tokens` is not given either.
+        num_tokens: features left of an item (with ``dims=2`` of each frame): a number, which must be a square with
+            ``dims=2`` and a cube with ``dims=3``, or a list of `dims` numbers along the axes.  Windows are equal where
+            the axes divide, else as `torch.nn.AdaptiveAvgPool2d` lays them.
+        dims: 1 pools a sequence, 2 the rows and columns of each frame, 3 frames too.  When a model is composed it
+            follows the encoder: 2 for images and videos, else 1.
+        remainder: where `pool_size` does not divide an axis: ``"partial"`` averages what is there in the last window;
+            ``"error"``; ``"drop"`` the rest, as in Qwen2-Audio.
+        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "pool_size": None, "num_tokens": None, "dims": 2, "remainder": "partial",
+        **HEAD_DEFAULTS, "num_layers": 1, "norm": "rms_norm", "bias": False,
+    }  # fmt: skip
+    REMAINDERS = ("partial", "error", "drop")
+    pool_size: int | list[int] | None
+    num_tokens: int | list[int] | None
+    remainder: str
+
+    @classmethod
+    def _check(cls, chosen: dict[str, Any]) -> None:
+        if chosen["pool_size"] is not None and chosen["num_tokens"] is not None:
+            raise ValueError("pool_size and num_tokens exclude each other: give the window, or how many are left.")
+        if chosen["num_tokens"] is not None:
+            tokens_per_axis(chosen["num_tokens"], chosen["dims"])
+        elif chosen["pool_size"] is not None:
+            per_axis(chosen["pool_size"], chosen["dims"], "pool_size")
+
+    @property
+    def windows(self) -> list[int]:
+        """Window along each axis, where it is given."""
+        return per_axis(2 if self.pool_size is None else self.pool_size, self.dims, "pool_size")
+
+    def reduced_axes(self, axes: Sequence[int]) -> list[int]:
+        if self.num_tokens is None:
+            pairs = zip(axes, self.windows, strict=True)
+            return [divided(size, window, self.remainder, "pool_size") for size, window in pairs]
+        wanted = tokens_per_axis(self.num_tokens, self.dims)
+        if any(size < want for size, want in zip(axes, wanted, strict=True)):
+            raise ValueError(
+                f"num_tokens asks for {' x '.join(map(str, wanted))} features, but the item has {' x '.join(map(str, axes))}: "
+                "choose fewer, or give pool_size instead."
+            )
+        return wanted
+
+    def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
+        maps, wanted = to_axes(features, parts, axes).contiguous(), self.reduced_axes(axes)
+        if not maps.numel():
+            return features
+        even = all(size % want == 0 for size, want in zip(axes, wanted, strict=True))
+        if self.num_tokens is not None and not even:
+            return from_axes(ADAPTIVE_POOLS[self.dims](maps, wanted), parts)
+        windows = self.windows if self.num_tokens is None else [s // w for s, w in zip(axes, wanted, strict=True)]
+        windows = [
+            min(size, window) for size, window in zip(axes, windows, strict=True)
+        ]  # of three axes torch demands it
+        return from_axes(POOLS[self.dims](maps, windows, ceil_mode=self.remainder == "partial"), parts)
+
+
+def tokens_per_axis(num_tokens: int | list[int], dims: int) -> list[int]:
+    """`num_tokens` along each axis.
+
+    Raises:
+        ValueError: not a positive integer or a list of `dims`; a number that is no square or cube.
+    """
+    values = per_axis(num_tokens, dims, "num_tokens")
+    if not isinstance(num_tokens, int):
+        return values
+    side = round(num_tokens ** (1 / dims))
+    if side**dims != num_tokens:
+        raise ValueError(
+            f"num_tokens={num_tokens} is no {'square' if dims == 2 else 'cube'} ({side}**{dims} = {side**dims}), so it says "
+            f"nothing about {dims} axes: give a list of {dims} numbers."
+        )
+    return [side] * dims
+
+
+class ConvProjection(Reduction):
+    """Strided convolutions, then a projection.
+
+    As in GOT-OCR 2.0 (https://arxiv.org/abs/2409.01704), with ``num_convs=2, activation="linear"`` and `conv_sizes`
+    of its widths.
+
+    Args:
+        kernel_size, stride: of each convolution, along each axis (one number or a list of `dims`).
+        padding: zeros around the item along each axis; ``(kernel_size - 1) // 2`` when None.
+        num_convs: how many convolutions, each followed by the activation.
+        conv_sizes: widths after each; `out_features` for all when None.
+        conv_bias: of the convolutions.
+        dims: as in `AvgPoolProjection`; weights depend on it.
+        remainder: where positions at the end are in no window: ``"error"``, ``"pad"`` with zeros, or ``"drop"``.
+        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "kernel_size": 3, "stride": 2, "padding": None, "num_convs": 1, "conv_sizes": None, "conv_bias": False, "dims": 2,
+        "remainder": "error", **HEAD_DEFAULTS, "num_layers": 1,
+    }  # fmt: skip
+    REMAINDERS = ("error", "pad", "drop")
+    kernel_size: int | list[int]
+    stride: int | list[int]
+    padding: int | list[int] | None
+    num_convs: int
+    conv_sizes: list[int] | None
+    conv_bias: bool
+    remainder: str
+
+    @classmethod
+    def _check(cls, chosen: dict[str, Any]) -> None:
+        dims, sizes = chosen["dims"], chosen["conv_sizes"]
+        kernel, stride, padding = convolution_axes(chosen["kernel_size"], chosen["stride"], chosen["padding"], dims)
+        for k, s, p in zip(kernel, stride, padding, strict=True):
+            if s > k:
+                raise ValueError(f"stride={s} is larger than kernel_size={k}: features between windows would be lost.")
+            if p >= k:
+                raise ValueError(
+                    f"padding={p} is not smaller than kernel_size={k}: some windows would see zeros alone."
+                )
+        if not is_count(chosen["num_convs"]):
+            raise ValueError(f"num_convs must be an integer >= 1, got {chosen['num_convs']!r}.")
+        if sizes is not None and (len(sizes) != chosen["num_convs"] or not all(is_count(n) for n in sizes)):
+            raise ValueError(f"conv_sizes must be {chosen['num_convs']} positive integers (num_convs), got {sizes!r}.")
+
+    def _build(self) -> None:
+        widths = [self.in_features, *(self.conv_sizes or [self.out_features] * self.num_convs)]
+        self.convs = nn.ModuleList(
+            CONVOLUTIONS[self.dims](a, b, *self._axes_options, bias=self.conv_bias)
+            for a, b in itertools.pairwise(widths)
+        )
+        self.act = activation_module(self.activation)
+        super()._build()
+
+    @property
+    def _axes_options(self) -> tuple[list[int], list[int], list[int]]:
+        return convolution_axes(self.kernel_size, self.stride, self.padding, self.dims)
+
+    @property
+    def reduced_width(self) -> int:
+        return self.conv_sizes[-1] if self.conv_sizes else self.out_features
+
+    def _steps(self, axes: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """For each convolution the size and the zeros to append along each axis."""
+        steps = []
+        for _ in range(self.num_convs):
+            options = zip(axes, *self._axes_options, strict=True)
+            steps.append([convolved(size, k, s, p, self.remainder) for size, k, s, p in options])
+            axes = [size for size, _ in steps[-1]]
+        return steps
+
+    def reduced_axes(self, axes: Sequence[int]) -> list[int]:
+        return [size for size, _ in self._steps(axes)[-1]]
+
+    def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
+        maps = to_axes(features, parts, axes)
+        for conv, step in zip(self.convs, self._steps(axes), strict=True):
+            extra = [n for _, zeros in reversed(step) for n in (0, zeros)]
+            maps = self.act(conv(F.pad(maps, extra) if any(extra) else maps))
+        return from_axes(maps, parts)
+
+
+def convolution_axes(kernel_size: Any, stride: Any, padding: Any, dims: int) -> tuple[list[int], list[int], list[int]]:
+    """Kernel, stride and padding along each axis; ValueError for what is no such number."""
+    kernel, strides = per_axis(kernel_size, dims, "kernel_size"), per_axis(stride, dims, "stride")
+    if padding is None:
+        return kernel, strides, [(k - 1) // 2 for k in kernel]
+    values = list(padding) if isinstance(padding, (list, tuple)) else [padding] * dims
+    if len(values) != dims or not all(is_count(p, least=0) for p in values):
+        raise ValueError(f"padding must be an integer >= 0 or a list of {dims} (one per axis), got {padding!r}.")
+    return kernel, strides, values
