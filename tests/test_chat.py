@@ -5,7 +5,6 @@ import pytest
 from cornstarch_hf.chat import (
     DEFAULT_TEMPLATE,
     ConversationReader,
-    assistant_spans,
     handles_parts,
     is_batch,
     places,
@@ -27,7 +26,6 @@ STRICT = (
     "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}"
     "{{ m.content }}{% endfor %}"
 )
-REWRITES = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
 TOKENS = {"vision": "<image>", "audio": "<audio>"}
 ITEM, TURNS = object(), [{"role": "user", "content": "5+2?"}, {"role": "assistant", "content": "seven"}]
 
@@ -121,22 +119,6 @@ def test_what_users_typed_is_marked_everywhere():
 def test_parts_that_are_none(content, error, message):
     with pytest.raises(error, match=message):
         read(content)
-
-
-@pytest.mark.parametrize("template", [STRINGS, PARTS])
-def test_assistant_turns_are_found_without_marks(template):
-    talk = [*TURNS, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "five"}]
-    text, spans = assistant_spans(talk, template)
-    assert text == "<user>5+2?<assistant>seven<user>and?<assistant>five"
-    assert [text[a:b] for a, b in spans] == ["seven", "five"]
-
-
-def test_assistant_turns_by_marks_and_templates_that_rewrite():
-    text, spans = assistant_spans(TURNS, DEFAULT_TEMPLATE, eos_token="</s>")
-    assert [text[a:b] for a, b in spans] == ["seven</s>"] and text == "user:\n5+2?\nassistant:\nseven</s>\n"
-    with pytest.raises(ValueError, match="no generation marks.*endgeneration"):
-        assistant_spans(TURNS, REWRITES)
-    assert render(TURNS, DEFAULT_TEMPLATE)[1] == []
 
 
 def test_a_batch_is_a_list_of_conversations():
