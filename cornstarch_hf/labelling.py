@@ -16,6 +16,7 @@ from .chat import GENERATION, render
 # Ends of what each message says are marked while rendering, by characters of a private plane that no text uses.
 _FIRST, _LAST = 0xF0000, 0xFFFFD
 _ENDS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
+_STRATEGIES = ("all", "spoken", "none")  # which messages get marks: templates may treat an empty one differently
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."
 Spans = list[tuple[int, int]]
 
@@ -46,9 +47,9 @@ def assistant_spans(
     if marked and first == 0:
         return text, spans
     problem: Exception | None = None
-    for with_ends in (True, False):
+    for ends in _STRATEGIES:
         try:
-            turns = _Turns(messages, template, variables, with_ends)
+            turns = _Turns(messages, template, variables, ends)
             if turns.plain(turns.whole) == text:
                 found = turns.generated(first) if marked else turns.found(first, specials)
                 return text, [(turns.moved(a), turns.moved(b)) for a, b in found]
@@ -84,14 +85,15 @@ def _check_tool_calls(messages: list[dict], template: str, variables: dict[str, 
 class _Turns:
     """Assistant turns of one conversation, found with or without marked ends of messages."""
 
-    def __init__(self, messages: list[dict], template: str, variables: dict[str, Any], with_ends: bool):
+    def __init__(self, messages: list[dict], template: str, variables: dict[str, Any], ends: str):
         self.template, self.variables = template, variables
         self.messages = messages
-        if with_ends:
-            self.messages = [_with_ends(message, *_ends(index)) for index, message in enumerate(messages)]
+        self.with_ends = ends != "none"
+        if self.with_ends:
+            silent = ends == "all"
+            self.messages = [_with_ends(message, *_ends(index), silent) for index, message in enumerate(messages)]
         self.generation: Spans = []
         self.whole, self.generation = render(self.messages, template, mark_assistant=True, **variables)
-        self.with_ends = with_ends
 
     def plain(self, text: str) -> str:
         """A text without the marked ends."""
@@ -206,10 +208,13 @@ def _ends(index: int) -> tuple[str, str]:
     return chr(_FIRST + 2 * index), chr(_FIRST + 2 * index + 1)
 
 
-def _with_ends(message: dict, start: str, end: str) -> dict:
-    """A message with marks at both ends of what it says, inside of white space that templates strip."""
+def _with_ends(message: dict, start: str, end: str, silent: bool) -> dict:
+    """A message with marks at both ends of what it says, inside of white space that templates strip.
+
+    Where it says nothing and `silent` is given, the marks stand where it would.
+    """
     content = message.get("content")
-    if isinstance(content, str) and content.strip():
+    if isinstance(content, str) and (content.strip() or (silent and not message.get("tool_calls"))):
         return message | {"content": _closed(_opened(content, start), end)}
     if not content or isinstance(content, str):
         return _with_end_of_calls(message, end)
@@ -218,6 +223,8 @@ def _with_ends(message: dict, start: str, end: str) -> dict:
     if spoken:
         parts[spoken[0]] = parts[spoken[0]] | {"text": _opened(parts[spoken[0]]["text"], start)}
         parts[spoken[-1]] = parts[spoken[-1]] | {"text": _closed(parts[spoken[-1]]["text"], end)}
+    elif silent:
+        parts.append({"type": "text", "text": start + end})
     return message | {"content": parts}
 
 
@@ -236,9 +243,9 @@ def _with_end_of_calls(message: dict, end: str) -> dict:
 
 def _opened(text: str, mark: str) -> str:
     spoken = text.lstrip()
-    return text[: len(text) - len(spoken)] + mark + spoken if spoken else text
+    return text[: len(text) - len(spoken)] + mark + spoken
 
 
 def _closed(text: str, mark: str) -> str:
     spoken = text.rstrip()
-    return spoken + mark + text[len(spoken) :] if spoken else text
+    return spoken + mark + text[len(spoken) :]

@@ -73,7 +73,7 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
     if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
         item = _decoded(_load, item, where, "image")
     if isinstance(item, Image.Image):
-        _decoded(Image.Image.load, item, where, "image")  # PIL opens files lazily
+        _decoded(lambda x: x.load(), item, where, "image")  # PIL opens files lazily
         return _ready_pil(item, where, channels)
     if _is_item(item, "image"):
         item = _from_lists(item, where)

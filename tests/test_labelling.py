@@ -128,9 +128,15 @@ def test_turns_that_cannot_be_told_apart(talk, template, message):
 
 
 def test_marks_that_do_not_tell_where_a_completion_begins():
-    talk = [user(""), {"role": "assistant", "content": ""}, user(""), assistant("x")]
+    talk = [user(""), assistant(""), user(""), assistant("x")]
+    assert labelled(talk, DEFAULT_TEMPLATE, first=3) == ["x</s>"]
+    empty = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '!' if m.content else 'nothing' }}"
+        "{% endgeneration %}{% else %}{{ m.content + '?' if m.content else 'no' }}{% endif %}{% endfor %}"
+    )
+    assert labelled(TALK, empty, first=2) == ["five!"]
     with pytest.raises(ValueError, match="does not tell which turns are the completion's"):
-        labelled(talk, DEFAULT_TEMPLATE, first=3)
+        labelled(talk, empty, first=3)
 
 
 # ---- templates of real models, as TRL ships them for its tests and trainers
