@@ -27,6 +27,8 @@ DEFAULT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "cornstarchprobe"
+# What a template raises that does not know something, or refuses it.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 BARE = object()  # a part that tells where an item stands, but not which
 
 
@@ -177,7 +179,7 @@ def places(template: str, kind: str, token: str) -> bool:
 def _try(messages: list[dict], template: str) -> str | None:
     try:
         return render(messages, template, bos_token="", eos_token="")[0]
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # a template may refuse what it does not know
+    except TEMPLATE_ERRORS:
         return None
 
 

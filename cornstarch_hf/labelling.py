@@ -9,9 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
-from .chat import GENERATION, render
+from .chat import GENERATION, TEMPLATE_ERRORS, render
 
 # Ends of what each message says are marked while rendering, by characters of a private plane that no text uses.
 _FIRST, _LAST = 0xF0000, 0xFFFFD
@@ -47,18 +45,17 @@ def assistant_spans(
     if marked and first == 0:
         return text, spans
     problem: Exception | None = None
+    undisturbed = False
     for ends in _STRATEGIES:
+        if undisturbed and ends == "none":
+            break  # what marks could not tell apart is not to be guessed without them
         try:
             turns = _Turns(messages, template, variables, ends)
+            undisturbed = undisturbed or (turns.with_ends and turns.plain(turns.whole) == text)
             if turns.plain(turns.whole) == text:
                 found = turns.generated(first) if marked else turns.found(first, specials)
                 return text, [(turns.moved(a), turns.moved(b)) for a, b in found]
-        except (
-            jinja2.TemplateError,
-            ValueError,
-            TypeError,
-            KeyError,
-        ) as error:  # templates refuse what they do not know
+        except TEMPLATE_ERRORS as error:
             problem = problem or error
     lack = "does not tell which turns are the completion's" if marked else "has no generation marks"
     raise ValueError(

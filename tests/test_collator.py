@@ -432,3 +432,14 @@ def test_labels_on_padding_placeholders_and_other_tokens_are_refused(position, l
         return check_labels(batch | {"labels": labels}, {"vision": 9})
     with pytest.raises(ValueError, match=f"row 0: the label at position {position} is {label}"):
         check_labels(batch | {"labels": labels}, {"vision": 9})
+
+
+def test_every_batch_is_checked(pair):
+    class Wrong(MultimodalCollator):
+        def _batch(self, encoded):
+            batch = super()._batch(encoded)
+            batch["labels"][1, -1] = 7
+            return batch
+
+    with pytest.raises(ValueError, match=r"row 1: the label at position \d+ is 7"):
+        Wrong(pair[1])([{"text": "the fox jumps over the lazy dog"}, {"text": "x"}])

@@ -25,6 +25,10 @@ INSTRUCT = (
     "[TOOL_CALLS] {{ m.tool_calls | tojson }}{{ eos_token }}{% elif m.role == 'tool' %}[RESULT]{{ m.content }}{% else %}"
     " {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+SYSTEM_LAST = (
+    "{% for m in messages if m.role != 'system' or messages[-1].role != 'assistant' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% elif messages[-1].role == 'assistant' %}{{ messages[0].content }}{% endif %}"
+)
 UPPER = STRINGS.replace("m.content }}", "m.content | replace('a', 'A') | truncate(6, true, '', 0) }}")
 TRAILER = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '<|over|>' }}"
 SPECIALS = ["<|end|>", "<|im_end|>", "<|endoftext|>"]
@@ -113,10 +117,25 @@ def test_typed_headers_and_repeated_texts_confuse_nothing():
     assert labelled([user(private), assistant("a" + private)], STRINGS) == ["a" + private]
 
 
+def test_messages_that_say_nothing():
+    empty = COUNTS.replace("m.content }}", "m.content or 'nothing' }}")
+    talk = [user(""), assistant("seven"), user(""), assistant("five")]
+    assert labelled(talk, COUNTS) == labelled([user("5+2?"), *talk[1:]], empty) == ["seven", "five"]
+    parts = [
+        user([{"type": "image"}]),
+        assistant(""),
+        user([{"type": "image"}, {"type": "text", "text": "?"}]),
+        assistant(""),
+    ]
+    assert labelled(parts, "{{ messages | length }}" + PARTS) == ["", ""]
+
+
 @pytest.mark.parametrize(
     ("talk", "template", "message"),
     [
         (TALK, REVERSED, "no generation marks, and changes earlier text .*'prompt' and 'completion'"),
+        ([system("s"), user("u"), assistant("a")], SYSTEM_LAST, "message 2 has text of another message in it"),
+        (TALK[:2], STRINGS + "{% if messages[-1].role == 'assistant' %} on {{ messages[0].content }}{% endif %}", "no generation marks"),
         (TALK, "{{ messages | length }}{% for m in messages %}{{ m.content | upper }}{% endfor %}{{ messages | length }}", "no generation marks"),
         (TALK, STRINGS + "{% if messages | length < 3 %}{{ raise_exception('too short') }}{% endif %}", "too short"),
         (TOOL_TALK, STRINGS, "Message 1 calls a tool, but the chat template does not write that"),
