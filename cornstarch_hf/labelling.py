@@ -153,7 +153,8 @@ class _Turns:
             return None
         led = at + len(lead) if self.whole.startswith(lead, at) else None
         if prompt != bare:  # a prompt that also opens a reasoning block, which the turn does not have
-            return led if prompt.startswith(lead) else None
+            shared = _shared(prompt, lead)  # white space behind it is the message's own
+            return at + len(shared) if led is not None and not lead[len(shared) :].strip() else None
         if not lead.startswith(bare) or not self.whole.startswith(bare, at):
             return None
         return led if lead[len(bare) :].strip() else at + len(bare)
@@ -195,10 +196,14 @@ class _Turns:
         if end != _ends(index)[1]:
             return None
         # The template ends a conversation otherwise than a turn; a special token that both have ends the turn.
-        rest = self.whole[at : at + len(tail)]
-        shared = tail[: next((k for k, (a, b) in enumerate(zip(tail, rest, strict=False)) if a != b), len(rest))]
+        shared = _shared(tail, self.whole[at : at + len(tail)])
         closed = [m.end() for token in specials if token for m in re.finditer(re.escape(token), shared)]
         return at + max(closed) if closed else None
+
+
+def _shared(a: str, b: str) -> str:
+    """What two texts begin with alike."""
+    return a[: next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
 def _ends(index: int) -> tuple[str, str]:

@@ -214,6 +214,9 @@ def test_reasoning_that_a_template_drops_from_earlier_turns():
     with pytest.raises(ValueError, match="cannot be found"):  # the prompt closes the reasoning that the turn has
         labelled(talk, template("qwen3"), enable_thinking=False)
     opened = labelled(talk, template("qwen3_5_think"))  # its generation prompt opens the reasoning
+    spaced = [user("q"), assistant(" a "), user("q"), assistant("b")]
+    end = "<｜end▁of▁sentence｜>"  # noqa: RUF001
+    assert labelled(spaced, template("deepseek_r1_distill")) == [f" a {end}", f"b{end}"]
     assert opened == ["first" + CHATML, "so\n</think>\n\nlast" + CHATML]
     assert labelled([user("hi"), assistant("hello")], template("phi3"), specials=SPECIALS) == ["hello<|end|>\n</s>"]
     assert labelled(TALK, template("phi3"), specials=SPECIALS)[0] == "seven<|end|>"
