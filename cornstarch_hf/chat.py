@@ -1,10 +1,11 @@
 """Conversations: messages with media parts to text with placeholders, by any chat template.
 
 Templates written for text alone get each message as one string; templates that know parts get parts, and place the
-media themselves where they can.
+media themselves where they can.  `labelling` finds the assistant's turns in what is rendered here.
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,11 @@ DEFAULT_TEMPLATE = """\
 {{- '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "cornstarchprobe"
+# What a template raises that does not know something, or refuses it.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
+BARE = object()  # a part that tells where an item stands, but not which
 
 
 class ConversationReader:
@@ -39,26 +44,41 @@ class ConversationReader:
     def __init__(self, tokens: Mapping[str, str], names_of: Callable[[str], list[str]], kinds: Mapping[str, str]):
         self.tokens, self.names_of, self.kinds = dict(tokens), names_of, dict(kinds)
 
-    def read(self, conversation: Sequence[Mapping[str, Any]], template: str) -> tuple[list[dict], dict[str, list]]:
+    def read(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        template: str,
+        given: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[list[dict], dict[str, list]]:
         """Messages for the template, typed placeholders marked, and the media of each modality in order.
 
+        Args:
+            conversation: messages.
+            template: a Jinja template.
+            given: items by modality for the parts that hold none, in order.
+
         Raises:
-            ValueError: a part of unknown type.
+            ValueError: a part of unknown type, a text part without text, items given for other than as many parts.
             TypeError: a message or part that is no dict.
         """
         media: dict[str, list] = {name: [] for name in self.tokens}
         messages = [self._message(message, template, media) for message in conversation]
-        return messages, {name: items for name, items in media.items() if items}
+        for name, items in (given or {}).items():
+            media[name] = _filled(name, media[name], items, self.tokens[name])
+        found = {name: [item for item in items if item is not BARE] for name, items in media.items()}
+        return messages, {name: items for name, items in found.items() if items}
 
     def _message(self, message: Mapping[str, Any], template: str, media: dict[str, list]) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise TypeError(f"A message must be a dict with 'role' and 'content', got {type(message).__name__}.")
         marked = {k: self._marked(v) for k, v in message.items() if k != "content" and v is not None}
         content = message.get("content")
-        if content is None:
-            return marked
+        if content is None:  # templates ask whether a turn of tool calls says something
+            return marked | ({"content": None} if message.get("tool_calls") and "content" in message else {})
         if isinstance(content, str):
-            return marked | {"content": self._marked(content)}
+            text = self._marked(content)
+            only_parts = handles_parts(template) and not handles_strings(template)
+            return marked | {"content": [{"type": "text", "text": text}] if only_parts else text}
         parts = [self._part(part, template, media) for part in content]
         if handles_parts(template):
             return marked | {"content": parts}
@@ -77,16 +97,31 @@ class ConversationReader:
         if not isinstance(part, Mapping) or "type" not in part:
             raise TypeError(f"A content part must be a string or a dict with a 'type', got {part!r:.100}.")
         if part["type"] == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(
+                    f"A part of type 'text' must have a string as its 'text', got {part.get('text')!r:.100}."
+                )
             return {"type": "text", "text": self._marked(part["text"])}
         kind = "image" if part["type"] == "image_url" else part["type"]
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
-            if item is not None:
-                media[name].append(item)
+            media[name].append(BARE if item is None else item)
         if len(names) == 1 and self.kinds[names[0]] == kind and places(template, kind, self.tokens[names[0]]):
             return {"type": kind}
         return {"type": "text", "text": "".join(self.tokens[name] for name in names)}
+
+
+def _filled(name: str, items: list, given: Sequence[Any], token: str) -> list:
+    """A modality's items in order, where those that parts leave out are given apart."""
+    bare = sum(item is BARE for item in items)
+    if bare != len(given):
+        raise ValueError(
+            f"{name}: {len(given)} items were given for {bare} parts without one: put one part {{'type': {name!r}}} (or of its "
+            f"kind) for each item where it belongs in 'content'; {token} typed in a string is text."
+        )
+    rest = iter(given)
+    return [next(rest) if item is BARE else item for item in items]
 
 
 def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
@@ -94,18 +129,18 @@ def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
     if part["type"] == "image_url":
         value = part.get("image_url")
         return value.get("url") if isinstance(value, Mapping) else value
-    for key in (*kinds, "url", "path", "base64", "data", "array"):
-        if part.get(key) is not None:
-            value = part[key]
-            rate = part.get("sampling_rate")
-            return {"array": value, "sampling_rate": rate} if rate is not None and not isinstance(value, str) else value
+    for key in (*kinds, "bytes", "url", "path", "base64", "data", "array"):
+        value = part.get(key)
+        if value is None or (isinstance(value, Mapping) and all(v is None for v in value.values())):
+            continue
+        rate, wrapped = part.get("sampling_rate"), isinstance(value, (str, bytes, Mapping))
+        return value if rate is None or wrapped else {"array": value, "sampling_rate": rate}
     return None
 
 
 def render(messages: list[dict], template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and where its assistant turns are, if the template marks them."""
-    marks = "generation" in template and variables.pop("mark_assistant", False)
-    variables.pop("mark_assistant", None)
+    marks = variables.pop("mark_assistant", False) and GENERATION.search(template)
     rendered: Any = render_jinja_template(
         conversations=[messages], chat_template=template, return_assistant_tokens_mask=bool(marks), **variables
     )
@@ -113,38 +148,18 @@ def render(messages: list[dict], template: str, **variables: Any) -> tuple[str, 
     return texts[0], [tuple(span) for span in spans[0]] if marks and spans else []
 
 
-def assistant_spans(messages: list[dict], template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and the character spans that the assistant wrote.
-
-    Where a template has no generation marks, an assistant turn is what follows the text of the conversation so far
-    with a generation prompt.
-
-    Raises:
-        ValueError: the template rewrites earlier text as a conversation grows, so turns cannot be told apart.
-    """
-    variables = variables | {"add_generation_prompt": False}
-    text, spans = render(messages, template, mark_assistant=True, **variables)
-    if "generation" in template and "endgeneration" in template:
-        return text, spans
-    for index, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        before, _ = render(messages[:index], template, **(variables | {"add_generation_prompt": True}))
-        after, _ = render(messages[: index + 1], template, **variables)
-        if not after.startswith(before) or not text.startswith(after):
-            raise ValueError(
-                "The assistant's turns cannot be found: the chat template has no generation marks and changes earlier "
-                "text as the conversation grows. Put {% generation %} ... {% endgeneration %} around them."
-            )
-        spans.append((len(before), len(after)))
-    return text, spans
-
-
 @functools.lru_cache(maxsize=64)
 def handles_parts(template: str) -> bool:
     """Whether a template renders a list of content parts, rather than one string."""
     rendered = _try([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}], template)
     return rendered is not None and _PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
+
+
+@functools.lru_cache(maxsize=64)
+def handles_strings(template: str) -> bool:
+    """Whether a template renders a string as a message's content; some render parts alone and lose strings."""
+    rendered = _try([{"role": "user", "content": _PROBE}], template)
+    return rendered is not None and _PROBE in rendered
 
 
 @functools.lru_cache(maxsize=256)
@@ -164,7 +179,7 @@ def places(template: str, kind: str, token: str) -> bool:
 def _try(messages: list[dict], template: str) -> str | None:
     try:
         return render(messages, template, bos_token="", eos_token="")[0]
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # a template may refuse what it does not know
+    except TEMPLATE_ERRORS:
         return None
 
 

@@ -1,9 +1,13 @@
 """Items as users hand them over, made ready for their processors: loaded, checked, put in order.
 
-Whatever a processor would clip, resample or stretch without a word is refused here.
+Whatever a processor would clip, resample or stretch without a word is refused here.  Files, as paths, URLs or bytes, are
+decoded here, and sounds among them mixed to one channel and resampled; an array is taken as it is or refused.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,9 +37,18 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
 
 
 def _is_item(value: Any, kind: str) -> bool:
-    if kind != "audio" or not isinstance(value, (list, tuple)):
-        return False
-    return bool(value) and all(isinstance(x, (int, float, np.number)) for x in value)
+    """Whether a list is one item: the numbers of a sound, an image as (height, width, channels)."""
+    return _depth(value) == {"audio": 1, "image": 3}.get(kind, -1)
+
+
+def _depth(value: Any) -> int:
+    """How deep a list of numbers is nested; 0 for anything else."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return 0
+    if all(isinstance(x, (int, float, np.number)) for x in value):
+        return 1
+    inner = _depth(value[0])
+    return inner + 1 if inner else 0
 
 
 def _as_list(sample: Any, kind: str) -> list[Any]:
@@ -58,20 +71,45 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
     if isinstance(item, Mapping):
         item = next((item[k] for k in ("image", "bytes", "url", "path", "base64") if item.get(k) is not None), item)
     if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
-        item = _load(item)
+        item = _decoded(_load, item, where, "image")
     if isinstance(item, Image.Image):
+        _decoded(lambda x: x.load(), item, where, "image")  # PIL opens files lazily
         return _ready_pil(item, where, channels)
+    if _is_item(item, "image"):
+        item = _from_lists(item, where)
     if isinstance(item, (np.ndarray, torch.Tensor)):
         return _ready_array(item, where, channels, rescaled)
     raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
 
 
 def _load(item: Any) -> Image.Image:
-    if isinstance(item, bytes):
-        import io
+    return Image.open(io.BytesIO(item)) if isinstance(item, bytes) else load_image(str(item))
 
-        return Image.open(io.BytesIO(item))
-    return load_image(str(item))
+
+def _from_lists(item: Any, where: str) -> np.ndarray:
+    """An image that a table gave as lists of numbers; whole ones of 0..255 are what uint8 became there."""
+    try:
+        array = np.asarray(item)
+    except ValueError as error:
+        raise ValueError(f"{where}: the rows of the image differ in length ({error}).") from error
+    whole = np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255
+    return array.astype(np.uint8) if whole else array
+
+
+def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> Any:
+    """What a decoder makes of an item; ValueError with its cause if it cannot.
+
+    Decoders fail by many sorts of errors (OSError, SyntaxError, RuntimeError, ...); a missing package stays an ImportError.
+    """
+    try:
+        return decode(item)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{str(item)!r:.200}"
+        raise ValueError(
+            f"{where}: the {kind} cannot be decoded from {what}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
@@ -113,21 +151,26 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     """A mono waveform as float32 ``(samples,)``.
 
     Args:
-        item: array, tensor or list of floats; path or URL (resampled on loading); dict with `array` and
-            `sampling_rate`.
+        item: array, tensor or list of floats; path, URL or the bytes of a file (mixed and resampled on loading); dict with
+            `array` and `sampling_rate`, or with `bytes` or `path`; a decoder as `datasets.Audio` gives it.
         where: modality and item, for messages.
         expected: the sampling rate of the feature extractor, in Hz.
         given: the sampling rate that the caller states for bare arrays, in Hz.
 
     Raises:
-        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN.
+        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN, a file that cannot be
+            decoded.
         TypeError: no sound.
     """
     if isinstance(item, Mapping):
-        given = item.get("sampling_rate", given)
-        item = next((item[k] for k in ("array", "audio", "path", "url") if item.get(k) is not None), None)
-    if isinstance(item, str) or hasattr(item, "__fspath__"):
-        item, given = load_audio(str(item), sampling_rate=expected or 16_000), expected
+        rate = item.get("sampling_rate")
+        given = given if rate is None else rate
+        item = next((item[k] for k in ("array", "audio", "bytes", "path", "url") if item.get(k) is not None), None)
+    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+        item, given = _decoded(lambda x: _load_sound(x, expected or 16_000), item, where, "sound"), expected
+    elif hasattr(item, "get_all_samples"):
+        samples = _decoded(lambda x: x.get_all_samples(), item, where, "sound")
+        item, given = samples.data, int(samples.sample_rate)
     if isinstance(item, torch.Tensor):
         item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
     if not isinstance(item, (np.ndarray, list, tuple)):
@@ -137,7 +180,8 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         wave = wave.reshape(-1)
     if wave.ndim != 1 or wave.size == 0:
         raise ValueError(
-            f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels."
+            f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels, in a table "
+            "by cast_column(..., Audio(num_channels=1))."
         )
     if not np.issubdtype(wave.dtype, np.floating):
         raise ValueError(
@@ -147,6 +191,19 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         raise ValueError(f"{where}: the waveform has values that are not finite.")
     check_sampling_rate(where, expected, given)
     return wave.astype(np.float32, copy=False)
+
+
+def _load_sound(item: Any, rate: int) -> np.ndarray:
+    if not isinstance(item, bytes):
+        return load_audio(str(item), sampling_rate=rate)
+    # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
+    handle, path = tempfile.mkstemp()
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(item)
+        return load_audio(path, sampling_rate=rate)
+    finally:
+        os.unlink(path)
 
 
 def check_sampling_rate(where: str, expected: int | None, given: int | None) -> None:
@@ -159,7 +216,8 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
         )
     if int(given) != int(expected):
         raise ValueError(
-            f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first."
+            f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first, in "
+            f"a table by cast_column(..., Audio(sampling_rate={expected}))."
         )
 
 

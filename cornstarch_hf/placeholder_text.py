@@ -93,17 +93,25 @@ def occurrences(text: str, tokens: Sequence[str]) -> dict[str, int]:
     return {token: found.count(token) for token in tokens}
 
 
-def encode(tokenizer, texts: list[str], **options: Any) -> list[dict[str, list]]:
+Spans = list[tuple[int, int]]
+
+
+def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **options: Any) -> list[dict[str, list]]:
     """Ids, and offsets where asked for, of each text; marked parts become plain text.
 
     Args:
         tokenizer: of the language model.
         texts: expanded texts.
+        spans: of each text, in characters, marks not counted; adds ``assistant_masks``, 1 on the tokens of a span.  Where
+            a token would reach over the end of a span, the text is split there, as in generation, where the prompt is
+            tokenized alone; so a span's tokens are exactly its text.
         **options: of the tokenizer's call, without padding and tensors.
 
     Returns:
-        one dict per text with ``input_ids``, perhaps ``token_type_ids``, ``offset_mapping``.
+        one dict per text with ``input_ids``, perhaps ``token_type_ids``, ``offset_mapping``, ``assistant_masks``.
     """
+    if spans is not None:
+        return [_encode_spans(tokenizer, text, turns, options) for text, turns in zip(texts, spans, strict=True)]
     plain = [i for i, text in enumerate(texts) if MARK_START not in text]
     encoded: dict[int, dict[str, list]] = {}
     if plain:
@@ -111,43 +119,74 @@ def encode(tokenizer, texts: list[str], **options: Any) -> list[dict[str, list]]
         for row, i in enumerate(plain):
             encoded[i] = {key: value[row] for key, value in batch.items()}
     for i in set(range(len(texts))) - set(plain):
-        encoded[i] = _encode_marked(tokenizer, texts[i], **options)
+        encoded[i] = _encode_pieces(tokenizer, _pieces(texts[i], []), options)
+        del encoded[i]["assistant_masks"]
     return [encoded[i] for i in range(len(texts))]
 
 
-def _encode_marked(tokenizer, text: str, **options: Any) -> dict[str, list]:
+def _encode_spans(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -> dict[str, list]:
+    """Ids of the whole text where no token reaches over the end of a span, else of its pieces."""
+    if MARK_START not in text and tokenizer.is_fast:
+        asked = options | {"return_offsets_mapping": True}
+        row = {k: v[0] for k, v in tokenizer([text], padding=False, return_attention_mask=False, **asked).items()}
+        mask = token_mask(row["offset_mapping"], spans)
+        if mask is not None:
+            if not options.get("return_offsets_mapping"):
+                del row["offset_mapping"]
+            return row | {"assistant_masks": mask}
+    return _encode_pieces(tokenizer, _pieces(text, spans), options)
+
+
+def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:
+    """A text cut at marks and at the ends of spans: piece, whether a user typed it, whether it is in a span."""
+    ends = sorted({end for span in spans for end in span})
+    pieces, position = [], 0
+    for index, part in enumerate(MARKED.split(text)):  # plain, typed, plain, typed, ..., plain
+        inner = [end for end in ends if position < end < position + len(part)]
+        for start, stop in zip([position, *inner], [*inner, position + len(part)], strict=True):
+            wanted = any(a <= start and stop <= b for a, b in spans)
+            pieces.append((part[start - position : stop - position], index % 2 == 1, wanted))
+        position += len(part)
+    return [piece for piece in pieces if piece[0]]
+
+
+def _encode_pieces(tokenizer, pieces: list[tuple[str, bool, bool]], options: dict[str, Any]) -> dict[str, list]:
     offsets = options.get("return_offsets_mapping", False)
     prefix, suffix = _special_frame(tokenizer) if options.get("add_special_tokens", True) else ([], [])
-    ids, spans, position = list(prefix), [(0, 0)] * len(prefix), 0
-    for index, piece in enumerate(MARKED.split(text)):  # plain, typed, plain, typed, ..., plain
-        if not piece:
-            continue
-        typed = index % 2 == 1
+    ids, spans, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
+    for piece, typed, wanted in pieces:
         piece_ids, piece_spans = _encode_piece(tokenizer, piece, typed, first=position == 0, offsets=offsets)
         ids += piece_ids
         spans += [(start + position, end + position) for start, end in piece_spans]
+        mask += [int(wanted)] * len(piece_ids)
         position += len(piece)
-    ids, spans = ids + suffix, spans + [(0, 0)] * len(suffix)
+    row: dict[str, list] = {"input_ids": ids + suffix, "offset_mapping": spans + [(0, 0)] * len(suffix)}
+    row["assistant_masks"] = mask + [0] * len(suffix)
     limit = options.get("max_length")
-    if options.get("truncation") and limit is not None and len(ids) > limit:
-        kept = slice(len(ids) - limit, None) if tokenizer.truncation_side == "left" else slice(limit)
-        ids, spans = ids[kept], spans[kept]
-    return {"input_ids": ids} | ({"offset_mapping": spans} if offsets else {})
+    if options.get("truncation") and limit is not None and len(row["input_ids"]) > limit:
+        left = tokenizer.truncation_side == "left"
+        row = {key: values[-limit:] if left else values[:limit] for key, values in row.items()}
+    return row if offsets else {key: values for key, values in row.items() if key != "offset_mapping"}
 
 
 def _encode_piece(tokenizer, piece: str, typed: bool, first: bool, offsets: bool):
-    options = {"add_special_tokens": False, "return_offsets_mapping": offsets, "split_special_tokens": typed}
-    # A line break in front keeps sentencepiece from putting a space before a piece in the middle of a text.
-    lead = "" if first else "\n"
-    encoded = tokenizer(lead + piece, **options)
-    ids, spans = encoded["input_ids"], encoded.get("offset_mapping", [(0, 0)] * len(encoded["input_ids"]))
-    if lead:
-        cut = tokenizer(lead, **options)["input_ids"]
-        if ids[: len(cut)] != cut:
-            encoded = tokenizer(piece, **options)
-            return encoded["input_ids"], encoded.get("offset_mapping", [(0, 0)] * len(encoded["input_ids"]))
-        ids, spans = ids[len(cut) :], [(max(a - 1, 0), max(b - 1, 0)) for a, b in spans[len(cut) :]]
-    return ids, spans
+    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": typed}
+    if offsets:
+        options["return_offsets_mapping"] = True
+    # A character in front keeps sentencepiece from putting a space before a piece in the middle of a text; it must not
+    # grow together with the piece.
+    for lead in ("",) if first else ("\n", ".", "x"):
+        encoded = tokenizer(lead + piece, **options)
+        cut = tokenizer(lead, **options)["input_ids"] if lead else []
+        ids = encoded["input_ids"]
+        if ids[: len(cut)] == cut:
+            break
+    else:
+        lead, cut, encoded = "", [], tokenizer(piece, **options)
+        ids = encoded["input_ids"]
+    spans = encoded.get("offset_mapping", [(0, 0)] * len(ids))
+    size = len(lead)
+    return ids[len(cut) :], [(max(a - size, 0), max(b - size, 0)) for a, b in spans[len(cut) :]]
 
 
 def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
@@ -158,13 +197,27 @@ def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
     return whole[:start], whole[start + len(bare) :]
 
 
-def token_mask(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
-    """1 for each token that overlaps one of the character spans, else 0.
+def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | None:
+    """1 for each token that lies in one of the character spans, else 0; None if a token lies on the end of one.
+
+    White space that a tokenizer takes into a token but not into its offsets counts to the token behind it, and on the end
+    of a span it gives None.
 
     >>> token_mask([(0, 2), (2, 4), (4, 4)], [(2, 4)])
     [0, 1, 0]
+    >>> token_mask([(0, 3), (3, 4)], [(2, 4)]) is None
+    True
     """
-    return [int(any(a < end and b > start and a < b for start, end in spans)) for a, b in offsets]
+    ends = {end for span in spans for end in span if end > 0}
+    mask, reached = [], 0
+    for a, b in offsets:
+        start = min(reached, a)
+        gap_ends = any(reached <= end <= a for end in ends) if a > reached else False
+        if gap_ends or any(start < end < b for end in ends):
+            return None
+        mask.append(int(start < b and any(low <= start and b <= high for low, high in spans)))
+        reached = max(reached, b)
+    return mask
 
 
 def pad_rows(

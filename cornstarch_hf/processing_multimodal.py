@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from .chat import ConversationReader, assistant_spans, chosen_template, is_batch, refuse_typed, render
+from .chat import ConversationReader, chosen_template, is_batch, refuse_typed, render
 from .input_names import PROCESSOR_NAMES, keyword_for
+from .labelling import assistant_spans
 from .media import flatten, split_items, unpadded
-from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows, token_mask
+from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows
 from .processing_base import MultimodalProcessorBase
 from .subprocessors import MEDIA_KEYS, run_subprocessor
 
@@ -84,6 +85,8 @@ class MultimodalProcessor(MultimodalProcessorBase):
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             data = self._encode_text(texts, lengths, samples, options, spans)
+        if llm.pop("item_lengths", None):  # the collator asks how many features each item has
+            data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
             tensors = {key: np.asarray(value) for key, value in tensors.items()}
         return BatchFeature({**data, **tensors}, tensor_type=None)
@@ -97,7 +100,7 @@ class MultimodalProcessor(MultimodalProcessorBase):
         if text is not None and "text" in given:
             raise ValueError("text was given twice: as text= and in llm_inputs.")
         text = given.pop("text", text)
-        internal = {"assistant_spans": given.pop("assistant_spans", None)}
+        internal = {key: given.pop(key, None) for key in ("assistant_spans", "item_lengths")}
         options = {key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}
         options |= kwargs.pop("text_kwargs", None) or {}
         options |= given
@@ -189,23 +192,18 @@ class MultimodalProcessor(MultimodalProcessorBase):
         options = dict(options)
         as_tensors = options.pop("return_tensors", None)
         padding = {k: options.pop(k) for k in ("padding", "pad_to_multiple_of", "padding_side") if k in options}
-        want_offsets = options.pop("return_offsets_mapping", False)
         with_mask = options.pop("return_attention_mask", None)
+        moved = None
+        if spans is not None:
+            moved = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
         rows = encode(
             self.tokenizer,
             [e.text for e in expanded],
+            moved,
             **options,
-            return_offsets_mapping=want_offsets or spans is not None,
         )
         self._check_truncation(expanded, rows)
-        if spans is not None:
-            for row, text, turns in zip(rows, expanded, spans, strict=True):
-                row["assistant_masks"] = token_mask(
-                    row["offset_mapping"], [(text.moved(a), text.moved(b)) for a, b in turns]
-                )
         extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
-        if not want_offsets:
-            extra.pop("offset_mapping", None)
         data = pad_rows(self.tokenizer, rows, extra, padding, options.get("max_length"))
         if with_mask is False:
             data.pop("attention_mask")
@@ -282,17 +280,14 @@ class MultimodalProcessor(MultimodalProcessorBase):
         conversations = list(conversation) if batched else [conversation]
         call = {k: kwargs.pop(k) for k in list(kwargs) if k in self._known_arguments() or k.endswith("_kwargs")}
         call |= processor_kwargs or {}
-        reader = ConversationReader(
-            self.tokens, self.modalities_for, {n: self.config.modality(n)["kind"] for n in self.tokens}
-        )
-        variables = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
+        reader, variables = self._reader(), self._variables(tools=tools, documents=documents, **kwargs)
         texts: list[str] = []
         spans: list[Any] = []
         media: list[dict[str, list]] = []
         for one in conversations:
             messages, found = reader.read(one, template)
             if return_assistant_tokens_mask:
-                text, turns = assistant_spans(messages, template, **variables)
+                text, turns = assistant_spans(messages, template, specials=self._specials(), **variables)
             else:
                 text, turns = render(
                     messages,
@@ -307,10 +302,52 @@ class MultimodalProcessor(MultimodalProcessorBase):
             return texts if batched else texts[0]
         for name in self.config.encoders:
             if any(name in found for found in media):
+                if call.get(name) is not None:
+                    raise ValueError(f"{name}: its items were given twice, in the messages and by name.")
                 call[name] = [found.get(name, []) for found in media]
-        bos = self.tokenizer.bos_token
-        if bos is not None and texts[0].startswith(bos):
-            call.setdefault("add_special_tokens", False)
+        call = self.bos_options(texts[0]) | call
         llm = {"text": texts} | ({"assistant_spans": spans} if return_assistant_tokens_mask else {})
         out = self(llm_inputs=llm, return_tensors=return_tensors, **call)
         return out if return_dict else out["input_ids"]
+
+    def read_labelled(
+        self,
+        conversation,
+        *,
+        given: Mapping[str, Any] | None = None,
+        first: int = 0,
+        chat_template: str | None = None,
+        tools=None,
+        **variables: Any,
+    ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
+        """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
+
+        Args:
+            conversation: messages.
+            given: items by modality for the parts that hold none.
+            first: the first message whose turn counts.
+            chat_template, tools, **variables: as in `apply_chat_template`.
+
+        Raises:
+            ValueError: parts and items that do not fit, turns that cannot be told apart.
+        """
+        template = chosen_template(self.chat_template, chat_template)
+        messages, media = self._reader().read(conversation, template, given)
+        variables = self._variables(tools=tools, documents=None, **variables)
+        text, spans = assistant_spans(messages, template, first=first, specials=self._specials(), **variables)
+        return text, spans, media
+
+    def bos_options(self, text: str) -> dict[str, Any]:
+        """The tokenizer's options for a text: one that begins with the bos token gets no second one."""
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
+    def _reader(self) -> ConversationReader:
+        kinds = {name: self.config.modality(name)["kind"] for name in self.tokens}
+        return ConversationReader(self.tokens, self.modalities_for, kinds)
+
+    def _variables(self, **variables: Any) -> dict[str, Any]:
+        return {**self.tokenizer.special_tokens_map, **variables}
+
+    def _specials(self) -> list[str]:
+        return list(dict.fromkeys([*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()]))

@@ -5,8 +5,8 @@ import pytest
 from cornstarch_hf.chat import (
     DEFAULT_TEMPLATE,
     ConversationReader,
-    assistant_spans,
     handles_parts,
+    handles_strings,
     is_batch,
     places,
     refuse_typed,
@@ -27,7 +27,6 @@ STRICT = (
     "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}"
     "{{ m.content }}{% endfor %}"
 )
-REWRITES = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
 TOKENS = {"vision": "<image>", "audio": "<audio>"}
 ITEM, TURNS = object(), [{"role": "user", "content": "5+2?"}, {"role": "assistant", "content": "seven"}]
 
@@ -78,6 +77,10 @@ def test_every_template_gives_the_placeholders_where_the_media_stood(template):
         ({"type": "image_url", "image_url": "x.png"}, ["x.png"]),
         ({"type": "vision", "vision": "x.png"}, ["x.png"]),
         ({"type": "vision", "image": "x.png"}, ["x.png"]),
+        ({"type": "image", "image": {"bytes": b"x", "path": None}}, [{"bytes": b"x", "path": None}]),
+        ({"type": "image", "bytes": b"x", "path": None}, [b"x"]),
+        ({"type": "image", "image": None, "text": None, "audio": {"bytes": None}}, None),
+        ({"type": "image", "image": {"bytes": None, "path": None}}, None),
         ({"type": "image"}, None),
     ],
 )
@@ -98,6 +101,36 @@ def test_arrays_keep_their_sampling_rate_and_shared_items_reach_both():
     assert messages[0]["content"] == "<image><audio>" and media == {"vision": ["x"], "audio": ["x"]}
 
 
+def test_parts_without_an_item_are_filled_in_order():
+    reader = ConversationReader(TOKENS, names_of, {"vision": "image", "audio": "audio"})
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "image", "image": "b"}, {"type": "both"}]}]
+    assert reader.read(talk, STRINGS, {"vision": ["a", "c"], "audio": ["s"]})[1] == {
+        "vision": ["a", "b", "c"],
+        "audio": ["s"],
+    }
+    assert reader.read(talk, STRINGS)[1] == {"vision": ["b"]}
+    with pytest.raises(
+        ValueError, match=r"vision: 1 items were given for 2 parts without one: .*<image> typed in a string is text"
+    ):
+        reader.read(talk, STRINGS, {"vision": ["a"]})
+    with pytest.raises(ValueError, match="audio: 2 items were given for 1 parts"):
+        reader.read(talk, STRINGS, {"audio": ["s", "t"]})
+
+
+def test_strings_become_parts_where_a_template_loses_strings():
+    only = "{% for m in messages %}{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endfor %}"
+    assert handles_parts(only) and not handles_strings(only) and handles_strings(PARTS) and handles_strings(STRINGS)
+    assert render(read("hello", only)[0], only)[0] == "hello"
+    assert read("hello", PARTS)[0][0]["content"] == read("hello", STRICT)[0][0]["content"] == "hello"
+
+
+def test_a_turn_of_tool_calls_says_that_it_says_nothing():
+    reader = ConversationReader(TOKENS, names_of, {})
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    talk = [{"role": "assistant", "content": None, "tool_calls": calls}, {"role": "assistant", "content": None}]
+    assert reader.read(talk, STRINGS)[0] == [talk[0], {"role": "assistant"}]
+
+
 def test_what_users_typed_is_marked_everywhere():
     typed = {"role": "user <image>", "content": "see <image>", "calls": [{"name": "<audio>", "n": 1}], "none": None}
     reader = ConversationReader(TOKENS, names_of, {"vision": "image", "audio": "audio"})
@@ -116,27 +149,12 @@ def test_what_users_typed_is_marked_everywhere():
         ([{"type": "smell"}], ValueError, "'smell' is no modality"),
         ([{"text": "x"}], TypeError, "a dict with a 'type', got {'text': 'x'}"),
         ([3], TypeError, "got 3"),
+        ([{"type": "text", "text": None}], ValueError, "a string as its 'text', got None"),
     ],
 )
 def test_parts_that_are_none(content, error, message):
     with pytest.raises(error, match=message):
         read(content)
-
-
-@pytest.mark.parametrize("template", [STRINGS, PARTS])
-def test_assistant_turns_are_found_without_marks(template):
-    talk = [*TURNS, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "five"}]
-    text, spans = assistant_spans(talk, template)
-    assert text == "<user>5+2?<assistant>seven<user>and?<assistant>five"
-    assert [text[a:b] for a, b in spans] == ["seven", "five"]
-
-
-def test_assistant_turns_by_marks_and_templates_that_rewrite():
-    text, spans = assistant_spans(TURNS, DEFAULT_TEMPLATE, eos_token="</s>")
-    assert [text[a:b] for a, b in spans] == ["seven</s>"] and text == "user:\n5+2?\nassistant:\nseven</s>\n"
-    with pytest.raises(ValueError, match="no generation marks.*endgeneration"):
-        assistant_spans(TURNS, REWRITES)
-    assert render(TURNS, DEFAULT_TEMPLATE)[1] == []
 
 
 def test_a_batch_is_a_list_of_conversations():

@@ -1,9 +1,12 @@
 """Items as users hand them over: order, images, sounds, and processors' outputs divided among them."""
 
 import io
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import tiny
 import torch
 from PIL import Image
@@ -94,6 +97,70 @@ def test_a_waveform_in_any_wrapping_is_the_same():
 def test_sounds_that_a_processor_would_spoil(item, rate, error, message):
     with pytest.raises(error, match=f"audio, item 1: .*{message}"):
         ready_audio(item, "audio, item 1", 16_000, rate)
+
+
+class Decoder:
+    """What `datasets.Audio` gives with torchcodec: decodes when it is asked."""
+
+    def __init__(self, data, sample_rate):
+        self.samples = SimpleNamespace(data=data, sample_rate=sample_rate)
+
+    def get_all_samples(self):
+        if self.samples.sample_rate == 0:
+            raise RuntimeError("corrupt stream")
+        return self.samples
+
+
+def test_files_bytes_and_decoders_give_the_same_sound(tmp_path, monkeypatch):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, WAVE, 16_000, subtype="FLOAT")
+    forms = [path, str(path), path.read_bytes(), {"bytes": path.read_bytes(), "path": None, "sampling_rate": None}]
+    forms += [{"path": str(path), "bytes": None}, Decoder(torch.tensor(WAVE)[None], 16_000)]
+    for form in forms:
+        assert np.array_equal(ready_audio(form, "audio", 16_000, None), WAVE)
+    stereo = np.stack([WAVE, -WAVE], axis=1)
+    soundfile.write(path, np.repeat(stereo, 100, axis=0), 8_000, subtype="FLOAT")
+    found = [ready_audio(form, "audio", 16_000, None) for form in (path, path.read_bytes())]
+    assert np.array_equal(*found) and found[0].shape == (1600,) and not found[0].any(), "mixed and resampled alike"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = set(tmp_path.iterdir())
+    for form, cause in ((b"no sound", "from 8 bytes: "), ("gone.wav", "from 'gone.wav': "), (Decoder(None, 0), "RuntimeError: corrupt stream")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"audio, item 1: the sound cannot be decoded .*{cause}") as caught:
+            ready_audio(form, "audio, item 1", 16_000, None)
+        assert caught.value.__cause__ is not None
+    assert set(tmp_path.iterdir()) == before, "no temporary file stays"
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (Decoder(torch.zeros(1, 8), 48_000), "48000 Hz, the encoder expects 16000 Hz.*cast_column.*16000"),
+        (Decoder(torch.zeros(2, 8), 16_000), r"shape \(2, 8\): mix the channels.*num_channels=1"),
+    ],
+)
+def test_decoders_are_neither_resampled_nor_mixed(decoder, message):
+    with pytest.raises(ValueError, match=f"audio, item 0: .*{message}"):
+        ready_audio(decoder, "audio, item 0", 16_000, None)
+
+
+def test_an_image_as_a_table_lists_it():
+    rows = np.asarray(tiny.image()).tolist()
+    assert flatten(rows, "image") == ([rows], None) and flatten([[rows, rows], [rows]], "image")[1] == [2, 1]
+    assert ready_image(rows, "vision", 3, False).tobytes() == tiny.image().tobytes()
+    with pytest.raises(ValueError, match="vision, item 0: the image has int64 values"):
+        ready_image([[[256, 0, 0]]], "vision, item 0", 3, False)
+    with pytest.raises(ValueError, match="vision, item 0: the rows of the image differ in length"):
+        ready_image([[[1, 0, 0]], [[1, 0]]], "vision, item 0", 3, False)
+
+
+def test_images_that_cannot_be_decoded(tmp_path):
+    raw = io.BytesIO()
+    tiny.image(size=(64, 64)).save(raw, "png")
+    (tmp_path / "cut.png").write_bytes(raw.getvalue()[:300])
+    for form in (b"no image", tmp_path / "cut.png", Image.open(tmp_path / "cut.png"), str(tmp_path / "gone.png")):
+        with pytest.raises(ValueError, match="vision, item 3: the image cannot be decoded from .*Error: ") as caught:
+            ready_image(form, "vision, item 3", 3, False)
+        assert isinstance(caught.value.__cause__, (OSError, ValueError))
 
 
 def test_rows_of_a_batch_go_to_their_items():

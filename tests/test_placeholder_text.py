@@ -4,6 +4,8 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cornstarch_hf.placeholder_text import (
     MARK_END,
@@ -87,9 +89,55 @@ def test_plain_and_marked_rows_keep_their_order_and_offsets(tokenizer):
     tokenizer.truncation_side = "right"
 
 
-def test_masks_mark_tokens_that_overlap_a_span():
-    assert token_mask([(0, 2), (2, 5), (5, 5), (5, 6)], [(1, 3), (5, 6)]) == [1, 1, 0, 1]
+def test_masks_mark_tokens_that_lie_in_a_span():
+    assert token_mask([(0, 0), (0, 2), (2, 5), (5, 6), (0, 0)], [(2, 6)]) == [0, 0, 1, 1, 0]
     assert token_mask([(0, 2)], [(2, 4)]) == [0] and token_mask([(0, 2)], []) == [0]
+    assert token_mask([(0, 1), (0, 1), (0, 1)], [(0, 1)]) == [1, 1, 1], "bytes of one character"
+    assert token_mask([(0, 2), (3, 3), (4, 5)], [(0, 5)]) == [1, 1, 1], "white space without offsets"
+
+
+@pytest.mark.parametrize("span", [(1, 3), (2, 6), (0, 3), (3, 4)])
+def test_tokens_on_the_end_of_a_span_give_no_mask(span):
+    assert token_mask([(0, 2), (2, 5), (6, 8)], [span]) is None, span
+
+
+@settings(deadline=None)
+@given(pieces=st.lists(TEXT, min_size=2, max_size=4), data=st.data())
+def test_tokens_of_a_span_are_exactly_its_text(tokenizer, pieces, data):
+    wanted = data.draw(st.lists(st.booleans(), min_size=len(pieces), max_size=len(pieces)))
+    ends = [sum(map(len, pieces[: i + 1])) for i in range(len(pieces))]
+    spans = [(end - len(p), end) for p, end, keep in zip(pieces, ends, wanted, strict=True) if keep and p]
+    (row,) = encode(tokenizer, ["".join(pieces)], [spans])
+    kept = [i for i, keep in zip(row["input_ids"], row["assistant_masks"], strict=True) if keep]
+    assert tokenizer.decode(row["input_ids"]) == "".join(pieces)
+    assert tokenizer.decode(kept) == "".join(p for p, keep in zip(pieces, wanted, strict=True) if keep)
+
+
+def test_text_is_split_only_where_a_token_reaches_over_the_end(tokenizer):
+    whole = tokenizer("the fox")["input_ids"]
+    assert encode(tokenizer, ["the fox"], [[(3, 7)]])[0] == {
+        "input_ids": whole,
+        "assistant_masks": [0] + [1] * (len(whole) - 1),
+    }
+    (split,) = encode(tokenizer, ["the fox"], [[(4, 7)]], return_offsets_mapping=True)
+    assert split["input_ids"] == [*tokenizer("the ")["input_ids"], *tokenizer("fox")["input_ids"]] != whole
+    assert "".join("the fox"[a:b] for a, b in split["offset_mapping"]) == "the fox"
+
+
+def test_a_tokenizer_without_offsets_and_one_with_spaces_in_front():
+    slow = ByT5Tokenizer()
+    (row,) = encode(slow, ["où <image>?"], [[(3, 10)]])
+    kept = [i for i, keep in zip(row["input_ids"], row["assistant_masks"], strict=True) if keep]
+    assert slow.decode(kept) == "<image>" and row["input_ids"][-1] == slow.eos_token_id
+    assert row["input_ids"] == slow("où <image>?")["input_ids"]
+    letters = {c: i for i, c in enumerate(["<unk>", "▁", "▁hi", "hi", "\n", ".", "x", "\n\n"])}
+    inner = Tokenizer(models.Unigram([(c, -float(len(letters) - i)) for c, i in letters.items()], unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    for text, span in (("hihi", (2, 4)), ("hi\nhi", (2, 5)), ("x hi", (1, 4))):
+        (row,) = encode(made, [MARK_START + MARK_END + text], [[span]])
+        tokens = made.convert_ids_to_tokens(row["input_ids"])
+        assert "".join(tokens).replace("▁", " ").lstrip() == text, tokens
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

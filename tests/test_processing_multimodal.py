@@ -359,6 +359,11 @@ def test_bad_conversations(pair):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True)
 
 
+def test_items_in_messages_and_by_name_at_once(pair):
+    with pytest.raises(ValueError, match="vision: its items were given twice, in the messages and by name"):
+        pair[1].apply_chat_template(talk(), tokenize=True, vision=[tiny.image()], sampling_rate=16_000)
+
+
 def test_default_template_where_the_tokenizer_has_none(pair):
     _, processor = pair
     assert AutoTokenizer is not None
