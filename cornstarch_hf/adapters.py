@@ -11,7 +11,7 @@ from .module_specs import NotStorable, as_json
 if is_peft_available():
     from peft import PeftModel, get_peft_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.tuners.tuners_utils import BaseTuner
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -22,6 +22,11 @@ def is_wrapped(model: nn.Module) -> bool:
 def unwrapped(model: Any) -> PreTrainedModel:
     """The model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if is_wrapped(model) else model
+
+
+def is_adapted(layer: nn.Module | None) -> bool:
+    """Whether a layer computes with adapters, so that its `weight` is not all of it."""
+    return is_peft_available() and isinstance(layer, BaseTunerLayer)
 
 
 def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:

@@ -39,7 +39,16 @@ class MultimodalGenerationMixin:
         features = kwargs.get("mm_encoder_outputs")
         if features is not None and past_key_values is not None and past_key_values.get_seq_length() == 0:
             inputs.setdefault("mm_encoder_outputs", features)
-        return inputs
+        lacking, _ = self.signature_changes("forward")
+        return {key: value for key, value in inputs.items() if key not in lacking}
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As in transformers; the encoders' inputs are known even where `forward` was replaced.
+
+        Trainers that put their own `forward` on the instance copy the class's signature, which names no encoder.
+        """
+        _, known = self.signature_changes("forward")
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config

@@ -13,7 +13,7 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
      "placeholder_text", "media", "forward_signature"},
-    {"configuration_multimodal", "adapters", "chat", "callbacks", "subprocessors", "gathering"},
+    {"configuration_multimodal", "adapters", "batches", "chat", "callbacks", "subprocessors", "gathering"},
     {"projectors", "towers", "classes"},
     {"encoders", "tokens"},
     {"composition"},
