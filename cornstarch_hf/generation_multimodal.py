@@ -39,8 +39,7 @@ class MultimodalGenerationMixin:
         features = kwargs.get("mm_encoder_outputs")
         if features is not None and past_key_values is not None and past_key_values.get_seq_length() == 0:
             inputs.setdefault("mm_encoder_outputs", features)
-        lacking, _ = self.signature_changes("forward")
-        return {key: value for key, value in inputs.items() if key not in lacking}
+        return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in transformers; the encoders' inputs are known even where `forward` was replaced.

@@ -86,14 +86,15 @@ def moved(before, model):
     ("form", "options"),
     [
         ("messages", {}),
-        ("messages", {"assistant_only_loss": True}),
-        ("strings", {}),
+        pytest.param("messages", {"assistant_only_loss": True}, marks=pytest.mark.slow),
+        pytest.param("strings", {}, marks=pytest.mark.slow),
         ("prompt/completion", {}),
-        ("prompt/completion", {"completion_only_loss": False}),
-        ("conversational prompt/completion", {}),
+        pytest.param("prompt/completion", {"completion_only_loss": False}, marks=pytest.mark.slow),
+        pytest.param("conversational prompt/completion", {}, marks=pytest.mark.slow),
         ("messages", {"peft": LORA}),
         ("messages", {"gradient_checkpointing": False}),
-        ("text", {"remove_unused_columns": False}),  # by default this trainer drops that column beside images
+        # by default this trainer drops that column beside images
+        pytest.param("text", {"remove_unused_columns": False}, marks=pytest.mark.slow),
         ("messages", {"path": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "plain",
@@ -113,6 +114,7 @@ def test_sft_loss_falls(tmp_path, form, options):
     assert any("projector" in name for name in moved(before, made.model))
 
 
+@pytest.mark.slow
 def test_sft_single_image_column_and_rows_without_images(tmp_path):
     single = Dataset.from_dict(COLUMNS["messages"]() | {"image": [tiny.image(i) for i in range(COUNT)]})
     made = sft(*compose_tiny(["clip"]), tmp_path, data=single)
@@ -230,10 +232,9 @@ def test_sft_and_plain_trainer_agree_on_every_language_model(tmp_path, name):
 # ---- what training leaves behind
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_a_trained_model_generates_and_loads_back(tmp_path, name):
+def test_a_trained_model_generates_and_loads_back(tmp_path):
     """These trainers leave a `forward` of their own on the model, whose signature names no encoder."""
-    model, processor = compose_tiny(["clip"], tiny.llama() if name == "llama" else bloom())
+    model, processor = compose_tiny(["clip"])
     sft(model, processor, tmp_path, max_steps=1).train()
     model.eval()
     inputs = processor.apply_chat_template([asked({"type": "image", "image": tiny.image()})], tokenize=True, return_dict=True,
@@ -243,14 +244,6 @@ def test_a_trained_model_generates_and_loads_back(tmp_path, name):
     assert torch.equal(said, again.generate(**inputs, max_new_tokens=4, do_sample=False))
     with pytest.raises(ValueError, match=r"not used by the model: \['pixels'\]"):
         model.generate(**inputs, pixels=1, max_new_tokens=1)
-
-
-def bloom():
-    """A language model that takes no position ids."""
-    from transformers import BloomConfig, BloomForCausalLM
-
-    torch.manual_seed(0)
-    return BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=32, n_layer=1, n_head=2, pad_token_id=0)).eval()
 
 
 def test_adapters_inside_the_language_model_train(tmp_path):
@@ -274,7 +267,7 @@ def test_an_adapter_on_the_head_is_refused_where_it_would_never_train(tmp_path):
 # ---- DPO
 
 
-@pytest.mark.parametrize("reference", ["given", "path", "loaded", "adapters"])
+@pytest.mark.parametrize("reference", ["given", "path", pytest.param("loaded", marks=pytest.mark.slow), "adapters"])
 def test_two_steps_of_dpo(tmp_path, reference):
     """Without a reference model TRL loads one from where the model came from, or switches the adapters off."""
     model, processor = compose_tiny(["clip"])
