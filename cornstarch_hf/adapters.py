@@ -26,6 +26,11 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return model.get_base_model() if is_wrapped(model) else model
 
 
+def is_adapted(layer: nn.Module | None) -> bool:
+    """Whether a layer computes with adapters, so that its `weight` is not all of it."""
+    return isinstance(layer, _peft_class("BaseTunerLayer"))
+
+
 def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
     """JSON description of a wrapped part's adapters, None for a part that is not wrapped.
 
@@ -83,8 +88,8 @@ def _held(layer: Any, names: list[str]) -> list[str]:
 
 
 def _peft_class(name: str) -> Any:
-    """A class of peft by its name; an empty tuple, of which nothing is an instance, without peft."""
-    if is_peft_available():
+    """A class of peft by its name; an empty tuple, of which nothing is an instance, while peft is not imported."""
+    if is_peft_available() and "peft" in sys.modules:
         from peft.tuners import tuners_utils
         from peft.utils import other
 

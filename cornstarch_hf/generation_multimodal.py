@@ -41,6 +41,14 @@ class MultimodalGenerationMixin:
             inputs.setdefault("mm_encoder_outputs", features)
         return inputs
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As in transformers; the encoders' inputs are known even where `forward` was replaced.
+
+        Trainers that put their own `forward` on the instance copy the class's signature, which names no encoder.
+        """
+        _, known = self.signature_changes("forward")
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
+
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config
     ) -> dict[str, Any]:

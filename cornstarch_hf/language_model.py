@@ -3,11 +3,12 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from .adapters import unwrapped
+from .adapters import is_adapted, unwrapped
 from .merging import labels_to_predict
 from .towers import accepts, forward_parameters, takes_any_keyword
 
@@ -129,7 +130,18 @@ class Headless:
 
         Returns:
             the language model's backbone output: `last_hidden_state` ``(batch, length, hidden)``, ...
+
+        Raises:
+            ValueError: in training, a head with an adapter that trains: it is left out here, so it would not learn.
         """
+        head = self._model.get_output_embeddings()
+        trains = self._model.training and torch.is_grad_enabled()
+        if trains and is_adapted(head) and any(p.requires_grad for p in head.parameters()):
+            raise ValueError(
+                "The language model's head has an adapter that trains, but base_model runs without the head, and trainers "
+                "that use it multiply by the head's weight alone: leave the head out of target_modules, or train all of "
+                "it by modules_to_save."
+            )
         return self._model.forward_headless(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
+from .batches import MultimodalBatch
 from .chat import ConversationReader, chosen_template, is_batch, refuse_typed, render
 from .input_names import PROCESSOR_NAMES, keyword_for
 from .labelling import assistant_spans
@@ -68,7 +69,8 @@ class MultimodalProcessor(MultimodalProcessorBase):
                 single processors in ``{modality}_kwargs``, ``images_kwargs``, ``audio_kwargs``, ``text_kwargs``.
 
         Returns:
-            `BatchFeature` with `input_ids`, `attention_mask` ``(batch, length)`` and each encoder's inputs.
+            `BatchFeature` with `input_ids`, `attention_mask` ``(batch, length)`` and each encoder's inputs; `labels` put
+            into it become -100 on placeholders.
 
         Raises:
             TypeError: an unknown argument.
@@ -89,7 +91,8 @@ class MultimodalProcessor(MultimodalProcessorBase):
             data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
             tensors = {key: np.asarray(value) for key, value in tensors.items()}
-        return BatchFeature({**data, **tensors}, tensor_type=None)
+        ids = [self.config.modality(name)["token_id"] for name in self.tokens]
+        return MultimodalBatch({**data, **tensors}, placeholder_ids=ids)
 
     def _known_arguments(self) -> list[str]:
         names = [*self.config.encoders, *(f"{n}_kwargs" for n in self.config.encoders)]

@@ -1,17 +1,26 @@
 """Every example runs offline, in a fresh process, on models that it makes."""
 
+import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_python
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parent.parent / "hub_examples"
 
 
 def test_no_example_is_forgotten():
-    covered = {"compose_vlm", "llava_next_callbacks", "finetune_with_trainer", "quickstart", "tiny_models"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == covered
+    covered = {"compose_vlm", "llava_next_callbacks", "finetune_with_trainer", "quickstart", "train_in_stages"}
+    shared = {"tiny_models", "digits_and_tones"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == covered | shared
 
 
 def test_compose_vlm(tmp_path):
@@ -54,3 +63,59 @@ def test_quickstart_takes_ids(tmp_path):
         "runpy.run_path(quickstart.__file__, run_name='__main__')\n"
     )
     assert "accuracy on 4 held-out digits" in run_python(code, str(EXAMPLES), str(tmp_path))
+
+
+STAGES = (
+    "--steps",
+    "2",
+    "4",
+    "2",
+    "--part-steps",
+    "2",
+    "--save-steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--rows",
+    "24",
+    "--questions",
+    "4",
+)
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import train_in_stages as example
+
+class Killed(example.Trainer):
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 3 and "adapt" in self.args.output_dir:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(*args, **kwargs)
+
+example.Trainer = Killed
+example.main(sys.argv[2:])
+"""
+
+
+def test_stages_killed_inside_the_second_resume_to_the_same_weights(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    out = run_python(EXAMPLES / "train_in_stages.py", *STAGES, "--output-dir", str(whole))
+    assert len(re.findall(r"(composed|stage \d, \w+): \d+\.\d % of the held-out questions", out)) == 4
+    for name in ("parts", "0-composed", "1-align"):  # finished stages are skipped
+        shutil.copytree(whole / name, parts / name)
+    (parts / "1-align" / "accuracy.json").write_text(json.dumps({"accuracy": 0.123}))
+    command = [sys.executable, "-c", KILLED, str(EXAMPLES), *STAGES, "--output-dir", str(parts)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, capture_output=True, env=environment, timeout=300).returncode == -signal.SIGKILL
+    assert (parts / "2-adapt" / "checkpoint-2").exists() and not (parts / "2-adapt" / "model").exists()
+    out = run_python(EXAMPLES / "train_in_stages.py", *STAGES, "--output-dir", str(parts))
+    assert "stage 1, align: 12.3 %" in out and "stage 3, full" in out
+    history = json.loads((parts / "2-adapt" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
+    for stage in ("2-adapt", "3-full"):
+        found, expected = (load_file(f / stage / "model" / "model.safetensors") for f in (parts, whole))
+        assert found.keys() == expected.keys() and any("lora_" in name for name in found) == (stage == "2-adapt")
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    before = load_file(whole / "2-adapt" / "model" / "model.safetensors")
+    moved = {name.split(".")[1] for name in found if "encoder." in name and not torch.equal(found[name], before[name])}
+    assert moved == {"module", "projector"}
