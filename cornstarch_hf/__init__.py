@@ -9,8 +9,10 @@ from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
 from .registries import register_callback, register_feature_count, register_projector
+from .training import parameter_groups
 
 __all__ = [
+    "BatchMetrics",
     "ModalEncoderModule",
     "MultimodalCollator",
     "MultimodalConfig",
@@ -19,10 +21,20 @@ __all__ = [
     "MultimodalProjector",
     "MultimodalProjectorConfig",
     "compose",
+    "parameter_groups",
     "register_callback",
     "register_feature_count",
     "register_projector",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name == "BatchMetrics":  # Trainer's callbacks are slow to import, and few programs need them
+        from .batch_metrics import BatchMetrics
+
+        return BatchMetrics
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register_auto_classes()

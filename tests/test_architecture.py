@@ -21,7 +21,7 @@ ORDER = [
     {"checkpointing", "describing"},
     {"modeling_base", "generation_multimodal", "processing_base"},
     {"modeling_multimodal", "processing_multimodal"},
-    {"training", "collator", "assembly"},
+    {"training", "batch_metrics", "collator", "assembly"},
     {"auto"},
     {"__init__"},
 ]  # fmt: skip

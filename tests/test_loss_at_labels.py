@@ -97,7 +97,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def work(rank, folder):
     import test_loss_at_labels as t
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
     results = {}
     for key in t.LANGUAGE_MODELS:
@@ -113,6 +113,7 @@ def work(rank, folder):
         results[key] = len(found[0])
     if rank == 0:
         json.dump(results, open(f"{folder}/results.json", "w"))
+    dist.barrier()
     dist.destroy_process_group()
 
 if __name__ == "__main__":

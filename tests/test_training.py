@@ -7,10 +7,19 @@ import tiny
 import torch
 from datasets import Dataset
 from helpers import compose_tiny
+from peft import LoraConfig, get_peft_model
 from trainers import losses, rows, trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cornstarch_hf import MultimodalCollator, MultimodalModel
+from cornstarch_hf import MultimodalCollator, MultimodalModel, parameter_groups
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
 
 
 @pytest.fixture
@@ -83,10 +92,6 @@ def test_bf16(tmp_path, pair):
 
 
 def test_resumed_equals_uninterrupted(tmp_path):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = state.global_step == 2
-
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     model, processor = compose_tiny(["clip", "whisper"])
     model.freeze("vision_encoder.module")
@@ -95,7 +100,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
     model, processor = compose_tiny(["clip", "whisper"])
     model.freeze("vision_encoder.module")
     first = trainer(model, processor, tmp_path / "parts", **options)
-    first.add_callback(Stop())
+    first.add_callback(StopAfter(2))
     first.train()
     assert (tmp_path / "parts" / "checkpoint-2" / "model.safetensors").exists()
     fresh, processor = compose_tiny(["clip", "whisper"])
@@ -163,3 +168,85 @@ def test_one_step_of_trl_sft(tmp_path):
     processor.save_pretrained(tmp_path / "model")
     assert SFTTrainer(model=str(tmp_path / "model"), args=config, train_dataset=table).train().training_loss > 0
     assert seen and all(torch.tensor(losses(made)).isfinite())
+
+
+# ---- groups of parameters
+
+
+def grouped(model, rates, **options):
+    """``{name of a parameter: (learning rate, weight decay, part)}``"""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        names[id(p)]: (group["lr"], group["weight_decay"], group["name"])
+        for group in parameter_groups(model, rates, **options)
+        for p in group["params"]
+    }
+
+
+@pytest.mark.parametrize("wrap", [None, "inside", "outside"])
+def test_each_part_has_its_learning_rate(wrap):
+    outside = {"target_modules": r"language_model\..*q_proj", "modules_to_save": ["projector"]}
+    lora = LoraConfig(r=2, **(outside if wrap == "outside" else {"target_modules": ["q_proj"]}))
+    language_model = get_peft_model(tiny.llama(), lora) if wrap == "inside" else tiny.llama()
+    model, _ = compose_tiny(["clip", "whisper"], language_model)
+    model.freeze("vision_encoder.module", "audio_encoder.module")
+    whole = get_peft_model(model, lora) if wrap == "outside" else model
+    found = grouped(whole, {"projector": 1e-3, "language_model": 2e-5}, weight_decay=0.1)
+    assert set(found) == {name for name, p in whole.named_parameters() if p.requires_grad}
+    assert all(rate == (1e-3 if "projector" in name else 2e-5) for name, (rate, _, _) in found.items())
+    assert any("projector" in name for name in found) and any("language_model" in name for name in found)
+
+
+def test_weight_decay_is_that_of_trainer(tmp_path):
+    model, processor = compose_tiny(["clip", "whisper"])
+    found = grouped(model, {"*": 1.0}, weight_decay=0.1)
+    made = trainer(model, processor, tmp_path, weight_decay=0.1)
+    assert {name for name, (_, decay, _) in found.items() if decay} == set(made.get_decay_parameter_names(model)) & set(
+        found
+    )
+
+
+def test_the_smaller_part_counts_where_two_cover_a_parameter():
+    model, _ = compose_tiny(["clip"])
+    found = grouped(model, {"language_model": 1.0, "*": 2.0, "language_model.model.layers.1": 3.0, "embed_tokens": 4.0})
+    assert {rate for rate, _, _ in found.values()} == {1.0, 2.0, 3.0, 4.0}
+    assert found["language_model.model.layers.1.mlp.up_proj.weight"][0] == 3.0
+    assert found["language_model.model.embed_tokens.weight"][0] == 4.0
+    assert found["vision_encoder.projector.projection.weight"][0] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"projector": 1.0}, r"\d+ trainable parameters have no learning rate, vision_encoder.module\S+ first"),
+        ({"*": 1.0, "nothing": 2.0}, "nothing' names no part with parameters"),
+        ({"*": 1.0, "audio_encoder.module": 2.0}, "'audio_encoder.module': nothing in it trains"),
+        (
+            {"*": 1.0, "lm_head": 2.0, "language_model.lm_head": 3.0},
+            "'lm_head' and 'language_model.lm_head' name the same",
+        ),
+    ],
+)
+def test_groups_that_would_not_train_what_is_meant(rates, message):
+    model, _ = compose_tiny(["clip", "whisper"])
+    model.freeze("audio_encoder.module")
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(model, rates)
+
+
+def test_trainer_takes_the_groups_and_resumes(tmp_path):
+    found = []
+    for stop in (None, 1):
+        model, processor = compose_tiny(["clip", "whisper"])
+        for steps in (stop, 3):
+            if steps is None:
+                continue
+            model, processor = compose_tiny(["clip", "whisper"])
+            optimizer = torch.optim.AdamW(parameter_groups(model, {"projector": 1e-2, "*": 1e-4}))
+            options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear"}
+            made = trainer(model, processor, tmp_path / str(stop), optimizers=(optimizer, None), **options)
+            if steps == 1:
+                made.add_callback(StopAfter(1))
+            made.train(resume_from_checkpoint=steps == 3 and stop == 1)
+        found.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

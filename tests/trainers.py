@@ -31,7 +31,7 @@ class Rows(TorchDataset):
         return self.items[index]
 
 
-def trainer(model, processor, folder, items=None, **options):
+def trainer(model, processor, folder, items=None, optimizers=(None, None), **options):
     defaults = {"output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
                     "report_to": "none", "save_strategy": "no", "seed": 1, "use_cpu": True, "remove_unused_columns": False,
                     "disable_tqdm": True, "optim": "sgd", "lr_scheduler_type": "constant"}  # fmt: skip
@@ -39,7 +39,9 @@ def trainer(model, processor, folder, items=None, **options):
         model=model,
         args=TrainingArguments(**(defaults | options)),
         train_dataset=Rows(items or rows()),
+        eval_dataset=Rows(rows(2)),
         data_collator=MultimodalCollator(processor),
+        optimizers=optimizers,
     )
 
 
