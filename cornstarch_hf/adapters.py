@@ -1,5 +1,10 @@
-"""PEFT-wrapped parts: see through the wrapper, describe its adapters, wrap a rebuilt part again."""
+"""PEFT-wrapped parts: see through the wrapper, describe its adapters, wrap a rebuilt part again.
 
+peft is imported when adapters are made: it takes a second to import, and who has not imported it has no adapters.
+"""
+
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -8,15 +13,11 @@ from transformers.utils import is_peft_available
 
 from .module_specs import NotStorable, as_json
 
-if is_peft_available():
-    from peft import PeftModel, get_peft_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.tuners.tuners_utils import BaseTuner
-
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a model is a `peft.PeftModel`."""
-    return is_peft_available() and isinstance(model, PeftModel)
+    # Empty while peft is not imported, or not yet to its end: then there is no such model.
+    return isinstance(model, getattr(sys.modules.get("peft"), "PeftModel", ()))
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -34,7 +35,7 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
     if not is_wrapped(model):
         _refuse_injected(model, where)
         return None
-    if not isinstance(model.base_model, BaseTuner):
+    if not _is_tuned(model):
         raise ValueError(
             f"{where}: a checkpoint cannot hold {model.active_peft_config.peft_type} inside a part. Compose the plain "
             "model and wrap the composed one: get_peft_model(mllm, config)."
@@ -48,6 +49,15 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
         raise ValueError(f"{error}: give the adapter configuration JSON values.") from error
     active = model.active_adapters
     return {"configs": configs, "active": list(active), "class": type(model).__name__}
+
+
+def _is_tuned(model: Any) -> bool:
+    """Whether the adapters of a wrapped part lie in its layers, and are no prompt before them."""
+    if is_peft_available():
+        from peft.tuners.tuners_utils import BaseTuner
+
+        return isinstance(model.base_model, BaseTuner)
+    return False
 
 
 def _plain(value: Any) -> Any:
@@ -81,9 +91,12 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     """
     if not described:
         return model
-    if not is_peft_available():
+    if is_peft_available():
+        from peft import get_peft_model
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
+    else:
         raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
-    configs = {name: _config(values, where) for name, values in described["configs"].items()}
+    configs = {name: _config(values, where, known) for name, values in described["configs"].items()}
     names = list(configs)
     wrapped = get_peft_model(model, configs[names[0]], adapter_name=names[0])
     for name in names[1:]:
@@ -96,15 +109,11 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     return wrapped
 
 
-def _config(values: dict[str, Any], where: str):
+def _config(values: dict[str, Any], where: str, known: Mapping[Any, Any]):
     kind = values.get("peft_type")
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(
-            f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(PEFT_TYPE_TO_CONFIG_MAPPING)}."
-        )
-    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](
-        **{k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
-    )
+    if kind not in known:
+        raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(known)}.")
+    return known[kind](**{k: v for k, v in values.items() if k not in ("peft_type", "peft_version")})
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:

@@ -416,7 +416,7 @@ def test_import_and_describe_in_a_fresh_process(capsys, pair):
     assert capsys.readouterr().out.strip() == text.strip()
     for word in ("CLIPVisionModel", "WhisperEncoder", "LlamaForCausalLM", "<image>", "39,072"):
         assert word in text
-    run_python("import sys\nimport cornstarch_hf\nassert 'trl' not in sys.modules\n")
+    run_python("import sys\nimport cornstarch_hf\nassert not {'bitsandbytes', 'peft', 'trl'} & set(sys.modules)\n")
 
 
 def test_compiles_without_graph_breaks(pair):
