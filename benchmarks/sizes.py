@@ -89,7 +89,7 @@ QUICK = Sizes(
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
     },
-    vocabularies=(400, 800),
+    vocabularies=(400,),
     batch=2,
     text_tokens=8,
     labelled=4,
