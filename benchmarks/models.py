@@ -52,16 +52,16 @@ def image_token(vocabulary: int) -> int:
 def build_native(sizes: Sizes, vocabulary: int) -> LlavaForConditionalGeneration:
     """A native LLaVA with random weights, the same in each process."""
     torch.manual_seed(0)
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **sizes.vision},
-        text_config=LlamaConfig(vocab_size=vocabulary, **special, **sizes.text).to_dict(),
-        image_token_id=image_token(vocabulary),
-        image_seq_length=sizes.image_tokens,
-        vision_feature_layer=LAYER,
-        vision_feature_select_strategy="default",
-    )
-    return LlavaForConditionalGeneration(config).eval()
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    options: dict[str, Any] = {
+        "vision_config": {"model_type": "clip_vision_model", **sizes.vision},
+        "text_config": LlamaConfig(vocab_size=vocabulary, **special, **sizes.text).to_dict(),
+        "image_token_id": image_token(vocabulary),
+        "image_seq_length": sizes.image_tokens,
+        "vision_feature_layer": LAYER,
+        "vision_feature_select_strategy": "default",
+    }
+    return LlavaForConditionalGeneration(LlavaConfig(**options)).eval()
 
 
 def compose_parts_of(native: LlavaForConditionalGeneration) -> MultimodalModel:

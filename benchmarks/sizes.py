@@ -18,6 +18,8 @@ class Sizes:
         pairs: how often each of the two models is timed, by measurement.
         new_tokens: tokens that are decoded.
         memory_vocabularies: those at which peak memory is taken.
+        memory_modes: what trains in these steps.
+        allocators: how memory is freed in them, names of `memory.ALLOCATORS`.
         image: width and height of the processor's images in pixels.
         judged: whether results are held against the targets.
     """
@@ -32,6 +34,7 @@ class Sizes:
     new_tokens: int
     memory_vocabularies: tuple[int, ...]
     memory_modes: tuple[str, ...]
+    allocators: tuple[str, ...]
     image: tuple[int, int]
     judged: bool
 
@@ -63,10 +66,11 @@ FULL = Sizes(
     batch=2,
     text_tokens=64,
     labelled=32,
-    pairs={"import": 7, "memory": 1, "forward": 7, "train": 5, "generate": 5, "processor": 15, "save": 5, "load": 5},
+    pairs={"import": 5, "memory": 1, "forward": 5, "train": 5, "generate": 5, "processor": 15, "save": 7, "load": 15},
     new_tokens=64,
     memory_vocabularies=(32_000, 128_256),
     memory_modes=("projector", "all"),
+    allocators=("", ", freed memory returned"),
     image=(640, 480),
     judged=True,
 )
@@ -97,6 +101,7 @@ QUICK = Sizes(
     new_tokens=4,
     memory_vocabularies=(400,),
     memory_modes=("projector",),
+    allocators=("",),
     image=(40, 30),
     judged=False,
 )
