@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from .children import ROOT
@@ -16,7 +16,9 @@ from .results import Result
 
 HEADER = ("measurement", "native", "ours", "ours / native (min-max)", "native / ours", "target", "met")
 PACKAGES = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "pillow")
-BETTER, WORSE, BOUND = "#2a78b5", "#c2571a", "#333333"
+BETTER, SAME, WORSE, BOUND = "#2a78b5", "#9aa5ad", "#c2571a", "#333333"
+EQUAL = 0.03  # what differs by less is drawn in grey
+WIDEST = 1.5  # end of the plot's axis
 
 
 def environment(started_load: float) -> dict[str, Any]:
@@ -87,29 +89,43 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Ratios of ours to native with their range, a line at 1, and a mark at each target."""
+    """Ratios of ours to native with the middle half of their samples, a line at 1, and a mark at each target."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.36 * len(results)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 1.4 + 0.3 * len(results)), layout="constrained")
     for place, result in enumerate(results):
-        color = BETTER if result.ratio <= 1 else WORSE
-        axes.barh(place, result.ratio, height=0.62, color=color)
-        axes.plot([min(result.ratios), max(result.ratios)], [place, place], color=BOUND, linewidth=1.2)
+        low, high = _middle_half(result.ratios)
+        axes.barh(place, result.ratio, height=0.62, color=_color(result.ratio))
+        axes.plot([low, high], [place, place], color=BOUND, linewidth=1.2)
         if result.target is not None:
             bound = result.target.at_most or 1 / (result.target.at_least or 1)
             axes.plot([bound] * 2, [place - 0.4, place + 0.4], color=BOUND, linewidth=2.2)
-        axes.text(max(result.ratio, *result.ratios) + 0.015, place, f"{result.ratio:.2f}", va="center", fontsize=8)
+        axes.text(WIDEST + 0.02, place, f"{result.ratio:.2f}", va="center", fontsize=8)
     axes.axvline(1, color=BOUND, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(results)), [result.name for result in results], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 0.12 + max(max(1.0, *result.ratios) for result in results))
-    axes.set_xlabel("cost of ours / cost of native: below 1 ours is better (bar: median, line: range, mark: target)")
+    axes.set_ylim(len(results) - 0.4, -0.6)
+    axes.set_xlim(0, WIDEST)
+    axes.set_title("cost of ours / cost of native: below 1 ours is better", fontsize=10, loc="left")
+    axes.set_xlabel("bar: median; thin line: middle half of the pairs; thick mark: target", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _color(ratio: float) -> str:
+    if abs(ratio - 1) <= EQUAL:
+        return SAME
+    return BETTER if ratio < 1 else WORSE
+
+
+def _middle_half(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def write(results: Sequence[Result], about: dict[str, Any], folder: Path) -> str:
