@@ -47,8 +47,48 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
         }
     except NotStorable as error:
         raise ValueError(f"{error}: give the adapter configuration JSON values.") from error
-    active = model.active_adapters
-    return {"configs": configs, "active": list(active), "class": type(model).__name__}
+    described = {"configs": configs, "active": list(model.active_adapters), "class": type(model).__name__}
+    return described | _layer_state(model, where)
+
+
+def _layer_state(model: Any, where: str) -> dict[str, Any]:
+    """Which adapters are merged into the weights at the moment, and whether they are switched off; {} for neither.
+
+    Raises:
+        ValueError: layers that differ in it, which a checkpoint cannot say.
+    """
+    layers = _tuner_layers(model)
+    merged = max((list(layer.merged_adapters) for layer in layers), key=len, default=[])
+    for layer in layers:
+        if layer.merged_adapters != _held(layer, merged):
+            raise ValueError(
+                f"{where}: some layers have the adapters {merged} merged into their weights and others "
+                f"{layer.merged_adapters}: merge or unmerge all of them."
+            )
+    off = [layer.disable_adapters for layer in layers]
+    if any(off) and not all(off):
+        raise ValueError(f"{where}: the adapters of {sum(off)} of {len(off)} layers are disabled: disable all or none.")
+    return ({"merged": merged} if merged else {}) | ({"disabled": True} if any(off) else {})
+
+
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _held(layer: Any, names: list[str]) -> list[str]:
+    """Those of the adapters that a layer has."""
+    return [name for name in names if name in layer._get_available_adapters()]
+
+
+def _is_tuned(model: Any) -> bool:
+    """Whether the adapters of a wrapped part lie in its layers, and are no prompt before them."""
+    if is_peft_available():
+        from peft.tuners.tuners_utils import BaseTuner
+
+        return isinstance(model.base_model, BaseTuner)
+    return False
 
 
 def _is_tuned(model: Any) -> bool:
@@ -82,6 +122,52 @@ def _refuse_injected(model: nn.Module, where: str) -> None:
         )
 
 
+def check_all_kept(model: nn.Module) -> None:
+    """Refuse to train, under adapters around the whole model, what would not be saved with them.
+
+    PEFT saves the adapters, and modules in `modules_to_save`; whatever else trains would be lost on reload, a projector
+    above all.  Over a part that has adapters already, PEFT leaves everything else trainable as it was.
+
+    Args:
+        model: a composed model, perhaps with adapters around it (`get_peft_model(model)`, `model.add_adapter`).
+
+    Raises:
+        ValueError: with the first of the parameters and their number.
+    """
+    configs = model.__dict__.get("peft_config")
+    if not configs or "peft" not in sys.modules:
+        return
+    lost = [name for name in _outside_adapters(model) if not _kept_bias(name, configs)]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} parameters train ({lost[0]} first) that are not saved with the adapters around this model: name "
+            'their modules in the adapter configuration, e.g. modules_to_save=["projector"], or freeze them before wrapping: '
+            'model.freeze("vision_encoder.module", ...).'
+        )
+
+
+def _outside_adapters(model: nn.Module) -> list[str]:
+    """Trainable parameters that belong to no adapter, and to no copy that `modules_to_save` made."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers: list[Any] = _tuner_layers(model)
+    layers += [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+
+
+def _wrapped_module(layer: Any) -> nn.Module:
+    """What an adapter layer wraps; inside of it there may be another one."""
+    inner = getattr(layer, "original_module", None)
+    inner = layer.get_base_layer() if inner is None and hasattr(layer, "get_base_layer") else inner
+    return inner if isinstance(inner, nn.Module) else nn.Module()
+
+
+def _kept_bias(name: str, configs: dict[str, Any]) -> bool:
+    return name.endswith("bias") and any(getattr(config, "bias", "none") != "none" for config in configs.values())
+
+
 def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: str) -> nn.Module:
     """Wrap a rebuilt part in the adapters that `describe_adapters` described; weights are loaded afterwards.
 
@@ -106,6 +192,10 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
         wrapped.base_model.set_adapter(active)
         if len(active) == 1:
             wrapped.set_adapter(active[0])
+    for layer in _tuner_layers(wrapped) if described.get("merged") else ():  # the weights that follow are merged ones
+        layer.merged_adapters.extend(_held(layer, described["merged"]))
+    if described.get("disabled"):
+        wrapped.base_model.disable_adapter_layers()
     return wrapped
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .adapters import unwrapped
+from .adapters import check_all_kept, unwrapped
 from .checkpointing import (
     cast_buffers,
     check_rebuildable,
@@ -222,12 +222,14 @@ class MultimodalPreTrainedModel(PreTrainedModel):
             the model.
 
         Raises:
-            ValueError: an encoder that the model does not have, or a value that is no pair.
+            ValueError: an encoder that the model does not have, or a value that is no pair; parameters that train but
+                would not be saved with the adapters around the model.
         """
         if encoders_mode is not None or llm_mode is not None:
             self._set_modes(encoders_mode, llm_mode)
         super().train(mode)
         if mode:
+            check_all_kept(self)
             keep_frozen_in_eval(self._parts())
         return self
 
@@ -277,6 +279,8 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         cast_buffers(model, model.config.part_dtypes, model.dtype)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return loaded  # a folder of adapters, in which PEFT decides what trains
         if frozen := restore_frozen(model, model.config.frozen):
             logger.warning(
                 "%d of the loaded parameter tensors are frozen, as they were when saved (%s). unfreeze() trains all.",
