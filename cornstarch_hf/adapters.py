@@ -91,15 +91,6 @@ def _is_tuned(model: Any) -> bool:
     return False
 
 
-def _is_tuned(model: Any) -> bool:
-    """Whether the adapters of a wrapped part lie in its layers, and are no prompt before them."""
-    if is_peft_available():
-        from peft.tuners.tuners_utils import BaseTuner
-
-        return isinstance(model.base_model, BaseTuner)
-    return False
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {
