@@ -1,0 +1,1 @@
+"""Measured comparisons with a native model of equal weights; ``python -m benchmarks.run`` takes them all."""
