@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import adapter_buffers, check_buffers_restorable, check_not_merged, restore_token_rows
 from .callbacks import check_callbacks_storable
 from .composition import record_adapters
 from .configuration_multimodal import MultimodalConfig
@@ -31,6 +32,11 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
     for name, encoder in encoders.items():
         check_storable(encoder.projector, f"{name}_encoder.projector")
         config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+    for where, part in {
+        "language_model": language_model,
+        **{f"{n}_encoder.module": e.module for n, e in encoders.items()},
+    }.items():
+        check_not_merged(part, where)
     record_adapters(config, encoders, language_model)
     config.frozen = frozen_patterns(model) or None
     config.part_dtypes = dtypes_by_pattern(model, first_dtype(language_model))
@@ -93,6 +99,18 @@ def cast_buffers(model: nn.Module, part_dtypes: dict[str, Any] | None, main: tor
             module._buffers[key] = module.get_buffer(key).to(getattr(torch, dtype))
 
 
+def restore_adapter_buffers(model: PreTrainedModel) -> None:
+    """Fill the buffers of adapters that no checkpoint holds, which loading leaves empty (in place)."""
+    empty = adapter_buffers(model)
+    if empty:
+        with without_weights():
+            again = type(model)(copy.deepcopy(model.config))
+        for name, made in adapter_buffers(again).items():
+            if not made.is_meta:
+                empty[name].copy_(made)
+    restore_token_rows(model)
+
+
 def check_rebuildable(model: PreTrainedModel) -> None:
     """Build the model again from its configuration, on the meta device, and compare names and shapes of its weights.
 
@@ -103,6 +121,7 @@ def check_rebuildable(model: PreTrainedModel) -> None:
         return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
     with without_weights():
         again = type(model)(copy.deepcopy(model.config))
+    check_buffers_restorable(again)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     got = {name: tuple(t.shape) for name, t in again.state_dict().items() if isinstance(t, torch.Tensor)}
     ignored = model._keys_to_ignore_on_save or set()

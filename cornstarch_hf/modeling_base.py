@@ -9,13 +9,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .adapters import unwrapped
+from .adapters import shared_by_adapters, unwrapped
 from .checkpointing import (
     cast_buffers,
     check_rebuildable,
     dtype_plan,
     first_dtype,
     remove_stale_weights,
+    restore_adapter_buffers,
     sync_config,
     weight_files,
 )
@@ -106,6 +107,10 @@ class MultimodalPreTrainedModel(PreTrainedModel):
             setattr(self, key, values)
         self.all_tied_weights_keys = gathered_ties(self)
         super().init_weights()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Tied weights of all parts by names that exist, adapters in front of them or not."""
+        return gathered_ties(self) if all_submodels else {}
 
     def initialize_weights(self) -> None:
         """Initialise what was not loaded, each part as its own class does.
@@ -259,6 +264,9 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         if not adapters_only:
             sync_config(self, self.config, self.encoders, self.language_model)
             check_rebuildable(self)
+            # Adapters may have come or gone; saving reads `_tied_weights_keys`, loading the other one.
+            self.all_tied_weights_keys = gathered_ties(self)
+            self._tied_weights_keys = shared_by_adapters(self) | self.all_tied_weights_keys
         elif not (self.name_or_path or self._saved):
             raise ValueError(
                 "After add_adapter only the adapters are saved, but the model below them was never saved, so its projectors "
@@ -276,6 +284,7 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        restore_adapter_buffers(model)
         cast_buffers(model, model.config.part_dtypes, model.dtype)
         if frozen := restore_frozen(model, model.config.frozen):
             logger.warning(

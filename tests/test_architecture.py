@@ -13,8 +13,8 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
      "placeholder_text", "media", "forward_signature"},
-    {"configuration_multimodal", "adapters", "chat", "callbacks", "subprocessors", "gathering"},
-    {"projectors", "towers", "classes"},
+    {"configuration_multimodal", "adapters", "chat", "callbacks", "subprocessors"},
+    {"gathering", "projectors", "towers", "classes"},
     {"encoders", "tokens"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},
