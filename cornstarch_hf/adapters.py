@@ -7,12 +7,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from .module_specs import NotStorable, as_json
+from .shape_probe import without_weights
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -46,6 +46,11 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
             f"{where}: a checkpoint cannot hold {model.active_peft_config.peft_type} inside a part. Compose the plain "
             "model and wrap the composed one: get_peft_model(mllm, config)."
         )
+    if any(getattr(config, "layer_replication", None) for config in model.peft_config.values()):
+        raise ValueError(
+            f"{where}: a checkpoint cannot hold layer_replication, which changes the layers of the part itself. Use an adapter "
+            "configuration without it, or merge_and_unload() before composing."
+        )
     try:
         configs = {
             name: as_json(_plain(config.to_dict()), f"{where}: the adapter {name!r}")
@@ -63,7 +68,7 @@ def _layer_state(model: Any, where: str) -> dict[str, Any]:
     Raises:
         ValueError: layers that differ in it, which a checkpoint cannot say.
     """
-    layers = _tuner_layers(model)
+    layers = tuner_layers(model)
     merged = max((list(layer.merged_adapters) for layer in layers), key=len, default=[])
     for layer in layers:
         if layer.merged_adapters != _held(layer, merged):
@@ -71,13 +76,19 @@ def _layer_state(model: Any, where: str) -> dict[str, Any]:
                 f"{where}: some layers have the adapters {merged} merged into their weights and others "
                 f"{layer.merged_adapters}: merge or unmerge all of them."
             )
+    if merged and any(hasattr(layer, "trainable_tokens_original") for layer in layers):
+        raise ValueError(
+            f"{where}: the adapters {merged} are merged, and a checkpoint would not hold the rows of single tokens "
+            "(trainable_token_indices) that they replaced: call unmerge_adapter() before saving, or merge_and_unload()."
+        )
     off = [layer.disable_adapters for layer in layers]
     if any(off) and not all(off):
         raise ValueError(f"{where}: the adapters of {sum(off)} of {len(off)} layers are disabled: disable all or none.")
     return ({"merged": merged} if merged else {}) | ({"disabled": True} if any(off) else {})
 
 
-def _tuner_layers(model: nn.Module) -> list[Any]:
+def tuner_layers(model: nn.Module) -> list[Any]:
+    """The layers of a model that hold adapters."""
     kind = _peft_class("BaseTunerLayer")
     return [module for module in model.modules() if isinstance(module, kind)]
 
@@ -178,25 +189,49 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     if not described:
         return model
     if is_peft_available():
-        from peft import get_peft_model
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
     else:
         raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
     configs = {name: _config(values, where, known) for name, values in described["configs"].items()}
     names = list(configs)
-    wrapped = get_peft_model(model, configs[names[0]], adapter_name=names[0])
-    for name in names[1:]:
-        wrapped.add_adapter(name, configs[name])
+    if any(p.is_meta for p in model.parameters()):
+        wrapped = _wrapped_on_meta(model, configs, where)
+    else:
+        wrapped = _wrapped(model, configs)
     active = described.get("active") or names[:1]
     if active != list(wrapped.active_adapters):
         wrapped.base_model.set_adapter(active)
         if len(active) == 1:
             wrapped.set_adapter(active[0])
-    for layer in _tuner_layers(wrapped) if described.get("merged") else ():  # the weights that follow are merged ones
+    for layer in tuner_layers(wrapped) if described.get("merged") else ():  # the weights that follow are merged ones
         layer.merged_adapters.extend(_held(layer, described["merged"]))
     if described.get("disabled"):
         wrapped.base_model.disable_adapter_layers()
     return wrapped
+
+
+def _wrapped(model: PreTrainedModel, configs: dict[str, Any]) -> Any:
+    if is_peft_available():
+        from peft import get_peft_model
+    first, *others = configs
+    wrapped = get_peft_model(model, configs[first], adapter_name=first)
+    for name in others:
+        wrapped.add_adapter(name, configs[name])
+    return wrapped
+
+
+def _wrapped_on_meta(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
+    """Wrap a part that has no weights yet: so have its adapters, while the tables that they compute are real."""
+    try:
+        with without_weights():
+            return _wrapped(model, configs)
+    except RuntimeError as error:
+        kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
+        raise ValueError(
+            f"{where}: PEFT cannot build adapters of type {kinds} before the weights are there, as loading does "
+            f"({type(error).__name__}: {str(error)[:120]}). Use merge_and_unload() on the part before saving, or wrap the "
+            "composed model: get_peft_model(mllm, config)."
+        ) from error
 
 
 def _config(values: dict[str, Any], where: str, known: Mapping[Any, Any]):
@@ -204,37 +239,6 @@ def _config(values: dict[str, Any], where: str, known: Mapping[Any, Any]):
     if kind not in known:
         raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(known)}.")
     return known[kind](**{k: v for k, v in values.items() if k not in ("peft_type", "peft_version")})
-
-
-def wrapped_parts(model: nn.Module) -> list[tuple[str, Any]]:
-    """The PEFT wrappers inside a model, with their dotted names."""
-    return [(name, module) for name, module in model.named_modules() if is_wrapped(module)]
-
-
-def adapter_tensor_names(model: nn.Module) -> set[str]:
-    """Names of all parameters and buffers of a wrapped part that belong to its adapters."""
-    layers = _tuner_layers(model)
-    inside = {id(t) for layer in layers for t in (*layer.parameters(), *layer.buffers())}
-    inside -= {id(t) for x in layers for t in (*_wrapped_module(x).parameters(), *_wrapped_module(x).buffers())}
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name for name, tensor in tensors if id(tensor) in inside}
-
-
-def restore_original_tokens(model: nn.Module) -> None:
-    """Give layers that train single tokens the rows they replaced, which they keep for unmerging and never save."""
-    for layer in (module for _, part in wrapped_parts(model) for module in _tuner_layers(part)):
-        for name, kept in getattr(layer, "trainable_tokens_original", {}).items():
-            if name not in layer.merged_adapters:
-                indices = torch.tensor(layer.token_indices[name], device=kept.device)
-                kept.copy_(layer.get_base_layer().weight.detach()[indices])
-
-
-def shared_tensors(model: nn.Module) -> dict[str, list[str]]:
-    """Names under which one tensor is saved several times, by the first of them."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    return {group[0]: group for group in names.values() if len(group) > 1}
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapters import adapter_tensor_names, shared_tensors, unwrapped, wrapped_parts
+from .adapter_tensors import adapter_buffers, check_buffers_restorable, restore_token_rows
+from .adapters import unwrapped
 from .callbacks import check_callbacks_storable
 from .composition import record_adapters
 from .configuration_multimodal import MultimodalConfig
@@ -95,25 +96,29 @@ def cast_buffers(model: nn.Module, part_dtypes: dict[str, Any] | None, main: tor
             module._buffers[key] = module.get_buffer(key).to(getattr(torch, dtype))
 
 
+def restore_adapter_buffers(model: PreTrainedModel) -> None:
+    """Fill the buffers of adapters that no checkpoint holds, which loading leaves empty (in place)."""
+    empty = adapter_buffers(model)
+    if empty:
+        with without_weights():
+            again = type(model)(copy.deepcopy(model.config))
+        for name, made in adapter_buffers(again).items():
+            if not made.is_meta:
+                empty[name].copy_(made)
+    restore_token_rows(model)
+
+
 def check_rebuildable(model: PreTrainedModel) -> None:
     """Build the model again from its configuration, on the meta device, and compare names and shapes of its weights.
 
     Raises:
         ValueError: the checkpoint would not load as this model; names the first differing weights.
     """
-    check_quantized(model)
     if getattr(model, "hf_quantizer", None) is not None or any(hasattr(p, "ds_id") for p in model.parameters()):
         return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
-    check_adapter_tensors(model)
-    try:
-        # Loading makes adapters on the meta device; parts without any can be built faster.
-        with torch.random.fork_rng(), torch.device("meta") if model.config.adapters else without_weights():
-            again = type(model)(copy.deepcopy(model.config))
-    except RuntimeError as error:  # what torch raises where code wants the values of weights that are not there
-        raise ValueError(
-            f"This model cannot be saved so that it loads again: building it without its weights fails ({error}), perhaps "
-            "by a type of adapters that computes with them. Call merge_and_unload() on the part that has them."
-        ) from error
+    with without_weights():
+        again = type(model)(copy.deepcopy(model.config))
+    check_buffers_restorable(again)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     got = {name: tuple(t.shape) for name, t in again.state_dict().items() if isinstance(t, torch.Tensor)}
     ignored = model._keys_to_ignore_on_save or set()
@@ -146,26 +151,6 @@ def check_quantized(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"{name} holds 4-bit weights in the form that bitsandbytes made for inference on a CPU, from which saving "
                 "would not give them back exactly: save before running the model, or save the adapters alone."
-            )
-
-
-def check_adapter_tensors(model: PreTrainedModel) -> None:
-    """Refuse adapters inside parts whose tensors a checkpoint cannot hold or loading would not make again.
-
-    Raises:
-        ValueError: tensors shared between layers; buffers that are computed when adapters are made, and never saved.
-    """
-    for where, part in wrapped_parts(model):
-        saved = part.state_dict()
-        made = [name for name, _ in part.named_buffers() if name not in saved and name in adapter_tensor_names(part)]
-        made = [name for name in made if "trainable_tokens_original" not in name]  # see restore_original_tokens
-        ties = [name for name, names in shared_tensors(part).items() if adapter_tensor_names(part) & set(names)]
-        if made or ties:
-            kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in part.peft_config.values()})
-            what = f"computes {made[0]} when it is made" if made else f"shares {ties[0]} between layers"
-            raise ValueError(
-                f"{where}: adapters of type {kinds} inside a part cannot be saved with it, the method {what}. Wrap the "
-                "composed model instead, get_peft_model(mllm, config), or call merge_and_unload() on the part."
             )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapter_tensors import current_name, shared_by_adapters
+
 SETS = ("_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 PATTERN_SETS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
 PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
@@ -39,11 +41,12 @@ def gathered_sets(module: nn.Module) -> dict[str, set[str]]:
 def gathered_ties(module: nn.Module) -> dict[str, str]:
     """Tied weights of all parts, ``{target: source}``, by names that the whole model has."""
     names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    ties = {}
+    ties = {to: of for to, of in shared_by_adapters(module).items() if to in names}
     for prefix, model in nearest_models(module):
         for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            if {f"{prefix}.{target}", f"{prefix}.{source}"} <= names:
-                ties[f"{prefix}.{target}"] = f"{prefix}.{source}"
+            to, of = current_name(module, f"{prefix}.{target}"), current_name(module, f"{prefix}.{source}")
+            if {to, of} <= names and ties.get(of) != to:
+                ties[to] = of
     return ties
 
 

@@ -9,13 +9,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .adapters import check_all_kept, restore_original_tokens, unwrapped
+from .adapter_tensors import shared_by_adapters
+from .adapters import check_all_kept, unwrapped
 from .checkpointing import (
     cast_buffers,
+    check_quantized,
     check_rebuildable,
     dtype_plan,
     first_dtype,
     remove_stale_weights,
+    restore_adapter_buffers,
     sync_config,
     weight_files,
 )
@@ -108,6 +111,10 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules |= self._projector_names()
         self.all_tied_weights_keys = gathered_ties(self)
         super().init_weights()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Tied weights of all parts by names that exist, adapters in front of them or not."""
+        return gathered_ties(self) if all_submodels else {}
 
     def initialize_weights(self) -> None:
         """Initialise what was not loaded, each part as its own class does.
@@ -261,8 +268,12 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         """
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
         if not adapters_only:
+            check_quantized(self)  # before anything asks for the state: bitsandbytes changes 4-bit weights then
             sync_config(self, self.config, self.encoders, self.language_model)
             check_rebuildable(self)
+            # Adapters may have come or gone; saving reads `_tied_weights_keys`, loading the other one.
+            self.all_tied_weights_keys = gathered_ties(self)
+            self._tied_weights_keys = shared_by_adapters(self) | self.all_tied_weights_keys
         elif not (self.name_or_path or self._saved):
             raise ValueError(
                 "After add_adapter only the adapters are saved, but the model below them was never saved, so its projectors "
@@ -280,8 +291,8 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        restore_adapter_buffers(model)
         cast_buffers(model, model.config.part_dtypes, model.dtype)
-        restore_original_tokens(model)
         if getattr(model, "_hf_peft_config_loaded", False):
             return loaded  # a folder of adapters, in which PEFT decides what trains
         if frozen := restore_frozen(model, model.config.frozen):

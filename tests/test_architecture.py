@@ -13,10 +13,10 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
      "placeholder_text", "media", "forward_signature", "heads", "grids"},
-    {"configuration_projector", "reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "gathering", "truncation"},
+    {"configuration_projector", "reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation"},
     {"configuration_multimodal", "window_reductions", "resampler"},
-    {"projectors", "towers", "classes", "labelling"},
-    {"encoders", "tokens"},
+    {"projectors", "towers", "classes", "labelling", "adapter_tensors"},
+    {"encoders", "tokens", "gathering"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},
     {"checkpointing", "describing"},
