@@ -126,12 +126,25 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse_injected(model: nn.Module, where: str) -> None:
-    if not is_peft_available() or getattr(model, "_hf_peft_config_loaded", False):
-        return
-    if getattr(model, "peft_config", None):
+    if tuner_layers(model):
         raise ValueError(
             f"{where} has adapters injected without a wrapper, which cannot be restored from a checkpoint: wrap the "
-            "part with get_peft_model(part, config) before composing."
+            "part with get_peft_model(part, config) instead of add_adapter or inject_adapter_in_model."
+        )
+
+
+def check_no_wrapped_part(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    """Refuse adapters around a model whose parts have their own: PEFT would freeze nothing of the rest then.
+
+    Raises:
+        ValueError: names the wrapped parts and both remedies.
+    """
+    if wrapped := sorted(name for name, part in parts.items() if is_wrapped(part)):
+        raise ValueError(
+            f"{wrapped} of this {type(model).__name__} are wrapped by PEFT already, and adapters around the whole would leave "
+            "the rest trainable without saving it. Build the model again, and either add an adapter to a part, "
+            "model.language_model.add_adapter(name, config), or merge the parts first, "
+            "model.language_model = model.language_model.merge_and_unload()."
         )
 
 
@@ -139,7 +152,7 @@ def check_all_kept(model: nn.Module) -> None:
     """Refuse to train, under adapters around the whole model, what would not be saved with them.
 
     PEFT saves the adapters, and modules in `modules_to_save`; whatever else trains would be lost on reload, a projector
-    above all.  Over a part that has adapters already, PEFT leaves everything else trainable as it was.
+    above all.
 
     Args:
         model: a composed model, perhaps with adapters around it (`get_peft_model(model)`, `model.add_adapter`).
@@ -147,7 +160,7 @@ def check_all_kept(model: nn.Module) -> None:
     Raises:
         ValueError: with the first of the parameters and their number.
     """
-    configs = model.__dict__.get("peft_config")
+    configs = getattr(model, "peft_config", None)
     if not configs or "peft" not in sys.modules:
         return
     lost = [name for name in _outside_adapters(model) if not _kept_bias(name, configs)]
@@ -214,9 +227,10 @@ def _wrapped(model: PreTrainedModel, configs: dict[str, Any]) -> Any:
     if is_peft_available():
         from peft import get_peft_model
     first, *others = configs
-    wrapped = get_peft_model(model, configs[first], adapter_name=first)
+    # In the part's dtype: which adapters are in another one is told by the names of their weights.
+    wrapped = get_peft_model(model, configs[first], adapter_name=first, autocast_adapter_dtype=False)
     for name in others:
-        wrapped.add_adapter(name, configs[name])
+        wrapped.add_adapter(name, configs[name], autocast_adapter_dtype=False)
     return wrapped
 
 

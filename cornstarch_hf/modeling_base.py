@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .adapter_tensors import shared_by_adapters
-from .adapters import check_all_kept, unwrapped
+from .adapters import check_all_kept, check_no_wrapped_part, unwrapped
 from .checkpointing import (
     cast_buffers,
     check_quantized,
@@ -255,6 +255,34 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         if llm_mode is not None:
             set_part_trainable(self.language_model, bool(llm_mode))
         self.config.frozen = frozen_patterns(self) or None
+
+    # ---- adapters around the whole
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configurations of adapters around the whole model, by name; there is none before one is added."""
+        if "_whole_peft_config" not in self.__dict__:
+            raise AttributeError("peft_config")
+        return self.__dict__["_whole_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        check_no_wrapped_part(self, self._parts())  # `get_peft_model` sets this
+        self.__dict__["_whole_peft_config"] = configs
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_whole_peft_config", None)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; ValueError where a part has adapters of its own."""
+        check_no_wrapped_part(self, self._parts())
+        super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; ValueError where a part has adapters of its own."""
+        check_no_wrapped_part(self, self._parts())
+        return super().load_adapter(*args, **kwargs)
 
     # ---- saving and loading
 

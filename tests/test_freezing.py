@@ -142,3 +142,70 @@ def test_no_gradient_is_computed_for_frozen_parts(model):
     model(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8), labels=ids).loss.backward()
     with_gradient = [n for n, p in model.named_parameters() if p.grad is not None]
     assert with_gradient == [f"vision_encoder.projector.projection.{k}" for k in ("weight", "bias")]
+
+
+def saved_for_backward(model, batch):
+    """Bytes of the tensors that a forward pass keeps for the backward pass, weights not counted: all of them, and those
+    kept inside the encoder; and the loss."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, inside, encoding = {}, {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            for found in (kept, inside) if encoding else (kept,):
+                found[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    module = model.vision_encoder.module
+    hooks = [module.register_forward_pre_hook(lambda *_: encoding.append(1)), module.register_forward_hook(lambda *_: encoding.clear())]  # fmt: skip
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    for hook in hooks:
+        hook.remove()
+    return sum(size for size, _ in kept.values()), sum(size for size, _ in inside.values()), loss
+
+
+def batch_of_eight(model):
+    ids = torch.tensor([[1, *[300] * 5, 30]] * 8)
+    model.set_modality_token_ids({"vision": 300})
+    labels = ids.masked_fill(ids == 300, -100)
+    return {"input_ids": ids, "pixel_values": torch.randn(8, 3, 8, 8), "labels": labels}
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
+def test_activations_of_a_frozen_encoder_are_not_held(adapters):
+    language_model = tiny.llama()
+    if adapters:
+        language_model = get_peft_model(language_model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model, _ = compose_tiny(["clip"], language_model)
+    batch = batch_of_eight(model)
+    trained, inside, _ = saved_for_backward(model.train(), batch)
+    assert inside > 3 * 8 * 5 * 16 * 4, "each of three layers keeps more than its input (8 x 5 x 16 floats)"
+    features = []
+    model.vision_encoder.module.register_forward_hook(lambda _, __, out: features.append(out.last_hidden_state))
+    model.freeze("vision_encoder.module")
+    frozen, inside, loss = saved_for_backward(model.train(), batch)
+    assert inside == 0 and not features[0].requires_grad
+    assert frozen < trained
+    loss.backward()
+    assert not any(p.grad is not None for p in model.vision_encoder.module.parameters())
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["projector", "lora"])
+def test_a_frozen_language_model_still_checkpoints(adapters):
+    language_model = tiny.llama()
+    if adapters:
+        language_model = get_peft_model(language_model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model, _ = compose_tiny(["clip"], language_model)
+    batch = batch_of_eight(model)
+    model.freeze("vision_encoder.module", *(() if adapters else ("language_model",))).train()
+    plain, _, _ = saved_for_backward(model, batch)
+    model.gradient_checkpointing_enable()
+    runs = []
+    for layer in model.get_decoder().layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    checkpointed, _, loss = saved_for_backward(model.train(), batch)
+    assert checkpointed < 0.5 * plain and len(runs) == 2
+    loss.backward()
+    assert len(runs) == 4, "each layer ran once more for the gradients"

@@ -18,6 +18,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    inject_adapter_in_model,
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
@@ -289,24 +290,34 @@ def test_prompts_in_front_of_text_and_media(tmp_path, base, kind):
     ]
 
 
-def test_a_wrapped_part_under_adapters_around_the_model(tmp_path):
-    model, processor = compose_tiny(["clip"], lora())
-    model.save_pretrained(tmp_path / "base")
-    around = get_peft_model(AutoModel.from_pretrained(tmp_path / "base"), LoraConfig(**LORA, task_type="CAUSAL_LM"))
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_a_wrapped_part_under_adapters_around_the_model_is_refused(way):
+    model, _ = compose_tiny(["clip"], lora())
+    with pytest.raises(ValueError, match=r"\['language_model'\] of this MultimodalModel are wrapped.*merge_and_unload"):
+        if way == "add_adapter":
+            model.add_adapter(LoraConfig(**LORA))
+        else:
+            get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("way", ["add_adapter", "inject"])
+def test_adapters_attached_to_a_part_without_a_wrapper_are_refused(tmp_path, way):
+    part = tiny.llama()
+    part.add_adapter(LoraConfig(**LORA)) if way == "add_adapter" else inject_adapter_in_model(LoraConfig(**LORA), part)
     with pytest.raises(
-        ValueError, match=r"\d+ parameters train \(vision_encoder\S+ first\) that are not saved with the adapters"
+        ValueError, match="language_model has adapters injected without a wrapper.*instead of add_adapter"
     ):
-        around.train()
-    below = AutoModel.from_pretrained(tmp_path / "base").freeze("vision_encoder", "language_model")
-    around = moved(get_peft_model(below, LoraConfig(**LORA, modules_to_save=["projector"], task_type="CAUSAL_LM")))
-    around.train()
-    around.save_pretrained(tmp_path / "around")
-    job = {"way": "peft", "base": tmp_path / "base", "folder": tmp_path / "around", "inputs": uneven_inputs(processor)}
-    job["state"] = tmp_path / "state.pt"
-    torch.save(around.state_dict(), job["state"])
-    (found,) = fresh_process(tmp_path, [job])
-    with torch.no_grad():
-        assert found["different"] == [] and torch.equal(found["logits"], around.eval()(**job["inputs"]).logits)
+        compose_tiny(["clip"], part)[0].save_pretrained(tmp_path)
+
+
+def test_adapters_in_another_dtype_than_their_part(tmp_path):
+    part = get_peft_model(tiny.llama().bfloat16(), LoraConfig(**LORA))
+    model, _ = compose_tiny(["clip"], part)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert len({dtypes[name] for name in dtypes if "language_model" in name}) == 2, "PEFT keeps adapters in float32"
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path)
+    assert {name: p.dtype for name, p in again.named_parameters()} == dtypes
 
 
 def test_a_projector_that_trains_beside_adapters_is_never_lost(tmp_path, base):
