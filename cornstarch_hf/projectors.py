@@ -293,7 +293,9 @@ class MultimodalProjector(PreTrainedModel):
 
     def _run(self, *inputs: Any) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(self.projection, *inputs)
+            # Reentrant checkpointing drops the gradients of a function whose inputs need none (a frozen encoder's).
+            features = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+            return self._gradient_checkpointing_func(self.projection, features, *inputs[1:])
         return self.projection(*inputs)
 
     def _reduce(self, features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None) -> ProjectorOutput:

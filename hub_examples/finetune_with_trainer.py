@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_models import make_language_model, make_vision_encoder
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Trainer, TrainingArguments
 
-from cornstarch_hf import MultimodalCollator, compose
+from cornstarch_hf import BatchMetrics, MultimodalCollator, compose
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 

@@ -192,6 +192,22 @@ def test_activations_of_a_frozen_encoder_are_not_held(adapters):
     assert not any(p.grad is not None for p in model.vision_encoder.module.parameters())
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_projectors_of_frozen_encoders_train_under_checkpointing(reentrant):
+    model, _ = compose_tiny(["clip"])
+    batch = batch_of_eight(model)
+    model.freeze("vision_encoder.module", "language_model").train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train().zero_grad()
+        model(**batch).loss.backward()
+        found.append(model.vision_encoder.projector.projection.weight.grad.clone())
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0], atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("adapters", [False, True], ids=["projector", "lora"])
 def test_a_frozen_language_model_still_checkpoints(adapters):
     language_model = tiny.llama()
