@@ -60,6 +60,7 @@ def main() -> None:
             tokenizer=AutoTokenizer.from_pretrained(source),
             freeze=["vision_encoder.module"],
         )
+        model.config.loss_at_labels = True  # the language model's head runs where labels are, and nowhere else
         model.describe()
         trainer = Trainer(
             model=model,
@@ -76,6 +77,7 @@ def main() -> None:
             train_dataset=rows(256, seed=1),
             data_collator=MultimodalCollator(processor),
         )
+        BatchMetrics.add_to(trainer)  # tokens of each modality, padding and speed in every log entry
         trainer.train()
         output = options.output or folder / "trained"
         model.save_pretrained(output)
