@@ -107,8 +107,6 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         """Gather what else the parts know, then initialise and tie as in transformers."""
         for key, values in gathered_sets(self).items():
             setattr(self, key, values)
-        # Quantizers leave these modules as they are; projectors are small, and most are still to be trained.
-        self._keep_in_fp32_modules |= self._projector_names()
         self.all_tied_weights_keys = gathered_ties(self)
         super().init_weights()
 
@@ -341,6 +339,16 @@ class MultimodalPreTrainedModel(PreTrainedModel):
             key: value for key, value in super()._get_dtype_plan(dtype).items() if key not in self._projector_names()
         }
         return plan | dtype_plan(self.config.part_dtypes, dtype)
+
+    @property
+    def _keep_in_fp32_modules(self) -> set[str]:
+        """What the parts want in float32 and, while the model is quantized, the projectors: small, often still to train."""
+        names = self.__dict__.get("_parts_in_fp32", set())
+        return names | self._projector_names() if getattr(self, "is_quantized", False) else names
+
+    @_keep_in_fp32_modules.setter
+    def _keep_in_fp32_modules(self, names: Iterable[str]) -> None:
+        self.__dict__["_parts_in_fp32"] = set(names)
 
     def _projector_names(self) -> set[str]:
         return {f"{name}_encoder.projector" for name in self.config.encoders}
