@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_tensors import adapter_buffers, check_buffers_restorable, restore_token_rows
-from .adapters import describe_adapters, unwrapped
+from .adapters import unwrapped
 from .callbacks import check_callbacks_storable
 from .composition import record_adapters
 from .configuration_multimodal import MultimodalConfig
@@ -34,9 +34,6 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
     for name, encoder in encoders.items():
         check_storable(encoder.projector, f"{name}_encoder.projector")
         config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
-    describe_adapters(language_model, "language_model")
-    for name, encoder in encoders.items():
-        describe_adapters(encoder.module, f"{name}_encoder.module")
     record_adapters(config, encoders, language_model)
     config.frozen = frozen_patterns(model) or None
     config.part_dtypes = dtypes_by_pattern(model, first_dtype(language_model))

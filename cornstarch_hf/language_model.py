@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .adapters import is_adapted, unwrapped
-from .merging import labels_to_predict
+from .merging import shifted_left
 from .towers import accepts, forward_parameters, takes_any_keyword
 
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
@@ -90,7 +90,7 @@ def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> tup
     """
     targets = arguments.get("shift_labels")
     if targets is None:
-        targets = labels_to_predict(arguments["labels"])
+        targets = shifted_left(arguments["labels"], -100)
     wanted = targets != -100
     if not bool(wanted.any()):
         wanted[:1, -1:] = True  # the loss is that of no label at all, as it would be with all logits

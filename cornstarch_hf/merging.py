@@ -86,28 +86,22 @@ def _short(values: Sequence[int]) -> str:
     return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:12]))}, ...]"
 
 
-def shifted_left(mask: Tensor) -> Tensor:
-    """`mask` as the labels that were shifted to their predictions see it: position t holds what t + 1 held.
-
-    >>> shifted_left(torch.tensor([[False, True, False]])).tolist()
-    [[True, False, False]]
-    """
-    return torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
-
-
-def labels_to_predict(labels: Tensor) -> Tensor:
-    """Labels aligned with the logits: position t holds the label of t + 1, the last one -100.
+def shifted_left(values: Tensor, blank: bool | int = False) -> Tensor:
+    """A mask or labels aligned with the predictions: position t holds what t + 1 held, the last one `blank`.
 
     Args:
-        labels: ``(batch, length)``.
+        values: ``(batch, length)``.
+        blank: False for masks, -100 for labels.
 
     Returns:
         ``(batch, length)``.
 
-    >>> labels_to_predict(torch.tensor([[-100, 5, 7]])).tolist()
+    >>> shifted_left(torch.tensor([[False, True, False]])).tolist()
+    [[True, False, False]]
+    >>> shifted_left(torch.tensor([[-100, 5, 7]]), -100).tolist()
     [[5, 7, -100]]
     """
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    return torch.nn.functional.pad(values[:, 1:], (0, 1), value=blank)
 
 
 def mask_labels(placeholders: Tensor, labels: Tensor | None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """What training needs besides batches: optimizer groups by part.  What a run reports stands in `batch_metrics`."""
 
+import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,8 +63,8 @@ def _covered(model: nn.Module, pattern: str) -> set[str]:
     try:
         return select_parameters(model, [pattern])
     except ValueError:
-        below = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{pattern}")]
-        return select_parameters(model, below or [f"*.{pattern}"])
+        owners = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+        return select_parameters(model, fnmatch.filter(owners, f"*.{pattern}") or [pattern])
 
 
 def _decayed(model: nn.Module) -> set[str]:

@@ -1,6 +1,7 @@
 """Conversations: media taken out in order, templates of both sorts, assistant turns, typed placeholders."""
 
 import pytest
+from templates import PARTS, STRINGS
 
 from cornstarch_hf.chat import (
     DEFAULT_TEMPLATE,
@@ -14,15 +15,6 @@ from cornstarch_hf.chat import (
 )
 from cornstarch_hf.placeholder_text import occurrences
 
-STRINGS = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-PARTS = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<image>{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 STRICT = (
     "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}"
     "{{ m.content }}{% endfor %}"

@@ -166,20 +166,21 @@ def saved_for_backward(model, batch):
     return sum(size for size, _ in kept.values()), sum(size for size, _ in inside.values()), loss
 
 
-def batch_of_eight(model):
-    ids = torch.tensor([[1, *[300] * 5, 30]] * 8)
-    model.set_modality_token_ids({"vision": 300})
-    labels = ids.masked_fill(ids == 300, -100)
-    return {"input_ids": ids, "pixel_values": torch.randn(8, 3, 8, 8), "labels": labels}
-
-
-@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
-def test_activations_of_a_frozen_encoder_are_not_held(adapters):
+def model_and_batch(adapters=False):
+    """A model of an encoder and a language model, with or without LoRA, and a batch of eight."""
     language_model = tiny.llama()
     if adapters:
         language_model = get_peft_model(language_model, LoraConfig(r=2, target_modules=["q_proj"]))
     model, _ = compose_tiny(["clip"], language_model)
-    batch = batch_of_eight(model)
+    ids = torch.tensor([[1, *[300] * 5, 30]] * 8)
+    model.set_modality_token_ids({"vision": 300})
+    labels = ids.masked_fill(ids == 300, -100)
+    return model, {"input_ids": ids, "pixel_values": torch.randn(8, 3, 8, 8), "labels": labels}
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
+def test_activations_of_a_frozen_encoder_are_not_held(adapters):
+    model, batch = model_and_batch(adapters)
     trained, inside, _ = saved_for_backward(model.train(), batch)
     assert inside > 3 * 8 * 5 * 16 * 4, "each of three layers keeps more than its input (8 x 5 x 16 floats)"
     features = []
@@ -194,8 +195,7 @@ def test_activations_of_a_frozen_encoder_are_not_held(adapters):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_projectors_of_frozen_encoders_train_under_checkpointing(reentrant):
-    model, _ = compose_tiny(["clip"])
-    batch = batch_of_eight(model)
+    model, batch = model_and_batch()
     model.freeze("vision_encoder.module", "language_model").train()
     found = []
     for checkpointing in (False, True):
@@ -210,11 +210,7 @@ def test_projectors_of_frozen_encoders_train_under_checkpointing(reentrant):
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["projector", "lora"])
 def test_a_frozen_language_model_still_checkpoints(adapters):
-    language_model = tiny.llama()
-    if adapters:
-        language_model = get_peft_model(language_model, LoraConfig(r=2, target_modules=["q_proj"]))
-    model, _ = compose_tiny(["clip"], language_model)
-    batch = batch_of_eight(model)
+    model, batch = model_and_batch(adapters)
     model.freeze("vision_encoder.module", *(() if adapters else ("language_model",))).train()
     plain, _, _ = saved_for_backward(model, batch)
     model.gradient_checkpointing_enable()

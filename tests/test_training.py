@@ -198,7 +198,7 @@ def test_the_smaller_part_counts_where_two_cover_a_parameter():
     ("rates", "message"),
     [
         ({"projector": 1.0}, r"\d+ trainable parameters have no learning rate, vision_encoder.module\S+ first"),
-        ({"*": 1.0, "nothing": 2.0}, "nothing' names no part with parameters"),
+        ({"*": 1.0, "nothing": 2.0}, "'nothing' names no part with parameters"),
         ({"*": 1.0, "audio_encoder.module": 2.0}, "'audio_encoder.module': nothing in it trains"),
         (
             {"*": 1.0, "lm_head": 2.0, "language_model.lm_head": 3.0},
