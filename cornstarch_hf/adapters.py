@@ -39,7 +39,7 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
             injected without a wrapper).
     """
     if not is_wrapped(model):
-        _refuse_injected(model, where)
+        check_not_injected(model, where)
         return None
     if not _is_tuned(model):
         raise ValueError(
@@ -125,8 +125,9 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _refuse_injected(model: nn.Module, where: str) -> None:
-    if tuner_layers(model):
+def check_not_injected(model: nn.Module, where: str) -> None:
+    """Refuse to save a part with adapters but without a wrapper that tells of them (ValueError with the remedy)."""
+    if not is_wrapped(model) and tuner_layers(model):
         raise ValueError(
             f"{where} has adapters injected without a wrapper, which cannot be restored from a checkpoint: wrap the "
             "part with get_peft_model(part, config) instead of add_adapter or inject_adapter_in_model."

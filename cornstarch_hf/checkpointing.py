@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_tensors import adapter_buffers, check_buffers_restorable, restore_token_rows
-from .adapters import unwrapped
+from .adapters import check_not_injected, unwrapped
 from .callbacks import check_callbacks_storable
 from .composition import record_adapters
 from .configuration_multimodal import MultimodalConfig
@@ -31,7 +31,9 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
     Raises:
         ValueError: a projector, a callback or adapters that a checkpoint cannot hold; names the remedy.
     """
+    check_not_injected(language_model, "language_model")
     for name, encoder in encoders.items():
+        check_not_injected(encoder.module, f"{name}_encoder.module")
         check_storable(encoder.projector, f"{name}_encoder.projector")
         config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
     record_adapters(config, encoders, language_model)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapters import describe_adapters, unwrapped, wrap_again
+from .adapters import describe_adapters, is_wrapped, unwrapped, wrap_again
 from .callbacks import SLOTS, build_callback
 from .classes import class_name, constructor_options, language_model_class, resolve_class
 from .configuration_multimodal import MultimodalConfig, validate_encoder_names
@@ -178,10 +178,10 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
 
 
 def record_adapters(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule], language_model) -> None:
-    """Write the adapters of PEFT-wrapped parts into the configuration (ValueError for what a checkpoint cannot hold)."""
+    """Write the adapters of PEFT-wrapped parts into the configuration."""
     parts = {"language_model": language_model} | {f"{n}_encoder.module": e.module for n, e in encoders.items()}
-    found = {where: describe_adapters(part, where) for where, part in parts.items()}
-    config.adapters = {where: described for where, described in found.items() if described is not None} or None
+    found = {where: describe_adapters(part, where) for where, part in parts.items() if is_wrapped(part)}
+    config.adapters = found or None
 
 
 def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
