@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub import resolve_revision
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -103,11 +105,14 @@ def compose(
     modules, found = {}, {}
     for name, spec in specs.items():
         modules[name] = _encoder(name, spec, fields, loading, common)
+        _note_commit(modules[name].origin, spec, loading)
         found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name].kind, loading)
+    source = language_model
     if isinstance(language_model, (str, os.PathLike)):
         language_model = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
     check_encoders(modules, language_model)
     model = MultimodalModel(encoders=modules, language_model=language_model)
+    _note_commit((model.config.origins or {}).get("language_model"), {"model": source, "revision": revision}, loading)
     model.config.share_inputs = valid_groups(share_inputs, model.config.encoders)
     if tokenizer.padding_side != "left":  # what decoder-only generation needs; the processor copies it
         tokenizer = _left_padded(tokenizer)
@@ -115,6 +120,19 @@ def compose(
     if freeze:
         model.freeze(*([freeze] if isinstance(freeze, str) else freeze))
     return model.eval(), processor
+
+
+def _note_commit(origin: dict[str, Any] | None, spec: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
+    """Write into an origin which revision was asked for and which commit that was (in place); asks nothing of the Hub."""
+    if origin is None or not isinstance(spec["model"], str):
+        return
+    where = {key: loading[key] for key in ("cache_dir",) if key in loading}
+    requested = spec.get("revision")
+    try:  # what was just loaded is in the cache
+        commit = resolve_revision(origin["repo_id"], revision=requested, local_files_only=True, **where).resolved
+    except (OSError, HfHubHTTPError):
+        commit = None
+    origin |= {"requested_revision": requested, "revision": commit, "subfolder": spec.get("subfolder") or ""}
 
 
 def _left_padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -1,8 +1,6 @@
-"""What a saved model needs besides its weights: a configuration in step with it, and a folder without old weights."""
+"""What a saved model needs besides its weights: a configuration in step with it, from which it can be built again."""
 
 import copy
-import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +19,6 @@ from .gathering import nearest_models
 from .name_patterns import as_regex, compress, matches
 from .projectors import check_storable
 from .shape_probe import without_weights
-
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule], language_model):
@@ -154,30 +150,3 @@ def check_quantized(model: PreTrainedModel) -> None:
                 f"{name} holds 4-bit weights in the form that bitsandbytes made for inference on a CPU, from which saving "
                 "would not give them back exactly: save before running the model, or save the adapters alone."
             )
-
-
-def remove_stale_weights(folder: str | os.PathLike, before: Mapping[str, tuple[int, int, int]]) -> None:
-    """Remove weight files of an earlier save that the save just made did not write (loading would prefer some of them).
-
-    Args:
-        folder: where the model was saved.
-        before: names of this module's weight files in it and their stamps before the save, from `weight_files`.
-    """
-    now = weight_files(folder)
-    fresh = {name for name, stamp in now.items() if before.get(name) != stamp}
-    if not fresh:
-        return
-    for name in set(now) - fresh:
-        os.remove(os.path.join(folder, name))
-
-
-def weight_files(folder: str | os.PathLike) -> dict[str, tuple[int, int, int]]:
-    """The weight files of a composed model in a folder, with inode, size and time of change."""
-    if not os.path.isdir(folder):
-        return {}
-    found = {}
-    for entry in os.scandir(os.fspath(folder)):
-        if WEIGHTS.fullmatch(entry.name) and entry.is_file():
-            status = entry.stat()
-            found[entry.name] = (status.st_ino, status.st_size, status.st_mtime_ns)
-    return found

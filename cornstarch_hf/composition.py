@@ -15,6 +15,7 @@ from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .grids import PLANE_KINDS
 from .input_names import assign_input_names
+from .origins import origin_of
 from .projectors import MultimodalProjector
 from .towers import forward_parameters
 
@@ -85,6 +86,9 @@ def compose_config(
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
+    origins = {f"{name}_encoder": encoder.origin for name, encoder in encoders.items()}
+    origins["language_model"] = origin_of(language_model, language_model)
+    config.origins = {name: origin for name, origin in origins.items() if origin} or None
     return config
 
 

@@ -4,7 +4,6 @@ Sub-configurations are flat attributes (`text_config`, `vision_config`, `vision_
 that other software looks for; `encoders` keeps their order, and `{name}_modality` holds what belongs to one modality.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -12,6 +11,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_projector import MultimodalProjectorConfig
+from .origins import check_origins, is_repo_id
+from .snapshots import POINTER
 
 FORMAT_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -43,6 +44,8 @@ RESERVED_NAMES = frozenset(
         *("video_processor", "videos"),
     ]
 )
+# Settings that a checkpoint keeps where there is something to keep.
+OPTIONAL_KEYS = ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes", "origins")
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None,
     "token": None,
@@ -81,8 +84,8 @@ class MultimodalConfig(PreTrainedConfig):
         loss_at_labels: in training mode, run the language model's head at labelled positions only; the output then
             has no `logits`.
         **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`,
-            `part_dtypes`, `part_implementations`, `language_model_class`, `language_model_kwargs`), and whatever
-            `transformers.PreTrainedConfig` takes.
+            `part_dtypes`, `part_implementations`, `language_model_class`, `language_model_kwargs`, `origins`: from which
+            repository each part came), and whatever `transformers.PreTrainedConfig` takes.
 
     Raises:
         ValueError: a newer `cornstarch_format`; a name that is invalid, reserved or collides; an unknown key
@@ -112,6 +115,7 @@ class MultimodalConfig(PreTrainedConfig):
         names = list(encoders or [])
         validate_encoder_names(names)
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
+        kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
         stored = kwargs.pop("part_implementations", None) or {}
         # The parts come after the base class: its initialiser would reset their attention settings.
@@ -125,9 +129,10 @@ class MultimodalConfig(PreTrainedConfig):
         if not isinstance(loss_at_labels, bool):
             raise ValueError(f"loss_at_labels must be True or False, got {loss_at_labels!r}.")
         self.loss_at_labels = loss_at_labels
-        for key in ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes"):
+        for key in OPTIONAL_KEYS:
             if not hasattr(self, key):
                 setattr(self, key, None)
+        self.origins = check_origins(getattr(self, "origins", None))
         _apply_implementations(self, stored)
         for key, value in implementations.items():
             if value is not None:
@@ -173,12 +178,12 @@ class MultimodalConfig(PreTrainedConfig):
         output = super().to_dict()
         for key in self.sub_configs:
             source = (output.get(key) or {}).get("_name_or_path")
-            if source and os.path.exists(source):  # where a part lay on this machine is nobody else's business
+            if source and not is_repo_id(source):  # where a part lay on this machine is nobody else's business
                 del output[key]["_name_or_path"]
         implementations = _implementations(self)
         if implementations:
             output["part_implementations"] = implementations
-        for key in ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes"):
+        for key in OPTIONAL_KEYS:
             if not output.get(key):
                 output.pop(key, None)
         return output

@@ -12,6 +12,7 @@ from .adapters import unwrapped
 from .callbacks import SLOTS
 from .configuration_projector import feature_width
 from .grids import Features, grids_of_tensor, item_grids
+from .origins import origin_of
 from .projectors import MultimodalProjector
 from .selection import (
     EncoderOutput,
@@ -74,7 +75,9 @@ class ModalEncoderModule(nn.Module):
         postprocess_encoder_callback: Callable | None = None,
     ):
         super().__init__()
-        self.module = resolve_tower(_one_of(model, module, "model", "module"), kind)
+        given = _one_of(model, module, "model", "module")
+        self.module = resolve_tower(given, kind)
+        self.origin = origin_of(given, self.module)
         if projector is not None and not isinstance(projector, MultimodalProjector):
             raise TypeError(
                 f"projector must be a MultimodalProjector, got {type(projector).__name__}: wrap your module by "

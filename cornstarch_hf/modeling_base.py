@@ -1,6 +1,5 @@
-"""The base of the composed model: its parts, what transformers reads of it, saving, loading and freezing."""
+"""The base of the composed model: its parts, what transformers reads of it, freezing.  Saving and loading are beside it."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,19 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .adapter_tensors import shared_by_adapters
 from .adapters import check_all_kept, check_no_wrapped_part, unwrapped
-from .checkpointing import (
-    cast_buffers,
-    check_quantized,
-    check_rebuildable,
-    dtype_plan,
-    first_dtype,
-    remove_stale_weights,
-    restore_adapter_buffers,
-    sync_config,
-    weight_files,
-)
+from .checkpointing import first_dtype
 from .configuration_multimodal import MultimodalConfig
 from .describing import describe_model
 from .encoders import ModalEncoderModule
@@ -29,18 +17,16 @@ from .freezing import (
     evaluate_frozen_layers_under_checkpointing,
     frozen_patterns,
     keep_frozen_in_eval,
-    restore_frozen,
     select_parameters,
     set_part_trainable,
     set_trainable,
 )
 from .gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
 from .language_model import Headless
+from .modeling_storage import MultimodalStorageMixin
 
-logger = logging.getLogger(__name__)
 
-
-class MultimodalPreTrainedModel(PreTrainedModel):
+class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
     """What a composed model is besides its `forward`; see `MultimodalModel`."""
 
     config: MultimodalConfig
@@ -50,7 +36,6 @@ class MultimodalPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities: Any = ("text", "image", "audio", "video")
     supports_gradient_checkpointing = True
-    _saved = False  # whether the whole model lies in some folder
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -282,79 +267,7 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         check_no_wrapped_part(self, self._parts())
         return super().load_adapter(*args, **kwargs)
 
-    # ---- saving and loading
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, safetensors only; the folder keeps every file that is not a weight file of this model.
-
-        Raises:
-            ValueError: something in the model would not come back: an unregistered callback or projection, or weights
-                that the configuration does not describe; or only adapters would be saved (`add_adapter`) of a model
-                that was never saved itself.
-        """
-        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
-        if not adapters_only:
-            check_quantized(self)  # before anything asks for the state: bitsandbytes changes 4-bit weights then
-            sync_config(self, self.config, self.encoders, self.language_model)
-            check_rebuildable(self)
-            # Adapters may have come or gone; saving reads `_tied_weights_keys`, loading the other one.
-            self.all_tied_weights_keys = gathered_ties(self)
-            self._tied_weights_keys = shared_by_adapters(self) | self.all_tied_weights_keys
-        elif not (self.name_or_path or self._saved):
-            raise ValueError(
-                "After add_adapter only the adapters are saved, but the model below them was never saved, so its projectors "
-                "would be lost: call save_pretrained before add_adapter, or wrap the parts with get_peft_model and compose."
-            )
-        before = weight_files(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self._saved = True
-        if kwargs.get("is_main_process", True):
-            remove_stale_weights(save_directory, before)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; what was frozen is frozen again, which is said once."""
-        kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        restore_adapter_buffers(model)
-        cast_buffers(model, model.config.part_dtypes, model.dtype)
-        if getattr(model, "_hf_peft_config_loaded", False):
-            return loaded  # a folder of adapters, in which PEFT decides what trains
-        if frozen := restore_frozen(model, model.config.frozen):
-            logger.warning(
-                "%d of the loaded parameter tensors are frozen, as they were when saved (%s). unfreeze() trains all.",
-                frozen,
-                ", ".join(model.config.frozen[:4]) + (", ..." if len(model.config.frozen) > 4 else ""),
-            )
-        return loaded
-
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
         if enable:
             evaluate_frozen_layers_under_checkpointing(self)
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
-        plan = {
-            key: value for key, value in super()._get_dtype_plan(dtype).items() if key not in self._projector_names()
-        }
-        return plan | dtype_plan(self.config.part_dtypes, dtype)
-
-    @property
-    def _keep_in_fp32_modules(self) -> set[str]:
-        """What the parts want in float32 and, while the model is quantized, the projectors: small, often still to train."""
-        names = self.__dict__.get("_parts_in_fp32", set())
-        return names | self._projector_names() if getattr(self, "is_quantized", False) else names
-
-    @_keep_in_fp32_modules.setter
-    def _keep_in_fp32_modules(self, names: Iterable[str]) -> None:
-        self.__dict__["_parts_in_fp32"] = set(names)
-
-    def _projector_names(self) -> set[str]:
-        return {f"{name}_encoder.projector" for name in self.config.encoders}
-
-
-def _safetensors_only(wanted: bool | None) -> bool:
-    if wanted is False:
-        raise ValueError("Composed models are stored as safetensors only; use_safetensors=False is refused.")
-    return True

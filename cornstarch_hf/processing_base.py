@@ -12,8 +12,12 @@ from .chat import DEFAULT_TEMPLATE
 from .configuration_multimodal import MultimodalConfig
 from .feature_counts import FeatureCounter
 from .registries import FEATURE_COUNTS
+from .snapshots import current, replacing
 from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
 from .tokens import add_placeholder_tokens, placeholder_tokens
+
+HEAD = "processor_config.json"
+TEMPLATES = frozenset(["chat_template.jinja", "chat_template.json"])  # an old one would be read beside a new tokenizer
 
 
 class MultimodalProcessorBase(ProcessorMixin):
@@ -117,7 +121,7 @@ class MultimodalProcessorBase(ProcessorMixin):
         return "\n".join([f"{type(self).__name__}:", f"- tokenizer: {type(self.tokenizer).__name__}", *parts])
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As in transformers; other files in the folder stay.
+        """As in transformers; other files in the folder stay, and a kill leaves the old processor or the new one.
 
         Raises:
             ValueError: a processor or a callback that a checkpoint cannot hold; names the remedy.
@@ -129,11 +133,21 @@ class MultimodalProcessorBase(ProcessorMixin):
             if isinstance(tokenizer, PreTrainedTokenizerBase):  # sides set as attributes are not saved otherwise
                 sides = ("padding_side", "truncation_side")
                 tokenizer.init_kwargs.update({side: getattr(tokenizer, side) for side in sides})
-        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        for name, processor in self.processors.items():
-            if isinstance(processor, PreTrainedTokenizerBase):
-                processor.save_pretrained(os.path.join(save_directory, _tokenizer_folder(name)))
-        return files
+        with replacing(save_directory, HEAD, TEMPLATES.__contains__) as folder:
+            files = super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
+            for name, processor in self.processors.items():
+                if isinstance(processor, PreTrainedTokenizerBase):
+                    processor.save_pretrained(os.path.join(folder, _tokenizer_folder(name)))
+        return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files or ()]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; after an interrupted save, what is valid of the folder."""
+        source = pretrained_model_name_or_path
+        folder = os.path.join(source, kwargs.get("subfolder") or "")
+        if os.path.isdir(folder) and (valid := current(folder, HEAD)) != folder:
+            source, kwargs = valid, {**kwargs, "subfolder": ""}
+        return super().from_pretrained(source, *args, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -177,6 +191,6 @@ def _for_processing(config: MultimodalConfig, tokens: Mapping[str, str], ids: Ma
     config = copy.deepcopy(config)
     for name in config.encoders:
         config.modality(name).update(token=tokens[name], token_id=ids[name])
-    for key in ("adapters", "frozen", "part_dtypes"):
+    for key in ("adapters", "frozen", "part_dtypes", "origins"):
         setattr(config, key, None)
     return config

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
+from .checkpoint_files import checked_files
 from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
 from .module_specs import (
     NotStorable,
@@ -27,6 +28,7 @@ from .module_specs import (
 from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items
 from .registries import PROJECTORS, register_projector
 from .resampler import QUERY_STD, ResamplerProjection
+from .saving import saving
 from .selection import per_item
 from .window_reductions import AvgPoolProjection, ConvProjection
 
@@ -343,17 +345,25 @@ class MultimodalProjector(PreTrainedModel):
         if isinstance(module, ResamplerProjection):
             init.normal_(module.queries, std=QUERY_STD)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; ValueError, with the remedy, when the wrapped module cannot be stored."""
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, variant=None, **kwargs):
+        """As in transformers, and as crash-safe as a composed model; ValueError when the wrapped module cannot be stored."""
         check_storable(self, "the projector")
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        options = {"variant": variant, **kwargs}
+        if not is_main_process:
+            return super().save_pretrained(save_directory, is_main_process, *args, **options)
+        with saving(save_directory, variant) as (folder, _):
+            return super().save_pretrained(folder, is_main_process, *args, **options)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, verify: bool = False, **kwargs):
         """As in transformers; reads projectors of the original Cornstarch too, whose first form named its layers
-        `in_proj` and `out_proj`."""
+        `in_proj` and `out_proj`.  Sizes of files are checked, with `verify` their hashes."""
         kwargs.setdefault("key_mapping", {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."})
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source = pretrained_model_name_or_path
+        if source is not None:
+            files, kwargs, _ = checked_files(source, kwargs, verify)
+            source = files.source
+        return super().from_pretrained(source, *args, **kwargs)
 
 
 def check_storable(projector: MultimodalProjector, where: str) -> None:

@@ -12,14 +12,19 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
-     "placeholder_text", "media", "forward_signature", "heads", "grids"},
+     "placeholder_text", "media", "forward_signature", "heads", "grids", "snapshots", "manifests"},
+    {"saving"},
+    {"checkpoint_files"},
     {"configuration_projector", "reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation"},
-    {"configuration_multimodal", "window_reductions", "resampler"},
+    {"origins", "window_reductions", "resampler"},
+    {"configuration_multimodal"},
     {"projectors", "towers", "classes", "labelling", "adapter_tensors"},
-    {"encoders", "tokens", "gathering"},
+    {"encoders", "tokens", "gathering", "bases"},
+    {"references"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},
-    {"checkpointing", "describing"},
+    {"checkpointing", "describing", "loading"},
+    {"modeling_storage"},
     {"modeling_base", "generation_multimodal", "processing_base"},
     {"modeling_multimodal", "processing_multimodal"},
     {"training", "batch_metrics", "collator", "assembly"},
@@ -41,6 +46,7 @@ def test_every_module_has_its_place_and_a_docstring_and_a_test():
     tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
     covered = {
         "modeling_base": "modeling_multimodal",
+        "modeling_storage": "checkpointing",
         "processing_base": "processing_multimodal",
         "__init__": "architecture",
     }

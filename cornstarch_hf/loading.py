@@ -1,0 +1,121 @@
+"""What is done before transformers loads a composed model: find the valid files, check them, join bases and changes."""
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file
+from transformers import GenerationConfig, PreTrainedModel
+
+from .checkpoint_files import HUB_OPTIONS, CheckpointFiles, checked_files, first_weights
+from .configuration_multimodal import MultimodalConfig
+from .manifests import COMPOSITION, DELTA, Composition
+from .references import joined
+from .shape_probe import without_weights
+
+
+class Loading(NamedTuple):
+    """How transformers shall load: from `source`, or where that is None from a `state_dict` among the options."""
+
+    source: str | None
+    options: dict[str, Any]
+    files: CheckpointFiles | None = None
+
+
+def prepare(
+    model_class: type[PreTrainedModel],
+    source: Any,
+    options: dict[str, Any],
+    bases: Mapping[str, str] | None,
+    verify: bool,
+) -> Loading:
+    """Check the files of a checkpoint, and read those that transformers cannot.
+
+    Args:
+        model_class: the class to build.
+        source: folder or repository id, as given to `from_pretrained`.
+        options: the other arguments of `from_pretrained`.
+        bases: see `references.joined`.
+        verify: whether hashes are compared, and not sizes alone.
+
+    Raises:
+        ValueError: a file that is missing, or is not what was saved; names it.
+        OSError: a repository that cannot be read.
+    """
+    if source is None or options.get("gguf_file") or os.path.isfile(source):
+        return Loading(source, options)
+    files, options, composition = checked_files(source, options, verify)
+    source = files.source
+    if composition is None:
+        if bases:
+            raise ValueError(f"{source} has no {COMPOSITION} that names a base, so bases= cannot replace one.")
+        return Loading(source, options)
+    config, options = _config_of(model_class, files, options)
+    if composition.references:
+        return _by_reference(model_class, files, composition, config, options, bases, verify)
+    if bases:
+        raise ValueError(f"bases names {sorted(bases)}, but {source} holds all of its weights itself.")
+    if name := first_weights(composition, options.get("variant")):
+        config.transformers_weights = name  # and no other file, however it came into the folder
+    return Loading(source, options | {"config": config} | _hub(files), files)
+
+
+def _config_of(
+    model_class: type[PreTrainedModel], files: CheckpointFiles, options: dict[str, Any]
+) -> tuple[MultimodalConfig, dict[str, Any]]:
+    """The configuration, a copy that may be changed, and the options that are not about it."""
+    options = dict(options)
+    given = options.pop("config", None)
+    if isinstance(given, MultimodalConfig):
+        return copy.deepcopy(given), options
+    # The options that are for loading alone, and that a configuration would otherwise take for its own.
+    kept = {key: options.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in options}
+    hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    source = files.source if given is None else given
+    config, unused = model_class.config_class.from_pretrained(
+        source, return_unused_kwargs=True, **files.options, **options
+    )
+    return config, {**unused, **kept, **hub}
+
+
+def _hub(files: CheckpointFiles) -> dict[str, Any]:
+    return {} if files.is_local else {"revision": files.options.get("revision")}
+
+
+def _by_reference(
+    model_class: type[PreTrainedModel],
+    files: CheckpointFiles,
+    composition: Composition,
+    config: MultimodalConfig,
+    options: dict[str, Any],
+    bases: Mapping[str, str] | None,
+    verify: bool,
+) -> Loading:
+    """Load the changes and the bases into one state, from which transformers makes the model."""
+    with without_weights():
+        skeleton = model_class(copy.deepcopy(config))
+    stored = load_file(str(files.find(DELTA)))
+    state = joined(skeleton, stored, composition.references, bases, options, verify)
+    options = {key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "variant", "use_safetensors")}
+    return Loading(None, options | {"config": config, "state_dict": state}, files)
+
+
+def finish(model: PreTrainedModel, loading: Loading, info: Mapping[str, Any]) -> None:
+    """Give a model that was loaded from a state what transformers reads from files (in place).
+
+    Raises:
+        ValueError: tensors that did not reach the model.
+    """
+    files = loading.files
+    if loading.source is not None or files is None:
+        return
+    if lost := {
+        key: sorted(map(str, info[key]))[:3]
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(key)
+    }:
+        raise ValueError(f"{files.source} did not load completely: {lost}.")
+    model.config.name_or_path = model.name_or_path = files.source
+    if "generation_config" not in loading.options and files.find("generation_config.json"):
+        model.generation_config = GenerationConfig.from_pretrained(files.source, **files.options)

@@ -1,0 +1,161 @@
+"""`composition.json`: where each part's weights lie, and size and hash of every file of a checkpoint.
+
+Reading it decides nothing about a model; `references` loads what it refers to, `checkpoint_files` finds the files.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+COMPOSITION = "composition.json"
+FORMAT, FORMAT_VERSION = "cornstarch-composition", 1
+DELTA = "composition.safetensors"
+REMEDY = "Download or copy the checkpoint again, or save it again if the file was changed on purpose."
+_WEIGHTS = re.compile(r".*\.safetensors(\.index(\.\w+)?\.json)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"[\w][\w.\-]{0,199}(/[\w][\w.\-]{0,199})?")
+_COMPONENT = re.compile(r"language_model|[a-z][a-z0-9_]{0,63}_encoder")
+
+
+class Entry(NamedTuple):
+    """What a file must be."""
+
+    sha256: str
+    size: int
+
+
+class Composition(NamedTuple):
+    """What `composition.json` says.
+
+    Args:
+        components: by name (``vision_encoder``, ``language_model``) a dict whose `source` is ``"embedded"`` or
+            ``"reference"``; see `references` for the latter.
+        manifest: every other file of the checkpoint.
+    """
+
+    components: dict[str, dict[str, Any]]
+    manifest: dict[str, Entry]
+
+    @property
+    def references(self) -> dict[str, dict[str, Any]]:
+        """The components whose weights lie in another repository."""
+        return {name: entry for name, entry in self.components.items() if entry["source"] == "reference"}
+
+    def weights(self) -> dict[str, Entry]:
+        """The files that hold tensors, and the indexes of such files."""
+        return {name: entry for name, entry in self.manifest.items() if _WEIGHTS.fullmatch(name)}
+
+
+def write_composition(folder: str, components: Mapping[str, Mapping[str, Any]]) -> Composition:
+    """Write `composition.json` about all files that lie in a folder."""
+    names = [os.path.join(root, name) for root, _, found in os.walk(folder) for name in found]
+    names = sorted(os.path.relpath(path, folder).replace(os.sep, "/") for path in names)
+    manifest = describe_files({name: os.path.join(folder, name) for name in names if name != COMPOSITION})
+    composition = Composition({name: dict(entry) for name, entry in components.items()}, manifest)
+    values = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "components": composition.components,
+        "manifest": {name: entry._asdict() for name, entry in manifest.items()},
+    }
+    with open(os.path.join(folder, COMPOSITION), "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, sort_keys=True)
+        file.write("\n")
+    return composition
+
+
+def describe_files(paths: Mapping[str, str]) -> dict[str, Entry]:
+    """Size and SHA-256 of files by name; several are hashed at a time."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        hashes = pool.map(sha256_of, paths.values())
+        return {n: Entry(h, os.path.getsize(p)) for (n, p), h in zip(paths.items(), hashes, strict=True)}
+
+
+def sha256_of(path: str) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_composition(path: str) -> Composition:
+    """Read `composition.json`.
+
+    Raises:
+        ValueError: it is none, was written by a newer version, or says what it must not.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{COMPOSITION} is no JSON ({type(error).__name__}: {error}). {REMEDY}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{COMPOSITION} must say format {FORMAT!r}, got {values!r:.100}.")
+    version = values.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"{COMPOSITION} has format_version {version!r}, this version of cornstarch_hf reads up to {FORMAT_VERSION}: "
+            "upgrade cornstarch_hf."
+        )
+    components, manifest = values.get("components"), values.get("manifest")
+    if not isinstance(components, dict) or not isinstance(manifest, dict):
+        raise ValueError(f"{COMPOSITION} must have the objects `components` and `manifest`, got {sorted(values)}.")
+    for name, entry in components.items():
+        if not _COMPONENT.fullmatch(name) or not isinstance(entry, dict):
+            raise ValueError(
+                f"{COMPOSITION} describes the component {name!r:.100} as {entry!r:.100}, expected an object."
+            )
+        if entry.get("source") not in ("embedded", "reference"):
+            raise ValueError(
+                f"{name} has the source {entry.get('source')!r:.100} in {COMPOSITION}, expected 'embedded' or 'reference'."
+            )
+    return Composition(components, {name: _entry(name, value) for name, value in manifest.items()})
+
+
+def _entry(name: str, value: Any) -> Entry:
+    """A manifest's entry; a file that would lie outside of the checkpoint is refused."""
+    known = isinstance(value, dict) and set(value) == {"sha256", "size"}
+    if not _FILE.fullmatch(name) or not known or not valid_entry(value["sha256"], value["size"]):
+        raise ValueError(
+            f"{COMPOSITION} lists the file {name!r:.200} as {value!r:.200}, expected a name inside the checkpoint with its "
+            "`sha256` and `size`."
+        )
+    return Entry(value["sha256"], value["size"])
+
+
+def valid_entry(sha256: Any, size: Any) -> bool:
+    """Whether these are a SHA-256 in hexadecimal and a number of bytes."""
+    natural = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+    return natural and isinstance(sha256, str) and bool(_SHA256.fullmatch(sha256))
+
+
+def check_sizes(entries: Mapping[str, Entry], find: Callable[[str], str | None], whose: str) -> None:
+    """Compare the sizes of files with what they must be.
+
+    Args:
+        entries: the files.
+        find: where a file lies, None if nowhere.
+        whose: the checkpoint or the component, for messages.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file has another size.
+    """
+    for name, entry in entries.items():
+        path = find(name)
+        if path is None or not os.path.isfile(path):
+            raise FileNotFoundError(f"{whose}: the file {name} ({entry.size} bytes) is missing. {REMEDY}")
+        if (size := os.path.getsize(path)) != entry.size:
+            raise ValueError(f"{whose}: {name} has {size} bytes, expected {entry.size} as it was saved. {REMEDY}")
+
+
+def check_hashes(entries: Mapping[str, Entry], find: Callable[[str], str | None], whose: str) -> None:
+    """Compare sizes and hashes of files with what they must be; raises as `check_sizes` does."""
+    check_sizes(entries, find, whose)
+    got = describe_files({name: str(find(name)) for name in entries})
+    for name, entry in entries.items():
+        if got[name] != entry:
+            raise ValueError(f"{whose}: {name} has the SHA-256 {got[name].sha256}, expected {entry.sha256}. {REMEDY}")

@@ -1,0 +1,165 @@
+"""Saving and loading of the composed model, as methods of transformers' names."""
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .adapter_tensors import shared_by_adapters
+from .checkpointing import (
+    cast_buffers,
+    check_quantized,
+    check_rebuildable,
+    dtype_plan,
+    restore_adapter_buffers,
+    sync_config,
+)
+from .configuration_multimodal import MultimodalConfig
+from .freezing import restore_frozen
+from .gathering import gathered_ties
+from .loading import finish, prepare
+from .references import chosen_components, embedded, write_reference
+from .saving import saving
+
+logger = logging.getLogger(__name__)
+
+
+class MultimodalStorageMixin(PreTrainedModel):
+    """How a composed model is saved and loaded; see `MultimodalModel`."""
+
+    config: MultimodalConfig
+    encoders: Any
+    language_model: Any
+    _saved = False  # whether the whole model lies in some folder
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        *args,
+        embed: bool | Collection[str] = True,
+        bases: Mapping[str, str] | None = None,
+        variant: str | None = None,
+        **kwargs,
+    ):
+        """As in transformers, safetensors only; a kill at any moment leaves the old checkpoint or the new one.
+
+        Args:
+            save_directory: the folder; files in it that are not of an earlier save stay.
+            is_main_process: whether this process writes.
+            *args: the further arguments of transformers, by position.
+            embed: True stores all weights.  False stores a *reference checkpoint*: projectors, changed tensors and adapters
+                alone, with the repositories and commits of the rest.  A list names the components (``"vision_encoder"``,
+                ``"language_model"``) whose weights are stored all the same.
+            bases: repositories (``"user/name"`` or ``"user/name@revision"``) of components for `embed=False`, where they
+                are not known from loading.
+            variant: as in transformers.
+            **kwargs: as in transformers.
+
+        Raises:
+            ValueError: something in the model would not come back: an unregistered callback or projection, or weights
+                that the configuration does not describe; only adapters would be saved (`add_adapter`) of a model that was
+                never saved itself; a component that cannot be referred to.
+            OSError: the disk is full, a base cannot be read, ...; the old checkpoint is still there.
+        """
+        options = {"variant": variant, **kwargs}
+        whole = not getattr(self, "_hf_peft_config_loaded", False)
+        if whole:
+            check_quantized(self)  # before anything asks for the state: bitsandbytes changes 4-bit weights then
+            sync_config(self, self.config, self.encoders, self.language_model)
+            check_rebuildable(self)
+            # Adapters may have come or gone; saving reads `_tied_weights_keys`, loading the other one.
+            self.all_tied_weights_keys = gathered_ties(self)
+            self._tied_weights_keys = shared_by_adapters(self) | self.all_tied_weights_keys
+        elif not (self.name_or_path or self._saved):
+            raise ValueError(
+                "After add_adapter only the adapters are saved, but the model below them was never saved, so its projectors "
+                "would be lost: call save_pretrained before add_adapter, or wrap the parts with get_peft_model and compose."
+            )
+        referenced = chosen_components(self.config, embed)
+        if not whole or kwargs.get("distributed_checkpoint") or not _writes(is_main_process):
+            super().save_pretrained(save_directory, is_main_process, *args, **options)
+        else:
+            with saving(save_directory, variant) as (folder, components):
+                if referenced:
+                    components |= write_reference(self, folder, referenced, bases, kwargs)
+                else:
+                    components |= embedded(self)
+                    super().save_pretrained(folder, True, *args, **options)
+        self._saved = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        verify: bool = False,
+        bases: Mapping[str, str] | None = None,
+        **kwargs,
+    ):
+        """As in transformers; what was frozen is frozen again, which is said once.
+
+        Args:
+            pretrained_model_name_or_path: folder or repository id, of a whole or a reference checkpoint.
+            *args: as in transformers.
+            verify: compare the hashes of all files with those that were saved; their sizes are compared always.
+            bases: for a reference checkpoint, folders or repositories to read components from instead of those that it
+                names; they must hold the very same files.
+            **kwargs: as in transformers.
+
+        Raises:
+            ValueError: files that are not what was saved, a base that is another one.
+            OSError: a repository that cannot be read; names the component and the remedy.
+        """
+        kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
+        wants_info = kwargs.pop("output_loading_info", False)
+        loading = prepare(cls, pretrained_model_name_or_path, kwargs, bases, verify)
+        model: Any
+        info: dict[str, Any]
+        model, info = super().from_pretrained(loading.source, *args, output_loading_info=True, **loading.options)
+        finish(model, loading, info)
+        restore_adapter_buffers(model)
+        cast_buffers(model, model.config.part_dtypes, model.dtype)
+        loaded = (model, info) if wants_info else model
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return loaded  # a folder of adapters, in which PEFT decides what trains
+        if frozen := restore_frozen(model, model.config.frozen):
+            logger.warning(
+                "%d of the loaded parameter tensors are frozen, as they were when saved (%s). unfreeze() trains all.",
+                frozen,
+                ", ".join(model.config.frozen[:4]) + (", ..." if len(model.config.frozen) > 4 else ""),
+            )
+        return loaded
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
+        plan = {
+            key: value for key, value in super()._get_dtype_plan(dtype).items() if key not in self._projector_names()
+        }
+        return plan | dtype_plan(self.config.part_dtypes, dtype)
+
+    @property
+    def _keep_in_fp32_modules(self) -> set[str]:
+        """What the parts want in float32 and, while the model is quantized, the projectors: small, often still to train."""
+        names = self.__dict__.get("_parts_in_fp32", set())
+        return names | self._projector_names() if getattr(self, "is_quantized", False) else names
+
+    @_keep_in_fp32_modules.setter
+    def _keep_in_fp32_modules(self, names: Iterable[str]) -> None:
+        self.__dict__["_parts_in_fp32"] = set(names)
+
+    def _projector_names(self) -> set[str]:
+        return {f"{name}_encoder.projector" for name in self.config.encoders}
+
+
+def _writes(is_main_process: bool) -> bool:
+    """Whether this process writes checkpoint files; of several, transformers lets one do so."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return is_main_process and not (distributed and torch.distributed.get_rank() != 0)
+
+
+def _safetensors_only(wanted: bool | None) -> bool:
+    if wanted is False:
+        raise ValueError("Composed models are stored as safetensors only; use_safetensors=False is refused.")
+    return True
