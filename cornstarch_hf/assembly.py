@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import resolve_revision
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import RevisionResolutionError
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -130,7 +130,7 @@ def _note_commit(origin: dict[str, Any] | None, spec: Mapping[str, Any], loading
     requested = spec.get("revision")
     try:  # what was just loaded is in the cache
         commit = resolve_revision(origin["repo_id"], revision=requested, local_files_only=True, **where).resolved
-    except (OSError, HfHubHTTPError):
+    except (OSError, RevisionResolutionError):
         commit = None
     origin |= {"requested_revision": requested, "revision": commit, "subfolder": spec.get("subfolder") or ""}
 

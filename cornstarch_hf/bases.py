@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import constants, resolve_revision
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -188,7 +194,11 @@ def _warn_if_moved(component: str, entry: Mapping[str, Any], options: Mapping[st
         return
     try:
         now = resolve_revision(entry["repo_id"], revision=requested, **_only(options, ("cache_dir", "token"))).resolved
-    except (HfHubHTTPError, OSError) as error:  # reading the pinned commit says what is wrong, if anything
+    except (
+        HfHubHTTPError,
+        RevisionResolutionError,
+        OSError,
+    ) as error:  # reading the pinned commit says what is wrong, if anything
         logger.info(
             "%s: cannot ask where %s of %s is now: %s", component, requested, entry["repo_id"], type(error).__name__
         )
@@ -216,7 +226,7 @@ def naming(component: str, origin: Mapping[str, Any]) -> Iterator[None]:
         raise OSError(
             f"{where} does not exist, or is private (401/404): pass token= of a user who may read it, or {remedy}."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, RevisionResolutionError, OSError) as error:
         raise OSError(f"{where} cannot be read ({type(error).__name__}: {str(error)[:300]}): {remedy}.") from error
 
 

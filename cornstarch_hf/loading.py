@@ -56,7 +56,7 @@ def prepare(
         return _by_reference(model_class, files, composition, config, options, bases, verify)
     if bases:
         raise ValueError(f"bases names {sorted(bases)}, but {source} holds all of its weights itself.")
-    if name := first_weights(composition, options.get("variant")):
+    if options.get("variant") is None and (name := first_weights(composition, None)):
         config.transformers_weights = name  # and no other file, however it came into the folder
     return Loading(source, options | {"config": config} | _hub(files), files)
 

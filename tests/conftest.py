@@ -9,4 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-collect_ignore = ["hub_cache.py", "killed_saves.py", "reload_adapters.py", "helpers.py", "reload.py", "tiny.py", "user_parts.py"]
+collect_ignore = [
+    "hub_cache.py",
+    "killed_saves.py",
+    "reload_adapters.py",
+    "helpers.py",
+    "reload.py",
+    "tiny.py",
+    "user_parts.py",
+]

@@ -20,7 +20,17 @@ from helpers import compose_tiny
 
 from cornstarch_hf import MultimodalModel
 
-EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "shutil.rmtree", "tempfile.mkdtemp"}
+EVENTS = {
+    "open",
+    "os.rename",
+    "os.link",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.scandir",
+    "shutil.rmtree",
+    "tempfile.mkdtemp",
+}
 
 
 def watched(folder, kill_at, counted):

@@ -85,7 +85,9 @@ def loads_equal(model, folder, cache, **options):
     again, info = AutoModel.from_pretrained(folder, cache_dir=cache, output_loading_info=True, **options)
     assert not any(info.values()), info
     assert type(again) is MultimodalModel and same(model, again)
-    assert [n for n, p in again.named_parameters() if p.requires_grad] == [n for n, p in model.named_parameters() if p.requires_grad]
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert torch.equal(model.eval()(input_ids=ids).logits, again(input_ids=ids).logits)
@@ -105,10 +107,18 @@ def test_only_projectors_of_an_untrained_composition(tmp_path, cache, language_m
     held = stored(tmp_path / "r")
     assert all(".projector." in name for name in held)
     assert size_of(tmp_path / "r") <= sum(held.values()) + OVERHEAD
-    assert {p.name for p in (tmp_path / "r").iterdir()} >= {"config.json", "composition.json", "composition.safetensors"}
+    assert {p.name for p in (tmp_path / "r").iterdir()} >= {
+        "config.json",
+        "composition.json",
+        "composition.safetensors",
+    }
     assert not list((tmp_path / "r").glob("model*"))
     entry = described(tmp_path / "r")["components"]["audio_encoder"]
-    assert entry["select"] == "encoder" and entry["class"].endswith("WhisperModel") and entry["revision"] == commit_of("u/whisper")
+    assert (
+        entry["select"] == "encoder"
+        and entry["class"].endswith("WhisperModel")
+        and entry["revision"] == commit_of("u/whisper")
+    )
     again = loads_equal(model, tmp_path / "r", cache)
     assert again.generation_config.eos_token_id == model.generation_config.eos_token_id
     assert again.name_or_path == str(tmp_path / "r")
@@ -182,7 +192,11 @@ def test_adapters_inside_parts(tmp_path, cache, state):
     language_model = AutoModelForCausalLM.from_pretrained("u/tied" if state == "plain" else "u/llama", cache_dir=cache)
     encoder = AutoModel.from_pretrained("u/clip", cache_dir=cache)
     model = MultimodalModel(
-        {"vision": ModalEncoderModule(get_peft_model(encoder, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)))},
+        {
+            "vision": ModalEncoderModule(
+                get_peft_model(encoder, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+            )
+        },
         get_peft_model(language_model, config),
     )
     if state == "merged":
@@ -201,7 +215,9 @@ def test_in_another_dtype(tmp_path, cache):
     again = loads_equal(model, tmp_path / "r", cache)
     assert again.dtype == torch.bfloat16
     wide = AutoModel.from_pretrained(tmp_path / "r", cache_dir=cache, dtype=torch.float32)
-    assert wide.dtype == torch.float32 and torch.equal(wide.get_input_embeddings().weight, model.get_input_embeddings().weight.float())
+    assert wide.dtype == torch.float32 and torch.equal(
+        wide.get_input_embeddings().weight, model.get_input_embeddings().weight.float()
+    )
 
 
 def test_some_components_with_their_weights(tmp_path, cache):
@@ -209,17 +225,26 @@ def test_some_components_with_their_weights(tmp_path, cache):
     assert components_of(model.config) == ["vision_encoder", "language_model"]
     model.save_pretrained(tmp_path / "r", embed=["vision_encoder"], cache_dir=cache)
     components = described(tmp_path / "r")["components"]
-    assert {n: c["source"] for n, c in components.items()} == {"vision_encoder": "embedded", "language_model": "reference"}
+    assert {n: c["source"] for n, c in components.items()} == {
+        "vision_encoder": "embedded",
+        "language_model": "reference",
+    }
     shutil.rmtree(cache / "models--u--clip")
     loads_equal(model, tmp_path / "r", cache)
     for wrong in (["vision"], "language_model"):
-        with pytest.raises(ValueError, match=r"embed must be True, False or a list with some of \['vision_encoder', 'language_model'\]"):
+        with pytest.raises(
+            ValueError, match=r"embed must be True, False or a list with some of \['vision_encoder', 'language_model'\]"
+        ):
             chosen_components(model.config, wrong)
 
 
 def test_a_part_that_came_from_nowhere(tmp_path, cache):
-    model = MultimodalModel({"vision": ModalEncoderModule(AutoModel.from_pretrained("u/clip", cache_dir=cache))}, tiny.llama())
-    message = r"language_model did not come from the Hub.*bases=\{'language_model': 'user/name'\}.*embed=\['language_model'\]"
+    model = MultimodalModel(
+        {"vision": ModalEncoderModule(AutoModel.from_pretrained("u/clip", cache_dir=cache))}, tiny.llama()
+    )
+    message = (
+        r"language_model did not come from the Hub.*bases=\{'language_model': 'user/name'\}.*embed=\['language_model'\]"
+    )
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "r", embed=False, cache_dir=cache)
     assert not (tmp_path / "r").exists()
@@ -240,7 +265,9 @@ def test_a_local_base_only_where_the_caller_names_it(tmp_path, cache, saved_part
     with pytest.raises(ValueError, match=r"bases names \['audio_encoder'\], this checkpoint refers to"):
         AutoModel.from_pretrained(tmp_path / "r", cache_dir=cache, bases={"audio_encoder": "x"})
     rewrite(tmp_path / "r", lambda c: c["language_model"].update(repo_id=str(saved_parts / "u/llama")))
-    with pytest.raises(ValueError, match=r"language_model.*expected the id of a repository: a folder is read only if you name it"):
+    with pytest.raises(
+        ValueError, match=r"language_model.*expected the id of a repository: a folder is read only if you name it"
+    ):
         AutoModel.from_pretrained(tmp_path / "r", cache_dir=cache, bases={"vision_encoder": bases["vision_encoder"]})
 
 
@@ -286,7 +313,10 @@ def test_a_repository_that_is_a_composition_itself(tmp_path, cache):
         model.save_pretrained(tmp_path / "r", embed=False, bases={"language_model": "u/cycle"}, cache_dir=cache)
     model.save_pretrained(tmp_path / "r", embed=False, cache_dir=cache)
     put_into_cache(cache, "u/cycle", tmp_path / "r", commit_of("u/cycle"))
-    rewrite(tmp_path / "r", lambda c: c["language_model"].update(repo_id="u/cycle", revision=commit_of("u/cycle"), weights={}))
+    rewrite(
+        tmp_path / "r",
+        lambda c: c["language_model"].update(repo_id="u/cycle", revision=commit_of("u/cycle"), weights={}),
+    )
     with pytest.raises(ValueError, match=r"language_model.*(composition itself|config.json is not the one)"):
         AutoModel.from_pretrained(tmp_path / "r", cache_dir=cache)
 
@@ -297,10 +327,14 @@ def test_tensors_with_two_sources_none_or_another_shape(tmp_path, cache):
         model.language_model.lm_head.weight.add_(1)
     model.save_pretrained(tmp_path / "r", embed=False, cache_dir=cache)
     rewrite(tmp_path / "r", lambda c: c["language_model"]["tensors"].append("lm_head"))
-    with pytest.raises(ValueError, match=r"language_model.lm_head.weight comes from composition.safetensors and from 'u/llama'"):
+    with pytest.raises(
+        ValueError, match=r"language_model.lm_head.weight comes from composition.safetensors and from 'u/llama'"
+    ):
         AutoModel.from_pretrained(tmp_path / "r", cache_dir=cache)
     rewrite(tmp_path / "r", lambda c: c["language_model"].update(tensors=["model.layers"]))
-    with pytest.raises(ValueError, match=r"without a source \['language_model.model.embed_tokens.weight', 'language_model.model.norm"):
+    with pytest.raises(
+        ValueError, match=r"without a source \['language_model.model.embed_tokens.weight', 'language_model.model.norm"
+    ):
         AutoModel.from_pretrained(tmp_path / "r", cache_dir=cache)
     model.save_pretrained(tmp_path / "r", embed=False, cache_dir=cache)
     config = json.loads((tmp_path / "r" / "config.json").read_text())
@@ -327,7 +361,9 @@ def test_tensors_with_two_sources_none_or_another_shape(tmp_path, cache):
 def test_entries_that_no_save_wrote(tmp_path, cache, change):
     composed(cache).save_pretrained(tmp_path / "r", embed=False, cache_dir=cache)
     rewrite(tmp_path / "r", lambda c: c["vision_encoder"].update(change))
-    with pytest.raises(ValueError, match=r"vision_encoder: composition.json must name a repository, a commit of 40 hex digits"):
+    with pytest.raises(
+        ValueError, match=r"vision_encoder: composition.json must name a repository, a commit of 40 hex digits"
+    ):
         AutoModel.from_pretrained(tmp_path / "r", cache_dir=cache)
 
 

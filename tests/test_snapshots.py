@@ -153,7 +153,9 @@ def test_a_pointer_to_nothing_is_refused(tmp_path):
 
 def test_everything_is_synced_before_it_becomes_valid(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(os, "fsync", lambda fd: steps.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: steps.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+    )
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (steps.append(("replace", os.path.basename(b))), replace(a, b)))
     save(tmp_path / "a", 1, shards=2)

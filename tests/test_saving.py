@@ -1,0 +1,50 @@
+"""Which files a save owns."""
+
+import pytest
+
+from cornstarch_hf.saving import saving, weights_pattern
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "is_one"),
+    [
+        (None, "model.safetensors", True),
+        (None, "model-00001-of-00002.safetensors", True),
+        (None, "model.safetensors.index.json", True),
+        (None, "model.fp16.safetensors", False),
+        (None, "adapter_model.safetensors", False),
+        (None, "my_model.safetensors", False),
+        ("fp16", "model.fp16.safetensors", True),
+        ("fp16", "model.fp16-00001-of-00002.safetensors", True),
+        ("fp16", "model.safetensors.index.fp16.json", True),
+        ("fp16", "model.safetensors", False),
+        ("a.b", "model.aXb.safetensors", False),
+    ],
+)
+def test_names_of_weight_files(variant, name, is_one):
+    assert bool(weights_pattern(variant).fullmatch(name)) is is_one
+
+
+def write(folder, names, variant=None):
+    with saving(folder, variant) as (staging, components):
+        components["language_model"] = {"source": "embedded"}
+        for name in ("config.json", *names):
+            with open(f"{staging}/{name}", "w") as file:
+                file.write("{}")
+
+
+def test_what_an_earlier_save_wrote_goes_and_nothing_else(tmp_path):
+    write(tmp_path, ["model.safetensors", "modeling_own.py", "generation_config.json"])
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "other.py").write_text("mine")
+    write(tmp_path, ["model-00001-of-00001.safetensors", "model.safetensors.index.json"])
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model-00001-of-00001.safetensors", "composition.json",
+                                                     "model.safetensors.index.json", "README.md", "other.py"}  # fmt: skip
+    write(tmp_path, ["model.fp16.safetensors"], "fp16")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    (tmp_path / "composition.json").write_text("not ours")
+    write(tmp_path, ["composition.safetensors"])
+    assert {p.name for p in tmp_path.iterdir() if "safetensors" in p.name} == {
+        "composition.safetensors",
+        "model.fp16.safetensors",
+    }
