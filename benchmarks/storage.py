@@ -1,15 +1,23 @@
-"""Times of saving a model and of loading it again."""
+"""Times of saving a model and of loading it again, and the memory that both take: also the program of that process."""
 
+import argparse
+import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
 
+import torch
 from transformers import AutoModel, LlavaForConditionalGeneration
 
+from .children import run_module
+from .memory import SIDES, peak_mib
 from .models import Pair, check_logits, check_weights
-from .results import Result, in_turn
+from .results import Result, Target, in_turn
 from .sizes import Sizes
 from .speed import seconds
+
+LOADERS = {"native": LlavaForConditionalGeneration, "ours": AutoModel}
 
 
 def save_seconds(model, folder: Path) -> float:
@@ -18,28 +26,120 @@ def save_seconds(model, folder: Path) -> float:
     return seconds(lambda: model.save_pretrained(folder))
 
 
+def save_hash_and_sync(model, folder: Path) -> None:
+    """What our save does besides writing: every file hashed and synced, then the folder."""
+    model.save_pretrained(folder)
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, "sha256")
+            os.fsync(file.fileno())
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def hashed_seconds(model, folder: Path) -> float:
+    """Time of a native save with hashing and syncing added to it."""
+    os.sync()
+    return seconds(lambda: save_hash_and_sync(model, folder))
+
+
+def load_and_read(side: str, folder: Path, **options) -> float:
+    """Time of loading and of reading each weight once: loading alone maps the file and reads nothing of it."""
+
+    def load() -> None:
+        model = LOADERS[side].from_pretrained(folder, **options)
+        for parameter in model.parameters():
+            parameter.detach().sum()
+
+    return seconds(load)
+
+
 def storage(pair: Pair, sizes: Sizes) -> list[Result]:
     """Saving and loading, the two models in turn; what was loaded is what was saved.
 
     Raises:
         ValueError: weights or logits of the loaded models differ.
     """
+    at_most = Target(at_most=1.05) if sizes.judged else None
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
-        native, ours = Path(folder, "native"), Path(folder, "ours")
+        native, ours, hashed = Path(folder, "native"), Path(folder, "ours"), Path(folder, "hashed")
         saved = in_turn(
             lambda: save_seconds(pair.native, native), lambda: save_seconds(pair.ours, ours), sizes.pairs["save"]
         )
+        explained = in_turn(
+            lambda: hashed_seconds(pair.native, hashed), lambda: save_seconds(pair.ours, ours), sizes.pairs["save"]
+        )
         loaded = in_turn(
-            lambda: seconds(lambda: LlavaForConditionalGeneration.from_pretrained(native)),
-            lambda: seconds(lambda: AutoModel.from_pretrained(ours)),
+            lambda: seconds(lambda: LOADERS["native"].from_pretrained(native)),
+            lambda: seconds(lambda: LOADERS["ours"].from_pretrained(ours)),
             sizes.pairs["load"],
         )
-        again = LlavaForConditionalGeneration.from_pretrained(native), AutoModel.from_pretrained(ours)
+        read = in_turn(
+            lambda: load_and_read("native", native), lambda: load_and_read("ours", ours), sizes.pairs["load"]
+        )
+        verified = in_turn(
+            lambda: load_and_read("native", native),
+            lambda: load_and_read("ours", ours, verify=True),
+            sizes.pairs["save"],
+        )
+        again = LOADERS["native"].from_pretrained(native), LOADERS["ours"].from_pretrained(ours)
         check_weights(*again)
         check_logits(*again, pair.inputs)
         size = {"file_mib": sum(path.stat().st_size for path in ours.iterdir()) / 2**20}
+        resident = _resident(native, ours, sizes)
     name = f"vocabulary {pair.vocabulary:,}"
     return [
         Result("save", f"save, {name}", "s", *saved, notes=size),
-        Result("load", f"load, {name}", "s", *loaded, notes=size),
+        Result("save", f"save, hashing and syncing added to native, {name}", "s", *explained, notes=size),
+        Result("load", f"load, {name}", "s", *loaded, at_most, notes=size),
+        Result("load", f"load and read each weight, {name}", "s", *read, at_most, notes=size),
+        Result("load", f"load with verify=True and read each weight, {name}", "s", *verified, notes=size),
+        *resident,
     ]
+
+
+def _resident(native: Path, ours: Path, sizes: Sizes) -> list[Result]:
+    """Peak memory of loading and of saving again, each model in a fresh process of its own."""
+    found = {}
+    for side, folder in (("native", native), ("ours", ours)):
+        answer = run_module("benchmarks.storage", side, str(folder))
+        found[side] = json.loads(answer.splitlines()[-1])
+    results = []
+    for group, what, before, after in (
+        ("load", "loading and reading", "imported", "loaded"),
+        ("save", "saving", "loaded", "saved"),
+    ):
+        peaks = {side: [found[side][after]] for side in SIDES}
+        notes = {side: {"before": found[side][before], "peak": found[side][after]} for side in SIDES}
+        name = f"peak memory after {what}"
+        results.append(Result(group, name, "MiB", peaks["native"], peaks["ours"], notes=notes))
+    return results
+
+
+def measure(side: str, folder: Path) -> dict[str, float]:
+    """Load in this process, read each weight, save: the peaks on the way."""
+    peaks = {"imported": peak_mib()}
+    model = LOADERS[side].from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sum()
+    peaks["loaded"] = peak_mib()
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as again:
+        model.save_pretrained(again)
+        return peaks | {"saved": peak_mib()}
+
+
+def main() -> None:
+    """One model: print what was measured as a line of JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    import cornstarch_hf  # noqa: F401  # registers the composed model
+
+    print(json.dumps(measure(options.side, options.folder)))
+
+
+if __name__ == "__main__":
+    main()

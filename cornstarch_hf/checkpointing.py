@@ -96,6 +96,8 @@ def cast_buffers(model: nn.Module, part_dtypes: dict[str, Any] | None, main: tor
 
 def restore_adapter_buffers(model: PreTrainedModel) -> None:
     """Fill the buffers of adapters that no checkpoint holds, which loading leaves empty (in place)."""
+    if not model.config.adapters:
+        return
     empty = adapter_buffers(model)
     if empty:
         with without_weights():

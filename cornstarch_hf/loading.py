@@ -68,7 +68,7 @@ def _config_of(
     options = dict(options)
     given = options.pop("config", None)
     if isinstance(given, MultimodalConfig):
-        return copy.deepcopy(given), options
+        return copy.copy(given), options  # transformers makes a deep copy itself
     # The options that are for loading alone, and that a configuration would otherwise take for its own.
     kept = {key: options.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in options}
     hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
