@@ -66,10 +66,16 @@ class Handler(BaseHTTPRequestHandler):
             for method, pattern, function in ROUTES:
                 match = pattern.fullmatch(parts.path)
                 if match and method in (self.command, "GET" if self.command == "HEAD" else None):
-                    return function(self, **{key: unquote(value) for key, value in match.groupdict().items() if value is not None})
+                    return function(
+                        self, **{key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                    )
             raise Refused(404, "", f"no such endpoint: {self.command} {parts.path}")
         except Refused as refused:
-            headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message, **self.fault.get("headers", {})}
+            headers = {
+                "X-Error-Code": refused.code,
+                "X-Error-Message": refused.message,
+                **self.fault.get("headers", {}),
+            }
             self.answer({"error": refused.message}, refused.status, {k: v for k, v in headers.items() if v})
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_any
@@ -108,7 +114,9 @@ class Handler(BaseHTTPRequestHandler):
         if name is None:
             raise Refused(401, "", "Invalid username or password.")
         role = "write" if writes else "read"
-        self.answer({"type": "user", "name": name, "fullname": name, "orgs": [], "auth": {"accessToken": {"role": role}}})
+        self.answer(
+            {"type": "user", "name": name, "fullname": name, "orgs": [], "auth": {"accessToken": {"role": role}}}
+        )
 
     @route("POST", "/api/validate-yaml")
     def validate(self):
@@ -149,7 +157,9 @@ class Handler(BaseHTTPRequestHandler):
     def settings(self, repo):
         found, _ = self.hub.writable(repo, self.token)
         values = json.loads(self.body)
-        found.private = values.get("private", values.get("visibility") == "private" if "visibility" in values else found.private)
+        found.private = values.get(
+            "private", values.get("visibility") == "private" if "visibility" in values else found.private
+        )
         found.gated = values.get("gated", found.gated)
         self.answer(values)
 
@@ -192,7 +202,9 @@ class Handler(BaseHTTPRequestHandler):
         if not recursive:
             inside = {path: file for path, file in inside.items() if "/" not in path[len(prefix) :]}
             folders = {folder for folder in folders if "/" not in folder[len(prefix) :]}
-        found_folders = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in sorted(folders)]
+        found_folders = [
+            {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in sorted(folders)
+        ]
         self.answer([*found_folders, *(self.info_of(path, file) for path, file in inside.items())])
 
     @route("POST", f"/api/models/{ID}/paths-info/(?P<revision>[^/]+)")
@@ -229,7 +241,9 @@ class Handler(BaseHTTPRequestHandler):
         commit = self.hub.resolve(found, revision)
         if path not in commit.files:
             self.hub.calls_by(self, 404)
-            return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.id})
+            return self.answer(
+                {"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.id}
+            )
         file = commit.files[path]
         headers = {"X-Repo-Commit": commit.id, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
         if file.lfs:  # as on the Hub, the content lies on another host
@@ -249,7 +263,9 @@ class Handler(BaseHTTPRequestHandler):
             first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
             headers |= {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
             data, status = data[first : last + 1], 206
-        self.send(data, status, {**headers, "Content-Length": str(len(data)), "Content-Type": "application/octet-stream"})
+        self.send(
+            data, status, {**headers, "Content-Length": str(len(data)), "Content-Type": "application/octet-stream"}
+        )
 
     # ---- writing
 
@@ -300,7 +316,9 @@ class Handler(BaseHTTPRequestHandler):
             files = dict(head.files)
             for line in lines:
                 self.apply(files, line["key"], line["value"])
-            made, number = self.hub.add_commit(found, revision, files, header["summary"], self.hub.user(self.token)[0], pull=pull)
+            made, number = self.hub.add_commit(
+                found, revision, files, header["summary"], self.hub.user(self.token)[0], pull=pull
+            )
         url = f"{self.hub.endpoint}/{repo}"
         values = {"success": True, "commitOid": made.id, "commitUrl": f"{url}/commit/{made.id}", "hookOutput": ""}
         self.answer(values | ({"pullRequestUrl": f"{url}/discussions/{number}"} if number else {}))

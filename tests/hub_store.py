@@ -82,7 +82,11 @@ class HubStore:
         if name is None:
             raise Refused(401, "", "Invalid username or password.")
         if not writes or repo_id.partition("/")[0] != name:
-            raise Refused(403, "", f"You don't have the rights to create a model under the namespace {repo_id.partition('/')[0]!r}")
+            raise Refused(
+                403,
+                "",
+                f"You don't have the rights to create a model under the namespace {repo_id.partition('/')[0]!r}",
+            )
         if repo_id in self.repos:
             raise Refused(409, "", "You already created this model repo")
         self.repos[repo_id] = repo = Repo(repo_id, private)
@@ -107,7 +111,9 @@ class HubStore:
     def writable(self, repo_id, token):
         repo, (name, writes) = self.readable(repo_id, token), self.user(token)
         if not writes or name != repo.owner:
-            raise Refused(401 if name is None else 403, "", "Forbidden: you do not have write access to this repository")
+            raise Refused(
+                401 if name is None else 403, "", "Forbidden: you do not have write access to this repository"
+            )
         return repo, name
 
     # ---- commits
@@ -180,4 +186,6 @@ class HubStore:
     def content(self, repo_id, branch="main"):
         """All files at a branch, by path."""
         repo = self.repos[repo_id]
-        return {path: (self.blobs / file.sha256).read_bytes() for path, file in self.resolve(repo, branch).files.items()}
+        return {
+            path: (self.blobs / file.sha256).read_bytes() for path, file in self.resolve(repo, branch).files.items()
+        }
