@@ -12,17 +12,18 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
-     "placeholder_text", "media", "forward_signature", "heads", "grids"},
+     "placeholder_text", "media", "forward_signature", "heads", "grids", "card_markup",
+     "card_training", "card_licenses"},
     {"configuration_projector", "reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation"},
     {"configuration_multimodal", "window_reductions", "resampler"},
     {"projectors", "towers", "classes", "labelling", "adapter_tensors"},
     {"encoders", "tokens", "gathering"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},
-    {"checkpointing", "describing"},
-    {"modeling_base", "generation_multimodal", "processing_base"},
+    {"checkpointing", "describing", "card_usage"},
+    {"modeling_base", "generation_multimodal", "processing_base", "card_sections"},
     {"modeling_multimodal", "processing_multimodal"},
-    {"training", "batch_metrics", "collator", "assembly"},
+    {"training", "batch_metrics", "collator", "assembly", "model_card"},
     {"auto"},
     {"__init__"},
 ]  # fmt: skip
