@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .adapters import unwrapped
+from .adapters import is_wrapped, unwrapped
 from .card_licenses import find_licenses, license_fields
 from .card_markup import check_origin, check_repo_id, code, plain, repo_link
 from .card_sections import (
@@ -54,6 +54,7 @@ def card_text(
     *,
     license: str | None = None,
     licenses: Mapping[str, str] | None = None,
+    tags: Sequence[str] = (),
 ) -> str:
     """The text of a README.md for the Hub.
 
@@ -68,27 +69,30 @@ def card_text(
         token: to ask the Hub for the licences of private bases; False asks nothing.
         license: of this model; else the one that all parts have, where it is known of all.
         licenses: of bases by their repository, instead of asking the Hub.
+        tags: further tags of the repository, after the model's own (`model.add_model_tags`).
 
     Returns:
         YAML metadata and Markdown, with a mark by which `merged_card` sees whether someone edited it.
 
     Raises:
         TypeError: a model of another kind, a trainer that is none.
-        ValueError: an invalid `repo_id`, an origin that names no commit of a repository, a licence that is no identifier,
-            an unreadable trainer state.
+        ValueError: an invalid `repo_id` or tag, an origin that names no commit of a repository, a licence that is no
+            identifier, an unreadable trainer state.
     """
     if repo_id is not None:
         check_repo_id(repo_id, "repo_id")
+    if wrong := [tag for tag in tags if not _is_tag(tag)]:
+        raise ValueError(f"tags must be words such as 'chemistry', got {wrong}.")
     facts = training_facts(trainer) if trainer is not None else []
     inner = unwrapped(model)
     if _is_composed(inner):
         if inner is not model or getattr(model, "_hf_peft_config_loaded", False):  # only the adapters are saved then
-            return _adapter_card(model, repo_id, facts, license)
-        return _composed_card(model, processor, repo_id, include_code, embed, facts, (token, license, licenses))
+            return _adapter_card(model, repo_id, facts, license, tags)
+        return _composed_card(model, processor, repo_id, include_code, embed, facts, (token, license, licenses), tags)
     if getattr(getattr(inner, "config", None), "projection_type", None) is not None:
-        return _projector_card(inner, repo_id, license)
+        return _projector_card(inner, repo_id, license, tags)
     if model is None and processor is not None:
-        return _processor_card(processor, repo_id, license)
+        return _processor_card(processor, repo_id, license, tags)
     raise TypeError(f"A card describes a composed model, a projector or a processor, got {type(model).__name__}.")
 
 
@@ -139,7 +143,14 @@ def _title(repo_id: str | None, otherwise: str) -> str:
 
 
 def _composed_card(
-    model: Any, processor: Any, repo_id: str | None, include_code: bool, embed: Any, facts: Facts, legal: tuple
+    model: Any,
+    processor: Any,
+    repo_id: str | None,
+    include_code: bool,
+    embed: Any,
+    facts: Facts,
+    legal: tuple,
+    tags: Sequence[str],
 ) -> str:
     origins = getattr(model.config, "origins", None) or {}
     for component, origin in origins.items():
@@ -151,7 +162,7 @@ def _composed_card(
     embedded = components if embed is True else [] if embed is False else list(embed)
     references = [c for c in components if c in origins and c not in embedded]
     fields = license_fields(license, of_parts)
-    data = _metadata(model, origins, include_code, bool(references), bool(facts)) | fields
+    data = _metadata(model, origins, include_code, bool(references), bool(facts), tags) | fields
     unsaid = "" if fields else "\n\nNot all are known, so the metadata states none for the whole."
     told = "" if facts else "\n\nNo record of a training run was given: which parts train says how the model is set."
     sections = [
@@ -169,7 +180,7 @@ def _composed_card(
 
 
 def _metadata(
-    model: Any, origins: Mapping[str, Any], include_code: bool, refers: bool, trained: bool
+    model: Any, origins: Mapping[str, Any], include_code: bool, refers: bool, trained: bool, own_tags: Sequence[str]
 ) -> dict[str, Any]:
     kinds = [model.config.modality(name)["kind"] for name in model.config.encoders]
     media = tuple(sorted({kind for kind in kinds if kind in ("image", "audio", "video")}))
@@ -177,23 +188,36 @@ def _metadata(
     relation = "adapter" if refers else "merge" if len(bases) > 1 else "finetune"
     adapters = hasattr(model, "peft_config") or any(hasattr(part, "peft_config") for part in model._parts().values())
     tags = [LIBRARY, "multimodal", *kinds, *(["peft"] if adapters else [])]
-    tags += [*(getattr(model, "model_tags", None) or []), *(["generated_from_trainer"] if trained else [])]
+    tags += [*(getattr(model, "model_tags", None) or []), *own_tags, *(["generated_from_trainer"] if trained else [])]
     return {
         "base_model": bases or None,
         "base_model_relation": relation if bases else None,
         # What the Hub offers under "Use this model" must run: plain transformers loads it only with its code.
         "library_name": "transformers" if include_code else LIBRARY,
         "pipeline_tag": TASKS.get(media, SEVERAL_MEDIA),
-        "tags": [tag for tag in dict.fromkeys(tags) if isinstance(tag, str) and TAG.fullmatch(tag)],
+        "tags": list(filter(_is_tag, dict.fromkeys(tags))),
     }
 
 
-def _adapter_card(model: Any, repo_id: str | None, facts: Facts, license: str | None) -> str:
+def _is_tag(tag: Any) -> bool:
+    return isinstance(tag, str) and TAG.fullmatch(tag) is not None
+
+
+def _short(library: str, license: str | None, tags: Sequence[str]) -> dict[str, Any]:
+    """Metadata of a short card."""
+    return {"library_name": library, "tags": list(dict.fromkeys([LIBRARY, "multimodal", *tags]))} | license_fields(
+        license, []
+    )
+
+
+def _adapter_card(model: Any, repo_id: str | None, facts: Facts, license: str | None, tags: Sequence[str]) -> str:
     """Of PEFT adapters around a composed model, which lies elsewhere."""
     config = unwrapped(model).config
     # A name alone could be a folder of this machine; a commit is known of what came from the Hub.
     base = config.name_or_path if getattr(config, "_commit_hash", None) else None
-    data = {"library_name": "peft", "tags": [LIBRARY, "multimodal"]} | license_fields(license, [])
+    # Trainer asks a model for PEFT's card where one says "peft"; only a PeftModel can answer.
+    library = "peft" if is_wrapped(model) else LIBRARY
+    data = _short(library, license, ["peft", *tags])
     sections = [
         _title(repo_id, "Adapters of a composed multimodal model"),
         f"Adapters for {repo_link(base)}." if base else "Adapters for a composed model that is not on the Hub.",
@@ -206,7 +230,7 @@ def _adapter_card(model: Any, repo_id: str | None, facts: Facts, license: str | 
     return _marked(data, sections)
 
 
-def _projector_card(projector: Any, repo_id: str | None, license: str | None) -> str:
+def _projector_card(projector: Any, repo_id: str | None, license: str | None, tags: Sequence[str]) -> str:
     part = summary("projector", projector)
     load = f'projector = MultimodalProjector.from_pretrained("{repo_id or HERE}")'
     sections = [
@@ -215,10 +239,10 @@ def _projector_card(projector: Any, repo_id: str | None, license: str | None) ->
         f"{part.total:,} parameters ({part.dtypes}).",
         f"## Usage\n\n```python\nfrom cornstarch_hf import MultimodalProjector  # {INSTALL}\n\n{load}\n```",
     ]
-    return _marked({"library_name": LIBRARY, "tags": [LIBRARY, "multimodal"]} | license_fields(license, []), sections)
+    return _marked(_short(LIBRARY, license, tags), sections)
 
 
-def _processor_card(processor: Any, repo_id: str | None, license: str | None) -> str:
+def _processor_card(processor: Any, repo_id: str | None, license: str | None, tags: Sequence[str]) -> str:
     tokens = ", ".join(f"{code(token)} for {code(name)}" for name, token in processor.tokens.items())
     load = f'processor = AutoProcessor.from_pretrained("{repo_id or HERE}")'
     lines = f"import cornstarch_hf  # {INSTALL}\nfrom transformers import AutoProcessor\n\n{load}"
@@ -227,4 +251,4 @@ def _processor_card(processor: Any, repo_id: str | None, license: str | None) ->
         f"A processor without its model. Placeholders: {tokens}.",
         f"## Usage\n\n```python\n{lines}\n```",
     ]
-    return _marked({"library_name": LIBRARY, "tags": [LIBRARY, "multimodal"]} | license_fields(license, []), sections)
+    return _marked(_short(LIBRARY, license, tags), sections)

@@ -106,6 +106,10 @@ def test_adapters_and_own_tags_are_tagged():
     model.add_model_tags(["trl", "sft", "a: b\nc"])
     tags = data(model, processor)["tags"]
     assert tags == ["cornstarch_hf", "multimodal", "image", "peft", "trl", "sft"]
+    assert data(model, processor, tags=["sft", "digits"])["tags"] == [*tags, "digits"]
+    assert data(model.vision_encoder.projector, tags=["digits"])["tags"] == ["cornstarch_hf", "multimodal", "digits"]
+    with pytest.raises(ValueError, match="tags must be words such as 'chemistry', got"):
+        card_text(model, processor, tags=["a b\n"])
 
 
 def test_what_goes_into_links_is_checked(pair):
@@ -190,6 +194,17 @@ def test_adapters_around_a_composed_model():
     )
     assert "(LORA, r = 2, in `q_proj` `v_proj`, whole `projector`)" in card
     assert 'model = PeftModel.from_pretrained(model, "me/adapters")' in card and not is_edited(card)
+
+
+def test_adapters_added_to_a_composed_model_that_was_loaded(tmp_path):
+    model, processor = compose_tiny(["clip"])
+    model.save_pretrained(tmp_path)
+    model.add_adapter(LoraConfig(**LORA))
+    card = card_text(model, processor, "me/adapters")
+    assert headings(card) == ["# adapters"] and "Adapter `default` (LORA, r = 2, in `q_proj` `v_proj`)." in card
+    assert ModelCard(card).data.library_name == "cornstarch_hf"
+    (tmp_path / "README.md").write_text(card)
+    Trainer.create_model_card(trainer(model, processor, tmp_path))
 
 
 def test_a_projector_and_a_processor_alone(pair):
