@@ -44,14 +44,19 @@ def commit_link(repo_id: str, revision: str) -> str:
     return f"[{revision[:7]}]({HUB}/{repo_id}/tree/{revision})"
 
 
-def check_repo_id(repo_id: Any, where: str) -> None:
-    """Refuse what is no ``user/name`` or ``name`` of the Hub (ValueError)."""
+def is_repo_id(value: Any) -> bool:
+    """Whether this is a ``user/name`` or ``name`` of the Hub."""
     try:
-        if not isinstance(repo_id, str):
-            raise HFValidationError(f"expected a string, got {repo_id!r:.100}.")
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{where} must name a repository of the Hub: {error}") from error
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return isinstance(value, str)
+
+
+def check_repo_id(value: Any, where: str) -> None:
+    """Refuse what is no repository's name (ValueError)."""
+    if not is_repo_id(value):
+        raise ValueError(f"{where} must name a repository of the Hub, such as 'user/name', got {value!r:.100}.")
 
 
 def check_origin(component: str, origin: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from .adapters import is_wrapped, unwrapped
 from .card_licenses import find_licenses, license_fields
-from .card_markup import check_origin, check_repo_id, code, plain, repo_link
+from .card_markup import check_origin, check_repo_id, code, is_repo_id, plain, repo_link
 from .card_sections import (
     adapter_text,
     description,
@@ -213,8 +213,8 @@ def _short(library: str, license: str | None, tags: Sequence[str]) -> dict[str, 
 def _adapter_card(model: Any, repo_id: str | None, facts: Facts, license: str | None, tags: Sequence[str]) -> str:
     """Of PEFT adapters around a composed model, which lies elsewhere."""
     config = unwrapped(model).config
-    # A name alone could be a folder of this machine; a commit is known of what came from the Hub.
-    base = config.name_or_path if getattr(config, "_commit_hash", None) else None
+    # A name alone could be a folder of this machine: a commit is known of what came from the Hub, or from its cache.
+    base = config.name_or_path if getattr(config, "_commit_hash", None) and is_repo_id(config.name_or_path) else None
     # Trainer asks a model for PEFT's card where one says "peft"; only a PeftModel can answer.
     library = "peft" if is_wrapped(model) else LIBRARY
     data = _short(library, license, ["peft", *tags])

@@ -85,15 +85,36 @@ def saved_snippets(folder, names):
     return found
 
 
+def short_snippets(folder):
+    """Of a processor, of a projector, and of adapters around a composed model, each in a repository of its own."""
+    model, processor = compose_tiny(["clip"])
+    for thing, name in (
+        (model, "base"),
+        (processor, "base"),
+        (processor, "processor"),
+        (model.vision_encoder.projector, "projector"),
+    ):
+        thing.save_pretrained(folder / "me" / name)
+    model.config._name_or_path, model.config._commit_hash = "me/base", "0a" * 20
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["projector"]))
+    wrapped.save_pretrained(folder / "me" / "whole-adapters")
+    cards = {
+        "processor": card_text(None, processor, "me/processor"),
+        "projector": card_text(model.vision_encoder.projector, None, "me/projector"),
+        "whole-adapters": card_text(wrapped, processor, "me/whole-adapters"),
+    }
+    return {name: snippet_of(card) for name, card in cards.items()}
+
+
 def test_snippets_run_as_they_are_copied(tmp_path):
-    snippets = saved_snippets(tmp_path, FAST)
+    snippets = saved_snippets(tmp_path, FAST) | short_snippets(tmp_path)
     for name, code in snippets.items():
-        assert code.splitlines()[0].startswith("import cornstarch_hf  # pip install "), name
+        assert re.match(r"(import cornstarch_hf|from cornstarch_hf import \w+)  # pip install ", code), name
         ast.parse(code)
     (tmp_path / "snippets.json").write_text(json.dumps(snippets))
     run_python(HERE / "run_snippets.py", "snippets.json", cwd=tmp_path)
     printed = json.loads((tmp_path / "snippets.json").read_text())
-    assert list(printed) == FAST and all(text.endswith("\n") for text in printed.values())
+    assert list(printed) == list(snippets) and all(printed[name].endswith("\n") for name in FAST)
 
 
 @pytest.mark.slow

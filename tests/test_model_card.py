@@ -185,6 +185,9 @@ def test_adapters_around_a_composed_model():
     local = card_text(wrapped, processor, "me/adapters")
     assert "user/composed" not in local and "not on the Hub" in local
     model.config._commit_hash = COMMIT
+    model.config._name_or_path = f"/home/alice/.cache/models--user--composed/snapshots/{COMMIT}"
+    assert card_text(wrapped, processor, "me/adapters") == local
+    model.config._name_or_path = "user/composed"
     card = card_text(wrapped, processor, "me/adapters")
     found = ModelCard(card).data.to_dict()
     assert (found["library_name"], found["base_model"], found["base_model_relation"]) == (
