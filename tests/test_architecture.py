@@ -12,7 +12,8 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
-     "placeholder_text", "media", "forward_signature", "heads", "grids", "snapshots", "manifests"},
+     "placeholder_text", "media", "forward_signature", "heads", "grids", "snapshots", "manifests", "uploading",
+     "card_markup", "card_training", "card_licenses"},
     {"saving"},
     {"checkpoint_files"},
     {"configuration_projector", "reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation"},
@@ -23,11 +24,14 @@ ORDER = [
     {"references"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},
-    {"checkpointing", "describing", "loading"},
+    {"checkpointing", "describing", "loading", "card_usage"},
+    {"card_sections"},
+    {"model_card"},
+    {"pushing"},
     {"modeling_storage"},
     {"modeling_base", "generation_multimodal", "processing_base"},
     {"modeling_multimodal", "processing_multimodal"},
-    {"training", "batch_metrics", "collator", "assembly"},
+    {"training", "batch_metrics", "collator", "assembly", "hub"},
     {"auto"},
     {"__init__"},
 ]  # fmt: skip
