@@ -6,6 +6,7 @@ from .collator import MultimodalCollator
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .hub import push_to_hub
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
@@ -23,6 +24,7 @@ __all__ = [
     "MultimodalProjectorConfig",
     "compose",
     "parameter_groups",
+    "push_to_hub",
     "register_callback",
     "register_feature_count",
     "register_projector",

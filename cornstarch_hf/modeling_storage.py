@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from .adapter_tensors import shared_by_adapters
@@ -20,6 +21,7 @@ from .configuration_multimodal import MultimodalConfig
 from .freezing import restore_frozen
 from .gathering import gathered_ties
 from .loading import finish, prepare
+from .pushing import HUB_ARGUMENTS, push, push_saved
 from .references import chosen_components, embedded, write_reference
 from .saving import saving
 
@@ -38,6 +40,8 @@ class MultimodalStorageMixin(PreTrainedModel):
         self,
         save_directory,
         is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
         *args,
         embed: bool | Collection[str] = True,
         bases: Mapping[str, str] | None = None,
@@ -49,6 +53,8 @@ class MultimodalStorageMixin(PreTrainedModel):
         Args:
             save_directory: the folder; files in it that are not of an earlier save stay.
             is_main_process: whether this process writes.
+            state_dict: as in transformers.
+            push_to_hub: whether to push it afterwards, to `repo_id` (by default the folder's name).
             *args: the further arguments of transformers, by position.
             embed: True stores all weights.  False stores a *reference checkpoint*: projectors, changed tensors and adapters
                 alone, with the repositories and commits of the rest.  A list names the components (``"vision_encoder"``,
@@ -64,6 +70,7 @@ class MultimodalStorageMixin(PreTrainedModel):
                 never saved itself; a component that cannot be referred to.
             OSError: the disk is full, a base cannot be read, ...; the old checkpoint is still there.
         """
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         options = {"variant": variant, **kwargs}
         whole = not getattr(self, "_hf_peft_config_loaded", False)
         if whole:
@@ -80,15 +87,22 @@ class MultimodalStorageMixin(PreTrainedModel):
             )
         referenced = chosen_components(self.config, embed)
         if not whole or kwargs.get("distributed_checkpoint") or not _writes(is_main_process):
-            super().save_pretrained(save_directory, is_main_process, *args, **options)
+            super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **options)
         else:
             with saving(save_directory, variant) as (folder, components):
                 if referenced:
-                    components |= write_reference(self, folder, referenced, bases, kwargs)
+                    components |= write_reference(self, folder, referenced, bases, kwargs | hub)
                 else:
                     components |= embedded(self)
-                    super().save_pretrained(folder, True, *args, **options)
+                    super().save_pretrained(folder, True, state_dict, False, *args, **options)
         self._saved = True
+        if push_to_hub and _writes(is_main_process):
+            push_saved(self, save_directory, {**options, **hub, "embed": embed, "bases": bases})
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Push this model with a card, in one commit; takes what `cornstarch_hf.push_to_hub` takes, which also takes the
+        processor along, and raises the same."""
+        return push(self, None, repo_id, **options)
 
     @classmethod
     def from_pretrained(

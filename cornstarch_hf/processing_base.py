@@ -5,12 +5,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from .callbacks import check_callbacks_storable
 from .chat import DEFAULT_TEMPLATE
 from .configuration_multimodal import MultimodalConfig
 from .feature_counts import FeatureCounter
+from .pushing import HUB_ARGUMENTS, push, push_saved
 from .registries import FEATURE_COUNTS
 from .snapshots import current, replacing
 from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
@@ -133,12 +135,20 @@ class MultimodalProcessorBase(ProcessorMixin):
             if isinstance(tokenizer, PreTrainedTokenizerBase):  # sides set as attributes are not saved otherwise
                 sides = ("padding_side", "truncation_side")
                 tokenizer.init_kwargs.update({side: getattr(tokenizer, side) for side in sides})
+        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         with replacing(save_directory, HEAD, TEMPLATES.__contains__) as folder:
-            files = super().save_pretrained(folder, push_to_hub=push_to_hub, **kwargs)
+            files = super().save_pretrained(folder, **kwargs)
             for name, processor in self.processors.items():
                 if isinstance(processor, PreTrainedTokenizerBase):
                     processor.save_pretrained(os.path.join(folder, _tokenizer_folder(name)))
+        if push_to_hub:
+            push_saved(self, save_directory, hub)
         return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files or ()]
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Push this processor in one commit; takes what `cornstarch_hf.push_to_hub` takes, and raises the same.  A card that
+        is there, a model's, stays."""
+        return push(None, self, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

@@ -4,6 +4,7 @@ Types are looked up in a registry, to which users add their own; a module made e
 """
 
 import copy
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,9 @@ from .module_specs import (
 from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items
 from .registries import PROJECTORS, register_projector
 from .resampler import QUERY_STD, ResamplerProjection
-from .saving import saving
+from .saving import saving, weights_pattern
 from .selection import per_item
+from .uploading import upload
 from .window_reductions import AvgPoolProjection, ConvProjection
 
 TORCH_PROJECTION = "torch"
@@ -353,6 +355,12 @@ class MultimodalProjector(PreTrainedModel):
             return super().save_pretrained(save_directory, is_main_process, *args, **options)
         with saving(save_directory, variant) as (folder, _):
             return super().save_pretrained(folder, is_main_process, *args, **options)
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", tags: Any = None, **options: Any):
+        """Push this projector alone, in one commit; options and errors as of `uploading.upload`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload(folder, repo_id, stale=lambda name: bool(weights_pattern().fullmatch(name)), **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, verify: bool = False, **kwargs):
