@@ -88,9 +88,7 @@ def _items(model: Any, processor: Any) -> list[tuple[str, Item]]:
     found = []
     for key, name in _askable(model, processor).items():
         make = ITEMS[model.config.modality(name)["kind"]]
-        item = make(processor.processors[name], getattr(model.config, f"{name}_config"))
-        # An encoder's text stands under its own name: a part's "text" is the message's.
-        found.append((key, item._replace(values={key if k == "text" else k: v for k, v in item.values.items()})))
+        found.append((key, make(processor.processors[name], getattr(model.config, f"{name}_config"))))
     return found
 
 
@@ -107,6 +105,7 @@ def _askable(model: Any, processor: Any) -> dict[str, str]:
         kind = config.modality(name)["kind"]
         same = config.modalities_of_kind(kind)
         together = len(same) == 1 or any(set(same) <= set(group) for group in config.share_inputs)
+        # A part of the type "text" is the message's own.
         by_kind = together and kind != "text" and not set(same) & set(left_out)
         if name not in left_out:
             found.setdefault(kind if by_kind else name, name)

@@ -116,8 +116,7 @@ def is_edited(card: str) -> bool:
     Line ends, and empty lines at the end, do not count: editors change them unasked.  An empty file is nobody's.
     """
     card = _normalised(card)
-    marks = _MARK_LINE.findall(card)
-    return bool(card.strip()) and (len(marks) != 1 or marks[0] != _digest(_MARK_LINE.sub("", card)))
+    return bool(card.strip()) and _MARK_LINE.findall(card) != [_digest(_MARK_LINE.sub("", card))]
 
 
 def _marked(data: Mapping[str, Any], sections: Sequence[str]) -> str:

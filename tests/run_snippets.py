@@ -1,6 +1,7 @@
-"""Run usage snippets, each in a process of its own that has not imported cornstarch_hf; prints what each one printed.
+"""Run usage snippets, each in a process of its own that has not imported cornstarch_hf.
 
-Called with a JSON file of ``{name: code}``.  The processes are forked from one that has imported transformers: that
+Called with a JSON file of ``{name: code}``, which becomes ``{name: what it printed}`` with a last line that is a JSON list
+of the names of the model's inputs.  The processes are forked from one that has imported transformers: that
 takes longer than all the rest.
 """
 
@@ -24,7 +25,9 @@ def main():
             status = 0
             try:
                 assert "cornstarch_hf" not in sys.modules
-                exec(compile(code, name, "exec"), {"__name__": "__main__"})
+                names = {"__name__": "__main__"}
+                exec(compile(code, name, "exec"), names)
+                print(json.dumps(sorted(names.get("inputs", {}))))
             except BaseException:
                 traceback.print_exc()
                 status = 1

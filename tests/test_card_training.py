@@ -31,7 +31,16 @@ def trained(tmp_path_factory):
     made = trainer(model, processor, folder / SECRETS["output_dir"], **options)
     made.train()
     made.evaluate()
-    made.state.log_history.append({"eval_/home/alice/rows.json_loss": 1.0, "eval_accuracy": 0.5, "eval_text": "a row"})
+    made.state.log_history.append(
+        {
+            "eval_/home/alice/rows.json_loss": 1.0,
+            "eval_accuracy": 0.5,
+            "eval_a/alice.json_loss": 1.0,
+            "eval_a/b/c": 2.0,
+            "eval_rewards/chosen": 3,
+            "eval_text": "a row",
+        }
+    )
     made.state.log_history.append({"note": "a row of the data", "loss": "nan?", "step": 2})
     return made
 
@@ -48,7 +57,7 @@ def test_facts_are_those_of_the_run(trained):
     assert facts["weight decay"] == "0.1" and facts["mixed precision"] == "none"
     assert facts["seed"] == "1" and facts["data seed"] == "7" and facts["gradient clipping"] == "1"
     assert facts["last training loss"] == f"{last:.4g}" and facts["eval_loss"] == f"{evaluated:.4g}"
-    assert facts["eval_accuracy"] == "0.5" and "mean training loss" in facts
+    assert facts["eval_accuracy"] == "0.5" and facts["eval_rewards/chosen"] == "3" and "mean training loss" in facts
     assert f"torch {torch.__version__}" in facts["versions"] and "transformers " in facts["versions"]
     assert not [name for name in facts if "runtime" in name or "per_second" in name]
 
@@ -56,7 +65,7 @@ def test_facts_are_those_of_the_run(trained):
 def test_facts_hold_nothing_of_the_machine_or_the_data(trained):
     text = json.dumps(training_facts(trained))
     for secret in (*SECRETS.values(), "alice", "home", "row", "/"):
-        assert secret not in text.replace("eval_", ""), secret
+        assert secret not in text.replace("eval_rewards/chosen", ""), secret
 
 
 def test_a_checkpoint_folder_tells_what_its_state_holds(trained):

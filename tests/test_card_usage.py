@@ -73,16 +73,17 @@ def snippet_of(card):
 
 
 def saved_snippets(folder, names):
-    """Save model, processor and card of each under ``me/name``; the cards' own code, by name."""
-    found = {}
+    """Save model, processor and card of each under ``me/name``; the cards' own code by name, and what each encoder takes."""
+    found, inputs = {}, {}
     for name in names:
         model, processor = MADE[name]()
         target = folder / "me" / name
         model.save_pretrained(target)
         processor.save_pretrained(target)
         (target / "README.md").write_text(card_text(model, processor, f"me/{name}"))
+        inputs[name] = [list(model.config.modality(encoder)["input_names"]) for encoder in model.config.encoders]
         found[name] = snippet_of((target / "README.md").read_text())
-    return found
+    return found, inputs
 
 
 def short_snippets(folder):
@@ -107,20 +108,24 @@ def short_snippets(folder):
 
 
 def test_snippets_run_as_they_are_copied(tmp_path):
-    snippets = saved_snippets(tmp_path, FAST) | short_snippets(tmp_path)
+    snippets, inputs = saved_snippets(tmp_path, FAST)
+    snippets |= short_snippets(tmp_path)
     for name, code in snippets.items():
         assert re.match(r"(import cornstarch_hf|from cornstarch_hf import \w+)  # pip install ", code), name
         ast.parse(code)
     (tmp_path / "snippets.json").write_text(json.dumps(snippets))
     run_python(HERE / "run_snippets.py", "snippets.json", cwd=tmp_path)
     printed = json.loads((tmp_path / "snippets.json").read_text())
-    assert list(printed) == list(snippets) and all(printed[name].endswith("\n") for name in FAST)
+    assert list(printed) == list(snippets)
+    for name in FAST:
+        given = json.loads(printed[name].splitlines()[-1])
+        assert all(set(taken) & set(given) for taken in inputs[name]), name  # every encoder got an item
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MADE if name not in FAST])
 def test_further_snippets_run_in_processes_of_their_own(tmp_path, name):
-    (code,) = saved_snippets(tmp_path, [name]).values()
+    (code,) = saved_snippets(tmp_path, [name])[0].values()
     run_python(code + "\n", cwd=tmp_path)
 
 

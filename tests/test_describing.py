@@ -1,13 +1,15 @@
 """The table of parts: sizes, what trains, adapters, tokens."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from helpers import compose_tiny
 from peft import LoraConfig, get_peft_model
 
-from cornstarch_hf.describing import describe_model
+from cornstarch_hf.describing import describe_model, summary
 
 
 @pytest.fixture
@@ -81,6 +83,13 @@ def test_features_per_item_are_what_the_projector_leaves():
 def test_features_that_differ_from_item_to_item():
     model, _ = compose_tiny(["esm", "wav2vec2"])
     assert all("features per item depends on the item," in line for line in rows(model)[1][-2:])
+
+
+def test_weights_are_counted_where_they_are_packed_or_elsewhere():
+    layer = torch.nn.Linear(4, 6)
+    assert summary("x", layer).total == 30
+    layer.weight.quant_state, layer.bias.ds_numel = SimpleNamespace(shape=torch.Size([40, 60])), 60
+    assert summary("x", layer)[4:6] == (2460, 2460)
 
 
 def test_describe_prints_what_it_returns(model, capsys):
