@@ -13,14 +13,14 @@ LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 
 
 def find_licenses(
-    commits: Mapping[str, str], given: Mapping[str, str] | None = None, token: str | bool | None = None
+    commits: Mapping[str, str | None], given: Mapping[str, str] | None = None, token: str | bool | None = None
 ) -> dict[str, str | None]:
     """The licence of each base, None where it is not known.
 
     Never fails: a card that says "unknown" is better than a push that stops for a licence.
 
     Args:
-        commits: the bases' repositories, with the commit of each.
+        commits: the bases' repositories, with the commit of each, None where that is not known.
         given: licences by repository, which are taken as they are.
         token: of the Hub; False asks nothing.
 
@@ -36,7 +36,7 @@ def find_licenses(
     }
 
 
-def _asked(repo_id: str, commit: str, token: str | bool | None) -> str | None:
+def _asked(repo_id: str, commit: str | None, token: str | bool | None) -> str | None:
     try:
         data: Any = HfApi().model_info(repo_id, revision=commit, token=token, timeout=TIMEOUT).card_data
     except Exception as error:  # offline, private, gone, a proxy in between: the reason is not the card's business

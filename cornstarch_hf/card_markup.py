@@ -39,8 +39,10 @@ def repo_link(repo_id: str) -> str:
     return f"[{plain(repo_id)}]({HUB}/{repo_id})"
 
 
-def commit_link(repo_id: str, revision: str) -> str:
-    """A link to a commit, shown by its first seven digits."""
+def commit_link(repo_id: str, revision: str | None) -> str:
+    """A link to a commit, shown by its first seven digits; ``unknown`` where it is not known."""
+    if revision is None:
+        return "unknown"
     return f"[{revision[:7]}]({HUB}/{repo_id}/tree/{revision})"
 
 
@@ -60,10 +62,11 @@ def check_repo_id(value: Any, where: str) -> None:
 
 
 def check_origin(component: str, origin: Mapping[str, Any]) -> None:
-    """Refuse an origin that names no repository and commit of the Hub (ValueError): its text goes into links."""
+    """Refuse an origin that names no repository of the Hub, or no commit where it names one (ValueError): its text goes
+    into links."""
     repo_id, revision = origin.get("repo_id"), origin.get("revision")
     check_repo_id(repo_id, f"{component}: the origin")
-    if not isinstance(revision, str) or not COMMIT.fullmatch(revision):
+    if revision is not None and not (isinstance(revision, str) and COMMIT.fullmatch(revision)):
         raise ValueError(
             f"{component}: the origin's revision must be a commit of 40 hexadecimal digits, got {revision!r:.100}."
         )
