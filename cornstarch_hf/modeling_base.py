@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .adapter_tensors import shared_by_adapters
 from .adapters import check_all_kept, check_no_wrapped_part, unwrapped
+from .checkpoint_checks import check_loaded, guarded_loading
 from .checkpointing import (
     cast_buffers,
     check_quantized,
@@ -313,10 +314,20 @@ class MultimodalPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; what was frozen is frozen again, which is said once."""
+        """As in transformers; what was frozen is frozen again, which is said once.
+
+        Raises:
+            ValueError: a checkpoint that names files outside of itself, holds pickled weights, or whose configuration
+                and weights do not belong together (see `docs/safety.md`).
+        """
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        with guarded_loading(pretrained_model_name_or_path, kwargs):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        check_loaded(info, pretrained_model_name_or_path)
+        loaded = (model, info) if with_info else model
         restore_adapter_buffers(model)
         cast_buffers(model, model.config.part_dtypes, model.dtype)
         if getattr(model, "_hf_peft_config_loaded", False):

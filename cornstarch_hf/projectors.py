@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
+from .checkpoint_checks import guarded_loading
 from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
 from .module_specs import (
     NotStorable,
@@ -353,7 +354,8 @@ class MultimodalProjector(PreTrainedModel):
         """As in transformers; reads projectors of the original Cornstarch too, whose first form named its layers
         `in_proj` and `out_proj`."""
         kwargs.setdefault("key_mapping", {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."})
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with guarded_loading(pretrained_model_name_or_path, kwargs):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 def check_storable(projector: MultimodalProjector, where: str) -> None:
