@@ -215,6 +215,6 @@ def check_loaded(info: Mapping[str, Any], source: Any) -> None:
     """Refuse a model some of whose tensors the checkpoint did not hold (ValueError): they are random now."""
     if missing := sorted(info.get("missing_keys") or ()):
         raise ValueError(
-            f"{source} does not hold {len(missing)} tensors of the model that its configuration describes ({missing[:3]}), so they "
-            "would be random: load a whole checkpoint, or save this one again from the whole model."
+            f"{source} does not hold {len(missing)} tensors of the model that its configuration names ({missing[:3]}): they "
+            "would be random. Load a whole checkpoint, or save this one again from the whole model."
         )

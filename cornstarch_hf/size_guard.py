@@ -76,7 +76,7 @@ def bounded_tensors() -> Any:
 
 @contextlib.contextmanager
 def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[None]:
-    """Bound what is built within: modules and parameters by what is stored, what lies within `bounded_tensors` by `MAX_BUILD_BYTES`.
+    """Bound what is built within: modules and parameters by what is stored, computed tensors by `MAX_BUILD_BYTES`.
 
     Only the thread that enters is bounded.  `check_built` compares the result with the same shapes.
 
@@ -97,7 +97,7 @@ def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[No
                 counts[kind] += 1
                 if counts[kind] > allowed:
                     raise ValueError(
-                        f"The configuration builds more than {allowed:,} {kind}, but the checkpoint holds {len(shapes or ()):,} "
+                        f"The configuration builds over {allowed:,} {kind}, but the checkpoint holds {len(shapes or ()):,} "
                         "tensors: they do not belong together. If that is meant, set cornstarch_hf.limits.MIN_MODULES higher."
                     )
 
@@ -143,8 +143,8 @@ def check_built(model: nn.Module) -> None:
     if sum(missing.values()) > allowed:
         largest = max(missing, key=missing.__getitem__)
         raise ValueError(
-            f"The configuration describes {len(missing)} tensors of {sum(missing.values()):,} elements that the checkpoint does "
-            f"not hold (it holds {stored:,} elements), the largest is {largest} {built[largest]}: they do not belong together."
+            f"The configuration describes {len(missing)} tensors of {sum(missing.values()):,} elements that the checkpoint "
+            f"does not hold (it holds {stored:,} elements), largest {largest} {built[largest]}: they do not belong together."
         )
 
 

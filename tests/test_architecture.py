@@ -12,8 +12,8 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
     {"limits"},
-    {"size_guard", "untrusted"},
-    {"checkpoint_checks"},
+    {"size_guard", "template_bounds", "untrusted"},
+    {"checkpoint_checks", "rendering"},
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
      "placeholder_text", "media", "forward_signature", "heads", "grids"},
     {"configuration_projector", "reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation"},
