@@ -151,8 +151,11 @@ class FeatureCounter:
             if live is not None:
                 plain.modality(name)["callbacks"] = {}
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
-            with build_guard(), without_weights(), bounded_tensors():
-                encoder = build_encoder(plain, name)
+            try:
+                with build_guard(), without_weights(), bounded_tensors():
+                    encoder = build_encoder(plain, name)
+            except RuntimeError as error:  # a tensor of a size that no machine has
+                raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
             if live is not None:
                 encoder.projector = copy.deepcopy(live.projector)
                 for slot, callback in live.callbacks.items():

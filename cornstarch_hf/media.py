@@ -9,6 +9,7 @@ import binascii
 import io
 import os
 import tempfile
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -149,10 +150,16 @@ def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> 
     except Exception as error:
         if "cornstarch_hf.limits." in str(error):
             raise
-        what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{str(item)!r:.200}"
+        what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
         raise ValueError(
             f"{where}: the {kind} cannot be decoded from {what}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _without_secrets(source: str) -> str:
+    """An address without user, password and query, which may hold a token; anything else as it is."""
+    parts = urllib.parse.urlsplit(source) if source.startswith(("http://", "https://")) else None
+    return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
 def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:

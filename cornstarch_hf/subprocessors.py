@@ -82,6 +82,9 @@ def run_subprocessor(
     if isinstance(processor, PreTrainedTokenizerBase):
         options = {"padding": True} | options
         return _tensors(processor(items, return_tensors="pt", **options), name)
+    for i, item in enumerate(items) if kind == "video" else ():
+        frames = len(item) if hasattr(item, "__len__") and not isinstance(item, (str, bytes)) else 0
+        check(frames, "MAX_VIDEO_FRAMES", f"{name}, item {i}: the number of frames is")
     keyword = {"image": "images", "video": "videos"}.get(kind, "")
     if keyword in inspect.signature(processor.__call__).parameters:
         return _tensors(processor(**{keyword: items}, return_tensors="pt", **options), name)
@@ -149,7 +152,10 @@ def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
             f"{name}: expected one of {TYPE_KEYS} in the description of its processor, got {sorted(values)}."
         )
     _check_settings(values, name)
-    cls = ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+    try:
+        cls = ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{name}: there is no processor class {values[kinds[0]]!r:.100} in transformers.") from error
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
         raise ValueError(f"{name}: {values[kinds[0]]!r} is no image processor or feature extractor.")
     try:

@@ -9,4 +9,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-collect_ignore = ["reload_adapters.py", "helpers.py", "reload.py", "tiny.py", "user_parts.py"]
+collect_ignore = ["bounded.py", "reload_adapters.py", "helpers.py", "reload.py", "tiny.py", "user_parts.py"]
