@@ -13,6 +13,7 @@ from transformers.utils import is_peft_available
 
 from .module_specs import NotStorable, as_json
 from .shape_probe import without_weights
+from .untrusted import check_pattern
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -206,6 +207,8 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
     else:
         raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
+    if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):
+        raise ValueError(f"{where}: expected adapters as {{'configs': {{name: options}}}}, got {described!r:.200}.")
     configs = {name: _config(values, where, known) for name, values in described["configs"].items()}
     names = list(configs)
     if any(p.is_meta for p in model.parameters()):
@@ -250,10 +253,38 @@ def _wrapped_on_meta(model: PreTrainedModel, configs: dict[str, Any], where: str
 
 
 def _config(values: dict[str, Any], where: str, known: Mapping[Any, Any]):
-    kind = values.get("peft_type")
+    kind = values.get("peft_type") if isinstance(values, Mapping) else None
     if kind not in known:
         raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(known)}.")
-    return known[kind](**{k: v for k, v in values.items() if k not in ("peft_type", "peft_version")})
+    options = {k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
+    _check_options(options, where)
+    try:
+        return known[kind](**options)
+    except TypeError as error:
+        raise ValueError(f"{where}: the {kind} adapter of this peft does not take its options ({error}).") from error
+
+
+# Options of an adapter that peft takes as regular expressions over the names of all modules.
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
+
+
+def _check_options(options: Mapping[str, Any], where: str) -> None:
+    """Refuse options that import a module by name, name another base model, or could search without end (ValueError)."""
+    if options.get("megatron_config") is not None or options.get("megatron_core") not in (None, "megatron.core"):
+        raise ValueError(
+            f"{where}: the adapter asks for the module {options.get('megatron_core')!r}, which is not imported."
+        )
+    if options.get("auto_mapping") is not None:
+        raise ValueError(
+            f"{where}: the adapter names a class by auto_mapping, expected none: it is built into its part."
+        )
+    for key in _PATTERNS:
+        value = options.get(key)
+        if isinstance(value, str):
+            check_pattern(value, f"{where}: {key}")
+        elif key.endswith("_pattern") and value:  # dictionaries have the patterns as keys
+            for pattern in value:
+                check_pattern(pattern, f"{where}: {key}")
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:

@@ -19,11 +19,13 @@ from huggingface_hub.errors import (
 from torch import Tensor
 from transformers import AutoConfig
 
+from .checkpoint_checks import check_files, stored_shapes
 from .checkpoint_files import CheckpointFiles
 from .classes import resolve_class
 from .configuration_multimodal import MultimodalConfig
 from .manifests import COMPOSITION, Entry, check_hashes, check_sizes, describe_files, sha256_of, valid_entry
 from .origins import COMMIT, KEYS, is_repo_id
+from .size_guard import build_guard
 
 logger = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -97,6 +99,7 @@ def part_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a part by its own names, loaded through the class that loads its repository."""
     trust = _only(options, ("trust_remote_code",))
+    check_files(files)
     with naming(component, origin), torch.random.fork_rng(devices=[]):
         config = AutoConfig.from_pretrained(files.source, **files.options, **trust)
         if isinstance(config, MultimodalConfig):
@@ -104,10 +107,16 @@ def part_tensors(
                 f"{component} refers to {files.source!r}, which is a composition itself: refer to the part's own repository."
             )
         cls: Any = resolve_class(origin["class"], config, component)
-        root, info = cls.from_pretrained(
-            files.source, config=config, dtype=dtype, use_safetensors=True, attn_implementation="eager",
-            output_loading_info=True, **files.options
-        )  # fmt: skip
+        with build_guard(stored_shapes(files)):
+            root, info = cls.from_pretrained(
+                files.source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation="eager",
+                output_loading_info=True,
+                **files.options,
+            )
     try:
         tower = root.get_submodule(origin.get("select") or "")
     except AttributeError as error:

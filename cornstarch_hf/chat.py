@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from .placeholder_text import mark_typed, occurrences, unmark
+from .rendering import TemplateLimit, render_template
 
 DEFAULT_TEMPLATE = """\
 {%- for message in messages %}
@@ -141,11 +141,7 @@ def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
 def render(messages: list[dict], template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and where its assistant turns are, if the template marks them."""
     marks = variables.pop("mark_assistant", False) and GENERATION.search(template)
-    rendered: Any = render_jinja_template(
-        conversations=[messages], chat_template=template, return_assistant_tokens_mask=bool(marks), **variables
-    )
-    texts, spans = rendered
-    return texts[0], [tuple(span) for span in spans[0]] if marks and spans else []
+    return render_template(messages, template, mark_assistant=bool(marks), **variables)
 
 
 @functools.lru_cache(maxsize=64)
@@ -179,6 +175,8 @@ def places(template: str, kind: str, token: str) -> bool:
 def _try(messages: list[dict], template: str) -> str | None:
     try:
         return render(messages, template, bos_token="", eos_token="")[0]
+    except TemplateLimit:
+        raise
     except TEMPLATE_ERRORS:
         return None
 

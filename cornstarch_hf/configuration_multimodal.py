@@ -5,7 +5,7 @@ that other software looks for; `encoders` keeps their order, and `{name}_modalit
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .origins import check_origins, is_repo_id
 from .snapshots import POINTER
+from .untrusted import check_dtype, check_switches, check_types, check_values
 
 FORMAT_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -58,6 +59,21 @@ MODALITY_DEFAULTS: dict[str, Any] = {
     "additional_args": [],
     "input_names": {},
     "callbacks": {},
+}
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "language_model_class": (str,),
+    "language_model_kwargs": (dict,),
+    "adapters": (dict,),
+    "frozen": (list, tuple),
+    "part_dtypes": (dict,),
+    "part_implementations": (dict,),
+}
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "token", "encoder_class", "output"), (str,)),
+    **dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,)),
+    "token_id": (int,),
+    "additional_args": (list, tuple),
 }
 
 
@@ -112,8 +128,15 @@ class MultimodalConfig(PreTrainedConfig):
                 f"This checkpoint has cornstarch_format {cornstarch_format!r}, this version of cornstarch_hf reads up "
                 f"to {FORMAT_VERSION}: upgrade cornstarch_hf."
             )
+        if not isinstance(encoders or [], (list, tuple)):
+            raise ValueError(f"encoders must be a list of names, got {encoders!r:.100}.")
         names = list(encoders or [])
         validate_encoder_names(names)
+        check_values({key: value for key, value in kwargs.items() if isinstance(value, dict)}, type(self).__name__)
+        check_values({"text_config": text_config if isinstance(text_config, dict) else None}, type(self).__name__)
+        check_types(kwargs, _TYPES, type(self).__name__)
+        check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
+        _check_part_dtypes(kwargs.get("part_dtypes"))
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
         kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
@@ -137,6 +160,12 @@ class MultimodalConfig(PreTrainedConfig):
         for key, value in implementations.items():
             if value is not None:
                 setattr(self, f"_{key}", value)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; ValueError for values that no configuration needs, or of wrong types."""
+        check_values(config_dict, cls.__name__)
+        return _built(super().from_dict, cls.__name__, config_dict, **kwargs)
 
     def _add_encoder(self, name: str, parts: dict[str, Any]) -> None:
         if parts[f"{name}_config"] is None:
@@ -199,7 +228,36 @@ def _as_config(value, key: str) -> PreTrainedConfig:
     if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
         raise ValueError(f"{key} must be a configuration or a dict with its `model_type`, got {value!r:.200}.")
     values = {k: v for k, v in value.items() if k != "model_type"}
-    return config_class_of(value["model_type"], key).from_dict(values)
+    return _built(config_class_of(value["model_type"], key).from_dict, key, values)
+
+
+def _built(build: Callable[..., Any], where: str, values: dict[str, Any], **kwargs: Any) -> Any:
+    """What a constructor makes of stored values; ValueError for whatever else it raises on values of wrong types."""
+    try:
+        return build(values, **kwargs)
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{where} does not take its stored values ({type(error).__name__}: {error!s:.300})."
+        ) from error
+
+
+def _check_part_dtypes(stored: Any) -> None:
+    for dtype, patterns in (stored or {}).items():
+        if dtype == "buffers":
+            check_types({"buffers": patterns}, {"buffers": (dict,)}, "part_dtypes")
+            _check_part_dtypes(patterns)
+        elif dtype == "":
+            check_dtype(patterns, "part_dtypes['']")
+        else:
+            check_dtype(dtype, f"part_dtypes[{dtype!r:.100}]")
+            _check_names(patterns, f"part_dtypes[{dtype!r}]")
+
+
+def _check_names(names: Any, where: str) -> None:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where} must be a list of names, got {names!r:.100}.")
 
 
 def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConfig]:
@@ -225,7 +283,10 @@ def _subclasses(cls: type) -> Iterator[Any]:
 
 
 def _modality_entry(name: str, values) -> dict[str, Any]:
+    check_types({"modality": values}, {"modality": (dict,)}, name)
     values = dict(values or {})
+    check_types(values, _ENTRY_TYPES, f"{name}_modality")
+    check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
     if unknown := sorted(set(values) - set(MODALITY_DEFAULTS)):
         raise ValueError(
             f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "

@@ -8,6 +8,7 @@ from transformers.activations import ACT2CLS
 
 from .module_specs import as_json
 from .registries import PROJECTORS
+from .untrusted import check_values
 
 BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
 CUSTOM_PROJECTION = "custom"
@@ -76,6 +77,7 @@ class MultimodalProjectorConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers; entries that neither the projection nor `PreTrainedConfig` knows are kept, not refused."""
+        check_values(config_dict, cls.__name__)
         known = {*_BASE_KEYS, *inspect.signature(cls.__init__).parameters}
         options = options_of(config_dict.get("projection_type", "linear"), tuple(config_dict))
         extras = {k: v for k, v in config_dict.items() if k not in known | options and not k.startswith("_")}

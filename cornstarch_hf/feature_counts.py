@@ -14,10 +14,12 @@ from .composition import build_encoder
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .limits import check_features
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
 from .selection import per_item
 from .shape_probe import run_on_shapes, weights_to_meta, without_weights
+from .size_guard import bounded_tensors, build_guard
 
 POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
 _REMEDY = "register_feature_count({!r}, fn)."
@@ -78,11 +80,14 @@ class FeatureCounter:
                 item's own patches where the encoder packs them.
 
         Raises:
-            ValueError: a registered count is no natural number, or the run on shapes fails.
+            ValueError: a registered count is no natural number, the run on shapes fails, or the count is above
+                `limits.MAX_ITEM_FEATURES`.
         """
         key = (name, *sorted((k, _signature(v)) for k, v in inputs.items()))
         if key not in self._cache:
-            self._cache[key] = self._counted(name, inputs)
+            count = self._counted(name, inputs)
+            check_features(count, name)
+            self._cache[key] = count
         return self._cache[key]
 
     def _counted(self, name: str, inputs: Mapping[str, Any]) -> int:
@@ -146,8 +151,11 @@ class FeatureCounter:
             if live is not None:
                 plain.modality(name)["callbacks"] = {}
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
-            with without_weights():
-                encoder = build_encoder(plain, name)
+            try:
+                with build_guard(), without_weights(), bounded_tensors():
+                    encoder = build_encoder(plain, name)
+            except RuntimeError as error:  # a tensor of a size that no machine has
+                raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
             if live is not None:
                 encoder.projector = copy.deepcopy(live.projector)
                 for slot, callback in live.callbacks.items():

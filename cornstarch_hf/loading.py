@@ -1,5 +1,6 @@
 """What is done before transformers loads a composed model: find the valid files, check them, join bases and changes."""
 
+import contextlib
 import copy
 import os
 from collections.abc import Mapping
@@ -8,11 +9,14 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
 
-from .checkpoint_files import HUB_OPTIONS, CheckpointFiles, checked_files, first_weights
+from .checkpoint_checks import CONFIG, Checked, checked_files, first_weights, guarded
+from .checkpoint_files import HUB_OPTIONS, CheckpointFiles
 from .configuration_multimodal import MultimodalConfig
 from .manifests import COMPOSITION, DELTA, Composition
 from .references import joined
 from .shape_probe import without_weights
+from .size_guard import Shapes, build_guard
+from .untrusted import read_json
 
 
 class Loading(NamedTuple):
@@ -21,6 +25,7 @@ class Loading(NamedTuple):
     source: str | None
     options: dict[str, Any]
     files: CheckpointFiles | None = None
+    guard: Any = contextlib.nullcontext()
 
 
 def prepare(
@@ -45,12 +50,13 @@ def prepare(
     """
     if source is None or options.get("gguf_file") or os.path.isfile(source):
         return Loading(source, options)
-    files, options, composition = checked_files(source, options, verify)
+    checked = checked_files(source, options, verify)
+    files, options, composition = checked.files, checked.options, checked.composition
     source = files.source
     if composition is None:
         if bases:
             raise ValueError(f"{source} has no {COMPOSITION} that names a base, so bases= cannot replace one.")
-        return Loading(source, options)
+        return Loading(source, options, None, guarded(_base_of_adapters(checked)))
     config, options = _config_of(model_class, files, options)
     if composition.references:
         return _by_reference(model_class, files, composition, config, options, bases, verify)
@@ -58,7 +64,18 @@ def prepare(
         raise ValueError(f"bases names {sorted(bases)}, but {source} holds all of its weights itself.")
     if options.get("variant") is None and (name := first_weights(composition, None)):
         config.transformers_weights = name  # and no other file, however it came into the folder
-    return Loading(source, options | {"config": config} | _hub(files), files)
+    return Loading(source, options | {"config": config} | _hub(files), files, guarded(checked))
+
+
+def _base_of_adapters(checked: Checked) -> Checked:
+    """Of a folder of adapters alone, the checkpoint below them, which transformers loads."""
+    files = checked.files
+    if files.find(CONFIG) is not None or (path := files.find("adapter_config.json")) is None:
+        return checked
+    base = read_json(path, f"{files.source}: adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or base == files.source:
+        return checked
+    return checked_files(base, {k: v for k, v in checked.options.items() if k not in ("subfolder", "revision")}, False)
 
 
 def _config_of(
@@ -93,12 +110,16 @@ def _by_reference(
     verify: bool,
 ) -> Loading:
     """Load the changes and the bases into one state, from which transformers makes the model."""
-    with without_weights():
-        skeleton = model_class(copy.deepcopy(config))
+
+    def build(shapes: Shapes) -> PreTrainedModel:
+        with build_guard(shapes, sized=False), without_weights():
+            return model_class(copy.deepcopy(config))
+
     stored = load_file(str(files.find(DELTA)))
-    state = joined(skeleton, stored, composition.references, bases, options, verify)
+    state = joined(build, stored, composition.references, bases, options, verify)
+    guard = build_guard({name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False)
     options = {key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "variant", "use_safetensors")}
-    return Loading(None, options | {"config": config, "state_dict": state}, files)
+    return Loading(None, options | {"config": config, "state_dict": state}, files, guard)
 
 
 def finish(model: PreTrainedModel, loading: Loading, info: Mapping[str, Any]) -> None:

@@ -4,9 +4,13 @@ Whatever a processor would clip, resample or stretch without a word is refused h
 decoded here, and sounds among them mixed to one channel and resampled; an array is taken as it is or refused.
 """
 
+import base64
+import binascii
 import io
 import os
 import tempfile
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +19,9 @@ import torch
 from PIL import Image
 from transformers.audio_utils import load_audio
 from transformers.image_utils import load_image
+from transformers.utils import is_soundfile_available
+
+from .limits import cap, check, check_image, check_sound
 
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
 
@@ -71,8 +78,9 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
     if isinstance(item, Mapping):
         item = next((item[k] for k in ("image", "bytes", "url", "path", "base64") if item.get(k) is not None), item)
     if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
-        item = _decoded(_load, item, where, "image")
+        item = _decoded(lambda x: _load(x, where), item, where, "image")
     if isinstance(item, Image.Image):
+        check_image(*item.size, where)
         _decoded(lambda x: x.load(), item, where, "image")  # PIL opens files lazily
         return _ready_pil(item, where, channels)
     if _is_item(item, "image"):
@@ -82,8 +90,37 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
     raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
 
 
-def _load(item: Any) -> Image.Image:
-    return Image.open(io.BytesIO(item)) if isinstance(item, bytes) else load_image(str(item))
+def _load(item: Any, where: str) -> Image.Image:
+    source = _source(item, where)
+    if source is None:
+        return load_image(str(item))  # no file, address or base64: transformers says so
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    check_image(*image.size, where)  # the header is read, the pixels are not
+    return image if isinstance(item, bytes) else load_image(image)
+
+
+def _source(item: Any, where: str) -> str | bytes | None:
+    """The path of a file, or the bytes behind an address, a base64 text or bytes; None for any other text."""
+    if isinstance(item, bytes):
+        source: str | bytes | None = item
+    elif str(item).startswith(("http://", "https://")):
+        with urllib.request.urlopen(str(item), timeout=60) as answer:
+            source = answer.read(cap("MAX_FILE_BYTES") + 1)
+    elif os.path.isfile(item):
+        source = os.fspath(item)
+    else:
+        source = _from_base64(str(item))
+    size = os.path.getsize(source) if isinstance(source, str) else len(source or b"")
+    check(size, "MAX_FILE_BYTES", f"{where}: the number of bytes of the encoded item is at least")
+    return source
+
+
+def _from_base64(text: str) -> bytes | None:
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True) or None
+    except (binascii.Error, ValueError):
+        return None
 
 
 def _from_lists(item: Any, where: str) -> np.ndarray:
@@ -105,11 +142,24 @@ def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> 
         return decode(item)
     except (ImportError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{where}: the image has more pixels than Pillow decodes ({error}); cornstarch_hf.limits.MAX_IMAGE_PIXELS is "
+            f"{cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
+        ) from error
     except Exception as error:
-        what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{str(item)!r:.200}"
+        if "cornstarch_hf.limits." in str(error):
+            raise
+        what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
         raise ValueError(
             f"{where}: the {kind} cannot be decoded from {what}: {type(error).__name__}: {error}"
         ) from error
+
+
+def _without_secrets(source: str) -> str:
+    """An address without user, password and query, which may hold a token; anything else as it is."""
+    parts = urllib.parse.urlsplit(source) if source.startswith(("http://", "https://")) else None
+    return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
 def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
@@ -127,6 +177,7 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
     shape = tuple(array.shape)
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
+    check_image(*sorted(shape)[-2:], where)
     kind = str(array.dtype).removeprefix("torch.")
     if kind == "uint8":
         values = array.numpy() if isinstance(array, torch.Tensor) else array
@@ -167,15 +218,18 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         given = given if rate is None else rate
         item = next((item[k] for k in ("array", "audio", "bytes", "path", "url") if item.get(k) is not None), None)
     if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
-        item, given = _decoded(lambda x: _load_sound(x, expected or 16_000), item, where, "sound"), expected
+        item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
     elif hasattr(item, "get_all_samples"):
+        _check_decoder(item, expected, where)
         samples = _decoded(lambda x: x.get_all_samples(), item, where, "sound")
         item, given = samples.data, int(samples.sample_rate)
     if isinstance(item, torch.Tensor):
         item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
     if not isinstance(item, (np.ndarray, list, tuple)):
         raise TypeError(f"{where}: expected a waveform (array, tensor, path or URL), got {type(item).__name__}.")
+    check_sound(len(item), 1, None, None, where)
     wave = np.asarray(item)
+    check_sound(wave.size, 1, None, None, where)
     if wave.ndim == 2 and 1 in wave.shape:
         wave = wave.reshape(-1)
     if wave.ndim != 1 or wave.size == 0:
@@ -193,14 +247,39 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     return wave.astype(np.float32, copy=False)
 
 
-def _load_sound(item: Any, rate: int) -> np.ndarray:
-    if not isinstance(item, bytes):
+def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
+    """Refuse a decoder of too long a sound by what its file's header says, before it decodes."""
+    header = getattr(decoder, "metadata", None)
+    seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
+    if seconds is not None and rate:
+        channels = getattr(header, "num_channels", None) or 1
+        check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
+
+
+def _check_sound_file(source: Any, rate: int, where: str) -> None:
+    """Refuse a file of too long a sound by its header, where soundfile can read that."""
+    if is_soundfile_available():
+        import soundfile
+
+        try:
+            header = soundfile.info(source)
+        except soundfile.LibsndfileError:
+            return  # another backend may know it, or says what is wrong
+        check_sound(header.frames, header.channels, header.samplerate, rate, where)
+
+
+def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
+    source = _source(item, where)
+    if not isinstance(source, bytes):
+        if source is not None:
+            _check_sound_file(source, rate, where)
         return load_audio(str(item), sampling_rate=rate)
+    _check_sound_file(io.BytesIO(source), rate, where)
     # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
     handle, path = tempfile.mkstemp()
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(item)
+            file.write(source)
         return load_audio(path, sampling_rate=rate)
     finally:
         os.unlink(path)

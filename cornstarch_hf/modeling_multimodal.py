@@ -29,6 +29,7 @@ from .merging import (
 )
 from .modeling_base import MultimodalPreTrainedModel
 from .projectors import mark_initialized
+from .size_guard import bounded_tensors, check_built
 from .towers import forward_parameters
 
 EncoderOutputs = dict[str, Any]
@@ -75,7 +76,8 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         else:
             if not isinstance(config, MultimodalConfig):
                 raise TypeError(f"config must be a MultimodalConfig, got {type(config).__name__}.")
-            encoders, language_model = build_parts(config)
+            with bounded_tensors():
+                encoders, language_model = build_parts(config)
             supplied = False
         super().__init__(config)
         for name, encoder in encoders.items():
@@ -85,6 +87,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         self._take_traits(supplied)
         self.post_init()
         if not supplied:
+            check_built(self)
             restore_frozen(self, config.frozen)
 
     def signature_changes(self, method: str) -> tuple[list[str], list[str]] | None:

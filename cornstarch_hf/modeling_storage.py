@@ -9,6 +9,7 @@ from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from .adapter_tensors import shared_by_adapters
+from .checkpoint_checks import check_loaded
 from .checkpointing import (
     cast_buffers,
     check_quantized,
@@ -132,7 +133,9 @@ class MultimodalStorageMixin(PreTrainedModel):
         loading = prepare(cls, pretrained_model_name_or_path, kwargs, bases, verify)
         model: Any
         info: dict[str, Any]
-        model, info = super().from_pretrained(loading.source, *args, output_loading_info=True, **loading.options)
+        with loading.guard:
+            model, info = super().from_pretrained(loading.source, *args, output_loading_info=True, **loading.options)
+        check_loaded(info, pretrained_model_name_or_path)
         finish(model, loading, info)
         restore_adapter_buffers(model)
         cast_buffers(model, model.config.part_dtypes, model.dtype)

@@ -88,7 +88,15 @@ def build_torch(spec: Mapping[str, Any]) -> nn.Module:
     if issubclass(cls, _CONTAINERS):
         modules = [build_torch(child) for child in spec.get("modules", [])]
         return nn.Sequential(*modules) if issubclass(cls, nn.Sequential) else cls(modules)
-    return cls(**spec.get("arguments", {}))
+    arguments = spec.get("arguments", {})
+    if not isinstance(arguments, Mapping) or set(arguments) & _PLACEMENT:
+        raise ValueError(
+            f"torch.nn.{name} is described by the arguments {arguments!r:.200}, expected JSON values of its own."
+        )
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"torch.nn.{name} does not take the arguments {sorted(arguments)} ({error}).") from error
 
 
 def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:

@@ -168,7 +168,7 @@ class MultimodalProcessorBase(ProcessorMixin):
                 "there by processor.save_pretrained(...)."
             )
         subfolder = kwargs.pop("subfolder", "")
-        kwargs.pop("trust_remote_code", None)
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))
         processors = {name: build_subprocessor(d, name) for name, d in values.get("processors", {}).items()}

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
-from .checkpoint_files import checked_files
+from .checkpoint_checks import checked_files, guarded
 from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
 from .module_specs import (
     NotStorable,
@@ -368,10 +368,11 @@ class MultimodalProjector(PreTrainedModel):
         `in_proj` and `out_proj`.  Sizes of files are checked, with `verify` their hashes."""
         kwargs.setdefault("key_mapping", {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."})
         source = pretrained_model_name_or_path
-        if source is not None:
-            files, kwargs, _ = checked_files(source, kwargs, verify)
-            source = files.source
-        return super().from_pretrained(source, *args, **kwargs)
+        if source is None:
+            return super().from_pretrained(source, *args, **kwargs)
+        checked = checked_files(source, kwargs, verify)
+        with guarded(checked):
+            return super().from_pretrained(checked.files.source, *args, **checked.options)
 
 
 def check_storable(projector: MultimodalProjector, where: str) -> None:

@@ -5,7 +5,7 @@ others lie in `composition.safetensors`.  Every tensor comes from exactly one of
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ def _known_origin(model: PreTrainedModel, component: str, bases: Mapping[str, st
 
 
 def joined(
-    skeleton: PreTrainedModel,
+    build: Callable[[dict[str, tuple[int, ...]]], PreTrainedModel],
     stored: Mapping[str, Tensor],
     references: Mapping[str, Mapping[str, Any]],
     bases: Mapping[str, str] | None,
@@ -160,7 +160,7 @@ def joined(
     """All tensors of a model that was stored by reference, by its own names.
 
     Args:
-        skeleton: the model as its configuration builds it, without weights.
+        build: makes the model as its configuration describes it, without weights; is told the shapes of all there is.
         stored: what `composition.safetensors` holds.
         references: the components that lie elsewhere, as `composition.json` describes them.
         bases: folders or repositories to read components from instead; they must hold the very same files.
@@ -173,14 +173,20 @@ def joined(
     """
     if unknown := sorted(set(bases or {}) - set(references)):
         raise ValueError(f"bases names {unknown}, this checkpoint refers to {sorted(references)}.")
-    source = dict.fromkeys(stored, "composition.safetensors")
-    merged = dict(stored)
+    source = dict.fromkeys(stored, DELTA)
+    merged, parts = dict(stored), {}
     for component, entry in references.items():
         entry = checked_entry(component, entry)
         files = base_files(component, entry, (bases or {}).get(component), options)
         check_base(component, entry, files, verify)
         tensors = part_tensors(component, files, entry, getattr(torch, entry["dtype"]), options)
-        for key in sorted(matches(entry["tensors"], tensors)):
+        parts[component] = entry, {key: tensors[key] for key in sorted(matches(entry["tensors"], tensors))}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    for component, (_, tensors) in parts.items():
+        shapes |= {f"{component}: {key}": tuple(tensor.shape) for key, tensor in tensors.items()}
+    skeleton = build(shapes)
+    for component, (entry, tensors) in parts.items():
+        for key in tensors:
             name = _name_in_model(skeleton, component, key)
             if name in source:
                 raise ValueError(

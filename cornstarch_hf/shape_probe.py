@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .size_guard import BoundedTensors
+
 
 class ShapesOnly(TorchDispatchMode):
     """Within this mode an operation on any meta tensor gives a meta tensor, and one on real tensors is computed.
@@ -96,5 +98,5 @@ def run_on_shapes(module: Callable, inputs: dict[str, Any]) -> Any:
         whatever the module raises, e.g. where it reads a feature's value.
     """
     shapes = to_shapes(inputs)
-    with torch.no_grad(), RealConstants(), ShapesOnly():
+    with torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
         return module(**shapes)

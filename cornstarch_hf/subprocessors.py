@@ -8,7 +8,9 @@ import torch
 from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
+from .limits import check
 from .media import ready_audio, ready_image
+from .untrusted import check_values
 
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
@@ -80,6 +82,9 @@ def run_subprocessor(
     if isinstance(processor, PreTrainedTokenizerBase):
         options = {"padding": True} | options
         return _tensors(processor(items, return_tensors="pt", **options), name)
+    for i, item in enumerate(items) if kind == "video" else ():
+        frames = len(item) if hasattr(item, "__len__") and not isinstance(item, (str, bytes)) else 0
+        check(frames, "MAX_VIDEO_FRAMES", f"{name}, item {i}: the number of frames is")
     keyword = {"image": "images", "video": "videos"}.get(kind, "")
     if keyword in inspect.signature(processor.__call__).parameters:
         return _tensors(processor(**{keyword: items}, return_tensors="pt", **options), name)
@@ -146,7 +151,43 @@ def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
         raise ValueError(
             f"{name}: expected one of {TYPE_KEYS} in the description of its processor, got {sorted(values)}."
         )
-    cls = ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+    _check_settings(values, name)
+    try:
+        cls = ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{name}: there is no processor class {values[kinds[0]]!r:.100} in transformers.") from error
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
         raise ValueError(f"{name}: {values[kinds[0]]!r} is no image processor or feature extractor.")
-    return cls.from_dict(values)
+    try:
+        return cls.from_dict(values)
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{name}: {values[kinds[0]]!r} does not take its stored settings ({type(error).__name__}: {error!s:.200})."
+        ) from error
+
+
+# Settings whose products say how much memory a processor takes, and the cap of each product.
+_PRODUCTS = (
+    (("height", "width"), "MAX_IMAGE_PIXELS"),
+    (("chunk_length", "sampling_rate"), "MAX_AUDIO_SAMPLES"),
+    (("n_fft", "feature_size"), "MAX_AUDIO_SAMPLES"),
+    (("fft_length", "feature_size"), "MAX_AUDIO_SAMPLES"),
+)
+_EDGES = ("shortest_edge", "longest_edge", "height", "width", "max_height", "max_width")
+
+
+def _check_settings(values: Mapping[str, Any], name: str) -> None:
+    """Refuse stored settings by which a processor would make an endless image or window of any item (ValueError)."""
+    check_values(values, f"{name}: its processor")
+    counts_pixels = any(key in values for key in ("max_pixels", "merge_size"))  # there an edge is a number of pixels
+    for group in (values, *(v for v in values.values() if isinstance(v, Mapping))):
+        numbers = {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
+        for key, value in numbers.items():
+            edge = key in _EDGES and not counts_pixels
+            check(value**2 if edge else value, "MAX_IMAGE_PIXELS" if edge else "MAX_AUDIO_SAMPLES",
+                  f"{name}: the {'square of the ' if edge else ''}setting {key!r} of its processor is")  # fmt: skip
+        for keys, limit in _PRODUCTS:
+            if all(key in numbers for key in keys):
+                check(numbers[keys[0]] * numbers[keys[1]], limit, f"{name}: {' x '.join(keys)} of its processor is")

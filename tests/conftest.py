@@ -10,7 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 collect_ignore = [
+    "bounded.py",
     "hub_cache.py",
+    "hub_client.py",
+    "hub_server.py",
+    "hub_store.py",
+    "run_snippets.py",
     "killed_saves.py",
     "reload_adapters.py",
     "helpers.py",

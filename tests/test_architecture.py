@@ -11,11 +11,14 @@ import cornstarch_hf
 PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
+    {"limits"},
+    {"size_guard", "template_bounds", "untrusted"},
+    {"rendering"},
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
      "placeholder_text", "media", "forward_signature", "heads", "grids", "snapshots", "manifests", "uploading",
-     "card_markup", "card_training", "card_licenses"},
+     "card_markup", "card_training", "card_licenses", "checkpoint_files"},
     {"saving"},
-    {"checkpoint_files"},
+    {"checkpoint_checks"},
     {"configuration_projector", "reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation"},
     {"origins", "window_reductions", "resampler"},
     {"configuration_multimodal"},

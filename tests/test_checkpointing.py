@@ -90,7 +90,7 @@ def test_only_safetensors(tmp_path, model):
         MultimodalModel.from_pretrained(tmp_path, use_safetensors=False)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="pytorch_model.bin only"):
         MultimodalModel.from_pretrained(tmp_path)
 
 

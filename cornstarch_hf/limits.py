@@ -1,0 +1,74 @@
+"""How much an untrusted checkpoint, file or message may make this machine do: named caps, and the checks against them.
+
+Each cap is an attribute of this module that a user may set: ``cornstarch_hf.limits.MAX_IMAGE_PIXELS = 400_000_000``.
+Every error names the cap that it met.  Pure arithmetic; every other module may look a cap up here.
+"""
+
+from typing import Any
+
+# ---- what people send
+MAX_IMAGE_PIXELS = 64_000_000  # width x height of one image, before it is decoded
+MAX_AUDIO_SAMPLES = 100_000_000  # frames x channels of one sound, as stored and as resampled
+MAX_VIDEO_FRAMES = 4_096  # frames of one video
+MAX_ITEM_FEATURES = 262_144  # placeholder tokens into which one item is expanded
+MAX_FILE_BYTES = 512_000_000  # of one encoded image or sound, as file or as bytes
+
+# ---- what a checkpoint says
+MAX_LAYERS = 2_000  # entries of a configuration that name layers, depths, blocks or stages
+MAX_LABELS = 100_000  # classes that a configuration names
+MAX_CONFIG_DEPTH = 32  # dictionaries and lists within one another
+MAX_CONFIG_VALUES = 1_000_000  # values in one configuration
+MAX_CONFIG_BYTES = 100_000_000  # of one JSON file
+MAX_BUILD_BYTES = 1_000_000_000  # of tables and masks that are computed, and not read, while parts are built
+MAX_UNSTORED_ELEMENTS = 4_000_000  # of tensors that the configuration describes and the checkpoint does not hold
+MAX_MODULES_PER_TENSOR = 8  # modules that are built for each stored tensor, and as many parameters
+MIN_MODULES = 20_000  # what is allowed however few tensors are stored
+
+# ---- what a chat template does
+MAX_TEMPLATE_CHARACTERS = 1_000_000  # of the template itself
+MAX_TEMPLATE_STEPS = 2_000_000  # passes through loops, calls, filters and tests
+MAX_TEMPLATE_WORK = 200_000_000  # characters and list entries made in between
+MAX_TEMPLATE_OUTPUT = 50_000_000  # characters of the text
+MAX_TEMPLATE_SECONDS = 5.0
+
+
+def check(value: float, cap: str, what: str) -> None:
+    """Refuse a value above the cap of that name.
+
+    Args:
+        value: in the unit of the cap.
+        cap: the name of an attribute of this module.
+        what: who and what has that value, the beginning of the message.
+
+    Raises:
+        ValueError: with both numbers and the remedy.
+    """
+    limit = globals()[cap]
+    if value > limit:
+        raise ValueError(
+            f"{what} {value:,}, more than cornstarch_hf.limits.{cap} = {limit:,}: if that is meant, set "
+            "the attribute higher before."
+        )
+
+
+def check_image(width: int, height: int, where: str) -> None:
+    """Refuse an image of more than `MAX_IMAGE_PIXELS` (ValueError)."""
+    check(int(width) * int(height), "MAX_IMAGE_PIXELS", f"{where}: the image of {width} x {height} pixels has")
+
+
+def check_sound(frames: int, channels: int, rate: float | None, wanted: float | None, where: str) -> None:
+    """Refuse a sound of more than `MAX_AUDIO_SAMPLES`, stored or resampled from `rate` to `wanted` Hz (ValueError)."""
+    check(int(frames) * int(channels), "MAX_AUDIO_SAMPLES", f"{where}: the sound ({channels} channels) has samples")
+    if rate and wanted:
+        resampled = int(frames * wanted / rate)
+        check(resampled, "MAX_AUDIO_SAMPLES", f"{where}: the sound, resampled from {rate} to {wanted} Hz, has samples")
+
+
+def check_features(count: int, name: str) -> None:
+    """Refuse an item of more than `MAX_ITEM_FEATURES` features (ValueError)."""
+    check(count, "MAX_ITEM_FEATURES", f"{name}: the number of features of one item is")
+
+
+def cap(name: str) -> Any:
+    """The value of a cap at the moment."""
+    return globals()[name]
