@@ -323,11 +323,12 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
         with_info = kwargs.pop("output_loading_info", False)
         with guarded_loading(pretrained_model_name_or_path, kwargs):
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
+        model, info = loaded
         check_loaded(info, pretrained_model_name_or_path)
-        loaded = (model, info) if with_info else model
+        loaded = loaded if with_info else model
         restore_adapter_buffers(model)
         cast_buffers(model, model.config.part_dtypes, model.dtype)
         if getattr(model, "_hf_peft_config_loaded", False):

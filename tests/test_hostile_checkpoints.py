@@ -175,10 +175,9 @@ def test_code_of_a_checkpoint_never_runs_without_trust(hostile, tmp_path, trust)
     evidence = tmp_path / "ran"
     code = f"import os\nos.mkdir({str(evidence)!r})\nclass Evil: pass\n"
     (hostile.folder / "evil.py").write_text(code)
-    entries = {
-        name: "evil.Evil"
-        for name in ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer")
-    }
+    entries = dict.fromkeys(
+        ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer"), "evil.Evil"
+    )
     for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
         hostile(file, lambda v: v.update(auto_map=entries | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}))
     for load in (*CONFIG_LOADERS, AutoProcessor.from_pretrained):

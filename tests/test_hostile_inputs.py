@@ -168,9 +168,9 @@ def test_an_address_that_never_ends(composed, monkeypatch):
 
 
 def test_an_item_that_would_be_a_billion_features(monkeypatch):
-    model, processor = compose_tiny(["clip"])
+    _, processor = compose_tiny(["clip"])
     register_feature_count("bombed", lambda inputs, config: 10**9)
-    model2, again = compose_tiny({"bombed": "clip"})
+    _, again = compose_tiny({"bombed": "clip"})
     with pytest.raises(
         ValueError,
         match="bombed: the number of features of one item is 1,000,000,000, more than cornstarch_hf.limits.MAX_ITEM_FEATURES",
