@@ -393,6 +393,7 @@ attempts = {{name: functools.partial(MultimodalModel.from_pretrained, {str(tmp_p
     assert "MAX_LAYERS" in found["layers"][1] and "do not belong together" in found["layers below the cap"][1]
 
 
+@pytest.mark.slow
 def test_processors_that_ask_for_too_much(saved, tmp_path):
     edits = {
         "layers": {"num_hidden_layers": 200_000},
