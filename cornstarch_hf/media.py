@@ -177,7 +177,8 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
     shape = tuple(array.shape)
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
-    check_image(*sorted(shape)[-2:], where)
+    height, width = sorted(shape)[-2:]
+    check_image(width, height, where)
     kind = str(array.dtype).removeprefix("torch.")
     if kind == "uint8":
         values = array.numpy() if isinstance(array, torch.Tensor) else array

@@ -131,7 +131,7 @@ def _sliced(items: Any, start: Any, stop: Any, step: Any) -> Any:
 class _Counted(NodeTransformer):
     """Loops, joins and slices of a template, which jinja compiles to plain Python, become calls that are counted."""
 
-    def _by(self, name: str, first: nodes.Expr, *others: nodes.Expr) -> nodes.Filter:
+    def _by(self, name: str, first: Any, *others: Any) -> Any:
         return nodes.Filter(first, name, list(others), [], None, None).set_lineno(first.lineno or 1)
 
     def visit_For(self, node: nodes.For) -> nodes.For:

@@ -127,7 +127,7 @@ def _remainder(left: Any, right: Any) -> int:
     if not isinstance(left, (str, bytes)):
         return 8
     _check_format(left)
-    return len(left) + (left.count("%" if isinstance(left, str) else b"%") + 1) * (_WIDTH + weight(right))
+    return len(left) + (str(left).count("%") + 1) * (_WIDTH + weight(right))
 
 
 OPERATORS: dict[str, Callable[[Any, Any], int]] = {

@@ -168,9 +168,9 @@ def test_an_address_that_never_ends(composed, monkeypatch):
 
 
 def test_an_item_that_would_be_a_billion_features(monkeypatch):
-    model, processor = compose_tiny(["clip"])
+    _, processor = compose_tiny(["clip"])
     register_feature_count("bombed", lambda inputs, config: 10**9)
-    model2, again = compose_tiny({"bombed": "clip"})
+    _, again = compose_tiny({"bombed": "clip"})
     with pytest.raises(
         ValueError,
         match="bombed: the number of features of one item is 1,000,000,000, more than cornstarch_hf.limits.MAX_ITEM_FEATURES",
@@ -181,6 +181,7 @@ def test_an_item_that_would_be_a_billion_features(monkeypatch):
         processor(text="<image>", images=tiny.image())
 
 
+@pytest.mark.slow
 def test_media_bombs_within_time_and_memory(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png(12_000, 10_000))
     (tmp_path / "bomb.flac").write_bytes(flac_header(2**36 - 1))
@@ -242,6 +243,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_templates_that_are_bombs():
     found = refusals(f"""
 import functools

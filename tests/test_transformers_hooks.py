@@ -113,3 +113,11 @@ def test_initialisation_asks_each_part_about_its_modules_and_respects_what_is_ma
         for tensor in (made, fresh):
             initialization.normal_(tensor)
     assert made.eq(0).all() and not fresh.eq(0).any()
+
+
+def test_the_environment_of_chat_templates_is_where_the_bounded_one_is_taken_from():
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    found = _compile_jinja_template("").environment
+    assert {"raise_exception", "strftime_now", "namespace", "dict", "range"} <= set(found.globals)
+    assert hasattr(found, "activate_tracker") and "tojson" in found.filters
