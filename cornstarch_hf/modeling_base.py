@@ -22,6 +22,7 @@ from .checkpointing import (
     sync_config,
     weight_files,
 )
+from .code_export import export_code
 from .configuration_multimodal import MultimodalConfig
 from .describing import describe_model
 from .encoders import ModalEncoderModule
@@ -36,11 +37,12 @@ from .freezing import (
 )
 from .gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
 from .language_model import Headless
+from .shared_code import SharedCode, with_shared_code
 
 logger = logging.getLogger(__name__)
 
 
-class MultimodalPreTrainedModel(PreTrainedModel):
+class MultimodalPreTrainedModel(SharedCode, PreTrainedModel):
     """What a composed model is besides its `forward`; see `MultimodalModel`."""
 
     config: MultimodalConfig
@@ -284,8 +286,13 @@ class MultimodalPreTrainedModel(PreTrainedModel):
 
     # ---- saving and loading
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, include_code: bool | None = None, **kwargs):
         """As in transformers, safetensors only; the folder keeps every file that is not a weight file of this model.
+
+        Args:
+            save_directory: the folder.
+            *args, **kwargs: as in transformers.
+            include_code: whether the checkpoint carries the code that loads it, see `code_export.export_code`.
 
         Raises:
             ValueError: something in the model would not come back: an unregistered callback or projection, or weights
@@ -310,11 +317,14 @@ class MultimodalPreTrainedModel(PreTrainedModel):
         self._saved = True
         if kwargs.get("is_main_process", True):
             remove_stale_weights(save_directory, before)
+            if not adapters_only:
+                export_code(save_directory, "model", self, include_code=include_code)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; what was frozen is frozen again, which is said once."""
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
+        kwargs = with_shared_code(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         restore_adapter_buffers(model)

@@ -9,14 +9,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from .callbacks import check_callbacks_storable
 from .chat import DEFAULT_TEMPLATE
+from .code_export import export_code
 from .configuration_multimodal import MultimodalConfig
 from .feature_counts import FeatureCounter
 from .registries import FEATURE_COUNTS
+from .shared_code import SharedCode, load_shared_code
 from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
 from .tokens import add_placeholder_tokens, placeholder_tokens
 
 
-class MultimodalProcessorBase(ProcessorMixin):
+class MultimodalProcessorBase(SharedCode, ProcessorMixin):
     """What a processor is besides its call; see `MultimodalProcessor`."""
 
     def __init__(
@@ -116,8 +118,13 @@ class MultimodalProcessorBase(ProcessorMixin):
         parts = [f"- {name}: {self.tokens[name]} {type(p).__name__}" for name, p in self.processors.items()]
         return "\n".join([f"{type(self).__name__}:", f"- tokenizer: {type(self.tokenizer).__name__}", *parts])
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
         """As in transformers; other files in the folder stay.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub, **kwargs: as in transformers.
+            include_code: whether the checkpoint carries the code that loads it, see `code_export.export_code`.
 
         Raises:
             ValueError: a processor or a callback that a checkpoint cannot hold; names the remedy.
@@ -133,6 +140,8 @@ class MultimodalProcessorBase(ProcessorMixin):
         for name, processor in self.processors.items():
             if isinstance(processor, PreTrainedTokenizerBase):
                 processor.save_pretrained(os.path.join(save_directory, _tokenizer_folder(name)))
+        parts = [self.tokenizer, *self.processors.values()]
+        export_code(save_directory, "processor", self, include_code=include_code, others=parts)
         return files
 
     @classmethod
@@ -144,6 +153,7 @@ class MultimodalProcessorBase(ProcessorMixin):
                 "there by processor.save_pretrained(...)."
             )
         subfolder = kwargs.pop("subfolder", "")
+        load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)
         kwargs.pop("trust_remote_code", None)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))
@@ -179,4 +189,5 @@ def _for_processing(config: MultimodalConfig, tokens: Mapping[str, str], ids: Ma
         config.modality(name).update(token=tokens[name], token_id=ids[name])
     for key in ("adapters", "frozen", "part_dtypes"):
         setattr(config, key, None)
+    config.__dict__.pop("auto_map", None)
     return config

@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
+from .code_export import export_code
 from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
 from .module_specs import (
     NotStorable,
@@ -28,6 +29,7 @@ from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Redu
 from .registries import PROJECTORS, register_projector
 from .resampler import QUERY_STD, ResamplerProjection
 from .selection import per_item
+from .shared_code import SharedCode, with_shared_code
 from .window_reductions import AvgPoolProjection, ConvProjection
 
 TORCH_PROJECTION = "torch"
@@ -154,7 +156,7 @@ class ProjectorOutput(BaseModelOutput):
     feature_lens: Tensor | None = None
 
 
-class MultimodalProjector(PreTrainedModel):
+class MultimodalProjector(SharedCode, PreTrainedModel):
     """Maps features ``(..., in_features)`` to ``(..., out_features)``; some types leave fewer of each item.
 
     Args:
@@ -343,16 +345,20 @@ class MultimodalProjector(PreTrainedModel):
         if isinstance(module, ResamplerProjection):
             init.normal_(module.queries, std=QUERY_STD)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers; ValueError, with the remedy, when the wrapped module cannot be stored."""
+    def save_pretrained(self, save_directory, *args, include_code: bool | None = None, **kwargs):
+        """As in transformers; `include_code` as for models; ValueError, with the remedy, when it cannot be stored."""
         check_storable(self, "the projector")
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            export_code(save_directory, "projector", self, include_code=include_code)
+        return saved
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; reads projectors of the original Cornstarch too, whose first form named its layers
         `in_proj` and `out_proj`."""
         kwargs.setdefault("key_mapping", {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."})
+        kwargs = with_shared_code(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 

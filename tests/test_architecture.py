@@ -12,10 +12,11 @@ PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
-     "placeholder_text", "media", "forward_signature", "heads", "grids"},
-    {"configuration_projector", "reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation"},
+     "placeholder_text", "media", "forward_signature", "heads", "grids", "code_files"},
+    {"reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation", "classes", "shared_code"},
+    {"configuration_projector", "code_export"},
     {"configuration_multimodal", "window_reductions", "resampler"},
-    {"projectors", "towers", "classes", "labelling", "adapter_tensors"},
+    {"projectors", "towers", "labelling", "adapter_tensors"},
     {"encoders", "tokens", "gathering"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},
