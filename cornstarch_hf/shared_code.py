@@ -4,6 +4,7 @@ Where the package is imported its own classes load every checkpoint; of a checkp
 and only if the caller trusts it and something that they define is missing here.
 """
 
+import copy
 import hashlib
 import importlib
 import sys
@@ -36,7 +37,7 @@ class SharedConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The stored values."""
-        return dict(self.stored)
+        return {"transformers_version": None, **copy.deepcopy(self.stored)}
 
 
 class SharedCode:

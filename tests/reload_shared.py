@@ -1,0 +1,60 @@
+"""Load a checkpoint as its code or the package allows, in a fresh process, and report what it gives.
+
+python reload_shared.py PACKAGE FOLDER INPUTS.pt RESULT.pt [SAVE_TO]   with PACKAGE: absent, installed, or imported
+"""
+
+import os
+import sys
+
+package, folder, inputs_file, result_file, *save_to = sys.argv[1:]
+
+
+class Absent:
+    """Stands for an environment in which the package was never installed."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "cornstarch_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+if package == "absent":
+    sys.meta_path.insert(0, Absent)
+elif package == "imported":
+    import cornstarch_hf  # noqa: F401
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+given = torch.load(inputs_file, weights_only=False)
+trust = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(folder, **trust)
+processor = AutoProcessor.from_pretrained(folder, **trust)
+inputs = dict(processor(**given["call"], return_tensors="pt"))
+classes = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+found = {"logits": [], "inputs": inputs, "config": type(config).__module__, "processor": type(processor).__module__}
+for auto_class in classes:
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True, **trust)
+    assert not any(info.values()), info
+    found["same config class"] = type(model.config) is type(processor.config)
+    with torch.no_grad():
+        found["logits"].append(model(**inputs).logits)
+found["tokens"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+found["model"], found["package"] = type(model).__module__, "cornstarch_hf" in sys.modules
+found["encoder"] = type(next(iter(model.encoders.values())).module).__module__
+if save_to:
+    model.save_pretrained(save_to[0])
+    processor.save_pretrained(save_to[0])
+    found["files"] = sorted(os.listdir(save_to[0]))
+if package == "installed":  # what is imported later takes over
+    import cornstarch_hf
+
+    found["later"] = isinstance(AutoModel.from_pretrained(folder, **trust), cornstarch_hf.MultimodalModel)
+torch.save(found, result_file)
