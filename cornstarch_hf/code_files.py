@@ -103,9 +103,15 @@ class CodeFiles:
         if path.stem in read_entry(path.parent).get("package", []):
             return self.add_own(path.stem)
         if path not in self._stems:
-            self._stems[path] = self._free_stem(path)
-            self.users[self._stems[path]] = ""
-            self.users[self._stems[path]] = self._rewritten(path, why)
+            stem = self._stems[path] = self._free_stem(path)
+            self.users[stem] = ""
+            text = self._rewritten(path, why)
+            twin = next((other for other, known in self.users.items() if known == text and other != stem), None)
+            if twin is None or not text:
+                self.users[stem] = text
+            else:  # a file and its copy in a checkpoint
+                del self.users[stem]
+                self._stems[path] = twin
         return self._stems[path]
 
     def _free_stem(self, path: Path) -> str:

@@ -28,6 +28,7 @@ class SharedConfig(PreTrainedConfig):
     def __init__(self, **kwargs):
         self.stored = kwargs.pop("stored", {})
         super().__init__()
+        self.model_type = self.stored.get("model_type", "")
 
     def __getattr__(self, key: str):
         stored = self.__dict__.get("stored", {})

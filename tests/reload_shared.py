@@ -2,6 +2,7 @@
 
 python reload_shared.py PACKAGE FOLDER INPUTS.pt RESULT.pt [SAVE_TO]   with PACKAGE: absent, installed, or imported
 """
+# ruff: noqa: E402
 
 import os
 import sys
@@ -21,7 +22,7 @@ class Absent:
 if package == "absent":
     sys.meta_path.insert(0, Absent)
 elif package == "imported":
-    import cornstarch_hf  # noqa: F401
+    import cornstarch_hf
 
 import torch
 from transformers import (
