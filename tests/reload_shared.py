@@ -1,27 +1,17 @@
 """Load a checkpoint as its code or the package allows, in a fresh process, and report what it gives.
 
-python reload_shared.py PACKAGE FOLDER INPUTS.pt RESULT.pt [SAVE_TO]   with PACKAGE: absent, installed, or imported
+python reload_shared.py PACKAGE FOLDER INPUTS.pt RESULT.pt [SAVE_TO]   with PACKAGE: absent (by the environment), installed, or imported
 """
 # ruff: noqa: E402
 
+import importlib.util
 import os
 import sys
 
 package, folder, inputs_file, result_file, *save_to = sys.argv[1:]
 
-
-class Absent:
-    """Stands for an environment in which the package was never installed."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "cornstarch_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-if package == "absent":
-    sys.meta_path.insert(0, Absent)
-elif package == "imported":
+assert (importlib.util.find_spec("cornstarch_hf") is None) == (package == "absent")
+if package == "imported":
     import cornstarch_hf
 
 import torch

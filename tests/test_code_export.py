@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import types
+from pathlib import Path
 
 import pytest
 import shared_parts
@@ -15,6 +17,7 @@ import user_parts
 from helpers import HERE, run_python
 from transformers import AutoModel
 
+import cornstarch_hf
 from cornstarch_hf import (
     ModalEncoderModule,
     MultimodalModel,
@@ -55,16 +58,30 @@ def save(parts, folder, **options):
     return folder
 
 
+def run_bare(arguments, scratch, without=()):
+    """Run Python where the packages named are not installed: others are linked into a folder that stands for theirs."""
+    place = scratch / f"site-{len(without)}"
+    if not place.exists():
+        place.mkdir()
+        for path in map(Path, {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
+            for entry in path.iterdir():
+                if not any(name in entry.name.lower() for name in without):
+                    (place / entry.name).symlink_to(entry)
+    paths = [str(place)] + ([] if "cornstarch_hf" in without else [str(Path(cornstarch_hf.__file__).parents[1])])
+    environment = {"HF_MODULES_CACHE": str(scratch / f"modules-{len(without)}"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-S", "-P", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=scratch, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def load(state, folder, scratch, *save_to):
     """What `reload_shared.py` finds in a fresh process, with a cache for code of its own."""
     torch.save({"call": CALL}, scratch / "inputs.pt")
-    environment = {"HF_MODULES_CACHE": str(scratch / f"modules-{state}"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    command = [sys.executable, "-P", str(HERE / "reload_shared.py"), state, str(folder), str(scratch / "inputs.pt")]
-    done = subprocess.run(
-        [*command, str(scratch / "found.pt"), *map(str, save_to)], capture_output=True, text=True, timeout=300,
-        cwd=scratch, env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    files = [folder, scratch / "inputs.pt", scratch / "found.pt", *save_to]
+    run_bare([HERE / "reload_shared.py", state, *files], scratch, ["cornstarch_hf"] if state == "absent" else [])
     return torch.load(scratch / "found.pt", weights_only=False)
 
 
@@ -106,7 +123,7 @@ def test_what_lies_in_the_folder(shared):
     ]
 
 
-@pytest.mark.parametrize("state", ["absent", "installed", "imported"])
+@pytest.mark.parametrize("state", ["absent", pytest.param("installed", marks=pytest.mark.slow), "imported"])
 def test_the_three_states_of_the_package_load_the_same_bits_and_save_all_of_it_again(shared, tmp_path, state):
     made, folder = shared
     found = load(state, folder, tmp_path, tmp_path / "again")
@@ -241,3 +258,40 @@ def test_saving_changes_no_configuration(shared):
     assert "auto_map" not in vars(model.config) and type(model.config).auto_map == {}
     assert "auto_map" not in vars(processor)
     assert all(not getattr(cls, "_auto_class", None) for cls in (type(model), type(processor), type(model.config)))
+
+
+OTHERS = """
+import importlib.util, sys
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+assert not any(importlib.util.find_spec(name) for name in sys.argv[3:])
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save({name: (p, p.requires_grad) for name, p in model.named_parameters()}, sys.argv[2])
+pipe = pipeline("image-text-to-text", model=sys.argv[1], trust_remote_code=True)
+assert type(pipe.model) is type(model), (type(pipe.model), type(model))
+print(pipe(text="<image> a", images=Image.new("RGB", (8, 8)), max_new_tokens=2)[0]["generated_text"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [True, False])
+def test_adapters_inside_parts_and_pipelines(tmp_path, adapters):
+    """Adapters come back with PEFT and without the package; without adapters, PEFT is not needed either."""
+    from peft import LoraConfig, get_peft_model
+
+    encoder = tiny.clip()
+    if adapters:
+        encoder = get_peft_model(encoder, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    made = compose(encoder)
+    folder = save(made, tmp_path / "checkpoint", include_code=True)
+    absent = [
+        "cornstarch_hf",
+        *(() if adapters else ("peft", "bitsandbytes", "soundfile", "datasets", "trl", "librosa")),
+    ]
+    run_bare(["-c", OTHERS, str(folder), str(tmp_path / "state.pt"), *absent], tmp_path, absent)
+    found = torch.load(tmp_path / "state.pt", weights_only=False)
+    expected = {name: (p, p.requires_grad) for name, p in made[0].named_parameters()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k][0], p) and found[k][1] == grad for k, (p, grad) in expected.items())
