@@ -32,7 +32,8 @@ def is_installed(path: Path) -> bool:
     places = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
     path = path.resolve()
     inside = any(path.is_relative_to(Path(place).resolve()) for place in places if place)
-    return inside or bool({"site-packages", "dist-packages"} & set(path.parts))
+    beside_packages = any(True for parent in path.parents for _ in parent.glob("*.dist-info"))  # `pip install --target`
+    return inside or beside_packages or bool({"site-packages", "dist-packages"} & set(path.parts))
 
 
 def is_own(path: Path) -> bool:

@@ -116,5 +116,7 @@ def test_definitions_registrations_and_guarded_programs_are_carried(tmp_path):
 def test_installed_files_and_other_texts_are_known(tmp_path):
     assert is_installed(__import__("torch").__file__ and HERE.__class__(__import__("torch").__file__))
     assert not is_installed(tmp_path / "x.py")
+    (tmp_path / "target" / "some-1.0.dist-info").mkdir(parents=True)
+    assert is_installed(tmp_path / "target" / "some" / "x.py") and not is_installed(tmp_path / "x.py")
     (tmp_path / "multimodal_code.py").write_text("raise SystemExit\nCARRIES = {'files': ['a']}\n")
     assert read_entry(tmp_path) == {"files": ["a"]} and read_entry(tmp_path / "no") == {}
