@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .registries import last_definition
 from .shape_probe import without_weights
 
 TRANSFORMERS_CLASS = re.compile(r"(transformers\.models\.\w+\.modeling_\w+)\.(\w+)")
@@ -68,7 +69,8 @@ def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTr
         return imported[0]
     raise ValueError(
         f"{where}: the model class {name!r} is not in transformers; expected one imported class of that name for "
-        f"{type(config).__name__}, found {len(imported)}. Import the file that defines it before you load."
+        f"{type(config).__name__}, found {len(imported)}. Import the file that defines it before you load, or pass "
+        "trust_remote_code=True for a checkpoint that carries it."
     )
 
 
@@ -88,7 +90,7 @@ def _imported(name: str, config_class: type[PreTrainedConfig]) -> list[type[PreT
 
     named = {cls for cls in below(PreTrainedModel) if cls.__name__ == name and cls.forward is not nn.Module.forward}
     exact = [cls for cls in named if cls.config_class is config_class]
-    return exact or list(named)
+    return last_definition(exact or list(named))
 
 
 def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

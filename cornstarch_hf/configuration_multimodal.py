@@ -12,6 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_projector import MultimodalProjectorConfig
 from .origins import check_origins, is_repo_id
+from .registries import last_definition
+from .shared_code import SharedCode, SharedConfig, carries_code
 from .snapshots import POINTER
 from .untrusted import check_dtype, check_switches, check_types, check_values
 
@@ -87,7 +89,7 @@ class _SubConfigs:
         return dict.fromkeys(keys, AutoConfig)
 
 
-class MultimodalConfig(PreTrainedConfig):
+class MultimodalConfig(SharedCode, PreTrainedConfig):
     """Configuration of a composed multimodal language model.
 
     Without arguments it is an empty configuration, from which no model can be built.
@@ -145,9 +147,10 @@ class MultimodalConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.cornstarch_format = cornstarch_format
         self.encoders = names
-        self.text_config = _as_config(text_config, "text_config") if text_config is not None else None
+        shared = carries_code(kwargs.get("auto_map"))
+        self.text_config = _as_config(text_config, "text_config", shared) if text_config is not None else None
         for name in names:
-            self._add_encoder(name, parts)
+            self._add_encoder(name, parts, kwargs.get("auto_map") if shared else None)
         self.share_inputs = valid_groups(share_inputs, names)
         if not isinstance(loss_at_labels, bool):
             raise ValueError(f"loss_at_labels must be True or False, got {loss_at_labels!r}.")
@@ -167,13 +170,14 @@ class MultimodalConfig(PreTrainedConfig):
         check_values(config_dict, cls.__name__)
         return _built(super().from_dict, cls.__name__, config_dict, **kwargs)
 
-    def _add_encoder(self, name: str, parts: dict[str, Any]) -> None:
+    def _add_encoder(self, name: str, parts: dict[str, Any], auto_map: dict | None) -> None:
         if parts[f"{name}_config"] is None:
             raise ValueError(f"The encoder {name!r} is listed in `encoders` but has no {name}_config.")
-        setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config"))
+        setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config", auto_map is not None))
         projector = parts[f"{name}_projector_config"]
         if isinstance(projector, dict):
-            projector = MultimodalProjectorConfig.from_dict(dict(projector))
+            projector = MultimodalProjectorConfig.from_dict(projector | ({"auto_map": auto_map} if auto_map else {}))
+            projector.__dict__.pop("auto_map", None)
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
         setattr(self, f"{name}_projector_config", projector)
@@ -189,6 +193,19 @@ class MultimodalConfig(PreTrainedConfig):
         """Names of the modalities of a kind (``"image"``, ``"audio"``, ...), in order."""
         return [name for name in self.encoders if self.modality(name)["kind"] == kind]
 
+    def with_shared_parts(self) -> "MultimodalConfig":
+        """Itself, or a configuration whose parts have the classes that were not known when it was read.
+
+        Raises:
+            ValueError: a class is still not known.
+        """
+        if not any(isinstance(getattr(self, key, None), SharedConfig) for key in self.sub_configs):
+            return self
+        values = {key: value for key, value in self.to_dict().items() if key != "auto_map"}
+        again = type(self).from_dict(values | {"name_or_path": self.name_or_path})
+        again.auto_map = self.auto_map
+        return again
+
     def __getattr__(self, key: str):
         # `image_token_id`, `vision_token_id`: what clients and chunked prefill read, derived from the entries.
         if key.endswith(("_token_id", "_token_index")) and not key.startswith("_"):
@@ -200,7 +217,9 @@ class MultimodalConfig(PreTrainedConfig):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
 
     def __eq__(self, other):
-        return isinstance(other, MultimodalConfig) and self.__dict__ == other.__dict__
+        # Where a checkpoint's code lies says nothing about what the model is.
+        mine, others = ({k: v for k, v in vars(c).items() if k != "auto_map"} for c in (self, other))
+        return isinstance(other, MultimodalConfig) and mine == others
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; includes the attention and experts implementations of the parts."""
@@ -222,13 +241,19 @@ def _own_keys(name: str) -> tuple[str, str, str]:
     return f"{name}_config", f"{name}_projector_config", f"{name}_modality"
 
 
-def _as_config(value, key: str) -> PreTrainedConfig:
+def _as_config(value, key: str, shared: bool = False) -> PreTrainedConfig:
     if isinstance(value, PreTrainedConfig):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
         raise ValueError(f"{key} must be a configuration or a dict with its `model_type`, got {value!r:.200}.")
     values = {k: v for k, v in value.items() if k != "model_type"}
-    return _built(config_class_of(value["model_type"], key).from_dict, key, values)
+    try:
+        cls = config_class_of(value["model_type"], key)
+    except ValueError:
+        if shared:
+            return SharedConfig(stored=dict(value))
+        raise
+    return _built(cls.from_dict, key, values)
 
 
 def _built(build: Callable[..., Any], where: str, values: dict[str, Any], **kwargs: Any) -> Any:
@@ -266,13 +291,15 @@ def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConf
         return type(AutoConfig.for_model(model_type))
     except ValueError:
         pass
-    found = {c for c in _subclasses(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
+    named = {c for c in _subclasses(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
+    found = last_definition(list(named))
     if len(found) != 1:
         raise ValueError(
             f"{key} has the model_type {model_type!r}, which transformers does not know: expected one imported "
-            f"configuration class of that type, found {sorted(map(str, found))}. Import the file that defines it first."
+            f"configuration class of that type, found {sorted(map(str, found))}. Import the file that defines it first, or "
+            "pass trust_remote_code=True for a checkpoint that carries it."
         )
-    return found.pop()
+    return found[0]
 
 
 def _subclasses(cls: type) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from transformers.activations import ACT2CLS
 
 from .module_specs import as_json
 from .registries import PROJECTORS
+from .shared_code import SharedCode, carries_code
 from .untrusted import check_values
 
 BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
@@ -24,7 +25,7 @@ _BASE_KEYS = frozenset(
 _FIELDS = frozenset(["in_features", "out_features", "activation", "config", "projection_kwargs"])
 
 
-class MultimodalProjectorConfig(PreTrainedConfig):
+class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
     """Configuration of a projector from an encoder's width to the language model's.
 
     Args:
@@ -58,7 +59,9 @@ class MultimodalProjectorConfig(PreTrainedConfig):
         projection_kwargs=None,
         **kwargs,
     ):
-        if projection_type != CUSTOM_PROJECTION and projection_type not in BUILT_IN_PROJECTIONS:
+        # A type that a checkpoint's own code defines is looked up when the projection is built.
+        known = projection_type == CUSTOM_PROJECTION or projection_type in BUILT_IN_PROJECTIONS
+        if not known and not carries_code(kwargs.get("auto_map")):
             PROJECTORS[projection_type]
         if activation not in ACT2CLS:
             raise ValueError(f"Unknown activation {activation!r}, expected one of {sorted(ACT2CLS)}.")

@@ -16,7 +16,7 @@ def push_to_hub(
     *,
     embed: bool | Collection[str] = True,
     bases: Mapping[str, str] | None = None,
-    include_code: bool = False,
+    include_code: bool | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,

@@ -34,7 +34,7 @@ class Composition(NamedTuple):
     Args:
         components: by name (``vision_encoder``, ``language_model``) a dict whose `source` is ``"embedded"`` or
             ``"reference"``; see `references` for the latter.
-        manifest: every other file of the checkpoint.
+        manifest: the model's other files, without code.
     """
 
     components: dict[str, dict[str, Any]]
@@ -51,10 +51,12 @@ class Composition(NamedTuple):
 
 
 def write_composition(folder: str, components: Mapping[str, Mapping[str, Any]]) -> Composition:
-    """Write `composition.json` about all files that lie in a folder."""
+    """Write `composition.json` about all files that lie in a folder, code excepted."""
     names = [os.path.join(root, name) for root, _, found in os.walk(folder) for name in found]
     names = sorted(os.path.relpath(path, folder).replace(os.sep, "/") for path in names)
-    manifest = describe_files({name: os.path.join(folder, name) for name in names if name != COMPOSITION})
+    # Code is left out: a processor that is saved into the same folder adds its own to it.
+    names = [name for name in names if name != COMPOSITION and not name.endswith(".py")]
+    manifest = describe_files({name: os.path.join(folder, name) for name in names})
     composition = Composition({name: dict(entry) for name, entry in components.items()}, manifest)
     values = {
         "format": FORMAT,

@@ -28,7 +28,7 @@ from .merging import (
     without_placeholders,
 )
 from .modeling_base import MultimodalPreTrainedModel
-from .projectors import mark_initialized
+from .module_specs import mark_initialized
 from .size_guard import bounded_tensors, check_built
 from .towers import forward_parameters
 

@@ -18,6 +18,7 @@ from .checkpointing import (
     restore_adapter_buffers,
     sync_config,
 )
+from .code_export import export_code
 from .configuration_multimodal import MultimodalConfig
 from .freezing import restore_frozen
 from .gathering import gathered_ties
@@ -25,11 +26,12 @@ from .loading import finish, prepare
 from .pushing import HUB_ARGUMENTS, push, push_saved
 from .references import chosen_components, embedded, write_reference
 from .saving import saving
+from .shared_code import SharedCode, with_shared_code
 
 logger = logging.getLogger(__name__)
 
 
-class MultimodalStorageMixin(PreTrainedModel):
+class MultimodalStorageMixin(SharedCode, PreTrainedModel):
     """How a composed model is saved and loaded; see `MultimodalModel`."""
 
     config: MultimodalConfig
@@ -45,6 +47,7 @@ class MultimodalStorageMixin(PreTrainedModel):
         push_to_hub: bool = False,
         *args,
         embed: bool | Collection[str] = True,
+        include_code: bool | None = None,
         bases: Mapping[str, str] | None = None,
         variant: str | None = None,
         **kwargs,
@@ -60,6 +63,9 @@ class MultimodalStorageMixin(PreTrainedModel):
             embed: True stores all weights.  False stores a *reference checkpoint*: projectors, changed tensors and adapters
                 alone, with the repositories and commits of the rest.  A list names the components (``"vision_encoder"``,
                 ``"language_model"``) whose weights are stored all the same.
+            include_code: whether the checkpoint carries the code that loads it, for `trust_remote_code=True` where this package
+                is not installed.  By default only a model that came with its code does: code that is frozen into a checkpoint
+                gets no fixes and asks each reader to trust it, and this package is one install away.
             bases: repositories (``"user/name"`` or ``"user/name@revision"``) of components for `embed=False`, where they
                 are not known from loading.
             variant: as in transformers.
@@ -90,15 +96,18 @@ class MultimodalStorageMixin(PreTrainedModel):
         if not whole or kwargs.get("distributed_checkpoint") or not _writes(is_main_process):
             super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **options)
         else:
-            with saving(save_directory, variant) as (folder, components):
+            with saving(save_directory, variant) as staged:
                 if referenced:
-                    components |= write_reference(self, folder, referenced, bases, kwargs | hub)
+                    staged.components |= write_reference(self, staged.folder, referenced, bases, kwargs | hub)
                 else:
-                    components |= embedded(self)
-                    super().save_pretrained(folder, True, state_dict, False, *args, **options)
+                    staged.components |= embedded(self)
+                    super().save_pretrained(staged.folder, True, state_dict, False, *args, **options)
+                staged.surplus |= export_code(staged.folder, "model", self, save_directory, include_code=include_code)
         self._saved = True
         if push_to_hub and _writes(is_main_process):
-            push_saved(self, save_directory, {**options, **hub, "embed": embed, "bases": bases})
+            push_saved(
+                self, save_directory, {**options, **hub, "embed": embed, "bases": bases, "include_code": include_code}
+            )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Push this model with a card, in one commit; takes what `cornstarch_hf.push_to_hub` takes, which also takes the
@@ -129,6 +138,7 @@ class MultimodalStorageMixin(PreTrainedModel):
             OSError: a repository that cannot be read; names the component and the remedy.
         """
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
+        kwargs = with_shared_code(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         loading = prepare(cls, pretrained_model_name_or_path, kwargs, bases, verify)
         model: Any

@@ -130,3 +130,11 @@ def same_structure(a: nn.Module, b: nn.Module) -> bool:
         return kinds, {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
     return shape(a) == shape(b)
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Tell transformers that a module's weights are made already: it never initialises them again."""
+    for child in module.modules():
+        setattr(child, "_is_hf_initialized", True)  # noqa: B010
+    for tensor in (*module.parameters(), *module.buffers()):
+        setattr(tensor, "_is_hf_initialized", True)  # noqa: B010

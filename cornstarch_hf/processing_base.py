@@ -10,10 +10,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from .callbacks import check_callbacks_storable
 from .chat import DEFAULT_TEMPLATE
+from .code_export import export_code
 from .configuration_multimodal import MultimodalConfig
 from .feature_counts import FeatureCounter
 from .pushing import HUB_ARGUMENTS, push, push_saved
 from .registries import FEATURE_COUNTS
+from .shared_code import SharedCode, load_shared_code
 from .snapshots import current, replacing
 from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
 from .tokens import add_placeholder_tokens, placeholder_tokens
@@ -22,7 +24,7 @@ HEAD = "processor_config.json"
 TEMPLATES = frozenset(["chat_template.jinja", "chat_template.json"])  # an old one would be read beside a new tokenizer
 
 
-class MultimodalProcessorBase(ProcessorMixin):
+class MultimodalProcessorBase(SharedCode, ProcessorMixin):
     """What a processor is besides its call; see `MultimodalProcessor`."""
 
     def __init__(
@@ -122,8 +124,13 @@ class MultimodalProcessorBase(ProcessorMixin):
         parts = [f"- {name}: {self.tokens[name]} {type(p).__name__}" for name, p in self.processors.items()]
         return "\n".join([f"{type(self).__name__}:", f"- tokenizer: {type(self.tokenizer).__name__}", *parts])
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
         """As in transformers; other files in the folder stay, and a kill leaves the old processor or the new one.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub, **kwargs: as in transformers.
+            include_code: whether the checkpoint carries the code that loads it, see `code_export.export_code`.
 
         Raises:
             ValueError: a processor or a callback that a checkpoint cannot hold; names the remedy.
@@ -136,13 +143,16 @@ class MultimodalProcessorBase(ProcessorMixin):
                 sides = ("padding_side", "truncation_side")
                 tokenizer.init_kwargs.update({side: getattr(tokenizer, side) for side in sides})
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        with replacing(save_directory, HEAD, TEMPLATES.__contains__) as folder:
+        surplus: set[str] = set()
+        with replacing(save_directory, HEAD, lambda name: name in TEMPLATES or name in surplus) as folder:
             files = super().save_pretrained(folder, **kwargs)
             for name, processor in self.processors.items():
                 if isinstance(processor, PreTrainedTokenizerBase):
                     processor.save_pretrained(os.path.join(folder, _tokenizer_folder(name)))
+            parts = [self.tokenizer, *self.processors.values()]
+            surplus |= export_code(folder, "processor", self, save_directory, include_code=include_code, others=parts)
         if push_to_hub:
-            push_saved(self, save_directory, hub)
+            push_saved(self, save_directory, {**hub, "include_code": include_code})
         return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files or ()]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
@@ -168,6 +178,7 @@ class MultimodalProcessorBase(ProcessorMixin):
                 "there by processor.save_pretrained(...)."
             )
         subfolder = kwargs.pop("subfolder", "")
+        load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))
@@ -203,4 +214,5 @@ def _for_processing(config: MultimodalConfig, tokens: Mapping[str, str], ids: Ma
         config.modality(name).update(token=tokens[name], token_id=ids[name])
     for key in ("adapters", "frozen", "part_dtypes", "origins"):
         setattr(config, key, None)
+    config.__dict__.pop("auto_map", None)
     return config

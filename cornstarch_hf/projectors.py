@@ -17,12 +17,14 @@ from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
 from .checkpoint_checks import checked_files, guarded
+from .code_export import export_code
 from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
 from .module_specs import (
     NotStorable,
     build_by_name,
     build_torch,
     constructor_arguments,
+    mark_initialized,
     same_structure,
     torch_spec,
 )
@@ -31,6 +33,7 @@ from .registries import PROJECTORS, register_projector
 from .resampler import QUERY_STD, ResamplerProjection
 from .saving import saving, weights_pattern
 from .selection import per_item
+from .shared_code import SharedCode, with_shared_code
 from .uploading import upload
 from .window_reductions import AvgPoolProjection, ConvProjection
 
@@ -158,7 +161,7 @@ class ProjectorOutput(BaseModelOutput):
     feature_lens: Tensor | None = None
 
 
-class MultimodalProjector(PreTrainedModel):
+class MultimodalProjector(SharedCode, PreTrainedModel):
     """Maps features ``(..., in_features)`` to ``(..., out_features)``; some types leave fewer of each item.
 
     Args:
@@ -347,14 +350,18 @@ class MultimodalProjector(PreTrainedModel):
         if isinstance(module, ResamplerProjection):
             init.normal_(module.queries, std=QUERY_STD)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, variant=None, **kwargs):
-        """As in transformers, and as crash-safe as a composed model; ValueError when the wrapped module cannot be stored."""
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, *args, include_code=None, variant=None, **kwargs
+    ):
+        """As in transformers, with what composed models have: crash safety, `include_code`; ValueError for what cannot be
+        stored, with the remedy."""
         check_storable(self, "the projector")
         options = {"variant": variant, **kwargs}
         if not is_main_process:
             return super().save_pretrained(save_directory, is_main_process, *args, **options)
-        with saving(save_directory, variant) as (folder, _):
-            return super().save_pretrained(folder, is_main_process, *args, **options)
+        with saving(save_directory, variant) as staged:
+            super().save_pretrained(staged.folder, is_main_process, *args, **options)
+            staged.surplus |= export_code(staged.folder, "projector", self, save_directory, include_code=include_code)
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", tags: Any = None, **options: Any):
         """Push this projector alone, in one commit; options and errors as of `uploading.upload`."""
@@ -368,6 +375,7 @@ class MultimodalProjector(PreTrainedModel):
         `in_proj` and `out_proj`.  Sizes of files are checked, with `verify` their hashes."""
         kwargs.setdefault("key_mapping", {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."})
         source = pretrained_model_name_or_path
+        kwargs = with_shared_code(source, kwargs)
         if source is None:
             return super().from_pretrained(source, *args, **kwargs)
         checked = checked_files(source, kwargs, verify)
@@ -385,11 +393,3 @@ def check_storable(projector: MultimodalProjector, where: str) -> None:
             f"{where} cannot be saved: {reason_not_storable(projector.projection)}. Register the class with "
             "register_projector(name, cls), and keep each constructor argument in an attribute of the same name."
         )
-
-
-def mark_initialized(module: nn.Module) -> None:
-    """Tell transformers that a module's weights are made already: it never initialises them again."""
-    for child in module.modules():
-        setattr(child, "_is_hf_initialized", True)  # noqa: B010
-    for tensor in (*module.parameters(), *module.buffers()):
-        setattr(tensor, "_is_hf_initialized", True)  # noqa: B010

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from .code_files import read_entry
 from .manifests import COMPOSITION, DELTA
 from .model_card import card_text, merged_card
 from .saving import weights_pattern
@@ -66,7 +67,9 @@ def push(
             processor.save_pretrained(folder, **{key: saving[key] for key in ("include_code",) if key in saving})
         if card is not False:
             text = (
-                card if isinstance(card, str) else _card(model, processor, repo_id, saving, trainer, token, tags or ())
+                card
+                if isinstance(card, str)
+                else _card(folder, model, processor, repo_id, saving, trainer, token, tags or ())
             )
             there = _card_of(repo_id, revision, token)
             replace = overwrite_card or isinstance(card, str)
@@ -116,10 +119,17 @@ def stale_files(with_model: bool, variant: str | None = None):
 
 
 def _card(
-    model: Any, processor: Any, repo_id: str, saving: dict[str, Any], trainer: Any, token: Any, tags: Sequence[str]
+    folder: str,
+    model: Any,
+    processor: Any,
+    repo_id: str,
+    saving: dict[str, Any],
+    trainer: Any,
+    token: Any,
+    tags: Sequence[str],
 ) -> str:
     full = repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-    code = bool(saving.get("include_code"))
+    code = bool(read_entry(folder))
     return card_text(model, processor, full, code, saving.get("embed", True), trainer, token, tags=tags)
 
 

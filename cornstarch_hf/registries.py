@@ -3,6 +3,9 @@
 A checkpoint holds names only; nothing in it is imported or run.  Every other module looks names up here.
 """
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -45,7 +48,12 @@ class Registry:
 
     def name_of(self, entry: Any) -> str | None:
         """The name under which this very object was registered, or None."""
-        return next((name for name, value in self._entries.items() if _target(value) is entry), None)
+        same = (name for name, value in self._entries.items() if _target(value) is entry)
+        found = next(same, None)
+        if found is None and not isinstance(entry, functools.partial):  # a file may be imported twice, once as a copy
+            again = (name for name, value in self._entries.items() if same_text(_target(value), entry))
+            found = next(again, None)
+        return found
 
 
 class Callback(NamedTuple):
@@ -60,15 +68,43 @@ def _same_definition(known: Any, entry: Any) -> bool:
     places = [
         (getattr(_target(e), "__module__", None), getattr(_target(e), "__qualname__", "<")) for e in (known, entry)
     ]
-    return places[0] == places[1] and "<" not in places[0][1]
+    return (places[0] == places[1] and "<" not in places[0][1]) or same_text(_target(known), _target(entry))
+
+
+def same_text(known: Any, entry: Any) -> bool:
+    """Whether two functions or classes of different modules are one definition: a file and its copy in a checkpoint."""
+    names = [getattr(target, "__qualname__", "<") for target in (known, entry)]
+    modules = [getattr(target, "__module__", None) for target in (known, entry)]
+    if names[0] != names[1] or "<" in names[0] or modules[0] == modules[1] or None in modules:
+        return False
+    try:
+        return inspect.getsource(known) == inspect.getsource(entry)
+    except (OSError, TypeError):
+        return False
 
 
 def _target(entry: Any) -> Any:
     return entry.target if isinstance(entry, Callback) else entry
 
 
-PROJECTORS = Registry("projection type", "Add your own with register_projector(name, cls) before you load or build.")
-CALLBACKS = Registry("callback", "Import the module that calls register_callback(name, fn) before you load or build.")
+def last_definition(classes: list) -> list:
+    """The classes, or the one imported last where all are one definition: a file and its copies in checkpoints."""
+    if len(classes) > 1 and all(same_text(classes[0], cls) for cls in classes[1:]):
+        order = list(sys.modules)
+        return [max(classes, key=lambda cls: order.index(cls.__module__) if cls.__module__ in order else -1)]
+    return classes
+
+
+PROJECTORS = Registry(
+    "projection type",
+    "Add your own with register_projector(name, cls) before you load or build, or pass "
+    "trust_remote_code=True for a checkpoint that carries it.",
+)
+CALLBACKS = Registry(
+    "callback",
+    "Import the module that calls register_callback(name, fn) before you load or build, or "
+    "pass trust_remote_code=True for a checkpoint that carries it.",
+)
 FEATURE_COUNTS = Registry("feature count", "Add one with register_feature_count(modality_or_encoder_type, fn).")
 
 

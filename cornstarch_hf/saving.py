@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from .manifests import COMPOSITION, DELTA, read_composition, write_composition
@@ -12,9 +13,24 @@ from .snapshots import replacing
 CONFIG = "config.json"
 
 
+@dataclass
+class Staged:
+    """A save that is being written.
+
+    Attributes:
+        folder: where to write.
+        components: what `composition.json` shall say of the model's parts.
+        surplus: further files of the target that shall go.
+    """
+
+    folder: str
+    components: dict[str, Any] = field(default_factory=dict)
+    surplus: set[str] = field(default_factory=set)
+
+
 @contextlib.contextmanager
-def saving(folder: str | os.PathLike, variant: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Save a model: gives the folder to write into and a dict to put the description of its components in.
+def saving(folder: str | os.PathLike, variant: str | None = None) -> Iterator[Staged]:
+    """Save a model: gives the folder to write into, and takes what is to be said of it.
 
     Weight files of an earlier save go, with all else that it wrote and this one does not; other files stay.
 
@@ -28,13 +44,16 @@ def saving(folder: str | os.PathLike, variant: str | None = None) -> Iterator[tu
     pattern = weights_pattern(variant)
     earlier = set() if variant else _files_of_earlier_save(folder)
 
+    staged = Staged("")
+
     def owned(name: str) -> bool:
-        return bool(pattern.fullmatch(name)) or name in earlier or (name == DELTA and not variant)
+        old = name in earlier or name in staged.surplus or (name == DELTA and not variant)
+        return old or bool(pattern.fullmatch(name))
 
     with replacing(folder, CONFIG, owned) as staging:
-        components: dict[str, Any] = {}
-        yield staging, components
-        write_composition(staging, components)
+        staged.folder = staging
+        yield staged
+        write_composition(staging, staged.components)
 
 
 def weights_pattern(variant: str | None = None) -> re.Pattern:

@@ -18,7 +18,8 @@ EXAMPLES = Path(__file__).parent.parent / "hub_examples"
 
 
 def test_no_example_is_forgotten():
-    covered = {"compose_vlm", "llava_next_callbacks", "finetune_with_trainer", "quickstart", "train_in_stages"}
+    covered = {"compose_vlm", "llava_next_callbacks", "finetune_with_trainer", "quickstart", "train_in_stages",
+               "share_with_code"}  # fmt: skip
     shared = {"tiny_models", "digits_and_tones"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == covered | shared
 
@@ -32,6 +33,12 @@ def test_llava_next_callbacks():
     out = run_python(EXAMPLES / "llava_next_callbacks.py")
     features, placeholders = re.search(r"features per image: (\[.*?\]) placeholders: (\[.*?\])", out).groups()
     assert features == placeholders == "[34, 56]"
+
+
+def test_share_with_code():
+    out = run_python(EXAMPLES / "share_with_code.py")
+    assert "carries: multimodal_code.py my_parts.py" in out and "features: 9" in out
+    assert "package imported: False" in out
 
 
 def test_finetune_with_trainer():

@@ -1,0 +1,314 @@
+"""Python files as a checkpoint carries them: beside each other, every import between them relative.
+
+`code_export` says what to carry, `shared_code` reads it back.  transformers copies what one pattern matches, line by line,
+``from .name import``; so files of a user are made flat here, and their imports of each other and of this package rewritten.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+CODE_ENTRY = "multimodal_code"
+PACKAGE = "cornstarch_hf"
+HERE = Path(__file__).resolve().parent
+_SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+# Calls that no definition needs: a file that makes one while it is imported is a program.
+_PROGRAM_CALLS = frozenset(
+    [
+        *("compose", "fit", "from_native", "from_pretrained", "generate", "hf_hub_download", "load_dataset", "main"),
+        *("parse_args", "push_to_hub", "save_pretrained", "snapshot_download", "system", "train", "urlopen"),
+    ]
+)
+_HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger", "filterwarnings", "simplefilter"])
+
+
+def is_installed(path: Path) -> bool:
+    """Whether a file belongs to Python or to an installed package, which a checkpoint names but does not carry."""
+    places = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    path = path.resolve()
+    inside = any(path.is_relative_to(Path(place).resolve()) for place in places if place)
+    beside_packages = any(True for parent in path.parents for _ in parent.glob("*.dist-info"))  # `pip install --target`
+    return inside or beside_packages or bool({"site-packages", "dist-packages"} & set(path.parts))
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file lies in the folder of the code that is running."""
+    return path.resolve().parent == HERE
+
+
+def read_entry(folder: str | os.PathLike) -> dict:
+    """What the code in a checkpoint's folder says that it carries; empty without code.  Nothing is run."""
+    path = Path(folder) / f"{CODE_ENTRY}.py"
+    if not path.is_file():
+        return {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARRIES":
+            found = ast.literal_eval(node.value)
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+class CodeFiles:
+    """The files that a checkpoint carries, collected from the roots given and from what they import.
+
+    Attributes:
+        own: stems of modules of this package.
+        users: texts of a user's files by the stem under which they are carried.
+
+    Raises:
+        ValueError: from every method, a file that cannot be carried; names the file, the line and the remedy.
+    """
+
+    def __init__(self, roots: tuple[str, ...]):
+        self.own: dict[str, str] = {}
+        self.users: dict[str, str] = {}
+        self._stems: dict[Path, str] = {}
+        for root in roots:
+            self.add_own(root)
+        self._package = frozenset(self.own)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """All texts by stem."""
+        return self.own | self.users
+
+    def add_own(self, stem: str) -> str:
+        """Take a module of the running code and all that it imports."""
+        pending = [stem]
+        while pending:
+            name = pending.pop()
+            if name in self.own:
+                continue
+            path = HERE / f"{name}.py"
+            if not path.is_file():
+                raise ValueError(f"The code of a checkpoint needs {name}.py of {PACKAGE}, which this version lacks.")
+            self.own[name] = path.read_text(encoding="utf-8")
+            for node in ast.walk(ast.parse(self.own[name])):
+                if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                    pending.append(node.module)
+        return stem
+
+    def add_file(self, path: Path, why: str) -> str:
+        """Take a user's file and the files of the user that it imports; returns the stem under which it is carried."""
+        path = path.resolve()
+        if is_own(path):
+            if path.stem not in self._package and path.stem not in self.users:
+                self.users[path.stem] = ""  # a user's file beside the running code: a checkpoint's, loaded again
+                self.users[path.stem] = self._rewritten(path, why)
+            return path.stem
+        if path.stem in read_entry(path.parent).get("package", []):
+            return self.add_own(path.stem)
+        if path not in self._stems:
+            stem = self._stems[path] = self._free_stem(path)
+            self.users[stem] = ""
+            text = self._rewritten(path, why)
+            twin = next((other for other, known in self.users.items() if known == text and other != stem), None)
+            if twin is None or not text:
+                self.users[stem] = text
+            else:  # a file and its copy in a checkpoint
+                del self.users[stem]
+                self._stems[path] = twin
+        return self._stems[path]
+
+    def _free_stem(self, path: Path) -> str:
+        stem = path.parent.name if path.stem == "__init__" else path.stem
+        stem = re.sub(r"\W", "_", stem)
+        taken = {p.stem for p in HERE.glob("*.py")} | set(self.users) | {CODE_ENTRY, PACKAGE}
+        candidates = [stem, f"{re.sub(r'[^0-9a-zA-Z_]', '_', path.parent.name)}_{stem}", f"users_{stem}"]
+        candidates += [f"users_{stem}_{i}" for i in range(2, 100)]
+        return next(name for name in candidates if name not in taken and name.isidentifier())
+
+    def _rewritten(self, path: Path, why: str) -> str:
+        text = path.read_text(encoding="utf-8")
+        if _TOKEN.search(text):
+            raise ValueError(f"{path} ({why}) holds an access token: remove it before the file is shared.")
+        tree = ast.parse(text)
+        check_runs_nothing(tree, path, why)
+        edits = []
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                lines = self._relative(node, path)
+                if lines is not None:
+                    edits.append((node, lines))
+        for node, lines in sorted(edits, key=lambda edit: -edit[0].lineno):
+            text = _replaced(text, node, lines, path)
+        _check_seen(text, path)
+        return text
+
+    # ---- imports
+
+    def _relative(self, node: ast.Import | ast.ImportFrom, path: Path) -> list[str] | None:
+        """The lines that stand for an import in the carried file; None where it stays as it is."""
+        if isinstance(node, ast.Import):
+            return self._relative_import(node, path)
+        module = node.module or ""
+        if node.level == 0 and module.split(".")[0] == PACKAGE:
+            return self._from_package(node, path)
+        base = _relative_base(path, node.level) / Path(*module.split(".")) if node.level else None
+        target = _module_file(base) if base is not None else _users_file(module, path.parent)
+        if target is None and base is None:
+            return None
+        folder = base if base is not None else (target.parent if target and target.stem == "__init__" else None)
+        lines = []
+        for alias in node.names:
+            inner = _module_file(folder / alias.name) if folder is not None and alias.name != "*" else None
+            renamed = f" as {alias.asname}" if alias.asname else ""
+            if inner is not None:
+                stem = self.add_file(inner, f"imported by {path.name}")
+                lines.append(f"from . import {stem} as {alias.asname or alias.name}")
+            elif target is not None:
+                lines.append(f"from .{self.add_file(target, f'imported by {path.name}')} import {alias.name}{renamed}")
+            else:
+                raise ValueError(f"{path}:{node.lineno} imports {alias.name!r} of a package that has no file for it.")
+        return lines
+
+    def _relative_import(self, node: ast.Import, path: Path) -> list[str] | None:
+        lines, changed = [], False
+        for alias in node.names:
+            own = alias.name.split(".")[0] == PACKAGE
+            target = None if own else _users_file(alias.name, path.parent)
+            if own or (target is not None and "." in alias.name):
+                raise ValueError(
+                    f"{path}:{node.lineno} uses `import {alias.name}`, which cannot be carried: write `from {alias.name} "
+                    "import name` instead."
+                )
+            if target is None:
+                lines.append(f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else ""))
+            else:
+                stem = self.add_file(target, f"imported by {path.name}")
+                lines.append(f"from . import {stem} as {alias.asname or alias.name}")
+                changed = True
+        return lines if changed else None
+
+    def _from_package(self, node: ast.ImportFrom, path: Path) -> list[str]:
+        """`from cornstarch_hf import X`, or of one of its modules, from the checkpoint's own copy."""
+        stem = (node.module or "").partition(".")[2]
+        lines = []
+        for alias in node.names:
+            renamed = f" as {alias.asname}" if alias.asname else ""
+            if not stem and (HERE / f"{alias.name}.py").is_file():
+                lines.append(f"from . import {self.add_own(alias.name)} as {alias.asname or alias.name}")
+                continue
+            home = stem or _own_module_of(alias.name)
+            if home is None or alias.name == "*":
+                raise ValueError(f"{path}:{node.lineno} imports {alias.name!r} of {PACKAGE}: name what is needed.")
+            lines.append(f"from .{self.add_own(home)} import {alias.name}{renamed}")
+        return lines
+
+
+def _own_module_of(name: str) -> str | None:
+    """The stem of the running code's module that defines a name at its top."""
+    pattern = re.compile(rf"^(?:class|def) {re.escape(name)}\b|^{re.escape(name)}\b\s*(?::[^=\n]+)?=", re.M)
+    paths = sorted(HERE.glob("*.py"))
+    return next((p.stem for p in paths if p.stem != "__init__" and pattern.search(p.read_text(encoding="utf-8"))), None)
+
+
+def _relative_base(path: Path, level: int) -> Path:
+    return path.parents[level - 1]
+
+
+def _module_file(base: Path) -> Path | None:
+    """The file of a module by its path without the ending; None if there is none."""
+    for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _users_file(name: str, folder: Path) -> Path | None:
+    """The user's own file that an absolute import means; None for an installed or built-in module."""
+    known = getattr(sys.modules.get(name), "__file__", None)
+    beside = _module_file(folder / Path(*name.split(".")))
+    if known is None and beside is None and name.split(".")[0] not in sys.stdlib_module_names:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            spec = None
+        known = spec.origin if spec is not None and spec.has_location else None
+    path = Path(known) if known is not None else beside
+    return None if path is None or path.suffix != ".py" or is_installed(path) else path
+
+
+def _replaced(text: str, node: ast.Import | ast.ImportFrom, new: list[str], path: Path) -> str:
+    """The text with one import statement replaced by lines of the same indentation."""
+    lines = text.splitlines(keepends=True)
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    before = lines[first].encode()[: node.col_offset].decode()
+    after = lines[last].encode()[node.end_col_offset :].decode()
+    if before.strip() or after.strip()[:1] not in ("", "#"):
+        raise ValueError(f"{path}:{node.lineno}: put this import on a line of its own, so that it can be carried.")
+    lines[first : last + 1] = ["".join(f"{before}{line}\n" for line in new)]
+    return "".join(lines)
+
+
+def _check_seen(text: str, path: Path) -> None:
+    """What transformers' pattern finds must be what Python finds: it would look for files that a docstring names."""
+    meant = {
+        node.module
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+    }
+    if surplus := sorted({a or b for a, b in _SEEN_BY_TRANSFORMERS.findall(text)} - meant):
+        raise ValueError(
+            f"{path} has a line of text that reads like an import of {surplus}: transformers would look for that file. Reword "
+            "the docstring or the string."
+        )
+
+
+# ---- programs
+
+
+def check_runs_nothing(tree: ast.Module, path: Path, why: str) -> None:
+    """Refuse a file that does more than define and register when it is imported (ValueError with the line)."""
+    for node in _top_statements(tree.body):
+        if _is_program(node):
+            raise ValueError(
+                f"{path}:{node.lineno} ({why}) does more than define: `{ast.unparse(node):.60}` would run wherever the "
+                'checkpoint is loaded. Put it under `if __name__ == "__main__":`, or move the definitions into a file of '
+                "their own."
+            )
+
+
+def top_calls(tree: ast.Module) -> list[ast.Call]:
+    """Calls that stand alone at the top of a file, outside of what only a program runs."""
+    statements = _top_statements(tree.body)
+    return [node.value for node in statements if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+
+
+def _top_statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    found: list[ast.stmt] = []
+    for node in body:
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            found += _top_statements(node.orelse)
+        elif isinstance(node, (ast.If, ast.For)):
+            found += _top_statements([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try):
+            handlers = [statement for handler in node.handlers for statement in handler.body]
+            found += _top_statements([*node.body, *handlers, *node.orelse, *node.finalbody])
+        else:
+            found.append(node)
+    return found
+
+
+def _is_program(node: ast.stmt) -> bool:
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass, ast.Raise)
+    if isinstance(node, definitions):
+        return False
+    if isinstance(node, ast.Expr):
+        if not isinstance(node.value, ast.Call):
+            return not isinstance(node.value, ast.Constant)
+        name = called_name(node.value)
+        return not (name.startswith("register") or name in _HARMLESS_CALLS)
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Assert, ast.Delete)):
+        return any(isinstance(inner, ast.Call) and called_name(inner) in _PROGRAM_CALLS for inner in ast.walk(node))
+    return True
+
+
+def called_name(call: ast.Call) -> str:
+    """The last part of the name of what is called."""
+    return str(getattr(call.func, "attr", None) or getattr(call.func, "id", ""))
