@@ -17,7 +17,6 @@ import user_parts
 from helpers import HERE, run_python
 from transformers import AutoModel
 
-import cornstarch_hf
 from cornstarch_hf import (
     ModalEncoderModule,
     MultimodalModel,
@@ -27,6 +26,7 @@ from cornstarch_hf import (
     register_callback,
 )
 from cornstarch_hf.code_export import MODEL_MAP
+from cornstarch_hf.code_export import __file__ as EXPORT_FILE
 from cornstarch_hf.code_files import read_entry
 
 IMAGE = tiny.ENCODERS["clip"][3](0)
@@ -67,7 +67,7 @@ def run_bare(arguments, scratch, without=()):
             for entry in path.iterdir():
                 if not any(name in entry.name.lower() for name in without):
                     (place / entry.name).symlink_to(entry)
-    paths = [str(place)] + ([] if "cornstarch_hf" in without else [str(Path(cornstarch_hf.__file__).parents[1])])
+    paths = [str(place)] + ([] if "cornstarch_hf" in without else [str(Path(EXPORT_FILE).parents[1])])
     environment = {"HF_MODULES_CACHE": str(scratch / f"modules-{len(without)}"), "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-S", "-P", *map(str, arguments)]

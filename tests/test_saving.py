@@ -25,11 +25,12 @@ def test_names_of_weight_files(variant, name, is_one):
     assert bool(weights_pattern(variant).fullmatch(name)) is is_one
 
 
-def write(folder, names, variant=None):
-    with saving(folder, variant) as (staging, components):
-        components["language_model"] = {"source": "embedded"}
+def write(folder, names, variant=None, surplus=()):
+    with saving(folder, variant) as staged:
+        staged.components["language_model"] = {"source": "embedded"}
+        staged.surplus |= set(surplus)
         for name in ("config.json", *names):
-            with open(f"{staging}/{name}", "w") as file:
+            with open(f"{staged.folder}/{name}", "w") as file:
                 file.write("{}")
 
 
@@ -37,7 +38,7 @@ def test_what_an_earlier_save_wrote_goes_and_nothing_else(tmp_path):
     write(tmp_path, ["model.safetensors", "modeling_own.py", "generation_config.json"])
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "other.py").write_text("mine")
-    write(tmp_path, ["model-00001-of-00001.safetensors", "model.safetensors.index.json"])
+    write(tmp_path, ["model-00001-of-00001.safetensors", "model.safetensors.index.json"], surplus=["modeling_own.py"])
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model-00001-of-00001.safetensors", "composition.json",
                                                      "model.safetensors.index.json", "README.md", "other.py"}  # fmt: skip
     write(tmp_path, ["model.fp16.safetensors"], "fp16")
