@@ -23,10 +23,11 @@ from .configuration_multimodal import MultimodalConfig
 from .freezing import restore_frozen
 from .gathering import gathered_ties
 from .loading import finish, prepare
-from .pushing import HUB_ARGUMENTS, push, push_saved
+from .pushing import push, push_saved
 from .references import chosen_components, embedded, write_reference
 from .saving import saving
 from .shared_code import SharedCode, with_shared_code
+from .uploading import split_options
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
                 never saved itself; a component that cannot be referred to.
             OSError: the disk is full, a base cannot be read, ...; the old checkpoint is still there.
         """
-        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        kwargs, hub = split_options(kwargs)
         options = {"variant": variant, **kwargs}
         whole = not getattr(self, "_hf_peft_config_loaded", False)
         if whole:
@@ -105,9 +106,8 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
                 staged.surplus |= export_code(staged.folder, "model", self, save_directory, include_code=include_code)
         self._saved = True
         if push_to_hub and _writes(is_main_process):
-            push_saved(
-                self, save_directory, {**options, **hub, "embed": embed, "bases": bases, "include_code": include_code}
-            )
+            saved = {**options, "state_dict": state_dict, "embed": embed, "bases": bases, "include_code": include_code}
+            push_saved(self, save_directory, saved | hub)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Push this model with a card, in one commit; takes what `cornstarch_hf.push_to_hub` takes, which also takes the

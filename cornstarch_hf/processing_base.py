@@ -13,12 +13,13 @@ from .chat import DEFAULT_TEMPLATE
 from .code_export import export_code
 from .configuration_multimodal import MultimodalConfig
 from .feature_counts import FeatureCounter
-from .pushing import HUB_ARGUMENTS, push, push_saved
+from .pushing import push, push_saved
 from .registries import FEATURE_COUNTS
 from .shared_code import SharedCode, load_shared_code
 from .snapshots import current, replacing
 from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
 from .tokens import add_placeholder_tokens, placeholder_tokens
+from .uploading import split_options
 
 HEAD = "processor_config.json"
 TEMPLATES = frozenset(["chat_template.jinja", "chat_template.json"])  # an old one would be read beside a new tokenizer
@@ -142,7 +143,7 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
             if isinstance(tokenizer, PreTrainedTokenizerBase):  # sides set as attributes are not saved otherwise
                 sides = ("padding_side", "truncation_side")
                 tokenizer.init_kwargs.update({side: getattr(tokenizer, side) for side in sides})
-        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+        kwargs, hub = split_options(kwargs)
         surplus: set[str] = set()
         with replacing(save_directory, HEAD, lambda name: name in TEMPLATES or name in surplus) as folder:
             files = super().save_pretrained(folder, **kwargs)

@@ -4,7 +4,6 @@ Types are looked up in a registry, to which users add their own; a module made e
 """
 
 import copy
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +30,10 @@ from .module_specs import (
 from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items
 from .registries import PROJECTORS, register_projector
 from .resampler import QUERY_STD, ResamplerProjection
-from .saving import saving, weights_pattern
+from .saving import saving
 from .selection import per_item
 from .shared_code import SharedCode, with_shared_code
-from .uploading import upload
+from .uploading import pusher, split_options
 from .window_reductions import AvgPoolProjection, ConvProjection
 
 TORCH_PROJECTION = "torch"
@@ -351,23 +350,30 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
             init.normal_(module.queries, std=QUERY_STD)
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, *args, include_code=None, variant=None, **kwargs
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        *args,
+        push_to_hub=False,
+        include_code=None,
+        variant=None,
+        **kwargs,
     ):
         """As in transformers, with what composed models have: crash safety, `include_code`; ValueError for what cannot be
         stored, with the remedy."""
         check_storable(self, "the projector")
-        options = {"variant": variant, **kwargs}
+        options, hub = split_options({"variant": variant, **kwargs})
         if not is_main_process:
             return super().save_pretrained(save_directory, is_main_process, *args, **options)
         with saving(save_directory, variant) as staged:
             super().save_pretrained(staged.folder, is_main_process, *args, **options)
             staged.surplus |= export_code(staged.folder, "projector", self, save_directory, include_code=include_code)
+        if push_to_hub:
+            pusher("push_saved")(self, save_directory, {**options, **hub, "include_code": include_code})
 
-    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", tags: Any = None, **options: Any):
-        """Push this projector alone, in one commit; options and errors as of `uploading.upload`."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return upload(folder, repo_id, stale=lambda name: bool(weights_pattern().fullmatch(name)), **options)
+    def push_to_hub(self, repo_id: str, **options: Any):
+        """Push this projector alone, in one commit; takes what `cornstarch_hf.push_to_hub` takes, and raises the same."""
+        return pusher("push")(self, None, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, verify: bool = False, **kwargs):

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 
 from .code_files import read_entry
 from .manifests import COMPOSITION, DELTA
 from .model_card import card_text, merged_card
 from .saving import weights_pattern
-from .uploading import upload
+from .uploading import HUB_ARGUMENTS, PUSHERS, asked, explained, upload
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
-# What `save_pretrained` takes for a push, as in transformers.
-HUB_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags", "token")
+# What transformers' `save_pretrained` takes about how weights are written.
+WRITING = ("max_shard_size", "variant", "state_dict", "save_peft_format", "save_original_format")
 PICKLES = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
 
 
@@ -54,11 +54,12 @@ def push(
         TypeError: an unknown argument.
         ValueError, OSError: as saving and uploading raise.
     """
-    known = {"embed", "bases", "include_code", "max_shard_size", "variant"}
+    known = {"embed", "bases", "include_code", *WRITING}
     if unknown := sorted(set(saving) - known):
         raise TypeError(f"push_to_hub got unknown arguments {unknown}, expected some of {sorted(known)}.")
     saving = {key: value for key, value in saving.items() if value is not None}
     tags = [tags] if isinstance(tags, str) else tags
+    repo_id = _full_name(repo_id, token)
     with tempfile.TemporaryDirectory() as root:
         folder = os.path.join(root, "checkpoint")
         if model is not None:
@@ -66,16 +67,16 @@ def push(
         if processor is not None:
             processor.save_pretrained(folder, **{key: saving[key] for key in ("include_code",) if key in saving})
         if card is not False:
-            text = (
-                card
-                if isinstance(card, str)
-                else _card(folder, model, processor, repo_id, saving, trainer, token, tags or ())
-            )
-            there = _card_of(repo_id, revision, token)
+            head, there = _head_and_card(repo_id, revision, token)
+            parent_commit = parent_commit or head  # the card that is judged here is the one that is replaced
             replace = overwrite_card or isinstance(card, str)
-            if model is None and there is not None and not replace:
-                text = there  # a processor that joins a model: the card is the model's
-            _write_card(Path(folder, CARD), text, there, repo_id, replace)
+            if model is not None or there is None or replace:  # a processor that joins a model: the card is the model's
+                made = (
+                    card
+                    if isinstance(card, str)
+                    else _card(folder, model, processor, repo_id, saving, trainer, token, tags or ())
+                )
+                _write_card(Path(folder, CARD), made, there, repo_id, replace)
         what = " and ".join(type(part).__name__ for part in (model, processor) if part is not None)
         return upload(
             folder,
@@ -97,8 +98,7 @@ def _save_model(model: Any, folder: str, saving: dict[str, Any], token: str | bo
         options["token"] = token  # to read the bases
     if not _has_components(model):
         options = {key: value for key, value in options.items() if key == "include_code"}
-    sizes = {key: saving[key] for key in ("max_shard_size", "variant") if key in saving}
-    model.save_pretrained(folder, **sizes, **options)
+    model.save_pretrained(folder, **{key: saving[key] for key in WRITING if key in saving}, **options)
 
 
 def _has_components(model: Any) -> bool:
@@ -118,6 +118,24 @@ def stale_files(with_model: bool, variant: str | None = None):
     return stale
 
 
+def _full_name(repo_id: str, token: str | bool | None) -> str:
+    """``user/name`` of a repository in one's own namespace: a name alone means another one to readers."""
+    if "/" in repo_id:
+        return repo_id
+    lost = PermissionError(
+        f"{repo_id}: not logged in, so it is not known whose it is to be: run `hf auth login`, pass token=, or give "
+        f"'user/{repo_id}'."
+    )
+    if token is False:
+        raise lost
+    api = HfApi(token=token)
+    with explained(repo_id):
+        try:
+            return f"{asked(repo_id, api.whoami)['name']}/{repo_id}"
+        except LocalTokenNotFoundError as error:
+            raise lost from error
+
+
 def _card(
     folder: str,
     model: Any,
@@ -128,30 +146,41 @@ def _card(
     token: Any,
     tags: Sequence[str],
 ) -> str:
-    full = repo_id if "/" in repo_id else f"{HfApi(token=token).whoami()['name']}/{repo_id}"
     code = bool(read_entry(folder))
-    return card_text(model, processor, full, code, saving.get("embed", True), trainer, token, tags=tags)
+    return card_text(model, processor, repo_id, code, saving.get("embed", True), trainer, token, tags=tags)
 
 
-def _card_of(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
-    """The card that a repository has, None if it has none."""
-    try:
-        there = hf_hub_download(repo_id, CARD, revision=revision, token=token)
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-        return None
-    except HfHubHTTPError as error:
-        raise OSError(
-            f"{repo_id}: cannot see whether its card was edited ({error}): push again, or with card=False."
-        ) from error
-    return Path(there).read_bytes().decode("utf-8")
+def _head_and_card(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[str | None, str | None]:
+    """The newest commit and the card in it; None for what there is not.
+
+    The card is read at that commit: under a branch's name an older one may come from the cache.
+    """
+    api = HfApi(token=token)
+    for name in dict.fromkeys((revision, None)):  # a new branch starts from main
+        try:
+            with explained(repo_id, name):
+                info = asked(repo_id, lambda name=name: api.model_info(repo_id, revision=name))
+        except FileNotFoundError:
+            continue
+        except PermissionError as error:
+            if isinstance(error.__cause__, RepositoryNotFoundError):
+                break  # also said, without a token, of a repository that does not exist
+            raise
+        if not any(sibling.rfilename == CARD for sibling in info.siblings or ()):
+            return info.sha, None
+        with explained(repo_id, info.sha):
+            there = asked(repo_id, lambda sha=info.sha: hf_hub_download(repo_id, CARD, revision=sha, token=token))
+        return info.sha, Path(there).read_bytes().decode("utf-8")
+    return None, None
 
 
 def _write_card(path: Path, generated: str, there: str | None, repo_id: str, replace: bool) -> None:
-    """Write the card, unless somebody edited the one that is there: then that one stays, to the letter."""
+    """Write the card, unless somebody edited the one that is there: that one is left alone."""
     text = merged_card(there, generated, replace)
     if text == there and text != generated:
         logger.warning("%s: the card was edited by hand and stays as it is; overwrite_card=True replaces it.", repo_id)
-    path.write_bytes(text.encode("utf-8"))
+    else:
+        path.write_bytes(text.encode("utf-8"))
 
 
 def _adapters_only(model: Any) -> bool:
@@ -162,10 +191,13 @@ def _adapters_only(model: Any) -> bool:
 def push_saved(part: Any, folder: str | os.PathLike, options: dict[str, Any]) -> CommitInfo:
     """`push` for `save_pretrained(folder, push_to_hub=True)`: into the repository of the folder's name by default."""
     known = (
-        *("private", "revision", "create_pr", "commit_message", "commit_description", "tags", "token"),
-        *("max_shard_size", "variant", "embed", "bases", "include_code"),
+        *(key for key in HUB_ARGUMENTS if key != "repo_id"),
+        *("embed", "bases", "include_code", *WRITING),
     )
     given = {key: options[key] for key in known if options.get(key) is not None}
     repo_id = options.get("repo_id") or os.path.basename(os.path.abspath(folder))
     pair = (None, part) if hasattr(part, "tokenizer") else (part, None)
     return push(*pair, repo_id, **given)
+
+
+PUSHERS.update(push=push, push_saved=push_saved)

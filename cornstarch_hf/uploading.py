@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import getpass
+import hashlib
 import logging
 import os
 import re
@@ -13,29 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 logger = logging.getLogger(__name__)
 # No part of a checkpoint: leftovers of writers, states of a training run, logs.
 NEVER = (
-    *(
-        ".*",
-        "*.tmp",
-        "*.tmp.*",
-        "training_args.bin",
-        "optimizer*",
-        "scheduler.pt",
-        "scaler.pt",
-        "rng_state*",
-        "trainer_state.json",
-    ),
-    *("events.out.*", "*.log", "runs", "checkpoint-*", "global_step*", "__pycache__"),
+    *(".*", "*.tmp", "*.tmp.*", "training_args.bin", "optimizer*.pt", "optimizer*.bin", "optimizer_[0-9]*"),
+    *("scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "events.out.*", "*.log", "runs"),
+    *("checkpoint-*", "global_step*", "__pycache__"),
 )
-_TEXT = (".json", ".md", ".py", ".jinja", ".yaml", ".yml")
-_WORDS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # whatever stands in a vocabulary is no path
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+_BINARY = (".safetensors", ".bin", ".pt", ".pth", ".model", ".npz", ".npy", ".onnx", ".png", ".jpg")
+# Whatever stands in a vocabulary is no path.
+_WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+_TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b")
 TRIES = 4
+# What `save_pretrained` takes for a push, as in transformers.
+HUB_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags", "token")
+# Of `pushing`, for what stands below it: it needs the whole model to write a card.
+PUSHERS: dict[str, Callable[..., Any]] = {}
 
 
 def upload(
@@ -71,13 +68,17 @@ def upload(
         OSError: the Hub did not answer, after several tries.
     """
     api = HfApi(token=token)
+    if revision is not None and constants.REGEX_COMMIT_OID.fullmatch(revision):
+        raise ValueError(
+            f"{repo_id}: {revision} is a commit, and commits are made on branches: give a branch as revision."
+        )
     names = uploadable(folder)
     check_discreet(folder, names, token)
     with explained(repo_id, revision):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = asked(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
+            asked(repo_id, lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        info = asked(repo_id, lambda: api.model_info(repo_id, revision=revision))
     if parent_commit is not None and info.sha != parent_commit:
         raise _moved(repo_id, parent_commit, info.sha)
     held = {sibling.rfilename for sibling in info.siblings or ()}
@@ -85,6 +86,19 @@ def upload(
     operations += [CommitOperationDelete(name) for name in sorted(held - set(names)) if stale(name)]
     options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
     return _commit(api, repo_id, operations, info.sha, options | {"commit_description": commit_description})
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a save, and those among them that are for its push."""
+    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS}
+    return {key: value for key, value in options.items() if key not in hub}, hub
+
+
+def pusher(name: str) -> Callable[..., Any]:
+    """A function of `pushing` by its name; ValueError where code that came with a checkpoint runs without the package."""
+    if name not in PUSHERS:
+        raise ValueError("Pushing needs the package: pip install cornstarch_hf, then import cornstarch_hf.")
+    return PUSHERS[name]
 
 
 def uploadable(folder: str | os.PathLike) -> list[str]:
@@ -102,28 +116,55 @@ def uploadable(folder: str | os.PathLike) -> list[str]:
 
 def check_discreet(folder: str | os.PathLike, names: list[str], token: str | bool | None) -> None:
     """Refuse text files that name a place on this machine or hold a token (ValueError that names the file, not the secret)."""
-    places = {os.path.expanduser("~"), os.getcwd(), tempfile.gettempdir(), os.fspath(folder), constants.HF_HOME}
-    places |= {os.path.realpath(place) for place in places} | {
-        f"/home/{getpass.getuser()}",
-        f"/Users/{getpass.getuser()}",
-    }
-    inside = "|".join(re.escape(place) for place in sorted(places) if len(place) > 1)
+    inside = "|".join(re.escape(place) for place in sorted(_places(folder), key=len, reverse=True) if len(place) > 1)
     path = re.compile(rf"(?<![\w.])({inside})(?![\w.-])")
     secrets = {text for text in (token, get_token()) if isinstance(text, str) and len(text) > 8}
     for name in names:
-        if not name.endswith(_TEXT) or os.path.basename(name) in _WORDS:
+        data = b"\0" if name.endswith(_BINARY) else Path(folder, name).read_bytes()
+        if b"\0" in data:
             continue
-        text = Path(folder, name).read_text(encoding="utf-8", errors="replace")
+        text = data.decode("utf-8", errors="replace")
         if _TOKEN.search(text) or any(secret in text for secret in secrets):
             raise ValueError(
                 f"{name} holds a token of the Hub, so nothing is uploaded: take it out, and revoke it if it was shared."
             )
-        if found := path.search(text):
+        found = None if os.path.basename(name) in _WORDS else path.search(text)
+        if found:
             line = text[: found.start()].count("\n") + 1
             raise ValueError(
                 f"{name}, line {line}, names a place on this machine ({found[1]}...), so nothing is uploaded: take it out of "
                 "what you save (configuration, chat template, your own code)."
             )
+
+
+def _places(folder: str | os.PathLike) -> set[str]:
+    """Folders of this machine and of its user, as they may stand in a text."""
+    places = {os.path.expanduser("~"), tempfile.gettempdir(), os.path.abspath(folder)}
+    places |= {constants.HF_HOME, constants.HF_HUB_CACHE}
+    with contextlib.suppress(FileNotFoundError):  # the working folder may be gone
+        places.add(os.getcwd())
+    with contextlib.suppress(KeyError, OSError):  # in a container the user may have no name
+        places |= {f"/home/{getpass.getuser()}", f"/Users/{getpass.getuser()}"}
+    return places | {os.path.realpath(place) for place in places}
+
+
+def asked(repo_id: str, call: Callable[[], Any]) -> Any:
+    """What a call gives that may be repeated, after several tries if the Hub does not answer.
+
+    Raises:
+        OSError: it does not answer; other errors of the Hub as they are.
+    """
+    for attempt in range(TRIES):
+        try:
+            return call()
+        except Exception as error:
+            wait = _wait(error, attempt)
+            if wait is None:
+                raise
+            if attempt == TRIES - 1:
+                raise OSError(f"{repo_id}: the Hub did not answer in {TRIES} tries. Last: {error}") from error
+            time.sleep(wait)
+    raise AssertionError("unreachable")
 
 
 def _commit(api: HfApi, repo_id: str, operations: list[Any], head: str | None, options: dict[str, Any]) -> CommitInfo:
@@ -133,7 +174,11 @@ def _commit(api: HfApi, repo_id: str, operations: list[Any], head: str | None, o
         try:
             with explained(repo_id, options["revision"]):
                 return api.create_commit(repo_id, operations, parent_commit=head, **options)
-        except (PermissionError, FileNotFoundError, ValueError):
+        except (PermissionError, FileNotFoundError, ValueError) as error:
+            # Of a try whose answer did not come, the commit may have been made late.
+            late = attempt and _status(error.__cause__) == 412
+            if late and (done := _done(api, repo_id, operations, head, known, options)):
+                return done
             raise
         except Exception as error:
             wait = _wait(error, attempt)
@@ -153,6 +198,12 @@ def _commit(api: HfApi, repo_id: str, operations: list[Any], head: str | None, o
     raise AssertionError("unreachable")
 
 
+def _status(error: BaseException | None) -> int | None:
+    """The status of an answer, None where there was no answer."""
+    response = getattr(error, "response", None)
+    return None if response is None else response.status_code
+
+
 def _again(operation: Any) -> Any:
     """A fresh operation: what a failed commit noted on it is not to be trusted."""
     if isinstance(operation, CommitOperationAdd):
@@ -160,22 +211,30 @@ def _again(operation: Any) -> Any:
     return operation
 
 
-def _wait(error: Exception, attempt: int) -> float | None:
+def _wait(error: BaseException, attempt: int) -> float | None:
     """Seconds to wait before the next try, None for errors that trying again does not mend."""
-    response = getattr(error, "response", None)
-    if response is None:
-        network = isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("http")
-        return 0.5 * 2**attempt if network else None
-    if response.status_code != 429 and response.status_code < 500:
+    if (
+        isinstance(error, RuntimeError) and error.__cause__ is not None
+    ):  # so huggingface_hub wraps errors of large files
+        error = error.__cause__
+    if isinstance(error, OfflineModeIsEnabled):
         return None
-    asked = response.headers.get("Retry-After", "")
-    return min(float(asked), 60.0) if asked.isdigit() else 0.5 * 2**attempt
+    status = _status(error)
+    if status is None:
+        network = isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("http")
+        return 0.5 * 2**attempt if network else None
+    if status != 429 and status < 500:
+        return None
+    asks = getattr(error, "response").headers.get("Retry-After", "")  # noqa: B009 - its class is the client's own matter
+    return min(float(asks), 60.0) if asks.isdigit() else 0.5 * 2**attempt
 
 
 def _pulls(api: HfApi, repo_id: str, options: dict[str, Any]) -> set[str]:
+    """The pull requests that there are; empty where none is to be opened."""
     if not options["create_pr"]:
         return set()
-    return {pull.ref for pull in api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or ()}
+    refs = asked(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
+    return {pull.ref for pull in refs.pull_requests or ()}
 
 
 def _done(
@@ -185,37 +244,53 @@ def _done(
 
     Raises:
         ValueError: something else was committed meanwhile.
+        OSError: the Hub does not say.
     """
     with explained(repo_id, options["revision"]):
-        new = sorted(_pulls(api, repo_id, options) - known)
-        revision = new[-1] if new else options["revision"]
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
-        if not new and (info.sha == head or options["create_pr"]):
-            return None
-        commits = api.list_repo_commits(repo_id, revision=revision)
+        if not options["create_pr"]:
+            info = asked(repo_id, lambda: api.model_info(repo_id, revision=options["revision"], files_metadata=True))
+            if info.sha == head:
+                return None
+            if not _is_ours(api, repo_id, info, operations, head):
+                raise _moved(repo_id, head, info.sha)
+            return _found(api, repo_id, info.sha, None, options)
+        for pull in sorted(_pulls(api, repo_id, options) - known):  # some may be of others
+            info = asked(repo_id, lambda ref=pull: api.model_info(repo_id, revision=ref, files_metadata=True))
+            if _is_ours(api, repo_id, info, operations, head):
+                return _found(api, repo_id, info.sha, pull.rpartition("/")[2], options)
+    return None
+
+
+def _is_ours(api: HfApi, repo_id: str, info: Any, operations: list[Any], head: str | None) -> bool:
+    """Whether a commit follows `head` and holds what the operations ask for."""
     there = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings or ()}
     for operation in operations:
-        name, wanted = operation.path_in_repo, None
-        if isinstance(operation, CommitOperationAdd):
-            wanted = {operation.upload_info.sha256.hex(), _git_oid(operation)}
-        if (there.get(name) not in wanted) if wanted else (name in there):
-            raise _moved(repo_id, head, info.sha)
-    if len(commits) < 2 or commits[1].commit_id != head:
-        raise _moved(repo_id, head, info.sha)
+        found = there.get(operation.path_in_repo)
+        if not isinstance(operation, CommitOperationAdd):
+            same = found is None
+        elif found is not None and len(found) == 64:
+            same = found == operation.upload_info.sha256.hex()
+        else:
+            same = found == _git_oid(operation)
+        if not same:
+            return False
+    commits = asked(repo_id, lambda: api.list_repo_commits(repo_id, revision=info.sha))
+    return len(commits) > 1 and commits[1].commit_id == head
+
+
+def _found(api: HfApi, repo_id: str, oid: str, pull: str | None, options: dict[str, Any]) -> CommitInfo:
     url = f"{api.endpoint}/{repo_id}"
-    pull = f"{url}/discussions/{new[-1].rpartition('/')[2]}" if new else None
     return CommitInfo(
-        commit_url=f"{url}/commit/{info.sha}",
+        commit_url=f"{url}/commit/{oid}",
         commit_message=options["commit_message"],
         commit_description=options["commit_description"] or "",
-        oid=str(info.sha),
-        pr_url=pull,
+        oid=oid,
+        pr_url=f"{url}/discussions/{pull}" if pull else None,
     )
 
 
 def _git_oid(operation: CommitOperationAdd) -> str:
-    import hashlib
-
+    """The id that git gives to a file, for files that are small enough for it."""
     with operation.as_file() as file:
         data = file.read()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
