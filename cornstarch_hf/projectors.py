@@ -359,8 +359,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         variant=None,
         **kwargs,
     ):
-        """As in transformers, with what composed models have: crash safety, `include_code`; ValueError for what cannot be
-        stored, with the remedy."""
+        """As in transformers, crash-safe, with `include_code` as of composed models; ValueError for what cannot be stored."""
         check_storable(self, "the projector")
         options, hub = split_options({"variant": variant, **kwargs})
         if not is_main_process:

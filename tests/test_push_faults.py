@@ -316,7 +316,8 @@ def test_a_projector_goes_the_same_way(hub, client, repo, tmp_path):
     """
     client(code, repo=repo, folder=str(tmp_path / "made"))
     found, saved = hub.content(repo), hub.content(f"{repo}-saved")
-    assert sorted(found) == sorted(saved) == ["README.md", "composition.json", "config.json", "model.safetensors"]
+    assert sorted(found) == sorted(saved) == [
+        "README.md", "composition.json", "config.json", "load_with_cornstarch_hf.py", "model.safetensors"]  # fmt: skip
     assert b"- mine\n" in found["README.md"] and b"- mine\n" not in saved["README.md"]
     assert found["model.safetensors"] == saved["model.safetensors"]
     assert json.loads(found["composition.json"]) == json.loads(saved["composition.json"])
