@@ -3,6 +3,7 @@
 `check_files` is called before a configuration is believed, `stored_shapes` gives `size_guard` what to compare with.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from .size_guard import build_guard
 from .snapshots import current
 from .untrusted import SHARD, check_auto_map, check_values, read_json
 
+logger = logging.getLogger(__name__)
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 READ = (CONFIG, "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json",
         "adapter_config.json")  # fmt: skip
@@ -170,13 +172,17 @@ class Checked(NamedTuple):
     sized: bool
 
 
-def checked_files(source: str | os.PathLike, options: Mapping[str, Any], verify: bool) -> Checked:
+def checked_files(
+    source: str | os.PathLike, options: Mapping[str, Any], verify: bool, asks_what_is_missing: bool = False
+) -> Checked:
     """Find the valid files of a checkpoint, compare them with what was saved, and refuse what they must not say.
 
     Args:
         source: folder or repository id.
         options: of `from_pretrained`.
         verify: whether the hashes of all files are compared, and not only the sizes of weight files.
+        asks_what_is_missing: whether the caller wants to be told what was loaded (`output_loading_info`): a weight file of
+            another size, exchanged on purpose, is then a warning.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -193,7 +199,13 @@ def checked_files(source: str | os.PathLike, options: Mapping[str, Any], verify:
     composition = None if found is None else read_composition(found)
     if composition is not None:
         entries = composition.manifest if verify else _weights(composition, variant)
-        (check_hashes if verify else check_sizes)(entries, files.find_all(entries).get, files.source)
+        found_files = files.find_all(entries)
+        try:
+            (check_hashes if verify else check_sizes)(entries, found_files.get, files.source)
+        except ValueError as error:
+            if verify or not asks_what_is_missing:
+                raise
+            logger.warning("%s It is read all the same: the loading information says what it holds.", error)
     elif verify:
         raise ValueError(f"{files.source} has no {COMPOSITION} to verify it by: save it again, or leave out verify=.")
     explicit = first_weights(composition, variant) if composition is not None else None

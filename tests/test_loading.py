@@ -1,10 +1,12 @@
 """What `from_pretrained` takes reaches the model, for whole and for reference checkpoints alike."""
 
 import json
+import logging
 
 import pytest
 import torch
 from helpers import compose_tiny
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, GenerationConfig
 
 from cornstarch_hf import MultimodalConfig, MultimodalModel
@@ -64,3 +66,21 @@ def test_after_an_interrupted_save_the_new_checkpoint_is_read(folder):
     assert POINTER not in MultimodalConfig.from_pretrained(folder).to_dict()
     model.save_pretrained(folder)
     assert not inside.exists() and POINTER not in (folder / "config.json").read_text()
+
+
+def test_who_asks_what_is_missing_is_told_instead_of_refused(folder, caplog):
+    save_file({"other": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in (AutoModel.from_pretrained, MultimodalModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"model.safetensors has \d+ bytes, expected \d+ as it was saved"):
+            load(folder)
+        with caplog.at_level(logging.WARNING):
+            _, info = load(folder, output_loading_info=True)
+        assert "vision_encoder.projector.projection.weight" in info["missing_keys"] and info["unexpected_keys"] == {
+            "other"
+        }
+        assert "model.safetensors has" in caplog.text
+        with pytest.raises(ValueError, match="model.safetensors has"):
+            load(folder, output_loading_info=True, verify=True)
+    (folder / "composition.json").unlink()
+    with pytest.raises(ValueError, match=r"does not hold \d+ tensors of the model.*they would be random"):
+        AutoModel.from_pretrained(folder)
