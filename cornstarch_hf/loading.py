@@ -34,6 +34,7 @@ def prepare(
     options: dict[str, Any],
     bases: Mapping[str, str] | None,
     verify: bool,
+    asks_what_is_missing: bool = False,
 ) -> Loading:
     """Check the files of a checkpoint, and read those that transformers cannot.
 
@@ -43,6 +44,7 @@ def prepare(
         options: the other arguments of `from_pretrained`.
         bases: see `references.joined`.
         verify: whether hashes are compared, and not sizes alone.
+        asks_what_is_missing: see `checkpoint_checks.checked_files`.
 
     Raises:
         ValueError: a file that is missing, or is not what was saved; names it.
@@ -50,7 +52,7 @@ def prepare(
     """
     if source is None or options.get("gguf_file") or os.path.isfile(source):
         return Loading(source, options)
-    checked = checked_files(source, options, verify)
+    checked = checked_files(source, options, verify, asks_what_is_missing)
     files, options, composition = checked.files, checked.options, checked.composition
     source = files.source
     if composition is None:

@@ -140,12 +140,13 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
         kwargs = with_shared_code(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        loading = prepare(cls, pretrained_model_name_or_path, kwargs, bases, verify)
+        loading = prepare(cls, pretrained_model_name_or_path, kwargs, bases, verify, wants_info)
         model: Any
         info: dict[str, Any]
         with loading.guard:
             model, info = super().from_pretrained(loading.source, *args, output_loading_info=True, **loading.options)
-        check_loaded(info, pretrained_model_name_or_path)
+        if not wants_info:  # who asks what is missing is told
+            check_loaded(info, pretrained_model_name_or_path)
         finish(model, loading, info)
         restore_adapter_buffers(model)
         cast_buffers(model, model.config.part_dtypes, model.dtype)
