@@ -61,45 +61,47 @@ def storage(pair: Pair, sizes: Sizes) -> list[Result]:
     Raises:
         ValueError: weights or logits of the loaded models differ.
     """
-    at_most = Target(at_most=1.05) if sizes.judged else None
-    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
-        native, ours, hashed = Path(folder, "native"), Path(folder, "ours"), Path(folder, "hashed")
-        saved = in_turn(
-            lambda: save_seconds(pair.native, native), lambda: save_seconds(pair.ours, ours), sizes.pairs["save"]
-        )
-        explained = in_turn(
-            lambda: hashed_seconds(pair.native, hashed), lambda: save_seconds(pair.ours, ours), sizes.pairs["save"]
-        )
-        loaded = in_turn(
-            lambda: seconds(lambda: LOADERS["native"].from_pretrained(native)),
-            lambda: seconds(lambda: LOADERS["ours"].from_pretrained(ours)),
-            sizes.pairs["load"],
-        )
-        read = in_turn(
-            lambda: load_and_read("native", native), lambda: load_and_read("ours", ours), sizes.pairs["load"]
-        )
-        verified = in_turn(
-            lambda: load_and_read("native", native),
-            lambda: load_and_read("ours", ours, verify=True),
-            sizes.pairs["save"],
-        )
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as root:
+        native, ours = Path(root, "native"), Path(root, "ours")
+        results = _saving(pair, sizes, native, ours, Path(root, "hashed"))
+        results += _loading(pair, sizes, native, ours)
         again = LOADERS["native"].from_pretrained(native), LOADERS["ours"].from_pretrained(ours)
         check_weights(*again)
         check_logits(*again, pair.inputs)
-        size = {"file_mib": sum(path.stat().st_size for path in ours.iterdir()) / 2**20}
-        resident = _resident(native, ours, sizes)
-    name = f"vocabulary {pair.vocabulary:,}"
+        return results + _resident(native, ours)
+
+
+def _saving(pair: Pair, sizes: Sizes, native: Path, ours: Path, hashed: Path) -> list[Result]:
+    pairs, name = sizes.pairs["save"], f"vocabulary {pair.vocabulary:,}"
+    mine = lambda: save_seconds(pair.ours, ours)  # noqa: E731
+    saved = in_turn(lambda: save_seconds(pair.native, native), mine, pairs)
+    explained = in_turn(lambda: hashed_seconds(pair.native, hashed), mine, pairs)
+    size = {"file_mib": sum(path.stat().st_size for path in ours.iterdir()) / 2**20}
     return [
         Result("save", f"save, {name}", "s", *saved, notes=size),
         Result("save", f"save, hashing and syncing added to native, {name}", "s", *explained, notes=size),
-        Result("load", f"load, {name}", "s", *loaded, at_most, notes=size),
-        Result("load", f"load and read each weight, {name}", "s", *read, at_most, notes=size),
-        Result("load", f"load with verify=True and read each weight, {name}", "s", *verified, notes=size),
-        *resident,
     ]
 
 
-def _resident(native: Path, ours: Path, sizes: Sizes) -> list[Result]:
+def _loading(pair: Pair, sizes: Sizes, native: Path, ours: Path) -> list[Result]:
+    target = Target(at_most=1.05) if sizes.judged else None
+    pairs, name = sizes.pairs["load"], f"vocabulary {pair.vocabulary:,}"
+    loaded = in_turn(
+        lambda: seconds(lambda: LOADERS["native"].from_pretrained(native)),
+        lambda: seconds(lambda: LOADERS["ours"].from_pretrained(ours)),
+        pairs,
+    )
+    theirs = lambda: load_and_read("native", native)  # noqa: E731
+    read = in_turn(theirs, lambda: load_and_read("ours", ours), pairs)
+    verified = in_turn(theirs, lambda: load_and_read("ours", ours, verify=True), sizes.pairs["save"])
+    return [
+        Result("load", f"load, {name}", "s", *loaded, target),
+        Result("load", f"load and read each weight, {name}", "s", *read, target),
+        Result("load", f"load with verify=True and read each weight, {name}", "s", *verified),
+    ]
+
+
+def _resident(native: Path, ours: Path) -> list[Result]:
     """Peak memory of loading and of saving again, each model in a fresh process of its own."""
     found = {}
     for side, folder in (("native", native), ("ours", ours)):

@@ -18,6 +18,8 @@ collect_ignore = [
     "run_snippets.py",
     "killed_saves.py",
     "reload_adapters.py",
+    "reload_shared.py",
+    "shared_parts.py",
     "helpers.py",
     "reload.py",
     "tiny.py",

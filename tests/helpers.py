@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import tiny
@@ -89,3 +90,14 @@ def check_round_trips(folder, made, *modules):
         assert torch.equal(found["tokens"], tokens), name
         assert found["trainable"] == trainable, name
         assert found["processor_tokens"] == words
+
+
+def site_without(place, names):
+    """A folder that stands for the installed packages, those left out whose names hold one of the words."""
+    if not place.exists():
+        place.mkdir(parents=True)
+        for path in map(Path, {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
+            for entry in path.iterdir():
+                if not any(name in entry.name.lower() for name in names):
+                    (place / entry.name).symlink_to(entry)
+    return place

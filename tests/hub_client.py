@@ -19,16 +19,17 @@ class Failed(Exception):
     """What the client's code raised: `kinds` are the names of its class and of that one's bases."""
 
     def __init__(self, kinds, message, cause):
-        super().__init__(f"{kinds[0]}: {message}")
+        super().__init__(f"{kinds[0]}: {message}" if message else cause)
         self.kinds, self.message, self.cause = kinds, message, cause
 
 
 class Client:
     """A running client process; call it with code, whose variables stay.  What it prints is returned."""
 
-    def __init__(self, hub, cache, token=None, **environment):
-        command = [sys.executable, str(HERE / "hub_client.py")]
-        path = f"{HERE}:{HERE.parent}"
+    def __init__(self, hub, cache, token=None, site=None, **environment):
+        """`site` is a folder of packages to use instead of those that are installed, this one among them."""
+        command = [sys.executable, *(["-S", "-P"] if site else []), str(HERE / "hub_client.py")]
+        path = f"{site}:{HERE}" if site else f"{HERE}:{HERE.parent}"
         self.process = subprocess.Popen(command, env=hub.environment(cache, token, PYTHONPATH=path, **environment), text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
         self.log = ""

@@ -17,9 +17,12 @@ from pathlib import Path
 
 import torch
 from helpers import compose_tiny
+from transformers.utils import logging
 
 from cornstarch_hf import MultimodalModel
 
+# A progress bar holds a lock that all forked processes share: one that is killed with it would stop the others.
+logging.disable_progress_bar()
 EVENTS = {
     "open",
     "os.rename",

@@ -92,10 +92,12 @@ def test_links():
         ({"repo_id": "a/b](http://c)", "revision": "0" * 40}, "vision_encoder: the origin must name a repository"),
         ({"revision": "0" * 40}, "vision_encoder: the origin must name a repository"),
         ({"repo_id": "a/b", "revision": "main"}, "a commit of 40 hexadecimal digits, got 'main'"),
-        ({"repo_id": "a/b"}, "a commit of 40 hexadecimal digits, got None"),
+        ({"repo_id": "a/b", "revision": 7}, "a commit of 40 hexadecimal digits, got 7"),
     ],
 )
 def test_origins_that_are_no_repository_are_refused(origin, message):
     check_origin("vision_encoder", {"repo_id": "a/b", "revision": "0" * 40})
+    check_origin("vision_encoder", {"repo_id": "a/b"})  # a model that was loaded does not tell its commit
+    assert commit_link("a/b", None) == "unknown"
     with pytest.raises(ValueError, match=message):
         check_origin("vision_encoder", origin)

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import types
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import shared_parts
 import tiny
 import torch
 import user_parts
-from helpers import HERE, run_python
+from helpers import HERE, run_python, site_without
 from transformers import AutoModel
 
 from cornstarch_hf import (
@@ -60,13 +59,7 @@ def save(parts, folder, **options):
 
 def run_bare(arguments, scratch, without=()):
     """Run Python where the packages named are not installed: others are linked into a folder that stands for theirs."""
-    place = scratch / f"site-{len(without)}"
-    if not place.exists():
-        place.mkdir()
-        for path in map(Path, {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
-            for entry in path.iterdir():
-                if not any(name in entry.name.lower() for name in without):
-                    (place / entry.name).symlink_to(entry)
+    place = site_without(scratch / f"site-{len(without)}", without)
     paths = [str(place)] + ([] if "cornstarch_hf" in without else [str(Path(EXPORT_FILE).parents[1])])
     environment = {"HF_MODULES_CACHE": str(scratch / f"modules-{len(without)}"), "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
@@ -117,7 +110,7 @@ def test_what_lies_in_the_folder(shared):
     assert found == {"AutoProcessor": "multimodal_code.MultimodalProcessor"}
     text = b"".join(python_files(folder).values()).decode()
     assert "from cornstarch_hf import register" not in text and str(HERE) not in text
-    assert len(text) < 600_000
+    assert len(text) < 700_000
     assert carries["sides"]["model"]["registrations"] == [
         ["register_callback", "users_doubled", "shared_parts", "doubled", "shared_parts", "kept"]
     ]
