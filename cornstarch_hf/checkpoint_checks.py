@@ -15,7 +15,7 @@ from .manifests import COMPOSITION, DELTA, Composition, Entry, check_hashes, che
 from .saving import weights_pattern
 from .size_guard import build_guard
 from .snapshots import current
-from .untrusted import SHARD, check_auto_map, check_values, read_json
+from .untrusted import SHARD, check_auto_map, read_json
 
 logger = logging.getLogger(__name__)
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -57,7 +57,6 @@ def _check_description(values: Any, files: CheckpointFiles, name: str) -> None:
     check_auto_map(values.get("auto_map"), where, None if files.is_local else files.source, here_only=True)
     if name != CONFIG:
         return
-    check_values(values, where)
     explicit = values.get("transformers_weights")
     if explicit is not None and not (isinstance(explicit, str) and _is_weights(explicit)):
         raise ValueError(

@@ -6,6 +6,7 @@ that other software looks for; `encoders` keeps their order, and `{name}_modalit
 
 import re
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -79,6 +80,10 @@ _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+# Whether the values from which a configuration is being made have been looked at already, all of them.
+_checked: ContextVar[bool] = ContextVar("_checked", default=False)
+
+
 class _SubConfigs:
     """`sub_configs`, which transformers reads on the class and on instances: the encoders differ per instance."""
 
@@ -134,8 +139,9 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             raise ValueError(f"encoders must be a list of names, got {encoders!r:.100}.")
         names = list(encoders or [])
         validate_encoder_names(names)
-        check_values({key: value for key, value in kwargs.items() if isinstance(value, dict)}, type(self).__name__)
-        check_values({"text_config": text_config if isinstance(text_config, dict) else None}, type(self).__name__)
+        if not _checked.get():
+            check_values({key: value for key, value in kwargs.items() if isinstance(value, dict)}, type(self).__name__)
+            check_values({"text_config": text_config if isinstance(text_config, dict) else None}, type(self).__name__)
         check_types(kwargs, _TYPES, type(self).__name__)
         check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
         _check_part_dtypes(kwargs.get("part_dtypes"))
@@ -168,7 +174,11 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers; ValueError for values that no configuration needs, or of wrong types."""
         check_values(config_dict, cls.__name__)
-        return _built(super().from_dict, cls.__name__, config_dict, **kwargs)
+        token = _checked.set(True)
+        try:
+            return _built(super().from_dict, cls.__name__, config_dict, **kwargs)
+        finally:
+            _checked.reset(token)
 
     def _add_encoder(self, name: str, parts: dict[str, Any], auto_map: dict | None) -> None:
         if parts[f"{name}_config"] is None:

@@ -76,7 +76,8 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         else:
             if not isinstance(config, MultimodalConfig):
                 raise TypeError(f"config must be a MultimodalConfig, got {type(config).__name__}.")
-            with bounded_tensors():
+            parts = (getattr(config, key, None) for key in config.sub_configs)
+            with bounded_tensors(*parts, config.adapters):
                 encoders, language_model = build_parts(config)
             supplied = False
         super().__init__(config)

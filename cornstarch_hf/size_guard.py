@@ -34,7 +34,9 @@ class BoundedTensors(TorchDispatchMode):
         self.made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
+        if _on_meta(args, kwargs):  # nearly all of them
+            return func(*args, **kwargs)
         if _makes_real(func, args, kwargs):
             self.made += _bytes(func, args, kwargs)
             check(
@@ -43,6 +45,14 @@ class BoundedTensors(TorchDispatchMode):
                 f"By {func} the bytes of tensors that the configuration asks to compute are",
             )
         return func(*args, **kwargs)
+
+
+def _on_meta(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation makes nothing real, by a quick look at it; False where a longer one is needed."""
+    device = kwargs.get("device")
+    if device is not None:
+        return isinstance(device, torch.device) and device.type == "meta"
+    return any(isinstance(x, Tensor) and x.is_meta for x in args)
 
 
 def _makes_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -69,9 +79,33 @@ def _bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     return sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
 
 
-def bounded_tensors() -> Any:
-    """A context of `BoundedTensors` within `build_guard`, else one that does nothing."""
-    return BoundedTensors() if getattr(_active, "expected", None) is not None else contextlib.nullcontext()
+def bounded_tensors(*configs: Any) -> Any:
+    """A context of `BoundedTensors` within `build_guard`, where a configuration holds numbers that could need it.
+
+    Args:
+        *configs: from which will be built.  Numbers up to `MAX_PLAIN_SIZE`, and sizes of stored tensors, need no bound.
+    """
+    expected = getattr(_active, "expected", None)
+    if expected is None:
+        return contextlib.nullcontext()
+    sizes = {size for shape in (expected[0] or {}).values() for size in shape}
+    return BoundedTensors() if _has_large(configs, sizes) else contextlib.nullcontext()
+
+
+def _has_large(values: Any, sizes: set[int]) -> bool:
+    """Whether a configuration names a number above `MAX_PLAIN_SIZE` that is no token's and no size of a stored tensor."""
+    most, pending = cap("MAX_PLAIN_SIZE"), [("", values)]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, int) and value > most and value not in sizes and not key.endswith(("_id", "_theta")):
+            return True
+        if isinstance(value, Mapping):
+            pending += value.items()
+        elif isinstance(value, (list, tuple)):
+            pending += [(key, item) for item in value]
+        elif hasattr(value, "model_type"):
+            pending += vars(value).items()
+    return False
 
 
 @contextlib.contextmanager
@@ -128,7 +162,7 @@ def check_built(model: nn.Module) -> None:
     shapes, sized = getattr(_active, "expected", None) or (None, True)
     if shapes is None:
         return
-    built = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_meta}
+    built = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
     wrong = sorted(n for n in built if n in shapes and sized and built[n] != tuple(shapes[n]))
     if wrong:
         examples = ", ".join(f"{n}: {built[n]} here, {tuple(shapes[n])} stored" for n in wrong[:3])

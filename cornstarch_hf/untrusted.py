@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .limits import check
+from .limits import cap, check
 
 # Attributes of a configuration that are code or decide how attributes are found; a stored value would replace them.
 _TAKEN = frozenset(name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedConfig, name))) | {
@@ -42,11 +42,13 @@ def check_values(values: Any, where: str) -> None:
             layers or labels above the caps, NaN, integers beyond 64 bits, nesting or size above the caps.
     """
     pending, seen = [(values, where, "", 0)], 0
+    deepest, most = cap("MAX_CONFIG_DEPTH"), cap("MAX_CONFIG_VALUES")
     while pending:
         value, path, key, depth = pending.pop()
         seen += 1
-        check(depth, "MAX_CONFIG_DEPTH", f"{where}: its values are nested to a depth of")
-        check(seen, "MAX_CONFIG_VALUES", f"{where}: its number of values is at least")
+        if depth > deepest or seen > most:
+            check(depth, "MAX_CONFIG_DEPTH", f"{where}: its values are nested to a depth of")
+            check(seen, "MAX_CONFIG_VALUES", f"{where}: its number of values is at least")
         if isinstance(value, Mapping):
             if set(value) != {"__float__"}:  # how transformers writes infinity
                 _check_keys(value, path, key, depth)
