@@ -49,6 +49,12 @@ def level(module):
     return next(i for i, names in enumerate(ORDER) if module in names)
 
 
+def test_the_order_is_the_one_that_the_contributing_guide_tells():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    told = next(block for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) if "modeling_base" in block)
+    assert [set(line.split(" | ")) for line in told.splitlines()] == ORDER
+
+
 def test_every_module_has_its_place_and_a_docstring_and_a_test():
     assert {path.stem for path in FILES} == set().union(*ORDER)
     tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}

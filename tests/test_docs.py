@@ -32,3 +32,20 @@ def test_readme_parses_and_names_what_exists():
     assert {"make demo", "make test"} <= set(re.findall(r"make \w+", text))
     for name in re.findall(r"`(\w+\.py)`", text):
         assert (ROOT / "hub_examples" / name).exists()
+
+
+def test_messages_that_the_page_about_sharing_quotes_are_said():
+    page = (ROOT / "docs" / "sharing.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page[page.index("## When it fails") :], re.M)
+    sources = "".join(path.read_text() for path in (ROOT / "cornstarch_hf").glob("*.py"))
+    quoted = [text for row in rows for text in re.findall(r"`(.+?)`", row)]
+    assert len(quoted) > 15 and [text for text in quoted if text not in sources] == []
+
+
+def test_links_between_pages_and_to_examples_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]:
+        text = page.read_text()
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (page.parent / target).exists(), (page.name, target)
+        for name in re.findall(r"hub_examples/\w+\.py|tests/\w+\.py", text):
+            assert (ROOT / name).exists(), (page.name, name)

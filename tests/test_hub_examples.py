@@ -1,8 +1,9 @@
-"""Every example runs offline, in a fresh process, on models that it makes."""
+"""Every example runs offline, outside of the tests' process, on models that it makes; those about sharing at a small Hub too."""
 
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -12,14 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_python
+from hub_cache import commit_of, put_into_cache
+from hub_client import Client
+from hub_server import HubServer
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parent.parent / "hub_examples"
+TOKEN = "hf_" + "e" * 34
 
 
 def test_no_example_is_forgotten():
     covered = {"compose_vlm", "llava_next_callbacks", "finetune_with_trainer", "quickstart", "train_in_stages",
-               "share_with_code"}  # fmt: skip
+               "share_with_code", "push_and_load", "reference_checkpoint"}  # fmt: skip
     shared = {"tiny_models", "digits_and_tones"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == covered | shared
 
@@ -39,6 +44,92 @@ def test_share_with_code():
     out = run_python(EXAMPLES / "share_with_code.py")
     assert "carries: multimodal_code.py my_parts.py" in out and "features: 9" in out
     assert "package imported: False" in out
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of the small models of the examples."""
+    root = tmp_path_factory.mktemp("parts")
+    made = runpy.run_path(str(EXAMPLES / "tiny_models.py"))
+    made["make_language_model"](root / "language")
+    made["make_vision_encoder"](root / "vision")
+    return root
+
+
+@pytest.fixture(scope="module")
+def hub(parts, tmp_path_factory):
+    """A Hub that holds them."""
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        server.users[TOKEN] = ("user", True)
+        server.put_folder("base/language", parts / "language")
+        server.put_folder("base/vision", parts / "vision")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def online(hub, tmp_path_factory):
+    """Runs an example as a user does who is logged in at this Hub."""
+    yield from runner(hub, tmp_path_factory.mktemp("online"), TOKEN)
+
+
+@pytest.fixture(scope="module")
+def offline(hub, parts, tmp_path_factory):
+    """Runs an example where the Hub may not be asked; the bases are in the cache."""
+    cache = tmp_path_factory.mktemp("offline")
+    for name in ("language", "vision"):
+        put_into_cache(cache / "hub", f"base/{name}", parts / name, commit_of(name))
+    yield from runner(hub, cache, HF_HUB_OFFLINE="1")
+
+
+def runner(hub, cache, token=None, **environment):
+    client = Client(hub, cache, token, **environment)
+    client("import sys, runpy; sys.path.insert(0, examples)", examples=str(EXAMPLES))
+
+    def run(name, *arguments, ids=True):
+        ids = ("--language-model", "base/language", "--vision", "base/vision") if ids else ()
+        code = "sys.argv = argv; runpy.run_path(argv[0], run_name='__main__')"
+        return client(code, argv=[str(EXAMPLES / name), *ids, *map(str, arguments)])
+
+    yield run
+    client.close()
+
+
+@pytest.mark.parametrize("options", [(), ("--reference", "--include-code", "--private")], ids=["whole", "reference"])
+def test_push_and_load_by_repository(hub, online, options):
+    name = f"user/pushed-{len(options)}"
+    out = online("push_and_load.py", "--repo-id", name, *options)
+    commit = hub.repos[name].branches["main"]
+    assert f"loaded from: {name} {commit}" in out and "answer:" in out
+    files = hub.content(name)
+    assert {"README.md", "config.json", "composition.json", "processor_config.json", "tokenizer.json"} <= set(files)
+    assert ("composition.safetensors" in files, "model.safetensors" in files) == (bool(options), not options)
+    assert ("multimodal_code.py" in files) == hub.repos[name].private == bool(options)
+
+
+def test_push_and_load_without_a_repository(hub, offline, tmp_path):
+    hub.calls.clear()
+    out = offline("push_and_load.py", "--output", tmp_path / "made", ids=False)
+    assert f"not pushed, since no --repo-id was given: saved into {tmp_path / 'made'}" in out and "answer:" in out
+    out = offline("push_and_load.py", "--repo-id", "user/name", "--output", tmp_path / "other")
+    assert "not pushed, since the Hub may not be asked (HF_HUB_OFFLINE)" in out and "answer:" in out
+    assert not hub.calls
+
+
+def test_reference_checkpoint_of_the_hub(online):
+    out = online("reference_checkpoint.py", "--repo-id", "user/reference")
+    assert "loaded equal to the bit: True" in out and "whole again: True" in out and " equal: True" in out
+    found = re.search(r"sizes: (.*?) bytes whole, (.*?) by reference, (.*?) whole again", out).groups()
+    whole, small, again = (int(size.replace(",", "")) for size in found)
+    assert small < whole / 3 and abs(whole - again) < 1_000
+
+
+def test_reference_checkpoint_of_the_cache_and_of_models_from_nowhere(hub, offline, tmp_path):
+    hub.calls.clear()
+    assert "whole again: True" in offline("reference_checkpoint.py")
+    out = offline("reference_checkpoint.py", "--output", tmp_path, ids=False)
+    assert "not by reference: vision_encoder did not come from the Hub" in out
+    assert "the whole one loaded equal to the bit: True" in out and not (tmp_path / "reference").exists()
+    assert not hub.calls
 
 
 def test_finetune_with_trainer():
