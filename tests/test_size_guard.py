@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from cornstarch_hf import limits
 from cornstarch_hf.size_guard import BoundedTensors, bounded_tensors, build_guard, check_built
@@ -98,5 +99,25 @@ def test_a_model_is_compared_by_names_and_shapes():
 def test_the_context_does_nothing_outside_of_the_guard():
     with bounded_tensors() as mode:
         assert mode is None
-    with build_guard(), bounded_tensors() as mode:
+    large = LlamaConfig(max_position_embeddings=10**6)
+    with bounded_tensors(large) as mode:
+        assert mode is None
+    with build_guard(), bounded_tensors(large) as mode:
         assert isinstance(mode, BoundedTensors)
+
+
+@pytest.mark.parametrize(
+    ("values", "bounded"),
+    [
+        ({}, False),
+        ({"vocab_size": 32_000, "bos_token_id": 151_643}, False),
+        ({"vocab_size": 32_001}, True),
+        ({"max_position_embeddings": 2_048, "rope_theta": 500_000}, False),
+        ({"max_position_embeddings": 2_049}, True),
+        ({"nested": {"sizes": [1, [2, 10**9]]}}, True),
+        ({"part": LlamaConfig(hidden_size=4_096)}, True),
+    ],
+)
+def test_computed_tables_are_bounded_where_a_size_could_make_them_large(values, bounded):
+    with build_guard({"embedding": (32_000, 64)}), bounded_tensors(values) as mode:
+        assert isinstance(mode, BoundedTensors) is bounded
