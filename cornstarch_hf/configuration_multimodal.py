@@ -16,7 +16,7 @@ from .origins import check_origins, is_repo_id
 from .registries import last_definition
 from .shared_code import SharedCode, SharedConfig, carries_code
 from .snapshots import POINTER
-from .untrusted import check_dtype, check_switches, check_types, check_values
+from .untrusted import check_part_dtypes, check_switches, check_types, check_values
 
 FORMAT_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -144,7 +144,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             check_values({"text_config": text_config if isinstance(text_config, dict) else None}, type(self).__name__)
         check_types(kwargs, _TYPES, type(self).__name__)
         check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
-        _check_part_dtypes(kwargs.get("part_dtypes"))
+        check_part_dtypes(kwargs.get("part_dtypes"))
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
         kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
@@ -276,23 +276,6 @@ def _built(build: Callable[..., Any], where: str, values: dict[str, Any], **kwar
         raise ValueError(
             f"{where} does not take its stored values ({type(error).__name__}: {error!s:.300})."
         ) from error
-
-
-def _check_part_dtypes(stored: Any) -> None:
-    for dtype, patterns in (stored or {}).items():
-        if dtype == "buffers":
-            check_types({"buffers": patterns}, {"buffers": (dict,)}, "part_dtypes")
-            _check_part_dtypes(patterns)
-        elif dtype == "":
-            check_dtype(patterns, "part_dtypes['']")
-        else:
-            check_dtype(dtype, f"part_dtypes[{dtype!r:.100}]")
-            _check_names(patterns, f"part_dtypes[{dtype!r}]")
-
-
-def _check_names(names: Any, where: str) -> None:
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where} must be a list of names, got {names!r:.100}.")
 
 
 def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConfig]:

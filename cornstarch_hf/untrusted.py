@@ -226,3 +226,21 @@ def _subpatterns(argument: Any) -> list[Any]:
     if isinstance(argument, (list, tuple)):
         return [found for part in argument for found in _subpatterns(part)]
     return []
+
+
+def check_part_dtypes(stored: Any) -> None:
+    """Refuse stored data types of parts that name what is no data type, or no names of parts (ValueError)."""
+    for dtype, patterns in (stored or {}).items():
+        if dtype == "buffers":
+            check_types({"buffers": patterns}, {"buffers": (dict,)}, "part_dtypes")
+            check_part_dtypes(patterns)
+        elif dtype == "":
+            check_dtype(patterns, "part_dtypes['']")
+        else:
+            check_dtype(dtype, f"part_dtypes[{dtype!r:.100}]")
+            _check_names(patterns, f"part_dtypes[{dtype!r}]")
+
+
+def _check_names(names: Any, where: str) -> None:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where} must be a list of names, got {names!r:.100}.")
