@@ -139,6 +139,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         check_types(kwargs, _TYPES, type(self).__name__)
         check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
         _check_part_dtypes(kwargs.get("part_dtypes"))
+        _check_names(kwargs.get("frozen") or [], "frozen")
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
         kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
