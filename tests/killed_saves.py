@@ -17,8 +17,12 @@ from pathlib import Path
 
 import torch
 from helpers import compose_tiny
+from transformers.utils.logging import disable_progress_bar
 
 from cornstarch_hf import MultimodalModel
+
+# tqdm's lock is one of all forked processes: who is killed while it holds it would leave the others waiting for ever.
+disable_progress_bar()
 
 EVENTS = {
     "open",
