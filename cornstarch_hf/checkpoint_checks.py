@@ -185,6 +185,7 @@ def checked_files(
 
     Raises:
         FileNotFoundError: a file is missing.
+        OSError: `source` is neither a folder nor the id of a repository.
         ValueError: a file is not what was saved; nothing to verify by; as `check_files`, `stored_shapes` raise.
     """
     options = dict(options)
@@ -197,7 +198,15 @@ def checked_files(
     found = files.find(COMPOSITION)
     composition = None if found is None else read_composition(found)
     if composition is not None:
-        entries = composition.manifest if verify else _weights(composition, variant)
+        if verify and not composition.references and first_weights(composition, variant) is None:
+            which = f" of the variant {variant!r}" if variant else ""
+            raise ValueError(
+                f"{files.source}: {COMPOSITION} lists no weights{which} to verify: save them again, or leave out verify=."
+            )
+        entries = _weights(composition, variant)
+        if verify:  # not the weights of other variants, which nobody reads and may not have been downloaded
+            unread = composition.weights().keys() - entries.keys()
+            entries = {name: entry for name, entry in composition.manifest.items() if name not in unread}
         found_files = files.find_all(entries)
         try:
             (check_hashes if verify else check_sizes)(entries, found_files.get, files.source)

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import hub
 
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
@@ -18,11 +19,21 @@ class CheckpointFiles:
     Args:
         source: a folder, or a repository id.
         options: those of `HUB_OPTIONS` are used, as in `from_pretrained`.
+
+    Raises:
+        OSError: `source` is neither.
     """
 
     def __init__(self, source: str | os.PathLike, options: Mapping[str, Any] | None = None):
         self.source = os.fspath(source)
         self.is_local = os.path.isdir(self.source)
+        if not self.is_local:
+            try:
+                validate_repo_id(self.source)
+            except HFValidationError as error:
+                raise OSError(
+                    f"{self.source} is no folder of this machine, and cannot be the id of a repository: check the path."
+                ) from error
         given = options or {}
         self.options = {key: given[key] for key in HUB_OPTIONS if given.get(key) is not None}
         resolve = getattr(hub, "resolve_revision", None)  # transformers before 5.23 resolves each file by itself

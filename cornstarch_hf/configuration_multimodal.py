@@ -16,7 +16,7 @@ from .origins import check_origins, is_repo_id
 from .registries import last_definition
 from .shared_code import SharedCode, SharedConfig, carries_code
 from .snapshots import POINTER
-from .untrusted import check_part_dtypes, check_switches, check_types, check_values
+from .untrusted import check_names, check_part_dtypes, check_switches, check_types, check_values
 
 FORMAT_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -145,6 +145,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         check_types(kwargs, _TYPES, type(self).__name__)
         check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
         check_part_dtypes(kwargs.get("part_dtypes"))
+        check_names(kwargs.get("frozen") or [], "frozen")
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
         kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}

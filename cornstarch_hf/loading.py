@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from .checkpoint_checks import CONFIG, Checked, checked_files, first_weights, guarded
 from .checkpoint_files import HUB_OPTIONS, CheckpointFiles
 from .configuration_multimodal import MultimodalConfig
-from .manifests import COMPOSITION, DELTA, Composition
-from .references import joined
+from .manifests import COMPOSITION, DELTA, REMEDY, Composition, read_composition
+from .references import components_of, joined
 from .shape_probe import without_weights
 from .size_guard import Shapes, build_guard
 from .untrusted import read_json
@@ -26,6 +26,7 @@ class Loading(NamedTuple):
     options: dict[str, Any]
     files: CheckpointFiles | None = None
     guard: Any = contextlib.nullcontext()
+    composition: Composition | None = None
 
 
 def prepare(
@@ -66,7 +67,7 @@ def prepare(
         raise ValueError(f"bases names {sorted(bases)}, but {source} holds all of its weights itself.")
     if options.get("variant") is None and (name := first_weights(composition, None)):
         config.transformers_weights = name  # and no other file, however it came into the folder
-    return Loading(source, options | {"config": config} | _hub(files), files, guarded(checked))
+    return Loading(source, options | {"config": config} | _hub(files), files, guarded(checked), composition)
 
 
 def _base_of_adapters(checked: Checked) -> Checked:
@@ -117,20 +118,36 @@ def _by_reference(
         with build_guard(shapes, sized=False), without_weights():
             return model_class(copy.deepcopy(config))
 
-    stored = load_file(str(files.find(DELTA)))
+    if unknown := sorted(composition.references.keys() - set(components_of(config))):
+        raise ValueError(
+            f"{files.source}: {COMPOSITION} refers to {unknown}, the configuration has {components_of(config)}: they do not "
+            "belong together."
+        )
+    if (changed := files.find(DELTA)) is None:
+        raise FileNotFoundError(
+            f"{files.source}: {COMPOSITION} refers to bases of {sorted(composition.references)}, but {DELTA} with all else is "
+            f"missing. {REMEDY}"
+        )
+    stored = load_file(changed)
     state = joined(build, stored, composition.references, bases, options, verify)
     guard = build_guard({name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False)
     options = {key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "variant", "use_safetensors")}
-    return Loading(None, options | {"config": config, "state_dict": state}, files, guard)
+    return Loading(None, options | {"config": config, "state_dict": state}, files, guard, composition)
 
 
 def finish(model: PreTrainedModel, loading: Loading, info: Mapping[str, Any]) -> None:
     """Give a model that was loaded from a state what transformers reads from files (in place).
 
     Raises:
-        ValueError: tensors that did not reach the model.
+        ValueError: tensors that did not reach the model; files that were replaced meanwhile.
     """
     files = loading.files
+    if files is not None and files.is_local and loading.composition is not None:
+        found = files.find(COMPOSITION)
+        if found is None or read_composition(found) != loading.composition:
+            raise ValueError(
+                f"{files.source} was saved again while it was read, so what was read could be of both: load again."
+            )
     if loading.source is not None or files is None:
         return
     if lost := {

@@ -50,13 +50,15 @@ class Composition(NamedTuple):
         return {name: entry for name, entry in self.manifest.items() if _WEIGHTS.fullmatch(name)}
 
 
-def write_composition(folder: str, components: Mapping[str, Mapping[str, Any]]) -> Composition:
-    """Write `composition.json` about all files that lie in a folder, code excepted."""
+def write_composition(
+    folder: str, components: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Entry] | None = None
+) -> Composition:
+    """Write `composition.json` about all files that lie in a folder, code excepted, and about `kept` ones elsewhere."""
     names = [os.path.join(root, name) for root, _, found in os.walk(folder) for name in found]
     names = sorted(os.path.relpath(path, folder).replace(os.sep, "/") for path in names)
     # Code is left out: a processor that is saved into the same folder adds its own to it.
     names = [name for name in names if name != COMPOSITION and not name.endswith(".py")]
-    manifest = describe_files({name: os.path.join(folder, name) for name in names})
+    manifest = {**(kept or {}), **describe_files({name: os.path.join(folder, name) for name in names})}
     composition = Composition({name: dict(entry) for name, entry in components.items()}, manifest)
     values = {
         "format": FORMAT,

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 # What transformers' `save_pretrained` takes about how weights are written.
 WRITING = ("max_shard_size", "variant", "state_dict", "save_peft_format", "save_original_format")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLES = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
 
 
@@ -106,13 +107,16 @@ def _has_components(model: Any) -> bool:
 
 
 def stale_files(with_model: bool, variant: str | None = None):
-    """Which files of a repository a push replaces, if it does not hold them: weights in any other form, and their list."""
+    """Which files of a repository a push replaces, if it does not hold them: weights in any other form, and their list.
+
+    Adapters too: who loads the repository would get them around the model that was pushed.
+    """
     pattern = weights_pattern(variant)
 
     def stale(name: str) -> bool:
         if not with_model:
             return False
-        others = variant is None and (name in (DELTA, COMPOSITION) or bool(PICKLES.fullmatch(name)))
+        others = variant is None and (name in (DELTA, COMPOSITION, *ADAPTERS) or bool(PICKLES.fullmatch(name)))
         return others or bool(pattern.fullmatch(name))
 
     return stale

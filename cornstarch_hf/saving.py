@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .manifests import COMPOSITION, DELTA, read_composition, write_composition
+from .manifests import COMPOSITION, DELTA, Composition, Entry, read_composition, write_composition
 from .snapshots import replacing
 
-CONFIG = "config.json"
+CONFIG, ADAPTERS = "config.json", "adapter_config.json"
 
 
 @dataclass
@@ -39,21 +39,26 @@ def saving(folder: str | os.PathLike, variant: str | None = None) -> Iterator[St
         variant: as in `save_pretrained`; then files of other variants stay.
 
     Raises:
+        ValueError: adapters around a whole model lie in the folder: who loads it gets them around this model.
         OSError: the disk is full, ...; see `snapshots.replacing`.
     """
+    if os.path.isfile(os.path.join(folder, ADAPTERS)):
+        raise ValueError(
+            f"{os.fspath(folder)} holds adapters ({ADAPTERS}): whoever loads it would get them around the model that is saved "
+            "now. Save into another folder, or remove the adapters first."
+        )
     pattern = weights_pattern(variant)
-    earlier = set() if variant else _files_of_earlier_save(folder)
-
-    staged = Staged("")
+    staged, earlier = Staged(""), set[str]()
 
     def owned(name: str) -> bool:
         old = name in earlier or name in staged.surplus or (name == DELTA and not variant)
         return old or bool(pattern.fullmatch(name))
 
     with replacing(folder, CONFIG, owned) as staging:
-        staged.folder = staging
+        staged.folder, before = staging, _earlier_save(folder)
+        earlier |= set() if variant or before is None else set(before.manifest)
         yield staged
-        write_composition(staging, staged.components)
+        write_composition(staging, staged.components, _staying(folder, before, pattern) if variant else None)
 
 
 def weights_pattern(variant: str | None = None) -> re.Pattern:
@@ -62,11 +67,21 @@ def weights_pattern(variant: str | None = None) -> re.Pattern:
     return re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
 
 
-def _files_of_earlier_save(folder: str | os.PathLike) -> set[str]:
+def _earlier_save(folder: str | os.PathLike) -> Composition | None:
     path = os.path.join(folder, COMPOSITION)
     if not os.path.isfile(path):
-        return set()
+        return None
     try:
-        return set(read_composition(path).manifest)
+        return read_composition(path)
     except ValueError:  # not ours, or of a newer version: only weight files are known to be old ones
-        return set()
+        return None
+
+
+def _staying(folder: str | os.PathLike, before: Composition | None, replaced: re.Pattern) -> dict[str, Entry]:
+    """The weight files of other variants that an earlier save described: they stay, and so does what is known of them."""
+    described = before.weights() if before is not None else {}
+    return {
+        name: entry
+        for name, entry in described.items()
+        if name != DELTA and not replaced.fullmatch(name) and os.path.isfile(os.path.join(folder, name))
+    }

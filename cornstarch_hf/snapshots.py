@@ -49,6 +49,7 @@ def replacing(folder: str | os.PathLike, head: str, owned: Callable[[str], bool]
         raise NotADirectoryError(f"{target} is a file: give a folder to save into.")
     existed = os.path.isdir(target)
     os.makedirs(target, exist_ok=True)
+    _complete(target, head)
     report_leftovers(target, remove=True)
     staging = _staging_folder(target)
     inside = os.path.join(target, ".saved-" + os.path.basename(staging).rpartition("-")[2])
@@ -56,17 +57,28 @@ def replacing(folder: str | os.PathLike, head: str, owned: Callable[[str], bool]
     try:
         yield staging
         _sync_tree(staging)
-        if inside != staging:
-            os.rename(staging, inside)
-        _sync_folder(target)
-        _point(inside, target, head)
-        _put_in_place(inside, target, head, owned)
+        with _alone(target):
+            if inside != staging:
+                os.rename(staging, inside)
+            _sync_folder(target)
+            _point(inside, target, head)
+            _put_in_place(inside, target, head, owned)
     except BaseException as error:
         _clean_up(staging, inside, target, head, existed, error)
         raise
     finally:
         _unlock(lock)
     report_leftovers(target, remove=True)
+
+
+def _complete(target: str, head: str) -> None:
+    """Finish a save that was interrupted after it became valid, for the next one may replace a part of it only (a variant)."""
+    if pointer_of(os.path.join(target, head)) is None:
+        return
+    with _alone(target):  # one that runs is waited for
+        inside = pointer_of(os.path.join(target, head))
+        if inside is not None and os.path.isfile(os.path.join(target, inside, head)):
+            _put_in_place(os.path.join(target, inside), target, head, lambda name: False)
 
 
 def _clean_up(staging: str, inside: str, target: str, head: str, existed: bool, error: BaseException) -> None:
@@ -172,13 +184,29 @@ def _locked(folder: str) -> int | None:
     """A lock on a folder that ends with the process; None if another one holds it, or the system has no locks."""
     if fcntl is None:
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # its save has just ended
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+@contextlib.contextmanager
+def _alone(target: str) -> Iterator[None]:
+    """Wait until no other process puts files into this folder: of two saves one comes after the other, whole."""
+    descriptor = os.open(target, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        _unlock(descriptor)
 
 
 def _unlock(lock: int | None) -> None:

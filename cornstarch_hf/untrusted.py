@@ -238,9 +238,10 @@ def check_part_dtypes(stored: Any) -> None:
             check_dtype(patterns, "part_dtypes['']")
         else:
             check_dtype(dtype, f"part_dtypes[{dtype!r:.100}]")
-            _check_names(patterns, f"part_dtypes[{dtype!r}]")
+            check_names(patterns, f"part_dtypes[{dtype!r}]")
 
 
-def _check_names(names: Any, where: str) -> None:
+def check_names(names: Any, where: str) -> None:
+    """Refuse what is no list of names (ValueError)."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{where} must be a list of names, got {names!r:.100}.")

@@ -111,3 +111,8 @@ def test_projectors_are_checked_too(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(data[:-1])
     with pytest.raises(ValueError, match=f"has {len(data) - 1} bytes, expected {len(data)}"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_source_that_is_no_folder_and_no_id(tmp_path):
+    with pytest.raises(OSError, match=r"typo is no folder of this machine.*check the path"):
+        CheckpointFiles(tmp_path / "typo")

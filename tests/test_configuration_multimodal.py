@@ -197,3 +197,8 @@ def test_two_encoders_with_one_config_object_get_one_each():
     model.set_attn_implementation({"left_config": "eager"})
     assert model.left_encoder.module.config._attn_implementation == "eager"
     assert model.right_encoder.module.config._attn_implementation == "sdpa"
+
+
+def test_frozen_must_be_names():
+    with pytest.raises(ValueError, match=r"frozen must be a list of names, got \[3\]"):
+        MultimodalConfig(frozen=[3])

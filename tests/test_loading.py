@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import compose_tiny
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, GenerationConfig
+from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedModel
 
 from cornstarch_hf import MultimodalConfig, MultimodalModel
 from cornstarch_hf.snapshots import POINTER
@@ -84,3 +84,67 @@ def test_who_asks_what_is_missing_is_told_instead_of_refused(folder, caplog):
     (folder / "composition.json").unlink()
     with pytest.raises(ValueError, match=r"does not hold \d+ tensors of the model.*they would be random"):
         AutoModel.from_pretrained(folder)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_variant_is_verified(folder):
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(folder, variant="x")
+    for variant in (None, "x"):
+        MultimodalModel.from_pretrained(folder, variant=variant, verify=True)
+    for variant, name in ((None, "model.safetensors"), ("x", "model.x.safetensors")):
+        flip_a_bit(folder / name)
+        if variant is None:
+            MultimodalModel.from_pretrained(folder, variant="x", verify=True)
+        with pytest.raises(ValueError, match=f"{name} has the SHA-256"):
+            MultimodalModel.from_pretrained(folder, variant=variant, verify=True)
+    (folder / "model.y.safetensors").write_bytes((folder / "model.x.safetensors").read_bytes())
+    model.save_pretrained(folder, variant="x")
+    with pytest.raises(ValueError, match="lists no weights of the variant 'y' to verify"):
+        MultimodalModel.from_pretrained(folder, variant="y", verify=True)
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        ("language_model", "composition.safetensors with all else is missing"),
+        ("foo_encoder", r"refers to \['foo_encoder'\]"),
+    ],
+)
+def test_a_whole_checkpoint_that_says_it_is_a_reference(folder, component, message):
+    values = json.loads((folder / "composition.json").read_text())
+    values["components"][component] = {"source": "reference"}
+    (folder / "composition.json").write_text(json.dumps(values))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        MultimodalModel.from_pretrained(folder)
+
+
+def test_replaced_while_it_is_read(folder, monkeypatch):
+    other = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        other.language_model.lm_head.weight.add_(1)
+    load = PreTrainedModel._load_pretrained_model
+    saves = []
+
+    def meanwhile(*args, **kwargs):
+        if not saves:
+            saves.append(other.save_pretrained(folder))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(meanwhile))
+    with pytest.raises(ValueError, match=r"was saved again while it was read.*load again"):
+        MultimodalModel.from_pretrained(folder)
+    again = MultimodalModel.from_pretrained(folder)
+    assert torch.equal(again.language_model.lm_head.weight, other.language_model.lm_head.weight)
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    with pytest.raises(
+        OSError, match="is no folder of this machine, and cannot be the id of a repository: check the path"
+    ):
+        MultimodalModel.from_pretrained(tmp_path / "typo")

@@ -7,13 +7,13 @@ from cornstarch_hf.pushing import push, stale_files
 
 REPOSITORY = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "composition.safetensors",
               "composition.json", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.fp16.safetensors", "README.md",
-              "adapter_model.safetensors", "config.json", "tokenizer.json", "notes/model.safetensors"]  # fmt: skip
+              "adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "notes/model.safetensors"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("with_model", "variant", "stale"),
     [
-        (True, None, REPOSITORY[:7]),
+        (True, None, [*REPOSITORY[:7], "adapter_config.json", "adapter_model.safetensors"]),
         (True, "fp16", ["model.fp16.safetensors"]),
         (False, None, []),
     ],

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cornstarch_hf.manifests import read_composition
 from cornstarch_hf.saving import saving, weights_pattern
 
 
@@ -49,3 +50,19 @@ def test_what_an_earlier_save_wrote_goes_and_nothing_else(tmp_path):
         "composition.safetensors",
         "model.fp16.safetensors",
     }
+
+
+def test_a_variant_keeps_what_is_known_of_the_others(tmp_path):
+    write(tmp_path, ["model.safetensors"])
+    write(tmp_path, ["model.a.safetensors"], "a")
+    write(tmp_path, ["model.b-00001-of-00001.safetensors", "model.safetensors.index.b.json"], "b")
+    write(tmp_path, ["model.b.safetensors"], "b")
+    assert set(read_composition(tmp_path / "composition.json").manifest) == {
+        "config.json", "model.safetensors", "model.a.safetensors", "model.b.safetensors"}  # fmt: skip
+
+
+def test_not_below_adapters(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds adapters \(adapter_config.json\).*another folder, or remove"):
+        write(tmp_path, ["model.safetensors"])
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter_config.json"]

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,41 @@ def test_a_disk_that_is_full(tmp_path):
     assert os.WEXITSTATUS(status) == 10
     assert content(tmp_path) == before
     assert snapshots.report_leftovers(str(tmp_path / "a"), remove=False) == []
+
+
+def test_an_interrupted_save_is_finished_before_a_part_of_it_is_replaced(tmp_path, monkeypatch):
+    save(tmp_path, 1, shards=3)
+    place = snapshots._place
+
+    def fail_at_the_second(inside, target, name):
+        if name == "model-1.bin":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        place(inside, target, name)
+
+    monkeypatch.setattr(snapshots, "_place", fail_at_the_second)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2, shards=3)
+    monkeypatch.undo()
+    assert (tmp_path / "model-0.bin").read_text() == "2" and (tmp_path / "model-1.bin").read_text() == "1"
+    with replacing(tmp_path, "config.json", lambda name: False) as staging:  # writes a part alone, as a variant does
+        Path(staging, "config.json").write_text("{}")
+    assert [(tmp_path / f"model-{i}.bin").read_text() for i in range(3)] == ["2", "2", "2"]
+    assert not list(tmp_path.glob(".saved-*"))
+
+
+def test_of_two_saves_one_waits_for_the_other(tmp_path, monkeypatch):
+    order, place, inner = [], snapshots._place, []
+
+    def second_save_meanwhile(inside, target, name):
+        order.append(inside)
+        if not inner:
+            inner.append(threading.Thread(target=save, args=(tmp_path, 2, 3)))
+            inner[0].start()
+            inner[0].join(timeout=0.3)
+        place(inside, target, name)
+
+    monkeypatch.setattr(snapshots, "_place", second_save_meanwhile)
+    save(tmp_path, 1, shards=3)
+    inner[0].join()
+    assert order == sorted(order, key=order.index) and len(set(order)) == 2 and order.count(order[0]) * 2 == len(order)
+    assert {(tmp_path / f"model-{i}.bin").read_text() for i in range(3)} == {"2"}
