@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 POINTER = "cornstarch_saved_in"
 HEADS = ("config.json", "processor_config.json")
 _INSIDE = re.compile(r"\.saved-[0-9a-z_]{8,}")
+_BETWEEN = (".placing", ".pointing")  # what a killed save may leave of single steps
 # Indexes name their shards: they go first and come last, so that no reader finds one beside shards of another save.
 _INDEX = re.compile(r".*\.index\.json")
 
@@ -239,7 +240,7 @@ def _point(inside: str, target: str, head: str) -> None:
     made, place = os.path.join(inside, head), os.path.join(target, head)
     with open(made, encoding="utf-8") as file:
         values = json.load(file)
-    pointing = f"{made}.pointing"
+    pointing = f"{made}{_BETWEEN[1]}"
     with open(pointing, "w", encoding="utf-8") as file:
         json.dump({**values, POINTER: os.path.basename(inside)}, file, indent=2, sort_keys=True)
         file.flush()
@@ -252,7 +253,11 @@ def _place(inside: str, target: str, name: str) -> None:
     """Put one file in its place in one step: a second name for it, where the file system has such, else a copy."""
     source, place = os.path.join(inside, name), os.path.join(target, name)
     os.makedirs(os.path.dirname(place), exist_ok=True)
-    between = f"{source}.placing"
+    between = f"{source}{_BETWEEN[0]}"
+    if os.path.exists(place) and os.path.samefile(source, place):
+        return  # by a save that was interrupted after this step
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(between)
     try:
         os.link(source, between)
     except OSError as error:
@@ -264,8 +269,9 @@ def _place(inside: str, target: str, name: str) -> None:
 
 
 def _files(folder: str) -> list[str]:
-    """Names of all files in a folder and below, relative to it."""
+    """Names of all files of a checkpoint in a folder and below, relative to it."""
     found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
+    found = [path for path in found if not path.endswith(_BETWEEN)]
     return sorted(os.path.relpath(path, folder) for path in found)
 
 
