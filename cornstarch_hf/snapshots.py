@@ -27,6 +27,7 @@ POINTER = "cornstarch_saved_in"
 HEADS = ("config.json", "processor_config.json")
 _INSIDE = re.compile(r"\.saved-[0-9a-z_]{8,}")
 # Indexes name their shards: they go first and come last, so that no reader finds one beside shards of another save.
+_BETWEEN = (".placing", ".pointing")  # what a kill leaves of a file on its way to its place
 _INDEX = re.compile(r".*\.index\.json")
 
 
@@ -78,6 +79,9 @@ def _complete(target: str, head: str) -> None:
     with _alone(target):  # one that runs is waited for
         inside = pointer_of(os.path.join(target, head))
         if inside is not None and os.path.isfile(os.path.join(target, inside, head)):
+            for name in _files(os.path.join(target, inside)):
+                if name.endswith(_BETWEEN):
+                    os.remove(os.path.join(target, inside, name))
             _put_in_place(os.path.join(target, inside), target, head, lambda name: False)
 
 
@@ -239,7 +243,7 @@ def _point(inside: str, target: str, head: str) -> None:
     made, place = os.path.join(inside, head), os.path.join(target, head)
     with open(made, encoding="utf-8") as file:
         values = json.load(file)
-    pointing = f"{made}.pointing"
+    pointing = f"{made}{_BETWEEN[1]}"
     with open(pointing, "w", encoding="utf-8") as file:
         json.dump({**values, POINTER: os.path.basename(inside)}, file, indent=2, sort_keys=True)
         file.flush()
@@ -252,7 +256,7 @@ def _place(inside: str, target: str, name: str) -> None:
     """Put one file in its place in one step: a second name for it, where the file system has such, else a copy."""
     source, place = os.path.join(inside, name), os.path.join(target, name)
     os.makedirs(os.path.dirname(place), exist_ok=True)
-    between = f"{source}.placing"
+    between = f"{source}{_BETWEEN[0]}"
     try:
         os.link(source, between)
     except OSError as error:
