@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 POINTER = "cornstarch_saved_in"
 HEADS = ("config.json", "processor_config.json")
 _INSIDE = re.compile(r"\.saved-[0-9a-z_]{8,}")
-# Indexes name their shards: they go first and come last, so that no reader finds one beside shards of another save.
 _BETWEEN = (".placing", ".pointing")  # what a kill leaves of a file on its way to its place
+# Indexes name their shards: they go first and come last, so that no reader finds one beside shards of another save.
 _INDEX = re.compile(r".*\.index\.json")
 
 
