@@ -79,6 +79,9 @@ def _complete(target: str, head: str) -> None:
     with _alone(target):  # one that runs is waited for
         inside = pointer_of(os.path.join(target, head))
         if inside is not None and os.path.isfile(os.path.join(target, inside, head)):
+            for name in _files(os.path.join(target, inside)):
+                if name.endswith(_BETWEEN):
+                    os.remove(os.path.join(target, inside, name))
             _put_in_place(os.path.join(target, inside), target, head, lambda name: False)
 
 
