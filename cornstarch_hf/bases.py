@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from .checkpoint_checks import check_files, stored_shapes
 from .checkpoint_files import CheckpointFiles
@@ -98,10 +98,9 @@ def part_tensors(
     component: str, files: CheckpointFiles, origin: Mapping[str, Any], dtype: torch.dtype, options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The tensors of a part by its own names, loaded through the class that loads its repository."""
-    trust = _only(options, ("trust_remote_code",))
     check_files(files)
     with naming(component, origin), torch.random.fork_rng(devices=[]):
-        config = AutoConfig.from_pretrained(files.source, **files.options, **trust)
+        config = _base_config(component, files, bool(options.get("trust_remote_code")))
         if isinstance(config, MultimodalConfig):
             raise ValueError(
                 f"{component} refers to {files.source!r}, which is a composition itself: refer to the part's own repository."
@@ -124,6 +123,17 @@ def part_tensors(
     prefix = f"{origin['select']}." if origin.get("select") else ""
     made_up = {str(key).removeprefix(prefix) for key in info["missing_keys"]}  # not in the repository: random
     return {key: tensor for key, tensor in tower.state_dict().items() if key not in made_up}
+
+
+def _base_config(component: str, files: CheckpointFiles, trusted: bool) -> PreTrainedConfig:
+    """The configuration of a base; code of its own is never run unasked, and never asked for at a prompt (ValueError)."""
+    try:
+        return AutoConfig.from_pretrained(files.source, **files.options, trust_remote_code=trusted)
+    except ValueError as error:
+        raise ValueError(
+            f"{component}: the configuration of its base {files.source!r} cannot be used ({str(error)[:300]}). If it needs "
+            f"code of its own, import that first, or pass trust_remote_code=True; or store the weights, embed=[{component!r}]."
+        ) from error
 
 
 def checked_entry(component: str, entry: Mapping[str, Any]) -> dict[str, Any]:

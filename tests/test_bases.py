@@ -1,5 +1,8 @@
 """Reading a part's own repository: what is pinned, and what cannot be."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -76,3 +79,19 @@ def test_errors_name_the_component_and_keep_their_cause():
     assert isinstance(caught.value.__cause__, TimeoutError)
     with pytest.raises(ValueError, match="mine"), naming("vision_encoder", {"repo_id": "u/x"}):
         raise ValueError("mine")
+
+
+def test_a_base_with_code_of_its_own(tmp_path, cache):
+    values = {
+        "model_type": "of_their_own",
+        "auto_map": {"AutoConfig": "theirs.TheirConfig", "AutoModel": "theirs.TheirModel"},
+    }
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text(json.dumps(values))
+    (tmp_path / "own" / "theirs.py").write_text("raise SystemExit('it ran')")
+    tiny.llama().save_pretrained(tmp_path / "weights")
+    shutil.copy(tmp_path / "weights" / "model.safetensors", tmp_path / "own")
+    put_into_cache(tmp_path / "cache", "u/own", tmp_path / "own", commit_of("4"))
+    message = r"(?s)language_model: the configuration of its base 'u/own' cannot be used .*trust_remote_code=True.*embed=\['language_model'\]"
+    with pytest.raises(ValueError, match=message):
+        read_base("language_model", origin(repo_id="u/own"), torch.float32, cache)
