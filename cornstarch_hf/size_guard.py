@@ -83,13 +83,13 @@ def bounded_tensors(*configs: Any) -> Any:
     """A context of `BoundedTensors` within `build_guard`, where a configuration holds numbers that could need it.
 
     Args:
-        *configs: from which will be built.  Numbers up to `MAX_PLAIN_SIZE`, and sizes of stored tensors, need no bound.
+        *configs: from which will be built; without them it is bounded in any case.  Numbers up to `MAX_PLAIN_SIZE`, and sizes of stored tensors, need no bound.
     """
     expected = getattr(_active, "expected", None)
     if expected is None:
         return contextlib.nullcontext()
     sizes = {size for shape in (expected[0] or {}).values() for size in shape}
-    return BoundedTensors() if _has_large(configs, sizes) else contextlib.nullcontext()
+    return BoundedTensors() if not configs or _has_large(configs, sizes) else contextlib.nullcontext()
 
 
 def _has_large(values: Any, sizes: set[int]) -> bool:

@@ -20,7 +20,9 @@ for name, attempt in attempts.items():
         results[name] = ["accepted", ""]
     except Exception as error:
         results[name] = ["ValueError" if isinstance(error, ValueError) else type(error).__name__, str(error)[:600]]
-print("RESULT" + json.dumps([results, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]))
+# The kernel's own peak of this program: `ru_maxrss` starts at what the process that started it held.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print("RESULT" + json.dumps([results, int(peak.split()[1]) // 1024]))
 """
 
 

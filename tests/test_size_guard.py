@@ -102,8 +102,9 @@ def test_the_context_does_nothing_outside_of_the_guard():
     large = LlamaConfig(max_position_embeddings=10**6)
     with bounded_tensors(large) as mode:
         assert mode is None
-    with build_guard(), bounded_tensors(large) as mode:
-        assert isinstance(mode, BoundedTensors)
+    for configs in ((large,), ()):
+        with build_guard(), bounded_tensors(*configs) as mode:
+            assert isinstance(mode, BoundedTensors)
 
 
 @pytest.mark.parametrize(
