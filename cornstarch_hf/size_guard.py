@@ -83,7 +83,8 @@ def bounded_tensors(*configs: Any) -> Any:
     """A context of `BoundedTensors` within `build_guard`, where a configuration holds numbers that could need it.
 
     Args:
-        *configs: from which will be built; without them it is bounded in any case.  Numbers up to `MAX_PLAIN_SIZE`, and sizes of stored tensors, need no bound.
+        *configs: from which will be built; without them it is bounded in any case.  Numbers up to `MAX_PLAIN_SIZE`, and
+            sizes of stored tensors, need no bound.
     """
     expected = getattr(_active, "expected", None)
     if expected is None:
