@@ -36,7 +36,7 @@ def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[s
 
     Raises:
         ValueError: a path that leaves the folder, weights other than safetensors, an `auto_map` of elsewhere, a
-            configuration that `check_values` refuses or that has a key twice.
+            JSON file that has a key twice (its values are the configuration class's to check).
     """
     if ".." in os.path.normpath(files.subfolder or ".").split(os.sep) or os.path.isabs(files.subfolder):
         raise ValueError(f"subfolder {files.subfolder!r} leaves {files.source}.")

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import unwrapped
+from .card_markup import is_repo_id as names_repository
 
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _LIBRARY_CLASS = re.compile(r"transformers\.models\.\w+\.modeling_\w+\.\w+")
 KEYS = ("repo_id", "revision", "requested_revision", "subfolder", "class", "select")
@@ -17,7 +17,7 @@ KEYS = ("repo_id", "revision", "requested_revision", "subfolder", "class", "sele
 
 def is_repo_id(name: Any) -> bool:
     """Whether a text is the id of a repository, and no path of this machine."""
-    return isinstance(name, str) and bool(REPO_ID.fullmatch(name)) and ".." not in name and not os.path.exists(name)
+    return names_repository(name) and not os.path.exists(name)
 
 
 def origin_of(given: Any, part: nn.Module) -> dict[str, Any] | None:
@@ -54,7 +54,7 @@ def check_origins(origins: Any) -> dict[str, dict[str, Any]] | None:
     entries = list(origins.items()) if isinstance(origins, dict) else [("origins", origins)]
     for name, entry in entries:
         texts = isinstance(entry, dict) and all(value is None or isinstance(value, str) for value in entry.values())
-        if not texts or set(entry) - set(KEYS) or not REPO_ID.fullmatch(entry.get("repo_id") or ""):
+        if not texts or set(entry) - set(KEYS) or not names_repository(entry.get("repo_id")):
             raise ValueError(
                 f"origins[{name!r}] must be texts under some of {KEYS}, with a repo_id, got {entry!r:.200}."
             )
