@@ -1,11 +1,13 @@
 """Tensors that adapters inside parts bring along or stand in front of: names, ties, buffers that no checkpoint holds."""
 
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 
 from .adapters import is_adapted, is_wrapped, tuner_layers
+from .module_tree import modules_by_name
 
 _TOKEN_ROWS = "trainable_tokens_original"
 # Where PEFT keeps the module that an adapter stands in front of.
@@ -30,7 +32,9 @@ def current_name(model: nn.Module, name: str) -> str:
 def shared_by_adapters(model: nn.Module) -> dict[str, str]:
     """Tensors that several layers of wrapped parts share (VeRA's projections, tied layers): ``{name: first name}``."""
     shared: dict[str, str] = {}
-    for prefix, part in model.named_modules():
+    if "peft" not in sys.modules:
+        return shared
+    for prefix, part in modules_by_name(model):
         if is_wrapped(part):
             first: dict[int, str] = {}
             for name, tensor in part.state_dict(keep_vars=True).items():

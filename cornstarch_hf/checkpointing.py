@@ -1,6 +1,7 @@
 """What a saved model needs besides its weights: a configuration in step with it, from which it can be built again."""
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
 
 def first_dtype(module: nn.Module) -> torch.dtype:
     """dtype of the first floating-point parameter, else buffer, else torch's default."""
-    for tensor in (*module.parameters(), *module.buffers()):
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.get_default_dtype()

@@ -4,12 +4,13 @@ Sub-configurations are flat attributes (`text_config`, `vision_config`, `vision_
 that other software looks for; `encoders` keeps their order, and `{name}_modality` holds what belongs to one modality.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .configuration_projector import MultimodalProjectorConfig
 from .origins import check_origins, is_repo_id
@@ -264,7 +265,9 @@ def _as_config(value, key: str, shared: bool = False) -> PreTrainedConfig:
         if shared:
             return SharedConfig(stored=dict(value))
         raise
-    return _built(cls.from_dict, key, values)
+    # What `from_dict` does besides is to write the values out for the log.
+    plain = cls.from_dict.__func__ is PreTrainedConfig.from_dict.__func__
+    return _built(lambda values: cls(**values) if plain else cls.from_dict(values), key, values)
 
 
 def _built(build: Callable[..., Any], where: str, values: dict[str, Any], **kwargs: Any) -> Any:
@@ -281,10 +284,8 @@ def _built(build: Callable[..., Any], where: str, values: dict[str, Any], **kwar
 
 def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConfig]:
     """The configuration class of a `model_type`: transformers' own, else one that is imported already (ValueError)."""
-    try:
-        return type(AutoConfig.for_model(model_type))
-    except ValueError:
-        pass
+    if model_type in CONFIG_MAPPING:
+        return CONFIG_MAPPING[model_type]
     named = {c for c in _subclasses(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
     found = last_definition(list(named))
     if len(found) != 1:
@@ -335,14 +336,21 @@ def valid_groups(groups, names: list[str]) -> list[list[str]]:
     return groups
 
 
-def validate_encoder_names(names: list[str]) -> None:
-    """Refuse names that are malformed, reserved, or whose derived keys collide with anything (ValueError)."""
+@functools.cache
+def _keys_of_others() -> tuple[set[str], set[str], set[str]]:
+    """What transformers has on every configuration and every model, and names of usual tokens."""
     from transformers import GenerationMixin, PreTrainedModel
 
-    taken = {"text_config": "the language model", "language_model": "the language model"}
     config_keys = set(dir(PreTrainedConfig)) | {"quantization_config", "generation_config", "language_model_class"}
     model_keys = set(dir(PreTrainedModel)) | set(dir(GenerationMixin))
     token_keys = {f"{k}_token_id" for k in ("bos", "eos", "pad", "sep", "unk", "mask", "decoder_start")}
+    return config_keys, model_keys, token_keys
+
+
+def validate_encoder_names(names: list[str]) -> None:
+    """Refuse names that are malformed, reserved, or whose derived keys collide with anything (ValueError)."""
+    taken = {"text_config": "the language model", "language_model": "the language model"}
+    config_keys, model_keys, token_keys = _keys_of_others()
     for name in names:
         if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
             raise ValueError(f"The encoder name {name!r} is invalid: it must match {NAME_PATTERN.pattern!r}.")

@@ -84,7 +84,8 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         known = {*_BASE_KEYS, *inspect.signature(cls.__init__).parameters}
         options = options_of(config_dict.get("projection_type", "linear"), tuple(config_dict))
         extras = {k: v for k, v in config_dict.items() if k not in known | options and not k.startswith("_")}
-        loaded = super().from_dict({k: v for k, v in config_dict.items() if k not in extras}, **kwargs)
+        own = {k: v for k, v in config_dict.items() if k not in extras}
+        loaded = super().from_dict(own, **kwargs) if kwargs else cls(**own)  # the former also writes it out for the log
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for key, value in extras.items():
             setattr(config, key, value)

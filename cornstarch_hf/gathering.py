@@ -12,9 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_tensors import current_name, shared_by_adapters
+from .module_tree import modules_by_name, parameters_by_name
 
 SETS = ("_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 PATTERN_SETS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a block among its like
 PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
 
 
@@ -40,25 +42,29 @@ def gathered_sets(module: nn.Module) -> dict[str, set[str]]:
 
 def gathered_ties(module: nn.Module) -> dict[str, str]:
     """Tied weights of all parts, ``{target: source}``, by names that the whole model has."""
-    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    ties = {to: of for to, of in shared_by_adapters(module).items() if to in names}
-    for prefix, model in nearest_models(module):
-        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            to, of = current_name(module, f"{prefix}.{target}"), current_name(module, f"{prefix}.{source}")
-            if {to, of} <= names and ties.get(of) != to:
-                ties[to] = of
+    shared = shared_by_adapters(module)
+    tied = [
+        (current_name(module, f"{prefix}.{target}"), current_name(module, f"{prefix}.{source}"))
+        for prefix, model in nearest_models(module)
+        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    ]
+    if not shared and not tied:
+        return {}
+    names = {name for name, _ in parameters_by_name(module)}
+    ties = {to: of for to, of in shared.items() if to in names}
+    for to, of in tied:
+        if {to, of} <= names and ties.get(of) != to:
+            ties[to] = of
     return ties
 
 
 def gathered_plans(module: nn.Module) -> dict[str, dict[Any, Any]]:
     """Parallelisation plans of all parts, keeping only rules that name something that exists."""
-    names = {re.sub(r"\.\d+(?=\.|$)", ".*", n) for n, _ in module.named_modules()}
-    names |= {re.sub(r"\.\d+(?=\.|$)", ".*", n) for n, _ in module.named_parameters(remove_duplicate=False)}
     plans: dict[str, dict[Any, Any]] = {key: {} for key in PLANS}
     for prefix, model in nearest_models(module):
         for key in PLANS:
-            rules = {_prefixed(prefix, rule): style for rule, style in (getattr(model, key, None) or {}).items()}
-            plans[key] |= {rule: style for rule, style in rules.items() if _exists(rule, names)}
+            rules = (getattr(model, key, None) or {}).items()
+            plans[key] |= {_prefixed(prefix, rule): style for rule, style in rules if _exists(rule, model)}
         plans["_fsdp_plan"] = _block_rules(prefix, model) | plans["_fsdp_plan"]
     return plans
 
@@ -67,14 +73,27 @@ def _prefixed(prefix: str, rule: Any) -> Any:
     return tuple(_prefixed(prefix, r) for r in rule) if isinstance(rule, tuple) else f"{prefix}.{rule}"
 
 
-def _exists(rule: Any, names: set[str]) -> bool:
-    return all(_exists(r, names) for r in rule) if isinstance(rule, tuple) else rule in names
+def _exists(rule: Any, model: nn.Module) -> bool:
+    """Whether a rule names modules or parameters of a model, ``*`` for any number; of a tuple, all of it."""
+    if isinstance(rule, tuple):
+        return all(_exists(r, model) for r in rule)
+    found: list[Any] = [model]
+    for key in rule.split("."):
+        owners = [owner for owner in found if isinstance(owner, nn.Module)]
+        found = [inner for owner in owners for inner in _children(owner, key)]
+    return bool(found)
+
+
+def _children(owner: nn.Module, key: str) -> list[Any]:
+    """Modules and parameters directly in a module: the one of a name, with ``*`` those that have a number."""
+    held = (owner._modules, owner._parameters)
+    if key == "*":
+        return [value for places in held for name, value in places.items() if name.isdigit() and value is not None]
+    return [places[key] for places in held if places.get(key) is not None]
 
 
 def _block_rules(prefix: str, model: PreTrainedModel) -> dict[str, str]:
     """One rule per kind of block: encoders inherit FSDP rules that name modules they do not have."""
     blocks = set(model._no_split_modules or ())
-    found = {name for name, module in model.named_modules() if type(module).__name__ in blocks}
-    return {
-        f"{prefix}.{re.sub(r'(^|(?<=[.]))[0-9]+(?=[.]|$)', '*', name)}": "free_full_weight" for name in found if name
-    }
+    found = {name for name, module in modules_by_name(model) if type(module).__name__ in blocks}
+    return {f"{prefix}.{_NUMBER.sub('*', name)}": "free_full_weight" for name in found if name}

@@ -1,12 +1,13 @@
 """The base of the composed model: its parts, what transformers reads of it, freezing.  Saving and loading are beside it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
 from .adapters import check_all_kept, check_no_wrapped_part, unwrapped
 from .checkpointing import first_dtype
@@ -105,9 +106,12 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         transformers treats models from outside as custom code and then leaves out modules without parameters of their
         own, among them those that fill the buffers of transformers' own parts.
         """
-        for _, part in nearest_models(self):
+        parts = [part for _, part in nearest_models(self)]
+        for part in parts:
             part.initialize_weights()
-        super().initialize_weights()
+        with torch.no_grad(), init.guard_torch_init_functions():
+            for module in _outside(self, set(map(id, parts))):
+                self._initialize_weights(module, is_custom_code=self.is_custom_code())
 
     def set_modality_token_ids(self, token_ids: Mapping[str, int]) -> None:
         """Say which token id stands for each modality's features (a processor made with `model=` does it itself).
@@ -271,3 +275,11 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
         if enable:
             evaluate_frozen_layers_under_checkpointing(self)
+
+
+def _outside(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:
+    """A module and those below it that are no part and in none, children first."""
+    for child in module.children():
+        if id(child) not in parts:
+            yield from _outside(child, parts)
+    yield module

@@ -29,6 +29,7 @@ from .merging import (
 )
 from .modeling_base import MultimodalPreTrainedModel
 from .module_specs import mark_initialized
+from .shape_probe import WithoutInitializers
 from .size_guard import bounded_tensors, check_built
 from .towers import forward_parameters
 
@@ -77,7 +78,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             if not isinstance(config, MultimodalConfig):
                 raise TypeError(f"config must be a MultimodalConfig, got {type(config).__name__}.")
             parts = (getattr(config, key, None) for key in config.sub_configs)
-            with bounded_tensors(*parts, config.adapters):
+            with bounded_tensors(*parts, config.adapters), WithoutInitializers():
                 encoders, language_model = build_parts(config)
             supplied = False
         super().__init__(config)

@@ -51,6 +51,24 @@ class RealConstants(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_INITIALIZERS = frozenset(
+    function for name, function in vars(torch.nn.init).items() if name.endswith("_") and not name.startswith("_")
+)
+
+
+class WithoutInitializers(TorchFunctionMode):
+    """Within this mode `torch.nn.init` passes over meta tensors: there are no values to draw, and most of building a
+    model on the meta device is taken by the attempt."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _INITIALIZERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 def _is_meta(device: Any) -> bool:
     return device is not None and torch.device(device).type == "meta"
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .limits import cap, check
+from .module_tree import parameters_by_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 _active = threading.local()
@@ -155,7 +156,7 @@ def check_built(model: nn.Module) -> None:
     Outside of `build_guard`, or where nothing is known of the checkpoint, nothing is compared.
 
     Args:
-        model: with its parameters on the meta device, named as in the checkpoint.
+        model: with its parameters named as in the checkpoint.
 
     Raises:
         ValueError: tensors of other shapes than stored, or more elements without stored values than are plausible.
@@ -163,10 +164,10 @@ def check_built(model: nn.Module) -> None:
     shapes, sized = getattr(_active, "expected", None) or (None, True)
     if shapes is None:
         return
-    built = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+    built = {n: p.shape for n, p in parameters_by_name(model)}
     wrong = sorted(n for n in built if n in shapes and sized and built[n] != tuple(shapes[n]))
     if wrong:
-        examples = ", ".join(f"{n}: {built[n]} here, {tuple(shapes[n])} stored" for n in wrong[:3])
+        examples = ", ".join(f"{n}: {tuple(built[n])} here, {tuple(shapes[n])} stored" for n in wrong[:3])
         raise ValueError(
             f"The configuration describes {len(wrong)} tensors of other shapes than the checkpoint holds ({examples}): they do "
             "not belong together. Restore the configuration that was saved with the weights."
@@ -179,7 +180,8 @@ def check_built(model: nn.Module) -> None:
         largest = max(missing, key=missing.__getitem__)
         raise ValueError(
             f"The configuration describes {len(missing)} tensors of {sum(missing.values()):,} elements that the checkpoint "
-            f"does not hold (it holds {stored:,} elements), largest {largest} {built[largest]}: they do not belong together."
+            f"does not hold (it holds {stored:,} elements), largest {largest} {tuple(built[largest])}: they do not belong "
+            "together."
         )
 
 

@@ -152,9 +152,10 @@ def report_leftovers(target: str, remove: bool) -> list[str]:
     """
     parent, name = os.path.split(target)
     pattern = re.compile(re.escape(f".{name}.saving-") + r"[0-9a-z_]{8,}")
-    kept = {pointer_of(os.path.join(target, head)) for head in HEADS}
     found = [entry.path for entry in _entries(parent) if pattern.fullmatch(entry.name)]
-    found += [e.path for e in _entries(target) if _INSIDE.fullmatch(e.name) and e.name not in kept]
+    if inside := [entry for entry in _entries(target) if _INSIDE.fullmatch(entry.name)]:
+        kept = {pointer_of(os.path.join(target, head)) for head in HEADS}
+        found += [entry.path for entry in inside if entry.name not in kept]
     left = []
     for path in found:
         lock = _locked(path)
