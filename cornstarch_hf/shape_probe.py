@@ -57,8 +57,8 @@ _INITIALIZERS = frozenset(
 
 
 class WithoutInitializers(TorchFunctionMode):
-    """Within this mode `torch.nn.init` passes over meta tensors: there are no values to draw, and most of building a
-    model on the meta device is taken by the attempt."""
+    """Within this mode layers do not initialise meta tensors: there are no values to draw, and the attempt takes much of
+    the time in which a model is built on the meta device (by those of `torch.nn.init` that torch lets a mode see)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
