@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers import initialization
 
 from .size_guard import BoundedTensors
 
@@ -51,8 +52,12 @@ class RealConstants(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# transformers puts its own in place of torch's while it initialises a model.
 _INITIALIZERS = frozenset(
-    function for name, function in vars(torch.nn.init).items() if name.endswith("_") and not name.startswith("_")
+    function
+    for module in (torch.nn.init, initialization)
+    for name, function in vars(module).items()
+    if name.endswith("_") and not name.startswith("_")
 )
 
 

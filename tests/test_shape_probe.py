@@ -5,6 +5,7 @@ import tiny
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import initialization
 
 from cornstarch_hf.shape_probe import (
     RealConstants,
@@ -122,4 +123,6 @@ def test_initializers_pass_over_the_meta_device_alone():
         nn.Sequential(
             nn.Linear(3, 4, device="meta"), nn.Conv1d(2, 2, 2, device="meta"), nn.Embedding(3, 2, device="meta")
         )
+        with initialization.guard_torch_init_functions():
+            initialization.normal_(torch.empty(2, 2, device="meta"))
     assert "empty" in called and not {"kaiming_uniform_", "uniform_", "normal_"} & set(called)
