@@ -16,6 +16,7 @@ class Sizes:
         text_tokens: tokens beside the image's features in each sample.
         labelled: last tokens of each sample that have a label.
         pairs: how often each of the two models is timed, by measurement.
+        loads: how many loads make one sample, their least.
         new_tokens: tokens that are decoded.
         memory_vocabularies: those at which peak memory is taken.
         memory_modes: what trains in these steps.
@@ -31,6 +32,7 @@ class Sizes:
     text_tokens: int
     labelled: int
     pairs: dict[str, int]
+    loads: int
     new_tokens: int
     memory_vocabularies: tuple[int, ...]
     memory_modes: tuple[str, ...]
@@ -66,7 +68,8 @@ FULL = Sizes(
     batch=2,
     text_tokens=64,
     labelled=32,
-    pairs={"import": 5, "memory": 1, "forward": 5, "train": 5, "generate": 5, "processor": 15, "save": 7, "load": 40},
+    pairs={"import": 5, "memory": 1, "forward": 5, "train": 5, "generate": 5, "processor": 15, "save": 7, "load": 15},
+    loads=5,
     new_tokens=64,
     memory_vocabularies=(32_000, 128_256),
     memory_modes=("projector", "all"),
@@ -98,6 +101,7 @@ QUICK = Sizes(
     text_tokens=8,
     labelled=4,
     pairs=dict.fromkeys(["import", "memory", "forward", "train", "generate", "processor", "save", "load"], 1),
+    loads=2,
     new_tokens=4,
     memory_vocabularies=(400,),
     memory_modes=("projector",),

@@ -44,6 +44,11 @@ def hashed_seconds(model, folder: Path) -> float:
     return seconds(lambda: save_hash_and_sync(model, folder))
 
 
+def load_seconds(side: str, folder: Path, times: int) -> float:
+    """Time of loading: the least of several, for it takes milliseconds, and whatever disturbs it adds to them."""
+    return min(seconds(lambda: LOADERS[side].from_pretrained(folder)) for _ in range(times))
+
+
 def load_and_read(side: str, folder: Path, **options) -> float:
     """Time of loading and of reading each weight once: loading alone maps the file and reads nothing of it."""
 
@@ -87,8 +92,8 @@ def _loading(pair: Pair, sizes: Sizes, native: Path, ours: Path) -> list[Result]
     target = Target(at_most=1.05) if sizes.judged else None
     pairs, name = sizes.pairs["load"], f"vocabulary {pair.vocabulary:,}"
     loaded = in_turn(
-        lambda: seconds(lambda: LOADERS["native"].from_pretrained(native)),
-        lambda: seconds(lambda: LOADERS["ours"].from_pretrained(ours)),
+        lambda: load_seconds("native", native, sizes.loads),
+        lambda: load_seconds("ours", ours, sizes.loads),
         pairs,
     )
     theirs = lambda: load_and_read("native", native)  # noqa: E731
