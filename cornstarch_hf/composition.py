@@ -1,6 +1,7 @@
 """Parts to configuration and back: what live encoders and a language model are, and how they are built again."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,25 @@ from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .grids import PLANE_KINDS
 from .input_names import assign_input_names
+from .layouts import find_layout
 from .origins import origin_of
 from .projectors import MultimodalProjector
 from .towers import forward_parameters
+
+# Model types whose features are sequences of the width that their configuration names: no run on shapes is needed to know.
+REGULAR = frozenset(
+    [
+        "clip_vision_model",
+        "dinov2",
+        "siglip_vision_model",
+        "vit",
+        "whisper",
+        "wav2vec2",
+        "qwen2_vl_vision",
+        "esm",
+        "bert",
+    ]
+)
 
 
 def check_language_model(model: Any) -> None:
@@ -135,7 +152,7 @@ def complete_projector(
     Raises:
         ValueError: the projector's widths do not fit, or the encoder's width is not known.
     """
-    name, known = encoder.name, encoder.feature_width()
+    name, known = encoder.name, found_width(encoder)
     if encoder.projector is None:
         config = MultimodalProjectorConfig(projection_type=projection_type, activation=activation)
         encoder.projector = MultimodalProjector(config)
@@ -167,6 +184,23 @@ def complete_projector(
         )
 
 
+def found_width(encoder: ModalEncoderModule) -> int | None:
+    """Width of an encoder's selected features, by a run on shapes, else by its configuration; None where neither tells.
+
+    What the run tells of their axes becomes part of the encoder's selection.
+    """
+    inner = unwrapped(encoder.module)
+    usual = encoder.selection.output is None and encoder.selection.data_format is None
+    if usual and inner.config.model_type in REGULAR:
+        return encoder.feature_width()
+    layout = find_layout(inner, encoder.kind, encoder.selection, encoder.name)
+    if layout is None:
+        return encoder.feature_width()
+    if encoder.selection.data_format is None and layout.data_format is not None:
+        encoder.selection = dataclasses.replace(encoder.selection, data_format=layout.data_format)
+    return layout.width
+
+
 def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
     """The settings of one modality, as the configuration keeps them."""
     module, selection = unwrapped(encoder.module), encoder.selection
@@ -177,6 +211,7 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
         "output": selection.output,
         "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),
         "drop_prefix": selection.drop_prefix,
+        "data_format": selection.data_format,
         "additional_args": list(encoder.additional_args),
     }
 
@@ -222,6 +257,7 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
         layer=entry["layer"],
         output=entry["output"],
         drop_prefix=entry["drop_prefix"],
+        data_format=entry["data_format"],
     )
     encoder.name = name
     return encoder

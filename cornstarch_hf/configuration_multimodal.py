@@ -60,6 +60,7 @@ MODALITY_DEFAULTS: dict[str, Any] = {
     "output": None,
     "layer": -1,
     "drop_prefix": 0,
+    "data_format": None,
     "additional_args": [],
     "input_names": {},
     "callbacks": {},
@@ -74,7 +75,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "part_implementations": (dict,),
 }
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("kind", "token", "encoder_class", "output"), (str,)),
+    **dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,)),
     **dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,)),
     "token_id": (int,),
     "additional_args": (list, tuple),

@@ -12,19 +12,26 @@ from .adapters import unwrapped
 from .callbacks import SLOTS
 from .configuration_projector import feature_width
 from .grids import Features, grids_of_tensor, item_grids
+from .item_lengths import LengthsNotTold, feature_lengths, is_packed_row
+from .items import Padded, cut, groups_by_length, is_plain, item_count, padding_of, split_items
 from .origins import origin_of
 from .projectors import MultimodalProjector
 from .selection import (
+    DATA_FORMATS,
     EncoderOutput,
     Selection,
     as_output,
-    lengths_by_grid,
     per_item,
     select_features,
     selected_map,
     with_features,
 )
-from .towers import NOT_INPUTS, accepts, counted_lengths, forward_parameters, infer_kind, resolve_tower
+from .towers import NOT_INPUTS, accepts, forward_parameters, infer_kind, resolve_tower
+
+# Model types whose features of an item change with its padding, whatever the mask says: each length is encoded apart.
+READ_PADDING = frozenset(
+    ["pe_audio_encoder", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "phi4_multimodal_audio"]
+)
 
 
 class ModalEncoderModule(nn.Module):
@@ -49,6 +56,8 @@ class ModalEncoderModule(nn.Module):
         layer: hidden state to project, or several that are concatenated; -1 is the last hidden state.
         output: output field to project instead.
         drop_prefix: leading tokens of each item to drop.
+        data_format: which axis of the encoder's output holds the features' width: ``"channels_last"``, ``"channels_first"`` or
+            ``"layers_first"``; found by a run on shapes when None.
 
     Raises:
         TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
@@ -71,6 +80,7 @@ class ModalEncoderModule(nn.Module):
         layer: int | Sequence[int] = -1,
         output: str | None = None,
         drop_prefix: int = 0,
+        data_format: str | None = None,
         module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
@@ -98,7 +108,8 @@ class ModalEncoderModule(nn.Module):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
-        self.selection = Selection(output, layer if isinstance(layer, int) else tuple(layer), drop_prefix)
+        layers = layer if isinstance(layer, int) else tuple(layer)
+        self.selection = Selection(output, layers, drop_prefix, _checked_format(data_format))
         self.name = self.kind
 
     @property
@@ -160,23 +171,48 @@ class ModalEncoderModule(nn.Module):
         accepted = forward_parameters(self.module)
         weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
         arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
-        groups = groups_by_length(arguments)
-        if groups is None:
-            return self._encode_batch(arguments, options)
-        # One length at a time, unpadded: what an item gives never depends on its neighbours.
+        padded = padding_of(arguments, self.name)
+        if padded is not None and self._reads_padding(arguments, padded):
+            return self._encode_by_length(arguments, padded, options)
+        try:
+            return self._encode_batch(arguments, padded, options)
+        except LengthsNotTold:
+            if padded is not None:
+                return self._encode_by_length(arguments, padded, options)
+            items = split_items(arguments, item_count(arguments), self.name)
+            return self._encode_each({i: (one, [i]) for i, one in enumerate(items)}, options)
+
+    def _reads_padding(self, arguments: dict, padded: Padded) -> bool:
+        """Whether what an item gives would depend on its padding."""
+        config = unwrapped(self.module).config
+        return is_plain(arguments, padded) or (config.model_type in READ_PADDING and min(padded.lengths) < padded.size)
+
+    def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+        """One length at a time, unpadded: what an item gives never depends on its neighbours."""
+        required = [key for key, p in forward_parameters(self.module).items() if p.default is p.empty]
+        parts = {
+            length: (cut(arguments, padded, positions, required), positions)
+            for length, positions in groups_by_length(padded).items()
+        }
+        return self._encode_each(parts, options)
+
+    def _encode_each(
+        self, parts: dict[int, tuple[dict, list[int]]], options: dict
+    ) -> tuple[EncoderOutput, EncoderOutput]:
+        """Parts of a batch one after the other, each with the positions of its items; the items in their order."""
         items: dict[int, Tensor] = {}
-        for length, positions in groups.items():
-            part = {key: _cut(value, positions, length, key) for key, value in arguments.items()}
-            del part["attention_mask"]
-            raw, selected = self._encode_batch(part, options)
-            if len(groups) == 1:
+        for part, positions in parts.values():
+            raw, selected = self._encode_batch(part, None, options)
+            if len(parts) == 1:
                 return raw, selected
-            items |= dict(zip(positions, selected[0], strict=True))
+            items |= dict(zip(positions, per_item(selected[0], selected.lengths, self.name), strict=True))
         ordered = [items[i] for i in range(len(items))]
         together = EncoderOutput(last_hidden_state=torch.cat(ordered))
         return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
 
-    def _encode_batch(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+    def _encode_batch(
+        self, arguments: dict, padded: Padded | None, options: dict
+    ) -> tuple[EncoderOutput, EncoderOutput]:
         wanted = dict(options)
         if self.selection.needs_hidden_states:
             wanted["output_hidden_states"] = True
@@ -187,28 +223,14 @@ class ModalEncoderModule(nn.Module):
         with nullcontext() if trains else torch.no_grad():
             raw = as_output(self.module(**arguments, **wanted))
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
-        features = select_features(raw, self.selection, self.name, width)
-        output = with_features(raw, features, self._lengths(features, arguments, raw))
+        count = item_count(arguments)
+        features = select_features(raw, self.selection, self.name, width, count)
+        if is_packed_row(features, count):
+            features = features[0]
+        output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded))
         if (shape := selected_map(raw, self.selection, self.name, width)) is not None:
             output["feature_grids"] = torch.tensor([shape] * len(features))
         return raw, output
-
-    def _lengths(self, features: Tensor, arguments: dict, raw: EncoderOutput) -> list[int] | None:
-        """Features of each item where the tensor's shape does not tell: packed towers and padded items."""
-        if features.ndim == 2:
-            grid = next((v for k, v in arguments.items() if k.endswith(("grid_thw", "grid_hws"))), None)
-            if grid is not None:
-                return lengths_by_grid(len(features), grid, self.name)
-            items = {len(value) for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1}
-            return [1] * len(features) if items == {len(features)} else None
-        valid, mask = raw.get("attention_mask"), arguments.get("attention_mask", arguments.get("pixel_attention_mask"))
-        if not isinstance(valid, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
-            if mask.shape[1] != features.shape[1]:
-                return counted_lengths(self.module, mask)
-            valid = mask
-        if not isinstance(valid, Tensor) or valid.shape != features.shape[:2] or bool(valid.bool().all()):
-            return None
-        return valid.bool().sum(-1).tolist()
 
     def _lengths_of(self, output: EncoderOutput) -> list[int] | None:
         """Features of each item before they are projected; None where the tensor does not tell."""
@@ -309,25 +331,7 @@ def _placed(value: Any, weight: Tensor | None) -> Any:
     return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
 
 
-def groups_by_length(arguments: dict[str, Any]) -> dict[int, list[int]] | None:
-    """Positions of items by valid length, where a mask tells which part of each sequence is padding.
-
-    Only inputs of one number or id per position (``input_values``, ``input_ids``) can be cut; None for all others.
-    """
-    mask = arguments.get("attention_mask")
-    main = next((arguments[k] for k in ("input_values", "input_ids") if arguments.get(k) is not None), None)
-    if not isinstance(mask, Tensor) or not isinstance(main, Tensor) or mask.shape != main.shape:
-        return None
-    groups: dict[int, list[int]] = {}
-    for position, length in enumerate(mask.sum(-1).tolist()):
-        groups.setdefault(int(length), []).append(position)
-    return groups
-
-
-def _cut(value: Any, positions: list[int], length: int, key: str) -> Any:
-    if not isinstance(value, Tensor) or value.ndim < 2:
-        return value
-    rows = value[torch.tensor(positions, device=value.device)][:, :length]
-    if key == "attention_mask" and not bool(rows.all()):
-        raise ValueError("Items of an encoder must be padded on the right; this attention mask has zeros before ones.")
-    return rows
+def _checked_format(data_format: str | None) -> str | None:
+    if data_format not in (None, *DATA_FORMATS):
+        raise ValueError(f"data_format must be one of {list(DATA_FORMATS)} or None, got {data_format!r}.")
+    return data_format

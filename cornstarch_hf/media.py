@@ -11,7 +11,7 @@ import os
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -299,39 +299,3 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
             f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first, in "
             f"a table by cast_column(..., Audio(sampling_rate={expected}))."
         )
-
-
-def split_items(outputs: Mapping[str, Any], count: int, where: str) -> list[dict[str, Any]]:
-    """A processor's output, one dict per item.
-
-    Tensors have one row per item; where a processor packs patches, its grid tells whose they are.
-
-    Raises:
-        ValueError: a tensor's rows cannot be told apart.
-    """
-    grid = next((v for k, v in outputs.items() if k.endswith(("grid_thw", "grid_hws"))), None)
-    sizes = grid.prod(-1).tolist() if grid is not None else None
-    items: list[dict[str, Any]] = [{} for _ in range(count)]
-    for key, value in outputs.items():
-        if not isinstance(value, (torch.Tensor, Sequence)) or isinstance(value, str):
-            continue
-        if len(value) == count:
-            parts = [value[i : i + 1] for i in range(count)]
-        elif sizes is not None and len(value) == sum(sizes):
-            parts = list(value.split(sizes))
-        else:
-            raise ValueError(f"{where}: {key!r} has {len(value)} rows for {count} items.")
-        for item, part in zip(items, parts, strict=True):
-            item[key] = part
-    return items
-
-
-def unpadded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """One item's inputs without the padding that a batch gave it, where a mask tells of it (see `groups_by_length`)."""
-    mask = inputs.get("attention_mask")
-    main = next((k for k in ("input_values", "input_ids") if k in inputs), None)
-    if not isinstance(mask, torch.Tensor) or main is None or mask.shape != inputs[main].shape:
-        return inputs
-    length = int(mask.sum())
-    cut = {k: v[:, :length] if isinstance(v, torch.Tensor) and v.ndim >= 2 else v for k, v in inputs.items()}
-    return {k: v for k, v in cut.items() if k != "attention_mask"}

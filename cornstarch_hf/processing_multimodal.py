@@ -10,8 +10,9 @@ from transformers import BatchFeature
 from .batches import MultimodalBatch
 from .chat import ConversationReader, chosen_template, is_batch, refuse_typed, render
 from .input_names import PROCESSOR_NAMES, keyword_for
+from .items import split_items, unpadded
 from .labelling import assistant_spans
-from .media import flatten, split_items, unpadded
+from .media import flatten
 from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows
 from .processing_base import MultimodalProcessorBase
 from .subprocessors import MEDIA_KEYS, run_subprocessor

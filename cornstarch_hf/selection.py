@@ -32,6 +32,10 @@ class EncoderOutput(BaseModelOutputWithPooling):
         return None if lens is None else [int(n) for n in lens]
 
 
+CHANNELS_FIRST, CHANNELS_LAST, LAYERS_FIRST = "channels_first", "channels_last", "layers_first"
+DATA_FORMATS = (CHANNELS_FIRST, CHANNELS_LAST, LAYERS_FIRST)
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which of an encoder's outputs is projected.
@@ -40,16 +44,24 @@ class Selection:
         output: an output field, None for the last hidden state (the merged tokens of packed towers).
         layer: index into the hidden states, or several that are concatenated; -1 is the last hidden state.
         drop_prefix: leading tokens (CLS, registers) to drop of each item.
+        data_format: which axis holds the features' width: ``"channels_last"``, ``"channels_first"`` (after that of the items),
+            or ``"layers_first"``, a stack of hidden states with the items second, of which the last one is taken; None for
+            the usual: last of sequences, first of maps unless their width shows that it is last.
     """
 
     output: str | None = None
     layer: int | Sequence[int] = -1
     drop_prefix: int = 0
+    data_format: str | None = None
 
     @property
     def needs_hidden_states(self) -> bool:
         """Whether the encoder must return all its hidden states."""
         return self.output is None and self.layer != -1
+
+
+# What autoencoders and vocoders make of their features, and how far it is off.
+_GENERATED = ("loss", "audio_values", "waveforms", "logits")
 
 
 def as_output(raw: Any) -> EncoderOutput:
@@ -64,7 +76,7 @@ def as_output(raw: Any) -> EncoderOutput:
         raise TypeError(f"Expected a model output, a tuple or a tensor, got {type(raw).__name__}.")
     last = raw.get("last_hidden_state")
     if last is None:
-        last = next((v for v in raw.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
+        last = next((v for k, v in raw.items() if isinstance(v, Tensor) and v.ndim >= 2 and k not in _GENERATED), None)
     return with_features(raw, last, raw.get("feature_lens"))
 
 
@@ -80,7 +92,9 @@ def with_features(output: Mapping[str, Any], features: Any, lens: Any, **changes
     return copied
 
 
-def select_features(output: EncoderOutput, selection: Selection, name: str, width: int | None = None) -> Tensor:
+def select_features(
+    output: EncoderOutput, selection: Selection, name: str, width: int | None = None, items: int | None = None
+) -> Tensor:
     """The features that a selection names.
 
     Args:
@@ -88,6 +102,7 @@ def select_features(output: EncoderOutput, selection: Selection, name: str, widt
         selection: see `Selection`.
         name: the modality, for messages.
         width: the features' expected width, which tells channels-first from channels-last maps.
+        items: how many there are, where it is known; it tells merged tokens from pooled vectors.
 
     Returns:
         ``(items, tokens, width)``, or ``(sum of tokens, width)`` for packed towers.
@@ -95,7 +110,7 @@ def select_features(output: EncoderOutput, selection: Selection, name: str, widt
     Raises:
         ValueError: no such field or layer, a prefix that is not there, an output of another rank.
     """
-    features = [_flatten_map(x, width, name) for x in _chosen(output, selection, name)]
+    features = [_as_tokens(x, selection, width, name) for x in chosen_features(output, selection, name, items)]
     joined = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
     if selection.drop_prefix:
         if joined.ndim != 3 or joined.shape[1] <= selection.drop_prefix:
@@ -107,7 +122,8 @@ def select_features(output: EncoderOutput, selection: Selection, name: str, widt
     return joined
 
 
-def _chosen(output: EncoderOutput, selection: Selection, name: str) -> list[Tensor]:
+def chosen_features(output: EncoderOutput, selection: Selection, name: str, items: int | None = None) -> list[Tensor]:
+    """The tensors that a selection names, as the encoder gave them, one per layer; arguments as of `select_features`."""
     if selection.output is not None:
         value = output.get(selection.output)
         if not isinstance(value, Tensor):
@@ -115,14 +131,11 @@ def _chosen(output: EncoderOutput, selection: Selection, name: str) -> list[Tens
             raise ValueError(f"{name}: the encoder's output has no tensor {selection.output!r}, it has {present}.")
         return [value]
     if selection.layer == -1:
-        last: Any = output.last_hidden_state
-        pooled: Any = output.pooler_output
-        if last is None:
+        if output.last_hidden_state is None:
             raise ValueError(
                 f"{name}: the encoder's output has no features, it has {list(output)}; name one by output=."
             )
-        merged = isinstance(pooled, Tensor) and pooled.ndim == 2 and last.ndim == 2
-        return [pooled if merged else last]
+        return [_merged(output.last_hidden_state, output.pooler_output, items)]
     states = output.hidden_states
     layers = [selection.layer] if isinstance(selection.layer, int) else list(selection.layer)
     if states is None:
@@ -133,22 +146,43 @@ def _chosen(output: EncoderOutput, selection: Selection, name: str) -> list[Tens
     return [states[layer] for layer in layers]
 
 
+def _merged(last: Any, pooled: Any, items: int | None) -> Tensor:
+    """The last hidden state, or `pooler_output` where that holds an item's merged tokens and no vector of the whole item."""
+    if not isinstance(pooled, Tensor) or last.ndim not in (2, 3) or pooled.ndim not in (2, 3):
+        return last
+    if last.ndim == 2:  # packed; a third axis holds the patches that one token is made of
+        return pooled.flatten(1)
+    if pooled.ndim == 3:
+        return pooled
+    if items is None or len(pooled) == items or len(pooled) % items:
+        return last
+    return pooled.unflatten(0, (items, -1))  # the same number of each item: they have one shape
+
+
 def selected_map(
     output: EncoderOutput, selection: Selection, name: str, width: int | None = None
 ) -> tuple[int, int] | None:
     """Rows and columns of the map that a selection names; None where it is no map, or loses some of it to a prefix."""
-    chosen = _chosen(output, selection, name)[0]
-    if chosen.ndim != 4 or selection.drop_prefix:
+    chosen = chosen_features(output, selection, name)[0]
+    if chosen.ndim != 4 or selection.drop_prefix or selection.data_format == LAYERS_FIRST:
         return None
-    rows, columns = chosen.shape[1:3] if _channels_last(chosen, width) else chosen.shape[2:]
+    rows, columns = chosen.shape[1:3] if _channels_last(chosen, selection, width) else chosen.shape[2:]
     return int(rows), int(columns)
 
 
-def _channels_last(features: Tensor, width: int | None) -> bool:
+def _channels_last(features: Tensor, selection: Selection, width: int | None) -> bool:
+    if selection.data_format is not None:
+        return selection.data_format == CHANNELS_LAST
+    if features.ndim == 3:
+        return True
     return width is not None and features.shape[-1] == width and features.shape[1] != width
 
 
-def _flatten_map(features: Tensor, width: int | None, name: str) -> Tensor:
+def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: str) -> Tensor:
+    if features.ndim == 4 and selection.data_format == LAYERS_FIRST:
+        features = features[-1]
+    elif features.ndim in (3, 4) and not _channels_last(features, selection, width):  # (items, width, ...)
+        return features.flatten(2).transpose(1, 2)
     if features.ndim in (2, 3):
         return features
     if features.ndim != 4:
@@ -156,28 +190,7 @@ def _flatten_map(features: Tensor, width: int | None, name: str) -> Tensor:
             f"{name}: the encoder's features have the shape {tuple(features.shape)}, expected (items, tokens, width), "
             "(items, width, height, width of map) or packed (tokens, width): reshape them in postprocess_module_callback."
         )
-    if _channels_last(features, width):  # (items, rows, columns, width)
-        return features.flatten(1, 2)
-    return features.flatten(2).transpose(1, 2)  # (items, width, rows, columns)
-
-
-def lengths_by_grid(num_features: int, grid: Tensor, name: str) -> list[int]:
-    """Features of each item of a packed output.
-
-    Args:
-        num_features: of all items together.
-        grid: ``(items, 2 or 3)`` patches along each axis; a tower merges the same number of patches everywhere.
-        name: the modality, for messages.
-
-    Raises:
-        ValueError: the features do not divide by the grid.
-    """
-    patches = grid.prod(-1).tolist()
-    total = sum(patches)
-    lengths = [num_features * p // total for p in patches]
-    if any(num_features * p % total for p in patches) or sum(lengths) != num_features:
-        raise ValueError(f"{name}: {num_features} features do not divide among items of {patches} patches.")
-    return lengths
+    return features.flatten(1, 2)  # (items, rows, columns, width)
 
 
 def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:

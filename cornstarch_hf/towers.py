@@ -98,17 +98,18 @@ def accepts(module: nn.Module, name: str) -> bool:
     return name in forward_parameters(module) or takes_any_keyword(module)
 
 
-def counted_lengths(module: nn.Module, mask: Tensor) -> list[int] | None:
+def counted_lengths(module: nn.Module, lengths: Tensor) -> list[int] | None:
     """Feature counts that an audio encoder derives from its input's valid lengths, None where it has no such method.
 
     Args:
-        mask: ``(items, length)``, 1 where the input is valid.
+        module: the encoder.
+        lengths: ``(items,)`` valid positions of its input.
     """
     # The convolutional front ends of transformers' audio encoders tell their output length by one of these methods.
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
         helper = getattr(unwrapped(module), name, None)
         if helper is not None:
-            lengths = helper(mask.sum(-1))
-            lengths = lengths[-1] if isinstance(lengths, tuple) else lengths
-            return lengths.tolist()
+            counted = helper(lengths)
+            counted = counted[-1] if isinstance(counted, tuple) else counted
+            return counted.tolist()
     return None

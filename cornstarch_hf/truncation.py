@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .media import split_items
+from .items import split_items
 
 
 @dataclass(frozen=True)

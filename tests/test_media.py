@@ -11,7 +11,7 @@ import tiny
 import torch
 from PIL import Image
 
-from cornstarch_hf.media import check_sampling_rate, flatten, ready_audio, ready_image, split_items, unpadded
+from cornstarch_hf.media import check_sampling_rate, flatten, ready_audio, ready_image
 
 WAVE = np.linspace(-1, 1, 8, dtype=np.float32)
 
@@ -161,19 +161,3 @@ def test_images_that_cannot_be_decoded(tmp_path):
         with pytest.raises(ValueError, match="vision, item 3: the image cannot be decoded from .*Error: ") as caught:
             ready_image(form, "vision, item 3", 3, False)
         assert isinstance(caught.value.__cause__, (OSError, ValueError))
-
-
-def test_rows_of_a_batch_go_to_their_items():
-    grid, packed = torch.tensor([[1, 2, 2], [1, 1, 2]]), torch.arange(6.0)[:, None]
-    first, second = split_items({"pixel_values": packed, "image_grid_thw": grid, "note": "x"}, 2, "vision")
-    assert torch.equal(first["pixel_values"], packed[:4]) and torch.equal(second["pixel_values"], packed[4:])
-    assert torch.equal(second["image_grid_thw"], grid[1:]) and "note" not in first
-    with pytest.raises(ValueError, match="vision: 'pixel_values' has 3 rows for 2 items"):
-        split_items({"pixel_values": torch.zeros(3, 1)}, 2, "vision")
-
-
-def test_an_items_padding_is_cut_where_its_mask_tells():
-    ids, mask = torch.tensor([[5, 6, 1, 1]]), torch.tensor([[1, 1, 0, 0]])
-    assert unpadded({"input_ids": ids, "attention_mask": mask})["input_ids"].tolist() == [[5, 6]]
-    features = {"input_features": torch.zeros(1, 8, 4), "attention_mask": mask}
-    assert unpadded(features) is features

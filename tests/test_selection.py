@@ -9,7 +9,6 @@ from cornstarch_hf.selection import (
     EncoderOutput,
     Selection,
     as_output,
-    lengths_by_grid,
     per_item,
     select_features,
     with_features,
@@ -81,13 +80,6 @@ def test_maps_are_read_row_by_row_whichever_axis_holds_the_channels():
     assert torch.equal(select(output(last_hidden_state=last), width=4), tokens)
     for width in (None, 4):
         assert torch.equal(select(output(last_hidden_state=first), width=width), tokens)
-
-
-def test_packed_features_are_divided_by_their_grid():
-    assert lengths_by_grid(12, torch.tensor([[1, 4, 4], [1, 4, 8]]), "vision") == [4, 8]
-    assert lengths_by_grid(24, torch.tensor([[4, 2], [2, 8]]), "vision") == [8, 16]
-    with pytest.raises(ValueError, match=r"vision: 11 features do not divide among items of \[16, 32\] patches"):
-        lengths_by_grid(11, torch.tensor([[1, 4, 4], [1, 4, 8]]), "vision")
 
 
 def test_one_tensor_for_each_item():

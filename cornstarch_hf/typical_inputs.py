@@ -1,0 +1,212 @@
+"""Inputs of an ordinary item of any encoder, told from the names of its `forward` and from its configuration.
+
+They serve to ask an encoder for the shape of its features before anybody has an item.  Floating-point inputs are on the meta
+device; integers are real.  What comes first is likelier; whoever takes them tries one after the other.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+Inputs = dict[str, Tensor]
+GRIDS = ("grid_thw", "grid_hws", "image_grid_thw")
+
+
+def typical_inputs(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    """Inputs of one item, likelier ones first; of two sizes where the configuration does not fix it.
+
+    Args:
+        names: parameters of the encoder's `forward`.
+        config: of the encoder.
+        kind: of the modality (``"image"``, ``"audio"``, ...).
+    """
+    for key, recipe in RECIPES.items():
+        if key in names:
+            for inputs in recipe(names, config, kind):
+                yield {name: x for name, x in (inputs | _companions(inputs, key, config)).items() if name in names}
+            return
+
+
+def number(config: PreTrainedConfig, *attributes: str, default: int) -> int:
+    """The first of some attributes that is a positive integer, or the largest entry of a list of such."""
+    for attribute in attributes:
+        value = getattr(config, attribute, None)
+        if isinstance(value, (list, tuple)) and value and all(isinstance(x, int) for x in value):
+            value = max(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return default
+
+
+def _meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _channels(config: PreTrainedConfig) -> int:
+    return number(config, "num_channels", "in_channels", "in_chans", default=3)
+
+
+def _patch(config: PreTrainedConfig) -> int:
+    return number(config, "patch_size", default=16)
+
+
+def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """Heights and widths to try: of the configuration, then usual ones."""
+    size = getattr(config, "image_size", None)
+    if isinstance(size, Mapping):
+        size = (size.get("height"), size.get("width"))
+    if isinstance(size, int):
+        size = (size, size)
+    own = [(int(size[0]), int(size[1]))] if isinstance(size, (list, tuple)) and len(size) == 2 and all(size) else []
+    unit = 2 * _patch(config) * number(config, "spatial_merge_size", "window_size", default=1)
+    usual = [(224, 224), (256, 192), (64, 64), (4 * unit, 2 * unit), (512, 512), (384, 384)]
+    return own + [sides for sides in usual if sides not in own]
+
+
+def _pixels(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    key = next(k for k in ("pixel_values", "pixel_values_videos", "image") if k in names)
+    if any(grid in names for grid in GRIDS):
+        yield from _packed(key, names, config)
+        return
+    if "target_sizes" in names:
+        yield from _packed_images(key, config)
+        return
+    if "spatial_shapes" in names:
+        width = _channels(config) * _patch(config) ** 2
+        for rows, columns in ((4, 4), (4, 2)):
+            yield {key: _meta(1, rows * columns, width), "spatial_shapes": torch.tensor([[rows, columns]])}
+        return
+    frames = number(config, "num_frames", "frames_per_clip", "num_frames_per_clip", default=8)
+    for height, width in _sides(config):
+        plane = (_channels(config), height, width)
+        image = [(1, *plane)]
+        clips = [(1, frames, *plane), (1, plane[0], frames, *plane[1:])]
+        for shape in clips + image if kind == "video" else image + clips:
+            yield {key: _meta(*shape)}
+
+
+def _packed(key: str, names: Collection[str], config: PreTrainedConfig) -> Iterator[Inputs]:
+    """Patches of one item in a row, flattened or as small images, with their numbers along each axis."""
+    grid_name, side = next(g for g in GRIDS if g in names), _patch(config)
+    unit = 2 * number(config, "spatial_merge_size", "merge_kernel_size", "spatial_patch_size", default=2)
+    for rows, columns in ((unit, unit), (2 * unit, unit)):
+        grid = torch.tensor([[1, rows, columns] if grid_name != "grid_hws" else [rows, columns]])
+        for frames in dict.fromkeys((number(config, "temporal_patch_size", default=1), 1, 2)):
+            yield {key: _meta(rows * columns, _channels(config) * frames * side**2), grid_name: grid}
+        yield {key: _meta(rows * columns, number(config, "hidden_size", default=1)), grid_name: grid}
+        yield {key: _meta(rows * columns, _channels(config), side, side), grid_name: grid}
+
+
+def _packed_images(key: str, config: PreTrainedConfig) -> Iterator[Inputs]:
+    """One row of patches side by side, as an image that is one patch high."""
+    side = _patch(config)
+    for rows, columns in ((4, 4), (8, 4)):
+        yield {
+            key: _meta(1, _channels(config), side, rows * columns * side),
+            "target_sizes": torch.tensor([[rows, columns]]),
+        }
+
+
+def _waves(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    key = "input_values"
+    bins = number(config, "num_mel_bins", default=80)
+    spectrum = [(1, number(config, "max_length", default=1024), bins)]
+    lengths = (16_000, 24_000)
+    waves = [(1, n) for n in lengths]
+    channels = [(1, number(config, "audio_channels", default=1), n) for n in lengths]
+    first = spectrum if hasattr(config, "num_mel_bins") else []
+    for shape in first + waves + channels + [s for s in spectrum if s not in first]:
+        yield {key: _meta(*shape)}
+
+
+def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    key = next(k for k in ("input_features", "audio_mel") if k in names)
+    default = number(config, "feature_size", "input_size", default=80)
+    attributes = (
+        "num_mel_bins",
+        "input_feat_size",
+        "feature_projection_input_dim",
+        "input_dim",
+        "input_feat_per_channel",
+    )
+    bins = list(dict.fromkeys((number(config, *attributes, default=default), default, 128, 64)))
+    window = 2 * number(config, "max_source_positions", default=512)
+    for mels in bins:
+        for frames in dict.fromkeys((window, 1024, 3000, 800)):
+            shapes = [(1, mels, frames), (1, frames, mels), (1, 1, frames, mels)]
+            if "feature_lens" in names:
+                shapes = [(mels, frames)]
+            for shape in shapes:
+                yield {key: _meta(*shape)}
+
+
+def _ids(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    for length in (16, 24):
+        yield {"input_ids": torch.full((1, length), min(5, number(config, "vocab_size", default=6) - 1))}
+
+
+def _series(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    length = number(config, "context_length", default=512)
+    channels = number(config, "num_input_channels", "input_size", default=1)
+    for shape in ((1, length, channels), (1, length), (1, 2 * length)):
+        yield {"past_values": _meta(*shape)}
+
+
+def _flattened(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    width = number(config, "patch_embed_hidden_size", default=_channels(config) * _patch(config) ** 2)
+    for size in dict.fromkeys((2 + _channels(config) * _patch(config) ** 2, 2 + width)):
+        yield {"flattened_patches": _meta(1, 64, size)}
+
+
+def _states(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    if any(grid in names for grid in GRIDS):
+        yield from _packed("hidden_states", names, config)
+        return
+    for frames in (1024, 800):
+        yield {"hidden_states": _meta(1, frames, number(config, "input_dim", "input_size", "hidden_size", default=80))}
+
+
+def _any(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
+    width = number(config, "d_model", "feature_size", "hidden_size", default=64)
+    for length in (16, 24):
+        yield {"inputs": _meta(1, length, width)}
+
+
+# By the input that holds an item, in order of preference.
+RECIPES: dict[str, Callable[[Collection[str], PreTrainedConfig, str], Iterator[Inputs]]] = {
+    "pixel_values": _pixels,
+    "pixel_values_videos": _pixels,
+    "image": _pixels,
+    "flattened_patches": _flattened,
+    "input_values": _waves,
+    "input_features": _spectra,
+    "audio_mel": _spectra,
+    "input_ids": _ids,
+    "past_values": _series,
+    "hidden_states": _states,
+    "inputs": _any,
+}
+
+
+def _companions(inputs: Inputs, key: str, config: PreTrainedConfig) -> Inputs:
+    """What some encoders want beside the item itself: masks of all that is valid, lengths, sizes."""
+    x = inputs.get(key)
+    if x is None:
+        return {}
+    length = x.shape[-1] if key == "input_features" and x.ndim == 2 else x.shape[1]
+    ones = torch.ones(1, length, dtype=torch.long)
+    return {
+        "image_sizes": torch.tensor([list(x.shape[-2:])]),
+        "pixel_attention_mask": ones,
+        "input_features_mask": torch.ones(1, x.shape[-1], dtype=torch.long),
+        "audio_mel_mask": torch.ones(1, length, dtype=torch.bool),
+        "feature_lens": torch.tensor([length]),
+        "past_values_padding": ones,
+        "freq": torch.zeros(1, 1, dtype=torch.long),
+        "is_longer": torch.zeros(1, 1, dtype=torch.bool),
+        "merge_sizes": torch.tensor([number(config, "spatial_merge_size", default=1)]),
+        "bbox": torch.zeros(1, length, 4, dtype=torch.long),
+        "mask": torch.ones(1, length, dtype=torch.bool),
+    }
