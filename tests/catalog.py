@@ -36,6 +36,7 @@ class Case:
         module_kwargs: of `ModalEncoderModule`.
         options: keyword arguments of the model's constructor.
         config: name of the configuration's class, where it is not the model's `config_class`.
+        whole: the changes are the whole configuration, where `shrunk` cannot read the class's defaults.
         folder: of the class below ``transformers.models``, where several hold one of its name.
     """
 
@@ -47,6 +48,7 @@ class Case:
     module_kwargs: Mapping = field(default_factory=dict)
     options: Mapping = field(default_factory=dict)
     config: str | None = None
+    whole: bool = False
     folder: str | None = None
 
 
@@ -86,7 +88,8 @@ def config_of(name: str, case: Case | None = None):
     """The tiny configuration of a class."""
     case = case or cases()[name]
     model_class = found_class(name, case.folder)
-    return shrunk(found_class(case.config) if case.config else model_class.config_class, **case.changes)
+    config_class = found_class(case.config) if case.config else model_class.config_class
+    return config_class(**case.changes) if case.whole else shrunk(config_class, **case.changes)
 
 
 def build(name: str, case: Case | None = None, seed: int = 0):
