@@ -76,6 +76,11 @@ def side_by_side(inputs) -> Inputs:
     }
 
 
+def unmasked(i: int) -> Inputs:
+    """An image and the order in which its patches are kept, all of them (ViT-MAE)."""
+    return {"pixel_values": floats(i, 1, 3, 32, 32), "noise": torch.arange(16.0)[None]}
+
+
 FIXED = Case(image())
 ANY_SIZE = Case(image(32, 16))
 SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "hidden_size": 32}
@@ -112,7 +117,7 @@ UNLIMITED_OCR = {
 DOTS = VIT | {"patch_size": 8, "moe_intermediate_size": 16, "mlp_layer_types": ["dense", "sparse"]}
 DOTS |= {"num_local_experts": 4, "adapter_in_dim": 32, "adapter_out_dim": 40}
 HIERA = {"image_size": [64, 64], "embed_dim": 8, "hidden_size": 64, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
-LEVIT = {"image_size": 64, "patch_size": 16, "hidden_sizes": [16, 24, 32], "depths": [1, 1, 1]}
+LEVIT = {"image_size": 128, "patch_size": 16, "hidden_sizes": [16, 24, 32], "depths": [1, 1, 1]}
 LEVIT |= {"num_attention_heads": [2, 2, 2], "key_dim": [8, 8, 8]}
 EFFICIENT = {"width_coefficient": 0.125, "depth_coefficient": 0.1, "hidden_dim": 160}
 
@@ -144,7 +149,7 @@ CASES: dict[str, Case] = {
     "EfficientNetModel": Case(image(64, 32), EFFICIENT),
     "Ernie4_5_VLMoeVisionTransformerPretrainedModel": ERNIE,
     "Ernie4_5_VL_MoeVisionTransformerPretrainedModel": ERNIE,
-    "Exaone4_5_VisionModel": Case(packed(name="hidden_states"), WINDOWS, **PIXELS),
+    "Exaone4_5_VisionModel": Case(packed(name="hidden_states"), WINDOWS, kind="image", **PIXELS),
     "FlavaImageModel": FIXED,
     "FlavaImageCodebook": Case(image(32, 16), {"hidden_size": 8, "vocab_size": 40}),
     "GitVisionModel": FIXED,
@@ -173,7 +178,7 @@ CASES: dict[str, Case] = {
     "Kimi_K25VisionModel": Case(packed(shape=(3, 8, 8)), {"pos_emb_height": 8, "pos_emb_width": 8}, **PIXELS),
     "Kosmos2VisionModel": FIXED,
     "Kosmos2_5VisionModel": Case(flattened(48), {"patch_embed_hidden_size": 48, "max_num_patches": 64}, join="pad"),
-    "LevitModel": Case(image(64), LEVIT),
+    "LevitModel": Case(image(128), LEVIT),
     "Lfm3VlVisionModel": Case(packed(), **PIXELS),
     "Llama4VisionModel": Case(
         image(),
@@ -257,15 +262,73 @@ CASES: dict[str, Case] = {
         image(8, 16), {"image_size": 8, "hidden_size": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
     ),
     "Swinv2Model": Case(image(32, 64), SWIN | {"pretrained_window_sizes": [0, 0]}),
-    "TimesformerModel": Case(video(2), {"num_frames": 2}),
+    "TimesformerModel": Case(video(2), {"num_frames": 2}, kind="video"),
     "Tipsv2VisionModel": ANY_SIZE,
     "UnlimitedOcrVisionModel": Case(image(64), UNLIMITED_OCR, whole=True),
     "VideoLlama3VisionModel": Case(packed(192, merge_sizes=2), **PIXELS),
     "VideoMAEModel": Case(video(4), {"num_frames": 4}),
     "ViTModel": FIXED,
-    "ViTMAEModel": FIXED,
+    "ViTMAEModel": Case(unmasked, {"mask_ratio": 0.0}, module_kwargs={"additional_args": ["noise"]}),
     "ViTMSNModel": FIXED,
     "VitDetModel": Case(image(32, 16), {"pretrain_image_size": 32}),
     "VivitModel": Case(video(4), {"num_frames": 4, "tubelet_size": [2, 8, 8]}),
     "YolosModel": Case(image(32, 16), {"image_size": [32, 32], "num_detection_tokens": 4}),
+}
+
+# Tokens and width of what each class gives for item 0, by its architecture: what a composition must see of it.
+FEATURES: dict[str, tuple[int, int]] = {
+    name: shape
+    for shape, names in {
+        (2, 32): "GroupViTVisionModel",
+        (4, 24): """
+            BitModel GLPNModel PoolFormerModel PvtV2Model ResNetModel SegformerModel SwiftFormerModel
+            ConvNextModel ConvNextV2Model
+        """,
+        (4, 32): """
+            LevitModel MiniCPMOcrVisionModel MiniCPMV4_6VisionModel MiniCPMV4_7VisionModel
+            VideoLlama3VisionModel
+        """,
+        (4, 40): """
+            AlignVisionModel CohereCompassVisionModel Dots3NoteVisionModel Exaone4_5_VisionModel
+            Glm4vVisionModel Glm4vMoeVisionModel Glm5NextVisionModel GlmOcrVisionModel GraniteDoclingVisionModel
+            Llama4VisionModel MobileViTModel Qwen2_5OmniVisionEncoder Qwen2_5_VisionTransformerPretrainedModel
+            Qwen2VisionTransformerPretrainedModel Qwen3_5VisionModel Qwen3_5MoeVisionModel
+            Qwen3OmniMoeVisionEncoder Qwen3VLVisionModel Qwen3VLMoeVisionModel Qwen4ExpVisionModel
+        """,
+        (4, 64): "HieraModel MobileViTV2Model Sam2HieraDetModel Sam2VisionModel UnlimitedOcrVisionModel",
+        (4, 128): "Kimi_K25VisionModel MobileNetV1Model MuseGlimmerVisionModel MuseSparkVisionModel",
+        (4, 160): "EfficientNetModel",
+        (4, 1280): "MobileNetV2Model",
+        (5, 24): "DINOv3ConvNextModel PvtModel",
+        (8, 40): "HunYuanVLVisionTransformer",
+        (16, 24): "GotOcr2VisionEncoder SamVisionEncoder SamVisionModel SamHQVisionEncoder SamHQVisionModel",
+        (16, 32): """
+            Aimv2VisionModel Cosmos3EdgeVisionModel DonutSwinModel
+            Ernie4_5_VLMoeVisionTransformerPretrainedModel Ernie4_5_VL_MoeVisionTransformerPretrainedModel
+            GlmImageVisionModel Idefics2VisionTransformer Idefics3VisionTransformer IJepaModel JanusVisionModel
+            Kosmos2_5VisionModel Lfm3VlVisionModel MaskFormerSwinModel MiniMaxM3VLVisionModel Ovis2VisionModel
+            Phi4MultimodalVisionModel Pix2StructVisionModel PixtralVisionModel Sam3ViTModel Sam3VisionModel
+            SiglipVisionModel Siglip2VisionModel SmolVLMVisionTransformer SwinModel Swinv2Model VitDetModel
+        """,
+        (16, 40): "FlavaImageCodebook",
+        (17, 32): """
+            AltCLIPVisionModel BeitModel BlipVisionModel Blip2VisionModel ChineseCLIPVisionModel CLIPVisionModel
+            CLIPSegVisionModel Data2VecVisionModel Dinov2Model DPTModel FlavaImageModel GitVisionModel
+            InstructBlipVisionModel InstructBlipVideoVisionModel InternVLVisionModel Kosmos2VisionModel
+            MetaClip2VisionModel MLCDVisionModel Owlv2VisionModel OwlViTVisionModel QianfanOCRVisionModel
+            ViTModel ViTMAEModel ViTMSNModel
+        """,
+        (17, 64): "BridgeTowerVisionModel",
+        (18, 32): "DeiTModel Tipsv2VisionModel",
+        (19, 32): "DINOv3ViTModel",
+        (21, 32): "Dinov2WithRegistersModel YolosModel",
+        (24, 32): "PixioModel",
+        (25, 32): "Sapiens2Model",
+        (26, 32): "RadioModel",
+        (32, 32): "VideoMAEModel",
+        (33, 32): "TimesformerModel VivitModel",
+        (64, 16): "Swin2SRModel",
+        (64, 24): "PPFormulaNetVisionModel",
+    }.items()
+    for name in names.split()
 }
