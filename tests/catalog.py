@@ -17,7 +17,8 @@ from shrunk import built, shrunk
 from torch import Tensor
 from torch.nn.functional import pad
 
-TABLES = ("catalog_vision", "catalog_others")
+# Tables of rows; CASES were measured and are to compose, MORE are forms beyond those.
+TABLES = ("catalog_vision", "catalog_vision_more", "catalog_others")
 Inputs = dict[str, Tensor]
 
 
@@ -56,7 +57,8 @@ class Case:
 def cases() -> dict[str, Case]:
     """The rows of all tables, by class name."""
     tables = [importlib.import_module(name) for name in TABLES if importlib.util.find_spec(name)]
-    return {name: case for table in tables for name, case in table.CASES.items()}
+    rows = [getattr(table, key, {}) for table in tables for key in ("CASES", "MORE")]
+    return {name: case for row in rows for name, case in row.items()}
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import catalog
 import catalog_vision
+import catalog_vision_more
 import pytest
 import torch
 
@@ -10,12 +11,14 @@ SAMPLE = ("CLIPVisionModel", "Qwen3VLVisionModel", "MiniCPMV4_6VisionModel", "Si
 
 
 def test_every_row_names_one_class_of_transformers():
-    assert [name for name in catalog_vision.CASES if len(catalog.homes().get(name, [])) != 1] == []
+    assert [name for name in catalog.cases() if len(catalog.homes().get(name, [])) != 1] == []
 
 
 def test_rows_and_stated_features_are_of_the_same_classes():
     assert len(catalog_vision.CASES) == 119
     assert set(catalog_vision.FEATURES) == set(catalog_vision.CASES)
+    assert set(catalog_vision_more.MORE_FEATURES) == set(catalog_vision_more.MORE)
+    assert set(catalog_vision.CASES).isdisjoint(catalog_vision_more.MORE)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
