@@ -20,6 +20,11 @@ def ids(i: int, vocabulary: int = 300, mask: str | None = "attention_mask") -> I
     return found | ({mask: torch.ones(1, length, dtype=torch.long)} if mask else {})
 
 
+def colours(i: int) -> Inputs:
+    """Sixteen pixels as ids."""
+    return {"input_ids": ids(i)["input_ids"].repeat(1, 3)[:, :16]}
+
+
 def boxed(i: int) -> Inputs:
     """Token ids with the box of each word on its page, ``(1, length, 4)``."""
     found = ids(i)
@@ -115,6 +120,54 @@ def chunked_mel(i: int) -> Inputs:
     return {"input_features": floats(i, 1, 8, padded) * mask, "input_features_mask": mask[None]}
 
 
+def gemma3n_mel(i: int) -> Inputs:
+    """A spectrogram whose mask says True where there is padding."""
+    return mel(i, bins=16, name="audio_mel", mask="audio_mel_mask", dtype=torch.bool, fill=0)
+
+
+def phi4_mel(i: int) -> Inputs:
+    return mel(i, bins=16, name="hidden_states", mask="mask", dtype=torch.bool)
+
+
+def clap_mel(i: int) -> Inputs:
+    return {"input_features": floats(i, 1, 1, 256, 64), "is_longer": torch.zeros(1, 1, dtype=torch.bool)}
+
+
+def spectrum(i: int) -> Inputs:
+    return {"input_values": floats(i, 1, 32, 16)}
+
+
+def coded_mel(i: int) -> Inputs:
+    """A spectrogram ``(1, frames, bins)`` of integers."""
+    return {"audio_input_ids": torch.randint(0, 16, (1, (7, 9)[i % 2], 8), generator=torch.Generator().manual_seed(i))}
+
+
+def spelled(i: int) -> Inputs:
+    """Token ids under the name that encoders of sound use."""
+    found = ids(i, 80)
+    return {"input_values": found["input_ids"], "attention_mask": found["attention_mask"]}
+
+
+def queries(i: int) -> Inputs:
+    """Queries and what they attend to."""
+    return {"query_embeds": floats(i, 1, 4, 32), "encoder_hidden_states": floats(i + 50, 1, 7, 32)}
+
+
+def stepped_wave(i: int) -> Inputs:
+    """A waveform ``(1, samples)`` of whole steps of 8."""
+    return {"input_values": floats(i, 1, (96, 120)[i % 2])}
+
+
+def patched(i: int) -> Inputs:
+    """A time series ``(1, channels, patches, length of a patch)``."""
+    return {"past_values": floats(i, 1, 2, 4, 8)}
+
+
+def lagged(i: int) -> Inputs:
+    """A time series with its lags, ``(1, length, 4)``, as the encoder of a forecasting model takes it."""
+    return {"inputs_embeds": floats(i, 1, 16, 4)}
+
+
 def series(i: int, length: int = 32, channels: int = 2, mask: str | None = None) -> Inputs:
     """A time series ``(1, length, channels)``."""
     found = {"past_values": floats(i, 1, length, channels)}
@@ -152,6 +205,13 @@ def convolving(items: Callable[[int], Inputs] = wave, join: str = "pad", **chang
     return Case(items, stack | positions | {"apply_spec_augment": False} | changes, join)
 
 
+protein = partial(ids, vocabulary=30)
+long_wave = partial(wave, least=1600, unit=160)
+long_mel = partial(mel, frames=(60, 90, 45, 72))
+even_mel = partial(mel, mask="input_features_mask", frames=(40, 56, 32, 48))
+bare_mel = partial(mel, bins_first=True, mask=None, frames=(40, 56))
+bare_states = partial(mel, name="hidden_states", mask=None, frames=(40, 56))
+
 BINS = {"num_mel_bins": 8}
 ONE_LENGTH = BINS | {"max_source_positions": 16}
 DAC = {"encoder_hidden_size": 4, "downsampling_ratios": (2, 4), "decoder_hidden_size": 16, "n_codebooks": 2,
@@ -169,6 +229,57 @@ NEUCODEC = {
                               "intermediate_size": 48, "feature_projection_input_dim": 8, "apply_spec_augment": False},
     "encoder_hidden_size": 4, "downsampling_ratios": (2, 4, 5), "num_key_value_heads": 4, "quantization_dim": 64,
 }  # fmt: skip
+GEMMA2 = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "embedding_dim": 24}  # fmt: skip
+CLAP = {"patch_embeds_hidden_size": 4, "hidden_size": 32, "depths": (1, 1, 1, 1), "num_attention_heads": (1, 2, 2, 2)}
+FUN_ASR = BINS | {
+    "num_stacked_frames": 3,
+    "num_hidden_layers": 3,
+    "num_timestamp_prediction_layers": 1,
+    "fsmn_kernel_size": 3,
+}
+GEMMA3N = {"input_feat_size": 16, "conf_num_attention_heads": 4, "conf_num_hidden_layers": 2, "sscp_conv_channel_size": (8, 4),
+           "conf_reduction_factor": 2, "conf_attention_chunk_size": 4, "conf_attention_context_left": 5}  # fmt: skip
+GEMMA4 = {
+    "subsampling_conv_channels": (16, 4),
+    "attention_chunk_size": 4,
+    "attention_context_left": 5,
+    "output_proj_dims": 24,
+}
+GRANITE = {"input_dim": 8, "dim_head": 8, "context_size": 16, "max_pos_emb": 32, "conv_kernel_size": 5}
+GRANITE5 = BINS | {"subsample_layers": [0], "num_key_value_heads": 4, "context_size": 16, "conv_kernel_size": 5}
+STREAMING = BINS | {"subsampling_conv_channels": 8, "sliding_window": 8, "default_num_lookahead_tokens": 1}
+PHI4 = {"input_size": 16, "num_blocks": 2, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32,
+        "nemo_conv_channels": 8}  # fmt: skip
+QWEN3 = BINS | {"n_window_infer": 200, "downsample_hidden_size": 4}
+SPEECH_DECODER = BINS | {"speech_decoder_prenet_units": 8, "speaker_embedding_dim": 8,
+                         "speech_decoder_prenet_dropout": 0.0}  # fmt: skip
+UNIVNET = BINS | {"model_in_channels": 4, "model_hidden_channels": 4, "kernel_predictor_hidden_channels": 4}
+WAV2VEC2_BERT = {"feature_projection_input_dim": 8, "apply_spec_augment": False, "conv_depthwise_kernel_size": 3,
+                 "vocab_size": 32}  # fmt: skip
+XCODEC = {"acoustic_model_config": DAC | {"hidden_size": 16}, "semantic_model_config": HUBERT, "codebook_size": 16,
+          "target_bandwidths": (8, 16)}  # fmt: skip
+SERIES = {"context_length": 32, "num_input_channels": 2}
+FORECAST = {"patch_length": 8, "context_length": 64, "horizon_length": 8}
+SEAMLESS = {"speech_encoder_layers": 2, "speech_encoder_attention_heads": 4, "speech_encoder_intermediate_size": 48,
+            "feature_projection_input_dim": 8, "adaptor_kernel_size": 4, "adaptor_stride": 4, "conv_depthwise_kernel_size": 3,
+            "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}  # fmt: skip
+PARAKEET = {"model_type": "parakeet_encoder", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4, "num_mel_bins": 8, "subsampling_conv_channels": 8}  # fmt: skip
+MUSE = {"patch_sizes": (4, 2), "hidden_sizes": (8, 16), "depths": (1, 1), "num_hidden_layers": 2, "out_hidden_size": 24,
+        "conv_kernel_size": 3}  # fmt: skip
+VIBEVOICE = {"hidden_size": 16, "num_filters": 4, "downsampling_ratios": (2, 4), "depths": (1, 1, 1)}
+FASTCONFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 4, "num_mel_bins": 8}  # fmt: skip
+DIARIZATION = {
+    "audio_config": FASTCONFORMER,
+    "head_config": {"hidden_size": 16, "num_speakers": 3, "audio_hidden_size": 32},
+}
+NEMOTRON = {"asr_config": FASTCONFORMER, "diarization_config": {"model_type": "nemotron3_diarization"} | DIARIZATION}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+T5GEMMA2 = {"text_config": SMALL | {"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8, "dropout_rate": 0.0},
+            "vision_config": SMALL | {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8}}  # fmt: skip
+TIME = {"prediction_length": 4, "context_length": 16, "d_model": 16, "input_size": 1}
 
 CASES: dict[str, Case] = {
     # ---- text
@@ -177,22 +288,7 @@ CASES: dict[str, Case] = {
     "CLIPTextModel": text(),
     "Data2VecTextModel": text(pad=1),
     "DebertaV2Model": text(),
-    "EmbeddingGemma2TextModel": Case(
-        ids,
-        {
-            "vocab_size": 320,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 512,
-            "embedding_dim": 24,
-        },
-        "pad",
-        shrink=False,
-    ),  # fmt: skip
+    "EmbeddingGemma2TextModel": Case(ids, GEMMA2, "pad", shrink=False),
     "EuroBertModel": text(),
     "GteModel": text(),
     "JinaEmbeddingsV3Model": text(pad=1),
@@ -208,23 +304,18 @@ CASES: dict[str, Case] = {
     "TapasModel": text(in_table, type_vocab_sizes=[3, 8, 8, 2, 8, 8, 4]),
     "XLMRobertaModel": text(pad=1),
     # ---- proteins
-    "EsmModel": text(partial(ids, vocabulary=30), pad=1, vocab_size=33, mask_token_id=32),
-    "EsmcModel": text(partial(ids, vocabulary=30), pad=1, vocab_size=33, num_key_value_heads=4),
-    # ---- pixels as ids
-    "ImageGPTModel": Case(
-        lambda i: {"input_ids": ids(i)["input_ids"].repeat(1, 3)[:, :16]}, {"n_positions": 16}, kind="image"
-    ),
-    # ---- vectors
+    "EsmModel": text(protein, pad=1, vocab_size=33, mask_token_id=32),
+    "EsmcModel": text(protein, pad=1, vocab_size=33, num_key_value_heads=4),
+    # ---- pixels as ids, and vectors
+    "ImageGPTModel": Case(colours, {"n_positions": 16}, kind="image"),
     "PerceiverModel": Case(
         rows, {"num_latents": 6, "d_latents": 16, "d_model": 32, "num_self_attends_per_block": 1}, "pad"
     ),
     # ---- waveforms
     "Data2VecAudioModel": convolving(conv_pos_kernel_size=3),
     "HubertModel": convolving(),
-    "MoonshineEncoder": Case(
-        partial(wave, least=1600, unit=160), {"encoder_num_hidden_layers": 2, "encoder_num_attention_heads": 4}, "pad"
-    ),
-    "MoonshineStreamingEncoder": Case(partial(wave, least=1600, unit=80), {"sliding_windows": ((4, 2), (4, 0))}, "pad"),
+    "MoonshineEncoder": Case(long_wave, {"encoder_num_hidden_layers": 2, "encoder_num_attention_heads": 4}, "pad"),
+    "MoonshineStreamingEncoder": Case(partial(long_wave, unit=80), {"sliding_windows": ((4, 2), (4, 0))}, "pad"),
     "PeAudioEncoder": Case(codec, {"dac_config": DAC}, "pad"),
     "SEWModel": convolving(),
     "SEWDModel": convolving(),
@@ -235,129 +326,35 @@ CASES: dict[str, Case] = {
     "Wav2Vec2ConformerModel": convolving(conv_depthwise_kernel_size=3),
     "WavLMModel": convolving(num_buckets=16, max_bucket_distance=32),
     # ---- spectrograms of one length
-    "ASTModel": Case(
-        lambda i: {"input_values": floats(i, 1, 32, 16)}, {"max_length": 32, "num_mel_bins": 16}, kind="audio"
-    ),
+    "ASTModel": Case(spectrum, {"max_length": 32, "num_mel_bins": 16}, kind="audio"),
     "AudioFlamingo3Encoder": Case(partial(window, mask="input_features_mask"), ONE_LENGTH),
-    "ClapAudioModel": Case(
-        lambda i: {"input_features": floats(i, 1, 1, 256, 64), "is_longer": torch.zeros(1, 1, dtype=torch.bool)},
-        {"patch_embeds_hidden_size": 4, "hidden_size": 32, "depths": (1, 1, 1, 1), "num_attention_heads": (1, 2, 2, 2)},
-    ),
+    "ClapAudioModel": Case(clap_mel, CLAP),
     "MossTranscribeDiarizeAudioModel": Case(window, ONE_LENGTH),
     "Qwen2AudioEncoder": Case(window, ONE_LENGTH),
     "VoxtralEncoder": Case(window, ONE_LENGTH),
     "WhisperEncoder": Case(window, ONE_LENGTH),
     # ---- spectrograms of any length
-    "FunAsrNanoEncoder": Case(
-        partial(mel, bins=24, mask="input_features_mask"),
-        BINS
-        | {
-            "num_stacked_frames": 3,
-            "num_hidden_layers": 3,
-            "num_timestamp_prediction_layers": 1,
-            "fsmn_kernel_size": 3,
-        },
-        "pad",
-    ),
-    "Gemma3nAudioEncoder": Case(
-        partial(mel, bins=16, name="audio_mel", mask="audio_mel_mask", dtype=torch.bool, fill=0),
-        {
-            "input_feat_size": 16,
-            "conf_num_attention_heads": 4,
-            "conf_num_hidden_layers": 2,
-            "sscp_conv_channel_size": (8, 4),
-            "conf_reduction_factor": 2,
-            "conf_attention_chunk_size": 4,
-            "conf_attention_context_left": 5,
-        },
-        "pad",
-        {"audio_mel_mask": True},
-        kind="audio",
-    ),  # fmt: skip
-    "Gemma4AudioModel": Case(
-        partial(mel, bins=16, dtype=torch.bool),
-        {
-            "subsampling_conv_channels": (16, 4),
-            "attention_chunk_size": 4,
-            "attention_context_left": 5,
-            "output_proj_dims": 24,
-        },
-        "pad",
-    ),
-    "GlmAsrEncoder": Case(partial(mel, bins_first=True, mask=None, frames=(40, 56)), BINS),
-    "GraniteSpeechCTCEncoder": Case(
-        partial(mel, name="hidden_states", mask=None, frames=(40, 56)),
-        {"input_dim": 8, "dim_head": 8, "context_size": 16, "max_pos_emb": 32, "conv_kernel_size": 5},
-        kind="audio",
-    ),
-    "GraniteSpeechPlusCTCEncoder": Case(
-        partial(mel, name="hidden_states", mask=None, frames=(40, 56)),
-        {"input_dim": 8, "dim_head": 8, "context_size": 16, "max_pos_emb": 32, "conv_kernel_size": 5},
-        kind="audio",
-    ),
-    "GraniteSpeech5Encoder": Case(
-        partial(mel, bins=32),
-        BINS | {"subsample_layers": [0], "num_key_value_heads": 4, "context_size": 16, "conv_kernel_size": 5},
-        "pad",
-    ),
-    "LasrEncoder": Case(
-        partial(mel, frames=(60, 90, 45, 72)), BINS | {"subsampling_conv_channels": 8, "conv_kernel_size": 4}, "pad"
-    ),
-    "Nemotron3DiarizationAudioModel": Case(
-        partial(mel, frames=(40, 56, 32, 48)), BINS | {"num_key_value_heads": 4}, "pad"
-    ),
-    "Nemotron3_5TranscribeAsrAudioModel": Case(
-        partial(mel, frames=(40, 56, 32, 48)), BINS | {"num_key_value_heads": 4}, "pad"
-    ),
-    "NemotronAsrStreamingEncoder": Case(
-        mel, BINS | {"subsampling_conv_channels": 8, "sliding_window": 8, "default_num_lookahead_tokens": 1}, "pad"
-    ),
+    "FunAsrNanoEncoder": Case(partial(mel, bins=24, mask="input_features_mask"), FUN_ASR, "pad"),
+    "Gemma3nAudioEncoder": Case(gemma3n_mel, GEMMA3N, "pad", {"audio_mel_mask": True}, kind="audio"),
+    "Gemma4AudioModel": Case(partial(mel, bins=16, dtype=torch.bool), GEMMA4, "pad"),
+    "GlmAsrEncoder": Case(bare_mel, BINS),
+    "GraniteSpeechCTCEncoder": Case(bare_states, GRANITE, kind="audio"),
+    "GraniteSpeechPlusCTCEncoder": Case(bare_states, GRANITE, kind="audio"),
+    "GraniteSpeech5Encoder": Case(partial(mel, bins=32), GRANITE5, "pad"),
+    "LasrEncoder": Case(long_mel, BINS | {"subsampling_conv_channels": 8, "conv_kernel_size": 4}, "pad"),
+    "Nemotron3DiarizationAudioModel": Case(mel, BINS | {"num_key_value_heads": 4}, "pad"),
+    "Nemotron3_5TranscribeAsrAudioModel": Case(mel, BINS | {"num_key_value_heads": 4}, "pad"),
+    "NemotronAsrStreamingEncoder": Case(mel, STREAMING, "pad"),
     "ParakeetEncoder": Case(mel, BINS | {"subsampling_conv_channels": 8}, "pad"),
-    "Phi4MultimodalAudioModel": Case(
-        partial(mel, bins=16, name="hidden_states", mask="mask", dtype=torch.bool),
-        {
-            "input_size": 16,
-            "num_blocks": 2,
-            "ext_pw_out_channel": 32,
-            "depthwise_separable_out_channel": 32,
-            "nemo_conv_channels": 8,
-        },
-        "pad",
-        kind="audio",
-    ),  # fmt: skip
-    "Qwen2_5OmniAudioEncoder": Case(
-        packed_mel, ONE_LENGTH | {"n_window": 20, "max_source_positions": 40}, join_packed_mel
-    ),
-    "Qwen3ASREncoder": Case(
-        chunked_mel, BINS | {"n_window_infer": 200, "downsample_hidden_size": 4}, "pad", kind="audio"
-    ),
-    "Qwen3OmniMoeAudioEncoder": Case(
-        packed_mel,
-        BINS | {"n_window_infer": 200, "downsample_hidden_size": 4, "max_source_positions": 50},
-        join_packed_mel,
-    ),
+    "Phi4MultimodalAudioModel": Case(phi4_mel, PHI4, "pad", kind="audio"),
+    "Qwen2_5OmniAudioEncoder": Case(packed_mel, BINS | {"n_window": 20, "max_source_positions": 40}, join_packed_mel),
+    "Qwen3ASREncoder": Case(chunked_mel, QWEN3, "pad"),
+    "Qwen3OmniMoeAudioEncoder": Case(packed_mel, QWEN3 | {"max_source_positions": 50}, join_packed_mel),
     "Speech2TextEncoder": Case(mel, {"input_feat_per_channel": 8, "conv_channels": 16}, "pad"),
-    "SpeechT5DecoderWithSpeechPrenet": Case(
-        partial(mel, name="input_values"), BINS | {"speech_decoder_prenet_units": 8, "speaker_embedding_dim": 8}, "pad"
-    ),
-    "UnivNetModel": Case(
-        partial(mel, mask=None, frames=(5, 6)),
-        BINS | {"model_in_channels": 4, "model_hidden_channels": 4, "kernel_predictor_hidden_channels": 4},
-        kind="audio",
-    ),  # fmt: skip
-    "VoxtralRealtimeEncoder": Case(
-        partial(mel, bins_first=True, mask=None, frames=(40, 56)), BINS | {"sliding_window": 8}
-    ),
-    "Wav2Vec2BertModel": Case(
-        mel,
-        {
-            "feature_projection_input_dim": 8,
-            "apply_spec_augment": False,
-            "conv_depthwise_kernel_size": 3,
-            "vocab_size": 32,
-        },
-        "pad",
-    ),
+    "SpeechT5DecoderWithSpeechPrenet": Case(partial(mel, name="input_values"), SPEECH_DECODER, "pad"),
+    "UnivNetModel": Case(partial(mel, mask=None, frames=(5, 6)), UNIVNET, kind="audio"),
+    "VoxtralRealtimeEncoder": Case(bare_mel, BINS | {"sliding_window": 8}),
+    "Wav2Vec2BertModel": Case(mel, WAV2VEC2_BERT, "pad"),
     # ---- codecs
     "DacModel": Case(even_codec, DAC),
     "EncodecModel": Case(even_codec, SEANET | {"codebook_dim": 16, "hidden_size": 16, "num_lstm_layers": 1}),
@@ -366,26 +363,52 @@ CASES: dict[str, Case] = {
     "NeuCodecModel": Case(semantic_wave, NEUCODEC),
     "PocketTTSAudioTokenizerEncoderModel": Case(codec, POCKET, "pad"),
     "PocketTTSAudioTokenizerModel": Case(even_codec, POCKET),
-    "XcodecModel": Case(
-        even_codec,
-        {
-            "acoustic_model_config": DAC | {"hidden_size": 16},
-            "semantic_model_config": HUBERT,
-            "codebook_size": 16,
-            "target_bandwidths": (8, 16),
-        },
-        shrink=False,
-    ),
+    "XcodecModel": Case(even_codec, XCODEC, shrink=False),
     # ---- time series
-    "PatchTSMixerModel": Case(partial(series, mask="observed_mask"), {"context_length": 32, "num_input_channels": 2}),
-    "PatchTSTModel": Case(
-        partial(series, mask="past_observed_mask"),
-        {"context_length": 32, "num_input_channels": 2, "patch_length": 8, "patch_stride": 8},
+    "PatchTSMixerModel": Case(partial(series, mask="observed_mask"), SERIES),
+    "PatchTSTModel": Case(partial(series, mask="past_observed_mask"), SERIES | {"patch_length": 8, "patch_stride": 8}),
+    "TimesFmModel": Case(partial(one_channel, frequency=True), FORECAST),
+    "TimesFm2_5Model": Case(one_channel, FORECAST | {"output_quantile_len": 16}),
+}
+
+# Classes that the facts' table holds without a measurement; whole models are here whose encoder is taken.
+MORE: dict[str, Case] = {
+    "AutoformerEncoder": Case(lagged, TIME | {"lags_sequence": [1, 2], "moving_average": 5}, kind="time"),
+    "AutoformerModel": Case(lagged, TIME | {"lags_sequence": [1, 2], "moving_average": 5}, kind="time"),
+    "Blip2QFormerModel": Case(queries, module_kwargs={"additional_args": ["encoder_hidden_states"]}),
+    "CanaryModel": Case(mel, {"encoder_config": PARAKEET, "vocab_size": 320}, "pad"),
+    "CohereAsrModel": Case(mel, {"encoder_config": PARAKEET, "num_key_value_heads": 4}, "pad"),
+    "InformerEncoder": Case(
+        lagged, TIME | {"lags_sequence": [1, 2], "sampling_factor": 2, "distil": False}, kind="time"
     ),
-    "TimesFmModel": Case(
-        partial(one_channel, frequency=True), {"patch_length": 8, "context_length": 64, "horizon_length": 8}
+    "InformerModel": Case(lagged, TIME | {"lags_sequence": [1, 2], "sampling_factor": 2, "distil": False}, kind="time"),
+    "InklingAudioModel": Case(coded_mel, {"n_mel_bins": 8, "mel_vocab_size": 16, "text_hidden_size": 24}, kind="audio"),
+    "MoonshineModel": Case(
+        long_wave,
+        {"encoder_num_hidden_layers": 2, "encoder_num_attention_heads": 4, "decoder_num_hidden_layers": 1},
+        "pad",
     ),
-    "TimesFm2_5Model": Case(
-        one_channel, {"patch_length": 8, "context_length": 64, "horizon_length": 8, "output_quantile_len": 16}
+    "MoonshineStreamingModel": Case(partial(long_wave, unit=80), {"num_key_value_heads": 4}, "pad"),
+    "MuseSparkAudioModel": Case(stepped_wave, MUSE),
+    "Nemotron3DiarizationModel": Case(mel, DIARIZATION, "pad", shrink=False),
+    "Nemotron3_5TranscribeAudioModel": Case(even_mel, NEMOTRON, "pad", shrink=False),
+    "PatchTSMixerEncoder": Case(patched, SERIES),
+    "PatchTSTEncoder": Case(
+        lambda i: {"patch_input": floats(i, 1, 2, 4, 8)},
+        SERIES | {"patch_length": 8, "patch_stride": 8},
+        options={"num_patches": 4},
+        kind="time",
     ),
+    "SeamlessM4TSpeechEncoder": Case(mel, SEAMLESS, "pad"),
+    "SeamlessM4Tv2SpeechEncoder": Case(mel, SEAMLESS, "pad"),
+    "SpeechT5Encoder": Case(partial(mel, bins=32, name="hidden_states"), {}, "pad", kind="audio"),
+    "SpeechT5EncoderWithoutPrenet": Case(partial(mel, bins=32, name="input_values"), {}, "pad"),
+    "SpeechT5EncoderWithTextPrenet": Case(spelled, {}, "pad", {"input_values": 1}, kind="text"),
+    "T5Gemma2Encoder": Case(ids, T5GEMMA2, "pad", kind="text", shrink=False),
+    "TimeSeriesTransformerEncoder": Case(lagged, TIME | {"lags_sequence": [1, 2]}, kind="time"),
+    "TimeSeriesTransformerModel": Case(lagged, TIME | {"lags_sequence": [1, 2]}, kind="time"),
+    "VibeVoiceAcousticTokenizerEncoderModel": Case(
+        lambda i: {"hidden_states": even_codec(i)["input_values"]}, VIBEVOICE, kind="audio"
+    ),
+    "Xcodec2Model": Case(semantic_wave, NEUCODEC),
 }
