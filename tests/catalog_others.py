@@ -273,7 +273,7 @@ FASTCONFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers"
                  "num_key_value_heads": 4, "num_mel_bins": 8}  # fmt: skip
 DIARIZATION = {
     "audio_config": FASTCONFORMER,
-    "head_config": {"hidden_size": 16, "num_speakers": 3, "audio_hidden_size": 32},
+    "head_config": {"hidden_size": 16, "audio_hidden_size": 32},
 }
 NEMOTRON = {"asr_config": FASTCONFORMER, "diarization_config": {"model_type": "nemotron3_diarization"} | DIARIZATION}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
