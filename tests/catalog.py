@@ -36,8 +36,8 @@ class Case:
         module_kwargs: of `ModalEncoderModule`.
         options: keyword arguments of the model's constructor.
         config: name of the configuration's class, where it is not the model's `config_class`.
+        whole: the changes are the whole configuration, where `shrunk` cannot read the class's defaults.
         folder: of the class below ``transformers.models``, where several hold one of its name.
-        shrink: whether `changes` come on top of `shrunk`; False where it cannot read the defaults, then they are all.
     """
 
     items: Callable[[int], Inputs]
@@ -48,8 +48,8 @@ class Case:
     module_kwargs: Mapping = field(default_factory=dict)
     options: Mapping = field(default_factory=dict)
     config: str | None = None
+    whole: bool = False
     folder: str | None = None
-    shrink: bool = True
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def config_of(name: str, case: Case | None = None):
     case = case or cases()[name]
     model_class = found_class(name, case.folder)
     config_class = found_class(case.config) if case.config else model_class.config_class
-    return shrunk(config_class, **case.changes) if case.shrink else config_class(**case.changes)
+    return config_class(**case.changes) if case.whole else shrunk(config_class, **case.changes)
 
 
 def build(name: str, case: Case | None = None, seed: int = 0):

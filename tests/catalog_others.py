@@ -288,7 +288,7 @@ CASES: dict[str, Case] = {
     "CLIPTextModel": text(),
     "Data2VecTextModel": text(pad=1),
     "DebertaV2Model": text(),
-    "EmbeddingGemma2TextModel": Case(ids, GEMMA2, "pad", shrink=False),
+    "EmbeddingGemma2TextModel": Case(ids, GEMMA2, "pad", whole=True),
     "EuroBertModel": text(),
     "GteModel": text(),
     "JinaEmbeddingsV3Model": text(pad=1),
@@ -363,7 +363,7 @@ CASES: dict[str, Case] = {
     "NeuCodecModel": Case(semantic_wave, NEUCODEC),
     "PocketTTSAudioTokenizerEncoderModel": Case(codec, POCKET, "pad"),
     "PocketTTSAudioTokenizerModel": Case(even_codec, POCKET),
-    "XcodecModel": Case(even_codec, XCODEC, shrink=False),
+    "XcodecModel": Case(even_codec, XCODEC, whole=True),
     # ---- time series
     "PatchTSMixerModel": Case(partial(series, mask="observed_mask"), SERIES),
     "PatchTSTModel": Case(partial(series, mask="past_observed_mask"), SERIES | {"patch_length": 8, "patch_stride": 8}),
@@ -390,8 +390,8 @@ MORE: dict[str, Case] = {
     ),
     "MoonshineStreamingModel": Case(partial(long_wave, unit=80), {"num_key_value_heads": 4}, "pad"),
     "MuseSparkAudioModel": Case(stepped_wave, MUSE),
-    "Nemotron3DiarizationModel": Case(mel, DIARIZATION, "pad", shrink=False),
-    "Nemotron3_5TranscribeAudioModel": Case(even_mel, NEMOTRON, "pad", shrink=False),
+    "Nemotron3DiarizationModel": Case(mel, DIARIZATION, "pad", whole=True),
+    "Nemotron3_5TranscribeAudioModel": Case(even_mel, NEMOTRON, "pad", whole=True),
     "PatchTSMixerEncoder": Case(patched, SERIES),
     "PatchTSTEncoder": Case(
         lambda i: {"patch_input": floats(i, 1, 2, 4, 8)},
@@ -404,7 +404,7 @@ MORE: dict[str, Case] = {
     "SpeechT5Encoder": Case(partial(mel, bins=32, name="hidden_states"), {}, "pad", kind="audio"),
     "SpeechT5EncoderWithoutPrenet": Case(partial(mel, bins=32, name="input_values"), {}, "pad"),
     "SpeechT5EncoderWithTextPrenet": Case(spelled, {}, "pad", {"input_values": 1}, kind="text"),
-    "T5Gemma2Encoder": Case(ids, T5GEMMA2, "pad", kind="text", shrink=False),
+    "T5Gemma2Encoder": Case(ids, T5GEMMA2, "pad", kind="text", whole=True),
     "TimeSeriesTransformerEncoder": Case(lagged, TIME | {"lags_sequence": [1, 2]}, kind="time"),
     "TimeSeriesTransformerModel": Case(lagged, TIME | {"lags_sequence": [1, 2]}, kind="time"),
     "VibeVoiceAcousticTokenizerEncoderModel": Case(
