@@ -371,6 +371,61 @@ CASES: dict[str, Case] = {
     "TimesFm2_5Model": Case(one_channel, FORECAST | {"output_quantile_len": 16}),
 }
 
+# Features of the items 0 and 1 alone, and their width: what a composition must see of each class.
+FEATURES: dict[str, tuple[int, int, int]] = {
+    name: shape
+    for shape, names in {
+        (4, 3, 32): "MoonshineEncoder",
+        (5, 5, 32): "ASTModel",
+        (5, 7, 32): """
+            Gemma3nAudioEncoder Nemotron3DiarizationAudioModel Nemotron3_5TranscribeAsrAudioModel ParakeetEncoder
+            Phi4MultimodalAudioModel
+        """,
+        (6, 6, 16): "PerceiverModel",
+        (6, 6, 32): "MoonshineStreamingEncoder",
+        (6, 8, 32): "NemotronAsrStreamingEncoder",
+        (8, 5, 32): "TimesFmModel TimesFm2_5Model",
+        (8, 8, 8): "PatchTSMixerModel",
+        (8, 8, 32): "AudioFlamingo3Encoder Qwen2AudioEncoder PatchTSTModel",
+        (9, 14, 24): "EmbeddingGemma2TextModel",
+        (9, 14, 32): """
+            BertModel CanineModel CLIPTextModel Data2VecTextModel DebertaV2Model EuroBertModel GteModel JinaEmbeddingsV3Model
+            LayoutLMv3Model MarkupLMModel MPNetModel ModernBertModel NomicBertModel RoFormerModel SiglipTextModel
+            T5EncoderModel TapasModel XLMRobertaModel EsmModel EsmcModel
+        """,
+        (9, 14, 48): "LiltModel",
+        (10, 14, 24): "Gemma4AudioModel",
+        (10, 14, 32): "Speech2TextEncoder",
+        (12, 20, 32): "LasrEncoder",
+        (16, 16, 32): "ImageGPTModel MossTranscribeDiarizeAudioModel VoxtralEncoder WhisperEncoder",
+        (16, 33, 32): "Qwen3ASREncoder Qwen3OmniMoeAudioEncoder",
+        (20, 28, 32): "GlmAsrEncoder GraniteSpeech5Encoder VoxtralRealtimeEncoder",
+        (24, 29, 16): "PocketTTSAudioTokenizerEncoderModel PocketTTSAudioTokenizerModel",
+        (24, 29, 32): "MimiEncoderModel",
+        (31, 62, 32): "Qwen2_5OmniAudioEncoder",
+        (33, 26, 32): """
+            Data2VecAudioModel HubertModel SEWModel SEWDModel SpeechT5EncoderWithSpeechPrenet UniSpeechModel
+            UniSpeechSatModel Wav2Vec2Model Wav2Vec2ConformerModel WavLMModel
+        """,
+        (40, 56, 32): """
+            FunAsrNanoEncoder GraniteSpeechCTCEncoder GraniteSpeechPlusCTCEncoder SpeechT5DecoderWithSpeechPrenet
+            Wav2Vec2BertModel
+        """,
+        (48, 58, 32): "PeAudioEncoder DacModel",
+        (64, 64, 32): "ClapAudioModel",
+    }.items()
+    for name in names.split()
+}
+
+# Classes that give nothing to project, and what they give instead.
+NO_FEATURES: dict[str, str] = {
+    "EncodecModel": "integer codes and sound",
+    "MimiModel": "integer codes and sound; its encoder, MimiEncoderModel, gives features",
+    "NeuCodecModel": "integer codes and sound",
+    "UnivNetModel": "sound: it is a vocoder",
+    "XcodecModel": "integer codes and sound",
+}
+
 # Classes that the facts' table holds without a measurement; whole models are here whose encoder is taken.
 MORE: dict[str, Case] = {
     "AutoformerEncoder": Case(lagged, TIME | {"lags_sequence": [1, 2], "moving_average": 5}, kind="time"),
