@@ -152,7 +152,7 @@ def complete_projector(
     Raises:
         ValueError: the projector's widths do not fit, or the encoder's width is not known.
     """
-    name, known = encoder.name, found_width(encoder)
+    name, (known, found) = encoder.name, found_width(encoder)
     if encoder.projector is None:
         config = MultimodalProjectorConfig(projection_type=projection_type, activation=activation)
         encoder.projector = MultimodalProjector(config)
@@ -171,8 +171,8 @@ def complete_projector(
         if weight is not None:
             projector.to(device=weight.device, dtype=weight.dtype)
     got = projector.config.in_features
-    as_encoded = encoder.postprocess_module_callback is None and encoder.selection.output is None
-    if as_encoded and known is not None and got not in (None, known):
+    as_encoded = encoder.postprocess_module_callback is None and (found or encoder.selection.output is None)
+    if as_encoded and found and known is not None and got not in (None, known):
         raise ValueError(
             f"{name}: the projector's in_features is {got}, but the encoder's features have width {known}: leave "
             "in_features out, or choose the right layer=."
@@ -184,21 +184,24 @@ def complete_projector(
         )
 
 
-def found_width(encoder: ModalEncoderModule) -> int | None:
+def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
     """Width of an encoder's selected features, by a run on shapes, else by its configuration; None where neither tells.
 
     What the run tells of their axes becomes part of the encoder's selection.
+
+    Returns:
+        the width, and whether it is certain: a configuration may speak of another one.
     """
     inner = unwrapped(encoder.module)
     usual = encoder.selection.output is None and encoder.selection.data_format is None
     if usual and inner.config.model_type in REGULAR:
-        return encoder.feature_width()
+        return encoder.feature_width(), True
     layout = find_layout(inner, encoder.kind, encoder.selection, encoder.name)
     if layout is None:
-        return encoder.feature_width()
+        return encoder.feature_width(), False
     if encoder.selection.data_format is None and layout.data_format is not None:
         encoder.selection = dataclasses.replace(encoder.selection, data_format=layout.data_format)
-    return layout.width
+    return layout.width, True
 
 
 def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:

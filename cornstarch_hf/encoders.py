@@ -176,8 +176,8 @@ class ModalEncoderModule(nn.Module):
             return self._encode_by_length(arguments, padded, options)
         try:
             return self._encode_batch(arguments, padded, options)
-        except LengthsNotTold:
-            if padded is not None:
+        except LengthsNotTold as told:
+            if padded is not None and not told.packed:
                 return self._encode_by_length(arguments, padded, options)
             items = split_items(arguments, item_count(arguments), self.name)
             return self._encode_each({i: (one, [i]) for i, one in enumerate(items)}, options)

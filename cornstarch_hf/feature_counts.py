@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .callbacks import SLOTS, declared_count
+from .classes import resolve_class
 from .composition import build_encoder
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .layouts import with_plain_kernels
 from .limits import check_features
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
@@ -23,6 +25,8 @@ from .shape_probe import run_on_shapes, weights_to_meta, without_weights
 from .size_guard import bounded_tensors, build_guard
 
 POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
+# Numbers of layers that are alike; hierarchical encoders have a list for their stages.
+DEPTHS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "depth")
 _REMEDY = "register_feature_count({!r}, fn)."
 
 
@@ -69,8 +73,9 @@ class FeatureCounter:
     def __init__(self, config: MultimodalConfig, live: Mapping[str, ModalEncoderModule] | None = None):
         self.config = config
         self._live = dict(live or {})
-        self._probes: dict[str, Any] = {}
+        self._probes: dict[tuple[str, bool], Any] = {}
         self._cache: dict[tuple, int] = {}
+        self._deep: set[str] = set()  # encoders of which one layer does not do
 
     def count(self, name: str, inputs: Mapping[str, Any]) -> int:
         """Features that one item of a modality gives.
@@ -145,10 +150,15 @@ class FeatureCounter:
             left = self._reduced_by_run(name, count, grid)
         return _natural(left, name, f"the feature_count of {type(projector.projection).__name__}")
 
-    def _probe(self, name: str) -> ModalEncoderModule:
-        if name not in self._probes:
+    def _probe(self, name: str, shallow: bool = False) -> ModalEncoderModule:
+        """The encoder without weights, of one layer where it is `shallow`."""
+        if (name, shallow) not in self._probes:
             plain, live = copy.deepcopy(self.config), self._live.get(name)
             plain.adapters = None
+            encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
+            for depth in DEPTHS if shallow else ():
+                if isinstance(getattr(encoder_config, depth, None), int):
+                    setattr(encoder_config, depth, 1)
             if live is not None:
                 plain.modality(name)["callbacks"] = {}
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
@@ -161,8 +171,8 @@ class FeatureCounter:
                 encoder.projector = copy.deepcopy(live.projector)
                 for slot, callback in live.callbacks.items():
                     setattr(encoder, slot, copy.deepcopy(callback) if isinstance(callback, nn.Module) else callback)
-            self._probes[name] = weights_to_meta(encoder.eval())
-        return self._probes[name]
+            self._probes[name, shallow] = weights_to_meta(encoder.eval())
+        return self._probes[name, shallow]
 
     def _reduced_by_run(self, name: str, count: int, grid: Grid | None) -> int:
         projector = self._probe(name).projector
@@ -183,18 +193,35 @@ class FeatureCounter:
 
     def _run(self, name: str, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable) -> Any:
         """Run a method of the encoder on shapes, the callbacks in some places left out."""
-        encoder = copy.copy(self._probe(name))
-        encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
-        encoder.__dict__.update(dict.fromkeys(without))
+        if self._is_uniform(name):
+            try:
+                return self._run_probe(self._probe(name, shallow=True), inputs, without, method)
+            except Exception:  # one layer is too few for this class: all of them tell, or say what is wrong
+                self._deep.add(name)
         try:
-            return run_on_shapes(functools.partial(method, encoder), dict(inputs))
+            return self._run_probe(self._probe(name), inputs, without, method)
         except Exception as error:
             shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
             raise ValueError(
                 f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
-                f"{type(encoder.module).__name__} and its callbacks on shapes ({type(error).__name__}: {error}). State it: "
-                f"{_REMEDY.format(name)}"
+                f"{type(self._probe(name).module).__name__} and its callbacks on shapes ({type(error).__name__}: {error}). "
+                f"State it: {_REMEDY.format(name)}"
             ) from error
+
+    def _is_uniform(self, name: str) -> bool:
+        """Whether one of the encoder's layers gives as many features as all of them: stacks of transformers' own classes."""
+        entry = self.config.modality(name)
+        if entry["layer"] != -1 or entry["output"] or name in self._live or name in self._deep:
+            return False
+        cls = resolve_class(entry["encoder_class"], getattr(self.config, f"{name}_config"), name)
+        return cls.__module__.startswith("transformers.models.")
+
+    @staticmethod
+    def _run_probe(probe: ModalEncoderModule, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable):
+        encoder = copy.copy(probe)
+        encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
+        encoder.__dict__.update(dict.fromkeys(without))
+        return run_on_shapes(functools.partial(method, encoder), dict(inputs))
 
 
 def _natural(count: Any, name: str, what: str) -> int:

@@ -17,7 +17,15 @@ _OUTPUT_MASKS = {"attention_mask": True, "output_mask": True, "audio_mel_mask": 
 
 
 class LengthsNotTold(Exception):
-    """Neither an encoder's output nor its inputs tell which features belong to which item."""
+    """Neither an encoder's output nor its inputs tell which features belong to which item.
+
+    Attributes:
+        packed: whether the encoder left out padding by itself.
+    """
+
+    def __init__(self, packed: bool):
+        super().__init__()
+        self.packed = packed
 
 
 def feature_lengths(
@@ -57,7 +65,7 @@ def _packed(count: int, arguments: Mapping[str, Any], config: Any) -> list[int] 
                 return [n // merged for n in patches]
     elif count == items and all(len(x) == items for x in arguments.values() if isinstance(x, Tensor) and x.ndim > 1):
         return [1] * items
-    raise LengthsNotTold
+    raise LengthsNotTold(packed=True)
 
 
 def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | None:
@@ -89,7 +97,7 @@ def _padded(
         return padded.lengths if min(padded.lengths) < padded.size else None
     counted = counted_lengths(module, torch.tensor(padded.lengths))
     if counted is None and min(padded.lengths) < padded.size:
-        raise LengthsNotTold
+        raise LengthsNotTold(packed=False)
     return counted
 
 

@@ -69,7 +69,7 @@ def find_layout(module: nn.Module, kind: str, selection: Selection, name: str) -
 
 def built_on_meta(inner: Any) -> nn.Module | None:
     """A model of the same class and configuration without weights; None where its class cannot be built so."""
-    config = with_plain_attention(copy.deepcopy(inner.config))
+    config = with_plain_kernels(copy.deepcopy(inner.config))
     try:
         with without_weights():
             made = type(inner)(config, **constructor_options(inner))
@@ -78,10 +78,12 @@ def built_on_meta(inner: Any) -> nn.Module | None:
     return weights_to_meta(made.eval())
 
 
-def with_plain_attention(config: Any) -> Any:
-    """A configuration whose attention runs on any device (in place): kernels of accelerators do not take shapes alone."""
+def with_plain_kernels(config: Any) -> Any:
+    """A configuration whose attention and experts run on any device (in place): kernels do not take shapes alone."""
     if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
         config._attn_implementation = "eager"
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = "eager"
     return config
 
 

@@ -17,6 +17,16 @@ KIND_BY_INPUT = {
     "input_ids": "text",
     "past_values": "time",
 }
+# Classes that give no features, and what to take instead.
+NO_ENCODERS = {
+    **dict.fromkeys(
+        ("EncodecModel", "XcodecModel", "Xcodec2Model"),
+        "codes and sounds made of them: take an encoder of audio features",
+    ),
+    "MimiModel": "codes and sounds made of them: take MimiEncoderModel",
+    "NeuCodecModel": "sounds: take an encoder of audio features",
+    "UnivNetModel": "sounds made of spectra: take an encoder of audio features",
+}
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
 NOT_INPUTS = frozenset(
     [
@@ -36,7 +46,7 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
 
     Raises:
         TypeError: not a model, a class instead of an instance, or an abstract class.
-        ValueError: several towers and no `kind`.
+        ValueError: several towers and no `kind`; a model that gives no features.
     """
     if isinstance(model, type):
         raise TypeError(
@@ -49,13 +59,15 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
     if type(model).forward is nn.Module.forward:
         concrete = [c.__name__ for c in type(model).__subclasses__() if c.forward is not nn.Module.forward]
         raise TypeError(f"{type(model).__name__} is abstract and has no forward, use one of {sorted(concrete)}.")
+    if reason := NO_ENCODERS.get(type(model).__name__):
+        raise ValueError(f"{type(model).__name__} gives no features but {reason}.")
     tower = _inner_tower(model, kind)
     return model if tower is model else resolve_tower(tower, kind)
 
 
 def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
-    if model.config.is_encoder_decoder:
-        return model.get_encoder()
+    if model.config.is_encoder_decoder and isinstance(inner := model.get_encoder(), PreTrainedModel):
+        return inner
     found = {
         k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
     }
@@ -65,7 +77,10 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
     if found:
         return next(iter(found.values()))
     base = model.base_model
-    return base if isinstance(base, PreTrainedModel) else model
+    items = set(KIND_BY_INPUT) & set(forward_parameters(model))
+    # A stack of layers below may want what this model makes of an item.
+    takes_items = isinstance(base, PreTrainedModel) and (not items or items & set(forward_parameters(base)))
+    return base if takes_items else model
 
 
 def infer_kind(module: nn.Module) -> str:
@@ -76,7 +91,10 @@ def infer_kind(module: nn.Module) -> str:
     for kind in (*MEDIA_KINDS, "time"):
         if kind in stated:
             return kind
-    names = [model.main_input_name, *forward_parameters(module)]
+    parameters = forward_parameters(module)
+    names = [name for name in (model.main_input_name, *parameters) if name in parameters]
+    if any(name.endswith(("grid_thw", "grid_hws")) for name in names):
+        return "image"
     return next((KIND_BY_INPUT[name] for name in names if name in KIND_BY_INPUT), model.main_input_name)
 
 

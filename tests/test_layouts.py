@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PatchTSTConfig, PatchTSTModel, PreTrainedConfig, PreTrainedModel, Sam2VisionConfig
 
-from cornstarch_hf.layouts import Layout, find_layout, with_plain_attention
+from cornstarch_hf.layouts import Layout, find_layout, with_plain_kernels
 from cornstarch_hf.selection import Selection
 
 WIDTHS = {
@@ -99,6 +99,6 @@ def test_series_of_several_channels_have_their_width_last():
 def test_attention_kernels_of_accelerators_are_replaced():
     config = Sam2VisionConfig()
     config._attn_implementation = "flash_attention_2"
-    assert with_plain_attention(config)._attn_implementation == "eager"
+    assert with_plain_kernels(config)._attn_implementation == "eager"
     config._attn_implementation = "sdpa"
-    assert with_plain_attention(config)._attn_implementation == "sdpa"
+    assert with_plain_kernels(config)._attn_implementation == "sdpa"

@@ -1,0 +1,84 @@
+"""Every measured encoder class of transformers, tiny: composes, counts, encodes, generates, trains and comes back the same."""
+
+import catalog
+import catalog_others
+import catalog_vision
+import pytest
+import tiny
+import torch
+from transformers import AutoModel
+
+from cornstarch_hf import ModalEncoderModule, MultimodalModel
+from cornstarch_hf.feature_counts import FeatureCounter
+
+CASES = {**catalog_vision.CASES, **catalog_others.CASES}
+TOKEN = tiny.VOCABULARY - 1
+pytestmark = pytest.mark.catalog
+
+
+def composed(name):
+    case = CASES[name]
+    encoder = ModalEncoderModule(catalog.build(name), kind=case.kind, **case.module_kwargs)
+    torch.manual_seed(3)
+    model = MultimodalModel(encoders={"media": encoder}, language_model=tiny.llama()).eval()
+    model.set_modality_token_ids({"media": TOKEN})
+    return model
+
+
+def wired(model, inputs):
+    """Inputs by the names of the whole model's `forward`."""
+    names = model.config.modality("media")["input_names"]
+    return {names[key]: value for key, value in inputs.items() if key in names}
+
+
+def text(counts):
+    """One row of ids per item, padded on the left."""
+    length = max(counts) + 3
+    ids = torch.zeros(len(counts), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, count in enumerate(counts):
+        ids[row, length - count - 3 :] = torch.tensor([5, *[TOKEN] * count, 6, 7])
+        mask[row, length - count - 3 :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_the_catalogue_has_every_measured_class():
+    assert len(CASES) == 196 and len(catalog_others.NO_FEATURES) <= 6
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(catalog_others.NO_FEATURES)))
+def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, tmp_path):
+    model = composed(name)
+    items = catalog.together(name)
+    counter = FeatureCounter(model.config)
+    with torch.no_grad():
+        alone = [model.media_encoder(**item).pooler_output for item in items]
+        together = model.media_encoder(**catalog.joined(name, items)).pooler_output
+    assert [len(features) for features in alone] == [1] * len(items)
+    counts = [len(features[0]) for features in alone]
+    assert [counter.count("media", item) for item in items] == counts
+    odd = catalog.item(name, 1)
+    with torch.no_grad():
+        assert counter.count("media", odd) == len(model.media_encoder(**odd).pooler_output[0])
+    assert [len(features) for features in together] == counts
+    for one, (expected,) in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, expected, atol=1e-5, rtol=1e-4)
+    inputs = text(counts) | wired(model, catalog.joined(name, items))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert tokens.shape == (len(items), inputs["input_ids"].shape[1] + 2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, logits)
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0), tokens)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    model(**inputs, labels=labels.masked_fill(labels == TOKEN, -100)).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.media_encoder.projector.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(catalog_others.NO_FEATURES))
+def test_a_class_without_features_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError, match=f"{name} gives no features but (codes|sounds).*: take "):
+        composed(name)
