@@ -38,6 +38,7 @@ class Case:
         options: keyword arguments of the model's constructor.
         config: name of the configuration's class, where it is not the model's `config_class`.
         whole: the changes are the whole configuration, where `shrunk` cannot read the class's defaults.
+        redraw: draw weights of the size that keeps a signal's, where the class's own initialisation lets it fade to nothing.
         folder: of the class below ``transformers.models``, where several hold one of its name.
     """
 
@@ -50,6 +51,7 @@ class Case:
     options: Mapping = field(default_factory=dict)
     config: str | None = None
     whole: bool = False
+    redraw: bool = False
     folder: str | None = None
 
 
@@ -97,7 +99,38 @@ def config_of(name: str, case: Case | None = None):
 def build(name: str, case: Case | None = None, seed: int = 0):
     """A tiny model of a class with random weights, the same each time, in evaluation mode."""
     case = case or cases()[name]
-    return built(found_class(name, case.folder), config_of(name, case), seed, **case.options)
+    model = built(found_class(name, case.folder), config_of(name, case), seed, **case.options)
+    if case.redraw:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            redraw(model)
+            settle_norms(model, joined(name, together(name, case=case), case))
+    return model
+
+
+@torch.no_grad()
+def redraw(model: torch.nn.Module) -> None:
+    """Give matrices and kernels a variance of 2 / fan-in (He et al. 2015); vectors stay near what they were."""
+    for weight in model.parameters():
+        noise = torch.randn(weight.shape)
+        if weight.ndim > 1:
+            weight.copy_(noise * (2 / weight[0].numel()) ** 0.5)
+        else:
+            weight.add_(0.1 * noise)
+
+
+@torch.no_grad()
+def settle_norms(model: torch.nn.Module, inputs: Inputs) -> None:
+    """Set the statistics of batch norms to those of some inputs."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        momentum = [module.momentum for module in norms]
+        for module in norms:
+            module.momentum = 1.0
+        model.train()(**inputs)
+        for module, value in zip(norms, momentum, strict=True):
+            module.momentum = value
+        model.eval()
 
 
 def item(name: str, i: int, case: Case | None = None) -> Inputs:

@@ -86,7 +86,14 @@ ANY_SIZE = Case(image(32, 16))
 SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "hidden_size": 32}
 STAGES = {"hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 1, 1]}
 PYRAMID = STAGES | {"num_attention_heads": [1, 1, 2, 2], "num_encoder_blocks": 4}
-SAM = {"output_channels": 24, "mlp_dim": 48, "window_size": 2, "global_attn_indexes": [1], "num_pos_feats": 12}
+SAM = {
+    "initializer_range": 0.02,
+    "output_channels": 24,
+    "mlp_dim": 48,
+    "window_size": 2,
+    "global_attn_indexes": [1],
+    "num_pos_feats": 12,
+}
 WIDE = {"out_hidden_size": 40}
 QWEN = WIDE | {"num_position_embeddings": 64}
 DEEPSTACK = QWEN | {"deepstack_visual_indexes": [0]}
@@ -123,7 +130,7 @@ EFFICIENT = {"width_coefficient": 0.125, "depth_coefficient": 0.1, "hidden_dim":
 
 CASES: dict[str, Case] = {
     "Aimv2VisionModel": FIXED,
-    "AlignVisionModel": Case(image(64, 32), EFFICIENT),
+    "AlignVisionModel": Case(image(64, 32), EFFICIENT, redraw=True),
     "AltCLIPVisionModel": FIXED,
     "BeitModel": FIXED,
     "BitModel": Case(image(64, 32), STAGES | {"num_groups": 2, "embedding_size": 8}),
@@ -146,7 +153,7 @@ CASES: dict[str, Case] = {
     "DonutSwinModel": Case(image(32, 64), SWIN),
     "Dots3NoteVisionModel": Case(packed(192), DOTS, whole=True, **PIXELS),
     "DPTModel": FIXED,
-    "EfficientNetModel": Case(image(64, 32), EFFICIENT),
+    "EfficientNetModel": Case(image(64, 32), EFFICIENT, redraw=True),
     "Ernie4_5_VLMoeVisionTransformerPretrainedModel": ERNIE,
     "Ernie4_5_VL_MoeVisionTransformerPretrainedModel": ERNIE,
     "Exaone4_5_VisionModel": Case(packed(name="hidden_states"), WINDOWS, kind="image", **PIXELS),
@@ -177,8 +184,10 @@ CASES: dict[str, Case] = {
     "JanusVisionModel": FIXED,
     "Kimi_K25VisionModel": Case(packed(shape=(3, 8, 8)), {"pos_emb_height": 8, "pos_emb_width": 8}, **PIXELS),
     "Kosmos2VisionModel": FIXED,
-    "Kosmos2_5VisionModel": Case(flattened(48), {"patch_embed_hidden_size": 48, "max_num_patches": 64}, join="pad"),
-    "LevitModel": Case(image(128), LEVIT),
+    "Kosmos2_5VisionModel": Case(
+        flattened(48), {"patch_embed_hidden_size": 48, "max_num_patches": 64}, join="pad", redraw=True
+    ),
+    "LevitModel": Case(image(128), LEVIT, redraw=True),
     "Lfm3VlVisionModel": Case(packed(), **PIXELS),
     "Llama4VisionModel": Case(
         image(),
@@ -191,12 +200,12 @@ CASES: dict[str, Case] = {
     "MiniCPMV4_7VisionModel": MINICPM,
     "MiniMaxM3VLVisionModel": Case(packed(frames=2), **PIXELS),
     "MLCDVisionModel": ANY_SIZE,
-    "MobileNetV1Model": Case(image(64, 32), {"depth_multiplier": 0.125}),
-    "MobileNetV2Model": Case(image(64, 32), {"depth_multiplier": 0.125}),
+    "MobileNetV1Model": Case(image(64, 32), {"depth_multiplier": 0.125}, redraw=True),
+    "MobileNetV2Model": Case(image(64, 32), {"depth_multiplier": 0.125}, redraw=True),
     "MobileViTModel": Case(
-        image(64, 32), {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 40]}
+        image(64, 32), {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 40]}, redraw=True
     ),
-    "MobileViTV2Model": Case(image(64, 128), {"width_multiplier": 0.125, "n_attn_blocks": [1, 1, 1]}),
+    "MobileViTV2Model": Case(image(64, 128), {"width_multiplier": 0.125, "n_attn_blocks": [1, 1, 1]}, redraw=True),
     "MuseGlimmerVisionModel": MUSE,
     "MuseSparkVisionModel": MUSE,
     "Ovis2VisionModel": FIXED,
@@ -204,7 +213,7 @@ CASES: dict[str, Case] = {
     "OwlViTVisionModel": FIXED,
     "Phi4MultimodalVisionModel": Case(image(), {"crop_size": 32}),
     "Pix2StructVisionModel": Case(
-        flattened(48), {"patch_embed_hidden_size": 48, "seq_len": 64, "d_ff": 48, "d_kv": 8}, join="pad"
+        flattened(48), {"patch_embed_hidden_size": 48, "seq_len": 64, "d_ff": 48, "d_kv": 8}, join="pad", redraw=True
     ),
     "PixioModel": ANY_SIZE,
     "PixtralVisionModel": Case(sized, join="pad"),

@@ -58,3 +58,14 @@ def test_padding_is_on_the_right_of_every_axis_and_by_name():
 def test_a_class_that_is_not_there_is_named():
     with pytest.raises(LookupError, match=r"NoSuchModel: expected one module.*found \[\]"):
         catalog.found_class("NoSuchModel")
+
+
+def test_redrawn_weights_let_a_signal_through_and_are_the_same_each_time():
+    name = "MobileNetV2Model"
+    assert catalog.cases()[name].redraw
+    first, again = (catalog.build(name) for _ in range(2))
+    with torch.no_grad():
+        one, other = (first(**catalog.item(name, i)).last_hidden_state for i in (0, 2))
+        assert torch.equal(again(**catalog.item(name, 0)).last_hidden_state, one)
+    assert (one - other).norm() > 0.1 * one.norm()
+    assert not first.training
