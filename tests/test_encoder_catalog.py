@@ -28,7 +28,7 @@ def composed(name):
 def wired(model, inputs):
     """Inputs by the names of the whole model's `forward`."""
     names = model.config.modality("media")["input_names"]
-    return {names[key]: value for key, value in inputs.items() if key in names}
+    return {name: inputs[key] for name, key in names.items() if key in inputs}
 
 
 def text(counts):
