@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from .adapters import unwrapped
 from .callbacks import SLOTS
 from .configuration_projector import feature_width
+from .frames import FRAME_MASK, frame_grids, frames_as_items, joined_frames
 from .grids import Features, grids_of_tensor, item_grids
 from .origins import origin_of
 from .projectors import MultimodalProjector
@@ -24,7 +25,7 @@ from .selection import (
     selected_map,
     with_features,
 )
-from .towers import NOT_INPUTS, accepts, counted_lengths, forward_parameters, infer_kind, resolve_tower
+from .towers import NOT_INPUTS, accepts, counted_lengths, forward_parameters, infer_kind, resolve_tower, takes_images
 
 
 class ModalEncoderModule(nn.Module):
@@ -98,6 +99,7 @@ class ModalEncoderModule(nn.Module):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
+        self.by_frame = self.kind == "video" and takes_images(self.module)
         self.selection = Selection(output, layer if isinstance(layer, int) else tuple(layer), drop_prefix)
         self.name = self.kind
 
@@ -110,6 +112,7 @@ class ModalEncoderModule(nn.Module):
     def parameter_names(self) -> list[str]:
         """Inputs of the encoder's `forward`, then the additional arguments."""
         names = [p for p in forward_parameters(self.module) if p not in NOT_INPUTS]
+        names += [FRAME_MASK] if self.by_frame else []
         return names + [name for name in self.additional_args if name not in names]
 
     def feature_width(self) -> int | None:
@@ -160,6 +163,8 @@ class ModalEncoderModule(nn.Module):
         accepted = forward_parameters(self.module)
         weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
         arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
+        if self.by_frame:
+            return self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
         groups = groups_by_length(arguments)
         if groups is None:
             return self._encode_batch(arguments, options)
@@ -175,6 +180,17 @@ class ModalEncoderModule(nn.Module):
         ordered = [items[i] for i in range(len(items))]
         together = EncoderOutput(last_hidden_state=torch.cat(ordered))
         return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
+
+    def _encode_frames(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+        """Each frame of a video as an image of its own; an item's features are those of its frames, in order."""
+        frames, counts = frames_as_items(arguments, self.name)
+        raw, selected = self._encode_batch(frames, options)
+        features, lengths = joined_frames(selected[0], selected.lengths, counts)
+        grids: Any = selected.feature_grids
+        output = with_features(raw, features, lengths)
+        if grids is not None:
+            output["feature_grids"] = torch.tensor([[count, *grids[0].tolist()] for count in counts])
+        return raw, output
 
     def _encode_batch(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
         wanted = dict(options)
@@ -236,8 +252,15 @@ class ModalEncoderModule(nn.Module):
         try:
             if stated is not None:
                 return grids_of_tensor(stated)
-            config = unwrapped(self.module).config
-            return item_grids(Features(inputs, config, self.kind, lengths, changed, self.selection.drop_prefix))
+            config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
+            if self.by_frame:
+                return frame_grids(
+                    inputs,
+                    lengths,
+                    self.name,
+                    lambda rows, each: item_grids(Features(rows, config, self.kind, each, changed, dropped)),
+                )
+            return item_grids(Features(inputs, config, self.kind, lengths, changed, dropped))
         except ValueError as error:
             what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
             raise ValueError(f"{self.name}: {what}. {error}") from error

@@ -14,6 +14,7 @@ from .composition import build_encoder
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .frames import frames_as_items
 from .limits import check_features
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
@@ -119,13 +120,14 @@ class FeatureCounter:
         rule = (
             RULES.get(encoder_config.model_type) if by_rule and entry["layer"] == -1 and not entry["output"] else None
         )
-        count = rule(inputs, encoder_config) if rule is not None else None
+        items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
+        count = rule(items, encoder_config) if rule is not None else None
         if count is not None:
-            lengths, stated = [count - entry["drop_prefix"]], None
+            lengths, stated = [(count - entry["drop_prefix"]) * frames[0]], None
         else:
             output = self._run(name, inputs, without, ModalEncoderModule.select)
-            items = per_item(output.last_hidden_state, output.lengths, name)
-            lengths, stated = [len(item) for item in items], output.feature_grids
+            lengths = [len(item) for item in per_item(output.last_hidden_state, output.lengths, name)]
+            stated = output.feature_grids
         grids = encoder.grids(dict(inputs), lengths, stated)
         if grids is not None and len(grids) != 1:
             raise ValueError(
