@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
+    AutoVideoProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,6 +28,7 @@ from .encoders import ModalEncoderModule
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
+from .video import video_processor_missing
 
 ENCODER_KEYS = frozenset(
     [
@@ -198,5 +200,18 @@ def _processor(name: str, spec: dict, kind: str, loading: dict) -> Any:
                 f"encoders={{{name!r}: {{'model': ..., 'processor': ...}}}}."
             )
     own = {key: spec[key] for key in ("revision", "subfolder") if spec.get(key) is not None}
+    if kind == "video":
+        return _video_processor(source, {**loading, **own})
     auto = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoProcessor)
     return auto.from_pretrained(source, **loading, **own)
+
+
+def _video_processor(source: Any, loading: dict) -> Any:
+    """An image processor, which is run frame by frame, where there is one; else the video processor."""
+    try:
+        return AutoImageProcessor.from_pretrained(source, **loading)
+    except (OSError, ValueError, ImportError):
+        try:
+            return AutoVideoProcessor.from_pretrained(source, **loading)
+        except (OSError, ValueError, ImportError) as error:
+            raise video_processor_missing(source, error) from error

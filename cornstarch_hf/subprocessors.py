@@ -11,6 +11,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from .limits import check
 from .media import ready_audio, ready_image
 from .untrusted import check_values
+from .video import run_on_frames
 
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
@@ -68,6 +69,8 @@ def run_subprocessor(
     options = dict(options)
     if isinstance(processor, ImageProcessingMixin):
         channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+        if kind == "video":
+            return run_on_frames(processor, name, items, options, encoder_config, channels)
         rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
