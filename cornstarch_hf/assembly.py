@@ -20,11 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapters import is_wrapped
+from .adapters import is_wrapped, unwrapped
 from .composition import check_encoders
 from .configuration_multimodal import valid_groups
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .item_processors import default_processor
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
@@ -108,7 +109,7 @@ def compose(
     for name, spec in specs.items():
         modules[name] = _encoder(name, spec, fields, loading, common)
         _note_commit(modules[name].origin, spec, loading)
-        found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name].kind, loading)
+        found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name], loading)
     source = language_model
     if isinstance(language_model, (str, os.PathLike)):
         language_model = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
@@ -185,8 +186,11 @@ def _tokenizer(language_model: Source, tokenizer: Any, loading: dict) -> PreTrai
     return AutoTokenizer.from_pretrained(source, **loading)
 
 
-def _processor(name: str, spec: dict, kind: str, loading: dict) -> Any:
-    given = spec.get("processor")
+def _processor(name: str, spec: dict, encoder: ModalEncoderModule, loading: dict) -> Any:
+    kind, given = encoder.kind, spec.get("processor")
+    own_kind = default_processor(kind, unwrapped(encoder.module).config)
+    if given is None and own_kind is not None:
+        return own_kind
     if given is not None and not isinstance(given, (str, os.PathLike)):
         return given
     source = given if given is not None else spec["model"]

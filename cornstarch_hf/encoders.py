@@ -23,6 +23,7 @@ from .selection import (
     per_item,
     select_features,
     selected_map,
+    unpadded_patches,
     with_features,
 )
 from .towers import NOT_INPUTS, accepts, counted_lengths, forward_parameters, infer_kind, resolve_tower, takes_images
@@ -217,6 +218,8 @@ class ModalEncoderModule(nn.Module):
                 return lengths_by_grid(len(features), grid, self.name)
             items = {len(value) for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1}
             return [1] * len(features) if items == {len(features)} else None
+        if (lengths := unpadded_patches(arguments, features.shape[1])) is not None:
+            return lengths
         valid, mask = raw.get("attention_mask"), arguments.get("attention_mask", arguments.get("pixel_attention_mask"))
         if not isinstance(valid, Tensor) and isinstance(mask, Tensor) and mask.ndim == 2:
             if mask.shape[1] != features.shape[1]:

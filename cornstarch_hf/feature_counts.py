@@ -16,6 +16,7 @@ from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .frames import frames_as_items
 from .limits import check_features
+from .precomputed_features import PrecomputedFeaturesConfig
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
 from .selection import per_item
@@ -45,6 +46,11 @@ def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None
     return length
 
 
+def _rows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    mask = inputs.get("attention_mask")
+    return inputs["features"].shape[1] if mask is None else int(mask.sum())
+
+
 # Tokens of the last hidden state of one item by the encoder's model type, None where the rule does not hold; each is
 # tested against the encoder.
 RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
@@ -52,6 +58,7 @@ RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = 
     "dinov2": lambda inputs, config: _patches(inputs, config) + 1,
     "siglip_vision_model": _patches,
     "vit": lambda inputs, config: _patches(inputs, config) + 1,
+    PrecomputedFeaturesConfig.model_type: _rows,
     "whisper": lambda inputs, config: config.max_source_positions,
     "wav2vec2": _waveform,
     "qwen2_vl_vision": lambda inputs, config: int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2,

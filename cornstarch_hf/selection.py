@@ -180,6 +180,20 @@ def lengths_by_grid(num_features: int, grid: Tensor, name: str) -> list[int]:
     return lengths
 
 
+def unpadded_patches(inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
+    """Tokens of each time series, where an input tells which values are padding; None without padding at the end.
+
+    Args:
+        inputs: of the encoder; `past_values_padding` ``(items, length)`` is 1 where a value is padding.
+        tokens: of the longest series, each of equally many values.
+    """
+    padding = inputs.get("past_values_padding")
+    if not isinstance(padding, Tensor) or padding.ndim != 2 or padding.shape[1] % tokens:
+        return None
+    patches = (padding == 0).unflatten(1, (tokens, -1)).any(-1)  # (items, tokens)
+    return None if bool(patches.all()) else patches.sum(-1).tolist()
+
+
 def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
     """One ``(n_i, width)`` tensor per item.
 
