@@ -7,7 +7,9 @@ from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .hub import push_to_hub
+from .item_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .modeling_multimodal import MultimodalModel
+from .precomputed_features import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
 from .registries import register_callback, register_feature_count, register_projector
@@ -22,6 +24,10 @@ __all__ = [
     "MultimodalProcessor",
     "MultimodalProjector",
     "MultimodalProjectorConfig",
+    "PrecomputedFeatures",
+    "PrecomputedFeaturesConfig",
+    "PrecomputedFeaturesProcessor",
+    "TimeSeriesProcessor",
     "compose",
     "parameter_groups",
     "push_to_hub",

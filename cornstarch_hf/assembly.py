@@ -15,18 +15,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
+    AutoVideoProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .adapters import is_wrapped
+from .adapters import is_wrapped, unwrapped
 from .composition import check_encoders
 from .configuration_multimodal import valid_groups
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .item_processors import default_processor
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
+from .video import video_processor_missing
 
 ENCODER_KEYS = frozenset(
     [
@@ -106,7 +109,7 @@ def compose(
     for name, spec in specs.items():
         modules[name] = _encoder(name, spec, fields, loading, common)
         _note_commit(modules[name].origin, spec, loading)
-        found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name].kind, loading)
+        found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name], loading)
     source = language_model
     if isinstance(language_model, (str, os.PathLike)):
         language_model = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
@@ -183,8 +186,11 @@ def _tokenizer(language_model: Source, tokenizer: Any, loading: dict) -> PreTrai
     return AutoTokenizer.from_pretrained(source, **loading)
 
 
-def _processor(name: str, spec: dict, kind: str, loading: dict) -> Any:
-    given = spec.get("processor")
+def _processor(name: str, spec: dict, encoder: ModalEncoderModule, loading: dict) -> Any:
+    kind, given = encoder.kind, spec.get("processor")
+    own_kind = default_processor(kind, unwrapped(encoder.module).config)
+    if given is None and own_kind is not None:
+        return own_kind
     if given is not None and not isinstance(given, (str, os.PathLike)):
         return given
     source = given if given is not None else spec["model"]
@@ -198,5 +204,18 @@ def _processor(name: str, spec: dict, kind: str, loading: dict) -> Any:
                 f"encoders={{{name!r}: {{'model': ..., 'processor': ...}}}}."
             )
     own = {key: spec[key] for key in ("revision", "subfolder") if spec.get(key) is not None}
+    if kind == "video":
+        return _video_processor(source, {**loading, **own})
     auto = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoProcessor)
     return auto.from_pretrained(source, **loading, **own)
+
+
+def _video_processor(source: Any, loading: dict) -> Any:
+    """An image processor, which is run frame by frame, where there is one; else the video processor."""
+    try:
+        return AutoImageProcessor.from_pretrained(source, **loading)
+    except (OSError, ValueError, ImportError):
+        try:
+            return AutoVideoProcessor.from_pretrained(source, **loading)
+        except (OSError, ValueError, ImportError) as error:
+            raise video_processor_missing(source, error) from error

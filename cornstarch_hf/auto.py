@@ -2,6 +2,7 @@
 
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -12,7 +13,9 @@ from transformers.models.auto import modeling_auto
 
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
+from .item_processors import PrecomputedFeaturesProcessor
 from .modeling_multimodal import MultimodalModel
+from .precomputed_features import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
 
@@ -32,6 +35,9 @@ def register_auto_classes() -> None:
     for auto_class in MODEL_CLASSES:
         auto_class.register(MultimodalConfig, MultimodalModel, exist_ok=True)
     AutoModel.register(MultimodalProjectorConfig, MultimodalProjector, exist_ok=True)
+    AutoConfig.register(PrecomputedFeaturesConfig.model_type, PrecomputedFeaturesConfig, exist_ok=True)
+    AutoModel.register(PrecomputedFeaturesConfig, PrecomputedFeatures, exist_ok=True)
+    AutoFeatureExtractor.register(PrecomputedFeaturesConfig, PrecomputedFeaturesProcessor, exist_ok=True)
     AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
     for table in STATIC_TABLES:
         getattr(modeling_auto, table).setdefault(MultimodalConfig.model_type, MultimodalModel.__name__)

@@ -133,8 +133,8 @@ def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
         value = part.get(key)
         if value is None or (isinstance(value, Mapping) and all(v is None for v in value.values())):
             continue
-        rate, wrapped = part.get("sampling_rate"), isinstance(value, (str, bytes, Mapping))
-        return value if rate is None or wrapped else {"array": value, "sampling_rate": rate}
+        rates = {key: part[key] for key in ("sampling_rate", "fps") if part.get(key) is not None}
+        return value if not rates or isinstance(value, (str, bytes, Mapping)) else {"array": value, **rates}
     return None
 
 

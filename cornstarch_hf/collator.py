@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 import torch
 
-from .media import flatten
+from .media import LIST_DEPTHS, flatten
 from .processing_multimodal import PLURALS, MultimodalProcessor
 from .truncation import inputs_within, place_items, whole_items_within
 
@@ -241,7 +241,7 @@ def _expect_strings(**columns: Any) -> None:
 
 def _items(value: Any, kind: str) -> list:
     """A cell's items in order; the missing ones of a table are left out."""
-    if kind in ("image", "audio"):
+    if kind in LIST_DEPTHS:
         return [item for item in flatten(value, kind)[0] if item is not None]
     return [item for item in value if item is not None] if isinstance(value, (list, tuple)) else [value]
 
@@ -300,4 +300,5 @@ def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
         )
     longest = max(part.shape[1] for part in parts)
     padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
-    return torch.cat([torch.nn.functional.pad(p, pad) for p, pad in zip(parts, padding, strict=True)])
+    blank = 1 if key.endswith("_padding") else 0  # such a mask is 1 where a value is padding
+    return torch.cat([torch.nn.functional.pad(p, pad, value=blank) for p, pad in zip(parts, padding, strict=True)])

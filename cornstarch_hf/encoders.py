@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from .adapters import unwrapped
 from .callbacks import SLOTS
 from .configuration_projector import feature_width
+from .frames import FRAME_MASK, frame_grids, frames_as_items, joined_frames
 from .grids import Features, grids_of_tensor, item_grids
 from .item_lengths import LengthsNotTold, feature_lengths, is_packed_row
 from .items import Padded, cut, groups_by_length, is_plain, item_count, padding_of, split_items
@@ -26,7 +27,7 @@ from .selection import (
     selected_map,
     with_features,
 )
-from .towers import NOT_INPUTS, accepts, forward_parameters, infer_kind, resolve_tower
+from .towers import NOT_INPUTS, accepts, forward_parameters, infer_kind, resolve_tower, takes_images
 
 # Model types whose features of an item change with its padding, whatever the mask says: each length is encoded apart.
 READ_PADDING = frozenset(
@@ -108,6 +109,7 @@ class ModalEncoderModule(nn.Module):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
+        self.by_frame = self.kind == "video" and takes_images(self.module)
         layers = layer if isinstance(layer, int) else tuple(layer)
         self.selection = Selection(output, layers, drop_prefix, _checked_format(data_format))
         self.name = self.kind
@@ -121,6 +123,7 @@ class ModalEncoderModule(nn.Module):
     def parameter_names(self) -> list[str]:
         """Inputs of the encoder's `forward`, then the additional arguments."""
         names = [p for p in forward_parameters(self.module) if p not in NOT_INPUTS]
+        names += [FRAME_MASK] if self.by_frame else []
         return names + [name for name in self.additional_args if name not in names]
 
     def feature_width(self) -> int | None:
@@ -171,6 +174,8 @@ class ModalEncoderModule(nn.Module):
         accepted = forward_parameters(self.module)
         weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
         arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
+        if self.by_frame:
+            return self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
         padded = padding_of(arguments, self.name)
         if padded is not None and self._reads_padding(arguments, padded):
             return self._encode_by_length(arguments, padded, options)
@@ -209,6 +214,17 @@ class ModalEncoderModule(nn.Module):
         ordered = [items[i] for i in range(len(items))]
         together = EncoderOutput(last_hidden_state=torch.cat(ordered))
         return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
+
+    def _encode_frames(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+        """Each frame of a video as an image of its own; an item's features are those of its frames, in order."""
+        frames, counts = frames_as_items(arguments, self.name)
+        raw, selected = self._encode_batch(frames, None, options)
+        features, lengths = joined_frames(selected[0], selected.lengths, counts)
+        grids: Any = selected.feature_grids
+        output = with_features(raw, features, lengths)
+        if grids is not None:
+            output["feature_grids"] = torch.tensor([[count, *grids[0].tolist()] for count in counts])
+        return raw, output
 
     def _encode_batch(
         self, arguments: dict, padded: Padded | None, options: dict
@@ -258,8 +274,15 @@ class ModalEncoderModule(nn.Module):
         try:
             if stated is not None:
                 return grids_of_tensor(stated)
-            config = unwrapped(self.module).config
-            return item_grids(Features(inputs, config, self.kind, lengths, changed, self.selection.drop_prefix))
+            config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
+            if self.by_frame:
+                return frame_grids(
+                    inputs,
+                    lengths,
+                    self.name,
+                    lambda rows, each: item_grids(Features(rows, config, self.kind, each, changed, dropped)),
+                )
+            return item_grids(Features(inputs, config, self.kind, lengths, changed, dropped))
         except ValueError as error:
             what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
             raise ValueError(f"{self.name}: {what}. {error}") from error

@@ -16,8 +16,10 @@ from .composition import build_encoder
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
+from .frames import frames_as_items
 from .layouts import with_plain_kernels
 from .limits import check_features
+from .precomputed_features import PrecomputedFeaturesConfig
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
 from .selection import per_item
@@ -49,6 +51,11 @@ def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None
     return length
 
 
+def _rows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    mask = inputs.get("attention_mask")
+    return inputs["features"].shape[1] if mask is None else int(mask.sum())
+
+
 # Tokens of the last hidden state of one item by the encoder's model type, None where the rule does not hold; each is
 # tested against the encoder.
 RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
@@ -56,6 +63,7 @@ RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = 
     "dinov2": lambda inputs, config: _patches(inputs, config) + 1,
     "siglip_vision_model": _patches,
     "vit": lambda inputs, config: _patches(inputs, config) + 1,
+    PrecomputedFeaturesConfig.model_type: _rows,
     "whisper": lambda inputs, config: config.max_source_positions,
     "wav2vec2": _waveform,
     "qwen2_vl_vision": lambda inputs, config: int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2,
@@ -125,13 +133,14 @@ class FeatureCounter:
         rule = (
             RULES.get(encoder_config.model_type) if by_rule and entry["layer"] == -1 and not entry["output"] else None
         )
-        count = rule(inputs, encoder_config) if rule is not None else None
+        items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
+        count = rule(items, encoder_config) if rule is not None else None
         if count is not None:
-            lengths, stated = [count - entry["drop_prefix"]], None
+            lengths, stated = [(count - entry["drop_prefix"]) * frames[0]], None
         else:
             output = self._run(name, inputs, without, ModalEncoderModule.select)
-            items = per_item(output.last_hidden_state, output.lengths, name)
-            lengths, stated = [len(item) for item in items], output.feature_grids
+            lengths = [len(item) for item in per_item(output.last_hidden_state, output.lengths, name)]
+            stated = output.feature_grids
         grids = encoder.grids(dict(inputs), lengths, stated)
         if grids is not None and len(grids) != 1:
             raise ValueError(

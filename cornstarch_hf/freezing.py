@@ -28,7 +28,7 @@ def select_parameters(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     for pattern in patterns:
         named = set(fnmatch.filter(owners, pattern))
         below = {p for p in parameters if p in named or any(p.startswith(parent + ".") for parent in _roots(named))}
-        if not below:
+        if not named:  # a part without parameters has nothing to choose
             parts = [name for name in owners if name.count(".") <= 1 and name not in parameters]
             raise ValueError(
                 f"{pattern!r} names no part with parameters, expected names or globs such as {parts[:12]}."

@@ -25,13 +25,17 @@ from .limits import cap, check, check_image, check_sound
 
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
 
+# How deep lists of numbers are nested that are one item.
+LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
+
 
 def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
     """Items in order, and how many each sample has when they were given per sample.
 
     Args:
         items: one item, a list of items, or a list of lists (one per sample).
-        kind: an array or a list of numbers is one item of ``"audio"``, a dict is one item of any kind.
+        kind: an array or a list of numbers is one item of ``"audio"`` and ``"time"``, a list of frames one of ``"video"``, a
+            list of rows of numbers one of ``"features"``; a dict is one item of any kind.
     """
     if not isinstance(items, (list, tuple)) or _is_item(items, kind):
         return [items], None
@@ -44,8 +48,14 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
 
 
 def _is_item(value: Any, kind: str) -> bool:
-    """Whether a list is one item: the numbers of a sound, an image as (height, width, channels)."""
-    return _depth(value) == {"audio": 1, "image": 3}.get(kind, -1)
+    """Whether a list is one item: the numbers of a sound, an image as (height, width, channels), the frames of a video."""
+    if kind == "video" and isinstance(value, (list, tuple)) and value and all(_is_frame(x) for x in value):
+        return True
+    return _depth(value) == LIST_DEPTHS.get(kind, -1)
+
+
+def _is_frame(value: Any) -> bool:
+    return isinstance(value, Image.Image) or getattr(value, "ndim", None) in (2, 3)
 
 
 def _depth(value: Any) -> int:

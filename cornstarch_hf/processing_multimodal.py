@@ -1,6 +1,7 @@
 """The processor of a composed model: raw inputs to tensors, each placeholder expanded to its item's features."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .media import flatten
 from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows
 from .processing_base import MultimodalProcessorBase
 from .subprocessors import MEDIA_KEYS, run_subprocessor
+from .video import named_for_encoder
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
 TEXT_OPTIONS = frozenset(
@@ -154,6 +156,7 @@ class MultimodalProcessor(MultimodalProcessorBase):
         samples: dict[str, Any] = {}
         for name, given in media.items():
             entry = self.config.modality(name)
+            names = entry["input_names"]
             given = dict(given)
             if "items" in given:
                 items, per_sample = flatten(given.pop("items"), entry["kind"])
@@ -173,7 +176,9 @@ class MultimodalProcessor(MultimodalProcessorBase):
                         next(iter(output.values())),
                     )
                 )
-            used = {key: keyword_for(key, name, entry["input_names"]) for key in output}
+            if entry["kind"] == "video":
+                output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
+            used = {key: keyword_for(key, name, names) for key in output}
             lengths[name] = self._count(name, {k: v for k, v in output.items() if used[k]}, count)
             tensors |= {used[key]: value for key, value in output.items() if used[key]}
         return tensors, lengths, samples

@@ -8,9 +8,12 @@ import torch
 from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
+from .item_processors import ITEM_PROCESSORS, ItemProcessor
 from .limits import check
 from .media import ready_audio, ready_image
+from .text_items import run_tokenizer
 from .untrusted import check_values
+from .video import run_on_frames
 
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
@@ -68,11 +71,15 @@ def run_subprocessor(
     options = dict(options)
     if isinstance(processor, ImageProcessingMixin):
         channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+        if kind == "video":
+            return run_on_frames(processor, name, items, options, encoder_config, channels)
         rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
             options.setdefault("input_data_format", "channels_last")
         return _tensors(processor(images=items, return_tensors="pt", **options), name)
+    if isinstance(processor, ItemProcessor):
+        return _tensors(processor(items, name=name, **options), name)
     if isinstance(processor, FeatureExtractionMixin):
         rate = processor.sampling_rate if hasattr(processor, "sampling_rate") else None
         given = options.pop("sampling_rate", None)
@@ -80,8 +87,7 @@ def run_subprocessor(
         _check_window(processor, name, items, options)
         return _tensors(processor(items, **_audio_options(processor, rate), **options, return_tensors="pt"), name)
     if isinstance(processor, PreTrainedTokenizerBase):
-        options = {"padding": True} | options
-        return _tensors(processor(items, return_tensors="pt", **options), name)
+        return _tensors(run_tokenizer(processor, name, items, options, encoder_config), name)
     for i, item in enumerate(items) if kind == "video" else ():
         frames = len(item) if hasattr(item, "__len__") and not isinstance(item, (str, bytes)) else 0
         check(frames, "MAX_VIDEO_FRAMES", f"{name}, item {i}: the number of frames is")
@@ -153,7 +159,8 @@ def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
         )
     _check_settings(values, name)
     try:
-        cls = ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+        cls: Any = ITEM_PROCESSORS.get(values[kinds[0]])
+        cls = cls or ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{name}: there is no processor class {values[kinds[0]]!r:.100} in transformers.") from error
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):

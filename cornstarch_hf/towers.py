@@ -27,6 +27,8 @@ NO_ENCODERS = {
     "NeuCodecModel": "sounds: take an encoder of audio features",
     "UnivNetModel": "sounds made of spectra: take an encoder of audio features",
 }
+# Towers of images that state a number of frames: they take the frames of videos as images that follow each other.
+FRAMES_IN_A_ROW = frozenset(["xclip_vision_model"])
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
 NOT_INPUTS = frozenset(
     [
@@ -88,6 +90,8 @@ def infer_kind(module: nn.Module) -> str:
     model = unwrapped(module)
     stated: Any = model.input_modalities
     stated = (stated,) if isinstance(stated, str) else tuple(stated)
+    if stated == ("image",) and getattr(model.config, "num_frames", None) and not _frames_in_a_row(model):
+        return "video"  # TimeSformer calls its videos images
     for kind in (*MEDIA_KINDS, "time"):
         if kind in stated:
             return kind
@@ -96,6 +100,15 @@ def infer_kind(module: nn.Module) -> str:
     if any(name.endswith(("grid_thw", "grid_hws")) for name in names):
         return "image"
     return next((KIND_BY_INPUT[name] for name in names if name in KIND_BY_INPUT), model.main_input_name)
+
+
+def _frames_in_a_row(model: Any) -> bool:
+    return model.config.model_type in FRAMES_IN_A_ROW
+
+
+def takes_images(module: nn.Module) -> bool:
+    """Whether an encoder takes single images, ``(items, channels, height, width)``, so that a video is its frames."""
+    return infer_kind(module) == "image"
 
 
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

@@ -7,10 +7,15 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
+    EsmConfig,
+    EsmModel,
+    EsmTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaNextImageProcessorPil,
     PreTrainedTokenizerFast,
+    TimesFm2_5Config,
+    TimesFm2_5Model,
 )
 
 WORDS = "what is in the picture ? a red green blue square describe it user assistant"
@@ -53,4 +58,24 @@ def make_vision_encoder(folder: Path, size: int = 16, any_resolution: bool = Fal
         LlavaNextImageProcessorPil(**shape, image_grid_pinpoints=grids).save_pretrained(folder)
     else:
         CLIPImageProcessorPil(**shape).save_pretrained(folder)
+    return folder
+
+
+def make_protein_encoder(folder: Path) -> Path:
+    """A small ESM with its tokenizer."""
+    letters = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    config = EsmConfig(vocab_size=len(letters), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       intermediate_size=64, max_position_embeddings=512, pad_token_id=1, mask_token_id=32,
+                       position_embedding_type="rotary")  # fmt: skip
+    EsmModel(config, add_pooling_layer=False).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(letters))
+    EsmTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def make_time_series_encoder(folder: Path) -> Path:
+    """A small TimesFM 2.5, which has no processor of its own."""
+    config = TimesFm2_5Config(patch_length=8, context_length=256, hidden_size=32, intermediate_size=64, head_dim=8,
+                              num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2)  # fmt: skip
+    TimesFm2_5Model(config).save_pretrained(folder)
     return folder

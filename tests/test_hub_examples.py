@@ -24,7 +24,8 @@ TOKEN = "hf_" + "e" * 34
 
 def test_no_example_is_forgotten():
     covered = {"compose_vlm", "llava_next_callbacks", "finetune_with_trainer", "quickstart", "train_in_stages",
-               "share_with_code", "push_and_load", "reference_checkpoint"}  # fmt: skip
+               "share_with_code", "push_and_load", "reference_checkpoint", "compose_video", "compose_protein",
+               "compose_time_series", "compose_features"}  # fmt: skip
     shared = {"tiny_models", "digits_and_tones"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == covered | shared
 
@@ -32,6 +33,25 @@ def test_no_example_is_forgotten():
 def test_compose_vlm(tmp_path):
     out = run_python(EXAMPLES / "compose_vlm.py", "--output", str(tmp_path / "made"))
     assert "answer:" in out and (tmp_path / "made" / "model.safetensors").exists()
+
+
+NEW_MODALITIES = """
+import os, runpy, sys
+_, examples, folder = sys.argv
+sys.path.insert(0, examples)
+for name in ("compose_video", "compose_protein", "compose_time_series", "compose_features"):
+    sys.argv = [name, "--output", os.path.join(folder, name)]
+    runpy.run_path(os.path.join(examples, name + ".py"), run_name="__main__")
+"""
+
+
+def test_examples_of_further_modalities(tmp_path):
+    out = run_python(NEW_MODALITIES, str(EXAMPLES), str(tmp_path))
+    found = re.findall(r"features of each item: (\d+)", out)
+    assert found == ["68", "24", "8", "5"], (
+        "4 frames of 17; letters with <cls> and <eos>; patches of 8 values; as given"
+    )
+    assert out.count("answer:") == 4 and (tmp_path / "compose_protein" / "protein_tokenizer").is_dir()
 
 
 def test_llava_next_callbacks():

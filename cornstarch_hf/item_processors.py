@@ -1,0 +1,219 @@
+"""Processors for items that transformers has none for: features computed elsewhere, and time series.
+
+Arrays come in, checked tensors go out; `subprocessors` calls them as it calls those of transformers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, FeatureExtractionMixin
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class ItemProcessor(FeatureExtractionMixin):
+    """Base of this package's processors of items."""
+
+    def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "items") -> BatchFeature:
+        raise TypeError(f"{type(self).__name__} does not say how its items are processed: define __call__.")
+
+
+class PrecomputedFeaturesProcessor(ItemProcessor):
+    """Batches features that were computed elsewhere, for `PrecomputedFeatures`.
+
+    Args:
+        feature_size: their width.
+
+    Raises:
+        ValueError: a size that is no positive integer.
+    """
+
+    model_input_names = ("features", "attention_mask")
+
+    def __init__(self, feature_size: int | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.feature_size = _positive(feature_size, "feature_size")
+
+    @classmethod
+    def for_encoder(cls, config: Any) -> "PrecomputedFeaturesProcessor":
+        """The processor that an encoder's configuration asks for, by its `feature_size`."""
+        return cls(feature_size=config.feature_size)
+
+    def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "features") -> BatchFeature:
+        """Check and pad features.
+
+        Args:
+            items: arrays or tensors ``(n_i, feature_size)`` of any n_i >= 1 in float16, bfloat16 or float32, or lists of rows
+                of numbers, which become float32; ``(feature_size,)`` is one feature.
+            return_tensors: ``"pt"``.
+            name: of the modality, for messages.
+
+        Returns:
+            `features` ``(items, most features, feature_size)`` in the one dtype that holds all items exactly, zeros after the
+            last feature of each; `attention_mask` ``(items, most features)``.
+
+        Raises:
+            ValueError: another width or rank, no feature, values that are not finite, other dtypes.
+            TypeError: no array.
+        """
+        rows = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
+        dtype = rows[0].dtype
+        for row in rows:
+            dtype = torch.promote_types(dtype, row.dtype)
+        most = max(len(row) for row in rows)
+        padded = [torch.cat([x.to(dtype), x.new_zeros(most - len(x), x.shape[1], dtype=dtype)]) for x in rows]
+        mask = torch.arange(most)[None] < torch.tensor([len(row) for row in rows])[:, None]
+        return BatchFeature({"features": torch.stack(padded), "attention_mask": mask.long()}, return_tensors)
+
+    def _ready(self, item: Any, where: str) -> torch.Tensor:
+        values = _floats(item, where, ("features", "embeddings", "array"))
+        values = values[None] if values.ndim == 1 else values
+        if values.ndim != 2 or values.shape[1] != self.feature_size or len(values) == 0:
+            raise ValueError(
+                f"{where}: expected features of shape (n, {self.feature_size}) with n >= 1, got {tuple(values.shape)}."
+            )
+        return values
+
+
+class TimeSeriesProcessor(ItemProcessor):
+    """Batches time series for encoders that take `past_values` (TimesFM, PatchTST, PatchTSMixer).
+
+    Args:
+        num_channels: values at each time; None for encoders that take ``(items, length)``.
+        context_length: the length that an encoder of fixed length takes.
+        patch_length: series are filled up to a multiple of it, at their start as TimesFM does, and marked so in
+            `past_values_padding`; shorter ones of a batch further by whole patches at their end.
+        frequency: TimesFM's class of the sampling interval: 0 up to days, 1 weeks and months, 2 quarters and longer.
+
+    Raises:
+        ValueError: a size that is no positive integer, `patch_length` with channels or a fixed length, an unknown frequency.
+    """
+
+    model_input_names = ("past_values", "past_values_padding", "freq")
+
+    def __init__(
+        self,
+        num_channels: int | None = None,
+        context_length: int | None = None,
+        patch_length: int | None = None,
+        frequency: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        sizes = {"num_channels": num_channels, "context_length": context_length, "patch_length": patch_length}
+        for key, value in sizes.items():
+            setattr(self, key, None if value is None else _positive(value, key))
+        if patch_length is not None and (num_channels is not None or context_length is not None):
+            raise ValueError("patch_length is for series of one channel and any length: leave the other sizes out.")
+        if frequency not in (0, 1, 2):
+            raise ValueError(f"frequency must be 0, 1 or 2, got {frequency!r}.")
+        self.frequency = frequency
+
+    @classmethod
+    def for_encoder(cls, config: Any) -> "TimeSeriesProcessor":
+        """The processor that an encoder's configuration asks for.
+
+        Args:
+            config: of the encoder; `num_input_channels` and `context_length` fix the shape, else `patch_length` counts.
+        """
+        channels = getattr(config, "num_input_channels", None)
+        if channels is not None:
+            return cls(num_channels=channels, context_length=config.context_length)
+        return cls(patch_length=getattr(config, "patch_length", None))
+
+    def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "series") -> BatchFeature:
+        """Check and stack series.
+
+        Args:
+            items: arrays, tensors or lists of numbers, ``(length,)``, or arrays ``(length, num_channels)``; floats
+                or integers, rounded to float32.
+            return_tensors: ``"pt"``.
+            name: of the modality, for messages.
+
+        Returns:
+            `past_values` ``(items, length)`` or ``(items, length, num_channels)`` in float32, `past_values_padding` of the
+            length (1 where a value is padding), `freq` ``(items, 1)``; the encoder is given those that it takes.
+
+        Raises:
+            ValueError: another number of channels or length, lengths that differ where nothing can tell padding, values that
+                are not finite.
+            TypeError: no array.
+        """
+        series = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
+        lengths = [len(x) for x in series]
+        if self.patch_length is None and len(set(lengths)) > 1:
+            i = next(i for i, n in enumerate(lengths) if n != lengths[0])
+            raise ValueError(
+                f"{name}, item {i}: the series has {lengths[i]} values, item 0 has {lengths[0]}: this encoder cannot be told "
+                "which are padding, so that series of one call must have one length."
+            )
+        starts = [-n % (self.patch_length or 1) for n in lengths]
+        most = max(n + start for n, start in zip(lengths, starts, strict=True))
+        ends = [most - n - start for n, start in zip(lengths, starts, strict=True)]
+        values, padding = [], []
+        for x, start, end in zip(series, starts, ends, strict=True):
+            values.append(torch.cat([x.new_zeros(start, *x.shape[1:]), x, x.new_zeros(end, *x.shape[1:])]))
+            padding.append(torch.cat([torch.ones(start), torch.zeros(len(x)), torch.ones(end)]).long())
+        found = {"past_values": torch.stack(values), "past_values_padding": torch.stack(padding)}
+        return BatchFeature(found | {"freq": torch.full((len(series), 1), self.frequency)}, return_tensors)
+
+    def _ready(self, item: Any, where: str) -> torch.Tensor:
+        values = _floats(item, where, ("past_values", "series", "array"), rounded=True)
+        if self.num_channels == 1 and values.ndim == 1:
+            values = values[:, None]
+        shape = ("length",) if self.num_channels is None else ("length", self.num_channels)
+        if values.ndim != len(shape) or len(values) == 0 or tuple(values.shape[1:]) != shape[1:]:
+            text = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+            raise ValueError(f"{where}: expected a series of shape ({text}), got {tuple(values.shape)}.")
+        if self.context_length is not None and len(values) != self.context_length:
+            raise ValueError(
+                f"{where}: the series has {len(values)} values, the encoder takes {self.context_length}: choose a window "
+                "of that length, or resample it."
+            )
+        return values
+
+
+# By name, for processors that are built from their description.
+ITEM_PROCESSORS = {cls.__name__: cls for cls in (PrecomputedFeaturesProcessor, TimeSeriesProcessor)}
+# What encoders of a model type, or of a kind, are given where the user has no processor for them.
+_DEFAULTS = {"precomputed_features": PrecomputedFeaturesProcessor, "time": TimeSeriesProcessor}
+
+
+def default_processor(kind: str, config: Any) -> ItemProcessor | None:
+    """The processor for an encoder of this kind and configuration, None where transformers has one."""
+    cls: Any = _DEFAULTS.get(config.model_type) or _DEFAULTS.get(kind)
+    return None if cls is None else cls.for_encoder(config)
+
+
+def _positive(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} must be a positive integer, got {value!r}.")
+    return value
+
+
+def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False) -> torch.Tensor:
+    """An item's numbers as a tensor: floats as they are, lists as float32; with `rounded` any numbers as float32."""
+    if isinstance(item, Mapping):
+        item = next((item[key] for key in keys if item.get(key) is not None), None)
+    if isinstance(item, (list, tuple)):
+        try:
+            item = np.asarray(item, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: the list does not hold rows of numbers of one length ({error}).") from error
+    if not isinstance(item, (np.ndarray, torch.Tensor)):
+        raise TypeError(f"{where}: expected numbers (array, tensor, list), got {type(item).__name__}.")
+    if isinstance(item, np.ndarray) and item.dtype.kind not in "fiu":
+        raise TypeError(f"{where}: expected numbers, got an array of {item.dtype}.")
+    values = torch.as_tensor(np.ascontiguousarray(item)) if isinstance(item, np.ndarray) else item.detach().cpu()
+    if rounded and values.dtype is not torch.bool and not values.is_complex():
+        values = values.to(torch.float32)
+    if values.dtype not in FLOATS:
+        raise ValueError(
+            f"{where}: the values are {str(values.dtype).removeprefix('torch.')}, expected float32, float16 or bfloat16: "
+            "convert them yourself, e.g. x.astype('float32')."
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{where}: there are values that are not finite (NaN or infinity): remove or replace them.")
+    return values
