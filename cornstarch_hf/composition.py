@@ -18,21 +18,15 @@ from .grids import PLANE_KINDS
 from .input_names import assign_input_names
 from .layouts import find_layout
 from .origins import origin_of
+from .precomputed_features import PrecomputedFeaturesConfig
 from .projectors import MultimodalProjector
 from .towers import forward_parameters
 
 # Model types whose features are sequences of the width that their configuration names: no run on shapes is needed to know.
 REGULAR = frozenset(
     [
-        "clip_vision_model",
-        "dinov2",
-        "siglip_vision_model",
-        "vit",
-        "whisper",
-        "wav2vec2",
-        "qwen2_vl_vision",
-        "esm",
-        "bert",
+        *("clip_vision_model", "dinov2", "siglip_vision_model", "vit", "qwen2_vl_vision", "whisper", "wav2vec2", "esm"),
+        *("bert", PrecomputedFeaturesConfig.model_type),
     ]
 )
 
