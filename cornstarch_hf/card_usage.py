@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from transformers.image_processing_base import ImageProcessingMixin
 
 from .adapters import unwrapped
+from .item_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from .subprocessors import sampling_rate_of
 
@@ -33,8 +34,19 @@ def _audio(processor: Any, config: Any) -> Item:
 
 
 def _video(processor: Any, config: Any) -> Item:
-    frames = getattr(config, "num_frames", None) or 8
-    return Item({"video": f"np.zeros(({frames}, 240, 320, 3), dtype=np.uint8)"}, "import numpy as np")
+    frames = getattr(config, "num_frames", None) or getattr(processor, "num_frames", None) or 8
+    rate = {"fps": "24"} if getattr(processor, "fps", None) else {}
+    return Item({"video": f"np.zeros(({frames}, 240, 320, 3), dtype=np.uint8)"} | rate, "import numpy as np")
+
+
+def _series(processor: TimeSeriesProcessor, config: Any) -> Item:
+    length = processor.context_length or 4 * (processor.patch_length or 16)
+    shape = f"({length}, {processor.num_channels})" if processor.num_channels else f"({length},)"
+    return Item({"time": f"np.ones({shape}, dtype=np.float32)"}, "import numpy as np")
+
+
+def _features(processor: PrecomputedFeaturesProcessor, config: Any) -> Item:
+    return Item({"features": f"np.ones((4, {processor.feature_size}), dtype=np.float32)"}, "import numpy as np")
 
 
 def _text(processor: Any, config: Any) -> Item:
@@ -42,7 +54,16 @@ def _text(processor: Any, config: Any) -> Item:
     return Item({"text": _quoted("MKTAYIAKQR" if protein else "Some text of its own.")})
 
 
-ITEMS: dict[str, Callable[[Any, Any], Item]] = {"image": _image, "audio": _audio, "video": _video, "text": _text}
+ITEMS: dict[str, Callable[[Any, Any], Item]] = {
+    "image": _image,
+    "audio": _audio,
+    "video": _video,
+    "text": _text,
+    "time": _series,
+    "features": _features,
+}
+# Kinds of which only these processors tell what an item looks like.
+_OWN_PROCESSORS = {"time": TimeSeriesProcessor, "features": PrecomputedFeaturesProcessor}
 
 
 def usage_snippet(model: Any, processor: Any, repo_id: str, include_code: bool) -> str:
@@ -120,8 +141,9 @@ def unaskable(model: Any, processor: Any) -> list[str]:
 def _makes(encoder: Any, processor: Any) -> bool:
     if processor is None or encoder.additional_args or encoder.kind not in ITEMS:
         return False
-    # An image processor takes the frames of a video apart, in no way that holds for all of them.
-    return encoder.kind != "video" or not isinstance(processor, ImageProcessingMixin)
+    if encoder.kind == "video" and isinstance(processor, ImageProcessingMixin):
+        return not hasattr(processor, "merge_size")  # which packs patches of images, and none of videos
+    return isinstance(processor, _OWN_PROCESSORS.get(encoder.kind, object))
 
 
 def _own_code(model: Any) -> Iterator[str]:

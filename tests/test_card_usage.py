@@ -14,9 +14,10 @@ import torch
 import user_parts
 from helpers import HERE, compose_tiny, run_python
 from peft import LoraConfig, get_peft_model
+from shrunk import built, shrunk
 from templates import PARTS
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PatchTSTConfig, PatchTSTModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from cornstarch_hf import (
@@ -25,6 +26,9 @@ from cornstarch_hf import (
     MultimodalProcessor,
     MultimodalProjector,
     MultimodalProjectorConfig,
+    PrecomputedFeatures,
+    PrecomputedFeaturesConfig,
+    compose,
 )
 from cornstarch_hf.card_usage import own_parts, unaskable, usage_snippet
 from cornstarch_hf.model_card import card_text
@@ -196,8 +200,8 @@ def test_items_that_cannot_be_made_are_left_out():
     assert unaskable(compose_tiny(["clip", "esm"])[0], alone) == ["protein"]
     code = usage_snippet(model, processor, "me/x", False)
     assert '"audio"' in code and '"image"' not in code and "PIL" not in code
-    frames = compose_tiny(["clip"], vision={"kind": "video"})
-    assert unaskable(*frames) == ["vision"]
+    packed = compose_tiny(["qwen2_vl"], vision={"kind": "video"})
+    assert unaskable(*packed) == ["vision"]
 
 
 def test_a_sound_fits_into_the_window_of_its_encoder():
@@ -238,6 +242,27 @@ def test_frames_of_a_video(capsys):
     lines = [line for line in code.splitlines() if "from_pretrained" not in line]  # such a processor cannot be saved
     exec("\n".join(lines), {"model": model, "processor": processor})
     assert capsys.readouterr().out
+
+
+def test_items_of_further_kinds(capsys):
+    series = built(PatchTSTModel, shrunk(PatchTSTConfig, context_length=16, patch_length=8, patch_stride=8))
+    frames = {"model": tiny.clip(), "processor": tiny.clip_processor(num_frames=3), "kind": "video"}
+    encoders = {
+        "film": frames,
+        "series": series,
+        "scene": PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=6)),
+    }
+    model, processor = compose(tiny.llama(), encoders, tokenizer=tiny.tokenizer())
+    assert unaskable(model, processor) == []
+    code = usage_snippet(model, processor, "me/x", False)
+    for part in ("np.zeros((3, 240, 320, 3), dtype=np.uint8)", "np.ones((16, 1), dtype=np.float32)", "np.ones((4, 6), dtype=np.float32)"):  # fmt: skip
+        assert part in code
+    exec(
+        "\n".join(x for x in code.splitlines() if "from_pretrained" not in x), {"model": model, "processor": processor}
+    )
+    assert capsys.readouterr().out
+    processor.processors["film"].num_frames, processor.processors["film"].fps = None, 12
+    assert '"fps": 24' in usage_snippet(model, processor, "me/x", False)
 
 
 def test_snippets_are_formatted():
