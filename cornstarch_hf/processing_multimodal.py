@@ -9,12 +9,12 @@ from transformers import BatchFeature
 
 from .batches import MultimodalBatch
 from .chat import ConversationReader, chosen_template, is_batch, refuse_typed, render
-from .input_names import PROCESSOR_NAMES, keyword_for
+from .input_names import named_inputs
 from .labelling import assistant_spans
 from .media import flatten, split_items, unpadded
 from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows
 from .processing_base import MultimodalProcessorBase
-from .subprocessors import MEDIA_KEYS, run_subprocessor
+from .subprocessors import MEDIA_KEYS, check_padding, run_subprocessor
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
 TEXT_OPTIONS = frozenset(
@@ -172,20 +172,17 @@ class MultimodalProcessor(MultimodalProcessorBase):
                         next(iter(output.values())),
                     )
                 )
-            used = {key: keyword_for(key, name, entry["input_names"]) for key in output}
-            lengths[name] = self._count(name, {k: v for k, v in output.items() if used[k]}, count)
-            tensors |= {used[key]: value for key, value in output.items() if used[key]}
+            used = named_inputs(output, name, entry["input_names"])
+            check_padding(output, used, self.processors.get(name), name)
+            lengths[name] = self._count(name, used, count)
+            tensors |= used
         return tensors, lengths, samples
 
     def _count(self, name: str, output: dict[str, Any], count: int) -> list[int]:
         """Features of each item, alone and unpadded."""
-        names = {v: k for k, v in PROCESSOR_NAMES.get(self.config.modality(name)["kind"], {}).items()}
-        parameters = set(self.config.modality(name)["input_names"].values())
-        lengths = []
-        for item in split_items(output, count, name):
-            inputs = {names[k] if names.get(k) in parameters else k: v for k, v in item.items()}
-            lengths.append(self.counter.count(name, unpadded(inputs)))
-        return lengths
+        names = self.config.modality(name)["input_names"]
+        items = split_items({names[keyword]: value for keyword, value in output.items()}, count, name)
+        return [self.counter.count(name, unpadded(item)) for item in items]
 
     def _encode_text(self, texts: list[str], lengths, samples, options: dict[str, Any], spans) -> dict[str, Any]:
         by_token = {self.tokens[name]: found for name, found in lengths.items()}

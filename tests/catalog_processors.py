@@ -22,6 +22,9 @@ class Pair:
         options: keyword arguments of the encoder's constructor.
         module: keyword arguments of `ModalEncoderModule`.
         call: arguments of the processor's call.
+        one_size: whether images of one call must have one size.
+        smallest: side of an image, in pixels.
+        ratio: of an image's sides, which the processor takes only below this.
         shortest: of sounds, in samples; they are up to `longest` long.
     """
 
@@ -31,6 +34,9 @@ class Pair:
     options: Mapping = field(default_factory=dict)
     module: Mapping = field(default_factory=dict)
     call: Mapping = field(default_factory=dict)
+    one_size: bool = False
+    smallest: int = 1
+    ratio: float = 200
     shortest: int = 1000
     longest: int = 6000
 
@@ -43,7 +49,7 @@ def named(where: str, name: str):
 def build_encoder(pair: Pair):
     """The pair's tiny encoder."""
     folder, name = pair.encoder.split(".")
-    model_class = named(f"{folder}.modeling_{folder}", name)
+    model_class = named(f"{folder.split('_swin')[0]}.modeling_{folder}", name)
     return built(model_class, shrunk(model_class.config_class, **pair.changes), **pair.options)
 
 
@@ -55,15 +61,25 @@ def build_processor(name: str, pair: Pair):
 CLIP = "clip.CLIPVisionModel"
 RESNET = "resnet.ResNetModel"
 SMALL_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_hidden_layers": 4}
+HEADS = {"num_attention_heads": [1, 1, 2, 2], "num_hidden_layers": 4}
+SWIN = {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 16, "patch_size": 4, "window_size": 4}
 QWEN = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 1024}}
-GLM = {"patch_size": 4, "spatial_merge_size": 2, "hidden_size": 16, "out_hidden_size": 24, "num_heads": 2, "depth": 1, "intermediate_size": 32}
+GLM = {
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "hidden_size": 16,
+    "out_hidden_size": 16,
+    "num_heads": 2,
+    "depth": 1,
+    "intermediate_size": 32,
+}
 
 IMAGES: dict[str, Pair] = {
     "BeitImageProcessorPil": Pair("beit.BeitModel", RESIZED),
     "BitImageProcessorPil": Pair("dinov2.Dinov2Model", CROPPED),
     "BlipImageProcessorPil": Pair("blip.BlipVisionModel", RESIZED),
-    "BridgeTowerImageProcessorPil": Pair(RESNET, {"size": {"shortest_edge": 32}, "crop_size": {"shortest_edge": 32}}, SMALL_RESNET),
+    "BridgeTowerImageProcessorPil": Pair(RESNET, {"size": {"shortest_edge": 32}, "crop_size": {"shortest_edge": 32}, "size_divisor": 1}, SMALL_RESNET),
     "ChameleonImageProcessorPil": Pair("vit.ViTModel", CROPPED),
     "ChineseCLIPImageProcessorPil": Pair("chinese_clip.ChineseCLIPVisionModel", CROPPED),
     "CLIPImageProcessorPil": Pair(CLIP, CROPPED),
@@ -76,10 +92,10 @@ IMAGES: dict[str, Pair] = {
     "DeformableDetrImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
     "DeiTImageProcessorPil": Pair("deit.DeiTModel", {"size": {"height": 36, "width": 36}, "crop_size": SQUARE}),
     "DetrImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
-    "DonutImageProcessorPil": Pair("donut.DonutSwinModel", RESIZED, {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "patch_size": 4, "window_size": 4}),
+    "DonutImageProcessorPil": Pair("donut_swin.DonutSwinModel", RESIZED, SWIN),
     "DPTImageProcessorPil": Pair("dpt.DPTModel", RESIZED),
     "EfficientNetImageProcessorPil": Pair("efficientnet.EfficientNetModel", RESIZED, {"width_coefficient": 0.25, "depth_coefficient": 0.1}),
-    "EomtImageProcessorPil": Pair("swin.SwinModel", RESIZED | {"do_pad": True}, {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "patch_size": 4, "window_size": 4}),
+    "EomtImageProcessorPil": Pair("swin.SwinModel", {"size": {"shortest_edge": 32, "longest_edge": 32}, "do_pad": True}, SWIN),
     "Ernie4_5_VLMoeImageProcessorPil": Pair("ernie4_5_vl_moe.Ernie4_5_VLMoeVisionTransformerPretrainedModel", QWEN, {"patch_size": 4, "depth": 1}),
     "FlavaImageProcessorPil": Pair("flava.FlavaImageModel", CROPPED | RESIZED),
     "Gemma3ImageProcessorPil": Pair("siglip.SiglipVisionModel", RESIZED),
@@ -87,9 +103,9 @@ IMAGES: dict[str, Pair] = {
     "Glm46VImageProcessorPil": Pair("glm4v.Glm4vVisionModel", QWEN, GLM),
     "Glm4vImageProcessorPil": Pair("glm4v.Glm4vVisionModel", QWEN, GLM),
     "Glm5NextImageProcessorPil": Pair("glm5_next.Glm5NextVisionModel", {"patch_size": 4, "merge_size": 2, "min_image_tokens": 1, "max_image_tokens": 16}, GLM),
-    "GlmImageImageProcessorPil": Pair("glm_image.GlmImageVisionModel", QWEN, {"patch_size": 4}),
+    "GlmImageImageProcessorPil": Pair("glm_image.GlmImageVisionModel", QWEN | {"temporal_patch_size": 1}, {"patch_size": 4}, ratio=4),
     "GlmgaImageProcessorPil": Pair("glm4v.Glm4vVisionModel", QWEN, GLM),
-    "GLPNImageProcessorPil": Pair("glpn.GLPNModel", {}, {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}),
+    "GLPNImageProcessorPil": Pair("glpn.GLPNModel", {}, STAGES | HEADS, one_size=True, smallest=32),
     "GotOcr2ImageProcessorPil": Pair("internvl.InternVLVisionModel", RESIZED, {"image_size": [32, 32], "patch_size": [8, 8]}),
     "GraniteDoclingImageProcessorPil": Pair("granite_docling.GraniteDoclingVisionModel", RESIZED | {"crop_to_patches": False}),
     "GroundingDinoImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
@@ -101,57 +117,60 @@ IMAGES: dict[str, Pair] = {
     "JanusImageProcessorPil": Pair("janus.JanusVisionModel", RESIZED),
     "LayoutLMv2ImageProcessorPil": Pair("vit_msn.ViTMSNModel", RESIZED | {"apply_ocr": False}),
     "LayoutLMv3ImageProcessorPil": Pair("ijepa.IJepaModel", RESIZED | {"apply_ocr": False}),
-    "LevitImageProcessorPil": Pair("levit.LevitModel", {"size": {"shortest_edge": 32}, "crop_size": {"height": 64, "width": 64}}, {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}),
+    "LevitImageProcessorPil": Pair("levit.LevitModel", {"size": {"shortest_edge": 32}, "crop_size": {"height": 64, "width": 64}}, {"image_size": 64, "patch_size": 16, "hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}),
     "LlavaImageProcessorPil": Pair("mlcd.MLCDVisionModel", CROPPED),
-    "Mask2FormerImageProcessorPil": Pair("maskformer.MaskFormerSwinModel", RESIZED, {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "patch_size": 4, "window_size": 4}),
-    "MaskFormerImageProcessorPil": Pair("maskformer.MaskFormerSwinModel", RESIZED, {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "patch_size": 4, "window_size": 4}),
+    "Mask2FormerImageProcessorPil": Pair("maskformer_swin.MaskFormerSwinModel", RESIZED, SWIN),
+    "MaskFormerImageProcessorPil": Pair("maskformer_swin.MaskFormerSwinModel", RESIZED, SWIN),
     "MiniCPMV4_6ImageProcessorPil": Pair("minicpmv4_6.MiniCPMV4_6VisionModel", {"slice_mode": False, "scale_resolution": 32, "patch_size": 4}, {"patch_size": 4}),
     "MobileNetV1ImageProcessorPil": Pair("mobilenet_v1.MobileNetV1Model", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, {"depth_multiplier": 0.25}),
     "MobileNetV2ImageProcessorPil": Pair("mobilenet_v2.MobileNetV2Model", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, {"depth_multiplier": 0.25}),
     "MobileViTImageProcessorPil": Pair("mobilevit.MobileViTModel", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, {"hidden_sizes": [8, 8, 8], "neck_hidden_sizes": [4, 4, 8, 8, 8, 8, 16], "patch_size": 2, "num_attention_heads": 2}),
-    "NougatImageProcessorPil": Pair("donut.DonutSwinModel", RESIZED, {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "patch_size": 4, "window_size": 4}),
+    "NougatImageProcessorPil": Pair("donut_swin.DonutSwinModel", RESIZED, SWIN),
     "Ovis2ImageProcessorPil": Pair("ovis2.Ovis2VisionModel", RESIZED, {"hidden_stride": 1}),
     "Owlv2ImageProcessorPil": Pair("owlv2.Owlv2VisionModel", RESIZED),
     "OwlViTImageProcessorPil": Pair("owlvit.OwlViTVisionModel", RESIZED),
-    "PaddleOCRVLImageProcessorPil": Pair("paddleocr_vl.PaddleOCRVisionModel", QWEN, {"patch_size": 4}),
-    "PerceiverImageProcessorPil": Pair("hiera.HieraModel", {"size": SQUARE, "crop_size": {"height": 36, "width": 36}}, {"image_size": [32, 32], "depths": [1, 1], "num_heads": [1, 2], "embed_dim": 8, "masked_unit_size": [4, 4], "query_stride": [2, 2], "num_query_pool": 1}),
+    "PerceiverImageProcessorPil": Pair("hiera.HieraModel", {"size": SQUARE, "crop_size": {"height": 36, "width": 36}}, {"image_size": [32, 32], "depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16, "masked_unit_size": [4, 4], "query_stride": [2, 2], "num_query_pool": 1}),
     "Pix2StructImageProcessorPil": Pair("pix2struct.Pix2StructVisionModel", {"patch_size": {"height": 4, "width": 4}, "max_patches": 24}, {"patch_size": 4, "patch_embed_hidden_size": 48, "d_kv": 8}),
-    "Kosmos2_5ImageProcessorPil": Pair("kosmos2_5.Kosmos2_5VisionModel", {"patch_size": {"height": 4, "width": 4}, "max_patches": 24}, {"patch_size": 4, "patch_embed_hidden_size": 50, "head_dim": 8}),
+    "Kosmos2_5ImageProcessorPil": Pair("kosmos2_5.Kosmos2_5VisionModel", {"patch_size": {"height": 4, "width": 4}, "max_patches": 24}, {"patch_size": 4, "patch_embed_hidden_size": 48, "head_dim": 8}),
     "PixtralImageProcessorPil": Pair("pixtral.PixtralVisionModel", {"patch_size": {"height": 8, "width": 8}, "size": {"longest_edge": 32}}),
     "PoolFormerImageProcessorPil": Pair("poolformer.PoolFormerModel", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, STAGES),
-    "PPChart2TableImageProcessorPil": Pair("got_ocr2.GotOcr2VisionEncoder", RESIZED, {"image_size": 32, "patch_size": 8, "output_channels": 16, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32}),
+    "PPChart2TableImageProcessorPil": Pair("got_ocr2.GotOcr2VisionEncoder", RESIZED, {"image_size": 32, "patch_size": 8, "output_channels": 32, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32}),
     "PromptDepthAnythingImageProcessorPil": Pair("dinov2_with_registers.Dinov2WithRegistersModel", RESIZED),
-    "PvtImageProcessorPil": Pair("pvt.PvtModel", RESIZED, {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2], "image_size": 32, "patch_size": 4}),
+    "PvtImageProcessorPil": Pair("pvt.PvtModel", RESIZED, STAGES | HEADS | {"image_size": 32, "patch_size": 4}),
     "Qwen2VLImageProcessorPil": Pair("qwen2_vl.Qwen2VisionTransformerPretrainedModel", QWEN, {"patch_size": 4, "depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2}),
     "RTDetrImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
-    "SamImageProcessorPil": Pair("sam.SamVisionModel", {"size": {"longest_edge": 32}, "pad_size": SQUARE}, {"output_channels": 16, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32}),
-    "SegformerImageProcessorPil": Pair("segformer.SegformerModel", RESIZED, {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}),
+    "SamImageProcessorPil": Pair("sam.SamVisionModel", {"size": {"longest_edge": 32}, "pad_size": SQUARE}, {"output_channels": 32, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32}),
+    "SegformerImageProcessorPil": Pair("segformer.SegformerModel", RESIZED, STAGES | HEADS),
     "SegGptImageProcessorPil": Pair("yolos.YolosModel", RESIZED, {"image_size": [32, 32], "num_detection_tokens": 4}),
     "SiglipImageProcessorPil": Pair("siglip.SiglipVisionModel", RESIZED),
     "Siglip2ImageProcessorPil": Pair("siglip2.Siglip2VisionModel", {"patch_size": 8, "max_num_patches": 24}, {"num_patches": 16}),
     "SmolVLMImageProcessorPil": Pair("smolvlm.SmolVLMVisionTransformer", {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": False}),
     "SuperPointImageProcessorPil": Pair("regnet.RegNetModel", RESIZED, {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8}),
-    "Swin2SRImageProcessorPil": Pair("swin2sr.Swin2SRModel", {}, {"depths": [1], "num_heads": [2], "embed_dim": 16, "window_size": 4, "image_size": 32, "patch_size": 1}),
-    "TextNetImageProcessorPil": Pair("cvt.CvtModel", {"size": {"shortest_edge": 32}, "crop_size": SQUARE, "do_center_crop": True}, {"embed_dim": [8, 16, 16], "depth": [1, 1, 1], "num_heads": [1, 2, 2]}),
+    "Swin2SRImageProcessorPil": Pair("swin2sr.Swin2SRModel", {}, {"depths": [1], "num_heads": [2], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 1}, one_size=True, smallest=8),
+    "TextNetImageProcessorPil": Pair("convnextv2.ConvNextV2Model", {"size": {"shortest_edge": 32}, "crop_size": {"height": 64, "width": 64}, "do_center_crop": True}, STAGES),
     "VideoLlama3ImageProcessorPil": Pair("video_llama_3.VideoLlama3VisionModel", QWEN | {"merge_size": 1}, {"patch_size": 4}),
-    "ViltImageProcessorPil": Pair(RESNET, {"size": {"shortest_edge": 32}}, SMALL_RESNET),
     "ViTImageProcessorPil": Pair("vit.ViTModel", RESIZED),
     "YolosImageProcessorPil": Pair("yolos.YolosModel", RESIZED, {"image_size": [32, 32], "num_detection_tokens": 4}),
     "ZoeDepthImageProcessorPil": Pair("vit_mae.ViTMAEModel", RESIZED | {"keep_aspect_ratio": False, "ensure_multiple_of": 8}, {"mask_ratio": 0.0}),
 }  # fmt: skip
 
-CONV = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 2, "apply_spec_augment": False}
+CONV = {
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "num_feat_extract_layers": 2,
+    "apply_spec_augment": False,
+}
 SOUNDS: dict[str, Pair] = {
     "ASTFeatureExtractor": Pair("audio_spectrogram_transformer.ASTModel", {"num_mel_bins": 16, "max_length": 32}, {"num_mel_bins": 16, "max_length": 32, "patch_size": 8}),
-    "ClapFeatureExtractor": Pair("clap.ClapAudioModel", {"feature_size": 8, "sampling_rate": 16_000, "max_length_s": 1, "hop_length": 160, "truncation": "rand_trunc"}, {"spec_size": 32, "num_mel_bins": 8, "patch_size": 4, "patch_stride": [4, 4], "depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 8, "window_size": 4, "enable_fusion": False, "num_hidden_layers": 2}),
-    "ClvpFeatureExtractor": Pair("whisper.WhisperEncoder", {"feature_size": 8, "sampling_rate": 16_000, "chunk_length": 1, "default_audio_length": 1, "hop_length": 1333}, {"num_mel_bins": 8, "max_source_positions": 6}),
+    "ClapFeatureExtractor": Pair("clap.ClapAudioModel", {"feature_size": 8, "sampling_rate": 16_000, "max_length_s": 1, "hop_length": 160, "truncation": "rand_trunc"}, {"spec_size": 32, "num_mel_bins": 8, "patch_size": 4, "patch_stride": [4, 4], "depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 16, "window_size": 4, "enable_fusion": False, "num_hidden_layers": 2}),
+    "ClvpFeatureExtractor": Pair("whisper.WhisperEncoder", {"feature_size": 8, "sampling_rate": 16_000, "chunk_length": 1, "default_audio_length": 1, "hop_length": 1400}, {"num_mel_bins": 8, "max_source_positions": 6}, call={"audio_kwargs": {"return_attention_mask": False}}),
     "CohereAsrFeatureExtractor": Pair("parakeet.ParakeetEncoder", {"feature_size": 16, "dither": 0.0}, {"num_mel_bins": 16}),
-    "DacFeatureExtractor": Pair("dac.DacModel", {"hop_length": 8}),
-    "EncodecFeatureExtractor": Pair("mimi.MimiEncoderModel", {}),
     "Gemma3nAudioFeatureExtractor": Pair("gemma3n.Gemma3nAudioEncoder", {"feature_size": 16}, {"input_feat_size": 16}),
-    "Gemma4AudioFeatureExtractor": Pair("gemma4.Gemma4AudioModel", {"feature_size": 16}, {}),
-    "GraniteSpeechFeatureExtractor": Pair("granite_speech.GraniteSpeechCTCEncoder", {"n_mels": 16}, {"input_dim": 32}),
-    "LasrFeatureExtractor": Pair("lasr.LasrEncoder", {"feature_size": 16}, {"num_mel_bins": 16}, shortest=2000),
+    "Gemma4AudioFeatureExtractor": Pair("gemma4.Gemma4AudioModel", {}, {}),
+    "LasrFeatureExtractor": Pair("lasr.LasrEncoder", {"feature_size": 16}, {"num_mel_bins": 16}, shortest=3000, longest=9000),
     "MossTranscribeDiarizeFeatureExtractor": Pair("moss_transcribe_diarize.MossTranscribeDiarizeAudioModel", {"feature_size": 8, "chunk_length": 1, "hop_length": 1600}, {"num_mel_bins": 8, "max_source_positions": 5}),
     "NemotronAsrStreamingFeatureExtractor": Pair("nemotron_asr_streaming.NemotronAsrStreamingEncoder", {"feature_size": 16}, {"num_mel_bins": 16}),
     "ParakeetFeatureExtractor": Pair("parakeet.ParakeetEncoder", {"feature_size": 16}, {"num_mel_bins": 16}),
@@ -161,8 +180,12 @@ SOUNDS: dict[str, Pair] = {
     "SeamlessM4TFeatureExtractor": Pair("wav2vec2_bert.Wav2Vec2BertModel", {"feature_size": 16, "num_mel_bins": 16}, {"feature_projection_input_dim": 32}),
     "Speech2TextFeatureExtractor": Pair("speech_to_text.Speech2TextEncoder", {"feature_size": 16, "num_mel_bins": 16}, {"input_feat_per_channel": 16, "conv_channels": 16}),
     "SpeechT5FeatureExtractor": Pair("speecht5.SpeechT5EncoderWithSpeechPrenet", {}, CONV),
+    "Gemma4UnifiedAudioFeatureExtractor": Pair("wav2vec2_bert.Wav2Vec2BertModel", {}, {"feature_projection_input_dim": 640}),
+    "MuseSparkFeatureExtractor": Pair("hubert.HubertModel", {"sampling_rate": 16_000, "samples_per_token": 64}, CONV),
+    "InklingFeatureExtractor": Pair("wav2vec2_bert.Wav2Vec2BertModel", {"feature_size": 16}, {"feature_projection_input_dim": 16}),
     "VoxtralRealtimeFeatureExtractor": Pair("voxtral_realtime.VoxtralRealtimeEncoder", {"feature_size": 16}, {"num_mel_bins": 16}),
     "Wav2Vec2FeatureExtractor": Pair("wav2vec2.Wav2Vec2Model", {}, CONV),
     "WhisperFeatureExtractor": Pair("whisper.WhisperEncoder", {"feature_size": 8, "chunk_length": 1, "hop_length": 1333}, {"num_mel_bins": 8, "max_source_positions": 6}),
 }  # fmt: skip
 PAIRS = IMAGES | SOUNDS
+REFUSED = {}
