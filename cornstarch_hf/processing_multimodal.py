@@ -162,7 +162,10 @@ class MultimodalProcessor(MultimodalProcessorBase):
                 if name not in self.processors:
                     raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
                 encoder_config = getattr(self.config, f"{name}_config")
-                output = run_subprocessor(self.processors[name], name, entry["kind"], items, given, encoder_config)
+                masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
+                output = run_subprocessor(
+                    self.processors[name], name, entry["kind"], items, given, encoder_config, masked
+                )
                 count = len(items)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}

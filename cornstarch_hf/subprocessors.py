@@ -47,7 +47,13 @@ def sampling_rate_of(processor: Any) -> int | None:
 
 
 def run_subprocessor(
-    processor: Any, name: str, kind: str, items: list[Any], options: Mapping[str, Any], encoder_config: Any
+    processor: Any,
+    name: str,
+    kind: str,
+    items: list[Any],
+    options: Mapping[str, Any],
+    encoder_config: Any,
+    masked: bool = False,
 ) -> dict[str, Any]:
     """Process the items of one modality.
 
@@ -58,6 +64,7 @@ def run_subprocessor(
         items: in order.
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
         encoder_config: of its encoder.
+        masked: whether the encoder wants a mask of its features also where they are padded to a window.
 
     Returns:
         tensors by the names that the processor emits.
@@ -78,7 +85,7 @@ def run_subprocessor(
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
         _check_window(processor, name, items, options)
-        options = _audio_options(processor, rate) | options | {"return_tensors": "pt"}
+        options = _audio_options(processor, rate, masked) | options | {"return_tensors": "pt"}
         return _called(lambda x: processor(x, **options), processor, name, items)
     if isinstance(processor, PreTrainedTokenizerBase):
         options = {"padding": True} | options
@@ -189,14 +196,14 @@ def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any]
             )
 
 
-def _audio_options(processor: FeatureExtractionMixin, rate: int | None) -> dict[str, Any]:
+def _audio_options(processor: FeatureExtractionMixin, rate: int | None, masked: bool) -> dict[str, Any]:
     parameters = inspect.signature(processor.__call__).parameters
-    options = {} if rate is None else {"sampling_rate": rate}
-    if "padding" in parameters and parameters["padding"].default != "max_length":
-        # Sounds of different lengths go padded together, with the mask that tells where each ends.
+    options: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
+    padded = "padding" in parameters and parameters["padding"].default != "max_length"
+    if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
         options |= {"padding": True}
-        if "return_attention_mask" in parameters:
-            options |= {"return_attention_mask": True}
+    if "return_attention_mask" in parameters and (padded or masked):
+        options |= {"return_attention_mask": True}
     return options
 
 

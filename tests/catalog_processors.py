@@ -16,7 +16,7 @@ class Pair:
     """One processor and an encoder.
 
     Attributes:
-        encoder: folder below ``transformers.models`` and class name, ``"clip.CLIPVisionModel"``.
+        encoder: its file ``transformers.models.*.modeling_*`` and class name, ``"clip.CLIPVisionModel"``.
         settings: of the processor's constructor.
         changes: of the encoder's configuration, on top of `shrunk`.
         options: keyword arguments of the encoder's constructor.
@@ -41,6 +41,10 @@ class Pair:
     longest: int = 6000
 
 
+# Where the file of a model is not named after its folder.
+FOLDERS = {"donut_swin": "donut", "maskformer_swin": "maskformer", "data2vec_vision": "data2vec"}
+
+
 def named(where: str, name: str):
     """A class of a module of transformers that `where` tells by folder: its processing, configuration or modeling."""
     return getattr(importlib.import_module(f"transformers.models.{where}"), name)
@@ -48,8 +52,8 @@ def named(where: str, name: str):
 
 def build_encoder(pair: Pair):
     """The pair's tiny encoder."""
-    folder, name = pair.encoder.split(".")
-    model_class = named(f"{folder.split('_swin')[0]}.modeling_{folder}", name)
+    where, name = pair.encoder.split(".")
+    model_class = named(f"{FOLDERS.get(where, where)}.modeling_{where}", name)
     return built(model_class, shrunk(model_class.config_class, **pair.changes), **pair.options)
 
 
@@ -92,26 +96,23 @@ IMAGES: dict[str, Pair] = {
     "DeformableDetrImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
     "DeiTImageProcessorPil": Pair("deit.DeiTModel", {"size": {"height": 36, "width": 36}, "crop_size": SQUARE}),
     "DetrImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
-    "DonutImageProcessorPil": Pair("donut_swin.DonutSwinModel", RESIZED, SWIN),
+    "DonutImageProcessorPil": Pair("donut_swin.DonutSwinModel", RESIZED, SWIN, ratio=12),
     "DPTImageProcessorPil": Pair("dpt.DPTModel", RESIZED),
-    "EfficientNetImageProcessorPil": Pair("efficientnet.EfficientNetModel", RESIZED, {"width_coefficient": 0.25, "depth_coefficient": 0.1}),
-    "EomtImageProcessorPil": Pair("swin.SwinModel", {"size": {"shortest_edge": 32, "longest_edge": 32}, "do_pad": True}, SWIN),
+    "EfficientNetImageProcessorPil": Pair("pvt_v2.PvtV2Model", RESIZED, STAGES | {"num_attention_heads": [1, 1, 2, 2]}),
+    "EomtImageProcessorPil": Pair("swin.SwinModel", {"size": {"shortest_edge": 32, "longest_edge": 32}, "do_pad": True}, SWIN, ratio=4),
     "Ernie4_5_VLMoeImageProcessorPil": Pair("ernie4_5_vl_moe.Ernie4_5_VLMoeVisionTransformerPretrainedModel", QWEN, {"patch_size": 4, "depth": 1}),
     "FlavaImageProcessorPil": Pair("flava.FlavaImageModel", CROPPED | RESIZED),
     "Gemma3ImageProcessorPil": Pair("siglip.SiglipVisionModel", RESIZED),
-    "Gemma4ImageProcessorPil": Pair("gemma4.Gemma4VisionModel", {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 1}, {"patch_size": 4, "pooling_kernel_size": 1}),
     "Glm46VImageProcessorPil": Pair("glm4v.Glm4vVisionModel", QWEN, GLM),
     "Glm4vImageProcessorPil": Pair("glm4v.Glm4vVisionModel", QWEN, GLM),
     "Glm5NextImageProcessorPil": Pair("glm5_next.Glm5NextVisionModel", {"patch_size": 4, "merge_size": 2, "min_image_tokens": 1, "max_image_tokens": 16}, GLM),
-    "GlmImageImageProcessorPil": Pair("glm_image.GlmImageVisionModel", QWEN | {"temporal_patch_size": 1}, {"patch_size": 4}, ratio=4),
+    "GlmImageImageProcessorPil": Pair("glm_image.GlmImageVisionModel", QWEN | {"temporal_patch_size": 1}, {"patch_size": 4}, ratio=4, smallest=8),
     "GlmgaImageProcessorPil": Pair("glm4v.Glm4vVisionModel", QWEN, GLM),
     "GLPNImageProcessorPil": Pair("glpn.GLPNModel", {}, STAGES | HEADS, one_size=True, smallest=32),
     "GotOcr2ImageProcessorPil": Pair("internvl.InternVLVisionModel", RESIZED, {"image_size": [32, 32], "patch_size": [8, 8]}),
     "GraniteDoclingImageProcessorPil": Pair("granite_docling.GraniteDoclingVisionModel", RESIZED | {"crop_to_patches": False}),
     "GroundingDinoImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
-    "HunYuanVLImageProcessorPil": Pair("hunyuan_vl.HunYuanVLVisionTransformer", QWEN, {"patch_size": 4}),
     "IdeficsImageProcessorPil": Pair("metaclip_2.MetaClip2VisionModel", RESIZED),
-    "Idefics2ImageProcessorPil": Pair("idefics2.Idefics2VisionTransformer", {"size": {"shortest_edge": 16, "longest_edge": 32}}),
     "Idefics3ImageProcessorPil": Pair("idefics3.Idefics3VisionTransformer", {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": False}),
     "ImageGPTImageProcessorPil": Pair("imagegpt.ImageGPTModel", {"size": {"height": 4, "width": 4}, "clusters": [[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]}, {"n_positions": 16, "vocab_size": 4}),
     "JanusImageProcessorPil": Pair("janus.JanusVisionModel", RESIZED),
@@ -121,25 +122,23 @@ IMAGES: dict[str, Pair] = {
     "LlavaImageProcessorPil": Pair("mlcd.MLCDVisionModel", CROPPED),
     "Mask2FormerImageProcessorPil": Pair("maskformer_swin.MaskFormerSwinModel", RESIZED, SWIN),
     "MaskFormerImageProcessorPil": Pair("maskformer_swin.MaskFormerSwinModel", RESIZED, SWIN),
-    "MiniCPMV4_6ImageProcessorPil": Pair("minicpmv4_6.MiniCPMV4_6VisionModel", {"slice_mode": False, "scale_resolution": 32, "patch_size": 4}, {"patch_size": 4}),
-    "MobileNetV1ImageProcessorPil": Pair("mobilenet_v1.MobileNetV1Model", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, {"depth_multiplier": 0.25}),
-    "MobileNetV2ImageProcessorPil": Pair("mobilenet_v2.MobileNetV2Model", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, {"depth_multiplier": 0.25}),
-    "MobileViTImageProcessorPil": Pair("mobilevit.MobileViTModel", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, {"hidden_sizes": [8, 8, 8], "neck_hidden_sizes": [4, 4, 8, 8, 8, 8, 16], "patch_size": 2, "num_attention_heads": 2}),
-    "NougatImageProcessorPil": Pair("donut_swin.DonutSwinModel", RESIZED, SWIN),
+    "MobileNetV1ImageProcessorPil": Pair(RESNET, CROPPED, SMALL_RESNET),
+    "MobileNetV2ImageProcessorPil": Pair("altclip.AltCLIPVisionModel", CROPPED),
+    "MobileViTImageProcessorPil": Pair("data2vec_vision.Data2VecVisionModel", CROPPED),
+    "NougatImageProcessorPil": Pair("donut_swin.DonutSwinModel", RESIZED, SWIN, ratio=12),
     "Ovis2ImageProcessorPil": Pair("ovis2.Ovis2VisionModel", RESIZED, {"hidden_stride": 1}),
     "Owlv2ImageProcessorPil": Pair("owlv2.Owlv2VisionModel", RESIZED),
     "OwlViTImageProcessorPil": Pair("owlvit.OwlViTVisionModel", RESIZED),
     "PerceiverImageProcessorPil": Pair("hiera.HieraModel", {"size": SQUARE, "crop_size": {"height": 36, "width": 36}}, {"image_size": [32, 32], "depths": [1, 1], "num_heads": [1, 2], "embed_dim": 16, "masked_unit_size": [4, 4], "query_stride": [2, 2], "num_query_pool": 1}),
     "Pix2StructImageProcessorPil": Pair("pix2struct.Pix2StructVisionModel", {"patch_size": {"height": 4, "width": 4}, "max_patches": 24}, {"patch_size": 4, "patch_embed_hidden_size": 48, "d_kv": 8}),
     "Kosmos2_5ImageProcessorPil": Pair("kosmos2_5.Kosmos2_5VisionModel", {"patch_size": {"height": 4, "width": 4}, "max_patches": 24}, {"patch_size": 4, "patch_embed_hidden_size": 48, "head_dim": 8}),
-    "PixtralImageProcessorPil": Pair("pixtral.PixtralVisionModel", {"patch_size": {"height": 8, "width": 8}, "size": {"longest_edge": 32}}),
     "PoolFormerImageProcessorPil": Pair("poolformer.PoolFormerModel", {"size": {"shortest_edge": 32}, "crop_size": SQUARE}, STAGES),
     "PPChart2TableImageProcessorPil": Pair("got_ocr2.GotOcr2VisionEncoder", RESIZED, {"image_size": 32, "patch_size": 8, "output_channels": 32, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32}),
     "PromptDepthAnythingImageProcessorPil": Pair("dinov2_with_registers.Dinov2WithRegistersModel", RESIZED),
     "PvtImageProcessorPil": Pair("pvt.PvtModel", RESIZED, STAGES | HEADS | {"image_size": 32, "patch_size": 4}),
     "Qwen2VLImageProcessorPil": Pair("qwen2_vl.Qwen2VisionTransformerPretrainedModel", QWEN, {"patch_size": 4, "depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2}),
     "RTDetrImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
-    "SamImageProcessorPil": Pair("sam.SamVisionModel", {"size": {"longest_edge": 32}, "pad_size": SQUARE}, {"output_channels": 32, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32}),
+    "SamImageProcessorPil": Pair("sam.SamVisionModel", {"size": {"longest_edge": 32}, "pad_size": SQUARE}, {"output_channels": 32, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32}, ratio=32),
     "SegformerImageProcessorPil": Pair("segformer.SegformerModel", RESIZED, STAGES | HEADS),
     "SegGptImageProcessorPil": Pair("yolos.YolosModel", RESIZED, {"image_size": [32, 32], "num_detection_tokens": 4}),
     "SiglipImageProcessorPil": Pair("siglip.SiglipVisionModel", RESIZED),
@@ -168,24 +167,17 @@ SOUNDS: dict[str, Pair] = {
     "ClapFeatureExtractor": Pair("clap.ClapAudioModel", {"feature_size": 8, "sampling_rate": 16_000, "max_length_s": 1, "hop_length": 160, "truncation": "rand_trunc"}, {"spec_size": 32, "num_mel_bins": 8, "patch_size": 4, "patch_stride": [4, 4], "depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 16, "window_size": 4, "enable_fusion": False, "num_hidden_layers": 2}),
     "ClvpFeatureExtractor": Pair("whisper.WhisperEncoder", {"feature_size": 8, "sampling_rate": 16_000, "chunk_length": 1, "default_audio_length": 1, "hop_length": 1400}, {"num_mel_bins": 8, "max_source_positions": 6}, call={"audio_kwargs": {"return_attention_mask": False}}),
     "CohereAsrFeatureExtractor": Pair("parakeet.ParakeetEncoder", {"feature_size": 16, "dither": 0.0}, {"num_mel_bins": 16}),
-    "Gemma3nAudioFeatureExtractor": Pair("gemma3n.Gemma3nAudioEncoder", {"feature_size": 16}, {"input_feat_size": 16}),
-    "Gemma4AudioFeatureExtractor": Pair("gemma4.Gemma4AudioModel", {}, {}),
     "LasrFeatureExtractor": Pair("lasr.LasrEncoder", {"feature_size": 16}, {"num_mel_bins": 16}, shortest=3000, longest=9000),
     "MossTranscribeDiarizeFeatureExtractor": Pair("moss_transcribe_diarize.MossTranscribeDiarizeAudioModel", {"feature_size": 8, "chunk_length": 1, "hop_length": 1600}, {"num_mel_bins": 8, "max_source_positions": 5}),
     "NemotronAsrStreamingFeatureExtractor": Pair("nemotron_asr_streaming.NemotronAsrStreamingEncoder", {"feature_size": 16}, {"num_mel_bins": 16}),
     "ParakeetFeatureExtractor": Pair("parakeet.ParakeetEncoder", {"feature_size": 16}, {"num_mel_bins": 16}),
-    "PeAudioFeatureExtractor": Pair("pe_audio.PeAudioEncoder", {"sampling_rate": 16_000}, {}),
-    "Phi4MultimodalFeatureExtractor": Pair("phi4_multimodal.Phi4MultimodalAudioModel", {"feature_size": 16}, {"input_size": 16}),
-    "Qwen3ASRFeatureExtractor": Pair("qwen3_asr.Qwen3ASREncoder", {"feature_size": 16, "chunk_length": 1, "min_length": 800}, {"num_mel_bins": 16}),
     "SeamlessM4TFeatureExtractor": Pair("wav2vec2_bert.Wav2Vec2BertModel", {"feature_size": 16, "num_mel_bins": 16}, {"feature_projection_input_dim": 32}),
     "Speech2TextFeatureExtractor": Pair("speech_to_text.Speech2TextEncoder", {"feature_size": 16, "num_mel_bins": 16}, {"input_feat_per_channel": 16, "conv_channels": 16}),
     "SpeechT5FeatureExtractor": Pair("speecht5.SpeechT5EncoderWithSpeechPrenet", {}, CONV),
     "Gemma4UnifiedAudioFeatureExtractor": Pair("wav2vec2_bert.Wav2Vec2BertModel", {}, {"feature_projection_input_dim": 640}),
     "MuseSparkFeatureExtractor": Pair("hubert.HubertModel", {"sampling_rate": 16_000, "samples_per_token": 64}, CONV),
     "InklingFeatureExtractor": Pair("wav2vec2_bert.Wav2Vec2BertModel", {"feature_size": 16}, {"feature_projection_input_dim": 16}),
-    "VoxtralRealtimeFeatureExtractor": Pair("voxtral_realtime.VoxtralRealtimeEncoder", {"feature_size": 16}, {"num_mel_bins": 16}),
     "Wav2Vec2FeatureExtractor": Pair("wav2vec2.Wav2Vec2Model", {}, CONV),
     "WhisperFeatureExtractor": Pair("whisper.WhisperEncoder", {"feature_size": 8, "chunk_length": 1, "hop_length": 1333}, {"num_mel_bins": 8, "max_source_positions": 6}),
 }  # fmt: skip
 PAIRS = IMAGES | SOUNDS
-REFUSED = {}

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from catalog_processors import PAIRS, SOUNDS, build_encoder, build_processor
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -107,6 +107,7 @@ def test_an_item_has_as_many_placeholders_as_features(name):
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # to shrink takes minutes
     )
     @given(batches(pair, name in SOUNDS))
     def holds(rows):
