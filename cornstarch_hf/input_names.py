@@ -112,15 +112,24 @@ def keyword_for(emitted: str, modality: str, input_names: Mapping[str, str]) -> 
 def named_inputs(emitted: Mapping[str, Any], modality: str, input_names: Mapping[str, str]) -> dict[str, Any]:
     """What a modality's processor emits, by keyword; without what its encoder does not take.
 
-    Where several outputs could be one input, the one under the encoder's own name is.  A mask that the encoder wants true
-    on padding is turned round, unless it came under the encoder's own name.
+    Where several outputs could be one input, the one under the encoder's own name is.  A mask of another name becomes an
+    `attention_mask` only where it has one entry for each of ``(items, positions)`` of something else that is emitted, and is
+    turned round where the encoder wants it true on padding.
     """
     keywords = {key: keyword_for(key, modality, input_names) for key in emitted}
     own = {key for key, keyword in keywords.items() if keyword in (key, f"{modality}_{key}")}
     found: dict[str, Any] = {}
     for key in sorted(emitted, key=lambda key: key not in own):
         keyword = keywords[key]
-        if keyword is not None and keyword not in found:
-            turned = key not in own and input_names[keyword] in TRUE_ON_PADDING
-            found[keyword] = ~emitted[key].bool() if turned else emitted[key]
+        if keyword is None or keyword in found:
+            continue
+        parameter, value = input_names[keyword], emitted[key]
+        if key in own:
+            found[keyword] = value
+        elif parameter in TRUE_ON_PADDING:
+            found[keyword] = ~value.bool()
+        elif parameter != "attention_mask" or any(
+            x.shape[:2] == value.shape for k, x in emitted.items() if not k.endswith("mask")
+        ):
+            found[keyword] = value
     return found

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 
-EXAMPLES = 20
+SIZES = 20  # that each processor is tried on, at least
 LONGEST_SIDE = 97
 MODES = ("RGB", "RGBA", "L")
 
@@ -102,7 +102,7 @@ def test_an_item_has_as_many_placeholders_as_features(name):
     checker = Checker(name, pair)
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=80 if pair.one_size else 30,
         deadline=None,
         derandomize=True,
         database=None,
@@ -114,4 +114,4 @@ def test_an_item_has_as_many_placeholders_as_features(name):
         checker.check(rows)
 
     holds()
-    assert len(checker.sizes) >= EXAMPLES
+    assert len(checker.sizes) >= SIZES

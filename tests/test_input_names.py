@@ -77,6 +77,16 @@ def test_names_under_which_encoders_take_what_processors_emit_otherwise():
     assert named_inputs(both, "audio", {"audio_attention_mask": "attention_mask"}) == {"audio_attention_mask": mask}
 
 
+def test_a_mask_of_another_name_must_be_one_of_positions():
+    mask, names = (
+        torch.tensor([[1, 1, 0]]),
+        {"input_features": "input_features", "audio_attention_mask": "attention_mask"},
+    )
+    for features, kept in ((torch.zeros(1, 3, 8), True), (torch.zeros(1, 8, 3), False)):
+        emitted = {"input_features": features, "input_features_mask": mask, "padding_mask": mask}
+        assert ("audio_attention_mask" in named_inputs(emitted, "audio", names)) is kept
+
+
 def test_a_mask_that_is_true_on_padding_is_turned_round_once():
     mask, names = torch.tensor([[1, 1, 0]]), {"audio_mel": "audio_mel", "audio_mel_mask": "audio_mel_mask"}
     found = named_inputs({"input_features": mask, "input_features_mask": mask}, "audio", names)
