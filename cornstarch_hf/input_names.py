@@ -1,6 +1,7 @@
 """By which keyword each encoder input travels from the processor to the model.  Pure functions, used by both."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers.utils.generic import TransformersKwargs
 
@@ -35,6 +36,22 @@ PROCESSOR_NAMES = {
     "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
     "video": {"hidden_states": "pixel_values_videos", "grid_thw": "video_grid_thw"},
 }
+
+# Names under which an encoder may take what its processor emits under another one, the likeliest first.
+ALIASES = {
+    "pixel_values": ("image", "inputs"),
+    "image_position_ids": ("pixel_position_ids",),
+    "image_merge_sizes": ("merge_sizes",),
+    "input_features": ("audio_mel", "hidden_states"),
+    "audio_input_features": ("input_features", "hidden_states"),
+    "attention_mask": ("input_features_mask", "padding_mask", "audio_mel_mask"),
+    "input_features_mask": ("attention_mask", "padding_mask", "audio_mel_mask"),
+    "padding_mask": ("attention_mask", "input_features_mask"),
+    "input_values_mask": ("attention_mask", "padding_mask"),
+    "audio_attention_mask": ("attention_mask", "mask"),
+}
+# Masks that an encoder wants true on padding, where every processor emits 1 on what is valid.
+TRUE_ON_PADDING = frozenset(["audio_mel_mask"])
 
 
 def transformers_keywords() -> frozenset[str]:
@@ -88,4 +105,31 @@ def keyword_for(emitted: str, modality: str, input_names: Mapping[str, str]) -> 
     for keyword in (f"{modality}_{emitted}", emitted):
         if keyword in input_names:
             return keyword
-    return None
+    keywords = {parameter: keyword for keyword, parameter in input_names.items()}
+    return next((keywords[alias] for alias in ALIASES.get(emitted, ()) if alias in keywords), None)
+
+
+def named_inputs(emitted: Mapping[str, Any], modality: str, input_names: Mapping[str, str]) -> dict[str, Any]:
+    """What a modality's processor emits, by keyword; without what its encoder does not take.
+
+    Where several outputs could be one input, the one under the encoder's own name is.  A mask of another name becomes an
+    `attention_mask` only where it has one entry for each of ``(items, positions)`` of something else that is emitted, and is
+    turned round where the encoder wants it true on padding.
+    """
+    keywords = {key: keyword_for(key, modality, input_names) for key in emitted}
+    own = {key for key, keyword in keywords.items() if keyword in (key, f"{modality}_{key}")}
+    found: dict[str, Any] = {}
+    for key in sorted(emitted, key=lambda key: key not in own):
+        keyword = keywords[key]
+        if keyword is None or keyword in found:
+            continue
+        parameter, value = input_names[keyword], emitted[key]
+        if key in own:
+            found[keyword] = value
+        elif parameter in TRUE_ON_PADDING:
+            found[keyword] = ~value.bool()
+        elif parameter != "attention_mask" or any(
+            x.shape[:2] == value.shape for k, x in emitted.items() if not k.endswith("mask")
+        ):
+            found[keyword] = value
+    return found

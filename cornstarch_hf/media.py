@@ -180,7 +180,8 @@ def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
             f"{where}: the image has mode {image.mode!r} (more than 8 bits per channel or floating-point), which image "
             "processors clip without a word: scale it to 0..255 and convert it to 'L' or 'RGB' first."
         )
-    return image.convert("L" if channels == 1 else "RGB") if channels in (1, 3) else image
+    wanted = {1: "L", 3: "RGB"}.get(channels, image.mode)
+    return image if image.mode == wanted else image.convert(wanted)  # which would copy an image that is right already
 
 
 def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:

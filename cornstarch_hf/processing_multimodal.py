@@ -10,13 +10,13 @@ from transformers import BatchFeature
 
 from .batches import MultimodalBatch
 from .chat import ConversationReader, chosen_template, is_batch, refuse_typed, render
-from .input_names import PROCESSOR_NAMES, keyword_for
-from .items import split_items, unpadded
+from .input_names import keyword_for, named_inputs
+from .items import grid_of, split_items, unpadded
 from .labelling import assistant_spans
 from .media import flatten
 from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows
 from .processing_base import MultimodalProcessorBase
-from .subprocessors import MEDIA_KEYS, run_subprocessor
+from .subprocessors import MEDIA_KEYS, check_padding, run_subprocessor
 from .video import named_for_encoder
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
@@ -166,32 +166,28 @@ class MultimodalProcessor(MultimodalProcessorBase):
                 if name not in self.processors:
                     raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
                 encoder_config = getattr(self.config, f"{name}_config")
-                output = run_subprocessor(self.processors[name], name, entry["kind"], items, given, encoder_config)
+                masked = any(parameter.endswith("features_mask") for parameter in names.values())
+                output = run_subprocessor(
+                    self.processors[name], name, entry["kind"], items, given, encoder_config, masked
+                )
                 count = len(items)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
-                count = len(
-                    next(
-                        (v for k, v in output.items() if k.endswith(("grid_thw", "grid_hws"))),
-                        next(iter(output.values())),
-                    )
-                )
+                grid = grid_of(output)
+                count = len(next(iter(output.values())) if grid is None else grid)
             if entry["kind"] == "video":
                 output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
-            used = {key: keyword_for(key, name, names) for key in output}
-            lengths[name] = self._count(name, {k: v for k, v in output.items() if used[k]}, count)
-            tensors |= {used[key]: value for key, value in output.items() if used[key]}
+            used = named_inputs(output, name, names)
+            check_padding(output, used, self.processors.get(name), name)
+            lengths[name] = self._count(name, used, count)
+            tensors |= used
         return tensors, lengths, samples
 
     def _count(self, name: str, output: dict[str, Any], count: int) -> list[int]:
         """Features of each item, alone and unpadded."""
-        names = {v: k for k, v in PROCESSOR_NAMES.get(self.config.modality(name)["kind"], {}).items()}
-        parameters = set(self.config.modality(name)["input_names"].values())
-        lengths = []
-        for item in split_items(output, count, name):
-            inputs = {names[k] if names.get(k) in parameters else k: v for k, v in item.items()}
-            lengths.append(self.counter.count(name, unpadded(inputs)))
-        return lengths
+        names = self.config.modality(name)["input_names"]
+        items = split_items({names[keyword]: value for keyword, value in output.items()}, count, name)
+        return [self.counter.count(name, unpadded(item)) for item in items]
 
     def _encode_text(self, texts: list[str], lengths, samples, options: dict[str, Any], spans) -> dict[str, Any]:
         by_token = {self.tokens[name]: found for name, found in lengths.items()}

@@ -1,7 +1,7 @@
 """The processors of single modalities: recognised, called, written into a dictionary and built from one."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,13 @@ def sampling_rate_of(processor: Any) -> int | None:
 
 
 def run_subprocessor(
-    processor: Any, name: str, kind: str, items: list[Any], options: Mapping[str, Any], encoder_config: Any
+    processor: Any,
+    name: str,
+    kind: str,
+    items: list[Any],
+    options: Mapping[str, Any],
+    encoder_config: Any,
+    masked: bool = False,
 ) -> dict[str, Any]:
     """Process the items of one modality.
 
@@ -61,6 +67,7 @@ def run_subprocessor(
         items: in order.
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
         encoder_config: of its encoder.
+        masked: whether the encoder wants a mask of its features also where they are padded to a window.
 
     Returns:
         tensors by the names that the processor emits.
@@ -77,7 +84,7 @@ def run_subprocessor(
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
             options.setdefault("input_data_format", "channels_last")
-        return _tensors(processor(images=items, return_tensors="pt", **options), name)
+        return _run_on_images(processor, name, items, options)
     if isinstance(processor, ItemProcessor):
         return _tensors(processor(items, name=name, **options), name)
     if isinstance(processor, FeatureExtractionMixin):
@@ -85,7 +92,8 @@ def run_subprocessor(
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
         _check_window(processor, name, items, options)
-        return _tensors(processor(items, **_audio_options(processor, rate), **options, return_tensors="pt"), name)
+        options = _audio_options(processor, rate, masked) | options | {"return_tensors": "pt"}
+        return _called(lambda x: processor(x, **options), processor, name, items)
     if isinstance(processor, PreTrainedTokenizerBase):
         return _tensors(run_tokenizer(processor, name, items, options, encoder_config), name)
     for i, item in enumerate(items) if kind == "video" else ():
@@ -95,6 +103,90 @@ def run_subprocessor(
     if keyword in inspect.signature(processor.__call__).parameters:
         return _tensors(processor(**{keyword: items}, return_tensors="pt", **options), name)
     return _tensors(processor(items, return_tensors="pt", **options), name)
+
+
+def _run_on_images(processor: Any, name: str, items: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors with one row per image, also from processors that put all images of a call into one row."""
+
+    def run(images: list[Any]) -> dict[str, Any]:
+        return _called(lambda x: processor(images=x, return_tensors="pt", **options), processor, name, images)
+
+    found = run(items)
+    if getattr(found.get("pixel_values"), "ndim", 0) != 5:
+        return found
+    alone = [found] if len(items) == 1 else [run([item]) for item in items]
+    for i, one in enumerate(alone):
+        crops = one["pixel_values"].shape[1]
+        if crops != 1:
+            raise ValueError(
+                f"{name}, item {i}: {type(processor).__name__} splits the image into {crops} crops, expected 1 per item: turn "
+                "that off in its settings (do_image_splitting=False, crop_to_patches=False, split_image=False)."
+            )
+    shapes = [tuple(one["pixel_values"].shape[2:]) for one in alone]
+    if len(set(shapes)) > 1:
+        raise ValueError(_uneven(processor, name, shapes))
+    rows = [
+        {k: v.flatten(0, 1) if v.ndim >= 4 and v.shape[:2] == (1, 1) else v for k, v in one.items()} for one in alone
+    ]
+    return {key: torch.cat([one[key] for one in rows]) for key in rows[0]}
+
+
+def check_padding(output: Mapping[str, Any], used: Mapping[str, Any], processor: Any, name: str) -> None:
+    """Refuse images that a processor padded to one size where the encoder takes no mask that tells of it (ValueError)."""
+    mask = output.get("pixel_mask")
+    if not isinstance(mask, torch.Tensor) or any(key.endswith("pixel_mask") for key in used) or bool(mask.bool().all()):
+        return
+    row = next(i for i, one in enumerate(mask) if not bool(one.bool().all()))
+    valid = tuple(int(mask[row].bool().any(axis).sum()) for axis in (1, 0))
+    raise ValueError(
+        f"{name}, item {row}: {type(processor).__name__} padded it from {valid[0]} x {valid[1]} to {mask.shape[1]} x "
+        f"{mask.shape[2]}, and its encoder takes no pixel_mask: give the processor a fixed size (size={{'height': ..., "
+        "'width': ...}), or pass items of one size."
+    )
+
+
+def _uneven(processor: Any, name: str, shapes: list[Any]) -> str:
+    first, other = next((i, j) for i in range(len(shapes)) for j in range(i) if shapes[i] != shapes[j])
+    return (
+        f"{name}: {type(processor).__name__} gives tensors of different shapes, {shapes[other]} for item {other} and "
+        f"{shapes[first]} for item {first}, which cannot go in one batch: give it a fixed size "
+        "(size={'height': ..., 'width': ...}), or pass items of one size."
+    )
+
+
+def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: list[Any]) -> dict[str, Any]:
+    """The tensors that a processor makes of items; its own errors say which item, or which two, it could not do.
+
+    Raises:
+        ValueError, TypeError: with the cause.
+    """
+
+    def tensors(some: list[Any]) -> dict[str, Any]:
+        output = call(some)
+        return _tensors({processor.model_input_names[0]: output} if isinstance(output, torch.Tensor) else output, name)
+
+    try:
+        return tensors(items)
+    except Exception as error:
+        shapes = []
+        for i, item in enumerate(items):
+            try:
+                one = tensors([item])
+            except Exception as cause:
+                kind = TypeError if isinstance(cause, TypeError) else ValueError
+                raise kind(
+                    f"{name}, item {i}: {type(processor).__name__} cannot process it, its size is {_size(item)} "
+                    f"({type(cause).__name__}: {cause!s:.300})."
+                ) from cause
+            shapes.append(tuple(next(iter(one.values())).shape[1:]))
+        if len(set(shapes)) > 1:
+            raise ValueError(_uneven(processor, name, shapes)) from error
+        raise
+
+
+def _size(item: Any) -> str:
+    size = getattr(item, "size", None) if not hasattr(item, "shape") else tuple(item.shape)
+    return f"{size[0]} x {size[1]}" if isinstance(size, tuple) and len(size) == 2 else str(size)
 
 
 def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any], options: Mapping[str, Any]) -> None:
@@ -110,14 +202,14 @@ def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any]
             )
 
 
-def _audio_options(processor: FeatureExtractionMixin, rate: int | None) -> dict[str, Any]:
+def _audio_options(processor: FeatureExtractionMixin, rate: int | None, masked: bool) -> dict[str, Any]:
     parameters = inspect.signature(processor.__call__).parameters
-    options = {} if rate is None else {"sampling_rate": rate}
-    if "padding" in parameters and parameters["padding"].default != "max_length":
-        # Sounds of different lengths go padded together, with the mask that tells where each ends.
+    options: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
+    padded = "padding" in parameters and parameters["padding"].default != "max_length"
+    if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
         options |= {"padding": True}
-        if "return_attention_mask" in parameters:
-            options |= {"return_attention_mask": True}
+    if "return_attention_mask" in parameters and (padded or masked):
+        options |= {"return_attention_mask": True}
     return options
 
 
@@ -125,7 +217,8 @@ def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
     tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{name}: its processor gave no tensors, but {sorted(output)}.")
-    return tensors
+    # A mask of floats (Pix2Struct) would be cast with the features, and its values are needed where shapes are counted.
+    return {k: v.long() if k.endswith("mask") and v.is_floating_point() else v for k, v in tensors.items()}
 
 
 def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:

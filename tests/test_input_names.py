@@ -2,10 +2,11 @@
 
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cornstarch_hf.input_names import OWN_INPUTS, assign_input_names, keyword_for, transformers_keywords
+from cornstarch_hf.input_names import OWN_INPUTS, assign_input_names, keyword_for, named_inputs, transformers_keywords
 from cornstarch_hf.towers import forward_parameters
 
 KINDS = {"vision": "image", "clip": "video", "audio": "audio", "left": "image", "right": "image"}
@@ -64,3 +65,30 @@ def test_the_language_models_own_inputs_are_never_an_encoders():
     parameters = {"audio": list(forward_parameters(tiny.llama()))}
     keywords = set(assign(parameters, forward_parameters(tiny.llama()))["audio"])
     assert not keywords & (set(OWN_INPUTS) | transformers_keywords())
+
+
+def test_names_under_which_encoders_take_what_processors_emit_otherwise():
+    names = {"pixel_values": "pixel_values", "pixel_position_ids": "pixel_position_ids"}
+    assert keyword_for("image_position_ids", "vision", names) == "pixel_position_ids"
+    assert keyword_for("image_position_ids", "vision", {"pixel_values": "pixel_values"}) is None
+    # The encoder's own name goes first, and of two that could be one input the second stays out.
+    mask = torch.tensor([[1, 1, 0]])
+    both = {"padding_mask": mask * 0, "attention_mask": mask, "noise": mask}
+    assert named_inputs(both, "audio", {"audio_attention_mask": "attention_mask"}) == {"audio_attention_mask": mask}
+
+
+def test_a_mask_of_another_name_must_be_one_of_positions():
+    mask, names = (
+        torch.tensor([[1, 1, 0]]),
+        {"input_features": "input_features", "audio_attention_mask": "attention_mask"},
+    )
+    for features, kept in ((torch.zeros(1, 3, 8), True), (torch.zeros(1, 8, 3), False)):
+        emitted = {"input_features": features, "input_features_mask": mask, "padding_mask": mask}
+        assert ("audio_attention_mask" in named_inputs(emitted, "audio", names)) is kept
+
+
+def test_a_mask_that_is_true_on_padding_is_turned_round_once():
+    mask, names = torch.tensor([[1, 1, 0]]), {"audio_mel": "audio_mel", "audio_mel_mask": "audio_mel_mask"}
+    found = named_inputs({"input_features": mask, "input_features_mask": mask}, "audio", names)
+    assert found["audio_mel"] is mask and found["audio_mel_mask"].tolist() == [[False, False, True]]
+    assert named_inputs({"audio_mel_mask": mask}, "audio", names) == {"audio_mel_mask": mask}

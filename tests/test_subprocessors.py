@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import CLIPProcessor, WhisperProcessor
+from transformers import (
+    CLIPProcessor,
+    DetrImageProcessorPil,
+    GLPNImageProcessorPil,
+    Idefics3ImageProcessorPil,
+    IdeficsImageProcessorPil,
+    Pix2StructImageProcessorPil,
+    WhisperProcessor,
+)
 
 from cornstarch_hf.subprocessors import (
     build_subprocessor,
+    check_padding,
     describe_subprocessor,
     resolve_subprocessor,
     run_subprocessor,
@@ -126,3 +135,56 @@ def test_sounds_are_cut_only_where_the_caller_asks_for_it():
     with pytest.raises(ValueError, match=message):
         run_subprocessor(extractor, "audio", "audio", sounds, call, None)
     assert run_subprocessor(extractor, "audio", "audio", sounds, call | {"truncation": True}, None)
+
+
+def test_processors_that_put_all_images_of_a_call_into_one_row_give_one_row_each():
+    whole = {"longest_edge": 32}
+    processor = Idefics3ImageProcessorPil(size=whole, max_image_size=whole, do_image_splitting=False)
+    images = [tiny.image(i, (20 + i, 30)) for i in range(3)]
+    found = run_subprocessor(processor, "vision", "image", images, {}, tiny.clip().config)
+    alone = [processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
+    assert found["pixel_values"].shape == (3, 3, 32, 32) and found["pixel_attention_mask"].shape == (3, 32, 32)
+    assert all(torch.equal(row, one[0, 0]) for row, one in zip(found["pixel_values"], alone, strict=True))
+    split = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size=whole)
+    with pytest.raises(
+        ValueError, match="vision, item 0: Idefics3ImageProcessorPil splits the image into 5 crops, .*1"
+    ):
+        run_subprocessor(split, "vision", "image", [tiny.image(0, (64, 64))] * 2, {}, tiny.clip().config)
+
+
+def test_a_processor_that_gives_a_bare_tensor_and_one_that_gives_a_mask_of_floats():
+    config = tiny.clip().config
+    plain = IdeficsImageProcessorPil(size={"height": 8, "width": 8})
+    assert run_subprocessor(plain, "vision", "image", [tiny.image()], {}, config)["pixel_values"].shape == (1, 3, 8, 8)
+    patches = Pix2StructImageProcessorPil(patch_size={"height": 4, "width": 4}, max_patches=9)
+    found = run_subprocessor(patches, "vision", "image", [tiny.image(), tiny.image(1, (1, 90))], {}, config)
+    assert found["attention_mask"].dtype is torch.long and found["flattened_patches"].dtype is torch.float32
+
+
+def test_a_processors_own_error_says_which_item():
+    config, processor = tiny.clip().config, GLPNImageProcessorPil(size_divisor=8)
+    with pytest.raises(
+        ValueError, match=r"vision, item 1: GLPNImageProcessorPil cannot process it, .* 9 x 5 \(ValueError"
+    ):
+        run_subprocessor(processor, "vision", "image", [tiny.image(0, (9, 9)), tiny.image(1, (5, 9))], {}, config)
+    with pytest.raises(ValueError, match=r"vision: GLPN.*\(3, 8, 8\) for item 0 and \(3, 16, 8\) for item 1"):
+        run_subprocessor(processor, "vision", "image", [tiny.image(0, (9, 9)), tiny.image(1, (16, 9))], {}, config)
+    with pytest.raises(
+        ValueError, match="(?s)vision, item 0: CLIPImageProcessorPil cannot process it.*expected int, got float"
+    ):
+        run_subprocessor(
+            tiny.clip_processor(), "vision", "image", [tiny.image()], {"do_resize": True, "size": 3.5}, config
+        )
+
+
+def test_padding_that_the_encoder_would_not_hear_of():
+    processor = DetrImageProcessorPil(size={"shortest_edge": 8, "longest_edge": 32})
+    images = [tiny.image(0, (8, 16)), tiny.image(1, (8, 12))]
+    output = run_subprocessor(processor, "vision", "image", images, {}, tiny.clip().config)
+    with pytest.raises(
+        ValueError, match="vision, item 1: DetrImageProcessorPil padded it from 8 x 12 to 8 x 16, .*no pixel_mask"
+    ):
+        check_padding(output, {"pixel_values": 0}, processor, "vision")
+    check_padding(output, {"pixel_values": 0, "vision_pixel_mask": 0}, processor, "vision")
+    alone = run_subprocessor(processor, "vision", "image", images[:1], {}, tiny.clip().config)
+    check_padding(alone, {"pixel_values": 0}, processor, "vision")

@@ -1,0 +1,117 @@
+"""Real processors: whatever size an item has, its placeholders are the features that the encoder gives for it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from catalog_processors import PAIRS, SOUNDS, build_encoder, build_processor
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
+
+SIZES = 20  # that each processor is tried on, at least
+LONGEST_SIDE = 97
+MODES = ("RGB", "RGBA", "L")
+
+
+def composed(name, pair):
+    modality = "audio" if name in SOUNDS else "vision"
+    torch.manual_seed(0)
+    encoder = ModalEncoderModule(build_encoder(pair), **pair.module)
+    model = MultimodalModel(encoders={modality: encoder}, language_model=tiny.llama()).eval()
+    single = build_processor(name, pair)
+    return model, MultimodalProcessor(tiny.tokenizer(), {modality: single}, model=model), modality
+
+
+def sides(pair):
+    """(height, width): any, and strips of a pixel or two as far as the processor goes."""
+    side = st.integers(pair.smallest, LONGEST_SIDE)
+    strips = st.tuples(st.integers(pair.smallest, pair.smallest + 1), side)
+    strips = st.one_of(strips, strips.map(lambda size: size[::-1]))
+    return st.one_of(st.tuples(side, side), strips).filter(lambda size: max(size) < pair.ratio * min(size))
+
+
+@st.composite
+def batches(draw, pair, sounds):
+    """One to three rows with at most four items together, at least one; an item is (size, mode)."""
+    counts = draw(st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(lambda counts: 0 < sum(counts) <= 4))
+    sizes = st.integers(pair.shortest, pair.longest) if sounds else sides(pair)
+    if pair.one_size:
+        sizes = st.just(draw(sizes))
+    return [[(draw(sizes), draw(st.sampled_from(MODES))) for _ in range(count)] for count in counts]
+
+
+def item(size, mode, seed):
+    if isinstance(size, int):
+        return tiny.sound(seed, size)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 4), dtype=np.uint8)
+    return Image.fromarray(pixels, "RGBA").convert(mode)
+
+
+def runs(ids, token):
+    """Lengths of the runs of a token."""
+    return [len(list(run)) for found, run in itertools.groupby(ids.tolist(), key=lambda i: i == token) if found]
+
+
+def encoded(model, modality, batch):
+    """Features of each item of a batch, by the composed model's encoder."""
+    names = model.config.modality(modality)["input_names"]
+    inputs = {names[key]: value for key, value in batch.items() if key in names}
+    return [len(x) for x in getattr(model, f"{modality}_encoder")(**inputs).pooler_output]
+
+
+class Checker:
+    """What holds for every batch of a pair, and the sizes that were tried."""
+
+    def __init__(self, name, pair):
+        self.model, self.processor, self.modality = composed(name, pair)
+        self.token, self.token_id = (
+            self.processor.tokens[self.modality],
+            self.model.config.modality(self.modality)["token_id"],
+        )
+        rate = getattr(self.processor.processors[self.modality], "sampling_rate", None)
+        self.options = {"return_tensors": "pt", **pair.call, **({"sampling_rate": rate} if name in SOUNDS else {})}
+        self.sizes = set()
+
+    @torch.no_grad()
+    def check(self, rows):
+        self.sizes |= {size for row in rows for size, _ in row}
+        items = [[item(*one, seed) for seed, one in enumerate(row)] for row in rows]
+        alone = []
+        for one in itertools.chain(*items):
+            batch = self.processor(text=self.token, **{self.modality: one}, **self.options)
+            alone.append(encoded(self.model, self.modality, batch))
+            assert runs(batch["input_ids"][0], self.token_id) == alone[-1] and len(alone[-1]) == 1
+        texts = [" and ".join(["see", *[self.token] * len(row), "x"]) for row in rows]
+        batch = self.processor(text=texts, **{self.modality: items}, padding=True, **self.options)
+        counted = [runs(ids, self.token_id) for ids in batch["input_ids"]]
+        features = iter(n for (n,) in alone)
+        assert counted == [list(itertools.islice(features, len(row))) for row in rows]
+        assert encoded(self.model, self.modality, batch) == [n for row in counted for n in row]
+        assert self.model(**batch).logits.shape[:2] == batch["input_ids"].shape
+
+
+@pytest.mark.catalog
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_item_has_as_many_placeholders_as_features(name):
+    pair = PAIRS[name]
+    checker = Checker(name, pair)
+
+    @settings(
+        max_examples=80 if pair.one_size else 30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # to shrink takes minutes
+    )
+    @given(batches(pair, name in SOUNDS))
+    def holds(rows):
+        checker.check(rows)
+
+    holds()
+    assert len(checker.sizes) >= SIZES
