@@ -82,8 +82,8 @@ def with_plain_kernels(config: Any) -> Any:
     """A configuration whose attention and experts run on any device (in place): kernels do not take shapes alone."""
     if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
         config._attn_implementation = "eager"
-    if getattr(config, "_experts_implementation", None) is not None:
-        config._experts_implementation = "eager"
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "batched_mm"
     return config
 
 
