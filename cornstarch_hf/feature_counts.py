@@ -22,7 +22,7 @@ from .limits import check_features
 from .precomputed_features import PrecomputedFeaturesConfig
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
-from .selection import per_item
+from .selection import per_item, unpadded_patches
 from .shape_probe import run_on_shapes, weights_to_meta, without_weights
 from .size_guard import bounded_tensors, build_guard
 
@@ -56,12 +56,20 @@ def _rows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return inputs["features"].shape[1] if mask is None else int(mask.sum())
 
 
+def _series(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    patches = inputs["past_values"].shape[-1] // config.patch_length
+    lengths = unpadded_patches(inputs, patches)
+    return patches if lengths is None else lengths[0]
+
+
 # Tokens of the last hidden state of one item by the encoder's model type, None where the rule does not hold; each is
 # tested against the encoder.
 RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
     "clip_vision_model": lambda inputs, config: _patches(inputs, config) + 1,
     "dinov2": lambda inputs, config: _patches(inputs, config) + 1,
     "siglip_vision_model": _patches,
+    "timesfm": _series,
+    "timesfm2_5": _series,
     "vit": lambda inputs, config: _patches(inputs, config) + 1,
     PrecomputedFeaturesConfig.model_type: _rows,
     "whisper": lambda inputs, config: config.max_source_positions,

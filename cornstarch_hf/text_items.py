@@ -12,6 +12,27 @@ _UNBOUNDED: tuple[tuple[str, Any], ...] = (
 )
 _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attention_num_buckets")
 
+# Types whose positions begin after the number of the padding token, as in RoBERTa.
+_AFTER_PADDING = frozenset(
+    [
+        *(
+            "camembert",
+            "data2vec-text",
+            "esm",
+            "ibert",
+            "layoutlmv3",
+            "lilt",
+            "longformer",
+            "luke",
+            "markuplm",
+            "mpnet",
+            "roberta",
+        ),
+        *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        *("altclip_text_model", "bridgetower_text_model", "clap_text_model"),
+    ]
+)
+
 
 def run_tokenizer(
     tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any
@@ -34,10 +55,9 @@ def run_tokenizer(
             raise TypeError(f"{name}, item {i}: expected a string, got {type(item).__name__}.")
     # Without the last one a tokenizer may cut by what its file says.
     call = {"padding": True, "padding_side": "right", "truncation": False} | dict(options)
-    plain = {
-        key: value for key, value in call.items() if key not in ("padding", "padding_side", "return_attention_mask")
-    }
-    lengths = [len(ids) for ids in tokenizer(list(items), **plain, padding=False, verbose=False)["input_ids"]]
+    output = tokenizer(list(items), return_tensors="pt", **call)
+    ids, mask = output["input_ids"], output.get("attention_mask")
+    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(-1).tolist()
     limit = position_limit(tokenizer, encoder_config)
     for i, length in enumerate(lengths):
         if length == 0:
@@ -47,7 +67,7 @@ def run_tokenizer(
                 f"{name}, item {i}: the text has {length} tokens, but the encoder has {limit} positions: split it, or pass "
                 f"{name}_kwargs={{'truncation': True, 'max_length': {limit}}} to drop the rest."
             )
-    return tokenizer(list(items), return_tensors="pt", **call)
+    return output
 
 
 def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | None:
@@ -56,6 +76,9 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     if not isinstance(positions, int) or positions < 1:
         return None
     unbounded = any(getattr(config, key, None) in values for key, values in _UNBOUNDED)
-    if unbounded or any(getattr(config, key, None) is not None for key in _ROTARY):
+    after_padding = config.model_type in _AFTER_PADDING
+    if unbounded or (not after_padding and any(getattr(config, key, None) is not None for key in _ROTARY)):
         return None
+    if after_padding and config.pad_token_id is not None:
+        positions -= config.pad_token_id + 1
     return min(positions, tokenizer.model_max_length)

@@ -21,7 +21,7 @@ from transformers import (
     TimesFmModel,
 )
 
-from cornstarch_hf import MultimodalCollator, PrecomputedFeaturesProcessor, TimeSeriesProcessor, compose
+from cornstarch_hf import MultimodalCollator, PrecomputedFeaturesProcessor, TimeSeriesProcessor, compose, feature_counts
 from cornstarch_hf.item_processors import ItemProcessor, default_processor
 from cornstarch_hf.media import flatten
 from cornstarch_hf.subprocessors import build_subprocessor, describe_subprocessor, run_subprocessor
@@ -90,6 +90,20 @@ def test_rows_of_uneven_series_are_batched_and_train(tmp_path):
     run = trainer(model, processor, tmp_path, rows, eval_strategy="no")
     run.train()
     assert all(np.isfinite(losses(run)))
+
+
+@pytest.mark.parametrize("key", ["timesfm", "timesfm2_5"])
+def test_patches_are_counted_by_a_rule_that_the_encoder_confirms(monkeypatch, key):
+    model, processor = made(key)
+    for length in (1, PATCH, PATCH + 1, 3 * PATCH):
+        inputs = processor.processors["series"]([series(length), series(4 * PATCH)])
+        item = {name: value[:1] for name, value in inputs.items()}
+        with torch.no_grad():
+            found = model.series_encoder.select(**item)
+        lengths = found.lengths or [found.last_hidden_state.shape[1]]
+        with monkeypatch.context() as patch:
+            patch.setattr(feature_counts, "run_on_shapes", None)
+            assert processor.counter.count("series", item) == lengths[0] == -(-length // PATCH)
 
 
 def test_series_are_filled_up_as_timesfm_does():

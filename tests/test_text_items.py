@@ -4,7 +4,16 @@ import pytest
 import tiny
 import torch
 from helpers import compose_tiny
-from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, EsmTokenizer
+from shrunk import built, shrunk
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    EsmTokenizer,
+    MPNetConfig,
+    XLMRobertaConfig,
+)
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from cornstarch_hf.text_items import position_limit, run_tokenizer
@@ -99,5 +108,12 @@ def test_positions_that_an_encoder_has():
     assert position_limit(tokenizer, bert().config) == 8
     assert position_limit(tokenizer, tiny.esm().config) is None and position_limit(tokenizer, None) is None
     assert position_limit(tokenizer, tiny.llama().config) is None
+    table = {"max_position_embeddings": 8, "pad_token_id": 1, "hidden_size": 16, "num_attention_heads": 2}
+    for config in (XLMRobertaConfig(**table), MPNetConfig(**table)):
+        assert position_limit(tokenizer, config) == 6
+        encoder = built(AutoModel.from_config, shrunk(type(config), **table, num_hidden_layers=1))
+        encoder(input_ids=torch.full((1, 6), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            encoder(input_ids=torch.full((1, 7), 5))
     tokenizer.model_max_length = 6
     assert position_limit(tokenizer, bert().config) == 6
