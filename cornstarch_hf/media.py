@@ -321,7 +321,10 @@ def split_items(outputs: Mapping[str, Any], count: int, where: str) -> list[dict
         elif sizes is not None and len(value) == sum(sizes):
             parts = list(value.split(sizes))
         else:
-            raise ValueError(f"{where}: {key!r} has {len(value)} rows for {count} items.")
+            raise ValueError(
+                f"{where}: {key!r} has {len(value)} rows for {count} items: a processor that splits items into crops must "
+                "not (crop_to_patches=False, do_pan_and_scan=False, slice_mode=False)."
+            )
         for item, part in zip(items, parts, strict=True):
             item[key] = part
     return items

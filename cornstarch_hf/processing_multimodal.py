@@ -176,6 +176,9 @@ class MultimodalProcessor(MultimodalProcessorBase):
                     )
                 )
             used = named_inputs(output, name, entry["input_names"])
+            if not used:
+                expected = sorted(entry["input_names"])
+                raise ValueError(f"{name}: its encoder takes {expected}, but got only {sorted(output)}.")
             check_padding(output, used, self.processors.get(name), name)
             lengths[name] = self._count(name, used, count)
             tensors |= used
