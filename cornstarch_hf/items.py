@@ -78,7 +78,10 @@ def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[
             continue
         parts = _parts(value, count, sizes)
         if parts is None:
-            raise ValueError(f"{where}: {key!r} has {len(value)} rows for {count} items.")
+            raise ValueError(
+                f"{where}: {key!r} has {len(value)} rows for {count} items: a processor that splits items into crops must "
+                "not (crop_to_patches=False, do_pan_and_scan=False, slice_mode=False)."
+            )
         for item, part in zip(items, parts, strict=True):
             item[key] = part
     return items

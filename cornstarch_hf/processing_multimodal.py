@@ -178,6 +178,8 @@ class MultimodalProcessor(MultimodalProcessorBase):
             if entry["kind"] == "video":
                 output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
             used = named_inputs(output, name, names)
+            if not used:
+                raise ValueError(f"{name}: its encoder takes {sorted(names)}, but got only {sorted(output)}.")
             check_padding(output, used, self.processors.get(name), name)
             lengths[name] = self._count(name, used, count)
             tensors |= used

@@ -112,7 +112,11 @@ def _run_on_images(processor: Any, name: str, items: list[Any], options: Mapping
         return _called(lambda x: processor(images=x, return_tensors="pt", **options), processor, name, images)
 
     found = run(items)
-    if getattr(found.get("pixel_values"), "ndim", 0) != 5:
+    rank = getattr(found.get("pixel_values"), "ndim", 0)
+    if rank not in (
+        5,
+        6,
+    ):  # (1, images, channels, height, width), with tiles (1, images, tiles, channels, height, width)
         return found
     alone = [found] if len(items) == 1 else [run([item]) for item in items]
     for i, one in enumerate(alone):
@@ -125,10 +129,10 @@ def _run_on_images(processor: Any, name: str, items: list[Any], options: Mapping
     shapes = [tuple(one["pixel_values"].shape[2:]) for one in alone]
     if len(set(shapes)) > 1:
         raise ValueError(_uneven(processor, name, shapes))
-    rows = [
-        {k: v.flatten(0, 1) if v.ndim >= 4 and v.shape[:2] == (1, 1) else v for k, v in one.items()} for one in alone
-    ]
-    return {key: torch.cat([one[key] for one in rows]) for key in rows[0]}
+    together = {key: torch.cat([one[key] for one in alone]) for key in found}
+    if rank == 6:  # towers that take tiles have an axis for the images of a row
+        return together
+    return {k: v.flatten(0, 1) if v.ndim >= 4 and v.shape[1] == 1 else v for k, v in together.items()}
 
 
 def check_padding(output: Mapping[str, Any], used: Mapping[str, Any], processor: Any, name: str) -> None:

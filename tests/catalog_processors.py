@@ -126,6 +126,7 @@ IMAGES: dict[str, Pair] = {
     "MobileNetV2ImageProcessorPil": Pair("altclip.AltCLIPVisionModel", CROPPED),
     "MobileViTImageProcessorPil": Pair("data2vec_vision.Data2VecVisionModel", CROPPED),
     "NougatImageProcessorPil": Pair("donut_swin.DonutSwinModel", RESIZED, SWIN, ratio=12),
+    "OneFormerImageProcessorPil": Pair("blip_2.Blip2VisionModel", RESIZED),
     "Ovis2ImageProcessorPil": Pair("ovis2.Ovis2VisionModel", RESIZED, {"hidden_stride": 1}),
     "Owlv2ImageProcessorPil": Pair("owlv2.Owlv2VisionModel", RESIZED),
     "OwlViTImageProcessorPil": Pair("owlvit.OwlViTVisionModel", RESIZED),
@@ -181,3 +182,20 @@ SOUNDS: dict[str, Pair] = {
     "WhisperFeatureExtractor": Pair("whisper.WhisperEncoder", {"feature_size": 8, "chunk_length": 1, "hop_length": 1333}, {"num_mel_bins": 8, "max_source_positions": 6}),
 }  # fmt: skip
 PAIRS = IMAGES | SOUNDS
+
+# Images of 40 x 64 and 64 x 40 that are refused together, and the reason in words.
+LANDSCAPES = {"image_grid_pinpoints": [[32, 64], [64, 32]]}
+REFUSED: dict[str, tuple[Pair, str]] = {
+    "DetrImageProcessorPil": (Pair(RESNET, {"size": {"shortest_edge": 32, "longest_edge": 64}}, SMALL_RESNET), "item 0: Detr.* padded it from 32 x 51 to 51 x 51, and its encoder takes no pixel_mask"),
+    "AriaImageProcessorPil": (Pair(CLIP, {"max_image_size": 490}), "item 0: Aria.* padded it from 336 x 490 to 490 x 490"),
+    "LlavaNextImageProcessorPil": (Pair(CLIP, CROPPED | LANDSCAPES), "item 0: LlavaNext.* into 3 crops, expected 1"),
+    "LlavaOnevisionImageProcessorPil": (Pair(CLIP, RESIZED | LANDSCAPES), "item 0: LlavaOnevision.* into 3 crops, expected 1"),
+    "Idefics2ImageProcessorPil": (Pair("idefics2.Idefics2VisionTransformer", {"size": {"shortest_edge": 16, "longest_edge": 32}}), r"\(3, 20, 32\) for item 0 and \(3, 32, 20\) for item 1, .*fixed size"),
+    "GotOcr2ImageProcessorPil": (Pair(CLIP, RESIZED | {"crop_to_patches": True, "max_patches": 4}), "'pixel_values' has 6 rows for 2 items: .*crop_to_patches=False"),
+    "FuyuImageProcessorPil": (Pair(CLIP), "its encoder takes .*'pixel_values'.*but got only"),
+    "SuperGlueImageProcessorPil": (Pair(CLIP, RESIZED), "item 0: SuperGlue.* cannot process it, .* A pair of PIL images"),
+    "LightGlueImageProcessorPil": (Pair(CLIP, RESIZED), "item 0: LightGlue.* cannot process it, .* A pair of PIL images"),
+    "EfficientLoFTRImageProcessorPil": (Pair(CLIP, RESIZED), "item 0: EfficientLoFTR.* cannot process it, .* A pair of PIL images"),
+    "VitMatteImageProcessorPil": (Pair(CLIP), "item 0: VitMatte.* cannot process it, .*'trimaps'"),
+    "VitPoseImageProcessorPil": (Pair(CLIP, RESIZED), "item 0: VitPose.* cannot process it, .*'boxes'"),
+}  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from catalog_processors import PAIRS, SOUNDS, build_encoder, build_processor
+from catalog_processors import PAIRS, REFUSED, SOUNDS, build_encoder, build_processor
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -115,3 +115,13 @@ def test_an_item_has_as_many_placeholders_as_features(name):
 
     holds()
     assert len(checker.sizes) >= SIZES
+
+
+@pytest.mark.catalog
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_processor_whose_images_cannot_be_told_apart_says_why(name):
+    pair, reason = REFUSED[name]
+    _, processor, modality = composed(name, pair)
+    items = [item(size, "RGB", seed) for seed, size in enumerate([(40, 64), (64, 40)])]
+    with pytest.raises((ValueError, TypeError), match=f"(?s)vision.*{reason}"):
+        processor(text=processor.tokens[modality] * 2, **{modality: items}, return_tensors="pt")
