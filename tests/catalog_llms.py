@@ -15,7 +15,7 @@ LATENT = {
     "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     "mlp_layer_types": ["dense", "sparse"],
 }  # fmt: skip
-INDEXED = LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
+INDEXED = LATENT | {"index_n_heads": 8, "index_head_dim": 16, "index_topk": 8}
 # Linear attention (gated delta rule) in every layer but the last.
 LINEAR = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -63,9 +63,10 @@ CASES: dict[str, dict] = {
     "bert-generation": DECODER,
     "big_bird": DECODER | {"attention_type": "original_full"},
     "camembert": DECODER | {"pad_token_id": 1},
+    "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(BOTH, ROPE), "layer_types": BOTH},
     "data2vec-text": DECODER | {"pad_token_id": 1},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": INDEXED | {"layer_types": ["indexed_attention"] * 2},
@@ -81,11 +82,14 @@ CASES: dict[str, dict] = {
     "gemma4_unified_text": GEMMA4,
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": INDEXED | {"layer_types": ["indexed_attention"] * 2},
+    "gptj": {"rotary_dim": 8},
     "granitemoehybrid": MAMBA2 | {"layer_types": ["mamba", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
     "kimi_linear": KIMI,
     "jetmoe": {"num_key_value_heads": 2, "num_attention_heads": DEFAULT, "kv_channels": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "moe_intermediate_size": 16},
+    "lfm3": {"num_hidden_layers": 3, "layer_types": ["conv", *BOTH]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "megatron-bert": DECODER,
     "ministral": {"head_dim": 8},
@@ -115,6 +119,7 @@ CASES: dict[str, dict] = {
     "qwen4_exp_text": QWEN4,
     "reformer": DECODER | {"attn_layers": ["local", "lsh"], "attention_head_size": 8, "feed_forward_size": 48,
                            "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16]},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
     "rembert": DECODER | {"input_embedding_size": 32, "output_embedding_size": 32},
     "roberta": DECODER | {"pad_token_id": 1},
     "roberta-prelayernorm": DECODER | {"pad_token_id": 1},
