@@ -35,9 +35,10 @@ def first_position(language_model: nn.Module) -> int:
     It is 0, but behind the padding token's row in models whose table of positions keeps such a row (RoBERTa, Liu et
     al. 2019, and its relatives).
     """
+    module: Any
     for module in unwrapped(language_model).modules():
         if hasattr(type(module), "create_position_ids_from_inputs_embeds"):
-            return int(module.padding_idx) + 1
+            return module.padding_idx + 1
     return 0
 
 

@@ -58,6 +58,7 @@ CASES: dict[str, dict] = {
     "axk1": LATENT,
     "axk2": INDEXED | {"gated_norm_rank": 4, "layer_types": ["indexed_attention"] * 2},
     "bailing_hybrid": KIMI,
+    "blt": {"encoder_hash_byte_group_vocab": 40},
     "bamba": MAMBA2 | {"attn_layer_indices": [1]},
     "bert": DECODER,
     "bert-generation": DECODER,
@@ -65,11 +66,14 @@ CASES: dict[str, dict] = {
     "camembert": DECODER | {"pad_token_id": 1},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(BOTH, ROPE), "layer_types": BOTH},
+    "cpmant": {"dim_ff": 48, "dim_head": 8},
+    "ctrl": {"dff": 48},
     "data2vec-text": DECODER | {"pad_token_id": 1},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": INDEXED | {"layer_types": ["indexed_attention"] * 2},
+    "deepseek_v4": {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "head_dim": 16},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "electra": DECODER,
     "ernie": DECODER,
@@ -80,6 +84,10 @@ CASES: dict[str, dict] = {
                               "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
     "gemma4_text": GEMMA4 | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320},
     "gemma4_unified_text": GEMMA4,
+    "gemma4_assistant": {"whole": True},
+    "gemma4_unified_assistant": {"whole": True, "text_config": {k: v for k, v in GEMMA4.items() if k != "whole"} | {
+        "model_type": "gemma4_unified_text", "num_kv_shared_layers": 4}},
+    "flint": {"mlp_only_layers": [0], "shared_expert_intermediate_size": 16, "moe_intermediate_size": 16},
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": INDEXED | {"layer_types": ["indexed_attention"] * 2},
     "gptj": {"rotary_dim": 8},
@@ -126,7 +134,6 @@ CASES: dict[str, dict] = {
     "roc_bert": DECODER | {"shape_vocab_size": 40, "shape_embed_dim": 8, "pronunciation_vocab_size": 40,
                            "pronunciation_embed_dim": 8},
     "roformer": DECODER,
-    "ctrl": {"dff": 48},
     "xlnet": {"d_inner": 48, "d_head": 8},
     "xlm-roberta": DECODER | {"pad_token_id": 1},
     "xlm-roberta-xl": DECODER | {"pad_token_id": 1},
@@ -163,5 +170,39 @@ def build(model_type: str, seed: int = 0):
     return built(model_class(model_type), configuration(model_type), seed)
 
 
-REFUSED: dict[str, str] = {}
-SUPPORTED = [t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in REFUSED]
+TORN_OFF = "counts positions from the start of a row, padding included"
+# model_type -> words of the error that composing with it raises
+REFUSED = {
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+         "prophetnet", "trocr", "whisper"), TORN_OFF
+    ),
+    "blt": "cuts bytes into patches by the ids themselves",
+    "cpmant": "forward has no `inputs_embeds`",
+    "deepseek_v4": "routes tokens to experts by a hash of their ids",
+    "git": "puts its own image before the text",
+    "musicgen": "has several tables of embeddings",
+    "musicgen_melody": "has several tables of embeddings",
+    "reformer": "attends within random hash buckets",
+    "rwkv": "ignores the attention mask",
+    "xlm": "reads an attention mask as lengths",
+    "xlnet": "is trained on permutations of the text",
+    "xlstm": "forward has no `attention_mask`",
+}  # fmt: skip
+# model_type -> words of the error that transformers itself raises when it is built
+UNBUILT = {
+    "gemma4_assistant": "hidden_size_per_layer_input must be 0, got 256",
+    "gemma4_unified_assistant": "The set of layer types producing a cache is different",
+}
+# Whole multimodal models, to be used as they are or taken apart, not language models of their own.
+WHOLE = {
+    *("fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "moss_transcribe_diarize"),
+    "phi4_multimodal",
+}
+TYPES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - WHOLE)
+SUPPORTED = [model_type for model_type in TYPES if model_type not in REFUSED | UNBUILT]
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """``(model type, class, "yes" or the words of the error)`` of every type, for the table in the documents."""
+    return [(t, model_class(t).__name__, (REFUSED | UNBUILT).get(t, "yes")) for t in TYPES]

@@ -24,7 +24,7 @@ ORDER = [
     {"origins", "window_reductions", "resampler"},
     {"configuration_multimodal"},
     {"projectors", "towers", "labelling", "adapter_tensors"},
-    {"encoders", "tokens", "gathering", "bases", "positions", "id_inputs"},
+    {"encoders", "tokens", "gathering", "bases", "positions", "id_inputs", "refusals"},
     {"references"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},

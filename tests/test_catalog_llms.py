@@ -4,7 +4,6 @@ import catalog_llms
 import pytest
 import tiny
 import torch
-import transformers
 from transformers import AutoModel
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
