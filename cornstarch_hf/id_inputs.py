@@ -13,6 +13,16 @@ from .adapters import unwrapped
 from .towers import forward_parameters
 
 
+def id_input_names(language_model: nn.Module) -> list[str]:
+    """Inputs that a language model's backbone needs beside embeddings; its own `forward` may merely pass them on."""
+    backbone: Any = getattr(unwrapped(language_model), "base_model", None)
+    return [
+        name
+        for name, (setting, _) in COMPUTED.items()
+        if getattr(getattr(backbone, "config", None), setting, None) and name in forward_parameters(backbone)
+    ]
+
+
 def id_inputs(language_model: nn.Module, input_ids: Tensor | None, placeholders: Tensor, given: set[str]) -> dict:
     """Arguments of a language model's `forward` that go with merged embeddings.
 
@@ -28,19 +38,16 @@ def id_inputs(language_model: nn.Module, input_ids: Tensor | None, placeholders:
     Raises:
         ValueError: it needs one, and there are no ids to compute it from.
     """
-    backbone: Any = unwrapped(language_model).base_model
-    found = {}
-    for name, (setting, compute) in COMPUTED.items():
-        needs = getattr(backbone.config, setting, None) and name in forward_parameters(backbone)
-        if not needs or name in given:
-            continue
-        if input_ids is None:
-            raise ValueError(
-                f"{type(unwrapped(language_model)).__name__} computes {name} from token ids, but it was given "
-                f"inputs_embeds in which features replace some: pass input_ids instead, or {name}= as well."
-            )
-        found[name] = compute(backbone, input_ids, placeholders)
-    return found
+    missing = [name for name in id_input_names(language_model) if name not in given]
+    if not missing:
+        return {}
+    if input_ids is None:
+        raise ValueError(
+            f"{type(unwrapped(language_model)).__name__} computes {missing[0]} from token ids, but it was given "
+            f"inputs_embeds in which features replace some: pass input_ids instead, or {missing[0]}= as well."
+        )
+    backbone = unwrapped(language_model).base_model
+    return {name: COMPUTED[name][1](backbone, input_ids, placeholders) for name in missing}
 
 
 def _per_layer_inputs(backbone: Any, input_ids: Tensor, placeholders: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .adapters import is_adapted, unwrapped
+from .id_inputs import id_input_names
 from .merging import shifted_left
 from .positions import with_positions
 from .towers import accepts, forward_parameters, takes_any_keyword
@@ -17,8 +18,8 @@ LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 
 
 def text_keywords(language_model: nn.Module) -> list[str]:
-    """Names that the language model's `forward` takes."""
-    return list(forward_parameters(language_model))
+    """Names that the language model's `forward` takes, or passes on to its backbone, which needs them."""
+    return list(dict.fromkeys([*forward_parameters(language_model), *id_input_names(language_model)]))
 
 
 def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any) -> ModelOutput:

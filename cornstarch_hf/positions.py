@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from .adapters import unwrapped
 from .towers import forward_parameters
 
+# Rotary, but their frequencies follow the largest position of a batch.
+STRETCHED_BY_LENGTH = {"dynamic", "longrope"}
+# Rotary, and they read positions for themselves too: to scale attention by them, to cut blocks, to reset a state at 0.
+READ_POSITIONS = {"beam", "inkling2_text", "llama4_text", "minimax_m3_vl_text", "ministral3", "recurrent_gemma"}
+
 
 def mask_positions(attention_mask: Tensor, first: int = 0) -> Tensor:
     """Number the valid tokens of each row from `first` on; padding gets `first`.
@@ -42,11 +47,30 @@ def first_position(language_model: nn.Module) -> int:
     return 0
 
 
+def only_distances_count(language_model: nn.Module) -> bool:
+    """Whether a shift of all positions of a row changes nothing, as with rotary embeddings (Su et al. 2021).
+
+    Such a language model is right as it is, and is left alone: it gives the same bits as it does on its own.
+    """
+    inner: Any = unwrapped(language_model)
+    rotary = any("Rotary" in type(module).__name__ for module in inner.modules())
+    stretched = _rope_types(getattr(inner.config, "rope_parameters", None)) & STRETCHED_BY_LENGTH
+    return rotary and not stretched and inner.config.model_type not in READ_POSITIONS
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Kinds of rotary embeddings of a configuration, which may hold one for each type of layers."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = (_rope_types(value) for value in parameters.values())
+    return {parameters.get("rope_type", "default")}.union(*nested)
+
+
 def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: int) -> dict[str, Any]:
     """Add `position_ids` where the caller gave none and the language model would count otherwise.
 
-    That is where rows are padded on the left, or where the first position is not 0: such models number embeddings
-    anew at every call, cached tokens or not.
+    That is where rows are padded on the left and more than distances count, or where the first position is not 0: such
+    models number embeddings anew at every call, cached tokens or not.
 
     Args:
         language_model: takes `position_ids`, or is left alone.
@@ -59,6 +83,8 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
     tokens = arguments.get("inputs_embeds")
     tokens = arguments.get("input_ids") if tokens is None else tokens
     if arguments.get("position_ids") is not None or "position_ids" not in forward_parameters(language_model):
+        return arguments
+    if only_distances_count(language_model):
         return arguments
     length, mask = tokens.shape[1], arguments.get("attention_mask")
     first = first_position(language_model)

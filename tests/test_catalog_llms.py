@@ -1,5 +1,7 @@
 """Every causal language model type of transformers under a vision and an audio encoder, or the reason why not."""
 
+import re
+
 import catalog_llms
 import pytest
 import tiny
@@ -148,3 +150,30 @@ def test_composes(model_type, tmp_path):
         check_greedy(model, batch)
         check_round_trip(model, batch, tmp_path)
     check_training(model, batch)
+
+
+@pytest.mark.parametrize("model_type", catalog_llms.REFUSED)
+def test_is_refused(model_type):
+    with pytest.raises(ValueError, match=re.escape(catalog_llms.REFUSED[model_type])):
+        composed(model_type)
+
+
+@pytest.mark.parametrize("model_type", catalog_llms.UNBUILT)
+def test_cannot_be_built_by_transformers(model_type):
+    with pytest.raises(Exception, match=re.escape(catalog_llms.UNBUILT[model_type])):
+        catalog_llms.build(model_type)
+
+
+@pytest.mark.parametrize("model_type", catalog_llms.SUPPORTED)
+def test_is_tiny(model_type):
+    with torch.device("meta"):
+        model = catalog_llms.model_class(model_type)(catalog_llms.configuration(model_type))
+    assert sum(p.numel() for p in model.parameters()) <= 500_000
+    rows, width = model.get_input_embeddings().weight.shape
+    assert width == catalog_llms.HIDDEN and rows in range(catalog_llms.VOCABULARY, catalog_llms.VOCABULARY + 9)
+
+
+def test_every_type_has_a_row():
+    rows = catalog_llms.rows()
+    assert len({model_type for model_type, _, _ in rows}) == len(rows) == len(catalog_llms.TYPES)
+    assert sum(word == "yes" for _, _, word in rows) == len(catalog_llms.SUPPORTED)
