@@ -20,6 +20,7 @@ from .layouts import find_layout
 from .origins import origin_of
 from .precomputed_features import PrecomputedFeaturesConfig
 from .projectors import MultimodalProjector
+from .refusals import refusal
 from .towers import forward_parameters
 
 # Model types whose features are sequences of the width that their configuration names: no run on shapes is needed to know.
@@ -36,21 +37,12 @@ def check_language_model(model: Any) -> None:
 
     Raises:
         TypeError: not an instance of a transformers model.
-        ValueError: an encoder-decoder, no language-model head, or no `inputs_embeds`.
+        ValueError: an encoder-decoder, no language-model head, no `inputs_embeds`, and what else `refusals` tells.
     """
     if isinstance(model, type) or not isinstance(unwrapped(model), PreTrainedModel):
         raise TypeError(f"language_model must be a transformers.PreTrainedModel instance, got {model!r:.100}.")
-    inner = unwrapped(model)
-    what = type(inner).__name__
-    if inner.config.is_encoder_decoder:
-        raise ValueError(f"{what} is an encoder-decoder: expected a causal (decoder-only) language model.")
-    if not inner.can_generate():
-        raise ValueError(f"{what} has no language-model head: pass the ...ForCausalLM class of the same checkpoint.")
-    if "inputs_embeds" not in forward_parameters(inner):
-        raise ValueError(
-            f"{what} cannot take embeddings: its forward has no `inputs_embeds`, through which features reach a language "
-            "model. Choose another language model."
-        )
+    if reason := refusal(unwrapped(model)):
+        raise ValueError(reason)
 
 
 def embedding_width(language_model: Any) -> int:

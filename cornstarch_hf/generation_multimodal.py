@@ -7,8 +7,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.generation import utils as generation_utils
+from transformers.masking_utils import create_masks_for_generate
 
+from .adapters import unwrapped
+from .language_model import cache_keyword, cached_length
 from .merging import group_by_sample
+from .positions import first_position
 
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
 
@@ -37,8 +41,10 @@ class MultimodalGenerationMixin:
             **kwargs,
         )
         features = kwargs.get("mm_encoder_outputs")
-        if features is not None and past_key_values is not None and past_key_values.get_seq_length() == 0:
+        if features is not None and past_key_values is not None and cached_length(past_key_values) == 0:
             inputs.setdefault("mm_encoder_outputs", features)
+        if inputs.get("cache_params") is not None and not is_first_iteration:
+            inputs.pop("attention_mask", None)  # a running state has passed the padding already
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -48,6 +54,34 @@ class MultimodalGenerationMixin:
         """
         _, known = self.signature_changes("forward")
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether the language model works with transformers' cache, or makes one of its own (MiniMax)."""
+        return unwrapped(self.language_model)._supports_default_dynamic_cache()
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, by the name that the language model has for a cache; none where it has no cache."""
+        keyword = cache_keyword(self.language_model)
+        if keyword is None:
+            generation_config.use_cache = False
+        if keyword not in model_kwargs or keyword == "past_key_values":
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            if keyword is not None and "past_key_values" in model_kwargs:
+                model_kwargs[keyword] = model_kwargs.pop("past_key_values")
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """As in transformers, from the language model's first position on."""
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + first_position(
+            self.language_model
+        )
+
+    def create_masks_for_generate(self, config, **kwargs: Any) -> Any:
+        """As in transformers, or as the language model's class does it; for caches of a fixed size."""
+        inner = unwrapped(self.language_model)
+        theirs = getattr(inner, "create_masks_for_generate", create_masks_for_generate)
+        return theirs(config=inner.config, **kwargs)
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config
@@ -61,7 +95,7 @@ class MultimodalGenerationMixin:
         ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
         masks = self._placeholder_masks(ids, embeds, text_only=not outputs)
         cache = model_kwargs.get("past_key_values")
-        prefill = cache is None or cache.get_seq_length() == 0
+        prefill = cached_length(cache) == 0
         self._check_merge(masks, outputs, encoded_here=set(media), prefill=prefill)
         if outputs and generation_config.prefill_chunk_size is not None and not SLICES_FEATURES:
             raise ValueError(

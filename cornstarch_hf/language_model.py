@@ -9,15 +9,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .adapters import is_adapted, unwrapped
+from .id_inputs import id_input_names
 from .merging import shifted_left
+from .positions import with_positions
 from .towers import accepts, forward_parameters, takes_any_keyword
 
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 
 
 def text_keywords(language_model: nn.Module) -> list[str]:
-    """Names that the language model's `forward` takes."""
-    return list(forward_parameters(language_model))
+    """Names that the language model's `forward` takes, or passes on to its backbone, which needs them."""
+    return list(dict.fromkeys([*forward_parameters(language_model), *id_input_names(language_model)]))
 
 
 def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any) -> ModelOutput:
@@ -36,6 +38,7 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     """
     language_model = model.language_model
     arguments = {key: value for key, value in inputs.items() if value is not None}
+    arguments = with_positions(language_model, arguments, cached_length(arguments.get("past_key_values")))
     for key in ("use_cache", "output_attentions", "output_hidden_states"):
         wanted = getattr(model.config, key, None)
         if wanted is not None and (wanted or key == "use_cache"):
@@ -63,6 +66,25 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         output["logits"] = output.logits[:, kept]
     return _without_logits(output) if at_labels else output
+
+
+def cached_length(cache: Any) -> int:
+    """Tokens in a cache, 0 without one; 1 in one that keeps a running state alone and has seen any."""
+    if cache is None:
+        return 0
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # transformers: no layer of attention
+        return int(cache.has_previous_state())
+
+
+def cache_keyword(language_model: nn.Module) -> str | None:
+    """The parameter through which a language model takes its cache between steps, None where it has no cache.
+
+    Models of running states alone (Mamba) name it `cache_params`.
+    """
+    known = forward_parameters(language_model)
+    return next((name for name in ("past_key_values", "cache_params") if name in known), None)
 
 
 def takes_positions(language_model: nn.Module) -> bool:
@@ -167,6 +189,7 @@ def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
             f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run."
         )
     arguments = {key: value for key, value in inputs.items() if value is not None}
+    arguments = with_positions(backbone, arguments, cached_length(arguments.get("past_key_values")))
     known = set(inspect.signature(backbone.forward).parameters)
     if not takes_any_keyword(backbone):
         arguments = {key: value for key, value in arguments.items() if key in known}

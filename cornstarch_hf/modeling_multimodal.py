@@ -14,8 +14,9 @@ from .encoders import ModalEncoderModule
 from .forward_signature import PerInstanceSignature
 from .freezing import restore_frozen
 from .generation_multimodal import MultimodalGenerationMixin
+from .id_inputs import id_inputs
 from .input_names import OWN_INPUTS, transformers_keywords
-from .language_model import run_backbone, run_language_model, text_keywords
+from .language_model import cached_length, run_backbone, run_language_model, text_keywords
 from .merging import (
     check_counts,
     check_labels,
@@ -143,10 +144,9 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         return_dict = kwargs.pop("return_dict", None)
         media, text = self._route(kwargs)
         outputs = self._encode(media, mm_encoder_outputs)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)
-        self._check_merge(masks, outputs, encoded_here=set(media), prefill=past_length == 0)
-        ids, embeds = self._merge(input_ids, inputs_embeds, outputs, masks)
+        self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(past_key_values) == 0)
+        ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text)
         check_lengths((embeds if ids is None else ids).shape[1], attention_mask, labels)
         output = run_language_model(
             self,
@@ -250,19 +250,24 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             return {name: token_id for name, token_id in ids.items() if entries[name]["token"] is not None}
         return ids
 
-    def _merge(self, input_ids, inputs_embeds, outputs: EncoderOutputs, masks: dict[str, Tensor]):
-        """``(input_ids, None)`` for text alone, else ``(None, embeddings with the features in them)``."""
+    def _merge(self, input_ids, inputs_embeds, outputs: EncoderOutputs, masks: dict[str, Tensor], text: dict[str, Any]):
+        """``(input_ids, None, text)`` for text alone, else ``(None, embeddings with the features in them, text)``.
+
+        `text`, the language model's other inputs, gets those that it computes from the ids that are gone now.
+        """
         if not outputs:
-            return input_ids, inputs_embeds
+            return input_ids, inputs_embeds, text
+        every = torch.stack(list(masks.values())).any(0)
+        given = {key for key, value in text.items() if value is not None}
+        text = text | id_inputs(self.language_model, input_ids, every, given)
         if inputs_embeds is None:
-            every = torch.stack(list(masks.values())).any(0)
             inputs_embeds = self.get_input_embeddings()(without_placeholders(input_ids, every))
         for name, output in outputs.items():
             features = output.pooler_output
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
             mask = masks[name].to(inputs_embeds.device)
             inputs_embeds = scatter_features(inputs_embeds, mask, features)
-        return None, inputs_embeds
+        return None, inputs_embeds, text
 
     def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:
         if not masks or (labels is None and text.get("shift_labels") is None):
@@ -286,8 +291,8 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         outputs = self._encode(media, own.pop("mm_encoder_outputs"))
         embeds, cache = own.pop("inputs_embeds"), own["past_key_values"]
         masks = self._placeholder_masks(input_ids, embeds, text_only=not outputs)
-        self._check_merge(masks, outputs, set(media), prefill=cache is None or cache.get_seq_length() == 0)
-        ids, embeds = self._merge(input_ids, embeds, outputs, masks)
+        self._check_merge(masks, outputs, set(media), prefill=cached_length(cache) == 0)
+        ids, embeds, text = self._merge(input_ids, embeds, outputs, masks, text)
         return run_backbone(self, {"input_ids": ids, "inputs_embeds": embeds, **own, **text})
 
     @PerInstanceSignature

@@ -26,7 +26,7 @@ ORDER = [
     {"configuration_multimodal"},
     {"projectors", "towers", "labelling", "adapter_tensors"},
     {"item_lengths", "layouts"},
-    {"encoders", "tokens", "gathering", "bases"},
+    {"encoders", "tokens", "gathering", "bases", "positions", "id_inputs", "refusals"},
     {"references"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},

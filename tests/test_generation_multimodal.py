@@ -2,6 +2,7 @@
 
 import copy
 
+import catalog_llms
 import pytest
 import tiny
 import torch
@@ -34,6 +35,42 @@ def test_cached_equals_uncached(language_model):
     model, processor = compose_tiny(["clip", "whisper"], tiny.LANGUAGE_MODELS[language_model]())
     inputs = uneven_inputs(processor)
     assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "cache"), [("mamba", "cache_params"), ("minimax", "past_key_values"), ("openai-gpt", None)]
+)
+def test_a_language_model_keeps_the_cache_that_it_has(model_type, cache):
+    model, processor = compose_tiny(["clip", "whisper"], catalog_llms.build(model_type))
+    model.generation_config.eos_token_id = None
+    inputs, seen = uneven_inputs(processor), []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(
+            (given.get("input_ids", given.get("inputs_embeds")).shape[1], given.get(cache) is not None)
+        ),
+        with_kwargs=True,
+    )
+    found = model.generate(**inputs, **GREEDY)
+    length = inputs["input_ids"].shape[1]
+    steps = [(1, True)] * 4 if cache else [(length + i, False) for i in range(1, 5)]
+    assert seen[0][0] == length and seen[1:] == steps
+    assert torch.equal(found, model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+def test_generation_counts_positions_from_the_language_models_first():
+    model, processor = compose_tiny(["clip", "whisper"], catalog_llms.build("roberta"))
+    model.generation_config.eos_token_id = None
+    inputs, seen = uneven_inputs(processor), []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["position_ids"]), with_kwargs=True
+    )
+    together = model.generate(**inputs, **GREEDY)
+    lengths = inputs["attention_mask"].sum(-1)
+    assert seen[0].min() == 2 and seen[0].amax(-1).tolist() == (lengths + 1).tolist()
+    assert [x.flatten().tolist() for x in seen[1:]] == [(lengths + i).tolist() for i in range(2, 6)]
+    for sample in range(3):
+        alone = model.generate(**one(inputs, processor, sample), **GREEDY)
+        assert torch.equal(together[sample, -5:], alone[0, -5:])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])

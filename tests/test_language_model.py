@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import catalog_llms
 import pytest
 import tiny
 import torch
@@ -11,7 +12,14 @@ from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
-from cornstarch_hf.language_model import Headless, run_backbone, run_language_model, text_keywords
+from cornstarch_hf.language_model import (
+    Headless,
+    cache_keyword,
+    cached_length,
+    run_backbone,
+    run_language_model,
+    text_keywords,
+)
 
 IDS = torch.tensor([[1, 5, 9, 4], [2, 8, 3, 7]])
 
@@ -102,6 +110,16 @@ def test_settings_of_the_configuration_are_defaults(bare):
 
 def test_keywords_are_those_of_forward(bare):
     assert text_keywords(bare.language_model) == ["input_ids", "labels", "return_dict"]
+
+
+def test_a_cache_is_known_by_its_name_and_its_length():
+    assert cache_keyword(tiny.llama()) == "past_key_values" and cache_keyword(Bare()) is None
+    cache = tiny.llama()(IDS, use_cache=True).past_key_values
+    assert cached_length(None) == 0 and cached_length(cache) == 4
+    mamba = catalog_llms.build("mamba")
+    state = mamba(IDS, use_cache=True).cache_params
+    assert cache_keyword(mamba) == "cache_params" and cached_length(state) == 1
+    assert cached_length(type(state)(config=mamba.config)) == 0
 
 
 def test_the_headless_model_is_the_model_in_all_but_the_call():

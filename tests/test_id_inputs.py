@@ -1,0 +1,48 @@
+"""Inputs that a language model computes from ids beside embeddings: Gemma's per-layer embeddings, Qwen4's n-grams."""
+
+import catalog_llms
+import pytest
+import tiny
+import torch
+from helpers import compose_tiny, uneven_inputs
+
+from cornstarch_hf.id_inputs import COMPUTED, id_inputs
+
+IDS = torch.tensor([[5, 311, 311, 7]])
+PLACEHOLDERS = IDS == 311
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_per_layer_embeddings_are_those_of_the_padding_token_where_features_stand(model_type):
+    model = catalog_llms.build(model_type)
+    found = id_inputs(model, IDS, PLACEHOLDERS, set())
+    assert set(found) == {"per_layer_inputs"}
+    expected = model.model.get_per_layer_inputs(torch.tensor([[5, 0, 0, 7]]))
+    assert torch.equal(found["per_layer_inputs"], expected) and expected.shape == (1, 4, 4, 8)
+
+
+def test_ngrams_hash_the_placeholders_too():
+    found = id_inputs(catalog_llms.build("qwen4_exp_text"), IDS, PLACEHOLDERS, set())
+    assert set(found) == {"ple_input_ids"} and found["ple_input_ids"] is IDS
+
+
+def test_most_language_models_need_none_and_what_is_given_is_not_computed():
+    assert id_inputs(tiny.llama(), IDS, PLACEHOLDERS, set()) == {}
+    assert id_inputs(tiny.llama(), None, PLACEHOLDERS, set()) == {}
+    assert id_inputs(catalog_llms.build("gemma3n_text"), None, PLACEHOLDERS, set(COMPUTED)) == {}
+
+
+def test_embeddings_without_ids_are_refused_where_features_replace_some():
+    model, processor = compose_tiny(["clip"], catalog_llms.build("gemma3n_text"))
+    inputs = uneven_inputs(processor)
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(
+        ValueError, match=r"Gemma3nForCausalLM computes per_layer_inputs from token ids.*pass input_ids"
+    ):
+        model(**inputs, inputs_embeds=embeds)
+    with torch.no_grad():
+        mask = ids == model.config.modality("vision")["token_id"]
+        extra = id_inputs(model.language_model, ids, mask, set())
+        given = model(**inputs, inputs_embeds=embeds, **extra).logits
+        assert torch.equal(given, model(**inputs, input_ids=ids).logits)
