@@ -17,12 +17,13 @@ from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .frames import frames_as_items
+from .item_lengths import unpadded_patches
 from .layouts import with_plain_kernels
 from .limits import check_features
 from .precomputed_features import PrecomputedFeaturesConfig
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
-from .selection import per_item, unpadded_patches
+from .selection import per_item
 from .shape_probe import run_on_shapes, weights_to_meta, without_weights
 from .size_guard import bounded_tensors, build_guard
 

@@ -91,6 +91,8 @@ def _padded(
     pixels = arguments.get("pixel_attention_mask")
     if isinstance(pixels, Tensor) and pixels.shape == features.shape[:2]:
         return _lengths_of(pixels.bool())
+    if (lengths := unpadded_patches(arguments, features.shape[1])) is not None:
+        return lengths
     if padded is None:
         return None
     if padded.size == features.shape[1]:
@@ -99,6 +101,20 @@ def _padded(
     if counted is None and min(padded.lengths) < padded.size:
         raise LengthsNotTold(packed=False)
     return counted
+
+
+def unpadded_patches(inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
+    """Tokens of each time series, where an input tells which values are padding; None without padding at the end.
+
+    Args:
+        inputs: of the encoder; `past_values_padding` ``(items, length)`` is 1 where a value is padding.
+        tokens: of the longest series, each of equally many values.
+    """
+    padding = inputs.get("past_values_padding")
+    if not isinstance(padding, Tensor) or padding.ndim != 2 or padding.shape[1] % tokens:
+        return None
+    patches = (padding == 0).unflatten(1, (tokens, -1)).any(-1)  # (items, tokens)
+    return None if bool(patches.all()) else patches.sum(-1).tolist()
 
 
 def _lengths_of(valid: Tensor) -> list[int] | None:

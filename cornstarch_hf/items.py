@@ -21,7 +21,6 @@ MASKS = {
     "input_features_mask": True,
     "mask": True,
     "audio_mel_mask": False,
-    "past_values_padding": False,
 }
 # What may be left out where all of it would be valid.
 _OPTIONAL_MASKS = ("attention_mask", "padding_mask")

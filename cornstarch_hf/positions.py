@@ -4,6 +4,7 @@
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from .towers import forward_parameters
 STRETCHED_BY_LENGTH = {"dynamic", "longrope"}
 # Rotary, and they read positions for themselves too: to scale attention by them, to cut blocks, to reset a state at 0.
 READ_POSITIONS = {"beam", "inkling2_text", "llama4_text", "minimax_m3_vl_text", "ministral3", "recurrent_gemma"}
+# What was found of language models: their modules are looked through once, not at every token.
+_counting: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
 
 
 def mask_positions(attention_mask: Tensor, first: int = 0) -> Tensor:
@@ -84,10 +87,13 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
     tokens = arguments.get("input_ids") if tokens is None else tokens
     if arguments.get("position_ids") is not None or "position_ids" not in forward_parameters(language_model):
         return arguments
-    if only_distances_count(language_model):
+    inner = unwrapped(language_model)
+    if inner not in _counting:
+        _counting[inner] = only_distances_count(inner), first_position(inner)
+    distances, first = _counting[inner]
+    if distances:
         return arguments
     length, mask = tokens.shape[1], arguments.get("attention_mask")
-    first = first_position(language_model)
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
         if first or torch.compiler.is_compiling() or not bool(mask[:, 0].all()):
             return arguments | {"position_ids": mask_positions(mask, first)[:, past:]}

@@ -62,7 +62,7 @@ def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, t
         assert counter.count("media", odd) == len(model.media_encoder(**odd).pooler_output[0])
     assert [len(features) for features in together] == counts
     for one, (expected,) in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-3)
     inputs = text(counts) | wired(model, catalog.joined(name, items))
     with torch.no_grad():
         logits = model(**inputs).logits
