@@ -57,6 +57,10 @@ def _rows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return inputs["features"].shape[1] if mask is None else int(mask.sum())
 
 
+def _tokens(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    return inputs["input_ids"].shape[-1]
+
+
 def _series(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     patches = inputs["past_values"].shape[-1] // config.patch_length
     lengths = unpadded_patches(inputs, patches)
@@ -75,6 +79,7 @@ RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = 
     PrecomputedFeaturesConfig.model_type: _rows,
     "whisper": lambda inputs, config: config.max_source_positions,
     "wav2vec2": _waveform,
+    **dict.fromkeys(("bert", "deberta-v2", "distilbert", "esm", "modernbert", "mpnet", "xlm-roberta"), _tokens),
     "qwen2_vl_vision": lambda inputs, config: int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2,
 }
 

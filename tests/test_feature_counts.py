@@ -7,12 +7,29 @@ import tiny
 import torch
 import user_parts
 from helpers import compose_tiny
-from transformers import ViTConfig, ViTModel
+from shrunk import built, shrunk
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    TimesFm2_5Config,
+    TimesFm2_5Model,
+    TimesFmConfig,
+    TimesFmModel,
+    ViTConfig,
+    ViTModel,
+    XLMRobertaConfig,
+)
 
 from cornstarch_hf import (
     MultimodalModel,
     MultimodalProjector,
     MultimodalProjectorConfig,
+    PrecomputedFeatures,
+    PrecomputedFeaturesConfig,
     feature_counts,
     register_callback,
     register_feature_count,
@@ -46,6 +63,18 @@ def grids(*shapes):
     return [{"hidden_states": torch.randn(int(g.prod()), 96), "grid_thw": g} for g in grid]
 
 
+def tokens(*lengths):
+    return [{"input_ids": torch.randint(4, 24, (1, n))} for n in lengths]
+
+
+def series(*lengths):
+    return [{"past_values": torch.randn(1, n), "past_values_padding": torch.zeros(1, n).long()} for n in lengths]
+
+
+def timesfm(model_class, config_class, **changes):
+    return built(model_class, shrunk(config_class, patch_length=8, context_length=64, **changes))
+
+
 SIZES = [(8, 8), (12, 16), (9, 23)]
 # rule -> encoders and the items on which it must be right
 CASES = {
@@ -55,6 +84,21 @@ CASES = {
     "vit": [(vit(), images(*SIZES)), (vit(image_size=[8, 12], patch_size=[4, 2]), [pixels(8, 12)])],
     "whisper": [(tiny.whisper(max_source_positions=n), [{"input_features": torch.randn(1, 8, 2 * n)}]) for n in (6, 9)],
     "wav2vec2": [(tiny.wav2vec2(), waves(20, 91, 400, 1777)), (tiny.wav2vec2(conv_kernel=(8, 4)), waves(99, 400))],
+    "precomputed_features": [
+        (
+            PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=6)),
+            [{"features": torch.randn(1, n, 6)} for n in (1, 9)],
+        )
+    ],
+    "timesfm": [
+        (timesfm(TimesFmModel, TimesFmConfig), [x | {"freq": torch.zeros(1, 1).long()} for x in series(8, 40)])
+    ],
+    "timesfm2_5": [(timesfm(TimesFm2_5Model, TimesFm2_5Config, num_key_value_heads=4), series(8, 40))],
+    **{
+        config.model_type: [(built(AutoModel.from_config, shrunk(config, pad_token_id=1)), tokens(1, 5, 20))]
+        for config in (BertConfig, DebertaV2Config, DistilBertConfig, ModernBertConfig, MPNetConfig, XLMRobertaConfig)
+    },
+    "esm": [(tiny.esm(), tokens(1, 5, 20))],
     "qwen2_vl_vision": [(tiny.qwen2_vl(), grids((1, 4, 4), (1, 2, 8), (3, 4, 6)))],
 }
 
