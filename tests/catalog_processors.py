@@ -147,7 +147,7 @@ IMAGES: dict[str, Pair] = {
     "Siglip2ImageProcessorPil": Pair("siglip2.Siglip2VisionModel", {"patch_size": 8, "max_num_patches": 24}, {"num_patches": 16}),
     "SmolVLMImageProcessorPil": Pair("smolvlm.SmolVLMVisionTransformer", {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": False}),
     "SuperPointImageProcessorPil": Pair("regnet.RegNetModel", RESIZED, {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8}),
-    "Swin2SRImageProcessorPil": Pair("swin2sr.Swin2SRModel", {}, {"depths": [1], "num_heads": [2], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 1}, one_size=True, smallest=8, largest=40),
+    "Swin2SRImageProcessorPil": Pair("swin2sr.Swin2SRModel", {}, {"depths": [1], "num_heads": [2], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 1}, one_size=True, smallest=8, largest=28),
     "TextNetImageProcessorPil": Pair("convnextv2.ConvNextV2Model", {"size": {"shortest_edge": 32}, "crop_size": {"height": 64, "width": 64}, "do_center_crop": True}, STAGES),
     "VideoLlama3ImageProcessorPil": Pair("video_llama_3.VideoLlama3VisionModel", QWEN | {"merge_size": 1}, {"patch_size": 4}),
     "ViTImageProcessorPil": Pair("vit.ViTModel", RESIZED),
