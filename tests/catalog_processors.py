@@ -23,7 +23,7 @@ class Pair:
         module: keyword arguments of `ModalEncoderModule`.
         call: arguments of the processor's call.
         one_size: whether images of one call must have one size.
-        smallest: side of an image, in pixels.
+        smallest, largest: sides of an image, in pixels.
         ratio: of an image's sides, which the processor takes only below this.
         shortest: of sounds, in samples; they are up to `longest` long.
     """
@@ -36,6 +36,7 @@ class Pair:
     call: Mapping = field(default_factory=dict)
     one_size: bool = False
     smallest: int = 1
+    largest: int = 97
     ratio: float = 200
     shortest: int = 1000
     longest: int = 6000
@@ -108,7 +109,7 @@ IMAGES: dict[str, Pair] = {
     "Glm5NextImageProcessorPil": Pair("glm5_next.Glm5NextVisionModel", {"patch_size": 4, "merge_size": 2, "min_image_tokens": 1, "max_image_tokens": 16}, GLM),
     "GlmImageImageProcessorPil": Pair("glm_image.GlmImageVisionModel", QWEN | {"temporal_patch_size": 1}, {"patch_size": 4}, ratio=4, smallest=8),
     "GlmgaImageProcessorPil": Pair("glm4v.Glm4vVisionModel", QWEN, GLM),
-    "GLPNImageProcessorPil": Pair("glpn.GLPNModel", {}, STAGES | HEADS, one_size=True, smallest=32),
+    "GLPNImageProcessorPil": Pair("glpn.GLPNModel", {}, STAGES | HEADS, one_size=True, smallest=32, largest=80),
     "GotOcr2ImageProcessorPil": Pair("internvl.InternVLVisionModel", RESIZED, {"image_size": [32, 32], "patch_size": [8, 8]}),
     "GraniteDoclingImageProcessorPil": Pair("granite_docling.GraniteDoclingVisionModel", RESIZED | {"crop_to_patches": False}),
     "GroundingDinoImageProcessorPil": Pair(RESNET, RESIZED, SMALL_RESNET),
@@ -146,7 +147,7 @@ IMAGES: dict[str, Pair] = {
     "Siglip2ImageProcessorPil": Pair("siglip2.Siglip2VisionModel", {"patch_size": 8, "max_num_patches": 24}, {"num_patches": 16}),
     "SmolVLMImageProcessorPil": Pair("smolvlm.SmolVLMVisionTransformer", {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 32}, "do_image_splitting": False}),
     "SuperPointImageProcessorPil": Pair("regnet.RegNetModel", RESIZED, {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8}),
-    "Swin2SRImageProcessorPil": Pair("swin2sr.Swin2SRModel", {}, {"depths": [1], "num_heads": [2], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 1}, one_size=True, smallest=8),
+    "Swin2SRImageProcessorPil": Pair("swin2sr.Swin2SRModel", {}, {"depths": [1], "num_heads": [2], "embed_dim": 16, "window_size": 2, "image_size": 32, "patch_size": 1}, one_size=True, smallest=8, largest=28),
     "TextNetImageProcessorPil": Pair("convnextv2.ConvNextV2Model", {"size": {"shortest_edge": 32}, "crop_size": {"height": 64, "width": 64}, "do_center_crop": True}, STAGES),
     "VideoLlama3ImageProcessorPil": Pair("video_llama_3.VideoLlama3VisionModel", QWEN | {"merge_size": 1}, {"patch_size": 4}),
     "ViTImageProcessorPil": Pair("vit.ViTModel", RESIZED),
