@@ -138,7 +138,15 @@ def text_width(config: PreTrainedConfig) -> int:
 
 def feature_width(config: PreTrainedConfig) -> int | None:
     """Width of an encoder's last hidden state by its configuration's attributes, or None."""
-    for name in ("hidden_sizes", "hidden_size", "out_hidden_size", "output_dim", "embed_dims", "d_model"):
+    for name in (
+        "output_proj_dims",
+        "hidden_sizes",
+        "hidden_size",
+        "out_hidden_size",
+        "output_dim",
+        "embed_dims",
+        "d_model",
+    ):
         width = getattr(config, name, None)
         if isinstance(width, (list, tuple)) and width:
             width = width[-1]

@@ -17,6 +17,7 @@ from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders import ModalEncoderModule
 from .frames import frames_as_items
+from .grids import STAGES
 from .item_lengths import unpadded_patches
 from .layouts import with_plain_kernels
 from .limits import check_features
@@ -236,7 +237,10 @@ class FeatureCounter:
         entry = self.config.modality(name)
         if entry["layer"] != -1 or entry["output"] or name in self._live or name in self._deep:
             return False
-        cls = resolve_class(entry["encoder_class"], getattr(self.config, f"{name}_config"), name)
+        encoder_config = getattr(self.config, f"{name}_config")
+        if any(isinstance(getattr(encoder_config, stages, None), (list, tuple)) for stages in STAGES):
+            return False
+        cls = resolve_class(entry["encoder_class"], encoder_config, name)
         return cls.__module__.startswith("transformers.models.")
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Composition: live parts to a configuration, and the same parts built from it."""
 
+import catalog
 import pytest
 import tiny
 import torch
@@ -15,6 +16,7 @@ from cornstarch_hf.composition import (
     check_language_model,
     compose_config,
     embedding_width,
+    found_width,
     modality_entry,
     separate_configs,
 )
@@ -127,3 +129,22 @@ def test_configurations_that_describe_nothing_that_can_be_built():
         build_encoder(config, "vision")
     with pytest.raises(ValueError, match="no causal language model for CLIPVisionConfig"):
         build_parts(MultimodalConfig(text_config=tiny.clip().config))
+
+
+def test_widths_that_no_attribute_names_are_found_by_a_run_on_shapes():
+    for name, width in (
+        ("AlignVisionModel", 40),
+        ("Glm4vVisionModel", 40),
+        ("Sam2VisionModel", 64),
+        ("Kimi_K25VisionModel", 128),
+    ):
+        made = ModalEncoderModule(catalog.build(name))
+        assert found_width(made) == (width, True), name
+    layers = ModalEncoderModule(tiny.convnext(), layer=-2)
+    assert found_width(layers) == (16, True) and layers.selection.data_format == "channels_first"
+    assert found_width(ModalEncoderModule(tiny.clip())) == (16, True)
+
+
+def test_models_that_give_no_features_are_refused_with_what_to_take_instead():
+    with pytest.raises(ValueError, match="MimiModel gives no features but codes and sounds.*take MimiEncoderModel"):
+        ModalEncoderModule(catalog.build("MimiModel"))

@@ -1,5 +1,6 @@
 """Encoders: selection, callbacks, towers, lengths, gradients."""
 
+import catalog
 import pytest
 import tiny
 import torch
@@ -16,7 +17,8 @@ from transformers import (
 from transformers.models.vit.modeling_vit import ViTPreTrainedModel
 from transformers.utils import ModelOutput
 
-from cornstarch_hf import ModalEncoderModule, MultimodalProjector, MultimodalProjectorConfig
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
+from cornstarch_hf.feature_counts import FeatureCounter
 
 
 def encoder(model=None, width=16, **options):
@@ -105,6 +107,36 @@ def test_left_padding_of_items_is_refused():
         encoder(tiny.esm())(
             input_ids=torch.ones(2, 4).long(), attention_mask=torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
         )
+
+
+# One of each way in which items lie in a batch: beside each other in one row, padded and reading it, in frames, merged otherwise,
+# a stack of layers, channels first, maps with channels last, text whose neighbours matter.
+FORMS = ("PixtralVisionModel", "Speech2TextEncoder", "Qwen2_5OmniAudioEncoder", "HunYuanVLVisionTransformer", "BridgeTowerVisionModel",
+         "MimiEncoderModel", "Sam2VisionModel", "CanineModel", "Kimi_K25VisionModel", "Gemma3nAudioEncoder")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_items_in_a_batch_give_what_they_give_alone_however_they_lie_in_it(name):
+    case = catalog.cases()[name]
+    made = ModalEncoderModule(catalog.build(name), kind=case.kind, **case.module_kwargs)
+    model = MultimodalModel(encoders={"media": made}, language_model=tiny.llama()).eval()
+    items = catalog.together(name)
+    with torch.no_grad():
+        alone = [model.media_encoder(**item).pooler_output for item in items]
+        together = model.media_encoder(**catalog.joined(name, items)).pooler_output
+    assert [len(one) for one in alone] == [1] * len(items) and len(together) == len(items)
+    for got, (expected,) in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert [FeatureCounter(model.config).count("media", item) for item in items] == [len(one[0]) for one in alone]
+
+
+def test_a_data_format_of_ones_own_is_kept_and_a_wrong_one_refused():
+    made = ModalEncoderModule(tiny.convnext(), data_format="channels_first")
+    model = MultimodalModel(encoders={"vision": made}, language_model=tiny.llama())
+    assert model.config.vision_modality["data_format"] == "channels_first"
+    assert MultimodalModel(model.config).vision_encoder.selection.data_format == "channels_first"
+    with pytest.raises(ValueError, match="data_format must be one of .*'layers_first'.* or None, got 'first'"):
+        ModalEncoderModule(tiny.convnext(), data_format="first")
 
 
 # ---- callbacks
