@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import is_wrapped, unwrapped
+from .typical_inputs import RECIPES
 
 MEDIA_KINDS = ("image", "video", "audio")
 KIND_BY_INPUT = {
@@ -74,6 +75,7 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
         k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
     }
     found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
+    found = {k: tower for k, tower in found.items() if set(RECIPES) & set(forward_parameters(tower))}
     if len({id(tower) for tower in found.values()}) > 1:
         raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")
     if found:
