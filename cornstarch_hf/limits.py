@@ -9,7 +9,7 @@ from typing import Any
 # ---- what people send
 MAX_IMAGE_PIXELS = 64_000_000  # width x height of one image, before it is decoded
 MAX_AUDIO_SAMPLES = 100_000_000  # frames x channels of one sound, as stored and as resampled
-MAX_VIDEO_FRAMES = 4_096  # frames of one video
+MAX_VIDEO_FRAMES = 4_096  # frames of one video that are processed
 MAX_ITEM_FEATURES = 262_144  # placeholder tokens into which one item is expanded
 MAX_FILE_BYTES = 512_000_000  # of one encoded image or sound, as file or as bytes
 
