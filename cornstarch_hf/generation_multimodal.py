@@ -62,10 +62,19 @@ class MultimodalGenerationMixin:
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """As in transformers, by the name that the language model has for a cache; none where it has no cache."""
+        """As in transformers, by the name that the language model has for a cache; none where it has no cache.
+
+        Raises:
+            ValueError: embeddings to go on from, and a language model that would need them at every step.
+        """
         keyword = cache_keyword(self.language_model)
         if keyword is None:
             generation_config.use_cache = False
+            if model_kwargs.get("inputs_embeds") is not None:
+                raise ValueError(
+                    f"{type(unwrapped(self.language_model)).__name__} has no cache, so each step needs the whole prompt, "
+                    "which inputs_embeds give to the first one alone: generate from input_ids."
+                )
         if keyword not in model_kwargs or keyword == "past_key_values":
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             if keyword is not None and "past_key_values" in model_kwargs:

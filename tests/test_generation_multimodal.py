@@ -57,6 +57,14 @@ def test_a_language_model_keeps_the_cache_that_it_has(model_type, cache):
     assert torch.equal(found, model.generate(**inputs, **GREEDY, use_cache=False))
 
 
+def test_without_a_cache_embeddings_would_be_forgotten():
+    model, processor = compose_tiny(["clip"], catalog_llms.build("openai-gpt"))
+    inputs = uneven_inputs(processor)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match=r"OpenAIGPTLMHeadModel has no cache.*generate from input_ids"):
+        model.generate(**inputs, inputs_embeds=embeds, **GREEDY)
+
+
 def test_generation_counts_positions_from_the_language_models_first():
     model, processor = compose_tiny(["clip", "whisper"], catalog_llms.build("roberta"))
     model.generation_config.eos_token_id = None
