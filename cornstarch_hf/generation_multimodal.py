@@ -12,7 +12,7 @@ from transformers.masking_utils import create_masks_for_generate
 from .adapters import unwrapped
 from .language_model import cache_keyword, cached_length
 from .merging import group_by_sample
-from .positions import first_position
+from .positions import first_position, outgrows_its_cache
 
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
 
@@ -30,7 +30,13 @@ class MultimodalGenerationMixin:
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; features also reach an assistant's prefill, which is no "first iteration" there."""
+        """As in transformers; features also reach an assistant's prefill, which is no "first iteration" there.
+
+        Where the keys in the cache are of no use any more, the whole row is run again, features included.
+        """
+        past = cached_length(past_key_values)
+        if anew := past > 0 and outgrows_its_cache(self.language_model, past, input_ids.shape[1]):
+            past_key_values = next_sequence_length = None
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -41,7 +47,7 @@ class MultimodalGenerationMixin:
             **kwargs,
         )
         features = kwargs.get("mm_encoder_outputs")
-        if features is not None and past_key_values is not None and cached_length(past_key_values) == 0:
+        if features is not None and (anew or (past_key_values is not None and past == 0)):
             inputs.setdefault("mm_encoder_outputs", features)
         if inputs.get("cache_params") is not None and not is_first_iteration:
             inputs.pop("attention_mask", None)  # a running state has passed the padding already
@@ -62,10 +68,19 @@ class MultimodalGenerationMixin:
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """As in transformers, by the name that the language model has for a cache; none where it has no cache."""
+        """As in transformers, by the name that the language model has for a cache; none where it has no cache.
+
+        Raises:
+            ValueError: embeddings to go on from, and a language model that would need them at every step.
+        """
         keyword = cache_keyword(self.language_model)
         if keyword is None:
             generation_config.use_cache = False
+            if model_kwargs.get("inputs_embeds") is not None:
+                raise ValueError(
+                    f"{type(unwrapped(self.language_model)).__name__} has no cache, so each step needs the whole prompt, "
+                    "which inputs_embeds give to the first one alone: generate from input_ids."
+                )
         if keyword not in model_kwargs or keyword == "past_key_values":
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             if keyword is not None and "past_key_values" in model_kwargs:

@@ -61,6 +61,23 @@ def only_distances_count(language_model: nn.Module) -> bool:
     return rotary and not stretched and inner.config.model_type not in READ_POSITIONS
 
 
+def outgrows_its_cache(language_model: nn.Module, past: int, length: int) -> bool:
+    """Whether a row has grown past the length at which LongRoPE (Ding et al. 2024) takes its other frequencies.
+
+    The keys in the cache were turned by the former ones then, so all tokens have to be run again.
+
+    Args:
+        past: tokens in the cache.
+        length: tokens of the row, the new ones included.
+    """
+    config: Any = unwrapped(language_model).config
+    rope = getattr(config, "rope_parameters", None)
+    if "longrope" not in _rope_types(rope):
+        return False
+    limit = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return limit is not None and past <= limit < length
+
+
 def _rope_types(parameters: Any) -> set[str]:
     """Kinds of rotary embeddings of a configuration, which may hold one for each type of layers."""
     if not isinstance(parameters, dict):

@@ -87,6 +87,7 @@ CASES: dict[str, dict] = {
     "gemma4_assistant": {"whole": True},
     "gemma4_unified_assistant": {"whole": True, "text_config": {k: v for k, v in GEMMA4.items() if k != "whole"} | {
         "model_type": "gemma4_unified_text", "num_kv_shared_layers": 4}},
+    "falcon_h1": MAMBA2 | {"mamba_d_ssm": 32, "mamba_d_head": 8, "mamba_expand": 1},
     "flint": {"mlp_only_layers": [0], "shared_expert_intermediate_size": 16, "moe_intermediate_size": 16},
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": INDEXED | {"layer_types": ["indexed_attention"] * 2},

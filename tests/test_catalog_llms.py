@@ -120,6 +120,7 @@ def check_training(model, batch):
     alone = one(batch, 0)
     labels = alone["input_ids"].masked_fill(alone["input_ids"] >= IMAGE, -100)
     routed = getattr(model.language_model.config, "output_router_logits", None) is not None
+    losses = []
     for wanted in (False, True) if routed else (None,):
         if routed:
             model.language_model.config.output_router_logits = wanted
@@ -127,8 +128,9 @@ def check_training(model, batch):
         expected = model.language_model(**given, **own_inputs(model, alone["input_ids"]))
         found = model(**alone, labels=labels)
         assert torch.equal(found.loss, expected.loss) and found.loss.isfinite()
-        if getattr(found, "aux_loss", None) is not None:
-            assert wanted and found.aux_loss > 0
+        losses.append(found.loss)
+    if getattr(found, "aux_loss", None) is not None:
+        assert wanted and found.aux_loss > 0 and losses[1] > losses[0]
     found.loss.backward()
     gradients = [p.grad for p in model.vision_encoder.parameters() if p.grad is not None]
     assert gradients and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)

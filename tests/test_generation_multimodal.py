@@ -57,6 +57,40 @@ def test_a_language_model_keeps_the_cache_that_it_has(model_type, cache):
     assert torch.equal(found, model.generate(**inputs, **GREEDY, use_cache=False))
 
 
+def test_a_cache_of_former_frequencies_is_made_anew():
+    config = catalog_llms.configuration("phi3")
+    limit = 30
+    config.original_max_position_embeddings = limit
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                              "long_factor": [4.0] * 4, "original_max_position_embeddings": limit}  # fmt: skip
+    phi3 = catalog_llms.built(catalog_llms.model_class("phi3"), config)
+    model, processor = compose_tiny(["clip", "whisper"], phi3)
+    model.generation_config.eos_token_id = phi3.generation_config.eos_token_id = None
+    inputs, seen = uneven_inputs(processor), []
+    length = inputs["input_ids"].shape[1]
+    assert length < limit
+    options = {"max_new_tokens": 8 + limit - length, "do_sample": False}
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given.get("input_ids", given.get("inputs_embeds")).shape[1]),
+        with_kwargs=True,
+    )
+    cached = model.generate(**inputs, **options)
+    hook.remove()
+    assert [n for n in seen if n > 1] == [length, limit + 1]  # the prompt, and all of it again at the limit
+    assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+    text = {"input_ids": torch.arange(3, 29)[None], "attention_mask": torch.ones(1, 26, dtype=torch.long)}
+    words = {"suppress_tokens": list(model.placeholder_ids().values()), **options}
+    assert torch.equal(model.generate(**text, **options), phi3.generate(**text, **words))
+
+
+def test_without_a_cache_embeddings_would_be_forgotten():
+    model, processor = compose_tiny(["clip"], catalog_llms.build("openai-gpt"))
+    inputs = uneven_inputs(processor)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match=r"OpenAIGPTLMHeadModel has no cache.*generate from input_ids"):
+        model.generate(**inputs, inputs_embeds=embeds, **GREEDY)
+
+
 def test_generation_counts_positions_from_the_language_models_first():
     model, processor = compose_tiny(["clip", "whisper"], catalog_llms.build("roberta"))
     model.generation_config.eos_token_id = None
