@@ -143,6 +143,7 @@ def test_a_step_of_trainer_moves_every_projector(tmp_path, key):
     assert moved == {name for name in before if ".projector." in name}
 
 
+@pytest.mark.slow
 def test_all_come_back_in_a_fresh_process(tmp_path):
     check_round_trips(tmp_path, {key.replace(" ", "_"): made(key) for key in COMPOSITIONS})
 
