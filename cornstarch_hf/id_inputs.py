@@ -4,6 +4,7 @@ Such a model, called with merged embeddings, cannot know the ids any more; these
 placeholders treated as in the model family's own multimodal model.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,11 @@ def _per_layer_inputs(backbone: Any, input_ids: Tensor, placeholders: Tensor) ->
     padding token.
     """
     padding = getattr(backbone.config, "pad_token_id", None) or 0
-    return backbone.get_per_layer_inputs(input_ids.masked_fill(placeholders, padding))
+    words = input_ids.masked_fill(placeholders, padding)
+    both = (
+        "inputs_embeds" in inspect.signature(backbone.get_per_layer_inputs).parameters
+    )  # Gemma 4, of which one is None
+    return backbone.get_per_layer_inputs(words, None) if both else backbone.get_per_layer_inputs(words)
 
 
 def _own_ids(backbone: Any, input_ids: Tensor, placeholders: Tensor) -> Tensor:

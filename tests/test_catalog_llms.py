@@ -72,7 +72,9 @@ def own_inputs(model, ids):
     text, extra = model.language_model.model if hasattr(model.language_model, "model") else None, {}
     placeholders = torch.isin(ids, torch.tensor(list(PLACEHOLDERS.values())))
     if getattr(model.language_model.config, "hidden_size_per_layer_input", 0):
-        extra["per_layer_inputs"] = text.get_per_layer_inputs(ids.masked_fill(placeholders, 0))
+        beyond = ids >= text.config.vocab_size_per_layer_input  # Gemma 3n reads these as token 0
+        table = text.embed_tokens_per_layer(ids.masked_fill(placeholders | beyond, 0))
+        extra["per_layer_inputs"] = table.unflatten(-1, (-1, text.config.hidden_size_per_layer_input))
     if getattr(model.language_model.config, "ple_layer_ids", None):
         extra["ple_input_ids"] = ids
     return extra

@@ -17,8 +17,8 @@ def test_per_layer_embeddings_are_those_of_the_padding_token_where_features_stan
     model = catalog_llms.build(model_type)
     found = id_inputs(model, IDS, PLACEHOLDERS, set())
     assert set(found) == {"per_layer_inputs"}
-    expected = model.model.get_per_layer_inputs(torch.tensor([[5, 0, 0, 7]]))
-    assert torch.equal(found["per_layer_inputs"], expected) and expected.shape == (1, 4, 4, 8)
+    expected = model.model.embed_tokens_per_layer(torch.tensor([[5, 0, 0, 7]])).view(1, 4, 4, 8)
+    assert torch.equal(found["per_layer_inputs"], expected)
 
 
 def test_ngrams_hash_the_placeholders_too():
