@@ -22,6 +22,24 @@ collect_ignore = [
     "shared_parts.py",
     "helpers.py",
     "reload.py",
+    "supported.py",
     "tiny.py",
     "user_parts.py",
 ]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--supported", help="write the page about what is supported to this file, from this run")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    path = config.getoption("--supported")
+    if path:
+        import transformers
+        from supported import page
+
+        reports = [
+            r for state in ("passed", "failed") for r in terminalreporter.stats.get(state, []) if r.when == "call"
+        ]
+        Path(path).write_text(page(reports, transformers.__version__), encoding="utf-8")
+        terminalreporter.write_line(f"written: {path}")

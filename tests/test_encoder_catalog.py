@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
-from cornstarch_hf.feature_counts import FeatureCounter
+from cornstarch_hf.feature_counts import RULES, FeatureCounter
 
 CASES = {**catalog_vision.CASES, **catalog_others.CASES}
 TOKEN = tiny.VOCABULARY - 1
@@ -47,8 +47,12 @@ def test_the_catalogue_has_every_measured_class():
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(catalog_others.NO_FEATURES)))
-def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, tmp_path):
+def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, tmp_path, record_property):
     model = composed(name)
+    model_type = model.config.media_config.model_type
+    record_property("type", model_type)
+    record_property("kind", model.media_encoder.kind)
+    record_property("count", "rule" if model_type in RULES else "run on shapes")
     items = catalog.together(name)
     counter = FeatureCounter(model.config)
     with torch.no_grad():
