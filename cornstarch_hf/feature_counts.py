@@ -119,6 +119,10 @@ class FeatureCounter:
             self._cache[key] = count
         return self._cache[key]
 
+    def has_preprocessing(self, name: str) -> bool:
+        """Whether a callback sees the inputs of an encoder before it does."""
+        return (self._live.get(name) or self._probe(name)).preprocess_callback is not None
+
     def _counted(self, name: str, inputs: Mapping[str, Any]) -> int:
         encoder_config = getattr(self.config, f"{name}_config")
         registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)

@@ -167,8 +167,9 @@ class MultimodalProcessor(MultimodalProcessorBase):
                     raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
                 encoder_config = getattr(self.config, f"{name}_config")
                 masked = any(parameter.endswith("features_mask") for parameter in names.values())
+                prepared = self.counter.has_preprocessing(name)
                 output = run_subprocessor(
-                    self.processors[name], name, entry["kind"], items, given, encoder_config, masked
+                    self.processors[name], name, entry["kind"], items, given, encoder_config, masked, prepared
                 )
                 count = len(items)
             else:  # tensors made elsewhere

@@ -57,6 +57,7 @@ def run_subprocessor(
     options: Mapping[str, Any],
     encoder_config: Any,
     masked: bool = False,
+    prepared: bool = False,
 ) -> dict[str, Any]:
     """Process the items of one modality.
 
@@ -68,6 +69,7 @@ def run_subprocessor(
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
         encoder_config: of its encoder.
         masked: whether the encoder wants a mask of its features also where they are padded to a window.
+        prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
 
     Returns:
         tensors by the names that the processor emits.
@@ -84,7 +86,7 @@ def run_subprocessor(
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
             options.setdefault("input_data_format", "channels_last")
-        return _run_on_images(processor, name, items, options)
+        return _run_on_images(processor, name, items, options, prepared)
     if isinstance(processor, ItemProcessor):
         return _tensors(processor(items, name=name, **options), name)
     if isinstance(processor, FeatureExtractionMixin):
@@ -105,7 +107,9 @@ def run_subprocessor(
     return _tensors(processor(items, return_tensors="pt", **options), name)
 
 
-def _run_on_images(processor: Any, name: str, items: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _run_on_images(
+    processor: Any, name: str, items: list[Any], options: Mapping[str, Any], prepared: bool
+) -> dict[str, Any]:
     """Tensors with one row per image, also from processors that put all images of a call into one row."""
 
     def run(images: list[Any]) -> dict[str, Any]:
@@ -113,11 +117,9 @@ def _run_on_images(processor: Any, name: str, items: list[Any], options: Mapping
 
     found = run(items)
     rank = getattr(found.get("pixel_values"), "ndim", 0)
-    if rank not in (
-        5,
-        6,
-    ):  # (1, images, channels, height, width), with tiles (1, images, tiles, channels, height, width)
+    if prepared or rank not in (5, 6):
         return found
+    # (1, images, channels, height, width), with tiles (1, images, tiles, channels, height, width)
     alone = [found] if len(items) == 1 else [run([item]) for item in items]
     for i, one in enumerate(alone):
         crops = one["pixel_values"].shape[1]

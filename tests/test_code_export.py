@@ -110,7 +110,7 @@ def test_what_lies_in_the_folder(shared):
     assert found == {"AutoProcessor": "multimodal_code.MultimodalProcessor"}
     text = b"".join(python_files(folder).values()).decode()
     assert "from cornstarch_hf import register" not in text and str(HERE) not in text
-    assert len(text) < 700_000
+    assert len(text) < 800_000  # of 100 modules
     assert carries["sides"]["model"]["registrations"] == [
         ["register_callback", "users_doubled", "shared_parts", "doubled", "shared_parts", "kept"]
     ]
