@@ -3,7 +3,6 @@
 Items are rows, or lie one after the other along an axis (packed), with their sizes in another input.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,26 +76,35 @@ def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[
             continue
         parts = _parts(value, count, sizes)
         if parts is None:
-            raise ValueError(
-                f"{where}: {key!r} has {len(value)} rows for {count} items: a processor that splits items into crops must "
-                "not (crop_to_patches=False, do_pan_and_scan=False, slice_mode=False)."
+            remedy = (
+                "a processor that splits items into crops must not (crop_to_patches=False, do_pan_and_scan=False, "
+                "slice_mode=False)"
+                if sizes is None
+                else f"their grids or lengths say {sizes}, {sum(sizes)} together; pass those of the same items"
             )
+            raise ValueError(f"{where}: {key!r} has {len(value)} rows for {count} items: {remedy}.")
         for item, part in zip(items, parts, strict=True):
             item[key] = part
     return items
 
 
 def _parts(value: Any, count: int, sizes: list[int] | None) -> list[Any] | None:
-    if sizes is not None and isinstance(value, Tensor) and len(value) != count:
-        axis = next((a for a, n in enumerate(value.shape) if n == sum(sizes)), None)
-        if axis is None:
-            axis = next((a for a in reversed(range(1, value.ndim)) if value.shape[a] % sum(sizes) == 0), None)
-        if axis is not None:
-            unit = value.shape[axis] // sum(sizes)
-            return list(value.split([n * unit for n in sizes], dim=axis))
-    if len(value) != count:
+    if len(value) == count:
+        return [value[i : i + 1] for i in range(count)]
+    if sizes is None or not isinstance(value, Tensor):
         return None
-    return [value[i : i + 1] for i in range(count)]
+    total = sum(sizes)
+    if len(value) == total:
+        return list(value.split(sizes))
+    if value.ndim == 2 and value.shape[1] == total:  # (channels, frames)
+        return list(value.split(sizes, dim=1))
+    if len(value) != 1:
+        return None
+    if value.ndim > 2 and value.shape[1] == total:  # all of them in one row
+        return list(value.split(sizes, dim=1))
+    if value.ndim == 4 and value.shape[3] % total == 0:  # small images side by side
+        return list(value.split([n * (value.shape[3] // total) for n in sizes], dim=3))
+    return None
 
 
 def padding_of(inputs: Mapping[str, Any], where: str) -> Padded | None:
@@ -185,8 +193,3 @@ def unpadded(inputs: dict[str, Any], where: str = "item") -> dict[str, Any]:
     """
     padded = padding_of(inputs, where)
     return cut(inputs, padded, [0]) if padded is not None and is_plain(inputs, padded) else inputs
-
-
-def area(grid: Sequence[int]) -> int:
-    """Patches of a grid."""
-    return math.prod(int(n) for n in grid)

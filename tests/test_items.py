@@ -39,7 +39,7 @@ def test_packed_items_lie_along_whichever_axis_has_their_sizes():
     for value, axis in (
         (patches[:, None], 0),
         (patches[None, :, None], 1),
-        (patches.repeat_interleave(4)[None, None], 2),
+        (patches.repeat_interleave(4)[None, None, None], 3),
     ):
         parts = split_items({"pixel_values": value, "target_sizes": GRID[:, 1:]}, 2, "vision")
         unit = value.shape[axis] // 6
@@ -49,6 +49,12 @@ def test_packed_items_lie_along_whichever_axis_has_their_sizes():
     parts = split_items({"input_features": sound, "feature_lens": torch.tensor([4, 3])}, 2, "audio")
     assert [tuple(p["input_features"].shape) for p in parts] == [(8, 4), (8, 3)]
     assert [p["feature_lens"].tolist() for p in parts] == [[4], [3]]
+
+
+@pytest.mark.parametrize("shape", [(12, 24), (12, 6, 6), (5, 6, 6, 6), (1, 12), (1, 3, 4, 20), (2, 12)])
+def test_packed_items_of_another_number_than_their_sizes_say_are_not_divided_along_some_other_axis(shape):
+    with pytest.raises(ValueError, match=f"vision: 'pixel_values' has {shape[0]} rows for 3 items: .*6 together"):
+        split_items({"pixel_values": torch.zeros(shape), "image_grid_thw": torch.tensor([[1, 1, 2]] * 3)}, 3, "vision")
 
 
 def test_how_many_items_there_are():
