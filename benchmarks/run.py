@@ -16,18 +16,19 @@ from .children import ROOT
 from .results import Result
 from .sizes import FULL, QUICK, Sizes
 
-GROUPS = ("import", "memory", "forward", "decode", "train", "processor", "storage")
-WITH_MODELS = GROUPS[2:]
+GROUPS = ("import", "memory", "counting", "forward", "decode", "train", "processor", "storage")
+WITH_MODELS = GROUPS[3:]
 ONCE = ("processor", "storage")  # at the first vocabulary alone
 
 
-def fresh_processes(wanted: set[str], sizes: Sizes) -> list[Result]:
-    """What is measured in processes of its own."""
+def without_models(wanted: set[str], sizes: Sizes) -> list[Result]:
+    """What is measured in processes of its own, and what needs no weights."""
+    from .counting import counting
     from .imports import imports
     from .memory import memory
 
     results: list[Result] = []
-    for name, measure in (("import", imports), ("memory", memory)):
+    for name, measure in (("import", imports), ("memory", memory), ("counting", counting)):
         if name in wanted:
             results += said(name, lambda measure=measure: measure(sizes))
     return results
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     load, started = os.getloadavg()[0], time.perf_counter()
     if options.threads:  # the fresh processes follow too
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    results = fresh_processes(wanted, sizes)
+    results = without_models(wanted, sizes)
     from .report import environment, write
 
     about: dict[str, Any] = environment(load)

@@ -29,7 +29,7 @@ from .shape_probe import run_on_shapes, weights_to_meta, without_weights
 from .size_guard import bounded_tensors, build_guard
 
 POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
-# Numbers of layers that are alike; hierarchical encoders have a list for their stages.
+# Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
 DEPTHS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "depth")
 _REMEDY = "register_feature_count({!r}, fn)."
 
@@ -39,12 +39,29 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`(height // patch_size) * (width // patch_size)`"""
     height, width = inputs["pixel_values"].shape[-2:]
     rows, columns = _pair(config.patch_size)
     return (height // rows) * (width // columns)
 
 
+def _patches_and_class(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`(height // patch_size) * (width // patch_size) + 1`"""
+    return _patches(inputs, config) + 1
+
+
+def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`t * h * w / spatial_merge_size ** 2` of the grid"""
+    return int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2
+
+
+def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`max_source_positions`"""
+    return config.max_source_positions
+
+
 def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
+    """`(samples - kernel) // stride + 1`, once per convolution; with an adapter by a run on shapes"""
     if config.add_adapter:
         return None
     length = inputs["input_values"].shape[-1]
@@ -54,35 +71,41 @@ def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None
 
 
 def _rows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """rows of `features`, those of its mask"""
     mask = inputs.get("attention_mask")
     return inputs["features"].shape[1] if mask is None else int(mask.sum())
 
 
 def _tokens(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """tokens of the text"""
     return inputs["input_ids"].shape[-1]
 
 
 def _series(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`values // patch_length`, without patches of padding"""
     patches = inputs["past_values"].shape[-1] // config.patch_length
     lengths = unpadded_patches(inputs, patches)
     return patches if lengths is None else lengths[0]
 
 
-# Tokens of the last hidden state of one item by the encoder's model type, None where the rule does not hold; each is
-# tested against the encoder.
+_TEXTS = ("bert", "deberta-v2", "distilbert", "esm", "modernbert", "mpnet", "xlm-roberta")
+# Features of one item by the encoder's model type, None where the rule does not hold; each is tested against the
+# encoder, and its docstring stands in the documents.
 RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
-    "clip_vision_model": lambda inputs, config: _patches(inputs, config) + 1,
-    "dinov2": lambda inputs, config: _patches(inputs, config) + 1,
+    "clip_vision_model": _patches_and_class,
+    "dinov2": _patches_and_class,
     "siglip_vision_model": _patches,
     "timesfm": _series,
     "timesfm2_5": _series,
-    "vit": lambda inputs, config: _patches(inputs, config) + 1,
+    "vit": _patches_and_class,
     PrecomputedFeaturesConfig.model_type: _rows,
-    "whisper": lambda inputs, config: config.max_source_positions,
+    "whisper": _window,
     "wav2vec2": _waveform,
-    **dict.fromkeys(("bert", "deberta-v2", "distilbert", "esm", "modernbert", "mpnet", "xlm-roberta"), _tokens),
-    "qwen2_vl_vision": lambda inputs, config: int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2,
+    **dict.fromkeys(_TEXTS, _tokens),
+    "qwen2_vl_vision": _merged_patches,
 }
+# Types whose hidden states all are as long as the last one.
+RULES_OF_EACH_LAYER = {"clip_vision_model", "dinov2", "siglip_vision_model", "vit", "wav2vec2", "whisper", *_TEXTS}
 
 
 class FeatureCounter:
@@ -98,7 +121,7 @@ class FeatureCounter:
         self._live = dict(live or {})
         self._probes: dict[tuple[str, bool], Any] = {}
         self._cache: dict[tuple, int] = {}
-        self._deep: set[str] = set()  # encoders of which one layer does not do
+        self._deep: set[str] = set()  # encoders of which few layers do not do
 
     def count(self, name: str, inputs: Mapping[str, Any]) -> int:
         """Features that one item of a modality gives.
@@ -121,14 +144,14 @@ class FeatureCounter:
 
     def has_preprocessing(self, name: str) -> bool:
         """Whether a callback sees the inputs of an encoder before it does."""
-        return (self._live.get(name) or self._probe(name)).preprocess_callback is not None
+        return self._outline(name).preprocess_callback is not None
 
     def _counted(self, name: str, inputs: Mapping[str, Any]) -> int:
         encoder_config = getattr(self.config, f"{name}_config")
         registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
         if registered is not None:
             return _natural(registered(inputs, encoder_config), name, "the registered feature count")
-        encoder = self._live.get(name) or self._probe(name)
+        encoder = self._outline(name)
         callbacks = {slot: cb for slot, cb in encoder.callbacks.items() if cb is not None}
         declared = {slot: fn for slot, cb in callbacks.items() if (fn := declared_count(cb)) is not None}
         after_module = set(callbacks) - {POSTPROCESS_PROJECTOR}
@@ -149,9 +172,9 @@ class FeatureCounter:
     ) -> tuple[int, Grid | None]:
         """Selected features before the callbacks that follow the module, and their grid where the projector needs it."""
         entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
-        rule = (
-            RULES.get(encoder_config.model_type) if by_rule and entry["layer"] == -1 and not entry["output"] else None
-        )
+        model_type = encoder_config.model_type
+        holds = not entry["output"] and (entry["layer"] == -1 or model_type in RULES_OF_EACH_LAYER)
+        rule = RULES.get(model_type) if by_rule and holds else None
         items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
         count = rule(items, encoder_config) if rule is not None else None
         if count is not None:
@@ -178,15 +201,24 @@ class FeatureCounter:
             left = self._reduced_by_run(name, count, grid)
         return _natural(left, name, f"the feature_count of {type(projector.projection).__name__}")
 
+    def _outline(self, name: str) -> ModalEncoderModule:
+        """The encoder for what stands around its layers: of few layers where it can be built so."""
+        if name in self._live or not self._is_stack(name):
+            return self._live.get(name) or self._probe(name)
+        try:
+            return self._probe(name, shallow=True)
+        except Exception:  # all layers are built instead, or tell what is wrong
+            self._deep.add(name)
+        return self._probe(name)
+
     def _probe(self, name: str, shallow: bool = False) -> ModalEncoderModule:
-        """The encoder without weights, of one layer where it is `shallow`."""
+        """The encoder without weights, where it is `shallow` of no more layers than the selected ones need."""
         if (name, shallow) not in self._probes:
             plain, live = copy.deepcopy(self.config), self._live.get(name)
             plain.adapters = None
             encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
-            for depth in DEPTHS if shallow else ():
-                if isinstance(getattr(encoder_config, depth, None), int):
-                    setattr(encoder_config, depth, 1)
+            if shallow:
+                _make_shallow(encoder_config, self.config.modality(name)["layer"])
             if live is not None:
                 plain.modality(name)["callbacks"] = {}
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
@@ -224,7 +256,7 @@ class FeatureCounter:
         if self._is_uniform(name):
             try:
                 return self._run_probe(self._probe(name, shallow=True), inputs, without, method)
-            except Exception:  # one layer is too few for this class: all of them tell, or say what is wrong
+            except Exception:  # too few layers for this class: all of them tell, or say what is wrong
                 self._deep.add(name)
         try:
             return self._run_probe(self._probe(name), inputs, without, method)
@@ -237,14 +269,20 @@ class FeatureCounter:
             ) from error
 
     def _is_uniform(self, name: str) -> bool:
-        """Whether one of the encoder's layers gives as many features as all of them: stacks of transformers' own classes."""
-        entry = self.config.modality(name)
-        if entry["layer"] != -1 or entry["output"] or name in self._live or name in self._deep:
+        """Whether a few of the encoder's layers give as many features as all of them."""
+        return not self.config.modality(name)["output"] and name not in self._live and self._is_stack(name)
+
+    def _is_stack(self, name: str) -> bool:
+        """Whether the encoder is a stack of layers that are alike, of transformers' own classes."""
+        if name in self._deep:
             return False
         encoder_config = getattr(self.config, f"{name}_config")
-        if any(isinstance(getattr(encoder_config, stages, None), (list, tuple)) for stages in STAGES):
+        if _is_staged(encoder_config) and (
+            self.config.modality(name)["layer"] != -1
+            or not isinstance(getattr(encoder_config, "depths", None), (list, tuple))
+        ):
             return False
-        cls = resolve_class(entry["encoder_class"], encoder_config, name)
+        cls = resolve_class(self.config.modality(name)["encoder_class"], encoder_config, name)
         return cls.__module__.startswith("transformers.models.")
 
     @staticmethod
@@ -253,6 +291,21 @@ class FeatureCounter:
         encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
         encoder.__dict__.update(dict.fromkeys(without))
         return run_on_shapes(functools.partial(method, encoder), dict(inputs))
+
+
+def _is_staged(config: PreTrainedConfig) -> bool:
+    return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
+
+
+def _make_shallow(config: PreTrainedConfig, layer: int | list[int]) -> None:
+    """Take as few layers as the selected hidden states need, the first of which is of the embeddings; one per stage."""
+    if _is_staged(config):
+        config.depths = type(config.depths)(1 for _ in config.depths)
+        return
+    needed = max(-index if index < 0 else index + 1 for index in ([layer] if isinstance(layer, int) else layer))
+    for depth in DEPTHS:
+        if isinstance(layers := getattr(config, depth, None), int):
+            setattr(config, depth, min(layers, needed))
 
 
 def _natural(count: Any, name: str, what: str) -> int:

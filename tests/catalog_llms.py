@@ -5,6 +5,8 @@ from shrunk import built, changes_of
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cornstarch_hf import MultimodalConfig
+
 VOCABULARY, HIDDEN = 320, 32
 DEFAULT = object()  # a size of `shrunk` that the class computes itself
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -200,7 +202,7 @@ WHOLE = {
     *("fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "moss_transcribe_diarize"),
     "phi4_multimodal",
 }
-TYPES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - WHOLE)
+TYPES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - WHOLE - {MultimodalConfig.model_type})
 SUPPORTED = [model_type for model_type in TYPES if model_type not in REFUSED | UNBUILT]
 
 

@@ -38,8 +38,7 @@ def pytest_terminal_summary(terminalreporter, config):
         import transformers
         from supported import page
 
-        reports = [
-            r for state in ("passed", "failed") for r in terminalreporter.stats.get(state, []) if r.when == "call"
-        ]
+        states = {state: terminalreporter.stats.get(state, []) for state in ("passed", "failed", "error")}
+        reports = [r for state, found in states.items() for r in found if state == "error" or r.when == "call"]
         Path(path).write_text(page(reports, transformers.__version__), encoding="utf-8")
         terminalreporter.write_line(f"written: {path}")

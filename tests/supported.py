@@ -9,6 +9,8 @@ import catalog_others
 import catalog_processors
 import catalog_vision
 
+from cornstarch_hf.feature_counts import RULES
+
 PAGE = "docs/supported.md"
 HEAD = """# What is supported
 
@@ -20,7 +22,8 @@ ENCODERS = """## Encoders
 
 Each composes with a tiny Llama; features of an item alone, in a batch of several sizes, and the number that the processor would
 expand are the same; it generates, is saved and comes back through `AutoModel` with equal logits to the bit, and trains.
-Features are counted by a formula ("rule"), or by running one layer of the encoder on shapes ("run on shapes"), once per shape.
+Where no formula stands under "counted by", the encoder is run on shapes, without weights, once per shape of an item. The
+formulas count the features of one item before `drop_prefix` and the projector; names in them are the configuration's.
 
 | class | model type | kind | counted by |
 | --- | --- | --- | --- |
@@ -81,7 +84,9 @@ def page(reports: Iterable[Any], version: str) -> str:
     return (
         HEAD.format(version=version)
         + ENCODERS
-        + _table((f"`{n}`", v["type"], v["kind"], v["count"]) for n, v in sorted(encoders.items()))
+        + _table(
+            (f"`{n}`", v["type"], v["kind"], rule_text(v["type"], v["count"])) for n, v in sorted(encoders.items())
+        )
         + fixed_parts(reports)
     )
 
@@ -104,13 +109,23 @@ def fixed_parts(reports: Iterable[Any] | None = None) -> str:
         + PROCESSORS
         + _table((f"`{name}`", f"`{pair.encoder}`") for name, pair in sorted(catalog_processors.PAIRS.items()))
         + NO_PROCESSORS
-        + _table((f"`{name}`", why) for name, (_, why) in sorted(catalog_processors.REFUSED.items()))
+        + _table((f"`{name}`", _words(why)) for name, (_, why) in sorted(catalog_processors.REFUSED.items()))
     )
+
+
+def rule_text(model_type: str, count: str) -> str:
+    """What stands under "counted by"; `count` is "rule" where no run was needed."""
+    return str(RULES[model_type].__doc__) if count == "rule" else count
 
 
 def expected_encoders() -> set[str]:
     """Classes of the catalogue that give features."""
     return (set(catalog_vision.CASES) | set(catalog_others.CASES)) - set(catalog_others.NO_FEATURES)
+
+
+def version_of(text: str) -> str:
+    """The version of transformers that a page tells of."""
+    return re.findall(r"^transformers (\S+)\. A class", text, re.M)[0]
 
 
 def encoder_rows(text: str) -> dict[str, tuple[str, str, str]]:
@@ -125,6 +140,11 @@ def check_names(what: str, found: Iterable[str] | Mapping, expected: set[str]) -
         raise ValueError(
             f"Of the {what} of the catalogue, {differing[:5]} ({len(differing)}) were not run: run all of it."
         )
+
+
+def _words(pattern: str) -> str:
+    """A pattern as text."""
+    return re.sub(r"\.\*", " … ", pattern).replace("\\", "").replace("  ", " ").strip()
 
 
 def _case(report: Any) -> str:

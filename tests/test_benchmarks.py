@@ -56,8 +56,8 @@ def check_results(folder, out, groups):
 
 
 def test_one_command(tmp_path):
-    out = run("--only", "forward", "decode", "train", "processor", "storage", "--output", tmp_path)
-    results = check_results(tmp_path, out, {"forward", "decode", "train", "processor", "save", "load"})
+    out = run("--only", "counting", "forward", "decode", "train", "processor", "storage", "--output", tmp_path)
+    results = check_results(tmp_path, out, {"counting", "forward", "decode", "train", "processor", "save", "load"})
     full = results["training step, projector only, vocabulary 400, all logits"]["notes"]
     assert full["loss_relative_difference"] == full["gradient_relative_difference"] == 0
     at_labels = results["training step, all parameters, vocabulary 400"]["notes"]
@@ -67,7 +67,7 @@ def test_one_command(tmp_path):
 @pytest.mark.slow
 def test_everything_with_fresh_processes(tmp_path):
     out = run("--output", tmp_path)
-    groups = {"import", "memory", "forward", "decode", "train", "processor", "save", "load"}
+    groups = {"import", "memory", "counting", "forward", "decode", "train", "processor", "save", "load"}
     results = check_results(tmp_path, out, groups)
     runs = results["peak memory, training step, projector only, vocabulary 400"]["notes"]
     for side in ("native", "ours"):

@@ -1,17 +1,43 @@
 """Every measured encoder class of transformers, tiny: composes, counts, encodes, generates, trains and comes back the same."""
 
+import copy
+from unittest.mock import Mock
+
 import catalog
 import catalog_others
 import catalog_vision
 import pytest
 import tiny
 import torch
+from shrunk import built
 from transformers import AutoModel
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel
-from cornstarch_hf.feature_counts import RULES, FeatureCounter
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, feature_counts
+from cornstarch_hf.feature_counts import FeatureCounter
 
 CASES = {**catalog_vision.CASES, **catalog_others.CASES}
+# Classes whose configuration lists the layers of each stage.
+STAGED = (
+    *(
+        "BitModel",
+        "ClapAudioModel",
+        "ConvNextModel",
+        "ConvNextV2Model",
+        "DINOv3ConvNextModel",
+        "DonutSwinModel",
+        "GLPNModel",
+    ),
+    *(
+        "GroupViTVisionModel",
+        "HieraModel",
+        "LevitModel",
+        "MaskFormerSwinModel",
+        "PoolFormerModel",
+        "PvtModel",
+        "PvtV2Model",
+    ),
+    *("ResNetModel", "SegformerModel", "SwiftFormerModel", "SwinModel", "Swin2SRModel", "Swinv2Model"),
+)
 TOKEN = tiny.VOCABULARY - 1
 pytestmark = pytest.mark.catalog
 
@@ -47,12 +73,13 @@ def test_the_catalogue_has_every_measured_class():
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - set(catalog_others.NO_FEATURES)))
-def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, tmp_path, record_property):
+def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, tmp_path, record_property, monkeypatch):
     model = composed(name)
+    run = Mock(side_effect=feature_counts.run_on_shapes)
+    monkeypatch.setattr(feature_counts, "run_on_shapes", run)
     model_type = model.config.media_config.model_type
     record_property("type", model_type)
     record_property("kind", model.media_encoder.kind)
-    record_property("count", "rule" if model_type in RULES else "run on shapes")
     items = catalog.together(name)
     counter = FeatureCounter(model.config)
     with torch.no_grad():
@@ -64,6 +91,7 @@ def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, t
     odd = catalog.item(name, 1)
     with torch.no_grad():
         assert counter.count("media", odd) == len(model.media_encoder(**odd).pooler_output[0])
+    record_property("count", "run on shapes" if run.called else "rule")
     assert [len(features) for features in together] == counts
     for one, (expected,) in zip(together, alone, strict=True):
         torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-3)
@@ -80,6 +108,20 @@ def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, t
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     model(**inputs, labels=labels.masked_fill(labels == TOKEN, -100)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.media_encoder.projector.parameters())
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_one_layer_of_each_stage_counts_as_all_of_them(name):
+    case, config = CASES[name], copy.deepcopy(catalog.build(name).config)
+    config.depths = type(config.depths)(2 + i for i in range(len(config.depths)))
+    encoder = ModalEncoderModule(built(type(catalog.build(name)), config), kind=case.kind, **case.module_kwargs)
+    model = MultimodalModel(encoders={"media": encoder}, language_model=tiny.llama()).eval()
+    counter = FeatureCounter(model.config)
+    for item in catalog.together(name):
+        with torch.no_grad():
+            assert counter.count("media", item) == len(model.media_encoder(**item).pooler_output[0])
+    probed = {key: tuple(probe.module.config.depths) for key, probe in counter._probes.items()}
+    assert probed == {("media", True): (1,) * len(config.depths)}
 
 
 @pytest.mark.parametrize("name", sorted(catalog_others.NO_FEATURES))

@@ -12,6 +12,8 @@ from transformers import (
     AutoModel,
     BertConfig,
     DebertaV2Config,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     DistilBertConfig,
     ModernBertConfig,
     MPNetConfig,
@@ -36,7 +38,7 @@ from cornstarch_hf import (
 )
 from cornstarch_hf.checkpointing import sync_config
 from cornstarch_hf.encoders import ModalEncoderModule
-from cornstarch_hf.feature_counts import RULES, FeatureCounter, typical_item
+from cornstarch_hf.feature_counts import RULES, RULES_OF_EACH_LAYER, FeatureCounter, typical_item
 from cornstarch_hf.registries import CALLBACKS, FEATURE_COUNTS
 
 VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 4}
@@ -133,6 +135,33 @@ def test_rules_are_what_the_encoder_gives(rule):
             given = raw.pooler_output if rule == "qwen2_vl_vision" else raw.last_hidden_state
             assert module.config.model_type == rule
             assert RULES[rule](inputs, module.config) == given.shape[:-1].numel(), encoder.kind
+
+
+@pytest.mark.parametrize("layer", [0, -2, [1, -1]])
+@pytest.mark.parametrize("rule", sorted(RULES_OF_EACH_LAYER))
+def test_rules_hold_at_every_layer_and_cost_no_run(rule, layer, monkeypatch):
+    for module, items in CASES[rule]:
+        encoder = ModalEncoderModule(module, layer=layer, drop_prefix=int(rule == "clip_vision_model"))
+        model = MultimodalModel(encoders={"media": encoder}, language_model=tiny.llama()).eval()
+        real = [projected(model.media_encoder, x) for x in items]
+        with monkeypatch.context() as context:
+            context.setattr("cornstarch_hf.feature_counts.run_on_shapes", None)
+            counter = FeatureCounter(model.config)
+            assert [counter.count("media", x) for x in items] == real
+        assert all(shallow for _, shallow in counter._probes), "one layer is enough"
+
+
+@pytest.mark.parametrize(("layer", "depth"), [(-1, 1), (-2, 2), ([1, -1], 2), (0, 1), (4, 5), (5, 5), ([-6, 2], 5)])
+def test_a_run_needs_few_layers(layer, depth):
+    config = shrunk(Dinov2WithRegistersConfig, num_hidden_layers=5, num_register_tokens=3, patch_size=4)
+    module = built(Dinov2WithRegistersModel, config)
+    encoder = ModalEncoderModule(module, layer=layer, drop_prefix=2)
+    model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama()).eval()
+    counter, items = FeatureCounter(model.config), images(*SIZES)
+    assert [counter.count("vision", x) for x in items] == [projected(model.vision_encoder, x) for x in items]
+    assert {key: probe.module.config.num_hidden_layers for key, probe in counter._probes.items()} == {
+        ("vision", True): depth
+    }
 
 
 def test_a_rule_that_does_not_hold_is_replaced_by_a_run():
