@@ -25,7 +25,7 @@ test-slow: $(VENV)/.installed
 test-catalog: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m catalog $(ARGS)
 
-# The same tests with the oldest transformers that works: servers pin versions below 5.21.
+# The same tests with the oldest transformers that works: servers pin versions below 5.21.  It reads sound files by librosa.
 test-oldest: $(VENV)-oldest/.installed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
 
@@ -33,7 +33,7 @@ $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	sed 's/^transformers==.*/transformers==5.20.2/' constraints.txt > $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' librosa -c $(VENV)-oldest/constraints.txt
 	touch $@
 
 supported: $(VENV)/.installed

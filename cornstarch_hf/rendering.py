@@ -15,6 +15,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import _compile_jinja_template, get_json_schema
 
 from .template_bounds import (
@@ -318,8 +319,9 @@ def _schema(tool: Any) -> dict[str, Any]:
     raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
 
 
-# A message's reasoning goes by several names; templates read the first or the second.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+# A message's reasoning goes by several names; templates read the first or the second.  Older versions of transformers
+# leave messages as they are.
+_REASONING = getattr(chat_template_utils, "_REASONING_FIELDS", ())
 
 
 def _reasoning(message: Any) -> dict[str, Any]:

@@ -117,9 +117,11 @@ def weights_to_meta(module: torch.nn.Module) -> torch.nn.Module:
 def run_on_shapes(module: Callable, inputs: dict[str, Any]) -> Any:
     """Call a module whose weights are on the meta device, or a method of it; floating-point data of the result is on meta.
 
+    Random numbers that the module draws leave those drawn elsewhere the same.
+
     Raises:
         whatever the module raises, e.g. where it reads a feature's value.
     """
     shapes = to_shapes(inputs)
-    with torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
         return module(**shapes)

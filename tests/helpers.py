@@ -6,12 +6,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 
 HERE = Path(__file__).parent
+# For tests of what older versions of transformers do not have.
+needs_5_23 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23")
 
 
 def compose_tiny(encoders, language_model=None, projector="linear", **options):

@@ -6,7 +6,7 @@ import catalog_llms
 import pytest
 import tiny
 import torch
-from helpers import compose_tiny, uneven_inputs
+from helpers import compose_tiny, needs_5_23, uneven_inputs
 from transformers import TextIteratorStreamer
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -123,14 +123,23 @@ def test_a_left_padded_batch_equals_its_singles(pair, options):
     "options",
     [
         {"cache_implementation": "static", "disable_compile": True},
-        {"prefill_chunk_size": 4},
-        {"prefill_chunk_size": 7, "cache_implementation": "static", "disable_compile": True},
+        pytest.param({"prefill_chunk_size": 4}, marks=needs_5_23),
+        pytest.param(
+            {"prefill_chunk_size": 7, "cache_implementation": "static", "disable_compile": True}, marks=needs_5_23
+        ),
     ],
 )
 def test_static_cache_and_chunked_prefill_equal_the_plain_run(pair, options):
     model, processor = pair
     inputs = uneven_inputs(processor)
     assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, **options))
+
+
+def test_chunks_of_a_prefill_without_their_features_are_refused(pair, monkeypatch):
+    model, processor = pair
+    monkeypatch.setattr("cornstarch_hf.generation_multimodal.SLICES_FEATURES", False)
+    with pytest.raises(ValueError, match=r"cannot split features .*leave out prefill_chunk_size, or upgrade"):
+        model.generate(**uneven_inputs(processor), **GREEDY, prefill_chunk_size=4)
 
 
 def test_assisted_and_prompt_lookup_equal_the_plain_run(pair):
@@ -161,7 +170,7 @@ def test_streaming(pair):
         {},
         {"num_beams": 3},
         {"use_cache": False},
-        {"prefill_chunk_size": 4},
+        pytest.param({"prefill_chunk_size": 4}, marks=needs_5_23),
         {"do_sample": True, "num_return_sequences": 3},
     ],
 )

@@ -4,10 +4,11 @@ import inspect
 
 import pytest
 import torch
+from helpers import needs_5_23
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation import utils as generation_utils
 from transformers.models.auto import auto_factory, modeling_auto
-from transformers.utils import generic
+from transformers.utils import chat_template_utils, generic
 
 METHODS = [
     (GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation", ["inputs_tensor", "model_kwargs", "model_input_name", "generation_config"]),
@@ -63,10 +64,15 @@ def test_attributes(owner, name):
 
 def test_generation_drops_and_hands_on_what_the_overrides_rely_on():
     assert "mm_encoder_outputs" in generation_utils.MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
-    assert hasattr(generation_utils, "_slice_mm_encoder_output"), "chunks of a prefill get their features"
-    assert 'f"{modality}_token_id"' in inspect.getsource(GenerationMixin._prefill)
     assert "_maybe_prepare_encoder_kwargs_for_generation" in inspect.getsource(GenerationMixin.generate)
     assert "model_kwargs=model_kwargs" in inspect.getsource(GenerationMixin.generate)
+
+
+@needs_5_23
+def test_what_older_versions_do_not_have():
+    assert hasattr(generation_utils, "_slice_mm_encoder_output"), "chunks of a prefill get their features"
+    assert 'f"{modality}_token_id"' in inspect.getsource(GenerationMixin._prefill)
+    assert chat_template_utils._REASONING_FIELDS[:2] == ("reasoning_content", "thinking"), "templates read these"
 
 
 def test_marks_that_keep_weights_from_being_initialised():
