@@ -30,6 +30,8 @@ NO_ENCODERS = {
 }
 # Towers of images that state a number of frames: they take the frames of videos as images that follow each other.
 FRAMES_IN_A_ROW = frozenset(["xclip_vision_model"])
+# Towers that state videos and take each frame as an image.
+FRAMES_AS_IMAGES = frozenset(["instructblipvideo_vision_model"])
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
 NOT_INPUTS = frozenset(
     [
@@ -92,16 +94,24 @@ def infer_kind(module: nn.Module) -> str:
     model = unwrapped(module)
     stated: Any = model.input_modalities
     stated = (stated,) if isinstance(stated, str) else tuple(stated)
-    if stated == ("image",) and getattr(model.config, "num_frames", None) and not _frames_in_a_row(model):
-        return "video"  # TimeSformer calls its videos images
-    for kind in (*MEDIA_KINDS, "time"):
-        if kind in stated:
-            return kind
     parameters = forward_parameters(module)
     names = [name for name in (model.main_input_name, *parameters) if name in parameters]
+    taken = [KIND_BY_INPUT[name] for name in names if name in KIND_BY_INPUT]
+    if model.config.model_type in FRAMES_AS_IMAGES:
+        return "image"
+    if (
+        "image" in taken
+        and stated == ("image",)
+        and getattr(model.config, "num_frames", None)
+        and not _frames_in_a_row(model)
+    ):
+        return "video"  # TimeSformer calls its videos images
+    kinds = [kind for kind in (*MEDIA_KINDS, "time") if kind in stated]
+    if kinds:  # a tower may state all that the whole model takes
+        return next((kind for kind in (*kinds, "text") if kind in stated and kind in taken), kinds[0])
     if any(name.endswith(("grid_thw", "grid_hws")) for name in names):
         return "image"
-    return next((KIND_BY_INPUT[name] for name in names if name in KIND_BY_INPUT), model.main_input_name)
+    return next(iter(taken), model.main_input_name)
 
 
 def _frames_in_a_row(model: Any) -> bool:

@@ -1,5 +1,6 @@
 """The page about what is supported tells what the catalogue and the rules say now."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +11,18 @@ import transformers
 from cornstarch_hf.feature_counts import RULES
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def text():
     return (ROOT / supported.PAGE).read_text(encoding="utf-8")
+
+
+def parts(text):
+    """The tables of the page."""
+    names = ("Encoders", "No encoders", "Language models", "No language models", "Processors", "No processors")
+    return dict(zip(names, re.split(r"^(?:## |These are)", text, flags=re.M)[1:], strict=True))
 
 
 def test_the_page_is_of_the_version_that_is_tested(text):
@@ -32,6 +40,23 @@ def test_the_page_is_of_this_catalogue_and_these_rules(text):
         for name, (model_type, _, _) in rows.items()
     }
     assert text.endswith(supported.fixed_parts()), "run `make supported`"
+
+
+def test_the_readme_gives_the_pages_numbers(text):
+    found = {
+        "encoders": re.search(r"\| (\d+) of (\d+) measured classes", README).groups(),
+        "language models": re.search(r"\| (\d+) of (\d+) causal types", README).groups(),
+        "processors": re.search(r"\| (\d+) image processors and feature", README).groups(),
+    }
+    tables = {name: len(re.findall(r"^\| [^-]", part, re.M)) - 1 for name, part in parts(text).items()}
+    assert found == {
+        "encoders": (str(tables["Encoders"]), str(tables["Encoders"] + tables["No encoders"])),
+        "language models": (
+            str(tables["Language models"]),
+            str(tables["Language models"] + tables["No language models"]),
+        ),
+        "processors": (str(tables["Processors"]),),
+    }
 
 
 def test_a_page_of_a_run_that_failed_or_is_not_whole_is_refused():

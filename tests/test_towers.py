@@ -1,5 +1,6 @@
 """Towers: which part of a model encodes, what kind of thing, and what its `forward` takes."""
 
+import catalog
 import pytest
 import tiny
 import torch
@@ -88,6 +89,15 @@ KINDS = {
 @pytest.mark.parametrize(("key", "kind"), KINDS.items())
 def test_kinds(key, kind):
     assert infer_kind(tiny.ENCODERS[key][1]()) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("Gemma4AudioModel", "audio"), ("InstructBlipVideoVisionModel", "image"), ("PerceiverModel", "image"),
+     ("TimesformerModel", "video"), ("VideoMAEModel", "video"), ("LayoutLMv3Model", "image")],
+)  # fmt: skip
+def test_kinds_of_towers_that_state_others(name, kind):
+    assert infer_kind(catalog.build(name)) == kind
 
 
 def test_an_input_that_no_kind_has_is_the_kind():
