@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from .adapters import unwrapped
 from .callbacks import SLOTS
 from .configuration_projector import feature_width
+from .fixed_inputs import check_whole_items, fixed_inputs
 from .frames import FRAME_MASK, frame_grids, frames_as_items, joined_frames
 from .grids import Features, grids_of_tensor, item_grids
 from .item_lengths import LengthsNotTold, feature_lengths, is_packed_row
@@ -62,7 +63,8 @@ class ModalEncoderModule(nn.Module):
 
     Raises:
         TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
-        ValueError: `model=` and `module=` both given, several towers to choose from, a bad selection.
+        ValueError: `model=` and `module=` both given, several towers to choose from, a bad selection, an encoder that leaves
+            out a part of each item at random.
     """
 
     module: Any
@@ -105,6 +107,7 @@ class ModalEncoderModule(nn.Module):
             "postprocess_encoder_callback",
         )
         self.postprocess_projector_callback = postprocess_projector_callback
+        check_whole_items(unwrapped(self.module).config, self.additional_args, type(unwrapped(self.module)).__name__)
         for slot, callback in self.callbacks.items():
             if callback is not None and not callable(callback):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
@@ -236,8 +239,9 @@ class ModalEncoderModule(nn.Module):
         wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
+        fixed = fixed_inputs(arguments, unwrapped(self.module).config)
         with nullcontext() if trains else torch.no_grad():
-            raw = as_output(self.module(**arguments, **wanted))
+            raw = as_output(self.module(**arguments, **fixed, **wanted))
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
         count = item_count(arguments)
         features = select_features(raw, self.selection, self.name, width, count)

@@ -17,7 +17,7 @@ ORDER = [
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
      "placeholder_text", "media", "items", "typical_inputs", "frames", "forward_signature", "heads", "grids", "snapshots",
      "manifests", "uploading", "card_markup", "card_training", "card_licenses", "checkpoint_files", "code_files",
-     "precomputed_features", "item_processors", "text_items"},
+     "precomputed_features", "item_processors", "text_items", "fixed_inputs"},
     {"saving", "video"},
     {"checkpoint_checks"},
     {"reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation", "classes", "shared_code"},
