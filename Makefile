@@ -37,7 +37,7 @@ $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 	touch $@
 
 supported: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m catalog --supported docs/supported.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m catalog --supported=docs/supported.md $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -21,7 +21,7 @@ GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24
 ENCODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "by rule, CLIP-L, layer -2": ("CLIPVision", LARGE | {"image_size": 336, "patch_size": 14}, {"layer": -2}),
     "run of one layer, DINOv2-g with registers": ("Dinov2WithRegisters", GIANT | {"patch_size": 14}, {}),
-    "run of all layers, Swin-L": (
+    "run of one layer per stage, Swin-L": (
         "Swin",
         {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "image_size": 384, "window_size": 12},
         {},

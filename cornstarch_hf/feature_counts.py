@@ -235,7 +235,7 @@ class FeatureCounter:
         return self._probes[name, shallow]
 
     def _reduced_by_run(self, name: str, count: int, grid: Grid | None) -> int:
-        projector = self._probe(name).projector
+        projector = (self._probe(name) if name in self._live else self._outline(name)).projector
         features = torch.empty(1, count, projector.config.in_features, device="meta")
         run = functools.partial(projector, return_dict=True, grids=None if grid is None else [grid])
         try:

@@ -61,7 +61,7 @@ def test_the_readme_gives_the_pages_numbers(text):
 
 def test_a_page_of_a_run_that_failed_or_is_not_whole_is_refused():
     passed = SimpleNamespace(
-        nodeid="tests/test_encoder_catalog.py::test_a_class[CLIPVisionModel]",
+        nodeid="tests/test_encoder_catalog.py::test_a_class_composes[CLIPVisionModel]",
         outcome="passed",
         user_properties=[("type", "x"), ("kind", "image"), ("count", "rule")],
     )
