@@ -114,8 +114,8 @@ class MultimodalGenerationMixin:
         masks = self._placeholder_masks(ids, embeds, text_only=not outputs)
         cached = self._cached_columns(inputs_tensor, model_kwargs, generation_config, is_ids)
         if cached:
-            outputs = {name: _behind_cache(name, output, masks.get(name), cached) for name, output in outputs.items()}
-            outputs = {name: output for name, output in outputs.items() if len(output.pooler_output)}
+            behind = {name: _behind_cache(name, outputs[name], masks.get(name), cached) for name in media}
+            outputs = {name: output for name, output in (outputs | behind).items() if len(output.pooler_output)}
             masks = {name: mask[:, cached:] for name, mask in masks.items()}
         self._check_merge(masks, outputs, encoded_here=set(media) & set(outputs), prefill=True)
         if outputs and generation_config.prefill_chunk_size is not None and not SLICES_FEATURES:
