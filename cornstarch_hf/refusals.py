@@ -68,6 +68,12 @@ def _routes_by_neighbours(model: Any) -> bool:
     return model.config.model_type == "doge" and _is_true(model.config, "is_moe")
 
 
+def _turns_values(model: Any) -> bool:
+    """RoFormer that turns values too: what a token gives then depends on where it stands, not on the distance alone."""
+    counts_padding = "position_ids" not in forward_parameters(model)
+    return counts_padding and model.config.model_type == "roformer" and _is_true(model.config, "rotary_value")
+
+
 # whether a model fails -> what is wrong with it, and the remedy
 RULES: list[tuple[Callable[[Any], bool], str]] = [
     (
@@ -108,6 +114,11 @@ RULES: list[tuple[Callable[[Any], bool], str]] = [
         "chooses the experts of a token by other tokens of the batch, those behind it included (its configuration has "
         "is_moe=True), so a batch differs from its single samples, and a prompt from the same prompt run token by token. "
         + OTHER,
+    ),
+    (
+        _turns_values,
+        "counts positions from the start of a row, padding included, takes no `position_ids`, and turns values by them (its "
+        "configuration has rotary_value=True), so a left-padded batch would differ from its single samples. " + OTHER,
     ),
     (
         _is_torn_off,

@@ -55,6 +55,14 @@ def test_doge_is_refused_with_experts_alone():
     assert not torch.equal(doge(ids).logits[0], doge(other).logits[0])  # or else it need not be refused
 
 
+def test_roformer_is_refused_where_it_turns_values_by_positions():
+    config = catalog_llms.configuration("roformer")
+    config.rotary_value = True
+    assert "its configuration has rotary_value=True" in refusal(
+        catalog_llms.built(catalog_llms.model_class("roformer"), config)
+    )
+
+
 def test_an_assistant_is_refused_with_its_use():
     assert "generate as assistant_model=" in refusal(Draft(tiny.llama().config))
 
