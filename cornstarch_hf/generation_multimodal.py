@@ -11,7 +11,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .adapters import unwrapped
 from .language_model import cache_keyword, cached_length
-from .merging import group_by_sample
+from .merging import cached_columns, group_by_sample, items_behind_cache
 from .positions import first_position, outgrows_its_cache
 
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
@@ -101,7 +101,10 @@ class MultimodalGenerationMixin:
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config
     ) -> dict[str, Any]:
-        """Run the encoders and hand their outputs on, so that no step and no beam runs them again."""
+        """Run the encoders and hand their outputs on, so that no step and no beam runs them again.
+
+        Where a cache is continued, features belong to the tokens behind it; those of whole rows are cut to these.
+        """
         keywords = [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
         given = {key: model_kwargs.pop(key) for key in keywords if key in model_kwargs}
         media, _ = self._route(given)
@@ -109,17 +112,26 @@ class MultimodalGenerationMixin:
         is_ids = model_input_name != "inputs_embeds"
         ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
         masks = self._placeholder_masks(ids, embeds, text_only=not outputs)
-        cache = model_kwargs.get("past_key_values")
-        prefill = cached_length(cache) == 0
-        self._check_merge(masks, outputs, encoded_here=set(media), prefill=prefill)
+        cached = self._cached_columns(inputs_tensor, model_kwargs, generation_config, is_ids)
+        if cached:
+            behind = {name: _behind_cache(name, outputs[name], masks.get(name), cached) for name in media}
+            outputs = {name: output for name, output in (outputs | behind).items() if len(output.pooler_output)}
+            masks = {name: mask[:, cached:] for name, mask in masks.items()}
+        self._check_merge(masks, outputs, encoded_here=set(media) & set(outputs), prefill=True)
         if outputs and generation_config.prefill_chunk_size is not None and not SLICES_FEATURES:
             raise ValueError(
                 "This version of transformers cannot split features among the chunks of a prefill: leave out "
                 "prefill_chunk_size, or upgrade transformers to 5.23."
             )
+        model_kwargs.pop("mm_encoder_outputs", None)
         if outputs:
             model_kwargs["mm_encoder_outputs"] = outputs
         return model_kwargs
+
+    def _cached_columns(self, prompt: Tensor, model_kwargs: dict[str, Any], generation_config, is_ids: bool) -> int:
+        length, mask = prompt.shape[1], model_kwargs.get("attention_mask")
+        whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[-1]
+        return cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get("past_key_values")))
 
     def _expand_multimodal_outputs(
         self,
@@ -150,3 +162,9 @@ class MultimodalGenerationMixin:
         if ids:
             processors.append(SuppressTokensLogitsProcessor(ids, device=str(self.device)))
         return processors
+
+
+def _behind_cache(name: str, output: Any, mask: Tensor | None, cached: int) -> Any:
+    if mask is None:
+        return output
+    return type(output)(pooler_output=items_behind_cache(name, output.pooler_output, mask, cached))

@@ -1,4 +1,4 @@
-"""What some language models compute from token ids beside embeddings, which features do not have.
+"""What some language models compute from token ids beside embeddings, or make of those alone; features have no ids.
 
 Such a model, called with merged embeddings, cannot know the ids any more; these functions give it what it needs, with
 placeholders treated as in the model family's own multimodal model.
@@ -12,6 +12,25 @@ from torch import Tensor, nn
 
 from .adapters import unwrapped
 from .towers import forward_parameters
+
+# model type -> attribute of the backbone by which it multiplies embeddings of ids, but not embeddings that it is given
+SCALES = {"falcon_h1": "embedding_multiplier"}
+
+
+def embed_ids(language_model: nn.Module, input_ids: Tensor) -> Tensor:
+    """What a language model's first layer would be given for ids; most give it what their embedding module returns.
+
+    Args:
+        language_model: PEFT-wrapped or not.
+        input_ids: ``(batch, length)``, all of them in its embedding table.
+
+    Returns:
+        ``(batch, length, hidden)``.
+    """
+    inner: Any = unwrapped(language_model)
+    embeds = language_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
+    scale = SCALES.get(inner.config.model_type)
+    return embeds if scale is None else embeds * getattr(inner.base_model, scale)
 
 
 def id_input_names(language_model: nn.Module) -> list[str]:

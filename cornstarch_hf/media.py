@@ -186,6 +186,11 @@ def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
 
 def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
     shape = tuple(array.shape)
+    if len(shape) == 4:
+        raise ValueError(
+            f"{where}: expected one image, got {shape[0]} in one array of the shape {shape}: give a list of images, or, if "
+            "these are the frames of a video, compose the encoder with kind='video'."
+        )
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
     height, width = sorted(shape)[-2:]

@@ -190,6 +190,49 @@ def group_by_sample(items: Sequence[Tensor], counts: Sequence[int]) -> list[list
     return groups
 
 
+def cached_columns(length: int, mask_length: int, past: int) -> int:
+    """How many columns of a prompt stand for tokens that are in the cache: transformers takes whole rows, or new tokens.
+
+    Args:
+        length: of the prompt's rows.
+        mask_length: of the attention mask, which covers the cache too; equal to `length` for whole rows.
+        past: tokens in the cache.
+
+    >>> cached_columns(length=9, mask_length=9, past=6), cached_columns(length=3, mask_length=9, past=6)
+    (6, 0)
+    """
+    return min(past, length) if mask_length == length else 0
+
+
+def items_behind_cache(name: str, items: Sequence[Tensor], mask: Tensor, cached: int) -> list[Tensor]:
+    """Of the items of whole rows those whose placeholders are not in the cache; of other rows all items.
+
+    Args:
+        name: the modality, for the message.
+        items: one ``(n_i, hidden)`` tensor per item, in order.
+        mask: bool ``(batch, length)``, where the rows' placeholders stand.
+        cached: columns of the rows that are in the cache.
+
+    Raises:
+        ValueError: an item that is in the cache in part.
+    """
+    if cached == 0 or sum(len(item) for item in items) != int(mask.sum()):
+        return list(items)
+    left = []
+    counts, done = mask.sum(-1).tolist(), mask[:, :cached].sum(-1).tolist()
+    for sample, group in enumerate(group_by_sample(items, counts)):
+        start, passed = 0, 0
+        while passed < done[sample]:
+            passed, start = passed + len(group[start]), start + 1
+        if passed != done[sample]:
+            raise ValueError(
+                f"{name}, sample {sample}: {done[sample]} of its placeholders are in the cache, but its first {start} item(s) "
+                f"have {passed} features: cut the cache between items, or generate without it."
+            )
+        left += group[start:]
+    return left
+
+
 def check_lengths(length: int, attention_mask: Any, labels: Tensor | None) -> None:
     """Refuse labels of another length than the tokens, and a two-dimensional mask that is shorter than they are.
 

@@ -75,6 +75,18 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         """Replace the language model's input embeddings."""
         unwrapped(self.language_model).set_input_embeddings(value)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers, done by the language model's class: it may keep the size in more places than one.
+
+        Returns:
+            the language model's input embeddings.
+        """
+        unwrapped(self.language_model).resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.tie_weights()
+        return self.get_input_embeddings()
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The language model's head."""
         return self.language_model.get_output_embeddings()

@@ -14,7 +14,7 @@ from .encoders import ModalEncoderModule
 from .forward_signature import PerInstanceSignature
 from .freezing import restore_frozen
 from .generation_multimodal import MultimodalGenerationMixin
-from .id_inputs import id_inputs
+from .id_inputs import embed_ids, id_inputs
 from .input_names import OWN_INPUTS, transformers_keywords
 from .language_model import cached_length, run_backbone, run_language_model, text_keywords
 from .merging import (
@@ -261,7 +261,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         given = {key for key, value in text.items() if value is not None}
         text = text | id_inputs(self.language_model, input_ids, every, given)
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(without_placeholders(input_ids, every))
+            inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, every))
         for name, output in outputs.items():
             features = output.pooler_output
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)

@@ -63,6 +63,17 @@ def _has_several_tables(model: Any) -> bool:
     return isinstance(model.get_input_embeddings(), nn.ModuleList)
 
 
+def _routes_by_neighbours(model: Any) -> bool:
+    """Doge with experts: transformers keeps a split of its router that mixes the tokens of a whole batch."""
+    return model.config.model_type == "doge" and _is_true(model.config, "is_moe")
+
+
+def _turns_values(model: Any) -> bool:
+    """RoFormer that turns values too: what a token gives then depends on where it stands, not on the distance alone."""
+    counts_padding = "position_ids" not in forward_parameters(model)
+    return counts_padding and model.config.model_type == "roformer" and _is_true(model.config, "rotary_value")
+
+
 # whether a model fails -> what is wrong with it, and the remedy
 RULES: list[tuple[Callable[[Any], bool], str]] = [
     (
@@ -97,6 +108,17 @@ RULES: list[tuple[Callable[[Any], bool], str]] = [
         _attends_both_ways,
         "is not causal: its configuration lets tokens attend to those behind them. Load it with is_decoder=True (BERT "
         "and its relatives) or use_bidirectional_attention=False (Gemma).",
+    ),
+    (
+        _routes_by_neighbours,
+        "chooses the experts of a token by other tokens of the batch, those behind it included (its configuration has "
+        "is_moe=True), so a batch differs from its single samples, and a prompt from the same prompt run token by token. "
+        + OTHER,
+    ),
+    (
+        _turns_values,
+        "counts positions from the start of a row, padding included, takes no `position_ids`, and turns values by them (its "
+        "configuration has rotary_value=True), so a left-padded batch would differ from its single samples. " + OTHER,
     ),
     (
         _is_torn_off,

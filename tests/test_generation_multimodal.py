@@ -226,3 +226,57 @@ def test_generation_config_of_the_language_model_is_kept(tmp_path):
     assert model.generation_config.temperature == 0.3
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path).generation_config.temperature == 0.3
+
+
+def second_turn(inputs, processor, sequences):
+    """Whole rows with a second image each, and the inputs of that turn alone."""
+    turn = processor(
+        text=["the sum <image> is"] * 3, images=[[tiny.image(i + 30)] for i in range(3)], return_tensors="pt"
+    )
+    ids = torch.cat([sequences, turn["input_ids"]], 1)
+    added = torch.ones(3, ids.shape[1] - inputs["attention_mask"].shape[1], dtype=torch.long)
+    mask = torch.cat([inputs["attention_mask"], added], 1)
+    images, new = inputs["pixel_values"], turn["pixel_values"]
+    whole = {
+        "input_ids": ids, "attention_mask": mask, "input_features": inputs["input_features"],
+        "pixel_values": torch.cat([images[:1], new[:1], images[1:], new[1:]]),
+    }  # fmt: skip
+    return whole, turn
+
+
+@pytest.mark.parametrize("language_model", ["llama", "gpt2", "falcon_h1"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"prefill_chunk_size": 4}, marks=needs_5_23)])
+def test_a_second_turn_goes_on_from_the_cache(language_model, options):
+    model, processor = compose_tiny(["clip", "whisper"], tiny.LANGUAGE_MODELS[language_model]())
+    model.generation_config.eos_token_id = None
+    inputs = uneven_inputs(processor)
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    whole, turn = second_turn(inputs, processor, first.sequences)
+    expected = model.generate(**whole, **GREEDY)
+    ids, mask, images = whole["input_ids"], whole["attention_mask"], turn["pixel_values"]
+    new = {"input_ids": ids, "attention_mask": mask, "pixel_values": images}
+    for form in (whole, new, new | {"input_ids": ids[:, first.past_key_values.get_seq_length() :]}):
+        cache = copy.deepcopy(first.past_key_values)
+        found = model.generate(**form, **GREEDY, **options, past_key_values=cache)
+        assert torch.equal(found[:, -5:], expected[:, -5:])
+
+
+def test_a_second_turn_with_too_few_or_half_an_image(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    whole, _ = second_turn(inputs, processor, first.sequences)
+
+    def goes_on(crop=None, **changes):
+        cache = copy.deepcopy(first.past_key_values)
+        if crop:
+            cache.crop(crop - cache.get_seq_length())
+        model.generate(**whole | changes, **GREEDY, past_key_values=cache)
+
+    with pytest.raises(ValueError, match=r"vision: the text has 15 placeholder tokens .* no input"):
+        goes_on(pixel_values=None)
+    with pytest.raises(ValueError, match=r"vision: the text has 15 placeholder tokens .* gave 20 features"):
+        goes_on(pixel_values=whole["pixel_values"][:4])
+    row = (whole["input_ids"][0] == processor.image_token_id).nonzero()[2].item()
+    with pytest.raises(ValueError, match=r"vision, sample 0: 2 of its placeholders are in the cache.* have 5 features"):
+        goes_on(crop=row)

@@ -1,4 +1,7 @@
-"""Inputs that a language model computes from ids beside embeddings: Gemma's per-layer embeddings, Qwen4's n-grams."""
+"""What a language model makes of ids alone: Gemma's per-layer embeddings, Qwen4's n-grams, Falcon-H1's scaled embeddings."""
+
+import inspect
+import re
 
 import catalog_llms
 import pytest
@@ -6,7 +9,7 @@ import tiny
 import torch
 from helpers import compose_tiny, uneven_inputs
 
-from cornstarch_hf.id_inputs import COMPUTED, id_inputs
+from cornstarch_hf.id_inputs import COMPUTED, SCALES, embed_ids, id_inputs
 
 IDS = torch.tensor([[5, 311, 311, 7]])
 PLACEHOLDERS = IDS == 311
@@ -46,3 +49,28 @@ def test_embeddings_without_ids_are_refused_where_features_replace_some():
         extra = id_inputs(model.language_model, ids, mask, set())
         given = model(**inputs, inputs_embeds=embeds, **extra).logits
         assert torch.equal(given, model(**inputs, input_ids=ids).logits)
+
+
+def test_a_scale_of_embeddings_outside_their_module_reaches_text_beside_features():
+    model, processor = compose_tiny(["clip"], tiny.falcon_h1(embedding_multiplier=3.0))
+    inputs = uneven_inputs(processor)
+    alone = inputs["input_ids"][2:, inputs["attention_mask"][2].argmax() :]
+    with torch.no_grad():
+        among, expected = model(**inputs).logits[2:, -alone.shape[1] :], model.language_model(alone).logits
+        torch.testing.assert_close(among, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+        backbone, seen = model.language_model.model, []
+        hook = backbone.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        backbone(alone)
+        hook.remove()
+    assert torch.equal(embed_ids(model.language_model, alone), seen[0])
+    llama = tiny.llama()
+    assert torch.equal(embed_ids(llama, alone), llama.get_input_embeddings()(alone))
+
+
+def test_every_class_that_scales_embeddings_outside_their_module_is_known():
+    scaled = re.compile(r"embed_tokens\(input_ids\)\s*\*")
+    found = set()
+    for model_type in catalog_llms.SUPPORTED:
+        module = inspect.getmodule(catalog_llms.model_class(model_type))
+        found |= {model_type} if scaled.search(inspect.getsource(module)) else set()
+    assert found == set(SCALES)

@@ -58,7 +58,8 @@ def test_an_image_in_any_wrapping_is_the_same(tmp_path):
     [
         (Image.new("RGB", (0, 3)), ValueError, r"vision, item 2: the image is empty \(.* = 0 x 3\)"),
         (Image.new("I;16", (4, 4)), ValueError, "mode 'I;16'"),
-        (np.zeros((2, 2, 2, 3), np.uint8), ValueError, r"no image, its shape is \(2, 2, 2, 3\)"),
+        (np.zeros((2, 2, 2, 3), np.uint8), ValueError, r"expected one image, got 2 in one array.*kind='video'"),
+        (np.zeros(3, np.uint8), ValueError, r"no image, its shape is \(3,\)"),
         (np.zeros((5, 6, 2), np.uint8), ValueError, r"1, 3 or 4 channels, its shape is \(5, 6, 2\)"),
         (np.zeros((4, 4), np.int64), ValueError, "int64 values, expected uint8"),
         (torch.zeros(3, 4, 4, dtype=torch.bfloat16), ValueError, "bfloat16 values.*do_rescale"),

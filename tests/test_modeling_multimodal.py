@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import catalog_llms
 import pytest
 import tiny
 import torch
@@ -456,3 +457,17 @@ def test_arguments_of_another_length_than_the_tokens(pair, argument, message):
     short = torch.ones_like(batch["input_ids"])[:, :-2]
     with pytest.raises(ValueError, match=f"{message} the length {length - 2}, but there are {length} tokens"):
         model(**{**batch, argument: short})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3n_text"])
+def test_resized_embeddings_train_generate_and_reload(model_type, tmp_path):
+    model, processor = compose_tiny(["clip"], catalog_llms.build(model_type))
+    inputs, size = uneven_inputs(processor), model.get_input_embeddings().weight.shape[0]
+    before = model(**inputs).logits
+    model.resize_token_embeddings(size + 7)
+    assert model.config.text_config.vocab_size == model.get_output_embeddings().weight.shape[0] == size + 7
+    output = model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100))
+    assert torch.equal(output.logits[..., :size], before) and output.loss.isfinite()
+    last = {"input_ids": torch.tensor([[5, size + 6]])}  # a new token, in every table
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(**last).logits, model(**last).logits)

@@ -3,6 +3,7 @@
 import catalog_llms
 import pytest
 import tiny
+import torch
 from transformers import LlamaForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
@@ -42,6 +43,24 @@ def test_bidirectional_gemma_is_refused_and_bidirectional_images_are_not():
     model = tiny.gemma3()
     model.config.use_bidirectional_attention = True
     assert "is not causal" in refusal(model)
+
+
+def test_doge_is_refused_with_experts_alone():
+    assert refusal(catalog_llms.build("doge")) is None
+    config = catalog_llms.configuration("doge")
+    config.is_moe = True
+    doge = catalog_llms.built(catalog_llms.model_class("doge"), config)
+    assert "chooses the experts of a token by other tokens" in refusal(doge)
+    ids, other = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor([[5, 6, 7, 8], [20, 21, 22, 23]])
+    assert not torch.equal(doge(ids).logits[0], doge(other).logits[0])  # or else it need not be refused
+
+
+def test_roformer_is_refused_where_it_turns_values_by_positions():
+    config = catalog_llms.configuration("roformer")
+    config.rotary_value = True
+    assert "its configuration has rotary_value=True" in refusal(
+        catalog_llms.built(catalog_llms.model_class("roformer"), config)
+    )
 
 
 def test_an_assistant_is_refused_with_its_use():
