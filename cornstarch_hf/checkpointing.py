@@ -54,12 +54,17 @@ def dtypes_by_pattern(model: nn.Module, main: torch.dtype) -> dict[str, Any] | N
         None where there is nothing to tell.  Loading makes the latter in float32; a model that was cast as a whole has
         them in the dtype of its weights.
     """
-    saved = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
-    made = {n: b for n, b in model.named_buffers() if n not in saved and b.is_floating_point()}
+    saved = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     found = _grouped(saved, main)
-    if buffers := _grouped(made, torch.float32):
+    if buffers := _grouped(_made_anew(model), torch.float32):
         found["buffers"] = buffers
     return {"": _name(main), **found} if found else None
+
+
+def _made_anew(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Floating-point buffers that a checkpoint does not hold."""
+    saved = model.state_dict().keys()
+    return {name: b for name, b in model.named_buffers() if name not in saved and b.is_floating_point()}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -67,7 +72,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _grouped(tensors: Mapping[str, torch.Tensor], usual: torch.dtype) -> dict[str, Any]:
-    others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype != usual})
+    """Patterns of floating-point tensors by dtype, which match no other tensor: loading casts whatever they match."""
+    others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype != usual and t.is_floating_point()})
     return {d: compress((n for n, t in tensors.items() if _name(t.dtype) == d), tensors) for d in others}
 
 
@@ -89,7 +95,7 @@ def cast_buffers(model: nn.Module, part_dtypes: dict[str, Any] | None, main: tor
     if part_dtypes is None or not _applies(part_dtypes, main):
         return
     for dtype, patterns in part_dtypes.get("buffers", {}).items():
-        for name in matches(patterns, [n for n, _ in model.named_buffers()]):
+        for name in matches(patterns, _made_anew(model)):
             parent, _, key = name.rpartition(".")
             module = model.get_submodule(parent)
             module._buffers[key] = module.get_buffer(key).to(getattr(torch, dtype))
