@@ -100,3 +100,14 @@ def test_one_tensor_for_each_item():
     ):
         with pytest.raises(ValueError, match=message):
             per_item(features, lengths, "vision")
+
+
+def test_layers_that_cannot_be_joined_are_refused():
+    uneven = output(hidden_states=(torch.randn(2, 9, 4), torch.randn(2, 5, 4), (STATES[0],)))
+    assert select(uneven, layer=0).shape == (2, 9, 4)
+    with pytest.raises(
+        ValueError, match=r"different sizes cannot be joined, layer=\(0, 1\) .*\(2, 9, 4\), \(2, 5, 4\)"
+    ):
+        select(uneven, layer=(0, 1))
+    with pytest.raises(ValueError, match="hidden state -1 is a tuple and no tensor"):
+        select(uneven, layer=(-1, 0))
