@@ -1,8 +1,10 @@
 """Saving: what a folder keeps, what goes, and models that could not come back."""
 
 import copy
+import dataclasses
 import json
 
+import catalog
 import pytest
 import tiny
 import torch
@@ -18,6 +20,9 @@ from cornstarch_hf import (
     MultimodalProjectorConfig,
     compose,
 )
+
+CONFORMER = catalog.cases()["Wav2Vec2ConformerModel"]
+ROTARY = dataclasses.replace(CONFORMER, changes={**CONFORMER.changes, "position_embeddings_type": "rotary"})
 
 
 @pytest.fixture
@@ -185,3 +190,12 @@ def test_saved_integers_of_a_part_in_another_dtype_come_back_as_integers(tmp_pat
     state, again = model.state_dict(), MultimodalModel.from_pretrained(tmp_path).state_dict()
     assert sum(t.dtype == torch.int64 for t in state.values()) > 4
     assert {name: t.dtype for name, t in again.items()} == {name: t.dtype for name, t in state.items()}
+
+
+def test_saved_buffers_that_loading_makes_in_float32_come_back_as_they_were(tmp_path):
+    model = media_model(catalog.build("Wav2Vec2ConformerModel", ROTARY).bfloat16(), tiny.llama().bfloat16())
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert dtypes["media_encoder.module.encoder.embed_positions.inv_freq"] == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path).eval()
+    assert {name: buffer.dtype for name, buffer in again.named_buffers()} == dtypes
