@@ -288,7 +288,7 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
 def _embeddings(model: PreTrainedModel) -> nn.Module | None:
     try:
         found = model.get_input_embeddings()
-    except NotImplementedError:
+    except RuntimeError:  # its kind of error for a model that tells none
         return None
     return found if isinstance(found, nn.Module) else None
 
