@@ -202,6 +202,21 @@ def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: 
     return features.flatten(1, 2)  # (items, rows, columns, width)
 
 
+def rows_of_items(features: Tensor, items: int) -> Tensor:
+    """Features with one row per item, where an encoder gives several for each, such as one per frame (TimeSformer).
+
+    Args:
+        features: ``(rows, tokens, width)``, or packed.
+        items: how many there are.
+
+    Returns:
+        ``(items, rows / items * tokens, width)``; the features as they are where the rows do not divide.
+    """
+    if features.ndim != 3 or len(features) <= items or not items or len(features) % items:
+        return features
+    return features.unflatten(0, (items, -1)).flatten(1, 2)
+
+
 def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
     """One ``(n_i, width)`` tensor per item.
 
