@@ -50,14 +50,13 @@ def dtypes_by_pattern(model: nn.Module, main: torch.dtype) -> dict[str, Any] | N
     """Which tensors have another dtype than the language model.
 
     Returns:
-        ``{"": main, dtype: [patterns of saved tensors], "buffers": {dtype: [patterns of buffers that are not saved]}}``,
-        None where there is nothing to tell.  Loading makes the latter in float32; a model that was cast as a whole has
-        them in the dtype of its weights.
+        ``{"": main, dtype: [patterns of saved tensors], "buffers": {dtype: [patterns of buffers]}}``, None where there is
+        nothing to tell.  Loading makes buffers that are not saved, and some that are (wav2vec 2.0 Conformer's frequencies),
+        in float32; a model that was cast as a whole has them in the dtype of its weights.
     """
-    saved = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
-    made = {n: b for n, b in model.named_buffers() if n not in saved and b.is_floating_point()}
+    saved = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     found = _grouped(saved, main)
-    if buffers := _grouped(made, torch.float32):
+    if buffers := _grouped(dict(model.named_buffers()), torch.float32):
         found["buffers"] = buffers
     return {"": _name(main), **found} if found else None
 
@@ -67,7 +66,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _grouped(tensors: Mapping[str, torch.Tensor], usual: torch.dtype) -> dict[str, Any]:
-    others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype != usual})
+    """Patterns of floating-point tensors by dtype, which match no other tensor: loading casts whatever they match."""
+    others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype != usual and t.is_floating_point()})
     return {d: compress((n for n, t in tensors.items() if _name(t.dtype) == d), tensors) for d in others}
 
 
@@ -85,11 +85,12 @@ def dtype_plan(part_dtypes: dict[str, Any] | None, main: torch.dtype) -> dict[st
 
 
 def cast_buffers(model: nn.Module, part_dtypes: dict[str, Any] | None, main: torch.dtype) -> None:
-    """Give buffers that are made anew on loading the dtypes that they had when the model was saved (in place)."""
+    """Give floating-point buffers the dtypes that they had when the model was saved (in place)."""
     if part_dtypes is None or not _applies(part_dtypes, main):
         return
     for dtype, patterns in part_dtypes.get("buffers", {}).items():
-        for name in matches(patterns, [n for n, _ in model.named_buffers()]):
+        floating = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+        for name in matches(patterns, floating):
             parent, _, key = name.rpartition(".")
             module = model.get_submodule(parent)
             module._buffers[key] = module.get_buffer(key).to(getattr(torch, dtype))

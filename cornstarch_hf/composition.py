@@ -30,6 +30,8 @@ REGULAR = frozenset(
         *("bert", PrecomputedFeaturesConfig.model_type),
     ]
 )
+# Those of which that holds only after patches were merged.
+REGULAR_AT_LAST = frozenset(["qwen2_vl_vision"])
 
 
 def check_language_model(model: Any) -> None:
@@ -180,7 +182,7 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
     """
     inner = unwrapped(encoder.module)
     usual = encoder.selection.output is None and encoder.selection.data_format is None
-    if usual and inner.config.model_type in REGULAR:
+    if usual and is_regular(inner.config, encoder.selection.layer):
         return encoder.feature_width(), True
     layout = find_layout(inner, encoder.kind, encoder.selection, encoder.name)
     if layout is None:
@@ -188,6 +190,13 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
     if encoder.selection.data_format is None and layout.data_format is not None:
         encoder.selection = dataclasses.replace(encoder.selection, data_format=layout.data_format)
     return layout.width, True
+
+
+def is_regular(config: Any, layer: Any) -> bool:
+    """Whether the features of a layer are sequences of the width that an encoder's configuration names."""
+    merges = config.model_type in REGULAR_AT_LAST and layer != -1
+    adapted = getattr(config, "add_adapter", False)  # wav2vec 2.0's, which may have another width
+    return config.model_type in REGULAR and not merges and not adapted
 
 
 def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:

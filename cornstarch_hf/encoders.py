@@ -24,6 +24,7 @@ from .selection import (
     Selection,
     as_output,
     per_item,
+    rows_of_items,
     select_features,
     selected_map,
     with_features,
@@ -197,9 +198,8 @@ class ModalEncoderModule(nn.Module):
 
     def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
         """One length at a time, unpadded: what an item gives never depends on its neighbours."""
-        required = [key for key, p in forward_parameters(self.module).items() if p.default is p.empty]
         parts = {
-            length: (cut(arguments, padded, positions, required), positions)
+            length: (cut(arguments, padded, positions), positions)
             for length, positions in groups_by_length(padded).items()
         }
         return self._encode_each(parts, options)
@@ -244,7 +244,7 @@ class ModalEncoderModule(nn.Module):
             raw = as_output(self.module(**arguments, **fixed, **wanted))
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
         count = item_count(arguments)
-        features = select_features(raw, self.selection, self.name, width, count)
+        features = rows_of_items(select_features(raw, self.selection, self.name, width, count), count)
         if is_packed_row(features, count):
             features = features[0]
         output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded))

@@ -19,6 +19,7 @@ from .encoders import ModalEncoderModule
 from .frames import frames_as_items
 from .grids import STAGES
 from .item_lengths import unpadded_patches
+from .items import packed_sizes
 from .layouts import with_plain_kernels
 from .limits import check_features
 from .precomputed_features import PrecomputedFeaturesConfig
@@ -55,8 +56,10 @@ def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2
 
 
-def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
-    """`max_source_positions`"""
+def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
+    """`max_source_positions`; with a mask by a run on shapes"""
+    if inputs.get("attention_mask") is not None:
+        return None
     return config.max_source_positions
 
 
@@ -174,6 +177,9 @@ class FeatureCounter:
         entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
         model_type = encoder_config.model_type
         holds = not entry["output"] and (entry["layer"] == -1 or model_type in RULES_OF_EACH_LAYER)
+        holds = holds and not (
+            entry["drop_prefix"] and packed_sizes(inputs)
+        )  # a run says that packed ones have no prefix
         rule = RULES.get(model_type) if by_rule and holds else None
         items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
         count = rule(items, encoder_config) if rule is not None else None

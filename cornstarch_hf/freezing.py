@@ -5,7 +5,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import adapter_parameter_names, is_wrapped
@@ -112,6 +113,13 @@ def evaluate_frozen_layers_under_checkpointing(model: nn.Module) -> None:
     for layer in layers:
         # Of its own layer, and not a closure: a copy of the model keeps to its own layers.
         layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer._gradient_checkpointing_func, layer)
+
+
+def require_grads(module: nn.Module, inputs: Any, output: Any) -> None:
+    """A forward hook that has floating-point outputs require gradients, however many a module gives."""
+    for value in tree_flatten(output)[0]:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_(True)
 
 
 def _checkpoint(checkpoint: Callable, layer: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:

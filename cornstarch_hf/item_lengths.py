@@ -97,7 +97,7 @@ def _padded(
         return None
     if padded.size == features.shape[1]:
         return padded.lengths if min(padded.lengths) < padded.size else None
-    counted = counted_lengths(module, torch.tensor(padded.lengths))
+    counted = counted_lengths(module, torch.tensor(padded.lengths), padded.size, features.shape[1])
     if counted is None and min(padded.lengths) < padded.size:
         raise LengthsNotTold(packed=False)
     return counted

@@ -21,8 +21,6 @@ MASKS = {
     "mask": True,
     "audio_mel_mask": False,
 }
-# What may be left out where all of it would be valid.
-_OPTIONAL_MASKS = ("attention_mask", "padding_mask")
 # Inputs of one number or id per position, whose encoders read the padding in one way or another.
 _PLAIN = ("input_values", "input_ids")
 
@@ -151,16 +149,14 @@ def groups_by_length(padded: Padded) -> dict[int, list[int]]:
     return groups
 
 
-def cut(
-    inputs: Mapping[str, Any], padded: Padded, positions: Sequence[int], required: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Some items of one length without padding, and without masks that then say nothing.
+def cut(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[int]) -> dict[str, Any]:
+    """Some items of one length without padding.  Their masks stay: an encoder may attend otherwise without one (Moonshine
+    Streaming sees the whole sound then, instead of windows).
 
     Args:
         inputs: of a batch.
         padded: its padding.
         positions: of the items.
-        required: masks that are kept in any case.
 
     Raises:
         ValueError: several axes of an input are as long as the mask, so that it is not known which is padded.
@@ -179,11 +175,7 @@ def cut(
                 "batch to another length."
             )
         found[key] = rows.narrow(axes[0], 0, length) if axes and length < padded.size else rows
-    return {
-        key: value
-        for key, value in found.items()
-        if key in required or key not in _OPTIONAL_MASKS or key != padded.mask
-    }
+    return found
 
 
 def unpadded(inputs: dict[str, Any], where: str = "item") -> dict[str, Any]:

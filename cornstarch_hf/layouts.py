@@ -1,6 +1,7 @@
 """Where an encoder's features lie in its output: their width, and which axis holds it; found by a run on shapes."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,15 @@ from torch import Tensor, nn
 from .adapters import unwrapped
 from .classes import constructor_options
 from .configuration_projector import feature_width
-from .selection import CHANNELS_FIRST, CHANNELS_LAST, LAYERS_FIRST, Selection, as_output, chosen_features
+from .selection import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    LAYERS_FIRST,
+    Selection,
+    as_output,
+    chosen_features,
+    select_features,
+)
 from .shape_probe import run_on_shapes, weights_to_meta, without_weights
 from .towers import accepts, forward_parameters
 from .typical_inputs import typical_inputs
@@ -45,7 +54,7 @@ def find_layout(module: nn.Module, kind: str, selection: Selection, name: str) -
         None where no inputs are known that it takes.
 
     Raises:
-        ValueError: the selection does not exist.
+        ValueError: the selection does not exist, or its layers cannot be joined.
     """
     inner: Any = unwrapped(module)
     made = built_on_meta(inner)
@@ -62,8 +71,11 @@ def find_layout(module: nn.Module, kind: str, selection: Selection, name: str) -
         features = chosen_features(as_output(output), selection, name, items=1)
         shapes.append(tuple(features[0].shape))
         layout = _layout(shapes, feature_width(inner.config))
+        if layout is not None and len(features) == 1:
+            return layout
         if layout is not None:
-            return layout._replace(width=layout.width * len(features))
+            every = dataclasses.replace(selection, drop_prefix=0, data_format=layout.data_format)
+            return layout._replace(width=select_features(as_output(output), every, name, items=1).shape[-1])
     return _assumed(shapes, feature_width(inner.config), selection)
 
 

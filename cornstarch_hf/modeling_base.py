@@ -18,6 +18,7 @@ from .freezing import (
     evaluate_frozen_layers_under_checkpointing,
     frozen_patterns,
     keep_frozen_in_eval,
+    require_grads,
     select_parameters,
     set_part_trainable,
     set_trainable,
@@ -283,10 +284,25 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         check_no_wrapped_part(self, self._parts())
         return super().load_adapter(*args, **kwargs)
 
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, which knows embeddings of one tensor alone: some towers' give several (Swin, Hiera)."""
+        found = [_embeddings(module) for module in self.modules() if isinstance(module, PreTrainedModel)]
+        embeddings = {id(module): module for module in found if module is not None}
+        self._require_grads_hooks = [e.register_forward_hook(require_grads) for e in embeddings.values()]
+        self._require_grads_hook = self._require_grads_hooks[0]
+
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
         if enable:
             evaluate_frozen_layers_under_checkpointing(self)
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        found = model.get_input_embeddings()
+    except RuntimeError:  # its kind of error for a model that tells none
+        return None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _outside(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:

@@ -111,6 +111,11 @@ def select_features(
         ValueError: no such field or layer, a prefix that is not there, an output of another rank.
     """
     features = [_as_tokens(x, selection, width, name) for x in chosen_features(output, selection, name, items)]
+    if len({x.shape[:-1] for x in features}) > 1:
+        raise ValueError(
+            f"{name}: hidden states of different sizes cannot be joined, layer={selection.layer!r} gave the shapes "
+            f"{[tuple(x.shape) for x in features]}: choose layers of one stage."
+        )
     joined = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
     if selection.drop_prefix:
         if joined.ndim != 3 or joined.shape[1] <= selection.drop_prefix:
@@ -143,6 +148,10 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
     for layer in layers:
         if not -len(states) <= layer < len(states):
             raise ValueError(f"{name}: layer {layer} does not exist, the encoder gives {len(states)} hidden states.")
+        if not isinstance(states[layer], Tensor):
+            raise ValueError(
+                f"{name}: hidden state {layer} is a {type(states[layer]).__name__} and no tensor: choose another layer=, or -1."
+            )
     return [states[layer] for layer in layers]
 
 
@@ -191,6 +200,21 @@ def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: 
             "(items, width, height, width of map) or packed (tokens, width): reshape them in postprocess_module_callback."
         )
     return features.flatten(1, 2)  # (items, rows, columns, width)
+
+
+def rows_of_items(features: Tensor, items: int) -> Tensor:
+    """Features with one row per item, where an encoder gives several for each, such as one per frame (TimeSformer).
+
+    Args:
+        features: ``(rows, tokens, width)``, or packed.
+        items: how many there are.
+
+    Returns:
+        ``(items, rows / items * tokens, width)``; the features as they are where the rows do not divide.
+    """
+    if features.ndim != 3 or len(features) <= items or not items or len(features) % items:
+        return features
+    return features.unflatten(0, (items, -1)).flatten(1, 2)
 
 
 def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
@@ -241,7 +242,7 @@ def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
             f"{name}: {type(processor).__name__} cannot be saved, it is no image processor, feature extractor, video "
             "processor or tokenizer of transformers."
         )
-    return described
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in described.items()}
 
 
 def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:

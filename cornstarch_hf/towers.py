@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -141,18 +142,27 @@ def accepts(module: nn.Module, name: str) -> bool:
     return name in forward_parameters(module) or takes_any_keyword(module)
 
 
-def counted_lengths(module: nn.Module, lengths: Tensor) -> list[int] | None:
-    """Feature counts that an audio encoder derives from its input's valid lengths, None where it has no such method.
+def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) -> list[int] | None:
+    """Feature counts that an audio encoder derives from its input's valid lengths.
 
     Args:
         module: the encoder.
         lengths: ``(items,)`` valid positions of its input.
+        size: all positions of its input.
+        tokens: features that it gave for those.
+
+    Returns:
+        None where it has no such method, or one that speaks of other features: of a later layer, after pooling.
     """
+    every = torch.cat([lengths, lengths.new_tensor([size])])
     # The convolutional front ends of transformers' audio encoders tell their output length by one of these methods.
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
         helper = getattr(unwrapped(module), name, None)
-        if helper is not None:
-            counted = helper(lengths)
-            counted = counted[-1] if isinstance(counted, tuple) else counted
-            return counted.tolist()
+        if helper is None:
+            continue
+        counted = helper(every)
+        for stage in counted[::-1] if isinstance(counted, tuple) else (counted,):  # before pooling, after it
+            *found, whole = stage.tolist()
+            if whole == tokens:
+                return found
     return None

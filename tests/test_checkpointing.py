@@ -1,14 +1,16 @@
 """Saving: what a folder keeps, what goes, and models that could not come back."""
 
 import copy
+import dataclasses
 import json
 
+import catalog
 import pytest
 import tiny
 import torch
 from helpers import compose_tiny
 from peft import LoraConfig
-from transformers import ViTConfig, ViTModel
+from transformers import ResNetConfig, ResNetModel, Swinv2Config, Swinv2Model, ViTConfig, ViTModel
 
 from cornstarch_hf import (
     ModalEncoderModule,
@@ -18,6 +20,9 @@ from cornstarch_hf import (
     MultimodalProjectorConfig,
     compose,
 )
+
+CONFORMER = catalog.cases()["Wav2Vec2ConformerModel"]
+ROTARY = dataclasses.replace(CONFORMER, changes={**CONFORMER.changes, "position_embeddings_type": "rotary"})
 
 
 @pytest.fixture
@@ -151,3 +156,46 @@ def test_saving_and_counting_draw_no_random_numbers(tmp_path):
     assert processor(text=processor.image_token, images=tiny.image(), return_tensors="pt")["input_ids"].shape == (1, 5)
     model.save_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def media_model(encoder, language_model):
+    torch.manual_seed(3)
+    model = MultimodalModel(encoders={"media": ModalEncoderModule(encoder)}, language_model=language_model).eval()
+    model.set_modality_token_ids({"media": tiny.VOCABULARY - 1})
+    return model
+
+
+def test_buffers_of_integers_beside_cast_ones_come_back_as_integers(tmp_path):
+    config = Swinv2Config(
+        embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, image_size=32, patch_size=4, hidden_size=16
+    )
+    model = media_model(Swinv2Model(config).eval().bfloat16(), tiny.llama().bfloat16())
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert {torch.int64, torch.bfloat16} <= set(dtypes.values())
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path).eval()
+    assert {name: buffer.dtype for name, buffer in again.named_buffers()} == dtypes
+    inputs = {
+        "input_ids": torch.tensor([[5, *[tiny.VOCABULARY - 1] * 16, 6]]),
+        "pixel_values": torch.randn(1, 3, 32, 32),
+    }
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_saved_integers_of_a_part_in_another_dtype_come_back_as_integers(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    model = media_model(ResNetModel(config).eval().bfloat16(), tiny.llama())
+    model.save_pretrained(tmp_path)
+    state, again = model.state_dict(), MultimodalModel.from_pretrained(tmp_path).state_dict()
+    assert sum(t.dtype == torch.int64 for t in state.values()) > 4
+    assert {name: t.dtype for name, t in again.items()} == {name: t.dtype for name, t in state.items()}
+
+
+def test_saved_buffers_that_loading_makes_in_float32_come_back_as_they_were(tmp_path):
+    model = media_model(catalog.build("Wav2Vec2ConformerModel", ROTARY).bfloat16(), tiny.llama().bfloat16())
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert dtypes["media_encoder.module.encoder.embed_positions.inv_freq"] == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path).eval()
+    assert {name: buffer.dtype for name, buffer in again.named_buffers()} == dtypes

@@ -1,5 +1,7 @@
 """Composition: live parts to a configuration, and the same parts built from it."""
 
+import copy
+
 import catalog
 import pytest
 import tiny
@@ -148,3 +150,14 @@ def test_widths_that_no_attribute_names_are_found_by_a_run_on_shapes():
 def test_models_that_give_no_features_are_refused_with_what_to_take_instead():
     with pytest.raises(ValueError, match="MimiModel gives no features but codes and sounds.*take MimiEncoderModel"):
         ModalEncoderModule(catalog.build("MimiModel"))
+
+
+def test_widths_of_layers_and_adapters_that_are_not_the_configurations():
+    merged = tiny.qwen2_vl()
+    assert merged.config.hidden_size == 24 and merged.config.embed_dim == 16
+    for layer, width in ((-1, 24), (-2, 16)):
+        encoder = ModalEncoderModule(copy.deepcopy(merged), layer=layer)
+        assert compose_config({"vision": encoder}, tiny.llama()).vision_projector_config.in_features == width
+    adapted = tiny.wav2vec2(add_adapter=True, num_adapter_layers=1, output_hidden_size=12)
+    config = compose_config({"audio": ModalEncoderModule(adapted)}, tiny.llama())
+    assert adapted.config.hidden_size == 16 and config.audio_projector_config.in_features == 12

@@ -300,3 +300,22 @@ def test_float32_inputs_for_a_bfloat16_encoder(key):
     made = encoder(tiny.ENCODERS[key][1]()).bfloat16()
     name, shape = shapes[key]
     assert made(**{name: torch.randn(shape)}).pooler_output[0].dtype is torch.bfloat16
+
+
+def test_layers_before_pooling_keep_all_that_is_sound():
+    module = catalog.build("AudioFlamingo3Encoder")
+    item = catalog.item("AudioFlamingo3Encoder", 1)
+    assert item["input_features_mask"].sum() == 20
+    with torch.no_grad():
+        states = module(**item, output_hidden_states=True).hidden_states
+        for layer, valid in ((-1, 5), (-2, 10)):
+            output = ModalEncoderModule(module, layer=layer).select(**item)
+            assert output.lengths == [valid] and (layer == -1 or torch.equal(output[0], states[-2]))
+
+
+def test_a_mask_of_ones_is_not_left_out():
+    module, item = catalog.build("MoonshineStreamingEncoder"), catalog.item("MoonshineStreamingEncoder", 0)
+    with torch.no_grad():
+        windowed = module(**item).last_hidden_state
+        assert not torch.allclose(windowed, module(input_values=item["input_values"]).last_hidden_state)
+        assert torch.equal(ModalEncoderModule(module).select(**item)[0], windowed)

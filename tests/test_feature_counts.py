@@ -21,6 +21,8 @@ from transformers import (
     TimesFm2_5Model,
     TimesFmConfig,
     TimesFmModel,
+    TimesformerConfig,
+    TimesformerModel,
     ViTConfig,
     ViTModel,
     XLMRobertaConfig,
@@ -421,3 +423,38 @@ def test_a_projection_that_reads_values_must_state_its_count(registered):
     encoder = ModalEncoderModule(tiny.clip(), MultimodalProjector(MultimodalProjectorConfig(), Counted(16, 32)))
     model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama())
     assert FeatureCounter(model.config, model.encoders).count("vision", images((8, 8))[0]) == 1
+
+
+def counted(encoder, inputs):
+    """Features by the counter and by the encoder, of each item alone."""
+    model = MultimodalModel(encoders={"media": encoder}, language_model=tiny.llama()).eval()
+    counter = FeatureCounter(model.config)
+    with torch.no_grad():
+        alone = [model.media_encoder(**one).pooler_output for one in inputs]
+    return [counter.count("media", one) for one in inputs], [[len(x) for x in features] for features in alone]
+
+
+def test_a_window_with_a_mask_counts_what_is_sound():
+    frames = torch.arange(12)[None]
+    inputs = [{"input_features": torch.randn(1, 8, 12), "attention_mask": (frames < n).long()} for n in (12, 7)]
+    assert counted(ModalEncoderModule(tiny.whisper()), inputs) == ([6, 4], [[6], [4]])
+
+
+def test_videos_whose_frames_are_rows_of_their_own_are_one_item_each():
+    config = TimesformerConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+                               patch_size=4, num_frames=3, attention_type="space_only")  # fmt: skip
+    encoder = ModalEncoderModule(TimesformerModel(config).eval(), drop_prefix=1)
+    videos = torch.randn(2, 3, 3, 8, 8)
+    assert counted(encoder, [{"pixel_values": x[None]} for x in videos]) == ([12, 12], [[12], [12]])
+    with torch.no_grad():
+        features = encoder(pixel_values=videos).pooler_output
+        rows = encoder.projector(encoder.module(videos).last_hidden_state[:, 1:], return_dict=True).last_hidden_state
+    assert torch.equal(torch.cat(features), rows.flatten(0, 1))
+
+
+def test_packed_features_have_no_prefix_to_drop():
+    encoder = ModalEncoderModule(tiny.qwen2_vl(), drop_prefix=1)
+    model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama())
+    item = {"hidden_states": torch.randn(16, 96), "grid_thw": torch.tensor([[1, 4, 4]])}
+    with pytest.raises(ValueError, match="drop_prefix=1 needs features of shape"):
+        FeatureCounter(model.config).count("vision", item)

@@ -9,7 +9,7 @@ import torch
 from helpers import compose_tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, SwinConfig, SwinModel
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
 
@@ -221,3 +221,28 @@ def test_a_frozen_language_model_still_checkpoints(adapters):
     assert checkpointed < 0.5 * plain and len(runs) == 2
     loss.backward()
     assert len(runs) == 4, "each layer ran once more for the gradients"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_towers_whose_embeddings_give_several_tensors_train_under_checkpointing(reentrant):
+    config = SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, image_size=32, patch_size=4)
+    torch.manual_seed(0)
+    encoder = ModalEncoderModule(SwinModel(config))
+    model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama()).train()
+    model.set_modality_token_ids({"vision": 300})
+    ids = torch.tensor([[5, *[300] * 16, 6, 7]])
+    inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == 300, -100), "pixel_values": torch.randn(1, 3, 32, 32)}
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(1)  # of stochastic depth
+        model(**inputs).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointed = gradients()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
+    model.disable_input_require_grads()
+    assert not model.vision_encoder.module.get_input_embeddings()._forward_hooks

@@ -4,7 +4,15 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from transformers import PatchTSTConfig, PatchTSTModel, PreTrainedConfig, PreTrainedModel, Sam2VisionConfig
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2Model,
+    PatchTSTConfig,
+    PatchTSTModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Sam2VisionConfig,
+)
 
 from cornstarch_hf.layouts import Layout, find_layout, with_plain_kernels
 from cornstarch_hf.selection import Selection
@@ -35,6 +43,20 @@ def test_several_layers_are_as_wide_as_all_of_them():
     assert find_layout(tiny.clip(), "image", Selection(layer=(-1, -2)), "vision") == Layout(32, "channels_last")
     with pytest.raises(ValueError, match="vision: layer -9 does not exist"):
         find_layout(tiny.clip(), "image", Selection(layer=-9), "vision")
+
+
+def test_layers_of_different_widths_are_as_wide_as_their_sum_and_must_have_one_size():
+    module = tiny.convnext(hidden_sizes=[8, 12, 16, 20])  # hidden states of 8, 8, 12, 16 and 20 channels
+    assert find_layout(module, "image", Selection(layer=(1, 0)), "vision") == Layout(16, "channels_first")
+    with pytest.raises(
+        ValueError, match=r"vision: hidden states of different sizes cannot be joined, layer=\(-2, -1\)"
+    ):
+        find_layout(module, "image", Selection(layer=(-2, -1)), "vision")
+    config = MobileNetV2Config(depth_multiplier=0.25, output_stride=8)  # dilated: the last stages keep their size
+    states = MobileNetV2Model(config).eval()(torch.randn(1, 3, 64, 64), output_hidden_states=True).hidden_states
+    assert states[-1].shape[2:] == states[-4].shape[2:] and states[-1].shape[1] != states[-4].shape[1]
+    layout = find_layout(MobileNetV2Model(config), "image", Selection(layer=(-4, -1)), "vision")
+    assert layout == Layout(states[-1].shape[1] + states[-4].shape[1], "channels_first")
 
 
 class Config(PreTrainedConfig):

@@ -10,6 +10,7 @@ from cornstarch_hf.selection import (
     Selection,
     as_output,
     per_item,
+    rows_of_items,
     select_features,
     with_features,
 )
@@ -100,3 +101,21 @@ def test_one_tensor_for_each_item():
     ):
         with pytest.raises(ValueError, match=message):
             per_item(features, lengths, "vision")
+
+
+def test_layers_that_cannot_be_joined_are_refused():
+    uneven = output(hidden_states=(torch.randn(2, 9, 4), torch.randn(2, 5, 4), (STATES[0],)))
+    assert select(uneven, layer=0).shape == (2, 9, 4)
+    with pytest.raises(
+        ValueError, match=r"different sizes cannot be joined, layer=\(0, 1\) .*\(2, 9, 4\), \(2, 5, 4\)"
+    ):
+        select(uneven, layer=(0, 1))
+    with pytest.raises(ValueError, match="hidden state -1 is a tuple and no tensor"):
+        select(uneven, layer=(-1, 0))
+
+
+def test_several_rows_of_an_item_become_one():
+    x = torch.randn(6, 5, 4)
+    assert torch.equal(rows_of_items(x, 2)[1], x[3:].flatten(0, 1))
+    for rows, items in ((x, 6), (x, 4), (x, 7), (x[0], 1)):
+        assert rows_of_items(rows, items) is rows

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     CLIPProcessor,
     DetrImageProcessorPil,
+    Gemma3nAudioFeatureExtractor,
     GLPNImageProcessorPil,
     Idefics3ImageProcessorPil,
     IdeficsImageProcessorPil,
@@ -188,3 +189,12 @@ def test_padding_that_the_encoder_would_not_hear_of():
     check_padding(output, {"pixel_values": 0, "vision_pixel_mask": 0}, processor, "vision")
     alone = run_subprocessor(processor, "vision", "image", images[:1], {}, tiny.clip().config)
     check_padding(alone, {"pixel_values": 0}, processor, "vision")
+
+
+def test_settings_that_are_arrays_are_described_as_lists():
+    means = [0.5 * i for i in range(4)]
+    extractor = Gemma3nAudioFeatureExtractor(feature_size=4, per_bin_mean=means, per_bin_stddev=[2.0] * 4)
+    described = json.loads(json.dumps(describe_subprocessor(extractor, "audio")))
+    again = build_subprocessor(described, "audio")
+    for made, expected in zip(again([tiny.sound(1)]).values(), extractor([tiny.sound(1)]).values(), strict=True):
+        np.testing.assert_array_equal(made, expected)

@@ -123,8 +123,9 @@ def test_parameters_are_those_of_the_wrapped_model():
 def test_audio_encoders_count_their_own_lengths():
     lengths = torch.tensor([400, 91])
     real = [tiny.wav2vec2()(torch.randn(1, n)).last_hidden_state.shape[1] for n in (400, 91)]
-    assert counted_lengths(tiny.wav2vec2(), lengths) == real
-    assert counted_lengths(tiny.clip(), lengths) is None
+    assert counted_lengths(tiny.wav2vec2(), lengths, 400, real[0]) == real
+    assert counted_lengths(tiny.wav2vec2(), lengths, 400, real[0] + 1) is None, "those are other features"
+    assert counted_lengths(tiny.clip(), lengths, 400, real[0]) is None
 
 
 def test_encoder_decoders_give_their_encoder():
