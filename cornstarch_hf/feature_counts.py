@@ -20,7 +20,7 @@ from .encoders import ModalEncoderModule
 from .frames import frames_as_items
 from .grids import STAGES
 from .item_lengths import unpadded_patches
-from .items import packed_sizes
+from .items import MASKS, packed_sizes
 from .layouts import with_plain_kernels
 from .limits import check_features
 from .precomputed_features import PrecomputedFeaturesConfig
@@ -272,15 +272,21 @@ class FeatureCounter:
             except Exception:  # too few layers for this class: all of them tell, or say what is wrong
                 pass
             self._deep.add(name)
-        try:
-            return self._run_probe(self._probe(name), inputs, without, method)
-        except Exception as error:
-            shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
-            raise ValueError(
-                f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
-                f"{type(self._probe(name).module).__name__} and its callbacks on shapes ({type(error).__name__}: {error}). "
-                f"State it: {_REMEDY.format(name)}"
-            ) from error
+        failed: Exception | None = None
+        for given in (
+            inputs,
+            _without_full_masks(inputs),
+        ):  # masks that an encoder makes of its features have no values
+            try:
+                return self._run_probe(self._probe(name), given, without, method)
+            except Exception as error:
+                failed = failed or error
+        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
+        raise ValueError(
+            f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
+            f"{type(self._probe(name).module).__name__} and its callbacks on shapes ({type(failed).__name__}: {failed}). "
+            f"State it: {_REMEDY.format(name)}"
+        ) from failed
 
     def _same_with_all_layers(
         self, name: str, output: Any, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable
@@ -327,6 +333,12 @@ def _names_layers(config: PreTrainedConfig) -> bool:
         if LAYER_NUMBERS.search(key) and key not in DEPTHS and any(type(n) is int for n in numbers):
             return True
     return False
+
+
+def _without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """An item's inputs without masks that say that all of it is valid: they change no number of features."""
+    full = [k for k, x in inputs.items() if MASKS.get(k) and isinstance(x, Tensor) and bool(x.bool().all())]
+    return {key: value for key, value in inputs.items() if key not in full}
 
 
 def _sizes(output: Any) -> Any:

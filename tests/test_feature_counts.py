@@ -1,7 +1,9 @@
 """Feature counts: every rule and every probe against the encoder itself, and counts that users state."""
 
+import dataclasses
 import functools
 
+import catalog
 import pytest
 import tiny
 import torch
@@ -482,3 +484,16 @@ def test_few_layers_do_where_single_ones_make_no_difference():
         item = {"hidden_states": torch.randn(4 * rows, 96), "grid_thw": torch.tensor([[1, rows, 4]])}
         assert counter.count("vision", item) == rows
     assert not counter._deep and counter._uniform == {"vision"}
+
+
+def test_an_adapter_that_masks_its_own_features_is_counted_and_batches_are_as_alone():
+    case = catalog.cases()["Wav2Vec2BertModel"]
+    changes = {**case.changes, "add_adapter": True, "num_adapter_layers": 1, "output_hidden_size": 24}
+    encoder = ModalEncoderModule(catalog.build("Wav2Vec2BertModel", dataclasses.replace(case, changes=changes)))
+    items = catalog.together("Wav2Vec2BertModel")
+    counts, lengths = counted(encoder, items)
+    assert counts == [n for (n,) in lengths] and len(set(counts)) == 3
+    with torch.no_grad():
+        together = encoder(**catalog.joined("Wav2Vec2BertModel", items)).pooler_output
+        for one, item in zip(together, items, strict=True):
+            torch.testing.assert_close(one, encoder(**item).pooler_output[0], atol=1e-5, rtol=1e-4)
