@@ -88,12 +88,14 @@ def cast_buffers(model: nn.Module, part_dtypes: dict[str, Any] | None, main: tor
     """Give floating-point buffers the dtypes that they had when the model was saved (in place)."""
     if part_dtypes is None or not _applies(part_dtypes, main):
         return
-    for dtype, patterns in part_dtypes.get("buffers", {}).items():
-        floating = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
-        for name in matches(patterns, floating):
-            parent, _, key = name.rpartition(".")
+    floating = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+    for name, patterns in part_dtypes.get("buffers", {}).items():
+        dtype = getattr(torch, name)
+        for parent, _, key in (buffer.rpartition(".") for buffer in matches(patterns, floating)):
             module = model.get_submodule(parent)
-            module._buffers[key] = module.get_buffer(key).to(getattr(torch, dtype))
+            # A norm whose class asks for float32 has weights in it, and statistics beside them.
+            if all(p.dtype == dtype for p in module.parameters(recurse=False) if p.is_floating_point()):
+                module._buffers[key] = module.get_buffer(key).to(dtype)
 
 
 def restore_adapter_buffers(model: PreTrainedModel) -> None:

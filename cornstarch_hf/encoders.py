@@ -194,7 +194,10 @@ class ModalEncoderModule(nn.Module):
     def _reads_padding(self, arguments: dict, padded: Padded) -> bool:
         """Whether what an item gives would depend on its padding."""
         config = unwrapped(self.module).config
-        return is_plain(arguments, padded) or (config.model_type in READ_PADDING and min(padded.lengths) < padded.size)
+        reads = config.model_type in READ_PADDING or getattr(
+            config, "add_adapter", False
+        )  # convolutions without a mask
+        return is_plain(arguments, padded) or (reads and min(padded.lengths) < padded.size)
 
     def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
         """One length at a time, unpadded: what an item gives never depends on its neighbours."""
@@ -247,7 +250,8 @@ class ModalEncoderModule(nn.Module):
         features = rows_of_items(select_features(raw, self.selection, self.name, width, count), count)
         if is_packed_row(features, count):
             features = features[0]
-        output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded))
+        dropped = self.selection.drop_prefix
+        output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded, dropped))
         if (shape := selected_map(raw, self.selection, self.name, width)) is not None:
             output["feature_grids"] = torch.tensor([shape] * len(features))
         return raw, output

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from .encoders import ModalEncoderModule
 from .frames import frames_as_items
 from .grids import STAGES
 from .item_lengths import unpadded_patches
-from .items import packed_sizes
+from .items import MASKS, packed_sizes
 from .layouts import with_plain_kernels
 from .limits import check_features
 from .precomputed_features import PrecomputedFeaturesConfig
@@ -32,6 +33,8 @@ from .size_guard import bounded_tensors, build_guard
 POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
 # Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
 DEPTHS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "depth")
+# Settings of single layers by their numbers; `out_indices` chooses among the outputs of backbones.
+LAYER_NUMBERS = re.compile(r"layer_(id|idx|index)s?$|_layers$|(?<!out)_(indexes|indices)$")
 _REMEDY = "register_feature_count({!r}, fn)."
 
 
@@ -125,6 +128,7 @@ class FeatureCounter:
         self._probes: dict[tuple[str, bool], Any] = {}
         self._cache: dict[tuple, int] = {}
         self._deep: set[str] = set()  # encoders of which few layers do not do
+        self._uniform: set[str] = set()  # and of which they do
 
     def count(self, name: str, inputs: Mapping[str, Any]) -> int:
         """Features that one item of a modality gives.
@@ -261,18 +265,37 @@ class FeatureCounter:
         """Run a method of the encoder on shapes, the callbacks in some places left out."""
         if self._is_uniform(name):
             try:
-                return self._run_probe(self._probe(name, shallow=True), inputs, without, method)
+                output = self._run_probe(self._probe(name, shallow=True), inputs, without, method)
+                if name in self._uniform or self._same_with_all_layers(name, output, inputs, without, method):
+                    self._uniform.add(name)
+                    return output
             except Exception:  # too few layers for this class: all of them tell, or say what is wrong
-                self._deep.add(name)
-        try:
-            return self._run_probe(self._probe(name), inputs, without, method)
-        except Exception as error:
-            shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
-            raise ValueError(
-                f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
-                f"{type(self._probe(name).module).__name__} and its callbacks on shapes ({type(error).__name__}: {error}). "
-                f"State it: {_REMEDY.format(name)}"
-            ) from error
+                pass
+            self._deep.add(name)
+        failed: Exception | None = None
+        for given in (
+            inputs,
+            _without_full_masks(inputs),
+        ):  # masks that an encoder makes of its features have no values
+            try:
+                return self._run_probe(self._probe(name), given, without, method)
+            except Exception as error:
+                failed = failed or error
+        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
+        raise ValueError(
+            f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
+            f"{type(self._probe(name).module).__name__} and its callbacks on shapes ({type(failed).__name__}: {failed}). "
+            f"State it: {_REMEDY.format(name)}"
+        ) from failed
+
+    def _same_with_all_layers(
+        self, name: str, output: Any, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable
+    ) -> bool:
+        """Whether all layers give as many features as a few did; run only where some layer is told apart by its number, as
+        by MiniCPM-V's `insert_layer_id`, after which there are fewer features."""
+        if not _names_layers(getattr(self.config, f"{name}_config")):
+            return True
+        return _sizes(output) == _sizes(self._run_probe(self._probe(name), inputs, without, method))
 
     def _is_uniform(self, name: str) -> bool:
         """Whether a few of the encoder's layers give as many features as all of them."""
@@ -301,6 +324,28 @@ class FeatureCounter:
 
 def _is_staged(config: PreTrainedConfig) -> bool:
     return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
+
+
+def _names_layers(config: PreTrainedConfig) -> bool:
+    """Whether a setting besides the depth speaks of single layers by their numbers."""
+    for key, value in config.to_dict().items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if LAYER_NUMBERS.search(key) and key not in DEPTHS and any(type(n) is int for n in numbers):
+            return True
+    return False
+
+
+def _without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """An item's inputs without masks that say that all of it is valid: they change no number of features."""
+    full = [k for k, x in inputs.items() if MASKS.get(k) and isinstance(x, Tensor) and bool(x.bool().all())]
+    return {key: value for key, value in inputs.items() if key not in full}
+
+
+def _sizes(output: Any) -> Any:
+    """Features of each item that an encoder gave, after its projector or before."""
+    if isinstance(items := output.pooler_output, list):
+        return [len(item) for item in items]
+    return output.last_hidden_state.shape[:-1], output.lengths
 
 
 def _make_shallow(config: PreTrainedConfig, layer: int | list[int]) -> None:

@@ -50,6 +50,10 @@ def fixed_inputs(inputs: Mapping[str, Any], config: PreTrainedConfig) -> dict[st
     return {drawn.name: drawn.fixed(inputs, config)}
 
 
+# Classes that drop values of each item at random, in evaluation too, and the setting that says how many.
+DROPS = {"SpeechT5DecoderWithSpeechPrenet": "speech_decoder_prenet_dropout"}
+
+
 def check_whole_items(config: PreTrainedConfig, additional_args: Sequence[str], who: str) -> None:
     """Refuse an encoder that leaves out a part of each item at random, unless it is given what it would draw.
 
@@ -59,3 +63,9 @@ def check_whole_items(config: PreTrainedConfig, additional_args: Sequence[str], 
     drawn = DRAWN.get(config.model_type)
     if drawn is not None and drawn.name not in additional_args and (loss := drawn.loss(config)):
         raise ValueError(f"{who} {loss}.")
+    setting = DROPS.get(who)
+    if setting is not None and (share := getattr(config, setting, 0)):
+        raise ValueError(
+            f"{who} drops {share:.0%} of the values in its prenet, drawn at random, in evaluation as well: set its "
+            f"config.{setting} = 0."
+        )

@@ -85,13 +85,22 @@ def _stated_shapes(known: Features) -> list[Grid] | None:
     return found
 
 
+def _stated_sizes(known: Features) -> list[Grid] | None:
+    """Towers that take images padded to one size and the size of each in pixels (Pixtral), where those give the features."""
+    sizes, patch = known.inputs.get("image_sizes"), _patch(known.config)
+    if not isinstance(sizes, Tensor) or sizes.ndim != 2 or patch is None or len(sizes) != len(known.lengths):
+        return None
+    found: list[Grid] = [(int(h) // patch[0], int(w) // patch[1]) for h, w in sizes.tolist()]
+    return found if [h * w for h, w in found] == list(known.lengths) else None
+
+
 def _per_row(known: Features, rows: int) -> Sequence[int]:
     if len(known.lengths) != rows:
         raise ValueError(f"{rows} grids were given for {len(known.lengths)} items{_OR_STATE}")
     return known.lengths
 
 
-RULES: tuple[Callable[[Features], list[Grid] | None], ...] = (_packed, _stated_shapes)
+RULES: tuple[Callable[[Features], list[Grid] | None], ...] = (_packed, _stated_shapes, _stated_sizes)
 _OR_STATE = "; or set output['feature_grids'] to one (height, width) per item in postprocess_module_callback."
 
 

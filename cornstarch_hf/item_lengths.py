@@ -29,7 +29,12 @@ class LengthsNotTold(Exception):
 
 
 def feature_lengths(
-    features: Tensor, arguments: Mapping[str, Any], raw: Mapping[str, Any], module: nn.Module, padded: Padded | None
+    features: Tensor,
+    arguments: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    module: nn.Module,
+    padded: Padded | None,
+    dropped: int = 0,
 ) -> list[int] | None:
     """Features of each item; None where the tensor's shape tells.
 
@@ -39,13 +44,18 @@ def feature_lengths(
         raw: its output.
         module: the encoder.
         padded: padding of the inputs, None where there is none.
+        dropped: leading tokens of each item that are no longer there.
 
     Raises:
         LengthsNotTold: nothing tells; the items alone would.
+        ValueError: an item of no more tokens than were dropped.
     """
     if features.ndim == 2:
         return _packed(len(features), arguments, unwrapped(module).config)
-    return _padded(features, arguments, raw, module, padded)
+    lengths = _padded(len(features), features.shape[1] + dropped, arguments, raw, module, padded)
+    if dropped and lengths is not None and min(lengths) <= dropped:
+        raise ValueError(f"drop_prefix={dropped} needs items of more tokens than that, got {lengths}.")
+    return lengths and [length - dropped for length in lengths]
 
 
 def is_packed_row(features: Tensor, items: int) -> bool:
@@ -82,22 +92,27 @@ def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | 
 
 
 def _padded(
-    features: Tensor, arguments: Mapping[str, Any], raw: Mapping[str, Any], module: nn.Module, padded: Padded | None
+    items: int,
+    tokens: int,
+    arguments: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    module: nn.Module,
+    padded: Padded | None,
 ) -> list[int] | None:
     for name, ones_are_valid in _OUTPUT_MASKS.items():
         mask = raw.get(name)
-        if isinstance(mask, Tensor) and mask.shape == features.shape[:2]:
+        if isinstance(mask, Tensor) and mask.shape == (items, tokens):
             return _lengths_of(mask.bool() if ones_are_valid else ~mask.bool())
     pixels = arguments.get("pixel_attention_mask")
-    if isinstance(pixels, Tensor) and pixels.shape == features.shape[:2]:
+    if isinstance(pixels, Tensor) and pixels.shape == (items, tokens):
         return _lengths_of(pixels.bool())
-    if (lengths := unpadded_patches(arguments, features.shape[1])) is not None:
+    if (lengths := unpadded_patches(arguments, tokens)) is not None:
         return lengths
     if padded is None:
         return None
-    if padded.size == features.shape[1]:
+    if padded.size == tokens:
         return padded.lengths if min(padded.lengths) < padded.size else None
-    counted = counted_lengths(module, torch.tensor(padded.lengths), padded.size, features.shape[1])
+    counted = counted_lengths(module, torch.tensor(padded.lengths), padded.size, tokens)
     if counted is None and min(padded.lengths) < padded.size:
         raise LengthsNotTold(packed=False)
     return counted

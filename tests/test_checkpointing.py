@@ -199,3 +199,10 @@ def test_saved_buffers_that_loading_makes_in_float32_come_back_as_they_were(tmp_
     model.save_pretrained(tmp_path)
     again = MultimodalModel.from_pretrained(tmp_path).eval()
     assert {name: buffer.dtype for name, buffer in again.named_buffers()} == dtypes
+
+
+def test_statistics_of_norms_that_a_class_keeps_in_float32_stay_beside_their_weights(tmp_path):
+    model = media_model(catalog.build("GraniteSpeech5Encoder").bfloat16(), tiny.llama().bfloat16())
+    model.save_pretrained(tmp_path)
+    norm = MultimodalModel.from_pretrained(tmp_path).media_encoder.module.layers[0].conv.norm
+    assert {norm.weight.dtype, norm.running_mean.dtype, norm.running_var.dtype} == {torch.float32}

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
 from cornstarch_hf.feature_counts import FeatureCounter
+from cornstarch_hf.selection import per_item
 
 
 def encoder(model=None, width=16, **options):
@@ -319,3 +320,16 @@ def test_a_mask_of_ones_is_not_left_out():
         windowed = module(**item).last_hidden_state
         assert not torch.allclose(windowed, module(input_values=item["input_values"]).last_hidden_state)
         assert torch.equal(ModalEncoderModule(module).select(**item)[0], windowed)
+
+
+@pytest.mark.parametrize("name", ["Siglip2VisionModel", "ParakeetEncoder", "Gemma3nAudioEncoder"])
+def test_a_prefix_is_dropped_of_padded_items_as_of_each_alone(name):
+    encoder = ModalEncoderModule(catalog.build(name), drop_prefix=1)
+    items = catalog.together(name)
+    with torch.no_grad():
+        output = encoder.select(**catalog.joined(name, items))
+        together = per_item(output[0], output.lengths, name)
+        for one, item in zip(together, items, strict=True):
+            (alone,) = encoder.select(**item)[0]
+            torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-4)
+    assert len({len(one) for one in together}) > 1

@@ -1,7 +1,9 @@
 """Feature counts: every rule and every probe against the encoder itself, and counts that users state."""
 
+import dataclasses
 import functools
 
+import catalog
 import pytest
 import tiny
 import torch
@@ -27,6 +29,10 @@ from transformers import (
     ViTModel,
     XLMRobertaConfig,
 )
+from transformers.models.minicpmv4_6.configuration_minicpmv4_6 import MiniCPMV4_6VisionConfig
+from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6VisionModel
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from cornstarch_hf import (
     MultimodalModel,
@@ -458,3 +464,37 @@ def test_packed_features_have_no_prefix_to_drop():
     item = {"hidden_states": torch.randn(16, 96), "grid_thw": torch.tensor([[1, 4, 4]])}
     with pytest.raises(ValueError, match="drop_prefix=1 needs features of shape"):
         FeatureCounter(model.config).count("vision", item)
+
+
+@pytest.mark.parametrize(("layer", "features"), [(0, 4), (1, 4), (5, 16)])
+def test_layers_that_are_told_apart_by_their_number_are_not_left_out(layer, features):
+    config = MiniCPMV4_6VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+                                     patch_size=8, insert_layer_id=layer)  # fmt: skip
+    encoder = ModalEncoderModule(MiniCPMV4_6VisionModel(config).eval())
+    item = {"pixel_values": torch.randn(1, 3, 8, 128), "target_sizes": torch.tensor([[4, 4]])}
+    assert counted(encoder, [item]) == ([features], [[features]])
+
+
+def test_few_layers_do_where_single_ones_make_no_difference():
+    config = Qwen2_5_VLVisionConfig(hidden_size=16, intermediate_size=16, depth=4, num_heads=2, out_hidden_size=8, patch_size=4,
+                                    window_size=16, fullatt_block_indexes=[3])  # fmt: skip
+    model = MultimodalModel(encoders={"vision": ModalEncoderModule(Qwen2_5_VisionTransformerPretrainedModel(config))},
+                            language_model=tiny.llama())  # fmt: skip
+    counter = FeatureCounter(model.config)
+    for rows in (4, 8):
+        item = {"hidden_states": torch.randn(4 * rows, 96), "grid_thw": torch.tensor([[1, rows, 4]])}
+        assert counter.count("vision", item) == rows
+    assert not counter._deep and counter._uniform == {"vision"}
+
+
+def test_an_adapter_that_masks_its_own_features_is_counted_and_batches_are_as_alone():
+    case = catalog.cases()["Wav2Vec2BertModel"]
+    changes = {**case.changes, "add_adapter": True, "num_adapter_layers": 1, "output_hidden_size": 24}
+    encoder = ModalEncoderModule(catalog.build("Wav2Vec2BertModel", dataclasses.replace(case, changes=changes)))
+    items = catalog.together("Wav2Vec2BertModel")
+    counts, lengths = counted(encoder, items)
+    assert counts == [n for (n,) in lengths] and len(set(counts)) == 3
+    with torch.no_grad():
+        together = encoder(**catalog.joined("Wav2Vec2BertModel", items)).pooler_output
+        for one, item in zip(together, items, strict=True):
+            torch.testing.assert_close(one, encoder(**item).pooler_output[0], atol=1e-5, rtol=1e-4)

@@ -53,3 +53,12 @@ def test_an_encoder_that_leaves_out_a_part_by_chance_is_refused_unless_it_is_giv
 
 def test_others_get_nothing():
     assert fixed_inputs({"pixel_values": torch.zeros(1, 3, 8, 8)}, tiny.clip().config) == {}
+
+
+def test_an_encoder_that_drops_values_at_random_is_refused():
+    case = catalog.cases()["SpeechT5DecoderWithSpeechPrenet"]
+    module = catalog.build("SpeechT5DecoderWithSpeechPrenet", case)
+    ModalEncoderModule(module)
+    module.config.speech_decoder_prenet_dropout = 0.5
+    with pytest.raises(ValueError, match=r"drops 50% .* set its config.speech_decoder_prenet_dropout = 0"):
+        ModalEncoderModule(module)

@@ -75,3 +75,10 @@ def test_grids_as_a_callback_states_them():
     assert grids_of_tensor(torch.tensor([[2, 3]])) == grids_of_tensor([(2, 3)]) == [(2, 3)]
     with pytest.raises(ValueError, match=r"\(height, width\) or \(frames, height, width\) per item, got \[\(6,\)\]"):
         grids_of_tensor([[6]])
+
+
+def test_images_padded_to_one_size_lie_in_grids_of_their_own():
+    inputs = {"pixel_values": torch.zeros(2, 3, 16, 24), "image_sizes": torch.tensor([[16, 8], [8, 24]])}
+    assert item_grids(Features(inputs, VIT, "image", [8, 12])) == [(4, 2), (2, 6)]
+    with pytest.raises(ValueError, match="do not fill the grid of 4 x 6"):
+        item_grids(Features(inputs, VIT, "image", [8, 11]))

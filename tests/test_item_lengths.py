@@ -67,3 +67,10 @@ def test_rows_that_hold_several_items():
     assert is_packed_row(torch.zeros(1, 5, 4), 2)
     assert not is_packed_row(torch.zeros(1, 5, 4), 1) and not is_packed_row(torch.zeros(2, 5, 4), 2)
     assert not is_packed_row(torch.zeros(5, 4), 2)
+
+
+def test_lengths_are_told_of_all_tokens_and_given_without_the_prefix():
+    mask = {"pixel_attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    assert feature_lengths(torch.zeros(2, 3, 4), mask, {}, module(), None, dropped=1) == [2, 3]
+    with pytest.raises(ValueError, match=r"drop_prefix=3 needs items of more tokens than that, got \[3, 4\]"):
+        feature_lengths(torch.zeros(2, 1, 4), mask, {}, module(), None, dropped=3)
