@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from .adapters import unwrapped
 from .composition import build_parts, compose_config
 from .configuration_multimodal import MultimodalConfig
 from .encoders import ModalEncoderModule
@@ -32,7 +31,7 @@ from .modeling_base import MultimodalPreTrainedModel
 from .module_specs import mark_initialized
 from .shape_probe import WithoutInitializers
 from .size_guard import bounded_tensors, check_built
-from .towers import forward_parameters
+from .towers import main_input
 
 EncoderOutputs = dict[str, Any]
 
@@ -185,10 +184,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         return media, text
 
     def _has_items(self, name: str, inputs: dict[str, Any]) -> bool:
-        module = self.encoders[name].module
-        parameters = list(forward_parameters(module))
-        main = unwrapped(module).main_input_name
-        main = main if main in parameters else parameters[0]
+        main = main_input(self.encoders[name].module)
         value = inputs.get(main)
         if value is None and self.encoders[name].preprocess_callback is None:
             if left := [key for key, item in inputs.items() if isinstance(item, Tensor)]:

@@ -131,6 +131,16 @@ def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in parameters.items() if p.kind not in kinds}
 
 
+def main_input(module: nn.Module) -> str:
+    """The input of which an encoder's items consist: what its class states if it takes that, else the first that is no mask.
+
+    The encoder inside an encoder-decoder states the whole model's (`past_values`, where Informer's takes `inputs_embeds`).
+    """
+    parameters = list(forward_parameters(module))
+    stated = unwrapped(module).main_input_name
+    return stated if stated in parameters else next((n for n in parameters if not n.endswith("mask")), parameters[0])
+
+
 def takes_any_keyword(module: nn.Module) -> bool:
     """Whether a module's `forward` has ``**kwargs``."""
     parameters = inspect.signature(unwrapped(module).forward).parameters.values()

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import catalog
 import catalog_llms
 import pytest
 import tiny
@@ -471,3 +472,18 @@ def test_resized_embeddings_train_generate_and_reload(model_type, tmp_path):
     last = {"input_ids": torch.tensor([[5, size + 6]])}  # a new token, in every table
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModel.from_pretrained(tmp_path)(**last).logits, model(**last).logits)
+
+
+def test_an_encoder_whose_first_parameter_is_a_mask_runs_without_one():
+    encoder = ModalEncoderModule(catalog.build("TimeSeriesTransformerModel"), kind="time")
+    model = MultimodalModel(encoders={"series": encoder}, language_model=tiny.llama()).eval()
+    model.set_modality_token_ids({"series": 310})
+    inputs = catalog.item("TimeSeriesTransformerModel", 0)
+    with torch.no_grad():
+        features = model.series_encoder(**inputs).pooler_output[0]
+        ids = torch.tensor([[5, *[310] * len(features), 6]])
+        given = {f"series_{key}": value for key, value in inputs.items()}
+        found = model(input_ids=ids, **given).logits
+        words = model.get_input_embeddings()(torch.tensor([[5, 6]]))
+        embeds = torch.cat([words[:, :1], features[None], words[:, 1:]], 1)
+        assert torch.equal(found, model.language_model(inputs_embeds=embeds).logits)

@@ -20,6 +20,7 @@ from cornstarch_hf.towers import (
     counted_lengths,
     forward_parameters,
     infer_kind,
+    main_input,
     resolve_tower,
     takes_any_keyword,
 )
@@ -132,3 +133,14 @@ def test_encoder_decoders_give_their_encoder():
     config = T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=20)
     model = T5ForConditionalGeneration(config)
     assert resolve_tower(model) is model.encoder and infer_kind(model.encoder) == "text"
+
+
+def test_the_main_input_is_what_the_class_states_or_the_first_that_is_no_mask():
+    assert [main_input(tiny.ENCODERS[key][1]()) for key in ("clip", "whisper", "esm")] == [
+        "pixel_values",
+        "input_features",
+        "input_ids",
+    ]
+    inner = resolve_tower(catalog.build("TimeSeriesTransformerModel"))
+    assert (inner.main_input_name, main_input(inner)) == ("past_values", "inputs_embeds")
+    assert next(iter(forward_parameters(inner))) == "attention_mask"
