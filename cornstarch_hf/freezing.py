@@ -103,6 +103,18 @@ def _evaluate_frozen(module: nn.Module) -> bool:
     return False
 
 
+def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
+    """Have adapters that shorten what an encoder gives run all of their layers (in place).
+
+    In training mode wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has
+    placeholders.  Their layers stay in training mode.
+    """
+    for part in parts.values():
+        for module in part.modules():
+            if type(module).__name__.endswith("Adapter") and hasattr(module, "layerdrop"):
+                module.training = False
+
+
 def evaluate_frozen_layers_under_checkpointing(model: nn.Module) -> None:
     """Have checkpointing layers run in evaluation mode while they are frozen.
 

@@ -18,6 +18,7 @@ from .freezing import (
     evaluate_frozen_layers_under_checkpointing,
     frozen_patterns,
     keep_frozen_in_eval,
+    keep_strided_layers,
     require_grads,
     select_parameters,
     set_part_trainable,
@@ -240,6 +241,7 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         if mode:
             check_all_kept(self)
             keep_frozen_in_eval(self._parts())
+            keep_strided_layers(self._parts())
         return self
 
     def _set_modes(self, encoders_mode: Mapping[str, tuple[bool, bool]] | None, llm_mode: bool | None) -> None:

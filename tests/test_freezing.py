@@ -246,3 +246,16 @@ def test_towers_whose_embeddings_give_several_tensors_train_under_checkpointing(
         torch.testing.assert_close(checkpointed[name], gradient)
     model.disable_input_require_grads()
     assert not model.vision_encoder.module.get_input_embeddings()._forward_hooks
+
+
+def test_layers_that_shorten_are_never_skipped_in_training():
+    torch.manual_seed(0)
+    module = tiny.wav2vec2(add_adapter=True, num_adapter_layers=2, layerdrop=1.0)
+    encoder = ModalEncoderModule(module)
+    model = MultimodalModel(encoders={"audio": encoder}, language_model=tiny.llama())
+    sound = {"input_values": torch.randn(1, 900)}
+    expected = [len(x) for x in model.eval().audio_encoder(**sound).pooler_output]
+    model.train()
+    assert [len(x) for x in model.audio_encoder(**sound).pooler_output] == expected
+    assert not module.adapter.training and all(layer.training for layer in module.adapter.layers)
+    assert module.encoder.training, "whole layers of the encoder may be skipped: they keep the length"
