@@ -130,6 +130,7 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
         "feature_projection_input_dim",
         "input_dim",
         "input_feat_per_channel",
+        "subsampling_conv_channels",  # Gemma 4, whose convolutions leave as many channels as there were bins
     )
     bins = list(dict.fromkeys((number(config, *attributes, default=default), default, 128, 64)))
     window = 2 * number(config, "max_source_positions", default=512)

@@ -1,5 +1,6 @@
 """Widths and axes of encoders' features, found without an item."""
 
+import catalog
 import pytest
 import tiny
 import torch
@@ -57,6 +58,13 @@ def test_layers_of_different_widths_are_as_wide_as_their_sum_and_must_have_one_s
     assert states[-1].shape[2:] == states[-4].shape[2:] and states[-1].shape[1] != states[-4].shape[1]
     layout = find_layout(MobileNetV2Model(config), "image", Selection(layer=(-4, -1)), "vision")
     assert layout == Layout(states[-1].shape[1] + states[-4].shape[1], "channels_first")
+
+
+def test_bins_that_only_the_convolutions_tell_of():
+    case = catalog.cases()["Gemma4AudioModel"]
+    module = catalog.build("Gemma4AudioModel", case)
+    assert find_layout(module, "audio", Selection(), "audio").width == 24
+    assert find_layout(module, "audio", Selection(layer=-2), "audio").width == module.config.hidden_size == 32
 
 
 class Config(PreTrainedConfig):
