@@ -40,7 +40,8 @@ class MultimodalCollator:
 
     Args:
         processor: of the composed model.
-        padding_side: where rows are padded, ``"right"`` or ``"left"``; right suits training.
+        padding_side: where rows are padded, ``"right"`` or ``"left"``; right suits training. On the left a row's first token
+            has no label: no token stands before it that could predict it.
         max_length: longest row in tokens, features included.
         sampling_rate: of bare audio arrays, in Hz; by default what the feature extractor expects.
         pad_to_multiple_of: round the padded length up.
@@ -209,6 +210,8 @@ class MultimodalCollator:
         multiple = self.pad_to_multiple_of or 1
         length += -length % multiple
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
+            encoded = [row | {"labels": [IGNORED, *row["labels"][1:]]} for row in encoded]
         columns = {"input_ids": pad, "labels": IGNORED}
         batch = {
             key: torch.tensor([self._padded(row[key], length, value) for row in encoded])

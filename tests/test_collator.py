@@ -443,3 +443,22 @@ def test_every_batch_is_checked(pair):
 
     with pytest.raises(ValueError, match=r"row 1: the label at position \d+ is 7"):
         Wrong(pair[1])([{"text": "the fox jumps over the lazy dog"}, {"text": "x"}])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("options", [{}, {"max_length": 9, "truncation": "left"}])
+def test_the_loss_of_a_padded_batch_is_that_of_its_rows(pair, side, options):
+    model, processor = pair
+    rows = [
+        {"text": "the quick brown fox <image> jumps", "images": [tiny.image()]},
+        {"text": "the lazy dog is <audio>", "audio": [tiny.sound()]},
+        {"text": "what sum"},
+    ]
+    collate = MultimodalCollator(processor, padding_side=side, **options)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole, alone = collate(rows), [collate([row]) for row in rows]
+        counts = torch.tensor([int((one["labels"][:, 1:] != -100).sum()) for one in alone])
+        assert int((whole["labels"][:, 1:] != -100).sum()) == counts.sum()
+        losses = torch.stack([model(**one).loss for one in alone])
+        torch.testing.assert_close(model(**whole).loss, (losses * counts).sum() / counts.sum(), atol=1e-6, rtol=0)
