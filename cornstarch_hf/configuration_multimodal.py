@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .configuration_projector import MultimodalProjectorConfig
+from .implementations import apply_implementations, part_implementations
 from .origins import check_origins, is_repo_id
 from .registries import last_definition
 from .shared_code import SharedCode, SharedConfig, carries_code
@@ -168,7 +169,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             if not hasattr(self, key):
                 setattr(self, key, None)
         self.origins = check_origins(getattr(self, "origins", None))
-        _apply_implementations(self, stored)
+        apply_implementations(self, stored)
         for key, value in implementations.items():
             if value is not None:
                 setattr(self, f"_{key}", value)
@@ -241,7 +242,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             source = (output.get(key) or {}).get("_name_or_path")
             if source and not is_repo_id(source):  # where a part lay on this machine is nobody else's business
                 del output[key]["_name_or_path"]
-        implementations = _implementations(self)
+        implementations = part_implementations(self)
         if implementations:
             output["part_implementations"] = implementations
         for key in OPTIONAL_KEYS:
@@ -363,36 +364,3 @@ def validate_encoder_names(names: list[str]) -> None:
             if key in taken:
                 raise ValueError(f"The encoder name {name!r} collides with {taken[key]}: both need {key!r}.")
         taken |= dict.fromkeys(derived, f"the encoder {name!r}")
-
-
-def _implementations(config: MultimodalConfig) -> dict[str, dict[str, str]]:
-    found = {}
-    for key in config.sub_configs:
-        part = getattr(config, key, None)
-        values = {f: getattr(part, f"_{f}_implementation_internal", None) for f in ("attn", "experts")}
-        # A kernel repository is code: it is never taken from a checkpoint, so none is written.
-        kept = {f: v for f, v in values.items() if isinstance(v, str) and "/" not in v}
-        if kept and not key.endswith("_projector_config"):
-            found[key] = kept
-    return found
-
-
-def _apply_implementations(config: MultimodalConfig, stored: dict) -> None:
-    for key, values in stored.items():
-        part = getattr(config, key, None) if key in config.sub_configs else None
-        if (
-            not isinstance(values, dict)
-            or not isinstance(part, PreTrainedConfig)
-            or not set(values) <= {"attn", "experts"}
-        ):
-            raise ValueError(
-                f"part_implementations names {key!r}: {values!r}, expected some of {list(config.sub_configs)}."
-            )
-        for family, value in values.items():
-            if not isinstance(value, str) or "/" in value:
-                raise ValueError(
-                    f"{key} asks for the {family} implementation {value!r}: kernels from a repository are "
-                    f"code, pass attn_implementation={value!r} yourself if you trust it."
-                )
-            if getattr(part, f"_{family}_implementation_internal", None) is None:
-                setattr(part, f"_{family}_implementation", value)

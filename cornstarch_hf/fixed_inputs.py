@@ -69,3 +69,8 @@ def check_whole_items(config: PreTrainedConfig, additional_args: Sequence[str], 
             f"{who} drops {share:.0%} of the values in its prenet, drawn at random, in evaluation as well: set its "
             f"config.{setting} = 0."
         )
+    if config.model_type == "informer" and config.attention_type == "prob":
+        raise ValueError(
+            f"{who} attends to keys that are drawn at random, in evaluation as well: set attention_type='full' in its "
+            "configuration before it is built."
+        )

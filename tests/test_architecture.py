@@ -22,7 +22,7 @@ ORDER = [
     {"checkpoint_checks"},
     {"reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation", "classes", "shared_code"},
     {"configuration_projector", "code_export"},
-    {"origins", "window_reductions", "resampler"},
+    {"origins", "window_reductions", "resampler", "implementations"},
     {"configuration_multimodal"},
     {"projectors", "towers", "labelling", "adapter_tensors"},
     {"item_lengths", "layouts"},

@@ -4,6 +4,7 @@ import catalog
 import pytest
 import tiny
 import torch
+from transformers import InformerConfig, InformerModel
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
 from cornstarch_hf.feature_counts import FeatureCounter
@@ -62,3 +63,21 @@ def test_an_encoder_that_drops_values_at_random_is_refused():
     module.config.speech_decoder_prenet_dropout = 0.5
     with pytest.raises(ValueError, match=r"drops 50% .* set its config.speech_decoder_prenet_dropout = 0"):
         ModalEncoderModule(module)
+
+
+def test_attention_to_keys_drawn_at_random_is_refused():
+    sizes = {
+        "prediction_length": 4,
+        "context_length": 8,
+        "d_model": 16,
+        "lags_sequence": [1],
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+    }
+    with pytest.raises(
+        ValueError, match=r"Informer\w+ attends to keys that are drawn at random.*attention_type='full'"
+    ):
+        ModalEncoderModule(InformerModel(InformerConfig(**sizes)))
+    whole = ModalEncoderModule(InformerModel(InformerConfig(**sizes, attention_type="full"))).eval()
+    inputs = {"inputs_embeds": torch.randn(1, 8, whole.module.config.feature_size)}
+    assert torch.equal(whole.select(**inputs).last_hidden_state, whole.select(**inputs).last_hidden_state)
