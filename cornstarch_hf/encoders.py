@@ -194,9 +194,8 @@ class ModalEncoderModule(nn.Module):
     def _reads_padding(self, arguments: dict, padded: Padded) -> bool:
         """Whether what an item gives would depend on its padding."""
         config = unwrapped(self.module).config
-        reads = config.model_type in READ_PADDING or getattr(
-            config, "add_adapter", False
-        )  # convolutions without a mask
+        # Adapters are convolutions that see no mask.
+        reads = config.model_type in READ_PADDING or getattr(config, "add_adapter", False)
         return is_plain(arguments, padded) or (reads and min(padded.lengths) < padded.size)
 
     def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:

@@ -181,9 +181,8 @@ class FeatureCounter:
         entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
         model_type = encoder_config.model_type
         holds = not entry["output"] and (entry["layer"] == -1 or model_type in RULES_OF_EACH_LAYER)
-        holds = holds and not (
-            entry["drop_prefix"] and packed_sizes(inputs)
-        )  # a run says that packed ones have no prefix
+        # Packed features have no prefix to drop, as a run says.
+        holds = holds and not (entry["drop_prefix"] and packed_sizes(inputs))
         rule = RULES.get(model_type) if by_rule and holds else None
         items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
         count = rule(items, encoder_config) if rule is not None else None
@@ -273,10 +272,8 @@ class FeatureCounter:
                 pass
             self._deep.add(name)
         failed: Exception | None = None
-        for given in (
-            inputs,
-            _without_full_masks(inputs),
-        ):  # masks that an encoder makes of its features have no values
+        # Masks that an encoder makes of its features have no values.
+        for given in (inputs, _without_full_masks(inputs)):
             try:
                 return self._run_probe(self._probe(name), given, without, method)
             except Exception as error:
