@@ -86,7 +86,9 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
             the language model's input embeddings.
         """
         unwrapped(self.language_model).resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.tie_weights()
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            self.vocab_size = self.config.get_text_config().vocab_size
+            self.tie_weights()
         return self.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:

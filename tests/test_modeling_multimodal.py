@@ -466,7 +466,12 @@ def test_resized_embeddings_train_generate_and_reload(model_type, tmp_path):
     inputs, size = uneven_inputs(processor), model.get_input_embeddings().weight.shape[0]
     before = model(**inputs).logits
     model.resize_token_embeddings(size + 7)
-    assert model.config.text_config.vocab_size == model.get_output_embeddings().weight.shape[0] == size + 7
+    assert (
+        model.vocab_size
+        == model.config.text_config.vocab_size
+        == model.get_output_embeddings().weight.shape[0]
+        == size + 7
+    )
     output = model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100))
     assert torch.equal(output.logits[..., :size], before) and output.loss.isfinite()
     last = {"input_ids": torch.tensor([[5, size + 6]])}  # a new token, in every table
