@@ -50,8 +50,30 @@ def fixed_inputs(inputs: Mapping[str, Any], config: PreTrainedConfig) -> dict[st
     return {drawn.name: drawn.fixed(inputs, config)}
 
 
-# Classes that drop values of each item at random, in evaluation too, and the setting that says how many.
-DROPS = {"SpeechT5DecoderWithSpeechPrenet": "speech_decoder_prenet_dropout"}
+def _dropped_values(config: PreTrainedConfig) -> str | None:
+    share = config.speech_decoder_prenet_dropout
+    if not share:
+        return None
+    return (
+        f"drops {share:.0%} of the values in its prenet, drawn at random, in evaluation as well: set its "
+        "config.speech_decoder_prenet_dropout = 0"
+    )
+
+
+def _drawn_keys(config: PreTrainedConfig) -> str | None:
+    if config.attention_type != "prob":
+        return None
+    return (
+        "attends to keys that are drawn at random, in evaluation as well: set attention_type='full' in its "
+        "configuration before it is built"
+    )
+
+
+# What no input makes up for, by class or model type; functions as `Drawn.loss`.
+LOSSES: dict[str, Callable[[PreTrainedConfig], str | None]] = {
+    "SpeechT5DecoderWithSpeechPrenet": _dropped_values,
+    "informer": _drawn_keys,
+}
 
 
 def check_whole_items(config: PreTrainedConfig, additional_args: Sequence[str], who: str) -> None:
@@ -61,16 +83,8 @@ def check_whole_items(config: PreTrainedConfig, additional_args: Sequence[str], 
         ValueError: it does.
     """
     drawn = DRAWN.get(config.model_type)
-    if drawn is not None and drawn.name not in additional_args and (loss := drawn.loss(config)):
-        raise ValueError(f"{who} {loss}.")
-    setting = DROPS.get(who)
-    if setting is not None and (share := getattr(config, setting, 0)):
-        raise ValueError(
-            f"{who} drops {share:.0%} of the values in its prenet, drawn at random, in evaluation as well: set its "
-            f"config.{setting} = 0."
-        )
-    if config.model_type == "informer" and config.attention_type == "prob":
-        raise ValueError(
-            f"{who} attends to keys that are drawn at random, in evaluation as well: set attention_type='full' in its "
-            "configuration before it is built."
-        )
+    losses = [drawn.loss] if drawn is not None and drawn.name not in additional_args else []
+    losses += [LOSSES[key] for key in (who, config.model_type) if key in LOSSES]
+    for loss in losses:
+        if reason := loss(config):
+            raise ValueError(f"{who} {reason}.")
