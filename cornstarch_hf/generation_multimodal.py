@@ -1,10 +1,11 @@
 """Generation on a composed model: every encoder runs once, before the prefill, and beams repeat whole samples."""
 
+import functools
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
@@ -13,12 +14,18 @@ from .adapters import unwrapped
 from .language_model import cache_keyword, cached_length
 from .merging import cached_columns, group_by_sample, items_behind_cache
 from .positions import first_position, outgrows_its_cache
+from .versions import check_caches_known
 
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
 
 
 class MultimodalGenerationMixin:
     """Overrides of `transformers.GenerationMixin` for encoders of any kind (its own know images and videos)."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        check_caches_known()
+        return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

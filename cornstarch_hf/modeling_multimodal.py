@@ -32,6 +32,7 @@ from .module_specs import mark_initialized
 from .shape_probe import WithoutInitializers
 from .size_guard import bounded_tensors, check_built
 from .towers import main_input
+from .versions import check_caches_known
 
 EncoderOutputs = dict[str, Any]
 
@@ -142,6 +143,8 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         """
         return_dict = kwargs.pop("return_dict", None)
         media, text = self._route(kwargs)
+        if past_key_values is not None or text.get("cache") is not None:
+            check_caches_known()
         outputs = self._encode(media, mm_encoder_outputs)
         masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)
         self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(past_key_values) == 0)
@@ -286,6 +289,8 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         media, text = self._route(kwargs)
         outputs = self._encode(media, own.pop("mm_encoder_outputs"))
         embeds, cache = own.pop("inputs_embeds"), own["past_key_values"]
+        if cache is not None or text.get("cache") is not None:
+            check_caches_known()
         masks = self._placeholder_masks(input_ids, embeds, text_only=not outputs)
         self._check_merge(masks, outputs, set(media), prefill=cached_length(cache) == 0)
         ids, embeds, text = self._merge(input_ids, embeds, outputs, masks, text)
