@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .adapters import is_wrapped, unwrapped
 from .typical_inputs import RECIPES
+from .versions import CACHE_NAMES
 
 MEDIA_KINDS = ("image", "video", "audio")
 KIND_BY_INPUT = {
@@ -36,7 +37,7 @@ FRAMES_AS_IMAGES = frozenset(["instructblipvideo_vision_model"])
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
 NOT_INPUTS = frozenset(
     [
-        *("labels", "output_attentions", "output_hidden_states", "return_dict", "past_key_values", "use_cache"),
+        *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
         *("cache_position", "encoder_hidden_states", "encoder_attention_mask", "bool_masked_pos", "mask_time_indices"),
         *("head_mask", "noise", "sampled_negative_indices", "decoder_input_ids", "decoder_attention_mask"),
     ]
