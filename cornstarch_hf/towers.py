@@ -28,6 +28,9 @@ NO_ENCODERS = {
     ),
     "MimiModel": "codes and sounds made of them: take MimiEncoderModel",
     "NeuCodecModel": "sounds: take an encoder of audio features",
+    "WavTokenizerEncoderModel": "codes of sounds: take an encoder of audio features",
+    "WavTokenizerModel": "codes of sounds and sounds made of them: take an encoder of audio features",
+    "Apertus1p5VisionTokenizerModel": "codes of images: take an encoder of image features",
     "UnivNetModel": "sounds made of spectra: take an encoder of audio features",
 }
 # Towers of images that state a number of frames: they take the frames of videos as images that follow each other.
