@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-catalog test-oldest supported bench lint types check clean
+.PHONY: demo test test-slow test-catalog test-oldest test-lowest test-torchvision supported bench lint types check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,29 @@ $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' librosa -c $(VENV)-oldest/constraints.txt
 	touch $@
 
+# The same tests with the lowest version of everything that pyproject.toml allows.
+test-lowest: $(VENV)-lowest/.installed
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+
+$(VENV)-lowest/.installed: pyproject.toml tests/lowest_pins.py
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python tests/lowest_pins.py > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check setuptools torch -c $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]' librosa \
+		-c $(VENV)-lowest/constraints.txt
+	touch $@
+
+# The same tests beside torchvision, whose image and video processors are tested only here; its torch is of 5 GB.
+test-torchvision: $(VENV)-torchvision/.installed
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+
+$(VENV)-torchvision/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)-torchvision/bin/python || $(PYTHON) -m venv $(VENV)-torchvision
+	sed 's/^torch==.*/torch==2.14.1\ntorchvision==0.29.1/' constraints.txt > $(VENV)-torchvision/constraints.txt
+	$(VENV)-torchvision/bin/python -m pip install --quiet --disable-pip-version-check torch torchvision -c $(VENV)-torchvision/constraints.txt
+	$(VENV)-torchvision/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c $(VENV)-torchvision/constraints.txt
+	touch $@
+
 supported: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m catalog --supported=docs/supported.md $(ARGS)
 
@@ -52,4 +75,4 @@ types: $(VENV)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-lowest $(VENV)-torchvision outputs build *.egg-info
