@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-catalog test-oldest test-lowest test-torchvision supported bench lint types check clean
+.PHONY: demo test test-slow test-catalog test-5.23 test-oldest test-versions test-lowest test-torchvision supported bench lint types check clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,15 +25,28 @@ test-slow: $(VENV)/.installed
 test-catalog: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m catalog $(ARGS)
 
-# The same tests with the oldest transformers that works: servers pin versions below 5.21.  It reads sound files by librosa.
+# The same tests with older versions of transformers.  The oldest reads sound files by librosa, and servers pin versions below 5.21.
+test-5.23: $(VENV)-5.23/.installed
+	OMP_NUM_THREADS=1 $(VENV)-5.23/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+
 test-oldest: $(VENV)-oldest/.installed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
 
-$(VENV)-oldest/.installed: pyproject.toml constraints.txt
-	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
-	sed 's/^transformers==.*/transformers==5.20.2/' constraints.txt > $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' librosa -c $(VENV)-oldest/constraints.txt
+# Of these, what depends on transformers most: models, generation, processors, names and hooks of transformers.
+VERSION_TESTS := $(wildcard tests/test_*modeling*.py tests/test_*generation*.py tests/test_*process*.py) \
+	$(addprefix tests/test_,versions.py transformers_hooks.py language_model.py merging.py positions.py encoders.py chat.py)
+
+test-versions:
+	$(MAKE) test-5.23 ARGS="$(VERSION_TESTS)"
+	$(MAKE) test-oldest ARGS="$(VERSION_TESTS)"
+
+$(VENV)-5.23/.installed: TRANSFORMERS := 5.23.0
+$(VENV)-oldest/.installed: TRANSFORMERS := 5.20.2
+$(VENV)-5.23/.installed $(VENV)-oldest/.installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	sed 's/^transformers==.*/transformers==$(TRANSFORMERS)/' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' librosa -c $(@D)/constraints.txt
 	touch $@
 
 # The same tests with the lowest version of everything that pyproject.toml allows.
@@ -75,4 +88,4 @@ types: $(VENV)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-lowest $(VENV)-torchvision outputs build *.egg-info
+	rm -rf $(VENV) $(VENV)-5.23 $(VENV)-oldest $(VENV)-lowest $(VENV)-torchvision outputs build *.egg-info

@@ -14,7 +14,7 @@ from .adapters import unwrapped
 from .language_model import cache_keyword, cached_length, is_running_state
 from .merging import cached_columns, group_by_sample, items_behind_cache
 from .positions import first_position, outgrows_its_cache
-from .versions import CACHE, check_caches_known, take_cache
+from .versions import CACHE, check_caches_known, peft_is_behind, take_cache
 
 # Names under which `generate` hands a cache to `prepare_inputs_for_generation`: this version's own, and ours.
 _HANDED_ON = tuple(dict.fromkeys(["cache", CACHE]))
@@ -64,6 +64,9 @@ class MultimodalGenerationMixin:
         states = inputs.get("cache_params") is not None or (cache is not None and is_running_state(cache))
         if states and not is_first_iteration:
             inputs.pop("attention_mask", None)  # a running state has passed the padding already
+        if "prepare_inputs_for_generation" in vars(self) and peft_is_behind() and CACHE in inputs:
+            # PEFT has put its own method on this model, calls this one from there, and looks for a cache by its former name.
+            inputs["past_key_values"] = inputs.pop(CACHE)
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from .freezing import (
 from .gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
 from .language_model import Headless
 from .modeling_storage import MultimodalStorageMixin
+from .versions import check_peft
 
 
 class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
@@ -279,13 +280,15 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         self.__dict__.pop("_whole_peft_config", None)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; ValueError where a part has adapters of its own."""
+        """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
         check_no_wrapped_part(self, self._parts())
+        check_peft("add_adapter")
         super().add_adapter(*args, **kwargs)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; ValueError where a part has adapters of its own."""
+        """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
         check_no_wrapped_part(self, self._parts())
+        check_peft("load_adapter")
         return super().load_adapter(*args, **kwargs)
 
     def enable_input_require_grads(self) -> None:

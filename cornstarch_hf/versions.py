@@ -4,6 +4,7 @@ Importing this module warns outside the tested range.  A checkpoint's own code c
 """
 
 import functools
+import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from transformers import GenerationMixin
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 OLDEST, BELOW = "5.20.2", "5.25"  # the oldest that is tested, and the first that is not
 _FOUND = Version(transformers.__version__)
@@ -98,6 +100,29 @@ def check_hooks(owner: type, names: tuple[str, ...]) -> None:
         raise ValueError(
             f"transformers {_FOUND} has no {owner.__name__}.{', '.join(missing)}, which composed models replace; they are "
             f"tested with {_RANGE}. Remedy: {_REMEDY}"
+        )
+
+
+@functools.cache
+def peft_is_behind() -> bool:
+    """Whether PEFT is installed and older than this version of transformers wants it: it knows caches by their former name."""
+    try:
+        return Version(importlib.metadata.version("peft")) < Version(MIN_PEFT_VERSION)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def check_peft(method: str) -> None:
+    """Refuse a method of transformers that needs a newer PEFT than there is.
+
+    Raises:
+        ValueError: names both versions and the way around.
+    """
+    if peft_is_behind():
+        raise ValueError(
+            f"{method}() of transformers {_FOUND} needs peft >= {MIN_PEFT_VERSION}, but peft "
+            f"{importlib.metadata.version('peft')} is installed. Remedy: a newer peft; or get_peft_model(model, config) and "
+            "PeftModel.from_pretrained(model, folder), which work with this one."
         )
 
 

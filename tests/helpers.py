@@ -12,11 +12,15 @@ import torch
 import transformers
 from packaging.version import Version
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, versions
 
 HERE = Path(__file__).parent
 # For tests of what older versions of transformers do not have.
 needs_5_23 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23")
+# PEFT and transformers need each other in certain versions for `add_adapter` and `load_adapter`.
+needs_attaching = pytest.mark.skipif(
+    versions.peft_is_behind(), reason="transformers wants a newer PEFT to attach adapters"
+)
 needs_5_24 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="needs transformers 5.24")
 
 

@@ -14,13 +14,19 @@ def lowest_pins() -> list[str]:
     """
     described = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
     project = described["project"]
-    groups = [described["build-system"]["requires"], project["dependencies"], *project["optional-dependencies"].values()]
+    groups = [
+        described["build-system"]["requires"],
+        project["dependencies"],
+        *project["optional-dependencies"].values(),
+    ]
     pins = []
     for requirement in (one for group in groups for one in group if not one.startswith(f"{project['name']}[")):
         name, _, versions = requirement.partition(">=")
         version = versions.partition(",<")[0]
         if not name.replace("-", "").replace("_", "").isalnum() or not version.replace(".", "").isdigit():
-            raise ValueError(f"pyproject.toml: expected a requirement of the form name>=version or name>=version,<version, got {requirement!r}.")
+            raise ValueError(
+                f"pyproject.toml: expected a requirement of the form name>=version or name>=version,<version, got {requirement!r}."
+            )
         pins.append(f"{name}=={version}")
     return list(dict.fromkeys(pins))
 

@@ -8,7 +8,7 @@ import catalog
 import pytest
 import tiny
 import torch
-from helpers import compose_tiny
+from helpers import compose_tiny, needs_attaching
 from peft import LoraConfig
 from transformers import ResNetConfig, ResNetModel, Swinv2Config, Swinv2Model, ViTConfig, ViTModel
 
@@ -126,6 +126,7 @@ def test_a_split_over_cpu_and_disk_is_exact(tmp_path, model):
         assert torch.equal(split(**inputs).logits, model(**inputs).logits)
 
 
+@needs_attaching
 def test_adapters_are_not_saved_without_the_model_below_them(tmp_path, model):
     ids = torch.tensor([[5, 6, 7]])
     never_saved = copy.deepcopy(model)

@@ -20,6 +20,7 @@ from cornstarch_hf.language_model import (
     run_language_model,
     text_keywords,
 )
+from cornstarch_hf.versions import CACHE
 
 IDS = torch.tensor([[1, 5, 9, 4], [2, 8, 3, 7]])
 
@@ -113,12 +114,13 @@ def test_keywords_are_those_of_forward(bare):
 
 
 def test_a_cache_is_known_by_its_name_and_its_length():
-    assert cache_keyword(tiny.llama()) == "past_key_values" and cache_keyword(Bare()) is None
-    cache = tiny.llama()(IDS, use_cache=True).past_key_values
+    assert cache_keyword(tiny.llama()) == CACHE and cache_keyword(Bare()) is None
+    cache = tiny.llama()(IDS, use_cache=True)[CACHE]
     assert cached_length(None) == 0 and cached_length(cache) == 4
     mamba = catalog_llms.build("mamba")
-    state = mamba(IDS, use_cache=True).cache_params
-    assert cache_keyword(mamba) == "cache_params" and cached_length(state) == 1
+    name = "cache" if CACHE == "cache" else "cache_params"
+    state = mamba(IDS, use_cache=True)[name]
+    assert cache_keyword(mamba) == name and cached_length(state) == 1
     assert cached_length(type(state)(config=mamba.config)) == 0
 
 

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 import tiny
-from helpers import compose_tiny
+from helpers import compose_tiny, needs_attaching
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from trainers import trainer
@@ -199,6 +199,7 @@ def test_adapters_around_a_composed_model():
     assert 'model = PeftModel.from_pretrained(model, "me/adapters")' in card and not is_edited(card)
 
 
+@needs_attaching
 def test_adapters_added_to_a_composed_model_that_was_loaded(tmp_path):
     model, processor = compose_tiny(["clip"])
     model.save_pretrained(tmp_path)

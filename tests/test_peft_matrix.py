@@ -5,7 +5,7 @@ import os
 import pytest
 import tiny
 import torch
-from helpers import HERE, check_round_trips, run_python, uneven_inputs
+from helpers import HERE, check_round_trips, needs_attaching, run_python, uneven_inputs
 from peft import (
     AdaLoraConfig,
     BOFTConfig,
@@ -27,6 +27,7 @@ from peft import (
     VBLoRAConfig,
     VeraConfig,
     get_peft_model,
+    inject_adapter_in_model,
     prepare_model_for_kbit_training,
 )
 from trainers import losses, trainer
@@ -198,8 +199,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path):
         model.save_pretrained(tmp_path / "shira")
     with pytest.raises(ValueError, match=r"language_model: a checkpoint cannot hold layer_replication"):
         composed(text=lora(layer_replication=[(0, 2), (1, 2)]))
-    plain = tiny.llama()
-    plain.add_adapter(lora())
+    plain = inject_adapter_in_model(lora(), tiny.llama())
     with pytest.raises(ValueError, match="language_model has adapters injected without a wrapper"):
         MultimodalModel(encoders={}, language_model=plain).save_pretrained(tmp_path / "injected")
     assert not os.listdir(tmp_path)
@@ -308,6 +308,7 @@ def test_merged_whole_is_a_plain_model(tmp_path):
     check_round_trips(tmp_path, {"merged": (merged, processor)})
 
 
+@needs_attaching
 def test_adapters_attached_by_transformers(tmp_path):
     model, inputs, _ = saved_base(tmp_path / "base")
     plain = logits(model, inputs)

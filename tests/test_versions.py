@@ -146,3 +146,17 @@ def test_the_tables_hold_every_private_method_that_is_overridden():
         assert names <= {*getattr(versions, table), "_init_weights"}, table  # torch's own name for a public hook
     watched = {name for _, name, _ in METHODS}
     assert {*versions.GENERATION_HOOKS, *versions.MODEL_HOOKS, *versions.PROCESSOR_HOOKS} <= watched
+
+
+def test_attaching_adapters_with_a_peft_that_is_too_old_names_both_versions(composed, monkeypatch):
+    model, _ = composed
+    monkeypatch.setattr(versions, "MIN_PEFT_VERSION", "99.0")
+    versions.peft_is_behind.cache_clear()
+    try:
+        for call in (model.add_adapter, model.load_adapter):
+            with pytest.raises(
+                ValueError, match=r"needs peft >= 99\.0, but peft \d+\.\d+.* is installed.*get_peft_model"
+            ):
+                call(object())
+    finally:
+        versions.peft_is_behind.cache_clear()
