@@ -1,6 +1,7 @@
 """Times of saving a model and of loading it again, and the memory that both take: also the program of that process."""
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -72,7 +73,7 @@ def storage(pair: Pair, sizes: Sizes) -> list[Result]:
         results += _loading(pair, sizes, native, ours)
         again = LOADERS["native"].from_pretrained(native), LOADERS["ours"].from_pretrained(ours)
         check_weights(*again)
-        check_logits(*again, pair.inputs)
+        check_logits(*copy.deepcopy(again), pair.inputs)  # from memory of their own: the files hold weights elsewhere
         return results + _resident(native, ours)
 
 

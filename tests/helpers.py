@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from own_memory import own_memory, weights
 from packaging.version import Version
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, versions
@@ -80,22 +81,25 @@ def reload_in_fresh_process(folder, jobs, *modules):
 
 def check_round_trips(folder, made, *modules):
     """Save each ``name: (model, processor)`` and demand equal bits from a fresh process."""
-    jobs, expected = [], []
+    jobs, expected, kept = [], [], []
     for name, (model, processor) in made.items():
-        inputs = uneven_inputs(processor)
+        inputs = own_memory(uneven_inputs(processor))
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
+        own_memory(model)
         with torch.no_grad():
             logits = model(**inputs).logits
         trainable = [n for n, p in model.named_parameters() if p.requires_grad]
         expected.append(
             (logits, model.generate(**inputs, max_new_tokens=4, do_sample=False), trainable, processor.tokens)
         )
+        kept.append(weights(model))
         jobs.append((name, inputs))
-    for (name, _), found, (logits, tokens, trainable, words) in zip(
-        jobs, reload_in_fresh_process(folder, jobs, *modules), expected, strict=True
+    for (name, _), found, (logits, tokens, trainable, words), bits in zip(
+        jobs, reload_in_fresh_process(folder, jobs, *modules), expected, kept, strict=True
     ):
         assert found["problems"] == {}, name
+        assert len(found["weights"]) == 4 and all(x == bits for x in found["weights"]), name
         assert len(found["logits"]) == 4 and all(torch.equal(x, logits) for x in found["logits"]), name
         assert torch.equal(found["tokens"], tokens), name
         assert found["trainable"] == trainable, name

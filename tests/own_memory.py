@@ -6,10 +6,16 @@ transformers as with ours.  `weights` tells weights by their bits; `own_memory` 
 """
 
 import hashlib
+import os
 from itertools import chain
 
 import torch
 from torch import nn
+
+if os.environ.get("ANY_PROCESSOR"):  # here, since every process that compares outputs imports this
+    from any_processor import install
+
+    install()
 
 
 def own_memory(given):

@@ -7,6 +7,7 @@ import importlib
 import sys
 
 import torch
+from own_memory import own_memory, weights
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,11 +24,13 @@ jobs = torch.load(inputs_file, weights_only=False)
 results = []
 for name, inputs in jobs:
     classes = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-    found = {"logits": [], "trainable": None}
+    found, inputs = {"logits": [], "weights": [], "trainable": None}, own_memory(inputs)
     for auto_class in classes:
         model, info = auto_class.from_pretrained(f"{folder}/{name}", output_loading_info=True)
         assert isinstance(model, cornstarch_hf.MultimodalModel)
         found["problems"] = {k: sorted(map(str, v)) for k, v in info.items() if v}
+        found["weights"].append(weights(model))
+        own_memory(model)
         with torch.no_grad():
             found["logits"].append(model(**inputs).logits)
     found["trainable"] = [n for n, p in model.named_parameters() if p.requires_grad]

@@ -6,6 +6,7 @@ python reload_adapters.py JOBS.pt RESULT.pt
 import sys
 
 import torch
+from own_memory import own_memory
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModel
 
@@ -46,9 +47,9 @@ for job in torch.load(sys.argv[1], weights_only=False):
         return model
 
     assert cornstarch_hf.MultimodalModel
-    model = WAYS[job["way"]](base, job).eval()
+    model = own_memory(WAYS[job["way"]](base, job).eval())
     with torch.no_grad():
-        logits = model(**job["inputs"]).logits
+        logits = model(**own_memory(job["inputs"])).logits
     state = {key: value for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     expected = torch.load(job["state"], weights_only=False)
     results.append(

@@ -6,6 +6,7 @@ python reload_peft.py JOBS.pt RESULT.pt    with jobs of (kind, folder, adapters'
 import sys
 
 import torch
+from own_memory import own_memory, weights
 from peft import AutoPeftModelForCausalLM, PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -40,10 +41,11 @@ def from_adapter_folder(folder, adapters, options):
 def main():
     results = []
     for kind, folder, adapters, options, inputs in torch.load(sys.argv[1], weights_only=False):
-        model = globals()[kind](folder, adapters, options).eval()
+        model = own_memory(globals()[kind](folder, adapters, options).eval())
         with torch.no_grad():
-            logits = model(**inputs).logits
-        results.append((logits, [n for n, p in model.named_parameters() if p.requires_grad]))
+            logits = model(**own_memory(inputs)).logits
+        trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+        results.append((logits, trainable, weights(model)))
     torch.save(results, sys.argv[2])
 
 

@@ -22,7 +22,7 @@ transformers {version}. A class that is not here was not tried; it may work all 
 ENCODERS = """## Encoders
 
 Each composes with a tiny Llama; features of an item alone, in a batch of several sizes, and the number that the processor would
-expand are the same; it generates, is saved and comes back through `AutoModel` with equal logits to the bit, and trains.
+expand are the same; it generates, is saved and comes back through `AutoModel` [equal to the bit](sharing.md#equal-to-the-bit), and trains.
 Where no formula stands under "counted by", the encoder is run on shapes, without weights, once per shape of an item. The
 formulas count the features of one item before `drop_prefix` and the projector; names in them are the configuration's.
 
@@ -39,7 +39,7 @@ LANGUAGE_MODELS = """
 ## Language models
 
 Each composes with a vision and an audio encoder: decoding with a cache as without, left-padded rows as single ones, greedy tokens as by
-embedding and merging by hand, saved and loaded with equal logits to the bit.
+embedding and merging by hand, saved and loaded [equal to the bit](sharing.md#equal-to-the-bit).
 
 | model type | class |
 | --- | --- |

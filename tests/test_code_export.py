@@ -14,6 +14,7 @@ import tiny
 import torch
 import user_parts
 from helpers import HERE, run_python, site_without
+from own_memory import own_memory, weights
 from transformers import AutoModel
 
 from cornstarch_hf import (
@@ -82,6 +83,8 @@ def check(found, model, processor):
     inputs = dict(processor(**CALL, return_tensors="pt"))
     assert found["inputs"].keys() == inputs.keys()
     assert all(torch.equal(found["inputs"][key], inputs[key]) for key in inputs)
+    assert len(found["weights"]) == 4 and all(x == weights(model) for x in found["weights"])
+    model, inputs = own_memory(model), own_memory(inputs)
     with torch.no_grad():
         logits = model(**inputs).logits
     assert len(found["logits"]) == 4 and all(torch.equal(x, logits) for x in found["logits"])
@@ -214,7 +217,9 @@ def test_a_projector_alone(tmp_path):
         "from transformers import AutoModel\nimport torch\n"
         "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "assert ('cornstarch_hf' in sys.modules) == (sys.argv[2] == 'imported')\n"
-        "assert model.projection.gain == 0.5\ntorch.save(model(torch.ones(2, 6))[0], sys.argv[1] + '/out.pt')\n"
+        "from own_memory import own_memory\n"
+        "assert model.projection.gain == 0.5\n"
+        "torch.save(own_memory(model)(torch.ones(2, 6))[0], sys.argv[1] + '/out.pt')\n"
     )
     for state in ("imported", "installed"):
         run_python(code, str(tmp_path / "p"), state, cwd=tmp_path)

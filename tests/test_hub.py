@@ -15,6 +15,7 @@ from test_references import whisper_model
 TOKEN, OTHER = "hf_" + "w" * 34, "hf_" + "o" * 34
 COMPOSE = """
 import json, os, shutil, time, torch, tiny
+from own_memory import own_memory
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 from cornstarch_hf import compose, push_to_hub, MultimodalModel, MultimodalProjector
 
@@ -32,7 +33,7 @@ def inputs_of(processor):
     return processor(text=text, return_tensors="pt", **media)
 
 def answers(model, processor):
-    inputs = inputs_of(processor)
+    model, inputs = own_memory(model), own_memory(dict(inputs_of(processor)))
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
     tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -42,6 +43,7 @@ LOAD = """
 import sys, torch
 if package:
     import cornstarch_hf
+from own_memory import own_memory
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 import tiny
 
@@ -51,7 +53,7 @@ def same(name, expected, **options):
     processor = AutoProcessor.from_pretrained(name, **trust)
     media = {"images": tiny.image()} | ({"audio": tiny.sound(), "sampling_rate": 16_000} if "audio" in processor.tokens else {})
     text = "<image> the quick" + (" <audio> fox" if "audio" in processor.tokens else "")
-    inputs = processor(text=text, return_tensors="pt", **media)
+    model, inputs = own_memory(model), own_memory(dict(processor(text=text, return_tensors="pt", **media)))
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
     tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)

@@ -40,8 +40,11 @@ def gradients(model, batch, **options):
 def assert_equal_gradients(a, b):
     assert a.keys() == b.keys() and a
     for name in a:
+        # That of a bias of keys is zero: what there is of it is the rounding of its weight's.
+        scale = a[name.replace("k_proj.bias", "k_proj.weight")].norm()
         difference = (a[name] - b[name]).norm()
-        assert difference <= 1e-6 * a[name].norm() or difference == 0, name
+        # Products of other shapes; in float64 the gradients agree to 1e-9.
+        assert difference <= 1e-5 * scale or difference == 0, name
 
 
 @pytest.mark.parametrize("counted", [{}, {"num_items_in_batch": torch.tensor(100)}], ids=["mean", "counted"])

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from helpers import compose_tiny, run_python, uneven_inputs
+from own_memory import check_comes_back
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -254,8 +255,7 @@ def test_parts_keep_their_dtypes_through_a_reload(tmp_path):
     again = AutoModel.from_pretrained(tmp_path)
     assert {name: p.dtype for name, p in again.named_parameters()} == dtypes
     inputs = {"input_ids": torch.tensor([[1, *[4] * 5, 7]]), "pixel_values": torch.randn(1, 3, 8, 8)}
-    with torch.no_grad():
-        assert torch.equal(model.eval()(**inputs).logits, again(**inputs).logits)
+    check_comes_back(model.eval(), again, inputs)
     whole = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
     assert {p.dtype for p in whole.parameters()} == {torch.float32}
 
@@ -464,7 +464,8 @@ def test_arguments_of_another_length_than_the_tokens(pair, argument, message):
 def test_resized_embeddings_train_generate_and_reload(model_type, tmp_path):
     model, processor = compose_tiny(["clip"], catalog_llms.build(model_type))
     inputs, size = uneven_inputs(processor), model.get_input_embeddings().weight.shape[0]
-    before = model(**inputs).logits
+    before, hidden = model(**inputs).logits, model.base_model(**inputs).last_hidden_state
+    head = model.get_output_embeddings().weight.clone()
     model.resize_token_embeddings(size + 7)
     assert (
         model.vocab_size
@@ -473,10 +474,14 @@ def test_resized_embeddings_train_generate_and_reload(model_type, tmp_path):
         == size + 7
     )
     output = model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100))
-    assert torch.equal(output.logits[..., :size], before) and output.loss.isfinite()
+    # The head's product has another shape now: what goes into it is equal to the bit.
+    assert torch.equal(model.base_model(**inputs).last_hidden_state, hidden)
+    assert torch.equal(model.get_output_embeddings().weight[:size], head)
+    torch.testing.assert_close(output.logits[..., :size], before)
+    assert output.loss.isfinite()
     last = {"input_ids": torch.tensor([[5, size + 6]])}  # a new token, in every table
     model.save_pretrained(tmp_path)
-    assert torch.equal(AutoModel.from_pretrained(tmp_path)(**last).logits, model(**last).logits)
+    check_comes_back(model, AutoModel.from_pretrained(tmp_path), last)
 
 
 def test_an_encoder_whose_first_parameter_is_a_mask_runs_without_one():

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from helpers import HERE, check_round_trips, compose_tiny, needs_attaching, run_python, uneven_inputs
+from own_memory import check_comes_back, own_memory
 from peft import (
     AdaLoraConfig,
     HRAConfig,
@@ -132,10 +133,9 @@ def test_active_merged_and_disabled_adapters_are_those_of_before(tmp_path):
         assert a.active_adapters == b.active_adapters and list(a.peft_config) == list(b.peft_config), key
         assert a.get_model_status() == b.get_model_status(), key
         if key == "merged":
-            inputs = uneven_inputs(processor)
             for one in (model, again):
                 one.language_model.unmerge_adapter()
-            assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+            check_comes_back(model, again, uneven_inputs(processor))
 
 
 def test_rows_of_single_tokens_can_be_unmerged_after_a_reload(tmp_path):
@@ -178,8 +178,9 @@ def check_adapters(tmp_path, made):
     for i, (model, job) in enumerate(made):
         job["state"] = tmp_path / f"state{i}.pt"
         torch.save({k: v for k, v in model.eval().state_dict().items() if isinstance(v, torch.Tensor)}, job["state"])
+        own_memory(model)
         with torch.no_grad():
-            logits = model(**job["inputs"]).logits
+            logits = model(**own_memory(job["inputs"])).logits
         expected.append((logits, [name for name, p in model.named_parameters() if p.requires_grad]))
     results = fresh_process(tmp_path, [job for _, job in made])
     for (_, job), found, (logits, trainable) in zip(made, results, expected, strict=True):
@@ -251,13 +252,14 @@ def test_adapters_attached_by_transformers(tmp_path, base):
     jobs = [{"way": "load_adapter", "base": folder, "folder": tmp_path / "attached", "inputs": inputs}]
     check_adapters(tmp_path, [(model, job) for job in jobs])
     loaded = AutoModel.from_pretrained(tmp_path / "attached").eval()
-    assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    check_comes_back(model.eval(), loaded, inputs)
     own = [name for name, p in loaded.named_parameters() if p.requires_grad]
     assert all("modules_to_save" in name for name in own), "as in transformers: adapters are loaded for inference"
     with torch.no_grad():
         model.disable_adapters()
         projected = [name for name, _ in model.named_parameters() if "original_module" in name]
-        assert projected and torch.equal(model(**inputs).logits, fresh(folder).eval()(**inputs).logits)
+        plain = own_memory(fresh(folder)).eval()
+        assert projected and torch.equal(model(**inputs).logits, plain(**inputs).logits)
         model.enable_adapters()
     model.add_adapter(LoraConfig(r=3, target_modules=["down_proj"], modules_to_save=["projector"]), "second")
     model.set_adapter("second")
@@ -282,13 +284,14 @@ def test_prompts_in_front_of_text_and_media(tmp_path, base, kind):
     model.zero_grad()
     torch.save(dict(model.state_dict()), tmp_path / "state.pt")
     (found,) = fresh_process(tmp_path, [job | {"state": tmp_path / "state.pt"}])
+    inputs = own_memory(inputs)
     with torch.no_grad():
-        assert torch.equal(found["logits"], model(**inputs).logits)
+        assert torch.equal(found["logits"], own_memory(model)(**inputs).logits)
     # PEFT loads prompts for inference alone; to go on training, their weights go into a new wrapper.
     again = get_peft_model(fresh(folder), copy.deepcopy(config)).eval()
     if kind is not PromptEncoderConfig:  # of which PEFT keeps the prompts and not the network that made them
         set_peft_model_state_dict(again, load_file(tmp_path / "prompt" / "adapter_model.safetensors"))
-        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+        assert torch.equal(own_memory(again)(**inputs).logits, model(**inputs).logits)
     assert [n for n, p in again.named_parameters() if p.requires_grad] == [
         n for n, p in model.named_parameters() if p.requires_grad
     ]
@@ -383,7 +386,7 @@ def test_low_rank_adapters_on_a_quantized_model(tmp_path, wide, bits):
     model.save_pretrained(tmp_path / "adapters")
     job = {"way": "peft", "base": folder, "folder": tmp_path / "adapters", "inputs": inputs}
     with torch.no_grad():
-        logits = model.eval()(**inputs).logits
+        logits = own_memory(model.eval())(**own_memory(inputs)).logits
     torch.save({}, tmp_path / "state.pt")
     (found,) = fresh_process(tmp_path, [job | {"quantization": BITS[bits], "state": tmp_path / "state.pt"}])
     assert torch.equal(found["logits"], logits) and found["problems"] == {}
@@ -399,8 +402,7 @@ def test_a_quantized_model_is_saved_as_it_is(tmp_path, wide, bits):
     model.save_pretrained(tmp_path)
     again, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and linears(again) == linears(model)
-    with torch.no_grad():
-        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    check_comes_back(model, again, inputs)
 
 
 def test_weights_in_a_form_that_saving_would_change_are_refused(tmp_path, wide):

@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from helpers import run_python
+from own_memory import own_memory, weights
 from trainers import losses, trainer
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
@@ -21,6 +22,7 @@ from cornstarch_hf import (
 WIDTH = 6
 LOAD = """
 import sys, torch
+from own_memory import own_memory, weights
 from transformers import AutoModel, AutoProcessor
 folder, code = sys.argv[1], sys.argv[2] == "code"
 options = {"trust_remote_code": True} if code else {}
@@ -31,8 +33,9 @@ processor = AutoProcessor.from_pretrained(folder, **options)
 assert not any(info.values()) and code != ("cornstarch_hf" in sys.modules)
 text, items = torch.load(folder + "/items.pt", weights_only=False)
 inputs = processor(text=text, scene=items, padding=True, return_tensors="pt")
+bits, model, inputs = weights(model), own_memory(model), own_memory(dict(inputs))
 tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-torch.save((dict(inputs), model(**inputs).logits, tokens), folder + "/found.pt")
+torch.save((bits, inputs, model(**inputs).logits, tokens), folder + "/found.pt")
 """
 
 
@@ -79,8 +82,9 @@ def test_round_trip_in_a_fresh_process(tmp_path, code):
     text, items = ["<scene> a", "<scene>"], [[vectors(2)], [vectors(5, 1)]]
     torch.save((text, items), tmp_path / "items.pt")
     run_python(LOAD, str(tmp_path), "code" if code else "package", cwd=tmp_path)
-    inputs, logits, tokens = torch.load(tmp_path / "found.pt", weights_only=False)
-    expected = processor(text=text, scene=items, padding=True, return_tensors="pt")
+    bits, inputs, logits, tokens = torch.load(tmp_path / "found.pt", weights_only=False)
+    expected = own_memory(dict(processor(text=text, scene=items, padding=True, return_tensors="pt")))
+    assert bits == weights(own_memory(model))
     assert all(torch.equal(inputs[key], expected[key]) for key in expected)
     assert torch.equal(model(**expected).logits, logits)
     assert torch.equal(model.generate(**expected, max_new_tokens=4, do_sample=False), tokens)

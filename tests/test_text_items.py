@@ -66,7 +66,7 @@ def test_esm_with_its_own_tokenizer(tmp_path, esm_tokenizer):
     assert type(reader.processors["protein"]) is type(esm_tokenizer)
     found = reader(text=texts, protein=[PROTEINS[:2], PROTEINS[2:]], padding=True, return_tensors="pt")
     assert found.keys() == inputs.keys() and all(torch.equal(found[key], inputs[key]) for key in inputs)
-    check_comes_back(model, again, inputs, max_new_tokens=4, do_sample=False)
+    check_comes_back(model, again, dict(inputs), max_new_tokens=4, do_sample=False)
 
 
 def test_texts_are_cut_only_where_the_caller_asks_for_it():

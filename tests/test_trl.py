@@ -7,6 +7,7 @@ import tiny
 import torch
 from datasets import Dataset
 from helpers import compose_tiny
+from own_memory import own_memory
 from peft import LoraConfig, get_peft_model
 from trainers import losses, rows, trainer
 from transformers import AutoModelForCausalLM
@@ -240,7 +241,7 @@ def test_a_trained_model_generates_and_loads_back(tmp_path):
     inputs = processor.apply_chat_template([asked({"type": "image", "image": tiny.image()})], tokenize=True, return_dict=True,
                                            return_tensors="pt", add_generation_prompt=True)  # fmt: skip
     said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    again = AutoModelForCausalLM.from_pretrained(saved(model, processor, tmp_path / "model"))
+    again = own_memory(AutoModelForCausalLM.from_pretrained(saved(model, processor, tmp_path / "model")))
     assert torch.equal(said, again.generate(**inputs, max_new_tokens=4, do_sample=False))
     with pytest.raises(ValueError, match=r"not used by the model: \['pixels'\]"):
         model.generate(**inputs, pixels=1, max_new_tokens=1)

@@ -114,7 +114,8 @@ def test_convolutions_see_every_feature_or_say_so():
     made = ConvProjection(8, 8, dims=1, kernel_size=2, remainder="pad")
     assert torch.equal(made(x), made(torch.cat([x, torch.zeros(2, 1, 8)], 1)))
     dropped = ConvProjection(8, 8, dims=1, kernel_size=2, remainder="drop")
-    assert torch.equal(dropped(x), dropped(x[:, :4]))
+    other = torch.cat([x[:, :4], torch.randn(2, 1, 8)], 1)
+    assert torch.equal(dropped(x), dropped(other)) and dropped(x).shape == dropped(x[:, :4]).shape
     with pytest.raises(
         ValueError, match="kernel_size=2, stride=2, padding=0 leaves 1 of 5 features along an axis unseen"
     ):
