@@ -14,16 +14,8 @@ from .checkpointing import first_dtype
 from .configuration_multimodal import MultimodalConfig
 from .describing import describe_model
 from .encoders import ModalEncoderModule
-from .freezing import (
-    evaluate_frozen_layers_under_checkpointing,
-    frozen_patterns,
-    keep_frozen_in_eval,
-    keep_strided_layers,
-    require_grads,
-    select_parameters,
-    set_part_trainable,
-    set_trainable,
-)
+from .freezing import frozen_patterns, select_parameters, set_part_trainable, set_trainable
+from .frozen_modes import checkpoint_frozen_layers, keep_frozen_in_eval, keep_strided_layers, require_grads
 from .gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
 from .language_model import Headless
 from .modeling_storage import MultimodalStorageMixin
@@ -215,6 +207,15 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
             parts |= {f"{name}_encoder.module": encoder.module, f"{name}_encoder.projector": encoder.projector}
         return parts
 
+    def _callback_modules(self) -> dict[str, nn.Module]:
+        """Callbacks that are modules, by the names that they have in this model."""
+        return {
+            f"{name}_encoder.{slot}": callback
+            for name, encoder in self.encoders.items()
+            for slot, callback in encoder.callbacks.items()
+            if isinstance(callback, nn.Module)
+        }
+
     def train(
         self,
         mode: bool = True,
@@ -242,8 +243,9 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         super().train(mode)
         if mode:
             check_all_kept(self)
-            keep_frozen_in_eval(self._parts())
+            keep_frozen_in_eval(self._parts() | self._callback_modules())
             keep_strided_layers(self._parts())
+        checkpoint_frozen_layers(self)
         return self
 
     def _set_modes(self, encoders_mode: Mapping[str, tuple[bool, bool]] | None, llm_mode: bool | None) -> None:
@@ -297,8 +299,7 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
-        if enable:
-            evaluate_frozen_layers_under_checkpointing(self)
+        checkpoint_frozen_layers(self)
 
 
 def _embeddings(model: PreTrainedModel) -> nn.Module | None:

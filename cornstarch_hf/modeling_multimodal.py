@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.utils import logging
 
 from .composition import build_parts, compose_config
 from .configuration_multimodal import MultimodalConfig
 from .encoders import ModalEncoderModule
 from .forward_signature import PerInstanceSignature
 from .freezing import restore_frozen
+from .frozen_modes import is_checkpointing
 from .generation_multimodal import MultimodalGenerationMixin
 from .id_inputs import embed_ids, id_inputs
 from .input_names import OWN_INPUTS, transformers_keywords
@@ -33,6 +35,7 @@ from .shape_probe import WithoutInitializers
 from .size_guard import bounded_tensors, check_built
 from .towers import main_input
 
+logger = logging.get_logger(__name__)
 EncoderOutputs = dict[str, Any]
 
 
@@ -155,12 +158,23 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             position_ids=position_ids,
             past_key_values=past_key_values,
             labels=self._without_placeholder_labels(labels, masks, text),
-            use_cache=use_cache,
+            use_cache=self._caching(use_cache, past_key_values),
             logits_to_keep=logits_to_keep,
             **text,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _caching(self, use_cache: bool | None, cache: Any) -> bool | None:
+        """Whether the language model is to return a cache; never while it checkpoints, as in transformers.
+
+        Its own modules find that out by their training mode, which frozen ones are not in.
+        """
+        if use_cache is False or cache is not None or not self.training or not is_checkpointing(self.language_model):
+            return use_cache
+        if use_cache:
+            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`.")
+        return False
 
     def _route(self, kwargs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Split keyword arguments into each encoder's inputs (by its own names) and the language model's."""
@@ -289,6 +303,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         masks = self._placeholder_masks(input_ids, embeds, text_only=not outputs)
         self._check_merge(masks, outputs, set(media), prefill=cached_length(cache) == 0)
         ids, embeds, text = self._merge(input_ids, embeds, outputs, masks, text)
+        own["use_cache"] = self._caching(own["use_cache"], cache)
         return run_backbone(self, {"input_ids": ids, "inputs_embeds": embeds, **own, **text})
 
     @PerInstanceSignature

@@ -29,7 +29,7 @@ ORDER = [
     {"encoders", "tokens", "gathering", "bases", "positions", "id_inputs", "refusals"},
     {"references"},
     {"composition"},
-    {"feature_counts", "freezing", "language_model"},
+    {"feature_counts", "freezing", "frozen_modes", "language_model"},
     {"checkpointing", "describing", "loading", "card_usage"},
     {"card_sections"},
     {"model_card"},
