@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,8 +25,7 @@ def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
     they hold.  What has no parameters (dropout) is as the module around it.  A module that holds a list of layers, some
     of them frozen, does not train: it could not skip the others alone.
 
-    Linear layers stay in training mode, which means nothing to them: quantized ones take evaluation for inference and
-    change to a form without gradients.
+    Quantized linear layers stay in training mode: they take evaluation for inference and change to a form without gradients.
 
     Args:
         parts: modules in training mode, by name.
@@ -62,9 +61,7 @@ class _Trains:
 
     def mode(self, module: nn.Module, around: bool) -> bool:
         """Whether a module is to be in training mode, given the mode of the one around it."""
-        if isinstance(module, self.adapters):
-            return module in self.any
-        if isinstance(module, self.containers):
+        if isinstance(module, (*self.adapters, *self.containers)):
             return module in self.any
         if module not in self.holding:
             return around
@@ -76,9 +73,15 @@ class _Trains:
 
 def _set_modes(module: nn.Module, around: bool, trains: _Trains) -> None:
     mode = trains.mode(module, around)
-    module.training = mode or isinstance(module, nn.Linear)
+    module.training = mode or _is_quantized(module)
     for child in module.children():
         _set_modes(child, mode, trains)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer holds something else than plain numbers; routers of experts are linear layers too, and draw."""
+    weight = module.weight if isinstance(module, nn.Linear) else None
+    return weight is not None and not (type(weight) is nn.Parameter and weight.is_floating_point())
 
 
 def layer_lists(module: nn.Module) -> list[list[nn.Module]]:
@@ -164,13 +167,34 @@ def _run(layer: Any, owner: Any, before: Callable | None, *args: Any, **kwargs: 
     cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
     if cached or owner.training or not owner.gradient_checkpointing or not torch.is_grad_enabled():
         return run(*args, **kwargs)
-    # By position, since reentrant checkpointing finds no gradients in keywords.
-    moved = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and value.requires_grad}
-    rest = {key: value for key, value in kwargs.items() if key not in moved}
-    function = functools.partial(_with_keywords, run, list(moved), rest)
-    return owner._gradient_checkpointing_func(function, *args, *moved.values())
+    return owner._gradient_checkpointing_func(functools.partial(run, **kwargs), *args)
 
 
-def _with_keywords(run: Callable, names: list[str], rest: dict[str, Any], *values: Any) -> Any:
-    count = len(values) - len(names)
-    return run(*values[:count], **dict(zip(names, values[count:], strict=True)), **rest)
+def checkpoint_nested(checkpoint: Callable, function: Callable, *args: Any, **options: Any) -> Any:
+    """Checkpoint a function wherever its arguments and what it gives hold their tensors.
+
+    Reentrant checkpointing passes gradients on through positional arguments and through members of one tuple; in keywords and
+    in tuples of tuples (PVT v2) they end without a word.
+
+    Args:
+        checkpoint: `torch.utils.checkpoint.checkpoint` or one with its signature.
+        function: perhaps a `functools.partial`, as transformers' layers give it, with keywords.
+        *args: of the function.
+        **options: of `checkpoint`.
+    """
+    keywords: dict[str, Any] = {}
+    if isinstance(function, functools.partial):
+        function, keywords = functools.partial(function.func, *function.args), function.keywords
+    leaves, structure = tree_flatten((args, keywords))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    returned: list[Any] = []
+
+    def flat(*tensors: Tensor) -> tuple[Any, ...]:
+        given = dict(zip(places, tensors, strict=True))
+        inner, named = tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
+        values, form = tree_flatten(function(*inner, **named))
+        returned[:] = [form]
+        return tuple(values)
+
+    values = checkpoint(flat, *(leaves[i] for i in places), **options)
+    return tree_unflatten(list(values), returned[0])

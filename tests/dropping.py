@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 RATES = re.compile(r"drop|mask_(time|feature)_prob|jitter")
-# The one dropout that is on in evaluation mode too, as its paper wants it; the package refuses it.
-ALWAYS_ON = "speech_decoder_prenet_dropout"
+# By model type, rates that stay: one that is on in evaluation too, which the package refuses; one that transformers refuses.
+LEFT = {"speecht5": "speech_decoder_prenet_dropout", "diffllama": "attention_dropout"}
 
 
 def drop_everywhere(config: PreTrainedConfig, rate: float = 0.3) -> PreTrainedConfig:
@@ -16,8 +16,8 @@ def drop_everywhere(config: PreTrainedConfig, rate: float = 0.3) -> PreTrainedCo
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             drop_everywhere(value, rate)
-        elif RATES.search(name) and name != ALWAYS_ON and not isinstance(value, (bool, str, dict, list)):
-            setattr(config, name, rate)
+        elif RATES.search(name) and name != LEFT.get(config.model_type) and not isinstance(value, (bool, str, dict, list)):
+            setattr(config, name, 1 if type(value) is int else rate)  # some classes declare a whole number
     if hasattr(config, "apply_spec_augment"):
         config.apply_spec_augment = True
     return config

@@ -48,12 +48,14 @@ def settings(model):
         yield name, model.train()
 
 
+def given(name, tracked=False):
+    """Inputs of items together; `tracked` as if what comes before the encoder trained."""
+    found = catalog.joined(name, catalog.together(name))
+    return {k: v.clone().requires_grad_(v.is_floating_point()) if tracked else v for k, v in found.items()}
+
+
 def features(model, name, tracked=False):
-    """Features of items together; `tracked` as if what comes before the encoder trained."""
-    given = catalog.joined(name, catalog.together(name))
-    if tracked:
-        given = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in given.items()}
-    return torch.cat(list(model.media_encoder(**given).pooler_output))
+    return torch.cat(list(model.media_encoder(**given(name, tracked)).pooler_output))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -62,13 +64,15 @@ def test_a_frozen_encoder_drops_nothing(name):
     with torch.no_grad():
         expected = features(model.eval(), name)
     tracked = features(model, name, tracked=True)
+    flows = model.media_encoder.select(**given(name, tracked=True)).last_hidden_state.requires_grad
     for setting, training in settings(model):
         assert torch.equal(features(training, name), expected), setting
         with LayerRuns(model.media_encoder.module) as runs:
             found = features(training, name, tracked=True)
             again = runs.again(found.sum().backward)
-        assert torch.equal(found, tracked), setting
-        assert bool(again) == (setting != "off" and bool(runs.calls)), setting
+        # Reentrant checkpointing runs the layers without gradients at first, for which some have another kernel.
+        assert torch.equal(found, tracked) or torch.equal(found, expected) and setting == "reentrant", setting
+        assert bool(again) == (setting != "off" and flows and bool(runs.calls)), setting
 
 
 @pytest.mark.parametrize("model_type", catalog_llms.SUPPORTED)
@@ -81,10 +85,16 @@ def test_a_frozen_language_model_drops_nothing_and_checkpoints(model_type):
             model.gradient_checkpointing_disable()
             model.freeze("language_model")
             expected = model.eval()(**batch, use_cache=False).logits
+            with torch.no_grad():
+                without = model(**batch, use_cache=False).logits
         for setting, training in settings(model):
             with LayerRuns(model.language_model) as runs:
                 logits = training(**batch).logits
                 again = runs.again(logits.sum().backward)
-            assert not frozen or torch.equal(logits, expected), setting
-            assert recomputed.setdefault(setting, again) == again, setting
-    assert not recomputed["off"] and recomputed["not reentrant"] == {name for name, _ in runs.calls}
+            if frozen:
+                equal = torch.equal(logits, expected) or torch.equal(logits, without) and setting == "reentrant"
+                assert equal, setting
+            recomputed[frozen, setting] = again
+    assert not recomputed[True, "off"]
+    for setting in ("reentrant", "not reentrant"):
+        assert recomputed[True, setting] == {name for name, _ in runs.calls} >= recomputed[False, setting], setting
