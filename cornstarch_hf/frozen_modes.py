@@ -7,15 +7,16 @@ and checkpoint by a `forward` of their own instance.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import adapter_containers, adapter_layers, base_children
+from .reentrant import whole_gradients
 
 
 def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
@@ -147,7 +148,7 @@ def _checkpointing_layers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield from ((layer, module) for layers in layer_lists(module) for layer in layers)
 
 
-def _is_ours(forward: Any) -> bool:
+def _is_ours(forward: Any) -> TypeGuard[functools.partial]:
     return isinstance(forward, functools.partial) and forward.func is _run
 
 
@@ -167,34 +168,5 @@ def _run(layer: Any, owner: Any, before: Callable | None, *args: Any, **kwargs: 
     cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
     if cached or owner.training or not owner.gradient_checkpointing or not torch.is_grad_enabled():
         return run(*args, **kwargs)
-    return owner._gradient_checkpointing_func(functools.partial(run, **kwargs), *args)
-
-
-def checkpoint_nested(checkpoint: Callable, function: Callable, *args: Any, **options: Any) -> Any:
-    """Checkpoint a function wherever its arguments and what it gives hold their tensors.
-
-    Reentrant checkpointing passes gradients on through positional arguments and through members of one tuple; in keywords and
-    in tuples of tuples (PVT v2) they end without a word.
-
-    Args:
-        checkpoint: `torch.utils.checkpoint.checkpoint` or one with its signature.
-        function: perhaps a `functools.partial`, as transformers' layers give it, with keywords.
-        *args: of the function.
-        **options: of `checkpoint`.
-    """
-    keywords: dict[str, Any] = {}
-    if isinstance(function, functools.partial):
-        function, keywords = functools.partial(function.func, *function.args), function.keywords
-    leaves, structure = tree_flatten((args, keywords))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    returned: list[Any] = []
-
-    def flat(*tensors: Tensor) -> tuple[Any, ...]:
-        given = dict(zip(places, tensors, strict=True))
-        inner, named = tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
-        values, form = tree_flatten(function(*inner, **named))
-        returned[:] = [form]
-        return tuple(values)
-
-    values = checkpoint(flat, *(leaves[i] for i in places), **options)
-    return tree_unflatten(list(values), returned[0])
+    checkpoint = whole_gradients(owner._gradient_checkpointing_func)
+    return checkpoint(functools.partial(run, **kwargs), *args)

@@ -1,6 +1,5 @@
 """The base of the composed model: its parts, what transformers reads of it, freezing.  Saving and loading are beside it."""
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ from .encoders import ModalEncoderModule
 from .freezing import frozen_patterns, select_parameters, set_part_trainable, set_trainable
 from .frozen_modes import (
     checkpoint_frozen_layers,
-    checkpoint_nested,
     keep_frozen_in_eval,
     keep_strided_layers,
     require_grads,
@@ -26,6 +24,7 @@ from .frozen_modes import (
 from .gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
 from .language_model import Headless
 from .modeling_storage import MultimodalStorageMixin
+from .reentrant import whole_gradients
 
 
 class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
@@ -305,8 +304,7 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         self._require_grads_hook = self._require_grads_hooks[0]
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
-        nested = functools.partial(checkpoint_nested, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, nested, **options)
+        super()._set_gradient_checkpointing(enable, whole_gradients(gradient_checkpointing_func), **options)
         checkpoint_frozen_layers(self)
 
 

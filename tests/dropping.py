@@ -16,7 +16,11 @@ def drop_everywhere(config: PreTrainedConfig, rate: float = 0.3) -> PreTrainedCo
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             drop_everywhere(value, rate)
-        elif RATES.search(name) and name != LEFT.get(config.model_type) and not isinstance(value, (bool, str, dict, list)):
+        elif (
+            RATES.search(name)
+            and name != LEFT.get(config.model_type)
+            and not isinstance(value, (bool, str, dict, list))
+        ):
             setattr(config, name, 1 if type(value) is int else rate)  # some classes declare a whole number
     if hasattr(config, "apply_spec_augment"):
         config.apply_spec_augment = True

@@ -16,6 +16,8 @@ from cornstarch_hf import ModalEncoderModule, MultimodalModel
 
 ENCODERS = sorted({*catalog_vision.CASES, *catalog_others.CASES} - set(catalog_others.NO_FEATURES))
 CHECKPOINTING = {"off": None, "reentrant": {"use_reentrant": True}, "not reentrant": {"use_reentrant": False}}
+# Language models whose layers share keys and values beside their outputs: reentrant checkpointing would lose gradients.
+SHARING = ("gemma3n_text", "gemma4_text", "gemma4_unified_text")
 pytestmark = pytest.mark.catalog
 
 
@@ -71,7 +73,7 @@ def test_a_frozen_encoder_drops_nothing(name):
             found = features(training, name, tracked=True)
             again = runs.again(found.sum().backward)
         # Reentrant checkpointing runs the layers without gradients at first, for which some have another kernel.
-        assert torch.equal(found, tracked) or torch.equal(found, expected) and setting == "reentrant", setting
+        assert torch.equal(found, tracked) or (torch.equal(found, expected) and setting == "reentrant"), setting
         assert bool(again) == (setting != "off" and flows and bool(runs.calls)), setting
 
 
@@ -88,13 +90,17 @@ def test_a_frozen_language_model_drops_nothing_and_checkpoints(model_type):
             with torch.no_grad():
                 without = model(**batch, use_cache=False).logits
         for setting, training in settings(model):
+            if setting == "reentrant" and model_type in SHARING:
+                with pytest.raises(ValueError, match="hands tensors to later layers beside its output"):
+                    training(**batch)
+                continue
             with LayerRuns(model.language_model) as runs:
                 logits = training(**batch).logits
                 again = runs.again(logits.sum().backward)
             if frozen:
-                equal = torch.equal(logits, expected) or torch.equal(logits, without) and setting == "reentrant"
+                equal = torch.equal(logits, expected) or (torch.equal(logits, without) and setting == "reentrant")
                 assert equal, setting
             recomputed[frozen, setting] = again
     assert not recomputed[True, "off"]
-    for setting in ("reentrant", "not reentrant"):
+    for setting in ("reentrant", "not reentrant")[model_type in SHARING :]:
         assert recomputed[True, setting] == {name for name, _ in runs.calls} >= recomputed[False, setting], setting
