@@ -94,6 +94,27 @@ def tuner_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
+def adapter_layers() -> tuple[type, ...]:
+    """Classes of layers that hold adapters beside what they wrap; none while peft is not imported."""
+    return _classes("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+
+
+def adapter_containers() -> tuple[type, ...]:
+    """Classes of what PEFT wraps whole models in."""
+    wrapper = getattr(sys.modules.get("peft"), "PeftModel", None)
+    return (*_classes("BaseTuner"), *([wrapper] if wrapper else []))
+
+
+def _classes(*names: str) -> tuple[type, ...]:
+    return tuple(found for found in map(_peft_class, names) if found)
+
+
+def base_children(layer: nn.Module) -> list[nn.Module]:
+    """Those children of an adapter layer in which the module that it wraps lies."""
+    wrapped = _wrapped_module(layer)
+    return [child for child in layer.children() if any(module is wrapped for module in child.modules())]
+
+
 def _held(layer: Any, names: list[str]) -> list[str]:
     """Those of the adapters that a layer has."""
     return [name for name in names if name in layer._get_available_adapters()]
@@ -176,8 +197,7 @@ def check_all_kept(model: nn.Module) -> None:
 
 def _outside_adapters(model: nn.Module) -> list[str]:
     """Trainable parameters that belong to no adapter, and to no copy that `modules_to_save` made."""
-    kinds = (_peft_class("BaseTunerLayer"), _peft_class("AuxiliaryTrainingWrapper"))
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, adapter_layers())]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]

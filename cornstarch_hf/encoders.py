@@ -13,6 +13,7 @@ from .callbacks import SLOTS
 from .configuration_projector import feature_width
 from .fixed_inputs import check_whole_items, fixed_inputs
 from .frames import FRAME_MASK, frame_grids, frames_as_items, joined_frames
+from .frozen_modes import is_checkpointing
 from .grids import Features, grids_of_tensor, item_grids
 from .item_lengths import LengthsNotTold, feature_lengths, is_packed_row
 from .items import Padded, cut, groups_by_length, is_plain, item_count, padding_of, split_items
@@ -238,6 +239,8 @@ class ModalEncoderModule(nn.Module):
         if self.selection.needs_hidden_states:
             wanted["output_hidden_states"] = True
         wanted["return_dict"] = True
+        if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
+            wanted["use_cache"] = False  # a frozen encoder does not know that this is training
         wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())

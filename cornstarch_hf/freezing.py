@@ -1,13 +1,9 @@
-"""What of a model trains: names, `requires_grad`, and the mode in which frozen parts run."""
+"""What of a model trains: names and `requires_grad`.  How frozen parts run is beside it, in `frozen_modes`."""
 
 import fnmatch
-import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import nn
 
 from .adapters import adapter_parameter_names, is_wrapped
 from .name_patterns import compress, matches
@@ -78,71 +74,3 @@ def set_part_trainable(part: nn.Module, trainable: bool) -> None:
     names = {name for name, _ in part.named_parameters()}
     chosen = adapter_parameter_names(part) if trainable and is_wrapped(part) else names
     set_trainable(part, chosen, trainable)
-
-
-def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
-    """Put the frozen regions of parts into evaluation mode: no dropout, no updates of norm statistics.
-
-    A region is frozen when none of its parameters trains.  Layers that checkpoint activations stay in training mode,
-    which is how they know to checkpoint; so do containers with anything that trains inside, and linear layers: mode
-    means nothing to them, but quantized ones take evaluation for inference and change to a form without gradients.
-    """
-    for part in parts.values():
-        _evaluate_frozen(part)
-
-
-def _evaluate_frozen(module: nn.Module) -> bool:
-    """Handle one subtree; returns whether anything in it trains."""
-    trains = [_evaluate_frozen(child) for child in module.children()]
-    if any(trains) or any(p.requires_grad for p in module.parameters(recurse=False)):
-        return True
-    if any(True for _ in module.parameters()):
-        for inner in module.modules():
-            checkpoints = getattr(inner, "gradient_checkpointing", False) is True
-            inner.training = checkpoints or isinstance(inner, nn.Linear)
-    return False
-
-
-def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
-    """Have adapters that shorten what an encoder gives run all of their layers (in place).
-
-    In training mode wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has
-    placeholders.  Their layers stay in training mode.
-    """
-    for part in parts.values():
-        for module in part.modules():
-            if type(module).__name__.endswith("Adapter") and hasattr(module, "layerdrop"):
-                module.training = False
-
-
-def evaluate_frozen_layers_under_checkpointing(model: nn.Module) -> None:
-    """Have checkpointing layers run in evaluation mode while they are frozen.
-
-    Layers learn from their training mode that they are to checkpoint, so frozen ones stay in it (see
-    `keep_frozen_in_eval`); dropout that a layer applies by itself must be off all the same.
-    """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        # Of its own layer, and not a closure: a copy of the model keeps to its own layers.
-        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer._gradient_checkpointing_func, layer)
-
-
-def require_grads(module: nn.Module, inputs: Any, output: Any) -> None:
-    """A forward hook that has floating-point outputs require gradients, however many a module gives."""
-    for value in tree_flatten(output)[0]:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            value.requires_grad_(True)
-
-
-def _checkpoint(checkpoint: Callable, layer: nn.Module, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    if any(p.requires_grad for p in layer.parameters()):
-        return checkpoint(function, *args, **kwargs)
-
-    def evaluated(*inner):
-        layer.training = False
-        try:
-            return function(*inner)
-        finally:
-            layer.training = True
-
-    return checkpoint(evaluated, *args, **kwargs)

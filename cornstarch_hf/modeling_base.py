@@ -14,19 +14,17 @@ from .checkpointing import first_dtype
 from .configuration_multimodal import MultimodalConfig
 from .describing import describe_model
 from .encoders import ModalEncoderModule
-from .freezing import (
-    evaluate_frozen_layers_under_checkpointing,
-    frozen_patterns,
+from .freezing import frozen_patterns, select_parameters, set_part_trainable, set_trainable
+from .frozen_modes import (
+    checkpoint_frozen_layers,
     keep_frozen_in_eval,
     keep_strided_layers,
     require_grads,
-    select_parameters,
-    set_part_trainable,
-    set_trainable,
 )
 from .gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
 from .language_model import Headless
 from .modeling_storage import MultimodalStorageMixin
+from .reentrant import whole_gradients
 from .versions import check_peft
 
 
@@ -216,6 +214,15 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
             parts |= {f"{name}_encoder.module": encoder.module, f"{name}_encoder.projector": encoder.projector}
         return parts
 
+    def _callback_modules(self) -> dict[str, nn.Module]:
+        """Callbacks that are modules, by the names that they have in this model."""
+        return {
+            f"{name}_encoder.{slot}": callback
+            for name, encoder in self.encoders.items()
+            for slot, callback in encoder.callbacks.items()
+            if isinstance(callback, nn.Module)
+        }
+
     def train(
         self,
         mode: bool = True,
@@ -243,8 +250,9 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         super().train(mode)
         if mode:
             check_all_kept(self)
-            keep_frozen_in_eval(self._parts())
+            keep_frozen_in_eval(self._parts() | self._callback_modules())
             keep_strided_layers(self._parts())
+        checkpoint_frozen_layers(self)
         return self
 
     def _set_modes(self, encoders_mode: Mapping[str, tuple[bool, bool]] | None, llm_mode: bool | None) -> None:
@@ -299,9 +307,8 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         self._require_grads_hook = self._require_grads_hooks[0]
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
-        if enable:
-            evaluate_frozen_layers_under_checkpointing(self)
+        super()._set_gradient_checkpointing(enable, whole_gradients(gradient_checkpointing_func), **options)
+        checkpoint_frozen_layers(self)
 
 
 def _embeddings(model: PreTrainedModel) -> nn.Module | None:

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .composition import build_parts, compose_config
 from .configuration_multimodal import MultimodalConfig
 from .encoders import ModalEncoderModule
 from .forward_signature import PerInstanceSignature
 from .freezing import restore_frozen
+from .frozen_modes import is_checkpointing
 from .generation_multimodal import MultimodalGenerationMixin
 from .id_inputs import embed_ids, id_inputs
 from .input_names import OWN_INPUTS, transformers_keywords
@@ -35,6 +36,7 @@ from .size_guard import bounded_tensors, check_built
 from .towers import MEDIA_KINDS, main_input
 from .versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
 
+logger = logging.get_logger(__name__)
 EncoderOutputs = dict[str, Any]
 
 
@@ -163,7 +165,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             position_ids=position_ids,
             cache=cache,
             labels=self._without_placeholder_labels(labels, masks, text),
-            use_cache=use_cache,
+            use_cache=self._caching(use_cache, cache),
             logits_to_keep=logits_to_keep,
             **text,
         )
@@ -181,6 +183,19 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             kind = self.config.modality(name)["kind"]
             alone = kind in MEDIA_KINDS and len(self.config.modalities_of_kind(kind)) == 1
             setattr(output, f"{kind if alone else name}_outputs", outputs.get(name))
+
+    def _caching(self, use_cache: bool | None, cache: Any) -> bool | None:
+        """Whether the language model is to return a cache; never while it checkpoints, as in transformers.
+
+        Its own modules find that out by their training mode, which frozen ones are not in.
+        """
+        if use_cache is False or cache is not None or not self.training or not is_checkpointing(self.language_model):
+            return use_cache
+        if use_cache:
+            logger.warning_once(
+                "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
+            )
+        return False
 
     def _route(self, kwargs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Split keyword arguments into each encoder's inputs (by its own names) and the language model's."""
@@ -310,6 +325,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         masks = self._placeholder_masks(input_ids, embeds, text_only=not outputs)
         self._check_merge(masks, outputs, set(media), prefill=cached_length(cache) == 0)
         ids, embeds, text = self._merge(input_ids, embeds, outputs, masks, text)
+        own["use_cache"] = self._caching(own["use_cache"], cache)
         output = run_backbone(self, {"input_ids": ids, "inputs_embeds": embeds, **own, **text, "cache": cache})
         self._attach_features(output, outputs)
         return output

@@ -11,7 +11,7 @@ import cornstarch_hf
 PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
-    {"limits", "module_tree", "versions"},
+    {"limits", "module_tree", "reentrant", "versions"},
     {"size_guard", "template_bounds", "untrusted"},
     {"rendering"},
     {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
@@ -25,7 +25,7 @@ ORDER = [
     {"origins", "window_reductions", "resampler", "implementations"},
     {"configuration_multimodal"},
     {"projectors", "towers", "labelling", "adapter_tensors"},
-    {"item_lengths", "layouts"},
+    {"frozen_modes", "item_lengths", "layouts"},
     {"encoders", "tokens", "gathering", "bases", "positions", "id_inputs", "refusals"},
     {"references"},
     {"composition"},

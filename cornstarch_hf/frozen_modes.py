@@ -1,0 +1,172 @@
+"""How frozen parts run while the rest trains: in evaluation mode, checkpointed all the same.  What is frozen: `freezing`.
+
+transformers' layers take their training mode for the sign to checkpoint, and it is the sign to drop as well: in functional
+dropout, in loops that skip layers, in masks over sounds.  So frozen layers are in evaluation mode like all that is frozen,
+and checkpoint by a `forward` of their own instance.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .adapters import adapter_containers, adapter_layers, base_children
+from .reentrant import whole_gradients
+
+
+def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
+    """Put the frozen regions of parts into evaluation mode: nothing drops, no norm statistics change.
+
+    A module trains when a parameter in it does, those of adapters not counted; adapter layers follow the adapters that
+    they hold.  What has no parameters (dropout) is as the module around it.  A module that holds a list of layers, some
+    of them frozen, does not train: it could not skip the others alone.
+
+    Quantized linear layers stay in training mode: they take evaluation for inference and change to a form without gradients.
+
+    Args:
+        parts: modules in training mode, by name.
+    """
+    for part in parts.values():
+        _set_modes(part, True, _Trains(part))
+
+
+class _Trains:
+    """What trains in a part, found in one walk: its base weights and its adapters apart, by module."""
+
+    def __init__(self, part: nn.Module):
+        self.adapters, self.containers = adapter_layers(), adapter_containers()
+        self.holding: set[nn.Module] = set()
+        self.base: set[nn.Module] = set()
+        self.any: set[nn.Module] = set()
+        self._survey(part)
+
+    def _survey(self, module: nn.Module) -> None:
+        own = list(module.parameters(recurse=False))
+        children = list(module.children())
+        for child in children:
+            self._survey(child)
+        if own or any(child in self.holding for child in children):
+            self.holding.add(module)
+        trains = any(p.requires_grad for p in own)
+        if trains or any(child in self.any for child in children):
+            self.any.add(module)
+        if isinstance(module, self.adapters):
+            trains, children = False, base_children(module)
+        if trains or any(child in self.base for child in children):
+            self.base.add(module)
+
+    def mode(self, module: nn.Module, around: bool) -> bool:
+        """Whether a module is to be in training mode, given the mode of the one around it."""
+        if isinstance(module, (*self.adapters, *self.containers)):
+            return module in self.any
+        if module not in self.holding:
+            return around
+        return module in self.base and not any(self._some_frozen(layers) for layers in layer_lists(module))
+
+    def _some_frozen(self, layers: list[nn.Module]) -> bool:
+        return any(layer in self.holding and layer not in self.base for layer in layers)
+
+
+def _set_modes(module: nn.Module, around: bool, trains: _Trains) -> None:
+    mode = trains.mode(module, around)
+    module.training = mode or _is_quantized(module)
+    for child in module.children():
+        _set_modes(child, mode, trains)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer holds something else than plain numbers; routers of experts are linear layers too, and draw."""
+    weight = module.weight if isinstance(module, nn.Linear) else None
+    return weight is not None and not (type(weight) is nn.Parameter and weight.is_floating_point())
+
+
+def layer_lists(module: nn.Module) -> list[list[nn.Module]]:
+    """The layers that a module holds in lists, list by list."""
+    return [list(child) for child in module.children() if isinstance(child, nn.ModuleList)]
+
+
+def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
+    """Have adapters that shorten what an encoder gives run all of their layers (in place).
+
+    In training mode wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has
+    placeholders.  Their layers stay in training mode.
+    """
+    for part in parts.values():
+        for module in part.modules():
+            if type(module).__name__.endswith("Adapter") and hasattr(module, "layerdrop"):
+                module.training = False
+
+
+def checkpoint_frozen_layers(model: nn.Module) -> None:
+    """Have the frozen layers of a model in training mode checkpoint where gradients flow through them (in place).
+
+    Those layers are in evaluation mode (`keep_frozen_in_eval`), in which transformers checkpoints nothing.  In evaluation
+    mode of the whole nothing does.  A layer without gradients runs as it is, one that is given a cache too, since a cache
+    would be written once more when the layer is computed again.
+
+    Args:
+        model: in its mode, with checkpointing on or off.
+    """
+    layers = _checkpointing_layers(model) if model.training else ()
+    wanted = {layer: owner for layer, owner in layers if not owner.training}
+    for layer in model.modules():
+        current = layer.__dict__.get("forward")
+        owner = wanted.get(layer)
+        # One that fits stays the same object, for what has been compiled with it.
+        if _is_ours(current) and current.args[1] is not owner:
+            current = _restore(layer, current)
+        if owner is not None and not _is_ours(current):
+            # Of its own layer by an argument, and not a closure: a copy of the model keeps to its own layers.
+            layer.__dict__["forward"] = functools.partial(_run, layer, owner, current)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether any layer of a model checkpoints in this pass."""
+    return torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) is True for m in model.modules())
+
+
+def require_grads(module: nn.Module, inputs: Any, output: Any) -> None:
+    """A forward hook that has floating-point outputs require gradients, however many a module gives."""
+    for value in tree_flatten(output)[0]:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.requires_grad_(True)
+
+
+def _checkpointing_layers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Layers that checkpoint, each with the module that knows how: itself, or one that loops over plain layers."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) is not True:
+            continue
+        if isinstance(module, GradientCheckpointingLayer):
+            yield module, module
+        elif not any(isinstance(inner, GradientCheckpointingLayer) for inner in module.modules()):
+            yield from ((layer, module) for layers in layer_lists(module) for layer in layers)
+
+
+def _is_ours(forward: Any) -> TypeGuard[functools.partial]:
+    return isinstance(forward, functools.partial) and forward.func is _run
+
+
+def _restore(layer: nn.Module, forward: functools.partial) -> Any:
+    """Take away our `forward`; returns the one that the instance had before (as accelerate's hooks give it), or None."""
+    before = forward.args[2]
+    if before is None:
+        del layer.__dict__["forward"]
+    else:
+        layer.__dict__["forward"] = before
+    return before
+
+
+def _run(layer: Any, owner: Any, before: Callable | None, *args: Any, **kwargs: Any) -> Any:
+    """A frozen layer's `forward`: checkpointed where its owner checkpoints and gradients flow."""
+    run = before or functools.partial(type(layer).forward, layer)
+    cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    if cached or owner.training or not owner.gradient_checkpointing or not torch.is_grad_enabled():
+        return run(*args, **kwargs)
+    checkpoint = whole_gradients(owner._gradient_checkpointing_func)
+    return checkpoint(functools.partial(run, **kwargs), *args)
