@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from .module_specs import NotStorable, as_json
-from .shape_probe import without_weights
 from .untrusted import check_pattern
+from .weightless import without_weights
 
 
 def is_wrapped(model: nn.Module) -> bool:

@@ -27,8 +27,9 @@ from .precomputed_features import PrecomputedFeaturesConfig
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
 from .selection import per_item
-from .shape_probe import run_on_shapes, weights_to_meta, without_weights
+from .shape_probe import run_on_shapes, weights_to_meta
 from .size_guard import bounded_tensors, build_guard
+from .weightless import build_without_weights, without_dtypes
 
 POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
 # Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
@@ -223,7 +224,7 @@ class FeatureCounter:
     def _probe(self, name: str, shallow: bool = False) -> ModalEncoderModule:
         """The encoder without weights, where it is `shallow` of no more layers than the selected ones need."""
         if (name, shallow) not in self._probes:
-            plain, live = copy.deepcopy(self.config), self._live.get(name)
+            plain, live = without_dtypes(copy.deepcopy(self.config)), self._live.get(name)
             plain.adapters = None
             encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
             if shallow:
@@ -232,8 +233,7 @@ class FeatureCounter:
                 plain.modality(name)["callbacks"] = {}
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
             try:
-                with build_guard(), without_weights(), bounded_tensors():
-                    encoder = build_encoder(plain, name)
+                encoder = build_without_weights(functools.partial(_built_encoder, plain, name))
             except RuntimeError as error:  # a tensor of a size that no machine has
                 raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
             if live is not None:
@@ -317,6 +317,11 @@ class FeatureCounter:
         encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
         encoder.__dict__.update(dict.fromkeys(without))
         return run_on_shapes(functools.partial(method, encoder), dict(inputs))
+
+
+def _built_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
+    with build_guard(), bounded_tensors():
+        return build_encoder(config, name)
 
 
 def _is_staged(config: PreTrainedConfig) -> bool:

@@ -29,9 +29,9 @@ from .merging import (
 )
 from .modeling_base import MultimodalPreTrainedModel
 from .module_specs import mark_initialized
-from .shape_probe import WithoutInitializers
 from .size_guard import bounded_tensors, check_built
 from .towers import main_input
+from .weightless import WithoutInitializers
 
 EncoderOutputs = dict[str, Any]
 

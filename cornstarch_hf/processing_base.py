@@ -18,6 +18,7 @@ from .registries import FEATURE_COUNTS
 from .shared_code import SharedCode, load_shared_code
 from .snapshots import current, replacing
 from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
+from .threads import TravellingLock
 from .tokens import add_placeholder_tokens, placeholder_tokens
 from .uploading import split_options
 
@@ -57,6 +58,7 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         self.config = _for_processing(config, self.tokens, ids)
         self._live = {} if model is None else dict(model.encoders)
         self.counter = FeatureCounter(self.config, self._live)
+        self.lock = TravellingLock()  # for what holds a state while it is called
 
     # ---- what clients look for
 

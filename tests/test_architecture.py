@@ -11,10 +11,10 @@ import cornstarch_hf
 PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
-    {"limits", "module_tree"},
+    {"limits", "module_tree", "threads"},
     {"size_guard", "template_bounds", "untrusted"},
     {"rendering"},
-    {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
+    {"registries", "module_specs", "merging", "selection", "shape_probe", "weightless", "name_patterns", "input_names",
      "placeholder_text", "media", "items", "typical_inputs", "frames", "forward_signature", "heads", "grids", "snapshots",
      "manifests", "uploading", "card_markup", "card_training", "card_licenses", "checkpoint_files", "code_files",
      "precomputed_features", "item_processors", "text_items", "fixed_inputs"},
