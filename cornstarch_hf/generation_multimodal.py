@@ -1,30 +1,40 @@
 """Generation on a composed model: every encoder runs once, before the prefill, and beams repeat whole samples."""
 
+import functools
 from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
 
 from .adapters import unwrapped
-from .language_model import cache_keyword, cached_length
+from .language_model import cache_keyword, cached_length, is_running_state
 from .merging import cached_columns, group_by_sample, items_behind_cache
 from .positions import first_position, outgrows_its_cache
+from .versions import CACHE, check_caches_known, take_cache
 
+# Names under which `generate` hands a cache to `prepare_inputs_for_generation`: this version's own, and ours.
+_HANDED_ON = tuple(dict.fromkeys(["cache", CACHE]))
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
 
 
 class MultimodalGenerationMixin:
     """Overrides of `transformers.GenerationMixin` for encoders of any kind (its own know images and videos)."""
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        check_caches_known()
+        cache = take_cache(kwargs)
+        return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -34,22 +44,25 @@ class MultimodalGenerationMixin:
 
         Where the keys in the cache are of no use any more, the whole row is run again, features included.
         """
-        past = cached_length(past_key_values)
+        cache = take_cache(kwargs | {"cache": cache}, _HANDED_ON)
+        kwargs = {key: value for key, value in kwargs.items() if key not in _HANDED_ON}
+        past = cached_length(cache)
         if anew := past > 0 and outgrows_its_cache(self.language_model, past, input_ids.shape[1]):
-            past_key_values = next_sequence_length = None
+            cache = next_sequence_length = None
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         features = kwargs.get("mm_encoder_outputs")
-        if features is not None and (anew or (past_key_values is not None and past == 0)):
+        if features is not None and (anew or (cache is not None and past == 0)):
             inputs.setdefault("mm_encoder_outputs", features)
-        if inputs.get("cache_params") is not None and not is_first_iteration:
+        states = inputs.get("cache_params") is not None or (cache is not None and is_running_state(cache))
+        if states and not is_first_iteration:
             inputs.pop("attention_mask", None)  # a running state has passed the padding already
         return inputs
 
@@ -81,10 +94,10 @@ class MultimodalGenerationMixin:
                     f"{type(unwrapped(self.language_model)).__name__} has no cache, so each step needs the whole prompt, "
                     "which inputs_embeds give to the first one alone: generate from input_ids."
                 )
-        if keyword not in model_kwargs or keyword == "past_key_values":
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            if keyword is not None and "past_key_values" in model_kwargs:
-                model_kwargs[keyword] = model_kwargs.pop("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if keyword == "cache_params" != CACHE != "cache" and CACHE in model_kwargs:
+            # Before 5.24 transformers hands a running state on by the name that it has in the language model's output.
+            model_kwargs[keyword] = model_kwargs.pop(CACHE)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """As in transformers, from the language model's first position on."""
@@ -131,7 +144,7 @@ class MultimodalGenerationMixin:
     def _cached_columns(self, prompt: Tensor, model_kwargs: dict[str, Any], generation_config, is_ids: bool) -> int:
         length, mask = prompt.shape[1], model_kwargs.get("attention_mask")
         whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[-1]
-        return cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get("past_key_values")))
+        return cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get(CACHE)))
 
     def _expand_multimodal_outputs(
         self,

@@ -5,11 +5,13 @@ from typing import Any
 
 from transformers.utils.generic import TransformersKwargs
 
+from .versions import CACHE_NAMES
+
 OWN_INPUTS = (
     "input_ids",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    "cache",
     "inputs_embeds",
     "labels",
     "use_cache",
@@ -17,7 +19,7 @@ OWN_INPUTS = (
     "mm_encoder_outputs",
 )
 # Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
-TEXT_NAMES = frozenset(OWN_INPUTS) | frozenset(
+TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
     [
         "token_type_ids",
         "mm_token_type_ids",

@@ -1,6 +1,7 @@
 """Calling the language model of a composition: with its head and loss, or without."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .id_inputs import id_input_names
 from .merging import shifted_left
 from .positions import with_positions
 from .towers import accepts, forward_parameters, takes_any_keyword
+from .versions import CACHE, CACHE_NAMES, take_cache
 
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
 
@@ -37,8 +39,7 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
         the language model's output; without `logits` where `loss_at_labels` holds (training mode, with labels).
     """
     language_model = model.language_model
-    arguments = {key: value for key, value in inputs.items() if value is not None}
-    arguments = with_positions(language_model, arguments, cached_length(arguments.get("past_key_values")))
+    arguments = _with_cache(language_model, inputs)
     for key in ("use_cache", "output_attentions", "output_hidden_states"):
         wanted = getattr(model.config, key, None)
         if wanted is not None and (wanted or key == "use_cache"):
@@ -72,19 +73,33 @@ def cached_length(cache: Any) -> int:
     """Tokens in a cache, 0 without one; 1 in one that keeps a running state alone and has seen any."""
     if cache is None:
         return 0
+    return int(cache.has_previous_state()) if is_running_state(cache) else cache.get_seq_length()
+
+
+def is_running_state(cache: Any) -> bool:
+    """Whether a cache keeps running states alone (Mamba), which have no length."""
     try:
-        return cache.get_seq_length()
+        cache.get_seq_length()
     except ValueError:  # transformers: no layer of attention
-        return int(cache.has_previous_state())
+        return True
+    return False
 
 
 def cache_keyword(language_model: nn.Module) -> str | None:
     """The parameter through which a language model takes its cache between steps, None where it has no cache.
 
-    Models of running states alone (Mamba) name it `cache_params`.
+    It is transformers' own name for caches, or that of an older version, which code from elsewhere may keep.
     """
     known = forward_parameters(language_model)
-    return next((name for name in ("past_key_values", "cache_params") if name in known), None)
+    return next((name for name in CACHE_NAMES if name in known), None)
+
+
+def _with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a language model that are not None: its cache by its own name for it, positions where it needs them."""
+    arguments = {key: value for key, value in inputs.items() if value is not None}
+    cache = take_cache(arguments)
+    arguments = with_positions(language_model, arguments, cached_length(cache))
+    return arguments if cache is None else arguments | {cache_keyword(language_model) or CACHE: cache}
 
 
 def takes_positions(language_model: nn.Module) -> bool:
@@ -188,8 +203,7 @@ def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
         raise ValueError(
             f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run."
         )
-    arguments = {key: value for key, value in inputs.items() if value is not None}
-    arguments = with_positions(backbone, arguments, cached_length(arguments.get("past_key_values")))
+    arguments = _with_cache(backbone, inputs)
     known = set(inspect.signature(backbone.forward).parameters)
     if not takes_any_keyword(backbone):
         arguments = {key: value for key, value in arguments.items() if key in known}

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .composition import build_parts, compose_config
 from .configuration_multimodal import MultimodalConfig
@@ -30,7 +31,8 @@ from .merging import (
 from .modeling_base import MultimodalPreTrainedModel
 from .module_specs import mark_initialized
 from .size_guard import bounded_tensors, check_built
-from .towers import main_input
+from .towers import MEDIA_KINDS, main_input
+from .versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
 from .weightless import WithoutInitializers
 
 EncoderOutputs = dict[str, Any]
@@ -81,6 +83,8 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             with bounded_tensors(*parts, config.adapters), WithoutInitializers():
                 encoders, language_model = build_parts(config)
             supplied = False
+        check_hooks(GenerationMixin, GENERATION_HOOKS)
+        check_hooks(PreTrainedModel, MODEL_HOOKS)
         super().__init__(config)
         for name, encoder in encoders.items():
             self.add_module(f"{name}_encoder", encoder)
@@ -96,10 +100,11 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         """Parameters that this instance's `forward` or `get_{kind}_features` lacks and has in addition."""
         if method == "forward":
             text = text_keywords(self.language_model)
+            removed = [key for key in ("position_ids",) if key not in text]
             added = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
-            return [key for key in ("position_ids",) if key not in text], added + [
-                k for k in text if k not in OWN_INPUTS
-            ]
+            if CACHE != "cache":  # of an older version, which reads this signature
+                removed, added = [*removed, "cache"], [*added, CACHE]
+            return removed, added + [key for key in text if key not in OWN_INPUTS]
         names = self.config.modalities_of_kind(method.removeprefix("get_").removesuffix("_features"))
         return ([], [key for n in names for key in self.config.modality(n)["input_names"]]) if names else None
 
@@ -109,7 +114,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -123,7 +128,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             input_ids: ``(batch, length)`` with one placeholder id per feature.
             attention_mask: ``(batch, length)``, or what the language model takes; used as it is.
             position_ids: ``(batch, length)``; used as they are.
-            past_key_values: the language model's cache.
+            cache: the language model's cache; also by the names that older versions have for it.
             inputs_embeds: ``(batch, length, hidden)`` instead of `input_ids`, placeholders embedded by their id.
             labels: ``(batch, length)``, -100 where no loss is wanted; placeholders are never labelled.
             use_cache: whether the language model returns a cache.
@@ -132,7 +137,8 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             **kwargs: the encoders' inputs by their keywords, and what the language model's `forward` takes.
 
         Returns:
-            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)``, `past_key_values`, ...
+            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)``, `cache` (before transformers
+            5.24 `past_key_values`), ..., with the encoders' outputs as the attributes `image_outputs`, `audio_outputs`, ...
             With `config.loss_at_labels`, in training mode and with labels, `logits` is None.
 
         Raises:
@@ -141,10 +147,12 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
                 number has been counted already.
         """
         return_dict = kwargs.pop("return_dict", None)
+        kwargs = kwargs | {"cache": cache}
+        cache = take_cache(kwargs)
         media, text = self._route(kwargs)
         outputs = self._encode(media, mm_encoder_outputs)
         masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)
-        self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(past_key_values) == 0)
+        self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(cache) == 0)
         ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text)
         check_lengths((embeds if ids is None else ids).shape[1], attention_mask, labels)
         output = run_language_model(
@@ -153,14 +161,26 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             labels=self._without_placeholder_labels(labels, masks, text),
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **text,
         )
+        self._attach_features(output, outputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _attach_features(self, output: ModelOutput, outputs: EncoderOutputs) -> None:
+        """Say what each encoder gave (in place), None without items: `output.image_outputs`, ...
+
+        Where a kind has several encoders it is by their names.  They are attributes and no keys: Trainer would gather
+        keys as predictions, and DistributedDataParallel would wait for gradients of all that they were computed with.
+        """
+        for name in self.config.encoders:
+            kind = self.config.modality(name)["kind"]
+            alone = kind in MEDIA_KINDS and len(self.config.modalities_of_kind(kind)) == 1
+            setattr(output, f"{kind if alone else name}_outputs", outputs.get(name))
 
     def _route(self, kwargs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Split keyword arguments into each encoder's inputs (by its own names) and the language model's."""
@@ -281,15 +301,18 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         """As `forward`, without the language-model head: the backbone's output with `last_hidden_state`."""
         kwargs.pop("labels", None)
         kwargs.pop("return_dict", None)
+        cache = take_cache(kwargs)
         own = {key: kwargs.pop(key, None) for key in OWN_INPUTS if key not in ("input_ids", "labels", "logits_to_keep")}
         kwargs.pop("logits_to_keep", None)
         media, text = self._route(kwargs)
         outputs = self._encode(media, own.pop("mm_encoder_outputs"))
-        embeds, cache = own.pop("inputs_embeds"), own["past_key_values"]
+        embeds = own.pop("inputs_embeds")
         masks = self._placeholder_masks(input_ids, embeds, text_only=not outputs)
         self._check_merge(masks, outputs, set(media), prefill=cached_length(cache) == 0)
         ids, embeds, text = self._merge(input_ids, embeds, outputs, masks, text)
-        return run_backbone(self, {"input_ids": ids, "inputs_embeds": embeds, **own, **text})
+        output = run_backbone(self, {"input_ids": ids, "inputs_embeds": embeds, **own, **text, "cache": cache})
+        self._attach_features(output, outputs)
+        return output
 
     @PerInstanceSignature
     def get_image_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):

@@ -21,6 +21,7 @@ from .subprocessors import build_subprocessor, describe_subprocessor, resolve_su
 from .threads import TravellingLock
 from .tokens import add_placeholder_tokens, placeholder_tokens
 from .uploading import split_options
+from .versions import PROCESSOR_HOOKS, check_hooks
 
 HEAD = "processor_config.json"
 TEMPLATES = frozenset(["chat_template.jinja", "chat_template.json"])  # an old one would be read beside a new tokenizer
@@ -46,6 +47,7 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
         self.tokens = placeholder_tokens(config, tokens or {})
         ids = add_placeholder_tokens(tokenizer, self.tokens)
+        check_hooks(ProcessorMixin, PROCESSOR_HOOKS)
         template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_TEMPLATE
         super().__init__(tokenizer, chat_template=template)
         self.processors = {

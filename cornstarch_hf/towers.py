@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .adapters import is_wrapped, unwrapped
 from .typical_inputs import RECIPES
+from .versions import CACHE_NAMES
 
 MEDIA_KINDS = ("image", "video", "audio")
 KIND_BY_INPUT = {
@@ -27,6 +28,9 @@ NO_ENCODERS = {
     ),
     "MimiModel": "codes and sounds made of them: take MimiEncoderModel",
     "NeuCodecModel": "sounds: take an encoder of audio features",
+    "WavTokenizerEncoderModel": "codes of sounds: take an encoder of audio features",
+    "WavTokenizerModel": "codes of sounds and sounds made of them: take an encoder of audio features",
+    "Apertus1p5VisionTokenizerModel": "codes of images: take an encoder of image features",
     "UnivNetModel": "sounds made of spectra: take an encoder of audio features",
 }
 # Towers of images that state a number of frames: they take the frames of videos as images that follow each other.
@@ -36,7 +40,7 @@ FRAMES_AS_IMAGES = frozenset(["instructblipvideo_vision_model"])
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
 NOT_INPUTS = frozenset(
     [
-        *("labels", "output_attentions", "output_hidden_states", "return_dict", "past_key_values", "use_cache"),
+        *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
         *("cache_position", "encoder_hidden_states", "encoder_attention_mask", "bool_masked_pos", "mask_time_indices"),
         *("head_mask", "noise", "sampled_negative_indices", "decoder_input_ids", "decoder_attention_mask"),
     ]

@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +74,11 @@ def homes() -> dict[str, list[str]]:
             for name in re.findall(r"^class (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
                 found.setdefault(name, []).append(module)
     return found
+
+
+def here(names: Iterable[str]) -> list[str]:
+    """Those of some classes that this version of transformers has, in order; the newest has all."""
+    return sorted(name for name in names if homes().get(name))
 
 
 def found_class(name: str, folder: str | None = None):

@@ -2,6 +2,7 @@
 
 import transformers
 from shrunk import built, changes_of
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -68,6 +69,7 @@ CASES: dict[str, dict] = {
     "camembert": DECODER | {"pad_token_id": 1},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(BOTH, ROPE), "layer_types": BOTH},
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1, "sliding_window": 16, "layer_types": [*BOTH, *BOTH]},
     "cpmant": {"dim_ff": 48, "dim_head": 8},
     "ctrl": {"dff": 48},
     "data2vec-text": DECODER | {"pad_token_id": 1},
@@ -109,6 +111,11 @@ CASES: dict[str, dict] = {
     "hy_v4": INDEXED | {"layer_types": ["indexed_attention"] * 2, "indexer_types": ["full", "shared"]},
     "inkling_text": INKLING,
     "inkling2_text": INKLING | {"unpadded_vocab_size": 320},
+    "inkling2_loop_text": INKLING | {
+        "unpadded_vocab_size": 320, "num_hidden_layers": 4, "layer_types": ["hybrid_sliding", "hybrid"] * 2, "loop_gate_rank": 4,
+        "n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 2,
+    },
+    "lara_mini": LINEAR,
     "longcat_flash": LATENT,
     "minicpm3": LATENT,
     "minimax_m3_vl_text": {"shared_intermediate_size": 16, "dense_intermediate_size": 16, "index_head_dim": 8},
@@ -131,6 +138,8 @@ CASES: dict[str, dict] = {
     "reformer": DECODER | {"attn_layers": ["local", "lsh"], "attention_head_size": 8, "feed_forward_size": 48,
                            "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16]},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
+    "sarvam_mla": LATENT,
+    "sarvam_moe": {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "rembert": DECODER | {"input_embedding_size": 32, "output_embedding_size": 32},
     "roberta": DECODER | {"pad_token_id": 1},
     "roberta-prelayernorm": DECODER | {"pad_token_id": 1},
@@ -160,7 +169,9 @@ def configuration(model_type: str):
     """A tiny configuration; of a composite model's type, that of its language model."""
     config_class = CONFIG_MAPPING[model_type]
     cls = model_class(model_type)
-    if cls.config_class is not None and not issubclass(config_class, cls.config_class):
+    # Some types are of another one's class (EXAONE is a Llama), with a configuration of their own.
+    composite = cls.config_class is not None and not issubclass(config_class, cls.config_class)
+    if composite and any(issubclass(part, PreTrainedConfig) for part in (config_class.sub_configs or {}).values()):
         config_class = cls.config_class
     changes = dict(CASES.get(model_type, {}))
     sizes = {} if changes.pop("whole", False) else changes_of(config_class())

@@ -216,7 +216,14 @@ BINS = {"num_mel_bins": 8}
 ONE_LENGTH = BINS | {"max_source_positions": 16}
 DAC = {"encoder_hidden_size": 4, "downsampling_ratios": (2, 4), "decoder_hidden_size": 16, "n_codebooks": 2,
        "codebook_size": 16, "codebook_dim": 4}  # fmt: skip
-SEANET = {"hidden_size": 32, "num_filters": 4, "upsampling_ratios": [4, 2], "codebook_size": 16, "num_hidden_layers": 1}
+SEANET = {
+    "hidden_size": 32,
+    "num_filters": 4,
+    "upsampling_ratios": [4, 2],
+    "codebook_dim": 16,
+    "codebook_size": 16,
+    "num_hidden_layers": 1,
+}
 MIMI = SEANET | {"codebook_dim": 16, "vector_quantization_hidden_dimension": 16, "num_quantizers": 4, "upsample_groups": 32,
                  "head_dim": 8}  # fmt: skip
 POCKET = {"hidden_size": 32, "num_filters": 4, "upsampling_ratios": [4, 2], "num_hidden_layers": 1, "upsample_groups": 32,
@@ -255,6 +262,13 @@ QWEN3 = BINS | {"n_window_infer": 200, "downsample_hidden_size": 4}
 SPEECH_DECODER = BINS | {"speech_decoder_prenet_units": 8, "speaker_embedding_dim": 8,
                          "speech_decoder_prenet_dropout": 0.0}  # fmt: skip
 UNIVNET = BINS | {"model_in_channels": 4, "model_hidden_channels": 4, "kernel_predictor_hidden_channels": 4}
+WAVTOKENIZER = {
+    "num_filters": 4,
+    "hidden_size": 16,
+    "upsampling_ratios": [4, 2],
+    "codebook_size": 16,
+    "num_lstm_layers": 1,
+}
 WAV2VEC2_BERT = {"feature_projection_input_dim": 8, "apply_spec_augment": False, "conv_depthwise_kernel_size": 3,
                  "vocab_size": 32}  # fmt: skip
 XCODEC = {"acoustic_model_config": DAC | {"hidden_size": 16}, "semantic_model_config": HUBERT, "codebook_size": 16,
@@ -316,6 +330,7 @@ CASES: dict[str, Case] = {
     "HubertModel": convolving(),
     "MoonshineEncoder": Case(long_wave, {"encoder_num_hidden_layers": 2, "encoder_num_attention_heads": 4}, "pad"),
     "MoonshineStreamingEncoder": Case(partial(long_wave, unit=80), {"sliding_windows": ((4, 2), (4, 0))}, "pad"),
+    "OmniASRAudioModel": convolving(partial(wave, mask="padding_mask", channel=True)),
     "PeAudioEncoder": Case(codec, {"dac_config": DAC}, "pad"),
     "SEWModel": convolving(),
     "SEWDModel": convolving(),
@@ -363,6 +378,7 @@ CASES: dict[str, Case] = {
     "NeuCodecModel": Case(semantic_wave, NEUCODEC),
     "PocketTTSAudioTokenizerEncoderModel": Case(codec, POCKET, "pad"),
     "PocketTTSAudioTokenizerModel": Case(even_codec, POCKET),
+    "WavTokenizerEncoderModel": Case(codec, WAVTOKENIZER),
     "XcodecModel": Case(even_codec, XCODEC, whole=True),
     # ---- time series
     "PatchTSMixerModel": Case(partial(series, mask="observed_mask"), SERIES),
@@ -405,7 +421,7 @@ FEATURES: dict[str, tuple[int, int, int]] = {
         (31, 62, 32): "Qwen2_5OmniAudioEncoder",
         (33, 26, 32): """
             Data2VecAudioModel HubertModel SEWModel SEWDModel SpeechT5EncoderWithSpeechPrenet UniSpeechModel
-            UniSpeechSatModel Wav2Vec2Model Wav2Vec2ConformerModel WavLMModel
+            OmniASRAudioModel UniSpeechSatModel Wav2Vec2Model Wav2Vec2ConformerModel WavLMModel
         """,
         (40, 56, 32): """
             FunAsrNanoEncoder GraniteSpeechCTCEncoder GraniteSpeechPlusCTCEncoder SpeechT5DecoderWithSpeechPrenet
@@ -423,6 +439,7 @@ NO_FEATURES: dict[str, str] = {
     "MimiModel": "integer codes and sound; its encoder, MimiEncoderModel, gives features",
     "NeuCodecModel": "integer codes and sound",
     "UnivNetModel": "sound: it is a vocoder",
+    "WavTokenizerEncoderModel": "integer codes",
     "XcodecModel": "integer codes and sound",
 }
 

@@ -170,6 +170,7 @@ CASES: dict[str, Case] = {
     "HunYuanVLVisionTransformer": Case(
         packed(192), {"text_hidden_size": 40, "max_image_size": 64, "min_image_size": 16}, **PIXELS
     ),
+    "HYV4VLVisionModel": Case(packed(192), WIDE | {"num_key_value_heads": 4, "max_image_size": 64}, **PIXELS),
     "Idefics2VisionTransformer": ANY_SIZE,
     "Idefics3VisionTransformer": ANY_SIZE,
     "IJepaModel": FIXED,
@@ -304,7 +305,7 @@ FEATURES: dict[str, tuple[int, int]] = {
         (4, 160): "EfficientNetModel",
         (4, 1280): "MobileNetV2Model",
         (5, 24): "DINOv3ConvNextModel PvtModel",
-        (8, 40): "HunYuanVLVisionTransformer",
+        (8, 40): "HunYuanVLVisionTransformer HYV4VLVisionModel",
         (16, 24): "GotOcr2VisionEncoder SamVisionEncoder SamVisionModel SamHQVisionEncoder SamHQVisionModel",
         (16, 32): """
             Aimv2VisionModel Cosmos3EdgeVisionModel DonutSwinModel

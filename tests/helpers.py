@@ -17,6 +17,7 @@ from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcess
 HERE = Path(__file__).parent
 # For tests of what older versions of transformers do not have.
 needs_5_23 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23")
+needs_5_24 = pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="needs transformers 5.24")
 
 
 def compose_tiny(encoders, language_model=None, projector="linear", **options):

@@ -11,7 +11,7 @@ import cornstarch_hf
 PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
-    {"limits", "module_tree", "threads"},
+    {"limits", "module_tree", "threads", "versions"},
     {"size_guard", "template_bounds", "untrusted"},
     {"rendering"},
     {"registries", "module_specs", "merging", "selection", "shape_probe", "weightless", "name_patterns", "input_names",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from catalog_processors import PAIRS, REFUSED, SOUNDS, build_encoder, build_processor
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -104,7 +105,8 @@ class Checker:
 
 
 @pytest.mark.catalog
-@pytest.mark.parametrize("name", PAIRS)
+# Older versions lack some.
+@pytest.mark.parametrize("name", [name for name in PAIRS if name in dir(transformers)])
 def test_an_item_has_as_many_placeholders_as_features(name):
     pair = PAIRS[name]
     checker = Checker(name, pair)

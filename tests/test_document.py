@@ -76,7 +76,7 @@ def test_the_callback_example_with_a_bound_argument():
         ).eval()
         processor = MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.clip_processor()}, model=mllm)
         inputs = processor(text="<image>", images=tiny.image(), return_tensors="pt")
-        plain = mllm.vision_encoder.projector(encoder(inputs["pixel_values"]).last_hidden_state[:, 1:])[0]
+        plain = mllm.vision_encoder.projector(encoder(inputs["pixel_values"]).last_hidden_state)[0][:, 1:]
         assert torch.equal(mllm.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0], plain[0])
         assert (inputs["input_ids"] == processor.image_token_id).sum() == len(plain[0])
         mllm(**inputs)

@@ -9,6 +9,7 @@ import catalog_vision
 import pytest
 import tiny
 import torch
+from own_memory import check_comes_back
 from shrunk import built
 from transformers import AutoModel
 
@@ -69,10 +70,10 @@ def text(counts):
 
 
 def test_the_catalogue_has_every_measured_class():
-    assert len(CASES) == 196 and len(catalog_others.NO_FEATURES) <= 6
+    assert len(CASES) == 199 and len(catalog_others.NO_FEATURES) <= 6
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - set(catalog_others.NO_FEATURES)))
+@pytest.mark.parametrize("name", catalog.here(set(CASES) - set(catalog_others.NO_FEATURES)))
 def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, tmp_path, record_property, monkeypatch):
     model = composed(name)
     run = Mock(side_effect=feature_counts.run_on_shapes)
@@ -96,15 +97,11 @@ def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, t
     for one, (expected,) in zip(together, alone, strict=True):
         torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-3)
     inputs = text(counts) | wired(model, catalog.joined(name, items))
-    with torch.no_grad():
-        logits = model(**inputs).logits
     tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
     assert tokens.shape == (len(items), inputs["input_ids"].shape[1] + 2)
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, logits)
-    assert torch.equal(loaded.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0), tokens)
+    check_comes_back(model, loaded, inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     model(**inputs, labels=labels.masked_fill(labels == TOKEN, -100)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.media_encoder.projector.parameters())
@@ -124,7 +121,7 @@ def test_one_layer_of_each_stage_counts_as_all_of_them(name):
     assert probed == {("media", True): (1,) * len(config.depths)}
 
 
-@pytest.mark.parametrize("name", sorted(catalog_others.NO_FEATURES))
+@pytest.mark.parametrize("name", catalog.here(catalog_others.NO_FEATURES))
 def test_a_class_without_features_is_refused_with_the_reason(name):
     with pytest.raises(ValueError, match=f"{name} gives no features but (codes|sounds).*: take "):
         composed(name)

@@ -10,14 +10,17 @@ from transformers.generation import utils as generation_utils
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.utils import chat_template_utils, generic
 
+from cornstarch_hf.versions import CACHE
+
 METHODS = [
     (GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation", ["inputs_tensor", "model_kwargs", "model_input_name", "generation_config"]),
     (GenerationMixin, "_expand_multimodal_outputs", ["input_ids", "mm_encoder_output", "expand_size", "inputs_embeds"]),
     (GenerationMixin, "_get_logits_processor", ["generation_config", "input_ids_seq_length"]),
-    (GenerationMixin, "prepare_inputs_for_generation", ["input_ids", "next_sequence_length", "past_key_values", "attention_mask", "inputs_embeds", "is_first_iteration", "kwargs"]),
+    (GenerationMixin, "prepare_inputs_for_generation", ["input_ids", "next_sequence_length", CACHE, "attention_mask", "inputs_embeds", "is_first_iteration", "kwargs"]),
     (GenerationMixin, "_prepare_cache_for_generation", ["generation_config", "model_kwargs"]),
     (GenerationMixin, "_prepare_position_ids_for_generation", ["inputs_tensor", "model_kwargs"]),
     (GenerationMixin, "_supports_default_dynamic_cache", []),
+    (GenerationMixin, "_validate_model_kwargs", ["model_kwargs"]),
     (PreTrainedModel, "_get_dtype_plan", ["dtype"]),
     (PreTrainedModel, "_set_gradient_checkpointing", ["enable", "gradient_checkpointing_func"]),
     (PreTrainedModel, "_init_weights", ["module"]),

@@ -1,0 +1,112 @@
+"""Versions of transformers that are tested, and every name and hook of it that differs between versions.
+
+Importing this module warns outside the tested range.  A checkpoint's own code carries it, where no installer checks.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from transformers import GenerationMixin
+
+OLDEST, BELOW = "5.20.2", "5.25"  # the oldest that is tested, and the first that is not
+_FOUND = Version(transformers.__version__)
+_RANGE = f"transformers >= {OLDEST}, < {BELOW}"
+_REMEDY = f'pip install "transformers>={OLDEST},<{BELOW}"'
+
+# Keywords of a cache, the newest first: from 5.24 on one name stands for all; before it running states had one of their own.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def _name_of_caches() -> str | None:
+    """The keyword by which `generate` of this version hands a cache from step to step, None for an unknown one."""
+    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next((name for name in CACHE_NAMES if name in known), None)
+
+
+CACHE: Any = _name_of_caches()
+
+# Methods of transformers' classes that this package overrides, and that nobody but transformers calls.
+GENERATION_HOOKS = (
+    "_expand_multimodal_outputs",
+    "_get_logits_processor",
+    "_maybe_prepare_encoder_kwargs_for_generation",
+    "_prepare_cache_for_generation",
+    "_prepare_position_ids_for_generation",
+    "_supports_default_dynamic_cache",
+    "_validate_model_kwargs",
+    "prepare_inputs_for_generation",
+)
+MODEL_HOOKS = (
+    "_get_dtype_plan",
+    "_set_gradient_checkpointing",
+    "get_expanded_tied_weights_keys",
+    "init_parallel_plans",
+    "init_weights",
+    "initialize_weights",
+)
+PROCESSOR_HOOKS = ("_get_arguments_from_pretrained", "from_args_and_dict")
+
+
+def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> Any:
+    """Take the cache out of keyword arguments (in place), by whichever name it goes.
+
+    Returns:
+        the cache, None where there is none.
+
+    Raises:
+        ValueError: two caches, or a cache and a version of transformers whose name for it is unknown.
+    """
+    found = {name: keywords.pop(name) for name in names if name in keywords}
+    caches = {name: cache for name, cache in found.items() if cache is not None}
+    if len(caches) > 1:
+        raise ValueError(f"A cache was given {len(caches)} times, as {sorted(caches)}: give it once, as {CACHE}=.")
+    if caches:
+        check_caches_known()
+    return next(iter(caches.values()), None)
+
+
+def check_caches_known() -> None:
+    """Refuse to work with a cache whose name is unknown: it would be dropped in silence, or be continued wrongly.
+
+    Raises:
+        ValueError: a version of transformers that names caches in a new way.
+    """
+    if CACHE is None:
+        raise ValueError(
+            f"Composed models cannot generate, or take a cache, with transformers {_FOUND}: it names caches in a way that "
+            f"is not known, they are tested with {_RANGE}. Remedy: {_REMEDY}"
+        )
+
+
+@functools.cache
+def check_hooks(owner: type, names: tuple[str, ...]) -> None:
+    """Refuse to go on where transformers lacks a method that is overridden: it would be called no more, in silence.
+
+    Args:
+        owner: a class of transformers.
+        names: the methods that a class of this package overrides.
+
+    Raises:
+        ValueError: names those that are missing.
+    """
+    if missing := [name for name in names if not hasattr(owner, name)]:
+        raise ValueError(
+            f"transformers {_FOUND} has no {owner.__name__}.{', '.join(missing)}, which composed models replace; they are "
+            f"tested with {_RANGE}. Remedy: {_REMEDY}"
+        )
+
+
+def _warn_if_untested() -> None:
+    if not Version(OLDEST).release <= _FOUND.release < Version(BELOW).release:
+        warnings.warn(
+            f"cornstarch_hf is tested with {_RANGE}, but transformers {_FOUND} is installed. Remedy: {_REMEDY}",
+            stacklevel=2,
+        )
+
+
+_warn_if_untested()

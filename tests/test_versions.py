@@ -1,0 +1,148 @@
+"""Names and hooks of transformers that differ between versions: found, or everything stops; importing warns outside the range."""
+
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from helpers import compose_tiny, run_python
+from packaging.specifiers import SpecifierSet
+from test_transformers_hooks import METHODS
+from transformers import DynamicCache, GenerationMixin, LlamaForCausalLM, PreTrainedModel, ProcessorMixin
+
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, MultimodalProjector, versions
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_range_is_the_one_that_installers_are_told():
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    told = next(text.removeprefix("transformers") for text in required if text.startswith("transformers"))
+    assert SpecifierSet(told) == SpecifierSet(f">={versions.OLDEST},<{versions.BELOW}")
+    for page in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / page).read_text()
+        assert versions.OLDEST in text and versions.BELOW in text, page
+
+
+@pytest.mark.parametrize("version", ["5.20.1", versions.BELOW + ".0", "6.0.0.dev0"])
+def test_importing_warns_outside_the_range(version):
+    # The first import of processors makes transformers' module anew, with its own version.
+    code = f"import transformers.processing_utils, sys\nsys.modules['transformers'].__version__ = {version!r}\nimport cornstarch_hf\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"transformers {version} is installed" in done.stderr and versions.OLDEST in done.stderr
+    assert f"< {versions.BELOW}" in done.stderr
+
+
+def test_importing_within_the_range_says_nothing():
+    run_python("import warnings\nwarnings.simplefilter('error', UserWarning)\nimport cornstarch_hf\n")
+
+
+@pytest.fixture(scope="module")
+def composed():
+    model, processor = compose_tiny(["clip"])
+    images = [[tiny.image(0)], [tiny.image(1), tiny.image(2)]]
+    texts = ["a <image> then what", "<image> and <image> what"]
+    return model, dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
+
+
+def test_generation_raises_where_the_name_of_caches_is_unknown(composed, monkeypatch):
+    model, inputs = composed
+    monkeypatch.setattr(versions, "CACHE", None)
+    wanted = rf"tested with transformers >= {versions.OLDEST}, < {versions.BELOW}.*pip install"
+    with pytest.raises(ValueError, match=wanted):
+        model.generate(**inputs, max_new_tokens=1)
+    for call in (model, model.base_model):
+        assert call(**inputs) is not None  # without a cache nothing depends on its name
+        with pytest.raises(ValueError, match=wanted):
+            call(**inputs, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("name", versions.CACHE_NAMES)
+def test_a_cache_is_taken_by_each_of_its_names(composed, name):
+    model, inputs = composed
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    cache, lengths = DynamicCache(config=model.language_model.config), []
+    hook = model.language_model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, **{name: cache}), expected)
+    hook.remove()
+    assert lengths == [given["input_ids"].shape[1], 1, 1, 1]
+    assert cache.get_seq_length() == given["input_ids"].shape[1] + 3
+    used = DynamicCache(config=model.language_model.config)
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        first = {k: v for k, v in inputs.items() if k not in given} | {k: v[:, :-1] for k, v in given.items()}
+        model(**first, **{name: used})
+        last = model(given["input_ids"][:, -1:], attention_mask=given["attention_mask"], **{name: used}).logits
+    assert used.get_seq_length() == whole.shape[1]
+    torch.testing.assert_close(last[:, -1], whole[:, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_two_caches_raise(composed):
+    model, inputs = composed
+    caches = {"cache": DynamicCache(), "past_key_values": DynamicCache()}
+    for call in (model, model.base_model, model.generate):
+        with pytest.raises(ValueError, match=r"2 times, as \['cache', 'past_key_values'\].*give it once"):
+            call(**inputs, **caches)
+
+
+def test_the_signature_names_caches_as_this_version_does(composed):
+    known = inspect.signature(composed[0].forward).parameters
+    own = inspect.signature(LlamaForCausalLM.forward).parameters
+    assert versions.CACHE in own and versions.CACHE in known
+    assert not {name for name in versions.CACHE_NAMES if name not in own} & set(known)
+
+
+@pytest.mark.parametrize(
+    ("owner", "table"),
+    [
+        (GenerationMixin, "GENERATION_HOOKS"),
+        (PreTrainedModel, "MODEL_HOOKS"),
+        (ProcessorMixin, "PROCESSOR_HOOKS"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_hook_that_is_gone_stops_everything(owner, table):
+    names = getattr(versions, table)
+    versions.check_hooks(owner, names)
+    for name in names:
+        old = type("Old" + owner.__name__, (), {n: None for n in names if n != name})
+        with pytest.raises(ValueError, match=rf"has no Old{owner.__name__}\.{name}, which composed models replace"):
+            versions.check_hooks(old, names)
+
+
+def test_the_tables_hold_every_private_method_that_is_overridden():
+    """Public ones are called by users too, and are not renamed unnoticed."""
+    found = {"GENERATION_HOOKS": set(), "MODEL_HOOKS": set(), "PROCESSOR_HOOKS": set()}
+    for cls in (
+        *MultimodalModel.__mro__,
+        *MultimodalProcessor.__mro__,
+        *MultimodalProjector.__mro__,
+        ModalEncoderModule,
+    ):
+        if not cls.__module__.startswith("cornstarch_hf."):
+            continue
+        for name, value in vars(cls).items():
+            if not (inspect.isfunction(value) or isinstance(value, classmethod)) or not re.match(r"_[a-z]", name):
+                continue
+            for owner, table in (
+                (GenerationMixin, "GENERATION_HOOKS"),
+                (ProcessorMixin, "PROCESSOR_HOOKS"),
+                (PreTrainedModel, "MODEL_HOOKS"),
+            ):
+                if hasattr(owner, name) and (owner is not ProcessorMixin or issubclass(cls, ProcessorMixin)):
+                    found[table].add(name)
+                    break
+    for table, names in found.items():
+        assert names <= {*getattr(versions, table), "_init_weights"}, table  # torch's own name for a public hook
+    watched = {name for _, name, _ in METHODS}
+    assert {*versions.GENERATION_HOOKS, *versions.MODEL_HOOKS, *versions.PROCESSOR_HOOKS} <= watched
