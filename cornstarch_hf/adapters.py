@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
 from .module_specs import NotStorable, as_json
-from .shape_probe import without_weights
 from .untrusted import check_pattern
+from .weightless import without_weights
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -121,13 +121,13 @@ def _held(layer: Any, names: list[str]) -> list[str]:
 
 
 def _peft_class(name: str) -> Any:
-    """A class of peft by its name; an empty tuple, of which nothing is an instance, while peft is not imported."""
-    if is_peft_available() and "peft" in sys.modules:
-        from peft.tuners import tuners_utils
-        from peft.utils import other
+    """A class of peft by its name; an empty tuple, of which nothing is an instance, while peft is not imported.
 
-        return getattr(tuners_utils, name, None) or getattr(other, name)
-    return ()
+    Looked up and not imported: another thread may be importing peft at the moment, and importing a part of it then would
+    break both.
+    """
+    modules = [sys.modules.get(module) for module in ("peft.tuners.tuners_utils", "peft.utils.other")]
+    return next((getattr(module, name) for module in modules if hasattr(module, name)), ())
 
 
 def _is_tuned(model: Any) -> bool:
@@ -224,7 +224,7 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     if not described:
         return model
     if is_peft_available():
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING as known
     else:
         raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
     if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):

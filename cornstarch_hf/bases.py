@@ -26,6 +26,7 @@ from .configuration_multimodal import MultimodalConfig
 from .manifests import COMPOSITION, Entry, check_hashes, check_sizes, describe_files, sha256_of, valid_entry
 from .origins import COMMIT, KEYS, is_repo_id
 from .size_guard import build_guard
+from .threads import PrivateRandom
 
 logger = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -99,7 +100,7 @@ def part_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a part by its own names, loaded through the class that loads its repository."""
     check_files(files)
-    with naming(component, origin), torch.random.fork_rng(devices=[]):
+    with naming(component, origin), PrivateRandom():
         config = _base_config(component, files, bool(options.get("trust_remote_code")))
         if isinstance(config, MultimodalConfig):
             raise ValueError(

@@ -19,7 +19,7 @@ from .freezing import frozen_patterns
 from .gathering import nearest_models
 from .name_patterns import as_regex, compress, matches
 from .projectors import check_storable
-from .shape_probe import without_weights
+from .weightless import build_without_weights, without_dtypes
 
 
 def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule], language_model):
@@ -98,14 +98,18 @@ def cast_buffers(model: nn.Module, part_dtypes: dict[str, Any] | None, main: tor
                 module._buffers[key] = module.get_buffer(key).to(dtype)
 
 
+def built_again(model: PreTrainedModel) -> nn.Module:
+    """A model of the same class as its configuration builds it, without weights."""
+    return build_without_weights(lambda: type(model)(without_dtypes(copy.deepcopy(model.config))))
+
+
 def restore_adapter_buffers(model: PreTrainedModel) -> None:
     """Fill the buffers of adapters that no checkpoint holds, which loading leaves empty (in place)."""
     if not model.config.adapters:
         return
     empty = adapter_buffers(model)
     if empty:
-        with without_weights():
-            again = type(model)(copy.deepcopy(model.config))
+        again = built_again(model)
         for name, made in adapter_buffers(again).items():
             if not made.is_meta:
                 empty[name].copy_(made)
@@ -120,8 +124,7 @@ def check_rebuildable(model: PreTrainedModel) -> None:
     """
     if getattr(model, "hf_quantizer", None) is not None or any(hasattr(p, "ds_id") for p in model.parameters()):
         return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
-    with without_weights():
-        again = type(model)(copy.deepcopy(model.config))
+    again = built_again(model)
     check_buffers_restorable(again)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
     got = {name: tuple(t.shape) for name, t in again.state_dict().items() if isinstance(t, torch.Tensor)}

@@ -3,6 +3,8 @@
 Only transformers' own modules are imported; any other class must have been imported by the user already.
 """
 
+import copy
+import functools
 import importlib
 import inspect
 import itertools
@@ -13,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .registries import last_definition
-from .shape_probe import without_weights
+from .weightless import build_without_weights, without_dtypes
 
 TRANSFORMERS_CLASS = re.compile(r"(transformers\.models\.\w+\.modeling_\w+)\.(\w+)")
 
@@ -114,10 +116,10 @@ def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
     expected = _base_keys(model)
     defaults = {p.name: p.default for p in parameters if p.name in switches}
     choices = itertools.product((False, True), repeat=len(switches))
+    config = without_dtypes(copy.deepcopy(model.config))
     for flips in sorted(choices, key=sum):
         options = {n: defaults[n] ^ flip for n, flip in zip(switches, flips, strict=True) if flip}
-        with without_weights():
-            candidate = type(model)(model.config, **options)
+        candidate = build_without_weights(functools.partial(type(model), config, **options))
         if set(candidate.state_dict()) == expected:
             return options
     return {}

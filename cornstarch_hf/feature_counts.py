@@ -2,13 +2,12 @@
 
 import copy
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .callbacks import SLOTS, declared_count
@@ -16,6 +15,7 @@ from .classes import resolve_class
 from .composition import build_encoder
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
+from .count_cache import CountCache, key_of
 from .encoders import ModalEncoderModule
 from .frames import frames_as_items
 from .grids import STAGES
@@ -23,12 +23,15 @@ from .item_lengths import unpadded_patches
 from .items import MASKS, packed_sizes
 from .layouts import with_plain_kernels
 from .limits import check_features
+from .own_parts import OwnParts, settle
 from .precomputed_features import PrecomputedFeaturesConfig
 from .reductions import Grid
 from .registries import FEATURE_COUNTS
 from .selection import per_item
-from .shape_probe import run_on_shapes, weights_to_meta, without_weights
+from .shape_probe import run_on_shapes, weights_to_meta
 from .size_guard import bounded_tensors, build_guard
+from .threads import TravellingLock
+from .weightless import build_without_weights, without_dtypes
 
 POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
 # Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
@@ -117,18 +120,32 @@ RULES_OF_EACH_LAYER = {"clip_vision_model", "dinov2", "siglip_vision_model", "vi
 class FeatureCounter:
     """Counts features per item, after selection, callbacks and token reduction, from a configuration alone.
 
+    Threads may share it.  It is pickled, copied and hashed without what it has counted or built.
+
     Args:
-        config: of the composed model.
-        live: encoders of a live model, whose callbacks are run where the configuration cannot hold them.
+        config: of the composed model; copied where `live` is given.
+        live: encoders of a live model, as they are now: their callbacks and projections are written into the configuration's
+            copy, and kept themselves where it cannot hold them.
     """
 
     def __init__(self, config: MultimodalConfig, live: Mapping[str, ModalEncoderModule] | None = None):
-        self.config = config
-        self._live = dict(live or {})
+        self.config = copy.deepcopy(config) if live else config
+        self.own: dict[str, OwnParts] = settle(self.config, live) if live else {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = TravellingLock()  # encoders keep a state while they run
         self._probes: dict[tuple[str, bool], Any] = {}
-        self._cache: dict[tuple, int] = {}
+        self._cache = CountCache()
         self._deep: set[str] = set()  # encoders of which few layers do not do
         self._uniform: set[str] = set()  # and of which they do
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "own": self.own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def count(self, name: str, inputs: Mapping[str, Any]) -> int:
         """Features that one item of a modality gives.
@@ -142,16 +159,20 @@ class FeatureCounter:
             ValueError: a registered count is no natural number, the run on shapes fails, or the count is above
                 `limits.MAX_ITEM_FEATURES`.
         """
-        key = (name, *sorted((k, _signature(v)) for k, v in inputs.items()))
-        if key not in self._cache:
-            count = self._counted(name, inputs)
+        key = key_of(name, inputs)
+        count = self._cache.get(key)
+        if count is None:
+            with self._lock:
+                known = self._cache.get(key)  # by a thread that came first
+                count = self._counted(name, inputs) if known is None else known
             check_features(count, name)
-            self._cache[key] = count
-        return self._cache[key]
+            self._cache.put(key, count)
+        return count
 
     def has_preprocessing(self, name: str) -> bool:
         """Whether a callback sees the inputs of an encoder before it does."""
-        return self._outline(name).preprocess_callback is not None
+        own = self.own[name].callbacks if name in self.own else {}
+        return "preprocess_callback" in {*self.config.modality(name)["callbacks"], *own}
 
     def _counted(self, name: str, inputs: Mapping[str, Any]) -> int:
         encoder_config = getattr(self.config, f"{name}_config")
@@ -212,8 +233,8 @@ class FeatureCounter:
 
     def _outline(self, name: str) -> ModalEncoderModule:
         """The encoder for what stands around its layers: of few layers where it can be built so."""
-        if name in self._live or not self._is_stack(name):
-            return self._live.get(name) or self._probe(name)
+        if not self._is_stack(name):
+            return self._probe(name)
         try:
             return self._probe(name, shallow=True)
         except Exception:  # all layers are built instead, or tell what is wrong
@@ -223,28 +244,24 @@ class FeatureCounter:
     def _probe(self, name: str, shallow: bool = False) -> ModalEncoderModule:
         """The encoder without weights, where it is `shallow` of no more layers than the selected ones need."""
         if (name, shallow) not in self._probes:
-            plain, live = copy.deepcopy(self.config), self._live.get(name)
+            plain, own = without_dtypes(copy.deepcopy(self.config)), self.own.get(name)
             plain.adapters = None
             encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
             if shallow:
                 _make_shallow(encoder_config, self.config.modality(name)["layer"])
-            if live is not None:
-                plain.modality(name)["callbacks"] = {}
+            if own is not None and own.projector is not None:
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
             try:
-                with build_guard(), without_weights(), bounded_tensors():
-                    encoder = build_encoder(plain, name)
+                encoder = build_without_weights(functools.partial(_built_encoder, plain, name))
             except RuntimeError as error:  # a tensor of a size that no machine has
                 raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
-            if live is not None:
-                encoder.projector = copy.deepcopy(live.projector)
-                for slot, callback in live.callbacks.items():
-                    setattr(encoder, slot, copy.deepcopy(callback) if isinstance(callback, nn.Module) else callback)
+            if own is not None:
+                own.put_into(encoder)
             self._probes[name, shallow] = weights_to_meta(encoder.eval())
         return self._probes[name, shallow]
 
     def _reduced_by_run(self, name: str, count: int, grid: Grid | None) -> int:
-        projector = (self._probe(name) if name in self._live else self._outline(name)).projector
+        projector = self._outline(name).projector
         features = torch.empty(1, count, projector.config.in_features, device="meta")
         run = functools.partial(projector, return_dict=True, grids=None if grid is None else [grid])
         try:
@@ -296,7 +313,8 @@ class FeatureCounter:
 
     def _is_uniform(self, name: str) -> bool:
         """Whether a few of the encoder's layers give as many features as all of them."""
-        return not self.config.modality(name)["output"] and name not in self._live and self._is_stack(name)
+        callbacks = self.own[name].callbacks if name in self.own else {}
+        return not self.config.modality(name)["output"] and not callbacks and self._is_stack(name)
 
     def _is_stack(self, name: str) -> bool:
         """Whether the encoder is a stack of layers that are alike, of transformers' own classes."""
@@ -317,6 +335,11 @@ class FeatureCounter:
         encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
         encoder.__dict__.update(dict.fromkeys(without))
         return run_on_shapes(functools.partial(method, encoder), dict(inputs))
+
+
+def _built_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
+    with build_guard(), bounded_tensors():
+        return build_encoder(config, name)
 
 
 def _is_staged(config: PreTrainedConfig) -> bool:
@@ -360,15 +383,6 @@ def _natural(count: Any, name: str, what: str) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ValueError(f"{name}: {what} must be an integer >= 0, got {count!r}.")
     return count
-
-
-def _signature(value: Any) -> Any:
-    """What of an input a count depends on: the shape of floating-point numbers, all of any others."""
-    if not isinstance(value, Tensor):
-        return repr(value)
-    if value.is_floating_point():
-        return tuple(value.shape), str(value.dtype)
-    return tuple(value.shape), hashlib.sha256(value.numpy().tobytes()).digest()
 
 
 def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | None:

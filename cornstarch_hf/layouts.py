@@ -20,9 +20,10 @@ from .selection import (
     chosen_features,
     select_features,
 )
-from .shape_probe import run_on_shapes, weights_to_meta, without_weights
+from .shape_probe import run_on_shapes, weights_to_meta
 from .towers import accepts, forward_parameters
 from .typical_inputs import typical_inputs
+from .weightless import build_without_weights, without_dtypes
 
 _MOST_TRIES = 24
 
@@ -81,10 +82,9 @@ def find_layout(module: nn.Module, kind: str, selection: Selection, name: str) -
 
 def built_on_meta(inner: Any) -> nn.Module | None:
     """A model of the same class and configuration without weights; None where its class cannot be built so."""
-    config = with_plain_kernels(copy.deepcopy(inner.config))
+    config = without_dtypes(with_plain_kernels(copy.deepcopy(inner.config)))
     try:
-        with without_weights():
-            made = type(inner)(config, **constructor_options(inner))
+        made = build_without_weights(functools.partial(type(inner), config, **constructor_options(inner)))
     except Exception:  # a class of somebody's own that needs more than its configuration
         return None
     return weights_to_meta(made.eval())

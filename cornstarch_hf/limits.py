@@ -22,7 +22,7 @@ MAX_CONFIG_BYTES = 100_000_000  # of one JSON file
 MAX_BUILD_BYTES = 1_000_000_000  # of tables and masks that are computed, and not read, while parts are built
 MAX_PLAIN_SIZE = 2_048  # numbers of a configuration up to which no computed table can be large
 MAX_UNSTORED_ELEMENTS = 4_000_000  # of tensors that the configuration describes and the checkpoint does not hold
-MAX_MODULES_PER_TENSOR = 8  # modules that are built for each stored tensor, and as many parameters
+MAX_MODULES_PER_TENSOR = 8  # tensors that are built for each stored one: each layer makes some
 MIN_MODULES = 20_000  # what is allowed however few tensors are stored
 
 # ---- what a chat template does

@@ -14,9 +14,9 @@ from .checkpoint_files import HUB_OPTIONS, CheckpointFiles
 from .configuration_multimodal import MultimodalConfig
 from .manifests import COMPOSITION, DELTA, REMEDY, Composition, read_composition
 from .references import components_of, joined
-from .shape_probe import without_weights
 from .size_guard import Shapes, build_guard
 from .untrusted import read_json
+from .weightless import build_without_weights, without_dtypes
 
 
 class Loading(NamedTuple):
@@ -115,8 +115,11 @@ def _by_reference(
     """Load the changes and the bases into one state, from which transformers makes the model."""
 
     def build(shapes: Shapes) -> PreTrainedModel:
-        with build_guard(shapes, sized=False), without_weights():
-            return model_class(copy.deepcopy(config))
+        def build_guarded() -> PreTrainedModel:
+            with build_guard(shapes, sized=False):
+                return model_class(without_dtypes(copy.deepcopy(config)))
+
+        return build_without_weights(build_guarded)
 
     if unknown := sorted(composition.references.keys() - set(components_of(config))):
         raise ValueError(

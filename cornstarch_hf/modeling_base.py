@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from .adapters import check_all_kept, check_no_wrapped_part, unwrapped
 from .checkpointing import first_dtype
@@ -26,6 +25,7 @@ from .language_model import Headless
 from .modeling_storage import MultimodalStorageMixin
 from .reentrant import whole_gradients
 from .versions import check_peft
+from .weightless import KeepsInitialized
 
 
 class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
@@ -123,8 +123,9 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         """
         parts = [part for _, part in nearest_models(self)]
         for part in parts:
-            part.initialize_weights()
-        with torch.no_grad(), init.guard_torch_init_functions():
+            if not all(getattr(module, "_is_hf_initialized", False) for module in part.modules()):
+                part.initialize_weights()
+        with torch.no_grad(), KeepsInitialized():
             for module in _outside(self, set(map(id, parts))):
                 self._initialize_weights(module, is_custom_code=self.is_custom_code())
 

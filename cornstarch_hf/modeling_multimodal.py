@@ -31,10 +31,10 @@ from .merging import (
 )
 from .modeling_base import MultimodalPreTrainedModel
 from .module_specs import mark_initialized
-from .shape_probe import WithoutInitializers
 from .size_guard import bounded_tensors, check_built
 from .towers import MEDIA_KINDS, main_input
 from .versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
+from .weightless import WithoutInitializers
 
 logger = logging.get_logger(__name__)
 EncoderOutputs = dict[str, Any]

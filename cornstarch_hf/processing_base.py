@@ -8,16 +8,17 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from .callbacks import check_callbacks_storable
 from .chat import DEFAULT_TEMPLATE
 from .code_export import export_code
 from .configuration_multimodal import MultimodalConfig
 from .feature_counts import FeatureCounter
+from .own_parts import settle_registered
 from .pushing import push, push_saved
 from .registries import FEATURE_COUNTS
 from .shared_code import SharedCode, load_shared_code
 from .snapshots import current, replacing
 from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
+from .threads import TravellingLock
 from .tokens import add_placeholder_tokens, placeholder_tokens
 from .uploading import split_options
 from .versions import PROCESSOR_HOOKS, check_hooks
@@ -56,9 +57,11 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
             model.set_modality_token_ids(ids)
             for name, token in self.tokens.items():
                 model.config.modality(name)["token"] = token
-        self.config = _for_processing(config, self.tokens, ids)
-        self._live = {} if model is None else dict(model.encoders)
-        self.counter = FeatureCounter(self.config, self._live)
+        self.counter = FeatureCounter(
+            _for_processing(config, self.tokens, ids), None if model is None else model.encoders
+        )
+        self.config = self.counter.config
+        self.lock = TravellingLock()  # for what holds a state while it is called
 
     # ---- what clients look for
 
@@ -138,9 +141,9 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         Raises:
             ValueError: a processor or a callback that a checkpoint cannot hold; names the remedy.
         """
-        for name, encoder in self._live.items():
+        for name, own in self.counter.own.items():
             if FEATURE_COUNTS.get(name) is None:
-                self.config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+                settle_registered(self.config, own)
         for tokenizer in (self.tokenizer, *self.processors.values()):
             if isinstance(tokenizer, PreTrainedTokenizerBase):  # sides set as attributes are not saved otherwise
                 sides = ("padding_side", "truncation_side")

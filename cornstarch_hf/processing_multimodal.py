@@ -1,6 +1,7 @@
 """The processor of a composed model: raw inputs to tensors, each placeholder expanded to its item's features."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -168,9 +169,10 @@ class MultimodalProcessor(MultimodalProcessorBase):
                 encoder_config = getattr(self.config, f"{name}_config")
                 masked = any(parameter.endswith("features_mask") for parameter in names.values())
                 prepared = self.counter.has_preprocessing(name)
-                output = run_subprocessor(
-                    self.processors[name], name, entry["kind"], items, given, encoder_config, masked, prepared
-                )
+                with self.lock if entry["kind"] == "text" else nullcontext():
+                    output = run_subprocessor(
+                        self.processors[name], name, entry["kind"], items, given, encoder_config, masked, prepared
+                    )
                 count = len(items)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
@@ -204,12 +206,8 @@ class MultimodalProcessor(MultimodalProcessorBase):
         moved = None
         if spans is not None:
             moved = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
-        rows = encode(
-            self.tokenizer,
-            [e.text for e in expanded],
-            moved,
-            **options,
-        )
+        with self.lock:  # a tokenizer keeps the options of its last call
+            rows = encode(self.tokenizer, [e.text for e in expanded], moved, **options)
         self._check_truncation(expanded, rows)
         extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
         data = pad_rows(self.tokenizer, rows, extra, padding, options.get("max_length"))

@@ -34,6 +34,7 @@ from .saving import saving
 from .selection import per_item
 from .shared_code import SharedCode, with_shared_code
 from .uploading import pusher, split_options
+from .weightless import build_without_weights, initialize_weights
 from .window_reductions import AvgPoolProjection, ConvProjection
 
 TORCH_PROJECTION = "torch"
@@ -107,8 +108,7 @@ def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfi
     if PROJECTORS.name_of(type(projection)) not in (None, config.projection_type):
         return False
     try:
-        with torch.device("meta"):
-            return same_structure(build_projection(config), projection)
+        return same_structure(build_without_weights(lambda: build_projection(config)), projection)
     except (TypeError, ValueError):  # sizes that are still missing, or a constructor that wants more: not the same
         return False
 
@@ -185,6 +185,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    initialize_weights = initialize_weights
 
     def __init__(self, config: MultimodalProjectorConfig, projection: nn.Module | None = None):
         super().__init__(copy.deepcopy(config) if projection is not None else config)
@@ -307,9 +308,8 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
     def _reduce(self, features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None) -> ProjectorOutput:
         """Reduce and project each item alone, those of one length and grid together."""
         maps = features.ndim == 4 and (self.needs_grid or hasattr(self.projection, "feature_count"))
-        if (
-            features.ndim not in (2, 3) and not maps
-        ):  # no items: a class that is not known to reduce takes any leading axes
+        # Without items: a class that is not known to reduce takes any leading axes.
+        if features.ndim not in (2, 3) and not maps:
             return ProjectorOutput(last_hidden_state=self._run(features))
         if maps:
             grids = [tuple(features.shape[1:3])] * len(features) if grids is None else grids

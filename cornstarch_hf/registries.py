@@ -44,14 +44,15 @@ class Registry:
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(list(self._entries))
 
     def name_of(self, entry: Any) -> str | None:
         """The name under which this very object was registered, or None."""
-        same = (name for name, value in self._entries.items() if _target(value) is entry)
+        entries = list(self._entries.items())  # another thread may register something meanwhile
+        same = (name for name, value in entries if _target(value) is entry)
         found = next(same, None)
         if found is None and not isinstance(entry, functools.partial):  # a file may be imported twice, once as a copy
-            again = (name for name, value in self._entries.items() if same_text(_target(value), entry))
+            again = (name for name, value in entries if same_text(_target(value), entry))
             found = next(again, None)
         return found
 

@@ -8,6 +8,7 @@ can grow are intercepted, loops, joins and slices are counted, and filters are w
 import contextlib
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -202,11 +203,23 @@ def _bounded(name: str, function: Callable) -> Callable:
     return bounded
 
 
+def _of_each_thread(kind: Any) -> Any:
+    """The extension that tracks what the assistant wrote, with a state for each thread: they share the environment."""
+    if not hasattr(kind, "activate_tracker"):
+        return kind
+    state = threading.local()
+
+    def kept(key: str) -> property:
+        return property(lambda self: getattr(state, key, None), lambda self, value: setattr(state, key, value))
+
+    return type(kind.__name__, (kind,), {key: kept(key) for key in ("_rendered_blocks", "_generation_indices")})
+
+
 @functools.lru_cache(maxsize=1)
 def environment() -> BoundedEnvironment:
     """The environment of transformers' chat templates, bounded."""
     theirs = _compile_jinja_template("").environment
-    kinds = [type(extension) for extension in theirs.extensions.values()]
+    kinds = [_of_each_thread(type(extension)) for extension in theirs.extensions.values()]
     mine = BoundedEnvironment(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=kinds)
     mine.filters = {n: _bounded(n, f) for n, f in theirs.filters.items() if n not in REFUSED_FILTERS}
     counted = (_loop, _concatenated, _sliced, _text, _weighed, _made)

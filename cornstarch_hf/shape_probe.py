@@ -4,27 +4,28 @@ Encoders compute positions, lengths and grids from integers; those stay real, so
 it would, while no arithmetic is done on features.  Knows no model and no configuration.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import initialization
 
 from .size_guard import BoundedTensors
+from .threads import ThreadDispatchMode, run_privately
 
 
-class ShapesOnly(TorchDispatchMode):
+class ShapesOnly(ThreadDispatchMode):
     """Within this mode an operation on any meta tensor gives a meta tensor, and one on real tensors is computed.
 
     Tensors made from nothing (`torch.arange(n, device=features.device)`) are made real, on the CPU: they hold
-    positions and lengths.
+    positions and lengths.  Random numbers come from a generator of the mode's own.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -33,7 +34,7 @@ class ShapesOnly(TorchDispatchMode):
         if not on_meta:
             if _is_meta(kwargs.get("device")):
                 kwargs["device"] = torch.device("cpu")
-            return func(*args, **kwargs)
+            return run_privately(func, args, kwargs, self.generator)
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [_as_positions(index) for index in args[1]])
         args, kwargs = tree_map(_to_meta, (args, kwargs))
@@ -49,28 +50,6 @@ class RealConstants(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_meta(kwargs.get("device")):
             kwargs["device"] = torch.device("cpu")
-        return func(*args, **kwargs)
-
-
-# transformers puts its own in place of torch's while it initialises a model.
-_INITIALIZERS = frozenset(
-    function
-    for module in (torch.nn.init, initialization)
-    for name, function in vars(module).items()
-    if name.endswith("_") and not name.startswith("_")
-)
-
-
-class WithoutInitializers(TorchFunctionMode):
-    """Within this mode layers do not initialise meta tensors: there are no values to draw, and the attempt takes much of
-    the time in which a model is built on the meta device (by those of `torch.nn.init` that torch lets a mode see)."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _INITIALIZERS:
-            tensor = args[0] if args else kwargs["tensor"]
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                return tensor
         return func(*args, **kwargs)
 
 
@@ -94,19 +73,17 @@ def to_shapes(value: Any) -> Any:
     return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) and x.is_floating_point() else x, value)
 
 
-@contextlib.contextmanager
-def without_weights() -> Iterator[None]:
-    """Modules made here have parameters on the meta device and real buffers; random numbers drawn elsewhere stay the same."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), init_empty_weights(include_buffers=False):
-        yield
-
-
 def weights_to_meta(module: torch.nn.Module) -> torch.nn.Module:
-    """Move a module's parameters and persistent buffers to the meta device (in place); other buffers stay real."""
+    """Move a module's parameters and persistent buffers to the meta device (in place); other buffers stay real.
+
+    Floating-point parameters become float32, as `to_shapes` leaves most inputs: shapes do not depend on it, and mixed
+    dtypes could not be computed with.
+    """
     for child in module.modules():
         for name, parameter in child._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                child._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+            if parameter is not None:
+                dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+                child._parameters[name] = torch.nn.Parameter(parameter.detach().to("meta", dtype), requires_grad=False)
         for name, buffer in child._buffers.items():
             persistent = name not in child._non_persistent_buffers_set
             if buffer is not None and persistent and buffer.is_floating_point():
@@ -117,11 +94,11 @@ def weights_to_meta(module: torch.nn.Module) -> torch.nn.Module:
 def run_on_shapes(module: Callable, inputs: dict[str, Any]) -> Any:
     """Call a module whose weights are on the meta device, or a method of it; floating-point data of the result is on meta.
 
-    Random numbers that the module draws leave those drawn elsewhere the same.
+    This thread alone is touched, and random numbers that the module draws leave those drawn elsewhere the same.
 
     Raises:
         whatever the module raises, e.g. where it reads a feature's value.
     """
     shapes = to_shapes(inputs)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
+    with torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
         return module(**shapes)

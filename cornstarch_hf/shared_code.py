@@ -8,6 +8,7 @@ import copy
 import hashlib
 import importlib
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,6 +86,9 @@ def _source(auto_map: Any) -> str | None:
     return None
 
 
+_IMPORTING = threading.RLock()
+
+
 def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> None:
     """Run the user's files of a checkpoint if it is trusted and they define what is missing here.
 
@@ -106,9 +110,9 @@ def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> Non
         return  # this very code is running
     carries = read_entry(file.parent)
     package = _package_of(file.parent, carries)
-    if f"{package.__name__}.{CODE_ENTRY}" in sys.modules or not _missing(carries, package.__name__):
-        return
-    _import(package, carries, source)
+    with _IMPORTING:  # a thread that comes second waits until the names are there
+        if f"{package.__name__}.{CODE_ENTRY}" not in sys.modules and _missing(carries, package.__name__):
+            _import(package, carries, source)
 
 
 def _package_of(folder: Path, carries: dict) -> ModuleType:

@@ -1,4 +1,4 @@
-"""While parts are built from a checkpoint's configuration: no endless number of modules, no huge tensor made.
+"""While parts are built from a checkpoint's configuration: no endless number of layers, no huge tensor made.
 
 A configuration may ask for anything, and is only asked for what the checkpoint beside it holds.  Parameters are built
 on the meta device and cost nothing; tables and masks that a constructor computes are real, so the size of each is
@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook as on_module
-from torch.nn.modules.module import register_module_parameter_registration_hook as on_parameter
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .limits import cap, check
 from .module_tree import parameters_by_name
+from .threads import ThreadDispatchMode
 
 Shapes = Mapping[str, tuple[int, ...]]
 _active = threading.local()
 
 
-class BoundedTensors(TorchDispatchMode):
+class BoundedTensors(ThreadDispatchMode):
     """Within this mode operations make no more than `MAX_BUILD_BYTES` of real tensors in all (ValueError before that).
 
     Memory that is only reserved (`torch.empty`) does not count, and views take none.
@@ -110,11 +110,30 @@ def _has_large(values: Any, sizes: set[int]) -> bool:
     return False
 
 
+class _CountedTensors(TorchFunctionMode):
+    """Within this mode no more than so many tensors are made: each layer with weights or tables makes some."""
+
+    def __init__(self, stored: int) -> None:
+        super().__init__()
+        self.stored, self.made = stored, 0
+        self.allowed = cap("MIN_MODULES") + cap("MAX_MODULES_PER_TENSOR") * stored
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _device_constructors():
+            self.made += 1
+            if self.made > self.allowed:
+                raise ValueError(
+                    f"The configuration builds over {self.allowed:,} tensors, but the checkpoint holds {self.stored:,}: they "
+                    "do not belong together. If that is meant, set cornstarch_hf.limits.MIN_MODULES higher."
+                )
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[None]:
-    """Bound what is built within: modules and parameters by what is stored, computed tensors by `MAX_BUILD_BYTES`.
+    """Bound what is built within: layers by what is stored, computed tensors by `MAX_BUILD_BYTES`.
 
-    Only the thread that enters is bounded.  `check_built` compares the result with the same shapes.
+    Only the thread that enters is bounded, and only it is touched.  `check_built` compares the result with the same shapes.
 
     Args:
         shapes: of everything that will be loaded, by name; None where that is not known (nothing is compared then).
@@ -123,31 +142,13 @@ def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[No
     Raises:
         ValueError: within, as soon as a bound is met; with both numbers.
     """
-    counts = {"modules": 0, "parameters": 0}
-    allowed = cap("MIN_MODULES") + cap("MAX_MODULES_PER_TENSOR") * len(shapes or ())
-    me = threading.get_ident()
-
-    def counted(kind: str) -> Any:
-        def hook(module: nn.Module, name: str, value: Any) -> None:
-            if threading.get_ident() == me and value is not None:
-                counts[kind] += 1
-                if counts[kind] > allowed:
-                    raise ValueError(
-                        f"The configuration builds over {allowed:,} {kind}, but the checkpoint holds {len(shapes or ()):,} "
-                        "tensors: they do not belong together. If that is meant, set cornstarch_hf.limits.MIN_MODULES higher."
-                    )
-
-        return hook
-
     before = getattr(_active, "expected", None)
     _active.expected = (shapes, sized)
-    handles = [on_module(counted("modules")), on_parameter(counted("parameters"))]
     try:
-        yield
+        with _CountedTensors(len(shapes or ())):
+            yield
     finally:
         _active.expected = before
-        for handle in handles:
-            handle.remove()
 
 
 def check_built(model: nn.Module) -> None:

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,6 +21,7 @@ collect_ignore = [
     "hub_store.py",
     "run_snippets.py",
     "killed_saves.py",
+    "process_state.py",
     "reload_adapters.py",
     "reload_shared.py",
     "shared_parts.py",
@@ -28,6 +31,16 @@ collect_ignore = [
     "tiny.py",
     "user_parts.py",
 ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_that_threads_share_has_changed():
+    """After each test, torch and transformers are the very same: other threads build models beside ours."""
+    from process_state import changes, process_state
+
+    before = process_state()
+    yield
+    assert changes(before, process_state()) == []
 
 
 def pytest_addoption(parser):

@@ -1,13 +1,23 @@
 """Adapters of PEFT-wrapped parts: seen through, described in JSON, wrapped again."""
 
 import json
+import sys
+import types
 
 import pytest
 import tiny
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 
-from cornstarch_hf.adapters import adapter_parameter_names, describe_adapters, is_wrapped, unwrapped, wrap_again
+from cornstarch_hf.adapters import (
+    adapter_parameter_names,
+    check_not_injected,
+    describe_adapters,
+    is_wrapped,
+    tuner_layers,
+    unwrapped,
+    wrap_again,
+)
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -91,3 +101,13 @@ def test_an_adapter_type_that_this_version_does_not_know():
     described = {"configs": {"default": {"peft_type": "TELEPATHY"}}}
     with pytest.raises(ValueError, match=r"audio: unknown adapter type 'TELEPATHY', this peft knows \[.*'LORA'"):
         wrap_again(tiny.llama(), described, "audio")
+
+
+def test_peft_that_another_thread_is_just_importing_is_left_alone(monkeypatch):
+    model = tiny.llama()
+    for module in [name for name in sys.modules if name.split(".")[0] == "peft" and name != "peft"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "peft", types.ModuleType("peft"))
+    assert not is_wrapped(model) and tuner_layers(model) == []
+    check_not_injected(model, "language_model")
+    assert not [name for name in sys.modules if name.startswith("peft.")]

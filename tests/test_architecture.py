@@ -11,13 +11,14 @@ import cornstarch_hf
 PACKAGE = Path(cornstarch_hf.__file__).parent
 # Each line may import the lines above it, never its own line or one below.
 ORDER = [
-    {"limits", "module_tree", "reentrant", "versions"},
+    {"limits", "module_tree", "reentrant", "threads", "versions"},
     {"size_guard", "template_bounds", "untrusted"},
     {"rendering"},
-    {"registries", "module_specs", "merging", "selection", "shape_probe", "name_patterns", "input_names",
+    {"registries", "module_specs", "merging", "selection", "shape_probe", "weightless", "name_patterns", "input_names",
      "placeholder_text", "media", "items", "typical_inputs", "frames", "forward_signature", "heads", "grids", "snapshots",
      "manifests", "uploading", "card_markup", "card_training", "card_licenses", "checkpoint_files", "code_files",
-     "precomputed_features", "item_processors", "text_items", "fixed_inputs"},
+     "precomputed_features", "item_processors", "text_items", "fixed_inputs",
+     "count_cache"},
     {"saving", "video"},
     {"checkpoint_checks"},
     {"reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation", "classes", "shared_code"},
@@ -27,7 +28,7 @@ ORDER = [
     {"projectors", "towers", "labelling", "adapter_tensors"},
     {"frozen_modes", "item_lengths", "layouts"},
     {"encoders", "tokens", "gathering", "bases", "positions", "id_inputs", "refusals"},
-    {"references"},
+    {"references", "own_parts"},
     {"composition"},
     {"feature_counts", "freezing", "language_model"},
     {"checkpointing", "describing", "loading", "card_usage"},

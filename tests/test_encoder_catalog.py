@@ -1,6 +1,9 @@
 """Every measured encoder class of transformers, tiny: composes, counts, encodes, generates, trains and comes back the same."""
 
 import copy
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 from unittest.mock import Mock
 
 import catalog
@@ -9,11 +12,12 @@ import catalog_vision
 import pytest
 import tiny
 import torch
+from datasets.fingerprint import Hasher
 from own_memory import check_comes_back
 from shrunk import built
 from transformers import AutoModel
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel, feature_counts
+from cornstarch_hf import ModalEncoderModule, MultimodalCollator, MultimodalModel, MultimodalProcessor, feature_counts
 from cornstarch_hf.feature_counts import FeatureCounter
 
 CASES = {**catalog_vision.CASES, **catalog_others.CASES}
@@ -105,6 +109,29 @@ def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, t
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     model(**inputs, labels=labels.masked_fill(labels == TOKEN, -100)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.media_encoder.projector.parameters())
+
+
+@pytest.fixture(scope="module")
+def other_process():
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def called(pickled, item):
+    """What the processor of a pickled collator counts for an item, and makes of a text."""
+    processor = pickle.loads(pickled).processor
+    return processor.counter.count("media", item), processor(text="a b")["input_ids"]
+
+
+@pytest.mark.parametrize("name", catalog.here(set(CASES) - set(catalog_others.NO_FEATURES)))
+def test_a_collator_carries_no_weights_and_works_in_another_process(name, other_process):
+    processor = MultimodalProcessor(tiny.tokenizer(), {}, model=composed(name))
+    pickled, item = pickle.dumps(MultimodalCollator(processor)), catalog.item(name, 0)
+    before = Hasher.hash(processor)
+    assert len(pickled) < 200_000
+    expected = processor.counter.count("media", item), processor(text="a b")["input_ids"]
+    assert other_process.submit(called, pickled, item).result() == expected and Hasher.hash(processor) == before
+    assert len(pickle.dumps(MultimodalCollator(processor))) < 200_000
 
 
 @pytest.mark.parametrize("name", STAGED)

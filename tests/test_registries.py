@@ -76,3 +76,18 @@ def test_a_callbacks_count_belongs_to_its_registration():
     assert CALLBACKS["mine"] == (one, two) and CALLBACKS["mine"].feature_count is two
     with pytest.raises(ValueError, match="callback 'mine'"):
         register_callback("mine", two)
+
+
+def test_something_may_be_registered_while_another_thread_looks_something_up():
+    registry = Registry("thing", "Add one.")
+
+    class Adds:
+        def __getattr__(self, name):
+            registry.add(f"more {len(registry._entries)}", 1)
+            raise AttributeError(name)
+
+    for name in "ab":
+        registry.add(name, Adds())
+    for name in registry:
+        registry.add(f"{name} again", 2)
+    assert registry.name_of(object()) is None and set(registry) >= {"a", "b", "a again"}

@@ -1,5 +1,7 @@
 """Templates rendered within bounds give what transformers gives, to the character."""
 
+import threading
+
 import pytest
 import templates
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -89,3 +91,19 @@ def test_filters_are_those_of_transformers_but_for_the_refused_ones():
     mine = {name for name in environment().filters if not name.startswith("_")}
     assert set(theirs.filters) - mine == set(REFUSED_FILTERS)
     assert set(theirs.tests) == set(environment().tests)
+
+
+def test_threads_mark_what_the_assistant_wrote_each_for_itself():
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    found = []
+
+    def render(content):
+        found.append(render_template([{"role": "assistant", "content": content}], template, mark_assistant=True))
+
+    blocks, spans = [], []
+    with environment().activate_tracker(blocks, spans):  # this thread is just rendering
+        worker = threading.Thread(target=render, args=("yes",))
+        worker.start()
+        worker.join()
+        assert (blocks, spans) == ([], [])
+    assert found == [("yes", [(0, 3)])]

@@ -4,13 +4,10 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from transformers import initialization
 
 from cornstarch_hf.shape_probe import (
     RealConstants,
     ShapesOnly,
-    WithoutInitializers,
     run_on_shapes,
     to_shapes,
     weights_to_meta,
@@ -89,40 +86,3 @@ def test_reading_a_features_value_raises():
 
     with pytest.raises(RuntimeError, match="meta"):
         run_on_shapes(weights_to_meta(Reads(3, 3)), {"x": torch.ones(2, 3)})
-
-
-def drawn(device):
-    """All of `torch.nn.init` on tensors of a device, with the state of random numbers afterwards."""
-    torch.manual_seed(0)
-    made = [nn.Linear(3, 4, device=device), nn.Conv1d(2, 2, 2, device=device), nn.Embedding(3, 2, device=device)]
-    made.append(nn.MultiheadAttention(4, 2, device=device))
-    for fill in (nn.init.xavier_normal_, nn.init.orthogonal_, nn.init.trunc_normal_):
-        made.append(nn.Linear(4, 4, device=device))
-        fill(tensor=made[-1].weight)
-    return [p for module in made for p in module.parameters()], torch.get_rng_state()
-
-
-def test_initializers_pass_over_the_meta_device_alone():
-    expected, state = drawn("cpu")
-    with WithoutInitializers():
-        got, after = drawn("cpu")
-    assert all(map(torch.equal, got, expected)) and torch.equal(after, state)
-    with WithoutInitializers():
-        got, after = drawn("meta")
-    assert [(p.shape, p.is_meta) for p in got] == [(p.shape, True) for p in expected]
-    torch.manual_seed(0)
-    assert torch.equal(after, torch.get_rng_state())
-    called = []
-
-    class Counted(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            called.append(func.__name__)
-            return func(*args, **(kwargs or {}))
-
-    with Counted(), WithoutInitializers():
-        nn.Sequential(
-            nn.Linear(3, 4, device="meta"), nn.Conv1d(2, 2, 2, device="meta"), nn.Embedding(3, 2, device="meta")
-        )
-        with initialization.guard_torch_init_functions():
-            initialization.normal_(torch.empty(2, 2, device="meta"))
-    assert "empty" in called and not {"kaiming_uniform_", "uniform_", "normal_"} & set(called)

@@ -52,25 +52,21 @@ def test_results_are_those_without_the_mode():
     assert all(torch.equal(a, b) for a, b in zip(bounded, table(), strict=True))
 
 
-def test_modules_and_parameters_are_counted_in_this_thread_alone(monkeypatch):
+def test_tensors_are_counted_in_this_thread_alone(monkeypatch):
     monkeypatch.setattr(limits, "MIN_MODULES", 10)
     shapes = {"0.weight": (1, 1), "0.bias": (1,)}
 
     def build(count):
-        return nn.Sequential(*[nn.Identity() for _ in range(count)])
+        return nn.Sequential(*[nn.Linear(1, 1) for _ in range(count)])
 
     with build_guard(shapes):
-        build(26)
+        build(13)
         worker = threading.Thread(target=build, args=(100,))
         worker.start()
         worker.join()
-        with pytest.raises(ValueError, match="builds over 26 modules, but the checkpoint holds 2 tensors"):
+        with pytest.raises(ValueError, match="builds over 26 tensors, but the checkpoint holds 2"):
             build(1)
     build(100)
-    with build_guard(shapes), pytest.raises(ValueError, match="builds over 26 parameters"):
-        module = nn.Module()
-        for i in range(27):
-            module.register_parameter(f"p{i}", nn.Parameter(torch.empty(0)))
 
 
 def test_a_model_is_compared_by_names_and_shapes():

@@ -5,7 +5,15 @@ import inspect
 import pytest
 import torch
 from helpers import needs_5_23
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from torch.utils import _device, _python_dispatch
+from transformers import (
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    modeling_utils,
+)
 from transformers.generation import utils as generation_utils
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.utils import chat_template_utils, generic
@@ -133,3 +141,15 @@ def test_the_environment_of_chat_templates_is_where_the_bounded_one_is_taken_fro
     found = _compile_jinja_template("").environment
     assert {"raise_exception", "strftime_now", "namespace", "dict", "range"} <= set(found.globals)
     assert hasattr(found, "activate_tracker") and "tojson" in found.filters
+
+
+def test_what_building_without_weights_relies_on():
+    asks = inspect.getsource(modeling_utils.get_torch_context_manager_or_global_device)
+    assert "torch.tensor([]).device" in asks
+    assert 'get_torch_context_manager_or_global_device() != torch.device("meta")' in inspect.getsource(
+        PreTrainedModel.init_weights
+    )
+    assert "param.grad_fn" in inspect.getsource(torch.nn.Module.register_parameter), "where a mode sees a parameter"
+    entered = inspect.getsource(_python_dispatch.TorchDispatchMode.__enter__)
+    left = inspect.getsource(_python_dispatch.TorchDispatchMode.__exit__)
+    assert "_push_mode(self)" in entered and "_pop_mode(" in left and torch.empty in _device._device_constructors()
