@@ -14,7 +14,11 @@ def lowest_pins() -> list[str]:
     """
     described = tomllib.loads(PROJECT.read_text(encoding="utf-8"))
     project = described["project"]
-    groups = [described["build-system"]["requires"], project["dependencies"], *project["optional-dependencies"].values()]
+    groups = [
+        described["build-system"]["requires"],
+        project["dependencies"],
+        *project["optional-dependencies"].values(),
+    ]
     pins = []
     for requirement in (one for group in groups for one in group if not one.startswith(f"{project['name']}[")):
         name, _, version = requirement.partition(">=")

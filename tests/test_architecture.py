@@ -19,7 +19,7 @@ ORDER = [
      "manifests", "uploading", "card_markup", "card_training", "card_licenses", "checkpoint_files", "code_files",
      "precomputed_features", "item_processors", "text_items", "fixed_inputs"},
     {"saving", "video"},
-    {"checkpoint_checks"},
+    {"checkpoint_checks", "video_processors"},
     {"reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation", "classes", "shared_code"},
     {"configuration_projector", "code_export"},
     {"origins", "window_reductions", "resampler", "implementations"},
