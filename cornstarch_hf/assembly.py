@@ -29,6 +29,7 @@ from .item_processors import default_processor
 from .modeling_multimodal import MultimodalModel
 from .processing_multimodal import MultimodalProcessor
 from .projectors import MultimodalProjector
+from .towers import packs_frames
 from .video import video_processor_missing
 
 ENCODER_KEYS = frozenset(
@@ -205,17 +206,19 @@ def _processor(name: str, spec: dict, encoder: ModalEncoderModule, loading: dict
             )
     own = {key: spec[key] for key in ("revision", "subfolder") if spec.get(key) is not None}
     if kind == "video":
-        return _video_processor(source, {**loading, **own})
+        return _video_processor(source, {**loading, **own}, packs_frames(encoder.module))
     auto = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoProcessor)
     return auto.from_pretrained(source, **loading, **own)
 
 
-def _video_processor(source: Any, loading: dict) -> Any:
-    """An image processor, which is run frame by frame, where there is one; else the video processor."""
+def _video_processor(source: Any, loading: dict, packed: bool) -> Any:
+    """An image processor, which is run frame by frame, where there is one; else, and for packed frames, the video processor."""
     try:
-        return AutoImageProcessor.from_pretrained(source, **loading)
+        if not packed:
+            return AutoImageProcessor.from_pretrained(source, **loading)
     except (OSError, ValueError, ImportError):
-        try:
-            return AutoVideoProcessor.from_pretrained(source, **loading)
-        except (OSError, ValueError, ImportError) as error:
-            raise video_processor_missing(source, error) from error
+        pass  # there may be a video processor beside the encoder
+    try:
+        return AutoVideoProcessor.from_pretrained(source, **loading)
+    except (OSError, ValueError, ImportError) as error:
+        raise video_processor_missing(source, error) from error

@@ -30,7 +30,7 @@ from .selection import (
     selected_map,
     with_features,
 )
-from .towers import NOT_INPUTS, accepts, forward_parameters, infer_kind, resolve_tower, takes_images
+from .towers import NOT_INPUTS, accepts, forward_parameters, infer_kind, packs_frames, resolve_tower, takes_images
 
 # Model types whose features of an item change with its padding, whatever the mask says: each length is encoded apart.
 READ_PADDING = frozenset(
@@ -114,7 +114,7 @@ class ModalEncoderModule(nn.Module):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
-        self.by_frame = self.kind == "video" and takes_images(self.module)
+        self.by_frame = self.kind == "video" and takes_images(self.module) and not packs_frames(self.module)
         layers = layer if isinstance(layer, int) else tuple(layer)
         self.selection = Selection(output, layers, drop_prefix, _checked_format(data_format))
         self.name = self.kind

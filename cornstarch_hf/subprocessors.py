@@ -15,6 +15,7 @@ from .media import ready_audio, ready_image
 from .text_items import run_tokenizer
 from .untrusted import check_values
 from .video import run_on_frames
+from .video_processors import is_video_processor, run_video_processor
 
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
@@ -81,6 +82,8 @@ def run_subprocessor(
     options = dict(options)
     if isinstance(processor, ImageProcessingMixin):
         channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+        if is_video_processor(processor):
+            return run_video_processor(processor, name, items, options, encoder_config, channels)
         if kind == "video":
             return run_on_frames(processor, name, items, options, encoder_config, channels)
         rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
@@ -263,6 +266,11 @@ def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
         cls = cls or ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{name}: there is no processor class {values[kinds[0]]!r:.100} in transformers.") from error
+    if lacking := [one for one in getattr(cls, "_backends", ()) if isinstance(one, str)]:  # stands in for a class
+        raise ValueError(
+            f"{name}: {values[kinds[0]]} needs {' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
+            f"installed: pip install {' '.join(lacking)}."
+        )
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
         raise ValueError(f"{name}: {values[kinds[0]]!r} is no image processor or feature extractor.")
     try:

@@ -128,6 +128,11 @@ def takes_images(module: nn.Module) -> bool:
     return infer_kind(module) == "image"
 
 
+def packs_frames(module: nn.Module) -> bool:
+    """Whether an encoder takes packed patches with the frames, rows and columns of each item (Qwen2-VL)."""
+    return any(name.endswith(("grid_thw", "grid_thws")) for name in forward_parameters(module))
+
+
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Named parameters of a module's `forward`; of a PEFT wrapper, of the model inside."""
     parameters = inspect.signature(unwrapped(module).forward).parameters

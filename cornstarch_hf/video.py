@@ -93,17 +93,34 @@ def ready_video(
         TypeError: no video.
     """
     options = dict(sampling or {})
+    frames, options["source_fps"] = opened_video(item, where, options.get("source_fps"))
+    return ready_frames(frames, sampled_frames(len(frames), where, **options), where, channels, rescaled)
+
+
+def opened_video(item: Any, where: str, source_fps: float | None = None) -> tuple[Sequence[Any], float | None]:
+    """A video's frames and its frames per second: those that the item tells, else `source_fps`.
+
+    Raises:
+        ValueError, TypeError: no video, see `ready_video`.
+    """
     if isinstance(item, Mapping):
         rate = item.get("fps")
-        options["source_fps"] = options.get("source_fps") if rate is None else rate
+        source_fps = source_fps if rate is None else rate
         item = next((item[key] for key in _HOLDS if item.get(key) is not None), None)
     if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
         raise TypeError(
             f"{where}: expected the frames of a video, got a file: decode it first, for instance by "
             "transformers.video_utils.load_video, and pass the array of frames."
         )
-    frames = _frames(item, where)
-    kept = sampled_frames(len(frames), where, **options)
+    return _frames(item, where), source_fps
+
+
+def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channels: int, rescaled: bool) -> list[Any]:
+    """The frames with the numbers `kept`, each as `media.ready_image` makes it.
+
+    Raises:
+        ValueError: more than `limits.MAX_VIDEO_FRAMES`, frames of different sizes, what `media.ready_image` refuses.
+    """
     check(len(kept), "MAX_VIDEO_FRAMES", f"{where}: sample fewer by num_frames=; the number of frames is")
     ready = [ready_image(frames[i], f"{where}, frame {i}", channels, rescaled) for i in kept]
     sizes = [_size(frame) for frame in ready]
@@ -166,23 +183,22 @@ def run_on_frames(
     if sampling["num_frames"] is None and sampling["fps"] is None:
         sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
     rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
-    expected = None if getattr(encoder_config, "model_type", None) in ANY_NUMBER else _taken(encoder_config)
     videos = []
     for i, item in enumerate(items):
-        where = f"{name}, item {i}"
-        frames = ready_video(item, where, channels, rescaled, sampling)
-        if expected is not None and len(frames) != expected:
-            raise ValueError(
-                f"{where}: {len(frames)} frames are left, but the encoder takes {expected}: pass {name}_kwargs="
-                f"{{'num_frames': {expected}}}, or set num_frames on its processor; repeat frames of shorter videos."
-            )
+        frames = ready_video(item, f"{name}, item {i}", channels, rescaled, sampling)
+        check_frame_count(len(frames), encoder_config, name, i)
         videos.append(_processed(processor, name, frames, options))
-    return _together(videos, name)
+    return joined_videos(videos, name)
 
 
-def _taken(config: Any) -> int | None:
-    number = getattr(config, "num_frames", None)
-    return number if isinstance(number, int) and number > 0 else None
+def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
+    """Refuse another number of frames than the encoder of a configuration takes (ValueError with both numbers)."""
+    expected = None if getattr(config, "model_type", None) in ANY_NUMBER else getattr(config, "num_frames", None)
+    if isinstance(expected, int) and 0 < expected != count:
+        raise ValueError(
+            f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: pass {name}_kwargs="
+            f"{{'num_frames': {expected}}}, or set num_frames on its processor; repeat frames of shorter videos."
+        )
 
 
 def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -202,7 +218,12 @@ def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, 
     return tensors
 
 
-def _together(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str, torch.Tensor]:
+def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str, torch.Tensor]:
+    """Tensors of single videos, ``(frames, ...)`` each, as `run_on_frames` returns them.
+
+    Raises:
+        ValueError: frames of different sizes.
+    """
     counts = [len(next(iter(video.values()))) for video in videos]
     most, found = max(counts), {}
     for key in videos[0]:
@@ -230,8 +251,10 @@ def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[s
         ValueError: videos of different numbers of frames, for an encoder that cannot be told which are padding.
     """
     found = dict(output)
-    if "pixel_values" in found and keyword("pixel_values") is None and keyword("pixel_values_videos"):
-        found["pixel_values_videos"] = found.pop("pixel_values")
+    for emitted, taken in (("pixel_values", "pixel_values_videos"), ("pixel_values_videos", "pixel_values")):
+        if emitted in found and keyword(emitted) is None and keyword(taken):
+            found[taken] = found.pop(emitted)
+            break
     if FRAME_MASK in found and keyword(FRAME_MASK) is None:
         counts = found.pop(FRAME_MASK).sum(-1).tolist()
         if len(set(counts)) > 1:

@@ -20,7 +20,7 @@ ORDER = [
      "precomputed_features", "item_processors", "text_items", "fixed_inputs",
      "count_cache"},
     {"saving", "video"},
-    {"checkpoint_checks"},
+    {"checkpoint_checks", "video_processors"},
     {"reductions", "adapters", "batches", "chat", "callbacks", "subprocessors", "truncation", "classes", "shared_code"},
     {"configuration_projector", "code_export"},
     {"origins", "window_reductions", "resampler", "implementations"},

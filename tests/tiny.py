@@ -3,13 +3,12 @@
 import random
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     ConvNextConfig,
-    ConvNextImageProcessorPil,
     ConvNextModel,
     Dinov2Config,
     Dinov2Model,
@@ -24,12 +23,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
-    SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
     Wav2Vec2Config,
@@ -41,7 +38,13 @@ from transformers import (
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import is_torchvision_available
 
+# Image processors of the backend that a saved one loads as: torchvision's where it is installed, else Pillow's.
+BACKEND = "" if is_torchvision_available() else "Pil"
+IMAGES = {
+    name: getattr(transformers, f"{name}ImageProcessor{BACKEND}") for name in ("CLIP", "ConvNext", "Qwen2VL", "Siglip")
+}
 VOCABULARY = 320
 TEXT = {
     "vocab_size": VOCABULARY,
@@ -179,19 +182,19 @@ LANGUAGE_MODELS = {
 
 
 def clip_processor(**changes):
-    return CLIPImageProcessorPil(**{"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}} | changes)
+    return IMAGES["CLIP"](**{"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}} | changes)
 
 
 def siglip_processor():
-    return SiglipImageProcessorPil(size={"height": 8, "width": 8})
+    return IMAGES["Siglip"](size={"height": 8, "width": 8})
 
 
 def convnext_processor():
-    return ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=1.0)
+    return IMAGES["ConvNext"](size={"shortest_edge": 64}, crop_pct=1.0)
 
 
 def qwen2_vl_processor():
-    return Qwen2VLImageProcessorPil(patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=1024)
+    return IMAGES["Qwen2VL"](patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=1024)
 
 
 def whisper_processor():
