@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from helpers import compose_tiny, needs_5_23, uneven_inputs
-from transformers import TextIteratorStreamer
+from transformers import DynamicCache, QuantizedCache, StaticCache, TextIteratorStreamer
 
 from cornstarch_hf.language_model import cache_keyword
 
@@ -57,6 +57,55 @@ def test_a_language_model_keeps_the_cache_that_it_has(model_type, cached):
     steps = [(1, True)] * 4 if cache else [(length + i, False) for i in range(1, 5)]
     assert seen[0][0] == length and seen[1:] == steps
     assert torch.equal(found, model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+def lengths_of(model, run):
+    """How many tokens the language model's first layer sees at each of its steps."""
+    inner = model.language_model.base_model
+    layer, seen = (inner.h if hasattr(inner, "h") else inner.layers)[0], []
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, given: seen.append((args[0] if args else given["hidden_states"]).shape[1]), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen
+
+
+def quantized(config):
+    pytest.importorskip("optimum.quanto")
+    return QuantizedCache(backend="quanto", config=config)
+
+
+CACHES = {
+    "none": lambda config: None,
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=40),
+    "quantized": quantized,
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("language_model", tiny.LANGUAGE_MODELS)
+def test_each_step_sees_one_token_with_a_cache_that_is_handed_in_and_without(language_model, cache):
+    model, processor = compose_tiny(["clip", "whisper"], tiny.LANGUAGE_MODELS[language_model]())
+    inputs, encoded = uneven_inputs(processor), []
+    model.generation_config.eos_token_id = None
+    for encoder in model.encoders.values():
+        encoder.module.register_forward_hook(lambda *_: encoded.append(1))
+    expected = model.generate(**inputs, **GREEDY, use_cache=False)
+    handed = CACHES[cache](model.language_model.config)
+    given = {} if handed is None else {"past_key_values": handed}
+    encoded.clear()
+    found = []
+    lengths = lengths_of(model, lambda: found.append(model.generate(**inputs, **GREEDY, **given, disable_compile=True)))
+    assert lengths == [inputs["input_ids"].shape[1], 1, 1, 1, 1]
+    assert len(encoded) == 2, "each encoder runs once"
+    if cache == "quantized":  # which rounds
+        assert found[0].shape == expected.shape
+    else:
+        assert torch.equal(found[0], expected)
 
 
 def test_a_cache_of_former_frequencies_is_made_anew():
