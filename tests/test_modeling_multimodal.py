@@ -497,3 +497,24 @@ def test_an_encoder_whose_first_parameter_is_a_mask_runs_without_one():
         words = model.get_input_embeddings()(torch.tensor([[5, 6]]))
         embeds = torch.cat([words[:, :1], features[None], words[:, 1:]], 1)
         assert torch.equal(found, model.language_model(inputs_embeds=embeds).logits)
+
+
+def test_outputs_say_what_each_encoder_gave():
+    model, processor = compose_tiny(["clip", "whisper"])
+    inputs = uneven_inputs(processor)
+    with torch.no_grad():
+        for call in (model, model.base_model):
+            output = call(**inputs)
+            for kind, key in (("image", "pixel_values"), ("audio", "input_features")):
+                given = getattr(output, f"{kind}_outputs")
+                expected = getattr(model, f"get_{kind}_features")(**{key: inputs[key]})
+                assert all(map(torch.equal, given.pooler_output, expected.pooler_output))
+                assert len(given.pooler_output) == len(inputs[key])
+            assert not {"image_outputs", "audio_outputs"} & set(output), "Trainer would gather them as predictions"
+            text = call(input_ids=torch.tensor([[5, 6, 7]]))
+            assert text.image_outputs is None and text.audio_outputs is None
+    model, processor = compose_tiny({"vision": "clip", "dino": "dinov2"})
+    with torch.no_grad():
+        output = model(**uneven_inputs(processor))
+    assert (len(output.vision_outputs.pooler_output), len(output.dino_outputs.pooler_output)) == (3, 2)
+    assert not hasattr(output, "image_outputs"), "two encoders take images"

@@ -160,3 +160,13 @@ def test_attaching_adapters_with_a_peft_that_is_too_old_names_both_versions(comp
                 call(object())
     finally:
         versions.peft_is_behind.cache_clear()
+
+
+def test_a_checkpoint_with_code_carries_the_check(composed, tmp_path):
+    composed[0].save_pretrained(tmp_path, include_code=True)
+    carried = (tmp_path / "versions.py").read_text()
+    assert (
+        carried.endswith("\n_warn_if_untested()\n")
+        and f'OLDEST, BELOW = "{versions.OLDEST}", "{versions.BELOW}"' in carried
+    )
+    assert "from .versions import" in (tmp_path / "modeling_multimodal.py").read_text()
