@@ -22,6 +22,7 @@ from .threads import ThreadDispatchMode
 
 Shapes = Mapping[str, tuple[int, ...]]
 _active = threading.local()
+_FACTORIES = _device_constructors()
 
 
 class BoundedTensors(ThreadDispatchMode):
@@ -119,7 +120,7 @@ class _CountedTensors(TorchFunctionMode):
         self.allowed = cap("MIN_MODULES") + cap("MAX_MODULES_PER_TENSOR") * stored
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in _device_constructors():
+        if func in _FACTORIES:
             self.made += 1
             if self.made > self.allowed:
                 raise ValueError(

@@ -22,9 +22,15 @@ _DRAWS = frozenset(
     function
     for owner in (torch, Tensor)
     for name in ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial")
-    for like in ("", "_like")
-    if (function := getattr(owner, name + like, None)) is not None
+    if (function := getattr(owner, name, None)) is not None
 ) | {torch.nn.init.uniform_, torch.nn.init.normal_, torch.nn.init.kaiming_uniform_}
+
+# Those that take none in every version of torch, and what fills a tensor as they do.
+_LIKE = {
+    torch.rand_like: Tensor.uniform_,
+    torch.randn_like: Tensor.normal_,
+    torch.randint_like: Tensor.random_,
+}
 
 
 class TravellingLock:
@@ -73,6 +79,10 @@ class PrivateRandom(TorchFunctionMode):
         """Call a function of torch; a random one with the generator, if nobody gave one."""
         if (func in _DRAWS or func in DRAWS_IN_PLACE) and kwargs.get("generator") is None and _on_cpu(args, kwargs):
             kwargs["generator"] = self.generator
+        if func in _LIKE and kwargs.get("generator") is None and _on_cpu(args, kwargs):
+            bounds = [*args[1:], *(kwargs.pop(key) for key in ("low", "high") if key in kwargs)]
+            bounds = [0, *bounds] if len(bounds) == 1 else bounds
+            return _LIKE[func](torch.empty_like(*args[:1], **kwargs), *bounds, generator=self.generator)
         return func(*args, **kwargs)
 
 

@@ -29,6 +29,7 @@ _INITIALIZERS = frozenset(
 )
 # `torch.nn.Module.register_parameter` looks at a parameter's `grad_fn`: where a mode sees that it becomes a module's.
 _GRAD_FN = Tensor.grad_fn.__get__
+_FACTORIES = _device_constructors()
 _current = threading.local()
 
 
@@ -55,7 +56,7 @@ class _Weightless(PrivateRandom):
             tensor = args[0] if args else kwargs["tensor"]
             if isinstance(tensor, nn.Parameter) or tensor.is_meta:
                 return tensor
-        elif func in _device_constructors() and kwargs.get("device") is None and not _copies(args):
+        elif func in _FACTORIES and kwargs.get("device") is None and not _copies(args):
             # Whatever device is the default one; memory that is never touched costs nothing.
             kwargs["device"] = "meta" if func is torch.tensor and _transformers_asks(args, kwargs) else "cpu"
         return super().call(func, args, kwargs)

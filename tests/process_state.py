@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn.modules import module as modules
 from torch.utils import _device, _python_dispatch
 from transformers import PreTrainedModel, initialization
-from transformers.utils import logging
 
 FACTORIES = (
     "empty",
@@ -42,7 +41,6 @@ def process_state():
     state |= {
         "device": _device.CURRENT_DEVICE,
         "dtype": torch.get_default_dtype(),
-        "verbosity": logging.get_verbosity(),
     }
     return state
 
