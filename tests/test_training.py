@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from dropping import LayerRuns
 from helpers import compose_tiny
 from peft import LoraConfig, get_peft_model
 from trainers import losses, rows, trainer
@@ -74,9 +75,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(frozen, language_model)
     plain = gradients(model, batch)
     model.gradient_checkpointing_enable()
     model.train()
-    layers = [m for m in model.language_model.modules() if getattr(m, "gradient_checkpointing", False)]
-    assert layers and all(layer.training for layer in layers)
-    checkpointed = gradients(model, batch)
+    with LayerRuns(model.language_model) as runs:
+        checkpointed = gradients(model, batch)
+    twice = {name for (name, _), count in runs.calls.items() if count == 2}
+    assert len(twice) == 2 and twice == {name for name, _ in runs.calls}, "each layer computes again for the gradients"
     assert plain.keys() == checkpointed.keys()
     for name in plain:
         torch.testing.assert_close(plain[name], checkpointed[name], atol=1e-6, rtol=1e-4)
