@@ -109,8 +109,8 @@ def settle_registered(config: MultimodalConfig, own: OwnParts) -> None:
 def _describe_projector(config: MultimodalConfig, name: str, projector: Any) -> bool:
     """Say in a configuration what the projection is (in place); whether it can be said."""
     described: Any = getattr(config, f"{name}_projector_config")
-    if projector.projection is None:
-        return True
+    if projector.projection is None or described.projection_type != CUSTOM_PROJECTION:
+        return True  # of a type that it was built by, or found to be when it was wrapped
     kind, options = describe_projection(projector.projection, projector.config)
     described.projection_type, described.projection_kwargs = kind, copy.deepcopy(options)
     return kind != CUSTOM_PROJECTION

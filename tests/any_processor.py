@@ -6,6 +6,7 @@ functions by the layout.  A comparison of bits that holds here holds everywhere;
 shapes, layouts or places.  For a process of tests alone: what it replaces is torch's own, for all threads.
 """
 
+import os
 import warnings
 import zlib
 
@@ -24,8 +25,8 @@ _installed = []
 
 
 def install():
-    """Put this processor in the place of the real one, once."""
-    if _installed:
+    """Put this processor in the place of the real one, once, where `ANY_PROCESSOR` is set."""
+    if _installed or not os.environ.get("ANY_PROCESSOR"):
         return
     library = torch.library.Library("aten", "IMPL")
     _installed.append(library)

@@ -10,8 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
-if os.environ.get("ANY_PROCESSOR"):
-    import own_memory  # noqa: F401  which installs it
+from any_processor import install
+
+install()
 
 collect_ignore = [
     "bounded.py",

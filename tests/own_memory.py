@@ -6,20 +6,16 @@ transformers as with ours.  `weights` tells weights by their bits; `own_memory` 
 """
 
 import hashlib
-import os
 from itertools import chain
 
 import torch
+from any_processor import install
 from torch import nn
-
-if os.environ.get("ANY_PROCESSOR"):  # here, since every process that compares outputs imports this
-    from any_processor import install
-
-    install()
 
 
 def own_memory(given):
     """What is given, each tensor copied to memory that torch allocates; a module changes in place, weights stay tied."""
+    install()  # here, since every process that compares outputs comes by
     if isinstance(given, nn.Module):
         for tensor in chain(given.parameters(), given.buffers()):
             tensor.data = own_memory(tensor.data)

@@ -59,6 +59,7 @@ from own_memory import own_memory
 torch.manual_seed(0)
 x, weight = torch.randn(16, 8), torch.randn(8, 8)
 moved = torch.empty(129)[1:].view(16, 8).copy_(x)
+own_memory(x)
 whole = x @ weight
 assert torch.equal(whole, x.clone() @ weight) and torch.equal(whole, own_memory(moved) @ weight)
 rows = [torch.equal(whole[:n], x[:n].clone() @ weight) for n in range(1, 16)]
