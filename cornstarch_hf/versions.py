@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers import GenerationMixin
@@ -69,6 +70,10 @@ def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> 
         raise ValueError(f"A cache was given {len(caches)} times, as {sorted(caches)}: give it once, as {CACHE}=.")
     if caches:
         check_caches_known()
+    if CACHE == "cache" and CACHE not in caches and caches and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"`{next(iter(caches))}` is deprecated, as in transformers: use `cache`.", FutureWarning, stacklevel=3
+        )
     return next(iter(caches.values()), None)
 
 

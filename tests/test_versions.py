@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,17 @@ def test_a_checkpoint_with_code_carries_the_check(composed, tmp_path):
         and f'OLDEST, BELOW = "{versions.OLDEST}", "{versions.BELOW}"' in carried
     )
     assert "from .versions import" in (tmp_path / "modeling_multimodal.py").read_text()
+
+
+def test_a_former_name_of_caches_is_told_to_be_one(composed):
+    model, inputs = composed
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model(**inputs, **{versions.CACHE: DynamicCache()})
+        model(**inputs)
+        assert not [warning for warning in seen if "is deprecated, as in" in str(warning.message)]
+        model(**inputs, past_key_values=DynamicCache())
+    told = [str(w.message) for w in seen if "is deprecated, as in transformers: use `cache`" in str(w.message)]
+    assert told == (
+        ["`past_key_values` is deprecated, as in transformers: use `cache`."] if versions.CACHE == "cache" else []
+    )
