@@ -51,6 +51,7 @@ $(VENV)-lowest/.installed: pyproject.toml tests/lowest_pins.py
 # The same tests beside torchvision, whose image and video processors are tested only here; its torch is of 5 GB.
 test-torchvision: $(VENV)-torchvision/.installed
 	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m catalog tests/test_catalog_processors.py -k "ImageProcessor and not Pil"
 
 $(VENV)-torchvision/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)-torchvision/bin/python || $(PYTHON) -m venv $(VENV)-torchvision
