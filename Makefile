@@ -38,6 +38,9 @@ $(VENV)-oldest/.installed: pyproject.toml constraints.txt
 
 # The same tests with the lowest version of everything that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/ruff check .
+	$(VENV)-lowest/bin/ruff format --check .
+	$(VENV)-lowest/bin/pre-commit validate-config .pre-commit-config.yaml
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
 
 $(VENV)-lowest/.installed: pyproject.toml tests/lowest_pins.py
