@@ -55,6 +55,9 @@ $(VENV)-5.23/.installed $(VENV)-oldest/.installed: pyproject.toml constraints.tx
 
 # The same tests with the lowest version of everything that pyproject.toml allows.
 test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/ruff check .
+	$(VENV)-lowest/bin/ruff format --check .
+	$(VENV)-lowest/bin/pre-commit validate-config .pre-commit-config.yaml
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
 
 $(VENV)-lowest/.installed: pyproject.toml tests/lowest_pins.py
@@ -68,6 +71,7 @@ $(VENV)-lowest/.installed: pyproject.toml tests/lowest_pins.py
 # The same tests beside torchvision, whose image and video processors are tested only here; its torch is of 5 GB.
 test-torchvision: $(VENV)-torchvision/.installed
 	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m catalog tests/test_catalog_processors.py -k "ImageProcessor and not Pil"
 
 $(VENV)-torchvision/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)-torchvision/bin/python || $(PYTHON) -m venv $(VENV)-torchvision

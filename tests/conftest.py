@@ -27,6 +27,7 @@ collect_ignore = [
     "reload_shared.py",
     "shared_parts.py",
     "helpers.py",
+    "lowest_pins.py",
     "reload.py",
     "supported.py",
     "tiny.py",
