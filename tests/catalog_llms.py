@@ -1,6 +1,7 @@
 """Tiny random language models of every type that transformers' causal-LM Auto class knows.  A plain module, no tests."""
 
 import transformers
+from packaging.version import Version
 from shrunk import built, changes_of
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -206,8 +207,11 @@ REFUSED = {
 # model_type -> words of the error that transformers itself raises when it is built
 UNBUILT = {
     "gemma4_assistant": "hidden_size_per_layer_input must be 0, got 256",
-    "gemma4_unified_assistant": "The set of layer types producing a cache is different",
 }
+if Version(transformers.__version__) < Version("5.24"):
+    UNBUILT["gemma4_unified_assistant"] = "The set of layer types producing a cache is different"
+else:
+    REFUSED["gemma4_unified_assistant"] = "drafts tokens from another model's keys and values"
 # Whole multimodal models, to be used as they are or taken apart, not language models of their own.
 WHOLE = {
     *("fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "got_ocr2", "moss_transcribe_diarize"),

@@ -265,6 +265,7 @@ UNIVNET = BINS | {"model_in_channels": 4, "model_hidden_channels": 4, "kernel_pr
 WAVTOKENIZER = {
     "num_filters": 4,
     "hidden_size": 16,
+    "codebook_dim": 16,
     "upsampling_ratios": [4, 2],
     "codebook_size": 16,
     "num_lstm_layers": 1,

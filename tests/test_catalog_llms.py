@@ -1,5 +1,6 @@
 """Every causal language model type of transformers under a vision and an audio encoder, or the reason why not."""
 
+import os
 import re
 
 import catalog_llms
@@ -15,8 +16,8 @@ pytestmark = pytest.mark.catalog
 IMAGE, SOUND = 310, 311  # inside the vocabulary, so that the hand-made reference can embed whatever is there
 PLACEHOLDERS = {"vision": IMAGE, "audio": SOUND}
 # Float noise of a batched against a single matrix product and of a shifted rotary angle, relative to the largest logit.
-# `make test-any-processor` comes to 2.4e-5.
-NOISE = 4e-5
+# The processor of `make test-any-processor` rounds more than real ones, and comes to 2.4e-5.
+NOISE = 4e-5 if os.environ.get("ANY_PROCESSOR") else 2e-5
 STEPS = 3
 
 
