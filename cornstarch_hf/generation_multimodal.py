@@ -17,7 +17,7 @@ from .positions import first_position, outgrows_its_cache
 from .versions import CACHE, check_caches_known, peft_is_behind, take_cache
 
 # Names under which `generate` hands a cache to `prepare_inputs_for_generation`: this version's own, and ours.
-_HANDED_ON = tuple(dict.fromkeys(["cache", CACHE]))
+_HANDED_ON = tuple(dict.fromkeys(["cache", CACHE or "cache"]))
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
 
 

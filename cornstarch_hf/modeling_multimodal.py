@@ -104,7 +104,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             text = text_keywords(self.language_model)
             removed = [key for key in ("position_ids",) if key not in text]
             added = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
-            if CACHE != "cache":  # of an older version, which reads this signature
+            if CACHE not in ("cache", None):  # of an older version, which reads this signature
                 removed, added = [*removed, "cache"], [*added, CACHE]
             return removed, added + [key for key in text if key not in OWN_INPUTS]
         names = self.config.modalities_of_kind(method.removeprefix("get_").removesuffix("_features"))
@@ -176,12 +176,14 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
     def _attach_features(self, output: ModelOutput, outputs: EncoderOutputs) -> None:
         """Say what each encoder gave (in place), None without items: `output.image_outputs`, ...
 
-        Where a kind has several encoders it is by their names.  They are attributes and no keys: Trainer would gather
-        keys as predictions, and DistributedDataParallel would wait for gradients of all that they were computed with.
+        Where a kind has several encoders, or one of another kind bears its name, it is by their names.  They are
+        attributes and no keys: Trainer would gather keys as predictions, and DistributedDataParallel would wait for
+        gradients of all that they were computed with.
         """
         for name in self.config.encoders:
             kind = self.config.modality(name)["kind"]
-            alone = kind in MEDIA_KINDS and len(self.config.modalities_of_kind(kind)) == 1
+            alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
+            alone = alone and (kind == name or kind not in self.config.encoders)
             setattr(output, f"{kind if alone else name}_outputs", outputs.get(name))
 
     def _caching(self, use_cache: bool | None, cache: Any) -> bool | None:

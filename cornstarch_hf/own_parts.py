@@ -1,15 +1,20 @@
 """What counting needs of live encoders and a configuration cannot hold: callbacks and projections that are not registered.
 
-Never an encoder, and no weights: a processor keeps these, and travels to other processes with them.
+Never an encoder, and no weights: a processor keeps these, and travels to other processes with them.  Weights of modules
+that a callback is, is a method of, or holds (in an attribute, in `functools.partial`) are left out; what a function
+closes over cannot be seen, and travels where it can be pickled at all.
 """
 
 import copy
+import functools
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .callbacks import SLOTS, check_callbacks_storable, describe_callback
 from .configuration_multimodal import MultimodalConfig
@@ -42,7 +47,8 @@ class OwnParts:
     def __getstate__(self) -> dict[str, Any]:
         if not _pickled_by_value():
             self._check_picklable()
-        return dict(self.__dict__)
+        callbacks = {slot: _without_tensors(callback) for slot, callback in self.callbacks.items()}
+        return {**self.__dict__, "callbacks": callbacks, "projector": _without_tensors(self.projector)}
 
     def _check_picklable(self) -> None:
         parts = {**self.callbacks, "projector": self.projector}
@@ -61,7 +67,7 @@ def _pickled_by_value() -> bool:
     """Whether the pickle is being made by what can hold a lambda as well (a fingerprint of datasets), or for a copy."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if {"copy", "dill", "cloudpickle"} & set(str(frame.f_globals.get("__name__")).split(".")):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in ("copy", "dill", "cloudpickle"):
             return True
         frame = frame.f_back
     return False
@@ -86,7 +92,7 @@ def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule])
             try:
                 described[slot] = describe_callback(callback)
             except NotStorable:
-                own[slot] = _without_weights(callback) if isinstance(callback, nn.Module) else callback
+                own[slot] = _without_weights(callback)
         config.modality(name)["callbacks"] = described
         storable = _describe_projector(config, name, encoder.projector)
         if own or not storable:
@@ -116,9 +122,62 @@ def _describe_projector(config: MultimodalConfig, name: str, projector: Any) -> 
     return kind != CUSTOM_PROJECTION
 
 
-def _without_weights(module: Any) -> Any:
-    """A copy whose parameters are on the meta device; the weights themselves are never copied."""
-    moved: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()
-    }
-    return weights_to_meta(copy.deepcopy(module, moved))
+def _without_weights(part: Any) -> Any:
+    """A copy in which the parameters of all modules are on the meta device; the weights themselves are never copied.
+
+    What holds no module is given back as it is.
+    """
+    parameters = [p for module in _modules_in(part) for p in module.parameters()]
+    moved: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters}
+    copied = _copied(part, moved)
+    for module in _modules_in(copied):
+        weights_to_meta(module)
+    return copied
+
+
+def _without_tensors(part: Any) -> Any:
+    """A copy to be pickled, in which meta tensors are told by their shapes: a fingerprint reads the values of tensors."""
+    tensors = [x for module in _modules_in(part) for x in (*module.parameters(), *module.buffers()) if x.is_meta]
+    return _copied(part, {id(x): _MetaTensor(x) for x in tensors})
+
+
+def _copied(part: Any, memo: dict[int, Any]) -> Any:
+    return copy.deepcopy(part, memo) if any(True for _ in _modules_in(part)) else part
+
+
+def _modules_in(part: Any, seen: set[int] | None = None) -> Iterator[nn.Module]:
+    """The outermost modules that a callback is, is a method of, or holds."""
+    seen = set() if seen is None else seen
+    if id(part) in seen:
+        return
+    seen.add(id(part))
+    held: list[Any] = []
+    if isinstance(part, nn.Module):
+        yield part
+    elif isinstance(part, functools.partial):
+        held = [part.func, *part.args, *part.keywords.values()]
+    elif isinstance(part, MethodType):
+        held = [part.__self__]
+    elif isinstance(part, (list, tuple, set, frozenset)):
+        held = list(part)
+    elif isinstance(part, dict):
+        held = list(part.values())
+    elif not isinstance(part, (FunctionType, type)):
+        held = list(getattr(part, "__dict__", {}).values())
+    for value in held:
+        yield from _modules_in(value, seen)
+
+
+class _MetaTensor:
+    """Stands for a meta tensor in a pickle, from which that comes back."""
+
+    def __init__(self, tensor: Tensor):
+        self.told = (type(tensor) is nn.Parameter, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+    def __reduce__(self) -> tuple[Any, tuple]:
+        return _meta_tensor, self.told
+
+
+def _meta_tensor(is_parameter: bool, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    return nn.Parameter(tensor, requires_grad) if is_parameter else tensor

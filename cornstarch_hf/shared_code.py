@@ -8,7 +8,6 @@ import copy
 import hashlib
 import importlib
 import sys
-import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_cached_modul
 
 from .code_files import CODE_ENTRY, HERE, read_entry
 from .registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
+from .threads import TravellingLock
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _REGISTRIES = {"callbacks": CALLBACKS, "projectors": PROJECTORS, "counts": FEATURE_COUNTS}
@@ -86,7 +86,7 @@ def _source(auto_map: Any) -> str | None:
     return None
 
 
-_IMPORTING = threading.RLock()
+_IMPORTING = TravellingLock()
 
 
 def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> None:

@@ -518,3 +518,15 @@ def test_outputs_say_what_each_encoder_gave():
         output = model(**uneven_inputs(processor))
     assert (len(output.vision_outputs.pooler_output), len(output.dino_outputs.pooler_output)) == (3, 2)
     assert not hasattr(output, "image_outputs"), "two encoders take images"
+
+
+def test_an_encoder_that_bears_the_name_of_another_kind_has_its_outputs_to_itself():
+    parts = {"vision": tiny.clip(), "image": tiny.whisper()}
+    model = MultimodalModel(
+        encoders={n: ModalEncoderModule(p) for n, p in parts.items()}, language_model=tiny.llama()
+    ).eval()
+    model.set_modality_token_ids({"vision": 310, "image": 311})
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([[5, *[310] * 5, 6]]), pixel_values=torch.zeros(1, 3, 8, 8))
+    assert len(output.vision_outputs.pooler_output) == 1 and output.audio_outputs is None
+    assert not hasattr(output, "image_outputs")

@@ -197,3 +197,73 @@ def test_a_number_of_shapes_without_end_is_not_remembered():
     for width in range(32, 60):
         processor.counter.count("vision", {"pixel_values": torch.zeros(1, 3, 32, width)})
     assert len(processor.counter._cache) == 5
+
+
+class Thinner:
+    """A callback that is no module and holds one."""
+
+    def __init__(self):
+        self.every = Every(2)
+
+    def __call__(self, inputs, output):
+        return self.every(inputs, output)
+
+    def method(self, inputs, output):
+        return self.every(inputs, output)
+
+
+def through(every, inputs, output):
+    return every(inputs, output)
+
+
+WEIGHTY = {
+    "module": lambda: Every(2),
+    "method of a module": lambda: Every(2).forward,
+    "object": lambda: Thinner(),
+    "method of an object": lambda: Thinner().method,
+    "partial": lambda: functools.partial(through, Every(2)),
+    "partial by keyword": lambda: functools.partial(through_keyword, every=Every(2)),
+}
+
+
+def through_keyword(inputs, output, every):
+    return every(inputs, output)
+
+
+@pytest.mark.parametrize("kind", WEIGHTY)
+def test_callbacks_of_every_kind_leave_their_weights_behind(kind):
+    callback = WEIGHTY[kind]()
+    model, processor = compose_tiny(["clip"], vision={"postprocess_module_callback": callback})
+    before = Hasher.hash(processor), Hasher.hash(MultimodalCollator(processor))
+    made = pickle.dumps(MultimodalCollator(processor))
+    assert len(made) < 100_000, "4 MB with the weights"
+    item = {"text": "<image>", "images": tiny.image(), "return_tensors": "pt"}
+    expected = processor(**item)["input_ids"]
+    assert expected.eq(processor.config.modality("vision")["token_id"]).sum() == 3  # every second of 5
+    for again in (processor, copy.deepcopy(processor), pickle.loads(made).processor):
+        assert torch.equal(again(**item)["input_ids"], expected)
+        assert (Hasher.hash(again), Hasher.hash(MultimodalCollator(again))) == before
+    with torch.no_grad():
+        assert len(model.get_image_features(pixel_values=torch.zeros(1, 3, 8, 8)).pooler_output[0]) == 3
+
+
+def test_a_projection_that_is_not_registered_is_hashed_and_counted_after_a_pickle():
+    projection = nn.Sequential(nn.Linear(16, 512), nn.Dropout1d(), nn.Linear(512, 32))
+    config = MultimodalProjectorConfig(in_features=16, out_features=32)
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = projection
+
+        def forward(self, features):
+            return self.inner(features)
+
+    model = MultimodalModel(
+        encoders={"vision": ModalEncoderModule(tiny.clip(), MultimodalProjector(config, projection=Own()))},
+        language_model=tiny.llama(),
+    )
+    processor = MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.clip_processor()}, model=model)
+    before = Hasher.hash(processor)
+    assert processor(text="<image>", images=tiny.image(), return_tensors="pt")["input_ids"].shape[1] >= 5
+    assert Hasher.hash(processor) == before
