@@ -1,8 +1,9 @@
 """The base of the composed model's processor: its parts, what clients look for, saving and loading."""
 
+import contextlib
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from huggingface_hub import CommitInfo
@@ -50,6 +51,7 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         check_hooks(ProcessorMixin, PROCESSOR_HOOKS)
         template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_TEMPLATE
         super().__init__(tokenizer, chat_template=template)
+        tokenizer._set_processor_class(type(self).__name__)  # as saving does, which would change a fingerprint
         self.processors = {
             name: resolve_subprocessor(p, config.modality(name)["kind"], name) for name, p in (processors or {}).items()
         }
@@ -144,13 +146,13 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         for name, own in self.counter.own.items():
             if FEATURE_COUNTS.get(name) is None:
                 settle_registered(self.config, own)
-        for tokenizer in (self.tokenizer, *self.processors.values()):
-            if isinstance(tokenizer, PreTrainedTokenizerBase):  # sides set as attributes are not saved otherwise
-                sides = ("padding_side", "truncation_side")
-                tokenizer.init_kwargs.update({side: getattr(tokenizer, side) for side in sides})
         kwargs, hub = split_options(kwargs)
         surplus: set[str] = set()
-        with replacing(save_directory, HEAD, lambda name: name in TEMPLATES or name in surplus) as folder:
+        tokenizers = [x for x in (self.tokenizer, *self.processors.values()) if isinstance(x, PreTrainedTokenizerBase)]
+        with (
+            _sides_told(tokenizers),
+            replacing(save_directory, HEAD, lambda name: name in TEMPLATES or name in surplus) as folder,
+        ):
             files = super().save_pretrained(folder, **kwargs)
             for name, processor in self.processors.items():
                 if isinstance(processor, PreTrainedTokenizerBase):
@@ -207,6 +209,20 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         if auto_map := processor_dict.get("auto_map"):
             processor.auto_map = auto_map
         return (processor, kwargs) if return_unused else processor
+
+
+@contextlib.contextmanager
+def _sides_told(tokenizers: Iterable[PreTrainedTokenizerBase]) -> Iterator[None]:
+    """Have tokenizers save the sides that were set as attributes; afterwards they are what they were."""
+    before = [(tokenizer, tokenizer.init_kwargs) for tokenizer in tokenizers]
+    try:
+        for tokenizer, options in before:
+            sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
+            tokenizer.init_kwargs = options | sides
+        yield
+    finally:
+        for tokenizer, options in before:
+            tokenizer.init_kwargs = options
 
 
 def _tokenizer_folder(name: str) -> str:

@@ -267,3 +267,13 @@ def test_a_projection_that_is_not_registered_is_hashed_and_counted_after_a_pickl
     before = Hasher.hash(processor)
     assert processor(text="<image>", images=tiny.image(), return_tensors="pt")["input_ids"].shape[1] >= 5
     assert Hasher.hash(processor) == before
+
+
+@pytest.mark.parametrize("name", PLACES.values())
+def test_saving_leaves_the_fingerprint_and_keeps_the_sides(name, tmp_path):
+    _, processor = compose_tiny([name])
+    processor.tokenizer.padding_side = "left"
+    before = Hasher.hash(processor)
+    processor.save_pretrained(tmp_path)
+    assert Hasher.hash(processor) == before
+    assert AutoProcessor.from_pretrained(tmp_path).tokenizer.padding_side == "left"
