@@ -33,6 +33,9 @@ _LIKE = {
 }
 
 
+_RENEWING = threading.Lock()
+
+
 class TravellingLock:
     """A lock for what threads share, entered by ``with``, again by the thread that holds it.
 
@@ -43,8 +46,10 @@ class TravellingLock:
         self._lock, self._process = threading.RLock(), os.getpid()
 
     def __enter__(self) -> None:
-        if self._process != os.getpid():  # whoever held it when the process forked is not in this one
-            self._lock, self._process = threading.RLock(), os.getpid()
+        if self._process != os.getpid():
+            with _RENEWING:  # of several threads that come first, one makes the lock that all take
+                if self._process != os.getpid():  # whoever held it when the process forked is not in this one
+                    self._lock, self._process = threading.RLock(), os.getpid()
         self._lock.acquire()
 
     def __exit__(self, *error: Any) -> None:
