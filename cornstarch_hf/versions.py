@@ -62,6 +62,7 @@ def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> 
         the cache, None where there is none.
 
     Raises:
+        TypeError: what is no cache, such as a tuple of tensors.
         ValueError: two caches, or a cache and a version of transformers whose name for it is unknown.
     """
     found = {name: keywords.pop(name) for name in names if name in keywords}
@@ -70,6 +71,9 @@ def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> 
         raise ValueError(f"A cache was given {len(caches)} times, as {sorted(caches)}: give it once, as {CACHE}=.")
     if caches:
         check_caches_known()
+    for name, cache in caches.items():
+        if not hasattr(cache, "get_seq_length"):
+            raise TypeError(f"{name} must be a cache of transformers, e.g. DynamicCache(), got {type(cache).__name__}.")
     if CACHE == "cache" and CACHE not in caches and caches and not torch.compiler.is_compiling():
         warnings.warn(
             f"`{next(iter(caches))}` is deprecated, as in transformers: use `cache`.", FutureWarning, stacklevel=3

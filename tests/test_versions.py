@@ -202,3 +202,11 @@ def test_a_former_name_of_caches_is_told_to_be_one(composed):
     assert told == (
         ["`past_key_values` is deprecated, as in transformers: use `cache`."] if versions.CACHE == "cache" else []
     )
+
+
+@pytest.mark.parametrize("wrong", [((torch.zeros(1),),), True, "dynamic"], ids=lambda x: type(x).__name__)
+def test_what_is_no_cache_is_refused(composed, wrong):
+    model, inputs = composed
+    for call in (model, model.base_model, model.generate):
+        with pytest.raises(TypeError, match=rf"must be a cache of transformers.*got {type(wrong).__name__}"):
+            call(**inputs, **{versions.CACHE: wrong})
