@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .classes import language_model_class, resolve_class
-from .code_files import CODE_ENTRY, PACKAGE, CodeFiles, called_name, is_installed, is_own, read_entry, top_calls
+from .code_files import CODE_ENTRY, PACKAGE, ROOT, CodeFiles, called_name, is_installed, own_stem, read_entry, top_calls
 from .registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 
 SHIM = "load_with_cornstarch_hf"
@@ -100,7 +100,7 @@ def _has_code(owner: Any) -> bool:
     """Whether this was loaded from a checkpoint with code: it runs from there, or its configuration says so."""
     maps = [getattr(owner, "auto_map", None), getattr(owner.config, "auto_map", None)]
     named = {str(ref).rpartition("--")[2].partition(".")[0] for m in maps if isinstance(m, dict) for ref in m.values()}
-    return __package__ != PACKAGE or CODE_ENTRY in named
+    return ROOT != PACKAGE or CODE_ENTRY in named
 
 
 # ---- what a checkpoint names
@@ -157,8 +157,7 @@ def _is_users(part: Part) -> bool:
     module = getattr(_definition(part.target), "__module__", None) or ""
     if module.split(".")[0] in ("transformers", "torch", "builtins"):
         return False
-    path = _file_of(part.target)
-    return not (is_own(path) and path.stem in _package_stems())
+    return own_stem(_file_of(part.target)) not in _package_stems()
 
 
 @functools.cache

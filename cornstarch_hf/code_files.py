@@ -1,10 +1,12 @@
 """Python files as a checkpoint carries them: beside each other, every import between them relative.
 
 `code_export` says what to carry, `shared_code` reads it back.  transformers copies what one pattern matches, line by line,
-``from .name import``; so files of a user are made flat here, and their imports of each other and of this package rewritten.
+``from .name import``; so modules of this package and files of a user are made flat here, and their imports of each other
+rewritten.  A module that lies in a folder of the package is carried as ``folder_module.py``.
 """
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -14,7 +16,10 @@ from pathlib import Path
 
 CODE_ENTRY = "multimodal_code"
 PACKAGE = "cornstarch_hf"
-HERE = Path(__file__).resolve().parent
+# The package, or the folder of a checkpoint whose code is running: there its modules lie beside each other.
+ROOT = PACKAGE if __name__.startswith(f"{PACKAGE}.") else str(__package__)
+HERE = Path(__file__).resolve().parents[__name__.removeprefix(f"{ROOT}.").count(".")]
+_IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 # Calls that no definition needs: a file that makes one while it is imported is a program.
@@ -36,9 +41,37 @@ def is_installed(path: Path) -> bool:
     return inside or beside_packages or bool({"site-packages", "dist-packages"} & set(path.parts))
 
 
-def is_own(path: Path) -> bool:
-    """Whether a file lies in the folder of the code that is running."""
-    return path.resolve().parent == HERE
+@functools.cache
+def own_modules() -> dict[str, str]:
+    """Every module of the running code: the name under which a checkpoint carries it -> its name below `ROOT`."""
+    paths = HERE.glob("**/*.py" if ROOT == PACKAGE else "*.py")
+    names = [path.relative_to(HERE).with_suffix("").parts for path in paths]
+    return {"_".join(parts): ".".join(parts) for parts in sorted(names) if parts[-1] != "__init__"}
+
+
+def own_file(stem: str) -> Path:
+    """The file of a module of the running code, by the name under which a checkpoint carries it."""
+    return HERE.joinpath(*own_modules().get(stem, stem).split(".")).with_suffix(".py")
+
+
+def own_stem(path: Path) -> str | None:
+    """The name under which a checkpoint carries a file of the running code; None for a file that lies elsewhere."""
+    path = path.resolve()
+    inside = path.is_relative_to(HERE) if ROOT == PACKAGE else path.parent == HERE
+    return "_".join(path.relative_to(HERE).with_suffix("").parts) if inside else None
+
+
+def bundled(text: str, module: str) -> tuple[str, set[str]]:
+    """The text of a module with each relative import naming a file beside it, and the names of these files."""
+    found = set()
+
+    def flat(match: re.Match) -> str:
+        folder = module.split(".")[: -len(match[2])]
+        stem = "_".join([*folder, *match[3].split(".")])
+        found.add(stem)
+        return f"{match[1]}from .{stem} import"
+
+    return _IMPORT.sub(flat, text), found
 
 
 def read_entry(folder: str | os.PathLike) -> dict:
@@ -84,23 +117,22 @@ class CodeFiles:
             name = pending.pop()
             if name in self.own:
                 continue
-            path = HERE / f"{name}.py"
+            path = own_file(name)
             if not path.is_file():
                 raise ValueError(f"The code of a checkpoint needs {name}.py of {PACKAGE}, which this version lacks.")
-            self.own[name] = path.read_text(encoding="utf-8")
-            for node in ast.walk(ast.parse(self.own[name])):
-                if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                    pending.append(node.module)
+            self.own[name], imported = bundled(path.read_text(encoding="utf-8"), own_modules().get(name, name))
+            pending += imported
         return stem
 
     def add_file(self, path: Path, why: str) -> str:
         """Take a user's file and the files of the user that it imports; returns the stem under which it is carried."""
         path = path.resolve()
-        if is_own(path):
-            if path.stem not in self._package and path.stem not in self.users:
-                self.users[path.stem] = ""  # a user's file beside the running code: a checkpoint's, loaded again
-                self.users[path.stem] = self._rewritten(path, why)
-            return path.stem
+        own = own_stem(path)
+        if own is not None:
+            if own not in self._package and own not in self.users:
+                self.users[own] = ""  # a user's file beside the running code: a checkpoint's, loaded again
+                self.users[own] = self._rewritten(path, why)
+            return own
         if path.stem in read_entry(path.parent).get("package", []):
             return self.add_own(path.stem)
         if path not in self._stems:
@@ -118,7 +150,7 @@ class CodeFiles:
     def _free_stem(self, path: Path) -> str:
         stem = path.parent.name if path.stem == "__init__" else path.stem
         stem = re.sub(r"\W", "_", stem)
-        taken = {p.stem for p in HERE.glob("*.py")} | set(self.users) | {CODE_ENTRY, PACKAGE}
+        taken = set(own_modules()) | set(self.users) | {CODE_ENTRY, PACKAGE}
         candidates = [stem, f"{re.sub(r'[^0-9a-zA-Z_]', '_', path.parent.name)}_{stem}", f"users_{stem}"]
         candidates += [f"users_{stem}_{i}" for i in range(2, 100)]
         return next(name for name in candidates if name not in taken and name.isidentifier())
@@ -186,26 +218,27 @@ class CodeFiles:
         return lines if changed else None
 
     def _from_package(self, node: ast.ImportFrom, path: Path) -> list[str]:
-        """`from cornstarch_hf import X`, or of one of its modules, from the checkpoint's own copy."""
-        stem = (node.module or "").partition(".")[2]
+        """`from cornstarch_hf import X`, or of one of its folders or modules, from the checkpoint's own copy."""
+        place = (node.module or "").replace(".", "_").removeprefix(PACKAGE).removeprefix("_")
         lines = []
         for alias in node.names:
             renamed = f" as {alias.asname}" if alias.asname else ""
-            if not stem and (HERE / f"{alias.name}.py").is_file():
-                lines.append(f"from . import {self.add_own(alias.name)} as {alias.asname or alias.name}")
+            stem = f"{place}_{alias.name}".removeprefix("_")
+            if place not in own_modules() and stem in own_modules():
+                lines.append(f"from . import {self.add_own(stem)} as {alias.asname or alias.name}")
                 continue
-            home = stem or _own_module_of(alias.name)
+            home = place if place in own_modules() else _own_module_of(alias.name, place)
             if home is None or alias.name == "*":
                 raise ValueError(f"{path}:{node.lineno} imports {alias.name!r} of {PACKAGE}: name what is needed.")
             lines.append(f"from .{self.add_own(home)} import {alias.name}{renamed}")
         return lines
 
 
-def _own_module_of(name: str) -> str | None:
-    """The stem of the running code's module that defines a name at its top."""
+def _own_module_of(name: str, folder: str) -> str | None:
+    """The running code's module, of the whole package or of one of its folders, that defines a name at its top."""
     pattern = re.compile(rf"^(?:class|def) {re.escape(name)}\b|^{re.escape(name)}\b\s*(?::[^=\n]+)?=", re.M)
-    paths = sorted(HERE.glob("*.py"))
-    return next((p.stem for p in paths if p.stem != "__init__" and pattern.search(p.read_text(encoding="utf-8"))), None)
+    stems = [stem for stem in own_modules() if stem.startswith(f"{folder}_" if folder else "")]
+    return next((stem for stem in stems if pattern.search(own_file(stem).read_text(encoding="utf-8"))), None)
 
 
 def _relative_base(path: Path, level: int) -> Path:

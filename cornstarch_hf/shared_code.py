@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_cached_module_file
 
-from .code_files import CODE_ENTRY, HERE, read_entry
+from .code_files import CODE_ENTRY, HERE, ROOT, own_modules, read_entry
 from .registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from .threads import TravellingLock
 
@@ -121,7 +121,7 @@ def _package_of(folder: Path, carries: dict) -> ModuleType:
     digest = hashlib.sha256(
         b"".join(stem.encode() + (folder / f"{stem}.py").read_bytes() for stem in users)
     ).hexdigest()
-    package = ModuleType(f"{__package__}_shared_{digest[:16]}")
+    package = ModuleType(f"{ROOT}_shared_{digest[:16]}")
     package.__path__ = [str(folder)]
     return package
 
@@ -138,7 +138,7 @@ def _missing(carries: dict, package: str) -> list[str]:
 
 def _is_missing(entry: Any, package: str) -> bool:
     module = getattr(getattr(entry, "target", entry), "__module__", "") or ""
-    return entry is None or (module.startswith(f"{__package__}_shared_") and not module.startswith(f"{package}."))
+    return entry is None or (module.startswith(f"{ROOT}_shared_") and not module.startswith(f"{package}."))
 
 
 def _imported_names() -> set[str]:
@@ -154,8 +154,8 @@ def _import(package: ModuleType, carries: dict, source: Any) -> None:
     name = package.__name__
     sys.modules[name] = package
     for stem in carries["package"]:
-        if (HERE / f"{stem}.py").is_file():
-            sys.modules[f"{name}.{stem}"] = importlib.import_module(f".{stem}", __package__)
+        if stem in own_modules():
+            sys.modules[f"{name}.{stem}"] = importlib.import_module(f"{ROOT}.{own_modules()[stem]}")
     try:
         importlib.import_module(f"{name}.{CODE_ENTRY}")
     except BaseException as error:

@@ -4,7 +4,7 @@ import pytest
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files, get_relative_imports
 
 from cornstarch_hf.code_export import ROOTS
-from cornstarch_hf.code_files import HERE, CodeFiles, is_installed, read_entry
+from cornstarch_hf.code_files import HERE, CodeFiles, bundled, is_installed, own_file, own_modules, read_entry
 
 
 @pytest.fixture
@@ -30,16 +30,45 @@ def carried(folder, text, name="parts.py"):
     return files
 
 
-def test_package_files_are_seen_by_transformers_as_python_sees_them():
+def test_package_files_are_seen_by_transformers_as_python_sees_them(tmp_path):
     files = CodeFiles(ROOTS)
     for stem, text in files.own.items():
-        path = HERE / f"{stem}.py"
+        (tmp_path / f"{stem}.py").write_text(text)
+    for stem, text in files.own.items():
+        path = tmp_path / f"{stem}.py"
         assert set(get_relative_imports(path)) <= set(files.own), stem
         check_imports(path)
-        assert text == path.read_text()
-    found = {path.rpartition("/")[2][:-3] for root in ROOTS for path in get_relative_import_files(HERE / f"{root}.py")}
+        assert len(text.splitlines()) == len(own_file(stem).read_text().splitlines()), stem
+    found = {
+        path.rpartition("/")[2][:-3] for root in ROOTS for path in get_relative_import_files(tmp_path / f"{root}.py")
+    }
     assert found | set(ROOTS) == set(files.own)
     assert {"collator", "training", "auto", "assembly", "__init__"} & set(files.own) == set()
+
+
+@pytest.mark.parametrize(
+    "module, line, carried, found",
+    [
+        ("modeling", "from .limits import cap", "from .limits import cap", {"limits"}),
+        ("modeling", "from .encoders.grids import GRIDS", "from .encoders_grids import GRIDS", {"encoders_grids"}),
+        (
+            "encoders.grids",
+            "from .items import (\n    a,\n)",
+            "from .encoders_items import (\n    a,\n)",
+            {"encoders_items"},
+        ),
+        ("encoders.grids", "    from ..limits import cap", "    from .limits import cap", {"limits"}),
+        ("encoders.grids", "from ..parts.names import x", "from .parts_names import x", {"parts_names"}),
+        ("encoders.grids", "from torch import nn\nimport re", "from torch import nn\nimport re", set()),
+    ],
+)
+def test_imports_of_the_package_become_flat(module, line, carried, found):
+    assert bundled(f"{line}\nx = 1\n", module) == (f"{carried}\nx = 1\n", found)
+
+
+def test_no_two_modules_are_carried_under_one_name():
+    paths = [path for path in HERE.rglob("*.py") if path.stem != "__init__"]
+    assert len(own_modules()) == len(paths) and {own_file(stem) for stem in own_modules()} == set(paths)
 
 
 def test_imports_between_a_users_files_become_relative(project):
