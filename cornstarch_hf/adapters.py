@@ -313,3 +313,10 @@ def adapter_parameter_names(model: nn.Module) -> set[str]:
         return set()
     prefix = getattr(model.base_model, "prefix", "lora_")
     return {name for name, _ in model.named_parameters() if prefix in name or ".modules_to_save." in name}
+
+
+def record_adapters(config: Any, encoders: Mapping[str, Any], language_model: nn.Module) -> None:
+    """Write the adapters of PEFT-wrapped parts into the configuration."""
+    parts = {"language_model": language_model} | {f"{n}_encoder.module": e.module for n, e in encoders.items()}
+    found = {where: describe_adapters(part, where) for where, part in parts.items() if is_wrapped(part)}
+    config.adapters = found or None

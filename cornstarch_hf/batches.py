@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 
-from .merging import mask_labels
-
 
 class MultimodalBatch(BatchFeature):
     """A `BatchFeature` that masks labels on placeholders as they are put into it.
@@ -32,8 +30,12 @@ class MultimodalBatch(BatchFeature):
         """As in a dict; of `labels` that fit the `input_ids` ``(batch, length)`` in it, a masked copy is kept."""
         ids = self.data.get("input_ids")
         if key == "labels" and isinstance(ids, torch.Tensor) and isinstance(value, torch.Tensor):
-            value = mask_labels(torch.isin(ids, torch.tensor(self.placeholder_ids, device=ids.device)), value)
+            value = self._masked(value, ids)
         super().__setitem__(key, value)
+
+    def _masked(self, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        placeholders = torch.isin(ids, torch.tensor(self.placeholder_ids, device=ids.device)).to(labels.device)
+        return labels.masked_fill(placeholders, -100) if labels.shape == ids.shape else labels
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "placeholder_ids": self.placeholder_ids}

@@ -4,11 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from .origins import COMMIT, names_repository
 
 HUB = "https://huggingface.co"
-COMMIT = re.compile(r"[0-9a-f]{40}")
 # What Markdown, HTML or a table's cell would read as markup.
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 # A flowchart shows what stands in quotes as it is, but for its own entities and HTML.
@@ -46,18 +44,9 @@ def commit_link(repo_id: str, revision: str | None) -> str:
     return f"[{revision[:7]}]({HUB}/{repo_id}/tree/{revision})"
 
 
-def is_repo_id(value: Any) -> bool:
-    """Whether this is a ``user/name`` or ``name`` of the Hub."""
-    try:
-        validate_repo_id(value)
-    except HFValidationError:
-        return False
-    return isinstance(value, str)
-
-
 def check_repo_id(value: Any, where: str) -> None:
     """Refuse what is no repository's name (ValueError)."""
-    if not is_repo_id(value):
+    if not names_repository(value):
         raise ValueError(f"{where} must name a repository of the Hub, such as 'user/name', got {value!r:.100}.")
 
 

@@ -10,19 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_tensors import adapter_buffers, check_buffers_restorable, restore_token_rows
-from .adapters import check_not_injected, unwrapped
+from .adapters import check_not_injected, record_adapters, unwrapped
 from .callbacks import check_callbacks_storable
-from .composition import record_adapters
 from .configuration_multimodal import MultimodalConfig
-from .encoders import ModalEncoderModule
 from .freezing import frozen_patterns
 from .gathering import nearest_models
 from .name_patterns import as_regex, compress, matches
-from .projectors import check_storable
 from .weightless import build_without_weights, without_dtypes
 
 
-def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule], language_model):
+def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[str, Any], language_model: nn.Module):
     """Write into the configuration what only the live model knows: frozen names, dtypes, adapters, callbacks.
 
     Raises:
@@ -31,7 +28,7 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
     check_not_injected(language_model, "language_model")
     for name, encoder in encoders.items():
         check_not_injected(encoder.module, f"{name}_encoder.module")
-        check_storable(encoder.projector, f"{name}_encoder.projector")
+        encoder.projector.check_storable(f"{name}_encoder.projector")
         config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
     record_adapters(config, encoders, language_model)
     config.frozen = frozen_patterns(model) or None

@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from .registries import last_definition
 from .weightless import build_without_weights, without_dtypes
 
+CODE_ENTRY = "multimodal_code"
+
+
 TRANSFORMERS_CLASS = re.compile(r"(transformers\.models\.\w+\.modeling_\w+)\.(\w+)")
 
 
@@ -132,3 +135,48 @@ def _base_keys(model: PreTrainedModel) -> set[str]:
         for key in model.state_dict()
         if not from_adapters.search(key)
     }
+
+
+class SharedConfig(PreTrainedConfig):
+    """A configuration whose class lies in a checkpoint's own code, which has not been run: its values, as they were stored."""
+
+    def __init__(self, **kwargs):
+        self.stored = kwargs.pop("stored", {})
+        super().__init__()
+        self.model_type = self.stored.get("model_type", "")
+
+    def __getattr__(self, key: str):
+        stored = self.__dict__.get("stored", {})
+        if key in stored:
+            return stored[key]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored values."""
+        return {"transformers_version": None, **copy.deepcopy(self.stored)}
+
+
+class SharedCode:
+    """Base of the classes that a checkpoint's code holds.
+
+    transformers marks a class that it loaded as remote code, and then copies files on its own whenever an object of it is
+    saved; `code_export` does that here, completely, so the mark is not set.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: `save_pretrained(..., include_code=True)` carries the code, for every Auto class."""
+
+
+def carries_code(auto_map: Any) -> bool:
+    """Whether an ``auto_map`` names the code of a checkpoint that was saved with ``include_code=True``."""
+    return _source(auto_map) is not None
+
+
+def _source(auto_map: Any) -> str | None:
+    """The repository that the entry is taken from, "" for the checkpoint's own; None without an entry."""
+    for reference in auto_map.values() if isinstance(auto_map, dict) else ():
+        repo, _, name = reference.rpartition("--") if isinstance(reference, str) else ("", "", "")
+        if name.partition(".")[0] == CODE_ENTRY:
+            return repo
+    return None

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .classes import language_model_class, resolve_class
-from .code_files import CODE_ENTRY, PACKAGE, ROOT, CodeFiles, called_name, is_installed, own_stem, read_entry, top_calls
+from .classes import CODE_ENTRY, language_model_class, resolve_class
+from .code_files import PACKAGE, ROOT, CodeFiles, called_name, is_installed, own_stem, read_entry, top_calls
 from .registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 
 SHIM = "load_with_cornstarch_hf"

@@ -14,7 +14,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-CODE_ENTRY = "multimodal_code"
+from .classes import CODE_ENTRY
+
 PACKAGE = "cornstarch_hf"
 # The package, or the folder of a checkpoint whose code is running: there its modules lie beside each other.
 ROOT = PACKAGE if __name__.startswith(f"{PACKAGE}.") else str(__package__)

@@ -12,13 +12,15 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .classes import SharedCode, SharedConfig, carries_code
 from .configuration_projector import MultimodalProjectorConfig
 from .implementations import apply_implementations, part_implementations
 from .origins import check_origins, is_repo_id
 from .registries import last_definition
-from .shared_code import SharedCode, SharedConfig, carries_code
-from .snapshots import POINTER
-from .untrusted import check_names, check_part_dtypes, check_switches, check_types, check_values
+from .untrusted import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
+
+MEDIA_KINDS = ("image", "video", "audio")
+
 
 FORMAT_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -206,6 +208,10 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     def modalities_of_kind(self, kind: str) -> list[str]:
         """Names of the modalities of a kind (``"image"``, ``"audio"``, ...), in order."""
         return [name for name in self.encoders if self.modality(name)["kind"] == kind]
+
+    def adapters_of(self, part: str) -> dict[str, Any] | None:
+        """The adapters around a part (``"language_model"``, ``"vision_encoder.module"``), None where there are none."""
+        return (self.adapters or {}).get(part)
 
     def with_shared_parts(self) -> "MultimodalConfig":
         """Itself, or a configuration whose parts have the classes that were not known when it was read.

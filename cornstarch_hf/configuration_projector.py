@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 
+from .classes import SharedCode, carries_code
 from .module_specs import as_json
 from .registries import PROJECTORS
-from .shared_code import SharedCode, carries_code
 from .untrusted import check_values
 
 BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")

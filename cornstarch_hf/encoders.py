@@ -12,25 +12,27 @@ from .adapters import unwrapped
 from .callbacks import SLOTS
 from .configuration_projector import feature_width
 from .fixed_inputs import check_whole_items, fixed_inputs
-from .frames import FRAME_MASK, frame_grids, frames_as_items, joined_frames
+from .forward_signature import accepts, forward_parameters
+from .frames import frame_grids, frames_as_items, joined_frames
 from .frozen_modes import is_checkpointing
 from .grids import Features, grids_of_tensor, item_grids
 from .item_lengths import LengthsNotTold, feature_lengths, is_packed_row
 from .items import Padded, cut, groups_by_length, is_plain, item_count, padding_of, split_items
 from .origins import origin_of
 from .projectors import MultimodalProjector
+from .reductions import per_item
 from .selection import (
     DATA_FORMATS,
     EncoderOutput,
     Selection,
     as_output,
-    per_item,
     rows_of_items,
     select_features,
     selected_map,
     with_features,
 )
-from .towers import NOT_INPUTS, accepts, forward_parameters, infer_kind, packs_frames, resolve_tower, takes_images
+from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower, takes_images
+from .video import FRAME_MASK
 
 # Model types whose features of an item change with its padding, whatever the mask says: each length is encoded apart.
 READ_PADDING = frozenset(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .building import build_encoder
 from .callbacks import SLOTS, declared_count
 from .classes import resolve_class
-from .composition import build_encoder
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .count_cache import CountCache, key_of
@@ -25,9 +25,8 @@ from .layouts import with_plain_kernels
 from .limits import check_features
 from .own_parts import OwnParts, settle
 from .precomputed_features import PrecomputedFeaturesConfig
-from .reductions import Grid
+from .reductions import Grid, per_item
 from .registries import FEATURE_COUNTS
-from .selection import per_item
 from .shape_probe import run_on_shapes, weights_to_meta
 from .size_guard import bounded_tensors, build_guard
 from .threads import TravellingLock

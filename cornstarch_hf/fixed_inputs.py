@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+# Numbers of patches of packed items along their axes, one row per item.
+GRIDS = ("grid_thw", "grid_hws", "target_sizes")
+
 
 class Drawn(NamedTuple):
     """An input that an encoder draws.
@@ -88,3 +91,8 @@ def check_whole_items(config: PreTrainedConfig, additional_args: Sequence[str], 
     for loss in losses:
         if reason := loss(config):
             raise ValueError(f"{who} {reason}.")
+
+
+def grid_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The grid of packed items, ``(items, 2 or 3)``, None where there is none."""
+    return next((v for k, v in inputs.items() if k.endswith(GRIDS) and isinstance(v, Tensor)), None)

@@ -9,6 +9,9 @@ import types
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
+
+from .adapters import unwrapped
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,3 +69,21 @@ class PerInstanceSignature:
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
+
+
+def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """Named parameters of a module's `forward`; of a PEFT wrapper, of the model inside."""
+    parameters = inspect.signature(unwrapped(module).forward).parameters
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: p for name, p in parameters.items() if p.kind not in kinds}
+
+
+def takes_any_keyword(module: nn.Module) -> bool:
+    """Whether a module's `forward` has ``**kwargs``."""
+    parameters = inspect.signature(unwrapped(module).forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def accepts(module: nn.Module, name: str) -> bool:
+    """Whether a module's `forward` takes a keyword."""
+    return name in forward_parameters(module) or takes_any_keyword(module)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FRAME_MASK = "frame_mask"
+from .video import FRAME_MASK
 
 
 def frames_as_items(inputs: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[int]]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapters import unwrapped
-from .towers import forward_parameters
+from .forward_signature import forward_parameters
 
 # model type -> attribute of the backbone by which it multiplies embeddings of ids, but not embeddings that it is given
 SCALES = {"falcon_h1": "embedding_multiplier"}

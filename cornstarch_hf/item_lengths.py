@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import unwrapped
+from .fixed_inputs import grid_of
 from .grids import merged_patches
-from .items import Padded, grid_of, item_count
+from .items import Padded, item_count
 from .towers import counted_lengths
 
 # Masks of an encoder's output by name, and whether their ones mark what is valid.

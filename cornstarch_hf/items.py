@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Numbers of patches of packed items along their axes, one row per item.
-GRIDS = ("grid_thw", "grid_hws", "target_sizes")
+from .fixed_inputs import grid_of
+
 # Numbers of frames of packed items.
 LENGTHS = ("feature_lens",)
 # Masks ``(items, length)`` of inputs by name, and whether their ones mark what is valid.
@@ -37,11 +37,6 @@ class Padded(NamedTuple):
     mask: str
     size: int
     lengths: list[int]
-
-
-def grid_of(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The grid of packed items, ``(items, 2 or 3)``, None where there is none."""
-    return next((v for k, v in inputs.items() if k.endswith(GRIDS) and isinstance(v, Tensor)), None)
 
 
 def packed_sizes(inputs: Mapping[str, Any]) -> list[int] | None:

@@ -10,10 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .adapters import is_adapted, unwrapped
+from .forward_signature import accepts, forward_parameters, takes_any_keyword
 from .id_inputs import id_input_names
 from .merging import shifted_left
 from .positions import with_positions
-from .towers import accepts, forward_parameters, takes_any_keyword
 from .versions import CACHE, CACHE_NAMES, take_cache
 
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapters import unwrapped
 from .classes import constructor_options
 from .configuration_projector import feature_width
+from .forward_signature import accepts, forward_parameters
 from .selection import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -21,7 +22,6 @@ from .selection import (
     select_features,
 )
 from .shape_probe import run_on_shapes, weights_to_meta
-from .towers import accepts, forward_parameters
 from .typical_inputs import typical_inputs
 from .weightless import build_without_weights, without_dtypes
 

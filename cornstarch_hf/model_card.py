@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from .adapters import is_wrapped, unwrapped
 from .card_licenses import find_licenses, license_fields
-from .card_markup import check_origin, check_repo_id, code, is_repo_id, plain, repo_link
+from .card_markup import check_origin, check_repo_id, code, plain, repo_link
 from .card_sections import (
     adapter_text,
     description,
@@ -26,6 +26,7 @@ from .card_sections import (
 from .card_training import Facts, training_facts
 from .card_usage import INSTALL, adapter_snippet
 from .describing import summary
+from .origins import names_repository
 
 LIBRARY = "cornstarch_hf"
 MARK = "<!-- Written by cornstarch_hf. As long as nobody edits this file it is kept up to date. sha256: {} -->\n"
@@ -213,7 +214,9 @@ def _adapter_card(model: Any, repo_id: str | None, facts: Facts, license: str | 
     """Of PEFT adapters around a composed model, which lies elsewhere."""
     config = unwrapped(model).config
     # A name alone could be a folder of this machine: a commit is known of what came from the Hub, or from its cache.
-    base = config.name_or_path if getattr(config, "_commit_hash", None) and is_repo_id(config.name_or_path) else None
+    base = (
+        config.name_or_path if getattr(config, "_commit_hash", None) and names_repository(config.name_or_path) else None
+    )
     # Trainer asks a model for PEFT's card where one says "peft"; only a PeftModel can answer.
     library = "peft" if is_wrapped(model) else LIBRARY
     data = _short(library, license, ["peft", *tags])

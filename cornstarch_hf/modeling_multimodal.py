@@ -9,7 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .composition import build_parts, compose_config
-from .configuration_multimodal import MultimodalConfig
+from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders import ModalEncoderModule
 from .forward_signature import PerInstanceSignature
 from .freezing import restore_frozen
@@ -32,7 +32,7 @@ from .merging import (
 from .modeling_base import MultimodalPreTrainedModel
 from .module_specs import mark_initialized
 from .size_guard import bounded_tensors, check_built
-from .towers import MEDIA_KINDS, main_input
+from .towers import main_input
 from .versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
 from .weightless import WithoutInitializers
 

@@ -1,7 +1,7 @@
 """Saving and loading of the composed model, as methods of transformers' names."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,18 +18,21 @@ from .checkpointing import (
     restore_adapter_buffers,
     sync_config,
 )
+from .classes import SharedCode
 from .code_export import export_code
 from .configuration_multimodal import MultimodalConfig
 from .freezing import restore_frozen
 from .gathering import gathered_ties
 from .loading import finish, prepare
-from .pushing import push, push_saved
 from .references import chosen_components, embedded, write_reference
 from .saving import saving
-from .shared_code import SharedCode, with_shared_code
-from .uploading import split_options
+from .shared_code import with_shared_code
 
 logger = logging.getLogger(__name__)
+# What `save_pretrained` takes for a push, as in transformers.
+HUB_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags", "token")
+# Of `pushing`, for what stands below it: it needs the whole model to write a card.
+PUSHERS: dict[str, Callable[..., Any]] = {}
 
 
 class MultimodalStorageMixin(SharedCode, PreTrainedModel):
@@ -107,12 +110,12 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
         self._saved = True
         if push_to_hub and _writes(is_main_process):
             saved = {**options, "state_dict": state_dict, "embed": embed, "bases": bases, "include_code": include_code}
-            push_saved(self, save_directory, saved | hub)
+            pusher("push_saved")(self, save_directory, saved | hub)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Push this model with a card, in one commit; takes what `cornstarch_hf.push_to_hub` takes, which also takes the
         processor along, and raises the same."""
-        return push(self, None, repo_id, **options)
+        return pusher("push")(self, None, repo_id, **options)
 
     @classmethod
     def from_pretrained(
@@ -191,3 +194,16 @@ def _safetensors_only(wanted: bool | None) -> bool:
     if wanted is False:
         raise ValueError("Composed models are stored as safetensors only; use_safetensors=False is refused.")
     return True
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a save, and those among them that are for its push."""
+    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS}
+    return {key: value for key, value in options.items() if key not in hub}, hub
+
+
+def pusher(name: str) -> Callable[..., Any]:
+    """A function of `pushing` by its name; ValueError where code that came with a checkpoint runs without the package."""
+    if name not in PUSHERS:
+        raise ValueError("Pushing needs the package: pip install cornstarch_hf, then import cornstarch_hf.")
+    return PUSHERS[name]

@@ -4,15 +4,25 @@ import os
 import re
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import unwrapped
-from .card_markup import is_repo_id as names_repository
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _LIBRARY_CLASS = re.compile(r"transformers\.models\.\w+\.modeling_\w+\.\w+")
 KEYS = ("repo_id", "revision", "requested_revision", "subfolder", "class", "select")
+
+
+def names_repository(value: Any) -> bool:
+    """Whether this is a ``user/name`` or ``name`` of the Hub."""
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return isinstance(value, str)
 
 
 def is_repo_id(name: Any) -> bool:

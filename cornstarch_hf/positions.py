@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import unwrapped
-from .towers import forward_parameters
+from .forward_signature import forward_parameters
 
 # Rotary, but their frequencies follow the largest position of a batch.
 STRETCHED_BY_LENGTH = {"dynamic", "longrope"}

@@ -10,18 +10,18 @@ from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from .chat import DEFAULT_TEMPLATE
+from .classes import SharedCode
 from .code_export import export_code
 from .configuration_multimodal import MultimodalConfig
 from .feature_counts import FeatureCounter
+from .modeling_storage import pusher, split_options
 from .own_parts import settle_registered
-from .pushing import push, push_saved
 from .registries import FEATURE_COUNTS
-from .shared_code import SharedCode, load_shared_code
+from .shared_code import load_shared_code
 from .snapshots import current, replacing
 from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
 from .threads import TravellingLock
 from .tokens import add_placeholder_tokens, placeholder_tokens
-from .uploading import split_options
 from .versions import PROCESSOR_HOOKS, check_hooks
 
 HEAD = "processor_config.json"
@@ -160,13 +160,13 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
             parts = [self.tokenizer, *self.processors.values()]
             surplus |= export_code(folder, "processor", self, save_directory, include_code=include_code, others=parts)
         if push_to_hub:
-            push_saved(self, save_directory, {**hub, "include_code": include_code})
+            pusher("push_saved")(self, save_directory, {**hub, "include_code": include_code})
         return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files or ()]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Push this processor in one commit; takes what `cornstarch_hf.push_to_hub` takes, and raises the same.  A card that
         is there, a model's, stays."""
-        return push(None, self, repo_id, **options)
+        return pusher("push")(None, self, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

@@ -11,8 +11,9 @@ from transformers import BatchFeature
 
 from .batches import MultimodalBatch
 from .chat import ConversationReader, chosen_template, is_batch, refuse_typed, render
+from .fixed_inputs import grid_of
 from .input_names import keyword_for, named_inputs
-from .items import grid_of, split_items, unpadded
+from .items import split_items, unpadded
 from .labelling import assistant_spans
 from .media import flatten
 from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows

@@ -16,8 +16,10 @@ from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
 from .checkpoint_checks import checked_files, guarded
+from .classes import SharedCode
 from .code_export import export_code
 from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
+from .modeling_storage import pusher, split_options
 from .module_specs import (
     NotStorable,
     build_by_name,
@@ -27,13 +29,11 @@ from .module_specs import (
     same_structure,
     torch_spec,
 )
-from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items
+from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items, per_item
 from .registries import PROJECTORS, register_projector
 from .resampler import QUERY_STD, ResamplerProjection
 from .saving import saving
-from .selection import per_item
-from .shared_code import SharedCode, with_shared_code
-from .uploading import pusher, split_options
+from .shared_code import with_shared_code
 from .weightless import build_without_weights, initialize_weights
 from .window_reductions import AvgPoolProjection, ConvProjection
 
@@ -349,6 +349,17 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         if isinstance(module, ResamplerProjection):
             init.normal_(module.queries, std=QUERY_STD)
 
+    def check_storable(self, where: str) -> None:
+        """ValueError, with the place, the reason and the remedy, when the projection cannot be stored."""
+        config = self.config
+        if self.projection is not None and config.projection_type == CUSTOM_PROJECTION:
+            config.projection_type, config.projection_kwargs = describe_projection(self.projection, config)
+        if config.projection_type == CUSTOM_PROJECTION:
+            raise ValueError(
+                f"{where} cannot be saved: {reason_not_storable(self.projection)}. Register the class with "
+                "register_projector(name, cls), and keep each constructor argument in an attribute of the same name."
+            )
+
     def save_pretrained(
         self,
         save_directory,
@@ -360,7 +371,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         **kwargs,
     ):
         """As in transformers, crash-safe, with `include_code` as of composed models; ValueError for what cannot be stored."""
-        check_storable(self, "the projector")
+        self.check_storable("the projector")
         options, hub = split_options({"variant": variant, **kwargs})
         if not is_main_process:
             return super().save_pretrained(save_directory, is_main_process, *args, **options)
@@ -386,15 +397,3 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         checked = checked_files(source, kwargs, verify)
         with guarded(checked):
             return super().from_pretrained(checked.files.source, *args, **checked.options)
-
-
-def check_storable(projector: MultimodalProjector, where: str) -> None:
-    """ValueError, with the place, the reason and the remedy, when a projector's module cannot be stored."""
-    if projector.projection is not None and projector.config.projection_type == CUSTOM_PROJECTION:
-        config = projector.config
-        config.projection_type, config.projection_kwargs = describe_projection(projector.projection, config)
-    if projector.config.projection_type == CUSTOM_PROJECTION:
-        raise ValueError(
-            f"{where} cannot be saved: {reason_not_storable(projector.projection)}. Register the class with "
-            "register_projector(name, cls), and keep each constructor argument in an attribute of the same name."
-        )

@@ -14,8 +14,9 @@ from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundEr
 from .code_files import read_entry
 from .manifests import COMPOSITION, DELTA
 from .model_card import card_text, merged_card
+from .modeling_storage import HUB_ARGUMENTS, PUSHERS
 from .saving import weights_pattern
-from .uploading import HUB_ARGUMENTS, PUSHERS, asked, explained, upload
+from .uploading import asked, explained, upload
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from .towers import forward_parameters
+from .adapters import unwrapped, wrap_again
+from .classes import language_model_class, resolve_class
+from .configuration_multimodal import MultimodalConfig
+from .forward_signature import forward_parameters
 
 OTHER = "Choose another language model."
 # model type -> why features among its tokens, left padding or generation step by step would go wrong
@@ -126,3 +130,35 @@ RULES: list[tuple[Callable[[Any], bool], str]] = [
         "takes no `position_ids`, so a left-padded batch would differ from its single samples. " + OTHER,
     ),
 ]
+
+
+def check_language_model(model: Any) -> None:
+    """Refuse what cannot be the language model of a composition.
+
+    Raises:
+        TypeError: not an instance of a transformers model.
+        ValueError: an encoder-decoder, no language-model head, no `inputs_embeds`, and what else `refusals` tells.
+    """
+    if isinstance(model, type) or not isinstance(unwrapped(model), PreTrainedModel):
+        raise TypeError(f"language_model must be a transformers.PreTrainedModel instance, got {model!r:.100}.")
+    if reason := refusal(unwrapped(model)):
+        raise ValueError(reason)
+
+
+def embedding_width(language_model: Any) -> int:
+    """Width of a language model's input embeddings, which projected features must have."""
+    embedding: Any = unwrapped(language_model).get_input_embeddings()
+    return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1]
+
+
+def build_language_model(config: MultimodalConfig) -> nn.Module:
+    """Build the language model, its adapters wrapped again."""
+    text: Any = config.text_config
+    cls: Any = language_model_class(text)
+    if config.language_model_class is not None:
+        cls = resolve_class(config.language_model_class, text, "language_model")
+    if cls is None:
+        raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
+    model = cls(text, **(config.language_model_kwargs or {}))
+    check_language_model(model)
+    return wrap_again(model, config.adapters_of("language_model"), "language_model")

@@ -4,7 +4,6 @@ Where the package is imported its own classes load every checkpoint; of a checkp
 and only if the caller trusts it and something that they define is missing here.
 """
 
-import copy
 import hashlib
 import importlib
 import sys
@@ -15,43 +14,13 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_cached_module_file
 
-from .code_files import CODE_ENTRY, HERE, ROOT, own_modules, read_entry
+from .classes import CODE_ENTRY, _source
+from .code_files import HERE, ROOT, own_modules, read_entry
 from .registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from .threads import TravellingLock
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _REGISTRIES = {"callbacks": CALLBACKS, "projectors": PROJECTORS, "counts": FEATURE_COUNTS}
-
-
-class SharedConfig(PreTrainedConfig):
-    """A configuration whose class lies in a checkpoint's own code, which has not been run: its values, as they were stored."""
-
-    def __init__(self, **kwargs):
-        self.stored = kwargs.pop("stored", {})
-        super().__init__()
-        self.model_type = self.stored.get("model_type", "")
-
-    def __getattr__(self, key: str):
-        stored = self.__dict__.get("stored", {})
-        if key in stored:
-            return stored[key]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The stored values."""
-        return {"transformers_version": None, **copy.deepcopy(self.stored)}
-
-
-class SharedCode:
-    """Base of the classes that a checkpoint's code holds.
-
-    transformers marks a class that it loaded as remote code, and then copies files on its own whenever an object of it is
-    saved; `code_export` does that here, completely, so the mark is not set.
-    """
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: `save_pretrained(..., include_code=True)` carries the code, for every Auto class."""
 
 
 def with_shared_code(source: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -70,20 +39,6 @@ def with_shared_code(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     load_shared_code(source, getattr(config, "auto_map", None), options)
     resolved = getattr(config, "with_shared_parts", None)
     return options if resolved is None else options | {"config": resolved()}
-
-
-def carries_code(auto_map: Any) -> bool:
-    """Whether an ``auto_map`` names the code of a checkpoint that was saved with ``include_code=True``."""
-    return _source(auto_map) is not None
-
-
-def _source(auto_map: Any) -> str | None:
-    """The repository that the entry is taken from, "" for the checkpoint's own; None without an entry."""
-    for reference in auto_map.values() if isinstance(auto_map, dict) else ():
-        repo, _, name = reference.rpartition("--") if isinstance(reference, str) else ("", "", "")
-        if name.partition(".")[0] == CODE_ENTRY:
-            return repo
-    return None
 
 
 _IMPORTING = TravellingLock()

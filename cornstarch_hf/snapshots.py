@@ -17,13 +17,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 
+from .untrusted import POINTER
+
 try:
     import fcntl
 except ImportError:  # not on this system: then nothing left over is ever removed, only reported
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-POINTER = "cornstarch_saved_in"
 HEADS = ("config.json", "processor_config.json")
 _INSIDE = re.compile(r"\.saved-[0-9a-z_]{8,}")
 _BETWEEN = (".placing", ".pointing")  # what a killed save may leave of single steps

@@ -5,8 +5,7 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from .configuration_multimodal import MultimodalConfig
-from .towers import MEDIA_KINDS
+from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 
 
 def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Which part of a model encodes, what kind of thing it encodes, and what its `forward` takes."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -8,10 +7,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import is_wrapped, unwrapped
+from .configuration_multimodal import MEDIA_KINDS
+from .forward_signature import forward_parameters
 from .typical_inputs import RECIPES
 from .versions import CACHE_NAMES
 
-MEDIA_KINDS = ("image", "video", "audio")
 KIND_BY_INPUT = {
     "pixel_values": "image",
     "pixel_values_videos": "video",
@@ -133,13 +133,6 @@ def packs_frames(module: nn.Module) -> bool:
     return any(name.endswith(("grid_thw", "grid_thws")) for name in forward_parameters(module))
 
 
-def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    """Named parameters of a module's `forward`; of a PEFT wrapper, of the model inside."""
-    parameters = inspect.signature(unwrapped(module).forward).parameters
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: p for name, p in parameters.items() if p.kind not in kinds}
-
-
 def main_input(module: nn.Module) -> str:
     """The input of which an encoder's items consist: what its class states if it takes that, else the first that is no mask.
 
@@ -148,17 +141,6 @@ def main_input(module: nn.Module) -> str:
     parameters = list(forward_parameters(module))
     stated = unwrapped(module).main_input_name
     return stated if stated in parameters else next((n for n in parameters if not n.endswith("mask")), parameters[0])
-
-
-def takes_any_keyword(module: nn.Module) -> bool:
-    """Whether a module's `forward` has ``**kwargs``."""
-    parameters = inspect.signature(unwrapped(module).forward).parameters.values()
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-def accepts(module: nn.Module, name: str) -> bool:
-    """Whether a module's `forward` takes a keyword."""
-    return name in forward_parameters(module) or takes_any_keyword(module)
 
 
 def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) -> list[int] | None:

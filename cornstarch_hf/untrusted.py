@@ -16,6 +16,9 @@ from transformers import PreTrainedConfig
 
 from .limits import cap, check
 
+POINTER = "cornstarch_saved_in"
+
+
 # Attributes of a configuration that are code or decide how attributes are found; a stored value would replace them.
 _TAKEN = frozenset(name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedConfig, name))) | {
     "attribute_map",

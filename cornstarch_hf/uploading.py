@@ -29,10 +29,6 @@ _BINARY = (".safetensors", ".bin", ".pt", ".pth", ".model", ".npz", ".npy", ".on
 _WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b")
 TRIES = 4
-# What `save_pretrained` takes for a push, as in transformers.
-HUB_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags", "token")
-# Of `pushing`, for what stands below it: it needs the whole model to write a card.
-PUSHERS: dict[str, Callable[..., Any]] = {}
 
 
 def upload(
@@ -86,19 +82,6 @@ def upload(
     operations += [CommitOperationDelete(name) for name in sorted(held - set(names)) if stale(name)]
     options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
     return _commit(api, repo_id, operations, info.sha, options | {"commit_description": commit_description})
-
-
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of a save, and those among them that are for its push."""
-    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS}
-    return {key: value for key, value in options.items() if key not in hub}, hub
-
-
-def pusher(name: str) -> Callable[..., Any]:
-    """A function of `pushing` by its name; ValueError where code that came with a checkpoint runs without the package."""
-    if name not in PUSHERS:
-        raise ValueError("Pushing needs the package: pip install cornstarch_hf, then import cornstarch_hf.")
-    return PUSHERS[name]
 
 
 def uploadable(folder: str | os.PathLike) -> list[str]:

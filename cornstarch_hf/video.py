@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .frames import FRAME_MASK
 from .limits import check
 from .media import ready_image
+
+FRAME_MASK = "frame_mask"
+
 
 SAMPLING = ("num_frames", "fps", "source_fps")
 _HOLDS = ("video", "frames", "videos", "array")

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.video_utils import VideoMetadata
 
-from .items import grid_of
+from .fixed_inputs import grid_of
 from .video import SAMPLING, check_frame_count, joined_videos, opened_video, ready_frames, sampled_frames
 
 

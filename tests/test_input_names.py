@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cornstarch_hf.forward_signature import forward_parameters
 from cornstarch_hf.input_names import OWN_INPUTS, assign_input_names, keyword_for, named_inputs, transformers_keywords
-from cornstarch_hf.towers import forward_parameters
 
 KINDS = {"vision": "image", "clip": "video", "audio": "audio", "left": "image", "right": "image"}
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from cornstarch_hf.fixed_inputs import grid_of
 from cornstarch_hf.items import (
     cut,
-    grid_of,
     groups_by_length,
     is_plain,
     item_count,

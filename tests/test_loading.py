@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedModel
 
 from cornstarch_hf import MultimodalConfig, MultimodalModel
-from cornstarch_hf.snapshots import POINTER
+from cornstarch_hf.untrusted import POINTER
 
 
 @pytest.fixture

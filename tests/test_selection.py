@@ -5,15 +5,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from cornstarch_hf.selection import (
-    EncoderOutput,
-    Selection,
-    as_output,
-    per_item,
-    rows_of_items,
-    select_features,
-    with_features,
-)
+from cornstarch_hf.reductions import per_item
+from cornstarch_hf.selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
 
 STATES = tuple(torch.randn(2, 5, 4) for _ in range(3))
 

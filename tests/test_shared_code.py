@@ -6,8 +6,9 @@ import pytest
 import tiny
 
 from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel, MultimodalProjectorConfig
+from cornstarch_hf.classes import SharedConfig, carries_code
 from cornstarch_hf.registries import CALLBACKS
-from cornstarch_hf.shared_code import SharedConfig, carries_code, with_shared_code
+from cornstarch_hf.shared_code import with_shared_code
 
 PART = """from cornstarch_hf import register_callback
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from cornstarch_hf import snapshots
-from cornstarch_hf.snapshots import POINTER, current, pointer_of, replacing
+from cornstarch_hf.snapshots import current, pointer_of, replacing
+from cornstarch_hf.untrusted import POINTER
 
 HERE = Path(__file__).parent
 

@@ -15,15 +15,8 @@ from transformers import (
 )
 from transformers.models.vit.modeling_vit import ViTPreTrainedModel
 
-from cornstarch_hf.towers import (
-    accepts,
-    counted_lengths,
-    forward_parameters,
-    infer_kind,
-    main_input,
-    resolve_tower,
-    takes_any_keyword,
-)
+from cornstarch_hf.forward_signature import accepts, forward_parameters, takes_any_keyword
+from cornstarch_hf.towers import counted_lengths, infer_kind, main_input, resolve_tower
 
 
 def test_plain_encoders_are_their_own_towers():

@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import PreTrainedConfig
 
-from cornstarch_hf.towers import forward_parameters
+from cornstarch_hf.forward_signature import forward_parameters
 from cornstarch_hf.typical_inputs import RECIPES, number, typical_inputs
 
 
