@@ -37,8 +37,10 @@ test-oldest: $(VENV)-oldest/.installed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
 
 # Of these, what depends on transformers most: models, generation, processors, names and hooks of transformers.
-VERSION_TESTS := $(wildcard tests/test_*modeling*.py tests/test_*generation*.py tests/test_*process*.py) \
-	$(addprefix tests/test_,versions.py transformers_hooks.py language_model.py merging.py positions.py encoders.py chat.py)
+VERSION_TESTS := $(wildcard tests/test_*modeling*.py tests/test_*process*.py tests/processing/*process*.py) \
+	$(addprefix tests/language_model/test_,generation.py calling.py merging.py extra_inputs.py) tests/encoders/test_module.py \
+	$(addprefix tests/,parts/test_versions.py contracts/test_transformers_hooks.py contracts/test_shared_processor.py) \
+	tests/processing/test_conversations.py
 
 test-versions:
 	$(MAKE) test-5.23 ARGS="$(VERSION_TESTS)"
@@ -60,9 +62,9 @@ test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/pre-commit validate-config .pre-commit-config.yaml
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
 
-$(VENV)-lowest/.installed: pyproject.toml tests/lowest_pins.py
+$(VENV)-lowest/.installed: pyproject.toml tests/support/lowest_pins.py
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python tests/lowest_pins.py > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python tests/support/lowest_pins.py > $(VENV)-lowest/constraints.txt
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check setuptools torch -c $(VENV)-lowest/constraints.txt
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]' librosa \
 		-c $(VENV)-lowest/constraints.txt
@@ -71,7 +73,7 @@ $(VENV)-lowest/.installed: pyproject.toml tests/lowest_pins.py
 # The same tests beside torchvision, whose image and video processors are tested only here; its torch is of 5 GB.
 test-torchvision: $(VENV)-torchvision/.installed
 	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
-	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m catalog tests/test_catalog_processors.py -k "ImageProcessor and not Pil"
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m catalog tests/catalog/test_catalog_processors.py -k "ImageProcessor and not Pil"
 
 $(VENV)-torchvision/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)-torchvision/bin/python || $(PYTHON) -m venv $(VENV)-torchvision

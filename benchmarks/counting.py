@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel
-from cornstarch_hf.feature_counts import FeatureCounter
+from cornstarch_hf.encoders.counting import FeatureCounter
 
 from .results import Result, in_turn
 from .sizes import Sizes

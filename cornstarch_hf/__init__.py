@@ -2,18 +2,18 @@
 
 from .assembly import compose
 from .auto import register_auto_classes
-from .collator import MultimodalCollator
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
-from .encoders import ModalEncoderModule
-from .hub import push_to_hub
-from .item_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
+from .encoders.module import ModalEncoderModule
+from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
+from .hub.hub import push_to_hub
 from .modeling_multimodal import MultimodalModel
-from .precomputed_features import PrecomputedFeatures, PrecomputedFeaturesConfig
+from .parts.registries import register_callback, register_feature_count, register_projector
+from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
-from .projectors import MultimodalProjector
-from .registries import register_callback, register_feature_count, register_projector
-from .training import parameter_groups
+from .projectors.projector import MultimodalProjector
+from .training.collator import MultimodalCollator
+from .training.optimizer_groups import parameter_groups
 
 __all__ = [
     "BatchMetrics",
@@ -40,7 +40,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str):
     if name == "BatchMetrics":  # Trainer's callbacks are slow to import, and few programs need them
-        from .batch_metrics import BatchMetrics
+        from .training.batch_metrics import BatchMetrics
 
         return BatchMetrics
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

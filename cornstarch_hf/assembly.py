@@ -20,17 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapters import is_wrapped, unwrapped
 from .composition import check_encoders
 from .configuration_multimodal import valid_groups
 from .configuration_projector import MultimodalProjectorConfig
-from .encoders import ModalEncoderModule
-from .item_processors import default_processor
+from .encoders.module import ModalEncoderModule
+from .encoders.towers import packs_frames
 from .modeling_multimodal import MultimodalModel
+from .parts.adapters import is_wrapped, unwrapped
+from .processing.own_processors import default_processor
+from .processing.video import video_processor_missing
 from .processing_multimodal import MultimodalProcessor
-from .projectors import MultimodalProjector
-from .towers import packs_frames
-from .video import video_processor_missing
+from .projectors.projector import MultimodalProjector
 
 ENCODER_KEYS = frozenset(
     [

@@ -13,11 +13,11 @@ from transformers.models.auto import modeling_auto
 
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
-from .item_processors import PrecomputedFeaturesProcessor
+from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .modeling_multimodal import MultimodalModel
-from .precomputed_features import PrecomputedFeatures, PrecomputedFeaturesConfig
+from .processing.own_processors import PrecomputedFeaturesProcessor
 from .processing_multimodal import MultimodalProcessor
-from .projectors import MultimodalProjector
+from .projectors.projector import MultimodalProjector
 
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 # `register` does not fill these: Trainer, pipelines and `transformers serve` read the names alone.

@@ -7,15 +7,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapters import record_adapters, unwrapped
-from .building import build_encoder, complete_projector, modality_entry
-from .classes import class_name, constructor_options, language_model_class
 from .configuration_multimodal import MultimodalConfig, validate_encoder_names
-from .encoders import ModalEncoderModule
-from .forward_signature import forward_parameters
-from .input_names import assign_input_names
-from .origins import origin_of
-from .refusals import build_language_model, check_language_model, embedding_width
+from .encoders.building import build_encoder, complete_projector, modality_entry
+from .encoders.input_names import assign_input_names
+from .encoders.module import ModalEncoderModule
+from .language_model.supported import build_language_model, check_language_model, embedding_width
+from .parts.adapters import record_adapters, unwrapped
+from .parts.classes import class_name, constructor_options, language_model_class
+from .parts.origins import origin_of
+from .parts.signatures import forward_parameters
 
 
 def compose_config(

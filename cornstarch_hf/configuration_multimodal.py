@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .classes import SharedCode, SharedConfig, carries_code
 from .configuration_projector import MultimodalProjectorConfig
-from .implementations import apply_implementations, part_implementations
-from .origins import check_origins, is_repo_id
-from .registries import last_definition
-from .untrusted import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
+from .parts.classes import SharedCode, SharedConfig, carries_code
+from .parts.implementations import apply_implementations, part_implementations
+from .parts.origins import check_origins, is_repo_id
+from .parts.registries import last_definition
+from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
 
 MEDIA_KINDS = ("image", "video", "audio")
 

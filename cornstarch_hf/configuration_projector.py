@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 
-from .classes import SharedCode, carries_code
-from .module_specs import as_json
-from .registries import PROJECTORS
-from .untrusted import check_values
+from .parts.classes import SharedCode, carries_code
+from .parts.registries import PROJECTORS
+from .parts.stored_modules import as_json
+from .parts.stored_values import check_values
 
 BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
 CUSTOM_PROJECTION = "custom"

@@ -3,8 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
-from .adapters import is_wrapped, unwrapped
-from .feature_counts import FeatureCounter, typical_item
+from .encoders.counting import FeatureCounter, typical_item
+from .parts.adapters import is_wrapped, unwrapped
 
 UNKNOWN_COUNT = "not known before a run"
 

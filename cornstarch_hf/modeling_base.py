@@ -8,24 +8,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .adapters import check_all_kept, check_no_wrapped_part, unwrapped
-from .checkpointing import first_dtype
+from .checkpoints.config_sync import first_dtype
+from .checkpoints.storage import MultimodalStorageMixin
 from .configuration_multimodal import MultimodalConfig
 from .describing import describe_model
-from .encoders import ModalEncoderModule
-from .freezing import frozen_patterns, select_parameters, set_part_trainable, set_trainable
-from .frozen_modes import (
-    checkpoint_frozen_layers,
-    keep_frozen_in_eval,
-    keep_strided_layers,
-    require_grads,
-)
-from .gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
-from .language_model import Headless
-from .modeling_storage import MultimodalStorageMixin
-from .reentrant import whole_gradients
-from .versions import check_peft
-from .weightless import KeepsInitialized
+from .encoders.module import ModalEncoderModule
+from .language_model.calling import Headless
+from .parts.adapters import check_all_kept, check_no_wrapped_part, unwrapped
+from .parts.freezing import frozen_patterns, select_parameters, set_part_trainable, set_trainable
+from .parts.frozen_modes import checkpoint_frozen_layers, keep_frozen_in_eval, keep_strided_layers, require_grads
+from .parts.gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
+from .parts.reentrant import whole_gradients
+from .parts.versions import check_peft
+from .parts.weightless import KeepsInitialized
 
 
 class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):

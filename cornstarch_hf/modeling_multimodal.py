@@ -10,15 +10,13 @@ from transformers.utils import ModelOutput, logging
 
 from .composition import build_parts, compose_config
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
-from .encoders import ModalEncoderModule
-from .forward_signature import PerInstanceSignature
-from .freezing import restore_frozen
-from .frozen_modes import is_checkpointing
-from .generation_multimodal import MultimodalGenerationMixin
-from .id_inputs import embed_ids, id_inputs
-from .input_names import OWN_INPUTS, transformers_keywords
-from .language_model import cached_length, run_backbone, run_language_model, text_keywords
-from .merging import (
+from .encoders.input_names import OWN_INPUTS, transformers_keywords
+from .encoders.module import ModalEncoderModule
+from .encoders.towers import main_input
+from .language_model.calling import cached_length, run_backbone, run_language_model, text_keywords
+from .language_model.generation import MultimodalGenerationMixin
+from .language_model.id_inputs import embed_ids, id_inputs
+from .language_model.merging import (
     check_counts,
     check_labels,
     check_lengths,
@@ -30,11 +28,13 @@ from .merging import (
     without_placeholders,
 )
 from .modeling_base import MultimodalPreTrainedModel
-from .module_specs import mark_initialized
-from .size_guard import bounded_tensors, check_built
-from .towers import main_input
-from .versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
-from .weightless import WithoutInitializers
+from .parts.build_bounds import bounded_tensors, check_built
+from .parts.freezing import restore_frozen
+from .parts.frozen_modes import is_checkpointing
+from .parts.signatures import PerInstanceSignature
+from .parts.stored_modules import mark_initialized
+from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
+from .parts.weightless import WithoutInitializers
 
 logger = logging.get_logger(__name__)
 EncoderOutputs = dict[str, Any]

@@ -9,20 +9,20 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from .chat import DEFAULT_TEMPLATE
-from .classes import SharedCode
-from .code_export import export_code
+from .checkpoints.code_bundle import export_code
+from .checkpoints.folder_swap import current, replacing
+from .checkpoints.storage import pusher, split_options
+from .checkpoints.trusted_code import load_shared_code
 from .configuration_multimodal import MultimodalConfig
-from .feature_counts import FeatureCounter
-from .modeling_storage import pusher, split_options
-from .own_parts import settle_registered
-from .registries import FEATURE_COUNTS
-from .shared_code import load_shared_code
-from .snapshots import current, replacing
-from .subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
-from .threads import TravellingLock
-from .tokens import add_placeholder_tokens, placeholder_tokens
-from .versions import PROCESSOR_HOOKS, check_hooks
+from .encoders.counting import FeatureCounter
+from .encoders.own_parts import settle_registered
+from .parts.classes import SharedCode
+from .parts.registries import FEATURE_COUNTS
+from .parts.threads import TravellingLock
+from .parts.versions import PROCESSOR_HOOKS, check_hooks
+from .processing.conversations import DEFAULT_TEMPLATE
+from .processing.placeholder_tokens import add_placeholder_tokens, placeholder_tokens
+from .processing.subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
 
 HEAD = "processor_config.json"
 TEMPLATES = frozenset(["chat_template.jinja", "chat_template.json"])  # an old one would be read beside a new tokenizer
@@ -138,7 +138,7 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         Args:
             save_directory: the folder.
             push_to_hub, **kwargs: as in transformers.
-            include_code: whether the checkpoint carries the code that loads it, see `code_export.export_code`.
+            include_code: whether the checkpoint carries the code that loads it, see `code_bundle.export_code`.
 
         Raises:
             ValueError: a processor or a callback that a checkpoint cannot hold; names the remedy.

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from .batches import MultimodalBatch
-from .chat import ConversationReader, chosen_template, is_batch, refuse_typed, render
-from .fixed_inputs import grid_of
-from .input_names import keyword_for, named_inputs
-from .items import split_items, unpadded
-from .labelling import assistant_spans
-from .media import flatten
-from .placeholder_text import Expanded, encode, expand, occurrences, pad_rows
+from .encoders.input_names import keyword_for, named_inputs
+from .encoders.items import split_items, unpadded
+from .parts.known_encoders import grid_of
+from .processing.assistant_turns import assistant_spans
+from .processing.batches import MultimodalBatch
+from .processing.conversations import ConversationReader, chosen_template, is_batch, refuse_typed, render
+from .processing.media import flatten
+from .processing.placeholder_text import Expanded, encode, expand, occurrences, pad_rows
+from .processing.subprocessors import MEDIA_KEYS, check_padding, run_subprocessor
+from .processing.video import named_for_encoder
 from .processing_base import MultimodalProcessorBase
-from .subprocessors import MEDIA_KEYS, check_padding, run_subprocessor
-from .video import named_for_encoder
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
 TEXT_OPTIONS = frozenset(

@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments, set_seed
 
 from cornstarch_hf import compose
-from cornstarch_hf.training import parameter_groups
+from cornstarch_hf.training.optimizer_groups import parameter_groups
 
 
 @dataclass

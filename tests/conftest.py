@@ -1,4 +1,4 @@
-"""Settings of the whole suite: offline, one thread per process, tiny parts from `tiny`."""
+"""Settings of the whole suite: offline, one thread per process, tiny parts from `support/tiny`."""
 
 import os
 import sys
@@ -9,30 +9,13 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 from any_processor import install
 
 install()
 
-collect_ignore = [
-    "bounded.py",
-    "hub_cache.py",
-    "hub_client.py",
-    "hub_server.py",
-    "hub_store.py",
-    "run_snippets.py",
-    "killed_saves.py",
-    "process_state.py",
-    "reload_adapters.py",
-    "reload_shared.py",
-    "shared_parts.py",
-    "helpers.py",
-    "lowest_pins.py",
-    "reload.py",
-    "supported.py",
-    "tiny.py",
-    "user_parts.py",
-]
+SUPPORT = Path(__file__).parent / "support"
+collect_ignore = [str(path) for path in SUPPORT.glob("*.py") if not path.name.startswith("test_")]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
-"""The shape of the package: imports go upward only, files and functions stay small, nothing that sharing would lose."""
+"""The shape of the package: rooms in layers, imports to the left only, small files and functions, nothing that sharing would lose."""
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,92 +10,133 @@ import pytest
 import cornstarch_hf
 
 PACKAGE = Path(cornstarch_hf.__file__).parent
-# Each line may import the lines above it, never its own line or one below.
-ORDER = [
-    {"batches", "card_licenses", "card_training", "checkpoint_files", "count_cache", "fixed_inputs", "grids", "heads", "implementations", "item_processors", "limits", "manifests", "merging", "module_specs", "module_tree", "name_patterns", "placeholder_text", "precomputed_features", "reentrant", "registries", "selection", "text_items", "threads", "typical_inputs", "uploading", "versions"},
-    {"callbacks", "input_names", "items", "media", "reductions", "size_guard", "template_bounds", "untrusted", "weightless"},
-    {"adapters", "classes", "rendering", "resampler", "shape_probe", "snapshots", "truncation", "video", "window_reductions"},
-    {"adapter_tensors", "chat", "code_files", "configuration_projector", "forward_signature", "frames", "freezing", "frozen_modes", "origins", "saving", "video_processors"},
-    {"card_markup", "checkpoint_checks", "code_export", "configuration_multimodal", "gathering", "id_inputs", "labelling", "layouts", "positions", "shared_code", "subprocessors", "training"},
-    {"bases", "card_usage", "checkpointing", "language_model", "refusals", "tokens", "towers"},
-    {"generation_multimodal", "item_lengths", "references"},
-    {"loading"},
-    {"modeling_storage"},
-    {"projectors"},
-    {"encoders"},
-    {"building", "own_parts"},
-    {"composition", "feature_counts"},
-    {"describing", "processing_base"},
-    {"card_sections", "modeling_base", "processing_multimodal"},
-    {"batch_metrics", "collator", "model_card", "modeling_multimodal"},
-    {"assembly", "auto", "pushing"},
-    {"hub"},
-    {"__init__"},
-]  # fmt: skip
+TESTS = Path(__file__).parent
+# Rooms and files on top.  Each layer may import those before it; files on top, and `limits` and `parts`, also their own.
+LAYERS = [
+    ["limits", "parts"],
+    ["configuration_multimodal", "configuration_projector"],
+    ["processing", "checkpoints", "language_model"],
+    ["projectors"],
+    ["encoders"],
+    ["composition", "describing", "processing_base", "processing_multimodal", "modeling_base", "modeling_multimodal"],
+    ["assembly", "training", "hub"],
+    ["auto", "__init__"],
+]
 # name -> why it may be longer than 40 lines of body
 LONG_FUNCTIONS: dict[str, str] = {}
 OPTIONAL = {"bitsandbytes", "peft", "trl", "datasets", "sklearn", "matplotlib", "soundfile", "librosa"}
-FILES = sorted(PACKAGE.glob("*.py"))
+PATHS = sorted(PACKAGE.rglob("*.py"))
+ROOMS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
+# Files that are tested together with another one.
+COVERED = {
+    "modeling_base": "test_modeling_multimodal",
+    "processing_base": "test_processing_multimodal",
+    "encoders.building": "test_composition",
+    "checkpoints.storage": "checkpoints/test_config_sync",
+}
 
 
-def level(module):
-    return next(i for i, names in enumerate(ORDER) if module in names)
+def module(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def test_the_order_is_the_one_that_the_contributing_guide_tells():
+FILES = {module(path): path for path in PATHS if path.name != "__init__.py"} | {"__init__": PACKAGE / "__init__.py"}
+FACES = {room: PACKAGE / room / "__init__.py" for room in ROOMS}
+
+
+def room(name):
+    return name.split(".")[0]
+
+
+def layer(name):
+    return next(i for i, names in enumerate(LAYERS) if room(name) in names)
+
+
+def imports(name):
+    """Modules of this package that a file imports anywhere: in functions and for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.module, f"{name}:{node.lineno} imports without a file"
+            folder = name.split(".")[: -node.level]
+            found.add(".".join([*folder, node.module]))
+    return found
+
+
+def test_the_layers_are_those_that_the_contributing_guide_tells():
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
-    told = next(block for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) if "modeling_base" in block)
-    assert [set(line.split(" | ")) for line in told.splitlines()] == ORDER
+    told = next(block for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) if "modeling_multimodal" in block)
+    assert [line.split(", ") for line in told.splitlines()] == LAYERS and len(LAYERS) == 8
 
 
-def test_every_module_has_its_place_and_a_docstring_and_a_test():
-    assert {path.stem for path in FILES} == set().union(*ORDER)
-    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
-    covered = {
-        "modeling_base": "modeling_multimodal",
-        "modeling_storage": "checkpointing",
-        "processing_base": "processing_multimodal",
-        "building": "composition",
-        "__init__": "architecture",
-    }
-    for path in FILES:
+def test_every_room_and_file_on_top_has_its_layer():
+    named = [name for names in LAYERS for name in names]
+    assert sorted(named) == sorted({room(name) for name in FILES}) and len(named) == len(set(named))
+    assert 8 <= len(ROOMS) <= 11
+    assert {room(name) for name in FILES if "." in name} == set(ROOMS)
+    assert {module(path) for path in PATHS} == set(FILES) | {f"{name}.__init__" for name in ROOMS}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_to_the_left(name):
+    for other in imports(name):
+        assert other in FILES, f"{name} imports {other}, which is no file: a face is for users"
+        if "." in name and room(name) == room(other):
+            continue
+        files_on_top = "." not in name and "." not in other
+        beside = layer(other) == layer(name) and (files_on_top or layer(name) == 0)
+        assert layer(other) < layer(name) or beside, f"{name} imports {other}"
+
+
+def test_nothing_is_imported_in_a_circle():
+    order = list(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
+    assert sorted(order) == sorted(FILES)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_face_says_its_duty_and_imports_nothing_before_it_is_asked(room):
+    tree = ast.parse(FACES[room].read_text())
+    assert ast.get_docstring(tree)
+    assert not [
+        n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or n.module.startswith("cornstarch"))
+    ]
+
+
+def test_every_file_has_a_docstring_and_a_test():
+    for name, path in FILES.items():
         assert ast.get_docstring(ast.parse(path.read_text())), path.name
-        assert covered.get(path.stem, path.stem) in tests, f"tests/test_{path.stem}.py"
+        *folder, stem = name.split(".")
+        default = "test_architecture" if stem == "__init__" else "/".join([*folder, f"test_{stem}"])
+        assert (TESTS / f"{COVERED.get(name, default)}.py").is_file(), name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_imports_go_upward_in_the_form_that_a_shared_checkpoint_can_carry(path):
-    tree = ast.parse(path.read_text())
+@pytest.mark.parametrize("name", FILES)
+def test_imports_have_the_form_that_a_shared_checkpoint_can_carry(name):
+    tree = ast.parse(FILES[name].read_text())
     guarded = {id(inner) for node in ast.walk(tree) if isinstance(node, (ast.If, ast.Try)) for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("cornstarch_hf") for alias in node.names), path.name
+            assert not any(alias.name.startswith("cornstarch_hf") for alias in node.names), name
             names = {alias.name.split(".")[0] for alias in node.names}
-            assert not names & OPTIONAL or id(node) in guarded, f"{path.name}: optional {names}"
-        elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:
-                root = node.module.split(".")[0]
-                assert root != "cornstarch_hf", path.name
-                assert root not in OPTIONAL or id(node) in guarded, f"{path.name}: optional {root}"
-                continue
-            assert node.level == 1 and node.module and "." not in node.module, f"{path.name}:{node.lineno}"
-            assert level(node.module) < level(path.stem), f"{path.name} imports {node.module}"
+            assert not names & OPTIONAL or id(node) in guarded, f"{name}: optional {names}"
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            root = node.module.split(".")[0]
+            assert root != "cornstarch_hf", name
+            assert root not in OPTIONAL or id(node) in guarded, f"{name}: optional {root}"
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
     assert not any(re.search(r"^\s*from \.", text, re.M) for text in texts), "a relative import in a docstring"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_files_and_functions_are_small(path):
-    text = path.read_text()
-    assert text.count("\n") <= 400, path.name
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_are_small(name):
+    text = FILES[name].read_text()
+    assert text.count("\n") <= 400, name
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = node.end_lineno - body[0].lineno + 1 if body else 0
-            assert lines <= 40 or f"{path.stem}.{node.name}" in LONG_FUNCTIONS, (
-                f"{path.name}: {node.name} has {lines} lines"
-            )
+            assert lines <= 40 or f"{name}.{node.name}" in LONG_FUNCTIONS, f"{name}: {node.name} has {lines} lines"
 
 
 def test_public_names_are_documented_with_what_they_raise():
@@ -105,7 +147,7 @@ def test_public_names_are_documented_with_what_they_raise():
 
 
 def test_no_leftovers():
-    for path in [*FILES, *Path(__file__).parent.glob("*.py")]:
+    for path in [*PATHS, *TESTS.rglob("*.py")]:
         if path.name != Path(__file__).name:
             assert not re.search(r"\b(TODO|FIXME|XXX)\b|NotImplementedError|mark\.(skip|xfail)\b", path.read_text()), (
                 path.name

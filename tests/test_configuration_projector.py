@@ -15,7 +15,7 @@ from cornstarch_hf.configuration_projector import (
     options_of,
     text_width,
 )
-from cornstarch_hf.registries import PROJECTORS
+from cornstarch_hf.parts.registries import PROJECTORS
 
 
 def test_every_built_in_type_is_registered_and_has_defaults_for_all():

@@ -1,0 +1,264 @@
+"""The files of a checkpoint, looked at before anything in them is used: which there are, what they name, what they hold.
+
+`check_files` is called before a configuration is believed, `stored_shapes` gives `build_bounds` what to compare with.
+"""
+
+import json
+import logging
+import operator
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..limits import cap
+from ..parts.build_bounds import build_guard
+from ..parts.stored_values import SHARD, check_auto_map, read_json
+from .checkpoint_files import CheckpointFiles
+from .folder_swap import current
+from .manifest import COMPOSITION, DELTA, Composition, Entry, check_hashes, check_sizes, read_composition
+from .saving import weights_pattern
+
+logger = logging.getLogger(__name__)
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+READ = (CONFIG, "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json",
+        "adapter_config.json")  # fmt: skip
+
+
+def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[str, Any]:
+    """Refuse a checkpoint whose files name something outside of it, or hold pickled code.
+
+    Args:
+        files: of the checkpoint; of a repository only the configuration and the index of shards are fetched.
+        variant: as in `from_pretrained`.
+
+    Returns:
+        the configuration's values; empty where there is none.
+
+    Raises:
+        ValueError: a path that leaves the folder, weights other than safetensors, an `auto_map` of elsewhere, a
+            JSON file that has a key twice (its values are the configuration class's to check).
+    """
+    if ".." in os.path.normpath(files.subfolder or ".").split(os.sep) or os.path.isabs(files.subfolder):
+        raise ValueError(f"subfolder {files.subfolder!r} leaves {files.source}.")
+    config: Mapping[str, Any] = {}
+    for name in READ if files.is_local else (CONFIG,):
+        if (path := files.find(name)) is not None:
+            values = read_json(path, f"{files.source}: {name}")
+            _check_description(values, files, name)
+            config = values if name == CONFIG else config
+    if files.is_local:
+        _check_weight_names(files, variant, config.get("transformers_weights"))
+    return config
+
+
+def _check_description(values: Any, files: CheckpointFiles, name: str) -> None:
+    where = f"{files.source}: {name}"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must hold one JSON object, got {type(values).__name__}.")
+    check_auto_map(values.get("auto_map"), where, None if files.is_local else files.source, here_only=True)
+    if name != CONFIG:
+        return
+    explicit = values.get("transformers_weights")
+    if explicit is not None and not (isinstance(explicit, str) and _is_weights(explicit)):
+        raise ValueError(
+            f"{where}: transformers_weights is {explicit!r:.200}, expected a safetensors file of this folder."
+        )
+
+
+def _is_weights(name: str) -> bool:
+    bare = name.removesuffix(".index.json")
+    return SHARD.fullmatch(bare) is not None and not name.startswith(".")
+
+
+def _named(name: str, variant: str | None) -> str:
+    if variant is None:
+        return name
+    if not variant.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"variant must be a plain word, got {variant!r}.")
+    stem, _, rest = name.partition(".safetensors")
+    return f"{stem}.safetensors.index.{variant}.json" if "index" in rest else f"{stem}.{variant}.safetensors"
+
+
+def _check_weight_names(files: CheckpointFiles, variant: str | None, explicit: str | None) -> None:
+    for name in {_named(INDEX, variant), explicit or ""}:
+        if name.endswith(".json") and (index := files.find(name)) is not None:
+            shards(index, files.source)
+    inside = os.listdir(files.folder)
+    safe = [name for name in inside if name.endswith((".safetensors", ".safetensors.index.json"))]
+    pickled = sorted(
+        name for name in inside if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json"))
+    )
+    if pickled and not safe:
+        raise ValueError(
+            f"{files.source} holds weights as {pickled[0]} only: pickled files can run code when they are read. Ask for "
+            "safetensors files, or convert them where you trust their source."
+        )
+
+
+def shards(index: str, source: str) -> dict[str, str]:
+    """``{tensor: file}`` of an index of shards.
+
+    Raises:
+        ValueError: a file that is no safetensors file beside the index.
+    """
+    values = read_json(index, f"{source}: {os.path.basename(index)}")
+    found = values.get("weight_map") if isinstance(values, Mapping) else None
+    if not isinstance(found, Mapping) or not isinstance(values.get("metadata", {}), Mapping):
+        raise ValueError(f"{source}: the index of shards must hold a weight_map and metadata, got {values!r:.100}.")
+    for name, file in found.items():
+        if not isinstance(file, str) or not SHARD.fullmatch(file) or file.startswith("."):
+            raise ValueError(
+                f"{source}: the index of shards says that {name!r:.100} lies in {file!r:.200}, expected a safetensors file "
+                "beside it."
+            )
+    return dict(found)
+
+
+def stored_shapes(
+    files: CheckpointFiles, variant: str | None = None, explicit: str | None = None
+) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of all stored tensors by name, from the files' headers alone; None where the checkpoint has no weights here.
+
+    Args:
+        files: of the checkpoint.
+        variant: as in `from_pretrained`.
+        explicit: the configuration's `transformers_weights`.
+
+    Raises:
+        ValueError: a shard is missing, or a file is no safetensors file.
+    """
+    whole, index = _named(WEIGHTS, variant), _named(INDEX, variant)
+    if explicit is not None:
+        whole, index = (explicit, "") if explicit.endswith(".safetensors") else ("", explicit)
+    path = files.find(whole) if whole else None
+    if path is not None:
+        return header_shapes(path)
+    listed = files.find(index) if index else None
+    if listed is None:
+        return None
+    found: dict[str, tuple[int, ...]] = {}
+    for name in sorted(set(shards(listed, files.source).values())):
+        shard = files.find(name)
+        if shard is None:
+            raise ValueError(f"{files.source}: the shard {name} is missing.")
+        found |= header_shapes(shard)
+    return found
+
+
+def header_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in one safetensors file (ValueError for another file); no data is read.
+
+    The header alone: 8 bytes with its length, then JSON (https://github.com/huggingface/safetensors#format).  Reading it by
+    the library costs as much as all other checks of a load together, for one tensor at a time.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if length <= min(size - 8, cap("MAX_CONFIG_BYTES")) else b""
+    try:
+        header = json.loads(text)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        shapes = {name: tuple(map(operator.index, entry["shape"])) for name, entry in tensors.items()}
+    except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is no whole safetensors file ({type(error).__name__}: {error!s:.100}).") from error
+    if 8 + length + end != size:
+        raise ValueError(f"{path} is no whole safetensors file: it has {size} bytes, expected {8 + length + end}.")
+    return shapes
+
+
+class Checked(NamedTuple):
+    """A checkpoint whose files may be used.
+
+    Args:
+        files: where they lie.
+        options: of `from_pretrained`, with which transformers finds the same files.
+        composition: what `composition.json` says; None where there is none, as in checkpoints of other programs.
+        shapes: of the stored tensors by name; None where the checkpoint has no weights of its own.
+        sized: whether the model's tensors must have these very shapes.
+    """
+
+    files: CheckpointFiles
+    options: dict[str, Any]
+    composition: Composition | None
+    shapes: dict[str, tuple[int, ...]] | None
+    sized: bool
+
+
+def checked_files(
+    source: str | os.PathLike, options: Mapping[str, Any], verify: bool, asks_what_is_missing: bool = False
+) -> Checked:
+    """Find the valid files of a checkpoint, compare them with what was saved, and refuse what they must not say.
+
+    Args:
+        source: folder or repository id.
+        options: of `from_pretrained`.
+        verify: whether the hashes of all files are compared, and not only the sizes of weight files.
+        asks_what_is_missing: whether the caller wants to be told what was loaded (`output_loading_info`): a weight file of
+            another size, exchanged on purpose, is then a warning.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        OSError: `source` is neither a folder nor the id of a repository.
+        ValueError: a file is not what was saved; nothing to verify by; as `check_files`, `stored_shapes` raise.
+    """
+    options = dict(options)
+    variant = options.get("variant")
+    folder = os.path.join(source, options.get("subfolder") or "")
+    if os.path.isdir(folder) and (valid := current(folder, CONFIG)) != folder:
+        source, options["subfolder"] = valid, ""
+    files = CheckpointFiles(source, options)
+    values = check_files(files, variant)
+    found = files.find(COMPOSITION)
+    composition = None if found is None else read_composition(found)
+    if composition is not None:
+        if verify and not composition.references and first_weights(composition, variant) is None:
+            which = f" of the variant {variant!r}" if variant else ""
+            raise ValueError(
+                f"{files.source}: {COMPOSITION} lists no weights{which} to verify: save them again, or leave out verify=."
+            )
+        entries = _weights(composition, variant)
+        if verify:  # not the weights of other variants, which nobody reads and may not have been downloaded
+            unread = composition.weights().keys() - entries.keys()
+            entries = {name: entry for name, entry in composition.manifest.items() if name not in unread}
+        found_files = files.find_all(entries)
+        try:
+            (check_hashes if verify else check_sizes)(entries, found_files.get, files.source)
+        except ValueError as error:
+            if verify or not asks_what_is_missing:
+                raise
+            logger.warning("%s It is read all the same: the loading information says what it holds.", error)
+    elif verify:
+        raise ValueError(f"{files.source} has no {COMPOSITION} to verify it by: save it again, or leave out verify=.")
+    explicit = first_weights(composition, variant) if composition is not None else None
+    shapes = None
+    if composition is None or not composition.references:
+        shapes = stored_shapes(files, variant, explicit or values.get("transformers_weights"))
+    others = (values.get("quantization_config"), options.get("quantization_config"), options.get("key_mapping"))
+    return Checked(files, options, composition, shapes, not any(others) and not options.get("ignore_mismatched_sizes"))
+
+
+def _weights(composition: Composition, variant: str | None) -> dict[str, Entry]:
+    """The weight files that will be read."""
+    pattern = weights_pattern(variant)
+    return {n: e for n, e in composition.weights().items() if pattern.fullmatch(n) or n == DELTA}
+
+
+def first_weights(composition: Composition, variant: str | None) -> str | None:
+    """The file with which transformers begins to read weights: the index where there is one."""
+    names = [name for name in _weights(composition, variant) if name != DELTA]
+    return next((name for name in names if name.endswith(".json")), names[0] if names else None)
+
+
+def guarded(checked: Checked) -> Any:
+    """Bound what is built within by what the checkpoint holds; see `build_bounds.build_guard`."""
+    return build_guard(checked.shapes, sized=checked.sized)
+
+
+def check_loaded(info: Mapping[str, Any], source: Any) -> None:
+    """Refuse a model some of whose tensors the checkpoint did not hold (ValueError): they are random now."""
+    if missing := sorted(info.get("missing_keys") or ()):
+        raise ValueError(
+            f"{source} does not hold {len(missing)} tensors of the model that its configuration names ({missing[:3]}): they "
+            "would be random. Load a whole checkpoint, or save this one again from the whole model."
+        )

@@ -1,0 +1,247 @@
+"""Checkpoints that store only what was trained: split a model into bases and changes, and put it together again.
+
+A part whose source is a reference takes its tensors from another repository (`bases`), pinned by commit and by hashes; all
+others lie in `composition.safetensors`.  Every tensor comes from exactly one of the two.
+"""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..parts.adapter_tensors import current_name
+from ..parts.adapters import is_wrapped, unwrapped
+from ..parts.names import compress, matches
+from ..parts.origins import KEYS, is_repo_id
+from .bases import Base, base_files, check_base, checked_entry, part_tensors, read_base
+from .manifest import DELTA
+
+
+def part_path(component: str) -> str:
+    """The module of a composed model that a component means."""
+    return component if component == "language_model" else f"{component}.module"
+
+
+def components_of(config: Any) -> list[str]:
+    """Names of all components, in order."""
+    return [*(f"{name}_encoder" for name in config.encoders), "language_model"]
+
+
+def chosen_components(config: Any, embed: bool | Collection[str]) -> list[str]:
+    """The components that are stored as references.
+
+    Args:
+        embed: True for none of them, False for all, or the names of those whose weights are stored.
+
+    Raises:
+        ValueError: a name that is no component.
+    """
+    every = components_of(config)
+    if isinstance(embed, bool):
+        return [] if embed else every
+    if isinstance(embed, str) or (unknown := sorted(set(embed) - set(every))):
+        raise ValueError(
+            f"embed must be True, False or a list with some of {every}, got {embed if isinstance(embed, str) else unknown!r}."
+        )
+    return [name for name in every if name not in embed]
+
+
+def split_by_base(
+    model: PreTrainedModel, referenced: list[str], bases: Mapping[str, str] | None, options: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """What a reference checkpoint stores, and what it says of its components.
+
+    Args:
+        model: a composed model.
+        referenced: components whose unchanged tensors are left out.
+        bases: repositories of components whose origin is not known, or that shall be another one.
+        options: for reading the bases (`token`, `cache_dir`, `local_files_only`, `trust_remote_code`).
+
+    Returns:
+        the tensors to store, and `components` for `composition.json`.
+
+    Raises:
+        ValueError: a component that did not come from the Hub, or whose base cannot be pinned.
+        OSError: a base that cannot be read.
+    """
+    state = model.state_dict()
+    if offloaded := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{offloaded[0]} and {len(offloaded) - 1} more are offloaded: load the model whole, or save with embed=True."
+        )
+    groups = _same_tensors(model)
+    provided: dict[str, Tensor] = {}
+    found: dict[str, tuple[dict[str, str], Base]] = {}
+    for component in referenced:
+        part = model.get_submodule(part_path(component))
+        base = read_base(component, _known_origin(model, component, bases), _dtype_of(part), options)
+        names = {key: name for key in base.tensors if (name := _name_in_model(model, component, key)) in groups}
+        found[component] = names, base
+        provided |= {name: base.tensors[key] for key, name in names.items()}
+    same = {name for name, tensor in provided.items() if _equal(tensor, state[name])}
+    taken, stored = _sources(groups, provided.keys(), same, model.all_tied_weights_keys or {})
+    components: dict[str, dict[str, Any]] = {name: {"source": "embedded"} for name in components_of(model.config)}
+    for component, (names, base) in found.items():
+        keys = [key for key, name in names.items() if name in taken]
+        components[component] = base.entry | {"tensors": compress(keys, base.tensors)}
+    return {name: state[name].detach().cpu().contiguous() for name in stored}, components
+
+
+def _sources(
+    groups: Mapping[str, list[str]], provided: Collection[str], same: set[str], ties: Mapping[str, str]
+) -> tuple[set[str], list[str]]:
+    """The names that bases provide, and those that are stored: of tensors with several names all go one way."""
+    taken: set[str] = set()
+    stored: list[str] = []
+    for names in {id(names): names for names in groups.values()}.values():
+        offered = {name for name in names if name in provided}
+        if offered and offered <= same:
+            taken |= offered
+        else:
+            stored.append(next((name for name in names if name not in ties), names[0]))
+    return taken, stored
+
+
+def _same_tensors(model: nn.Module) -> dict[str, list[str]]:
+    """Names of all saved tensors, each with all names of the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or set()
+    return {name: names for names in groups.values() for name in names if name not in ignored}
+
+
+def _equal(base: Tensor, live: Tensor) -> bool:
+    return base.dtype == live.dtype and base.shape == live.shape and torch.equal(base, live.detach().cpu())
+
+
+def _dtype_of(part: nn.Module) -> torch.dtype:
+    found = [p.dtype for p in unwrapped(part).parameters() if p.is_floating_point()]
+    return max(set(found), key=found.count) if found else torch.float32
+
+
+def _name_in_model(model: nn.Module, component: str, key: str) -> str:
+    """The name in a composed model of a part's tensor, adapters in front of it or not."""
+    path = part_path(component)
+    part = model.get_submodule(path)
+    inner = f"{path}.base_model.model" if is_wrapped(part) else path
+    return f"{inner}.{current_name(unwrapped(part), key)}"
+
+
+def _known_origin(model: PreTrainedModel, component: str, bases: Mapping[str, str] | None) -> dict[str, Any]:
+    origin = (model.config.origins or {}).get(component)
+    given = (bases or {}).get(component)
+    if given is not None:
+        part: Any = unwrapped(model.get_submodule(part_path(component)))
+        repo_id, _, revision = given.partition("@")
+        made = dict.fromkeys(KEYS) | {"subfolder": "", "select": "", "class": type(part).__name__}
+        origin = (origin or made) | {"repo_id": repo_id, "revision": None, "requested_revision": revision or None}
+    if origin is None or not is_repo_id(origin["repo_id"]):
+        raise ValueError(
+            f"{component} did not come from the Hub, so far as is known ({origin and origin['repo_id']!r}), and a checkpoint "
+            f"cannot refer to it: say where it lies, bases={{{component!r}: 'user/name'}}, or store its weights, "
+            f"embed=[{component!r}]."
+        )
+    return origin
+
+
+def joined(
+    build: Callable[[dict[str, tuple[int, ...]]], PreTrainedModel],
+    stored: Mapping[str, Tensor],
+    references: Mapping[str, Mapping[str, Any]],
+    bases: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+    verify: bool,
+) -> dict[str, Tensor]:
+    """All tensors of a model that was stored by reference, by its own names.
+
+    Args:
+        build: makes the model as its configuration describes it, without weights; is told the shapes of all there is.
+        stored: what `composition.safetensors` holds.
+        references: the components that lie elsewhere, as `composition.json` describes them.
+        bases: folders or repositories to read components from instead; they must hold the very same files.
+        options: for reading the bases.
+        verify: whether every base is hashed, also one that the Hub's cache names by its hash.
+
+    Raises:
+        ValueError: a tensor that has no source, two, or another shape; a base that is not the one that was saved.
+        OSError: a base that cannot be read.
+    """
+    if unknown := sorted(set(bases or {}) - set(references)):
+        raise ValueError(f"bases names {unknown}, this checkpoint refers to {sorted(references)}.")
+    source = dict.fromkeys(stored, DELTA)
+    merged, parts = dict(stored), {}
+    for component, entry in references.items():
+        entry = checked_entry(component, entry)
+        files = base_files(component, entry, (bases or {}).get(component), options)
+        check_base(component, entry, files, verify)
+        tensors = part_tensors(component, files, entry, getattr(torch, entry["dtype"]), options)
+        parts[component] = entry, {key: tensors[key] for key in sorted(matches(entry["tensors"], tensors))}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    for component, (_, tensors) in parts.items():
+        shapes |= {f"{component}: {key}": tuple(tensor.shape) for key, tensor in tensors.items()}
+    skeleton = build(shapes)
+    for component, (entry, tensors) in parts.items():
+        for key in tensors:
+            name = _name_in_model(skeleton, component, key)
+            if name in source:
+                raise ValueError(
+                    f"{component}: {name} comes from {source[name]} and from {entry['repo_id']!r}: expected one source."
+                )
+            source[name], merged[name] = entry["repo_id"], tensors[key]
+    _check_complete(skeleton, merged, source)
+    return merged
+
+
+def _check_complete(skeleton: PreTrainedModel, merged: Mapping[str, Tensor], source: Mapping[str, str]) -> None:
+    """Compare names and shapes with what the configuration builds (ValueError)."""
+    expected = {n: tuple(t.shape) for n, t in skeleton.state_dict().items() if isinstance(t, Tensor)}
+    ignored = skeleton._keys_to_ignore_on_save or set()
+    tied = {name for names in _same_tensors(skeleton).values() if set(names) & merged.keys() for name in names}
+    tied |= {name for name, first in (skeleton.all_tied_weights_keys or {}).items() if first in merged}
+    missing = sorted(expected.keys() - merged.keys() - tied - ignored)
+    surplus = sorted(merged.keys() - expected.keys())
+    other = [n for n, t in merged.items() if n in expected and tuple(t.shape) != expected[n]]
+    if missing or surplus or other:
+        shapes = [(n, source[n], tuple(merged[n].shape), expected[n]) for n in other[:3]]
+        raise ValueError(
+            f"This checkpoint and its bases do not make up the model: without a source {missing[:3]} ({len(missing)}); in no "
+            f"part {[(n, source[n]) for n in surplus[:3]]} ({len(surplus)}); of another shape {shapes} (source, got, expected)."
+        )
+
+
+def embedded(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """The components of a model that is stored whole."""
+    return {name: {"source": "embedded"} for name in components_of(model.config)}
+
+
+def write_reference(
+    model: PreTrainedModel,
+    folder: str,
+    referenced: Collection[str],
+    bases: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Write what a reference checkpoint holds: configuration, changed tensors; returns its components.
+
+    Raises:
+        ValueError, OSError: as in `references.split_by_base`.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "A quantized model cannot be stored by reference: its weights differ from its bases'. Save with embed=True."
+        )
+    tensors, components = split_by_base(model, list(referenced), bases, options)
+    known = {name: {key: components[name][key] for key in KEYS} for name in referenced}  # with the commits
+    model.config.origins = {**(model.config.origins or {}), **known}
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    save_file(tensors, os.path.join(folder, DELTA), metadata={"format": "pt"})
+    return components

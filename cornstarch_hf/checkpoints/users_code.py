@@ -1,0 +1,348 @@
+"""Python files as a checkpoint carries them: beside each other, every import between them relative.
+
+`code_bundle` says what to carry, `trusted_code` reads it back.  transformers copies what one pattern matches, line by line,
+``from .name import``; so modules of this package and files of a user are made flat here, and their imports of each other
+rewritten.  A module that lies in a folder of the package is carried as ``folder_module.py``.
+"""
+
+import ast
+import functools
+import importlib.util
+import os
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+from ..parts.classes import CODE_ENTRY
+
+PACKAGE = "cornstarch_hf"
+# The package, or the folder of a checkpoint whose code is running: there its modules lie beside each other.
+ROOT = PACKAGE if __name__.startswith(f"{PACKAGE}.") else str(__package__)
+HERE = Path(__file__).resolve().parents[__name__.removeprefix(f"{ROOT}.").count(".")]
+_IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
+_SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+# Calls that no definition needs: a file that makes one while it is imported is a program.
+_PROGRAM_CALLS = frozenset(
+    [
+        *("compose", "fit", "from_native", "from_pretrained", "generate", "hf_hub_download", "load_dataset", "main"),
+        *("parse_args", "push_to_hub", "save_pretrained", "snapshot_download", "system", "train", "urlopen"),
+    ]
+)
+_HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger", "filterwarnings", "simplefilter"])
+
+
+def is_installed(path: Path) -> bool:
+    """Whether a file belongs to Python or to an installed package, which a checkpoint names but does not carry."""
+    places = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
+    path = path.resolve()
+    inside = any(path.is_relative_to(Path(place).resolve()) for place in places if place)
+    beside_packages = any(True for parent in path.parents for _ in parent.glob("*.dist-info"))  # `pip install --target`
+    return inside or beside_packages or bool({"site-packages", "dist-packages"} & set(path.parts))
+
+
+@functools.cache
+def own_modules() -> dict[str, str]:
+    """Every module of the running code: the name under which a checkpoint carries it -> its name below `ROOT`."""
+    paths = HERE.glob("**/*.py" if ROOT == PACKAGE else "*.py")
+    names = [path.relative_to(HERE).with_suffix("").parts for path in paths]
+    return {"_".join(parts): ".".join(parts) for parts in sorted(names) if parts[-1] != "__init__"}
+
+
+def own_file(stem: str) -> Path:
+    """The file of a module of the running code, by the name under which a checkpoint carries it."""
+    return HERE.joinpath(*own_modules().get(stem, stem).split(".")).with_suffix(".py")
+
+
+def own_stem(path: Path) -> str | None:
+    """The name under which a checkpoint carries a file of the running code; None for a file that lies elsewhere."""
+    path = path.resolve()
+    inside = path.is_relative_to(HERE) if ROOT == PACKAGE else path.parent == HERE
+    return "_".join(path.relative_to(HERE).with_suffix("").parts) if inside else None
+
+
+def bundled(text: str, module: str) -> tuple[str, set[str]]:
+    """The text of a module with each relative import naming a file beside it, and the names of these files."""
+    found = set()
+
+    def flat(match: re.Match) -> str:
+        folder = module.split(".")[: -len(match[2])]
+        stem = "_".join([*folder, *match[3].split(".")])
+        found.add(stem)
+        return f"{match[1]}from .{stem} import"
+
+    return _IMPORT.sub(flat, text), found
+
+
+def read_entry(folder: str | os.PathLike) -> dict:
+    """What the code in a checkpoint's folder says that it carries; empty without code.  Nothing is run."""
+    path = Path(folder) / f"{CODE_ENTRY}.py"
+    if not path.is_file():
+        return {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARRIES":
+            found = ast.literal_eval(node.value)
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+class CodeFiles:
+    """The files that a checkpoint carries, collected from the roots given and from what they import.
+
+    Attributes:
+        own: stems of modules of this package.
+        users: texts of a user's files by the stem under which they are carried.
+
+    Raises:
+        ValueError: from every method, a file that cannot be carried; names the file, the line and the remedy.
+    """
+
+    def __init__(self, roots: tuple[str, ...]):
+        self.own: dict[str, str] = {}
+        self.users: dict[str, str] = {}
+        self._stems: dict[Path, str] = {}
+        for root in roots:
+            self.add_own(root)
+        self._package = frozenset(self.own)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """All texts by stem."""
+        return self.own | self.users
+
+    def add_own(self, stem: str) -> str:
+        """Take a module of the running code and all that it imports."""
+        pending = [stem]
+        while pending:
+            name = pending.pop()
+            if name in self.own:
+                continue
+            path = own_file(name)
+            if not path.is_file():
+                raise ValueError(f"The code of a checkpoint needs {name}.py of {PACKAGE}, which this version lacks.")
+            self.own[name], imported = bundled(path.read_text(encoding="utf-8"), own_modules().get(name, name))
+            pending += imported
+        return stem
+
+    def add_file(self, path: Path, why: str) -> str:
+        """Take a user's file and the files of the user that it imports; returns the stem under which it is carried."""
+        path = path.resolve()
+        own = own_stem(path)
+        if own is not None:
+            if own not in self._package and own not in self.users:
+                self.users[own] = ""  # a user's file beside the running code: a checkpoint's, loaded again
+                self.users[own] = self._rewritten(path, why)
+            return own
+        if path.stem in read_entry(path.parent).get("package", []):
+            return self.add_own(path.stem)
+        if path not in self._stems:
+            stem = self._stems[path] = self._free_stem(path)
+            self.users[stem] = ""
+            text = self._rewritten(path, why)
+            twin = next((other for other, known in self.users.items() if known == text and other != stem), None)
+            if twin is None or not text:
+                self.users[stem] = text
+            else:  # a file and its copy in a checkpoint
+                del self.users[stem]
+                self._stems[path] = twin
+        return self._stems[path]
+
+    def _free_stem(self, path: Path) -> str:
+        stem = path.parent.name if path.stem == "__init__" else path.stem
+        stem = re.sub(r"\W", "_", stem)
+        taken = set(own_modules()) | set(self.users) | {CODE_ENTRY, PACKAGE}
+        candidates = [stem, f"{re.sub(r'[^0-9a-zA-Z_]', '_', path.parent.name)}_{stem}", f"users_{stem}"]
+        candidates += [f"users_{stem}_{i}" for i in range(2, 100)]
+        return next(name for name in candidates if name not in taken and name.isidentifier())
+
+    def _rewritten(self, path: Path, why: str) -> str:
+        text = path.read_text(encoding="utf-8")
+        if _TOKEN.search(text):
+            raise ValueError(f"{path} ({why}) holds an access token: remove it before the file is shared.")
+        tree = ast.parse(text)
+        check_runs_nothing(tree, path, why)
+        edits = []
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                lines = self._relative(node, path)
+                if lines is not None:
+                    edits.append((node, lines))
+        for node, lines in sorted(edits, key=lambda edit: -edit[0].lineno):
+            text = _replaced(text, node, lines, path)
+        _check_seen(text, path)
+        return text
+
+    # ---- imports
+
+    def _relative(self, node: ast.Import | ast.ImportFrom, path: Path) -> list[str] | None:
+        """The lines that stand for an import in the carried file; None where it stays as it is."""
+        if isinstance(node, ast.Import):
+            return self._relative_import(node, path)
+        module = node.module or ""
+        if node.level == 0 and module.split(".")[0] == PACKAGE:
+            return self._from_package(node, path)
+        base = _relative_base(path, node.level) / Path(*module.split(".")) if node.level else None
+        target = _module_file(base) if base is not None else _users_file(module, path.parent)
+        if target is None and base is None:
+            return None
+        folder = base if base is not None else (target.parent if target and target.stem == "__init__" else None)
+        lines = []
+        for alias in node.names:
+            inner = _module_file(folder / alias.name) if folder is not None and alias.name != "*" else None
+            renamed = f" as {alias.asname}" if alias.asname else ""
+            if inner is not None:
+                stem = self.add_file(inner, f"imported by {path.name}")
+                lines.append(f"from . import {stem} as {alias.asname or alias.name}")
+            elif target is not None:
+                lines.append(f"from .{self.add_file(target, f'imported by {path.name}')} import {alias.name}{renamed}")
+            else:
+                raise ValueError(f"{path}:{node.lineno} imports {alias.name!r} of a package that has no file for it.")
+        return lines
+
+    def _relative_import(self, node: ast.Import, path: Path) -> list[str] | None:
+        lines, changed = [], False
+        for alias in node.names:
+            own = alias.name.split(".")[0] == PACKAGE
+            target = None if own else _users_file(alias.name, path.parent)
+            if own or (target is not None and "." in alias.name):
+                raise ValueError(
+                    f"{path}:{node.lineno} uses `import {alias.name}`, which cannot be carried: write `from {alias.name} "
+                    "import name` instead."
+                )
+            if target is None:
+                lines.append(f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else ""))
+            else:
+                stem = self.add_file(target, f"imported by {path.name}")
+                lines.append(f"from . import {stem} as {alias.asname or alias.name}")
+                changed = True
+        return lines if changed else None
+
+    def _from_package(self, node: ast.ImportFrom, path: Path) -> list[str]:
+        """`from cornstarch_hf import X`, or of one of its folders or modules, from the checkpoint's own copy."""
+        place = (node.module or "").replace(".", "_").removeprefix(PACKAGE).removeprefix("_")
+        lines = []
+        for alias in node.names:
+            renamed = f" as {alias.asname}" if alias.asname else ""
+            stem = f"{place}_{alias.name}".removeprefix("_")
+            if place not in own_modules() and stem in own_modules():
+                lines.append(f"from . import {self.add_own(stem)} as {alias.asname or alias.name}")
+                continue
+            home = place if place in own_modules() else _own_module_of(alias.name, place)
+            if home is None or alias.name == "*":
+                raise ValueError(f"{path}:{node.lineno} imports {alias.name!r} of {PACKAGE}: name what is needed.")
+            lines.append(f"from .{self.add_own(home)} import {alias.name}{renamed}")
+        return lines
+
+
+def _own_module_of(name: str, folder: str) -> str | None:
+    """The running code's module, of the whole package or of one of its folders, that defines a name at its top."""
+    pattern = re.compile(rf"^(?:class|def) {re.escape(name)}\b|^{re.escape(name)}\b\s*(?::[^=\n]+)?=", re.M)
+    stems = [stem for stem in own_modules() if stem.startswith(f"{folder}_" if folder else "")]
+    return next((stem for stem in stems if pattern.search(own_file(stem).read_text(encoding="utf-8"))), None)
+
+
+def _relative_base(path: Path, level: int) -> Path:
+    return path.parents[level - 1]
+
+
+def _module_file(base: Path) -> Path | None:
+    """The file of a module by its path without the ending; None if there is none."""
+    for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _users_file(name: str, folder: Path) -> Path | None:
+    """The user's own file that an absolute import means; None for an installed or built-in module."""
+    known = getattr(sys.modules.get(name), "__file__", None)
+    beside = _module_file(folder / Path(*name.split(".")))
+    if known is None and beside is None and name.split(".")[0] not in sys.stdlib_module_names:
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            spec = None
+        known = spec.origin if spec is not None and spec.has_location else None
+    path = Path(known) if known is not None else beside
+    return None if path is None or path.suffix != ".py" or is_installed(path) else path
+
+
+def _replaced(text: str, node: ast.Import | ast.ImportFrom, new: list[str], path: Path) -> str:
+    """The text with one import statement replaced by lines of the same indentation."""
+    lines = text.splitlines(keepends=True)
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    before = lines[first].encode()[: node.col_offset].decode()
+    after = lines[last].encode()[node.end_col_offset :].decode()
+    if before.strip() or after.strip()[:1] not in ("", "#"):
+        raise ValueError(f"{path}:{node.lineno}: put this import on a line of its own, so that it can be carried.")
+    lines[first : last + 1] = ["".join(f"{before}{line}\n" for line in new)]
+    return "".join(lines)
+
+
+def _check_seen(text: str, path: Path) -> None:
+    """What transformers' pattern finds must be what Python finds: it would look for files that a docstring names."""
+    meant = {
+        node.module
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+    }
+    if surplus := sorted({a or b for a, b in _SEEN_BY_TRANSFORMERS.findall(text)} - meant):
+        raise ValueError(
+            f"{path} has a line of text that reads like an import of {surplus}: transformers would look for that file. Reword "
+            "the docstring or the string."
+        )
+
+
+# ---- programs
+
+
+def check_runs_nothing(tree: ast.Module, path: Path, why: str) -> None:
+    """Refuse a file that does more than define and register when it is imported (ValueError with the line)."""
+    for node in _top_statements(tree.body):
+        if _is_program(node):
+            raise ValueError(
+                f"{path}:{node.lineno} ({why}) does more than define: `{ast.unparse(node):.60}` would run wherever the "
+                'checkpoint is loaded. Put it under `if __name__ == "__main__":`, or move the definitions into a file of '
+                "their own."
+            )
+
+
+def top_calls(tree: ast.Module) -> list[ast.Call]:
+    """Calls that stand alone at the top of a file, outside of what only a program runs."""
+    statements = _top_statements(tree.body)
+    return [node.value for node in statements if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+
+
+def _top_statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    found: list[ast.stmt] = []
+    for node in body:
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            found += _top_statements(node.orelse)
+        elif isinstance(node, (ast.If, ast.For)):
+            found += _top_statements([*node.body, *node.orelse])
+        elif isinstance(node, ast.Try):
+            handlers = [statement for handler in node.handlers for statement in handler.body]
+            found += _top_statements([*node.body, *handlers, *node.orelse, *node.finalbody])
+        else:
+            found.append(node)
+    return found
+
+
+def _is_program(node: ast.stmt) -> bool:
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass, ast.Raise)
+    if isinstance(node, definitions):
+        return False
+    if isinstance(node, ast.Expr):
+        if not isinstance(node.value, ast.Call):
+            return not isinstance(node.value, ast.Constant)
+        name = called_name(node.value)
+        return not (name.startswith("register") or name in _HARMLESS_CALLS)
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Assert, ast.Delete)):
+        return any(isinstance(inner, ast.Call) and called_name(inner) in _PROGRAM_CALLS for inner in ast.walk(node))
+    return True
+
+
+def called_name(call: ast.Call) -> str:
+    """The last part of the name of what is called."""
+    return str(getattr(call.func, "attr", None) or getattr(call.func, "id", ""))

@@ -1,0 +1,17 @@
+"""From an encoder's inputs to features of single items, and how many there will be."""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "ModalEncoderModule": "module",
+    "PrecomputedFeatures": "precomputed",
+    "PrecomputedFeaturesConfig": "precomputed",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - the keys are texts
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

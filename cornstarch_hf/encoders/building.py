@@ -1,0 +1,135 @@
+"""One encoder with its projector: to a modality's entry in the configuration, and built again from it."""
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from ..configuration_multimodal import MultimodalConfig
+from ..configuration_projector import MultimodalProjectorConfig
+from ..parts.adapters import unwrapped, wrap_again
+from ..parts.callbacks import SLOTS, build_callback
+from ..parts.classes import class_name, constructor_options, resolve_class
+from ..projectors.projector import MultimodalProjector
+from .grids import PLANE_KINDS
+from .layouts import find_layout
+from .module import ModalEncoderModule
+from .precomputed import PrecomputedFeaturesConfig
+
+# Model types whose features are sequences of the width that their configuration names: no run on shapes is needed to know.
+REGULAR = frozenset(
+    [
+        *("clip_vision_model", "dinov2", "siglip_vision_model", "vit", "qwen2_vl_vision", "whisper", "wav2vec2", "esm"),
+        *("bert", PrecomputedFeaturesConfig.model_type),
+    ]
+)
+
+# Those of which that holds only after patches were merged.
+REGULAR_AT_LAST = frozenset(["qwen2_vl_vision"])
+
+
+def complete_projector(
+    encoder: ModalEncoderModule, language_model: nn.Module, width: int, projection_type: str, activation: str
+) -> None:
+    """Create or complete an encoder's projector, on the encoder's device and in its dtype, and check its widths.
+
+    Raises:
+        ValueError: the projector's widths do not fit, or the encoder's width is not known.
+    """
+    name, (known, found) = encoder.name, found_width(encoder)
+    if encoder.projector is None:
+        config = MultimodalProjectorConfig(projection_type=projection_type, activation=activation)
+        encoder.projector = MultimodalProjector(config)
+    projector = encoder.projector
+    if projector.config.in_features is None and known is None and projector.projection is None:
+        raise ValueError(
+            f"{name}: the configuration of {type(unwrapped(encoder.module)).__name__} does not tell the width of its "
+            "features: give projector=MultimodalProjector(MultimodalProjectorConfig(in_features=...))."
+        )
+    fresh = projector.projection is None
+    projector.complete(known, width, dims=2 if encoder.kind in PLANE_KINDS else 1)
+    projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
+    projector.config.language_model_type = unwrapped(language_model).config.model_type
+    if fresh:
+        weight = next((p for p in encoder.module.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            projector.to(device=weight.device, dtype=weight.dtype)
+    got = projector.config.in_features
+    as_encoded = encoder.postprocess_module_callback is None and (found or encoder.selection.output is None)
+    if as_encoded and found and known is not None and got not in (None, known):
+        raise ValueError(
+            f"{name}: the projector's in_features is {got}, but the encoder's features have width {known}: leave "
+            "in_features out, or choose the right layer=."
+        )
+    if projector.config.out_features != width and encoder.postprocess_projector_callback is None:
+        raise ValueError(
+            f"{name}: the projector's out_features is {projector.config.out_features}, but the language model's "
+            f"embeddings have width {width}: leave out_features out, or set it to {width}."
+        )
+
+
+def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
+    """Width of an encoder's selected features, by a run on shapes, else by its configuration; None where neither tells.
+
+    What the run tells of their axes becomes part of the encoder's selection.
+
+    Returns:
+        the width, and whether it is certain: a configuration may speak of another one.
+    """
+    inner = unwrapped(encoder.module)
+    usual = encoder.selection.output is None and encoder.selection.data_format is None
+    if usual and is_regular(inner.config, encoder.selection.layer):
+        return encoder.feature_width(), True
+    layout = find_layout(inner, encoder.kind, encoder.selection, encoder.name)
+    if layout is None:
+        return encoder.feature_width(), False
+    if encoder.selection.data_format is None and layout.data_format is not None:
+        encoder.selection = dataclasses.replace(encoder.selection, data_format=layout.data_format)
+    return layout.width, True
+
+
+def is_regular(config: Any, layer: Any) -> bool:
+    """Whether the features of a layer are sequences of the width that an encoder's configuration names."""
+    merges = config.model_type in REGULAR_AT_LAST and layer != -1
+    adapted = getattr(config, "add_adapter", False)  # wav2vec 2.0's, which may have another width
+    return config.model_type in REGULAR and not merges and not adapted
+
+
+def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
+    """The settings of one modality, as the configuration keeps them."""
+    module, selection = unwrapped(encoder.module), encoder.selection
+    return {
+        "kind": encoder.kind,
+        "encoder_class": class_name(type(module), module.config),
+        "encoder_kwargs": constructor_options(module),
+        "output": selection.output,
+        "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),
+        "drop_prefix": selection.drop_prefix,
+        "data_format": selection.data_format,
+        "additional_args": list(encoder.additional_args),
+    }
+
+
+def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
+    """Build one encoder with its projector and callbacks."""
+    entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
+    cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
+    module = wrap_again(
+        cls(encoder_config, **entry["encoder_kwargs"]), config.adapters_of(f"{name}_encoder.module"), name
+    )
+    if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
+        raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
+    callbacks: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
+    encoder = ModalEncoderModule(
+        module,
+        MultimodalProjector(getattr(config, f"{name}_projector_config")),
+        entry["additional_args"],
+        **callbacks,
+        kind=entry["kind"],
+        layer=entry["layer"],
+        output=entry["output"],
+        drop_prefix=entry["drop_prefix"],
+        data_format=entry["data_format"],
+    )
+    encoder.name = name
+    return encoder

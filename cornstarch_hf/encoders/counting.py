@@ -1,0 +1,394 @@
+"""How many features an item will give: by a registered count, by a rule, or by a run on shapes.  Needs no weights."""
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ..configuration_multimodal import MultimodalConfig
+from ..configuration_projector import MultimodalProjectorConfig
+from ..limits import check_features
+from ..parts.build_bounds import bounded_tensors, build_guard
+from ..parts.callbacks import SLOTS, declared_count
+from ..parts.classes import resolve_class
+from ..parts.registries import FEATURE_COUNTS
+from ..parts.shapes_only import run_on_shapes, weights_to_meta
+from ..parts.threads import TravellingLock
+from ..parts.weightless import build_without_weights, without_dtypes
+from ..projectors.reductions import Grid, per_item
+from .building import build_encoder
+from .count_cache import CountCache, key_of
+from .frames import frames_as_items
+from .grids import STAGES
+from .item_lengths import unpadded_patches
+from .items import MASKS, packed_sizes
+from .layouts import with_plain_kernels
+from .module import ModalEncoderModule
+from .own_parts import OwnParts, settle
+from .precomputed import PrecomputedFeaturesConfig
+
+POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
+# Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
+DEPTHS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "depth")
+# Settings of single layers by their numbers; `out_indices` chooses among the outputs of backbones.
+LAYER_NUMBERS = re.compile(r"layer_(id|idx|index)s?$|_layers$|(?<!out)_(indexes|indices)$")
+_REMEDY = "register_feature_count({!r}, fn)."
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+
+
+def _patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`(height // patch_size) * (width // patch_size)`"""
+    height, width = inputs["pixel_values"].shape[-2:]
+    rows, columns = _pair(config.patch_size)
+    return (height // rows) * (width // columns)
+
+
+def _patches_and_class(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`(height // patch_size) * (width // patch_size) + 1`"""
+    return _patches(inputs, config) + 1
+
+
+def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`t * h * w / spatial_merge_size ** 2` of the grid"""
+    return int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2
+
+
+def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
+    """`max_source_positions`; with a mask by a run on shapes"""
+    if inputs.get("attention_mask") is not None:
+        return None
+    return config.max_source_positions
+
+
+def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
+    """`(samples - kernel) // stride + 1`, once per convolution; with an adapter by a run on shapes"""
+    if config.add_adapter:
+        return None
+    length = inputs["input_values"].shape[-1]
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        length = (length - kernel) // stride + 1
+    return length
+
+
+def _rows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """rows of `features`, those of its mask"""
+    mask = inputs.get("attention_mask")
+    return inputs["features"].shape[1] if mask is None else int(mask.sum())
+
+
+def _tokens(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """tokens of the text"""
+    return inputs["input_ids"].shape[-1]
+
+
+def _series(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`values // patch_length`, without patches of padding"""
+    patches = inputs["past_values"].shape[-1] // config.patch_length
+    lengths = unpadded_patches(inputs, patches)
+    return patches if lengths is None else lengths[0]
+
+
+_TEXTS = ("bert", "deberta-v2", "distilbert", "esm", "modernbert", "mpnet", "xlm-roberta")
+# Features of one item by the encoder's model type, None where the rule does not hold; each is tested against the
+# encoder, and its docstring stands in the documents.
+RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
+    "clip_vision_model": _patches_and_class,
+    "dinov2": _patches_and_class,
+    "siglip_vision_model": _patches,
+    "timesfm": _series,
+    "timesfm2_5": _series,
+    "vit": _patches_and_class,
+    PrecomputedFeaturesConfig.model_type: _rows,
+    "whisper": _window,
+    "wav2vec2": _waveform,
+    **dict.fromkeys(_TEXTS, _tokens),
+    "qwen2_vl_vision": _merged_patches,
+}
+# Types whose hidden states all are as long as the last one.
+RULES_OF_EACH_LAYER = {"clip_vision_model", "dinov2", "siglip_vision_model", "vit", "wav2vec2", "whisper", *_TEXTS}
+
+
+class FeatureCounter:
+    """Counts features per item, after selection, callbacks and token reduction, from a configuration alone.
+
+    Threads may share it.  It is pickled, copied and hashed without what it has counted or built.
+
+    Args:
+        config: of the composed model; copied where `live` is given.
+        live: encoders of a live model, as they are now: their callbacks and projections are written into the configuration's
+            copy, and kept themselves where it cannot hold them.
+    """
+
+    def __init__(self, config: MultimodalConfig, live: Mapping[str, ModalEncoderModule] | None = None):
+        self.config = copy.deepcopy(config) if live else config
+        self.own: dict[str, OwnParts] = settle(self.config, live) if live else {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = TravellingLock()  # encoders keep a state while they run
+        self._probes: dict[tuple[str, bool], Any] = {}
+        self._cache = CountCache()
+        self._deep: set[str] = set()  # encoders of which few layers do not do
+        self._uniform: set[str] = set()  # and of which they do
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "own": self.own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def count(self, name: str, inputs: Mapping[str, Any]) -> int:
+        """Features that one item of a modality gives.
+
+        Args:
+            name: the modality.
+            inputs: the item's encoder inputs by the names of the encoder's `forward`; axis 0 has one item, or the
+                item's own patches where the encoder packs them.
+
+        Raises:
+            ValueError: a registered count is no natural number, the run on shapes fails, or the count is above
+                `limits.MAX_ITEM_FEATURES`.
+        """
+        key = key_of(name, inputs)
+        count = self._cache.get(key)
+        if count is None:
+            with self._lock:
+                known = self._cache.get(key)  # by a thread that came first
+                count = self._counted(name, inputs) if known is None else known
+            check_features(count, name)
+            self._cache.put(key, count)
+        return count
+
+    def has_preprocessing(self, name: str) -> bool:
+        """Whether a callback sees the inputs of an encoder before it does."""
+        own = self.own[name].callbacks if name in self.own else {}
+        return "preprocess_callback" in {*self.config.modality(name)["callbacks"], *own}
+
+    def _counted(self, name: str, inputs: Mapping[str, Any]) -> int:
+        encoder_config = getattr(self.config, f"{name}_config")
+        registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
+        if registered is not None:
+            return _natural(registered(inputs, encoder_config), name, "the registered feature count")
+        encoder = self._outline(name)
+        callbacks = {slot: cb for slot, cb in encoder.callbacks.items() if cb is not None}
+        declared = {slot: fn for slot, cb in callbacks.items() if (fn := declared_count(cb)) is not None}
+        after_module = set(callbacks) - {POSTPROCESS_PROJECTOR}
+        if any(slot.startswith("post") and slot not in declared for slot in callbacks) or (
+            after_module and encoder.projector.needs_grid  # a callback may state a grid, which only a run tells
+        ):
+            return self._probed(name, inputs)
+        count, grid = self._encoded(name, inputs, encoder, set(callbacks) == set(declared), tuple(declared))
+        for slot in SLOTS:  # in the order in which they run
+            if slot == POSTPROCESS_PROJECTOR:
+                count = self._reduced(name, encoder, count, grid)
+            if slot in declared:
+                count = _natural(declared[slot](inputs, count), name, f"the feature_count of {slot}")
+        return count
+
+    def _encoded(
+        self, name: str, inputs: Mapping[str, Any], encoder: ModalEncoderModule, by_rule: bool, without: tuple[str, ...]
+    ) -> tuple[int, Grid | None]:
+        """Selected features before the callbacks that follow the module, and their grid where the projector needs it."""
+        entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
+        model_type = encoder_config.model_type
+        holds = not entry["output"] and (entry["layer"] == -1 or model_type in RULES_OF_EACH_LAYER)
+        # Packed features have no prefix to drop, as a run says.
+        holds = holds and not (entry["drop_prefix"] and packed_sizes(inputs))
+        rule = RULES.get(model_type) if by_rule and holds else None
+        items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
+        count = rule(items, encoder_config) if rule is not None else None
+        if count is not None:
+            lengths, stated = [(count - entry["drop_prefix"]) * frames[0]], None
+        else:
+            output = self._run(name, inputs, without, ModalEncoderModule.select)
+            lengths = [len(item) for item in per_item(output.last_hidden_state, output.lengths, name)]
+            stated = output.feature_grids
+        grids = encoder.grids(dict(inputs), lengths, stated)
+        if grids is not None and len(grids) != 1:
+            raise ValueError(
+                f"{name}: one item gave features in {len(grids)} grids. State its number: {_REMEDY.format(name)}"
+            )
+        return sum(lengths), grids[0] if grids else None
+
+    def _reduced(self, name: str, encoder: ModalEncoderModule, count: int, grid: Grid | None) -> int:
+        """Features that the projector leaves, by its own count or by a run of it alone."""
+        projector = encoder.projector
+        try:
+            left = projector.feature_count(count, grid)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if left is None:
+            left = self._reduced_by_run(name, count, grid)
+        return _natural(left, name, f"the feature_count of {type(projector.projection).__name__}")
+
+    def _outline(self, name: str) -> ModalEncoderModule:
+        """The encoder for what stands around its layers: of few layers where it can be built so."""
+        if not self._is_stack(name):
+            return self._probe(name)
+        try:
+            return self._probe(name, shallow=True)
+        except Exception:  # all layers are built instead, or tell what is wrong
+            self._deep.add(name)
+        return self._probe(name)
+
+    def _probe(self, name: str, shallow: bool = False) -> ModalEncoderModule:
+        """The encoder without weights, where it is `shallow` of no more layers than the selected ones need."""
+        if (name, shallow) not in self._probes:
+            plain, own = without_dtypes(copy.deepcopy(self.config)), self.own.get(name)
+            plain.adapters = None
+            encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
+            if shallow:
+                _make_shallow(encoder_config, self.config.modality(name)["layer"])
+            if own is not None and own.projector is not None:
+                setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
+            try:
+                encoder = build_without_weights(functools.partial(_built_encoder, plain, name))
+            except RuntimeError as error:  # a tensor of a size that no machine has
+                raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
+            if own is not None:
+                own.put_into(encoder)
+            self._probes[name, shallow] = weights_to_meta(encoder.eval())
+        return self._probes[name, shallow]
+
+    def _reduced_by_run(self, name: str, count: int, grid: Grid | None) -> int:
+        projector = self._outline(name).projector
+        features = torch.empty(1, count, projector.config.in_features, device="meta")
+        run = functools.partial(projector, return_dict=True, grids=None if grid is None else [grid])
+        try:
+            return run_on_shapes(run, {"inputs_embeds": features}).last_hidden_state.shape[1]
+        except Exception as error:
+            raise ValueError(
+                f"{name}: what {type(projector.projection).__name__} leaves of {count} features could not be found by running "
+                f"it on shapes ({type(error).__name__}: {error}). Give its class a method feature_count(length, grid), or "
+                f"state it: {_REMEDY.format(name)}"
+            ) from error
+
+    def _probed(self, name: str, inputs: Mapping[str, Any]) -> int:
+        """Features by a run of the whole chain on shapes."""
+        return sum(len(item) for item in self._run(name, inputs, (), ModalEncoderModule.__call__).pooler_output)
+
+    def _run(self, name: str, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable) -> Any:
+        """Run a method of the encoder on shapes, the callbacks in some places left out."""
+        if self._is_uniform(name):
+            try:
+                output = self._run_probe(self._probe(name, shallow=True), inputs, without, method)
+                if name in self._uniform or self._same_with_all_layers(name, output, inputs, without, method):
+                    self._uniform.add(name)
+                    return output
+            except Exception:  # too few layers for this class: all of them tell, or say what is wrong
+                pass
+            self._deep.add(name)
+        failed: Exception | None = None
+        # Masks that an encoder makes of its features have no values.
+        for given in (inputs, _without_full_masks(inputs)):
+            try:
+                return self._run_probe(self._probe(name), given, without, method)
+            except Exception as error:
+                failed = failed or error
+        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
+        raise ValueError(
+            f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
+            f"{type(self._probe(name).module).__name__} and its callbacks on shapes ({type(failed).__name__}: {failed}). "
+            f"State it: {_REMEDY.format(name)}"
+        ) from failed
+
+    def _same_with_all_layers(
+        self, name: str, output: Any, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable
+    ) -> bool:
+        """Whether all layers give as many features as a few did; run only where some layer is told apart by its number, as
+        by MiniCPM-V's `insert_layer_id`, after which there are fewer features."""
+        if not _names_layers(getattr(self.config, f"{name}_config")):
+            return True
+        return _sizes(output) == _sizes(self._run_probe(self._probe(name), inputs, without, method))
+
+    def _is_uniform(self, name: str) -> bool:
+        """Whether a few of the encoder's layers give as many features as all of them."""
+        callbacks = self.own[name].callbacks if name in self.own else {}
+        return not self.config.modality(name)["output"] and not callbacks and self._is_stack(name)
+
+    def _is_stack(self, name: str) -> bool:
+        """Whether the encoder is a stack of layers that are alike, of transformers' own classes."""
+        if name in self._deep:
+            return False
+        encoder_config = getattr(self.config, f"{name}_config")
+        if _is_staged(encoder_config) and (
+            self.config.modality(name)["layer"] != -1
+            or not isinstance(getattr(encoder_config, "depths", None), (list, tuple))
+        ):
+            return False
+        cls = resolve_class(self.config.modality(name)["encoder_class"], encoder_config, name)
+        return cls.__module__.startswith("transformers.models.")
+
+    @staticmethod
+    def _run_probe(probe: ModalEncoderModule, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable):
+        encoder = copy.copy(probe)
+        encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
+        encoder.__dict__.update(dict.fromkeys(without))
+        return run_on_shapes(functools.partial(method, encoder), dict(inputs))
+
+
+def _built_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
+    with build_guard(), bounded_tensors():
+        return build_encoder(config, name)
+
+
+def _is_staged(config: PreTrainedConfig) -> bool:
+    return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
+
+
+def _names_layers(config: PreTrainedConfig) -> bool:
+    """Whether a setting besides the depth speaks of single layers by their numbers."""
+    for key, value in config.to_dict().items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if LAYER_NUMBERS.search(key) and key not in DEPTHS and any(type(n) is int for n in numbers):
+            return True
+    return False
+
+
+def _without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """An item's inputs without masks that say that all of it is valid: they change no number of features."""
+    full = [k for k, x in inputs.items() if MASKS.get(k) and isinstance(x, Tensor) and bool(x.bool().all())]
+    return {key: value for key, value in inputs.items() if key not in full}
+
+
+def _sizes(output: Any) -> Any:
+    """Features of each item that an encoder gave, after its projector or before."""
+    if isinstance(items := output.pooler_output, list):
+        return [len(item) for item in items]
+    return output.last_hidden_state.shape[:-1], output.lengths
+
+
+def _make_shallow(config: PreTrainedConfig, layer: int | list[int]) -> None:
+    """Take as few layers as the selected hidden states need, the first of which is of the embeddings; one per stage."""
+    if _is_staged(config):
+        config.depths = type(config.depths)(1 for _ in config.depths)
+        return
+    needed = max(-index if index < 0 else index + 1 for index in ([layer] if isinstance(layer, int) else layer))
+    for depth in DEPTHS:
+        if isinstance(layers := getattr(config, depth, None), int):
+            setattr(config, depth, min(layers, needed))
+
+
+def _natural(count: Any, name: str, what: str) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"{name}: {what} must be an integer >= 0, got {count!r}.")
+    return count
+
+
+def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | None:
+    """Inputs of an ordinary item, where the encoder's configuration fixes their shape; on the meta device."""
+    size = getattr(config, "image_size", None)
+    if kind == "image" and size is not None:
+        return {"pixel_values": torch.empty(1, getattr(config, "num_channels", 3), *_pair(size), device="meta")}
+    if getattr(config, "max_source_positions", None) and getattr(config, "num_mel_bins", None):
+        return {"input_features": torch.empty(1, config.num_mel_bins, 2 * config.max_source_positions, device="meta")}
+    return None

@@ -1,0 +1,182 @@
+"""Which part of an encoder's batch belongs to which item, and what of it is padding.  Knows no model.
+
+Items are rows, or lie one after the other along an axis (packed), with their sizes in another input.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..parts.known_encoders import grid_of
+
+# Numbers of frames of packed items.
+LENGTHS = ("feature_lens",)
+# Masks ``(items, length)`` of inputs by name, and whether their ones mark what is valid.
+MASKS = {
+    "attention_mask": True,
+    "padding_mask": True,
+    "input_features_mask": True,
+    "mask": True,
+    "audio_mel_mask": False,
+}
+# Inputs of one number or id per position, whose encoders read the padding in one way or another.
+_PLAIN = ("input_values", "input_ids")
+
+
+class Padded(NamedTuple):
+    """Padding of a batch.
+
+    Attributes:
+        mask: name of the mask.
+        size: of the padded axis.
+        lengths: valid positions of each item.
+    """
+
+    mask: str
+    size: int
+    lengths: list[int]
+
+
+def packed_sizes(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Patches or frames of each item where several lie along one axis; None where items are rows."""
+    grid = grid_of(inputs)
+    if grid is not None:
+        return grid.prod(-1).tolist()
+    lengths = next((v for k, v in inputs.items() if k.endswith(LENGTHS) and isinstance(v, Tensor)), None)
+    return None if lengths is None else lengths.tolist()
+
+
+def item_count(inputs: Mapping[str, Any]) -> int:
+    """Items of a batch: rows of its grids, else of its first tensor."""
+    sizes = packed_sizes(inputs)
+    if sizes is not None:
+        return len(sizes)
+    return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
+
+
+def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[str, Any]]:
+    """A batch, one dict per item; each tensor keeps its axes.
+
+    Raises:
+        ValueError: a tensor of which it cannot be told what belongs to which item.
+    """
+    sizes = packed_sizes(inputs)
+    items: list[dict[str, Any]] = [{} for _ in range(count)]
+    for key, value in inputs.items():
+        if not isinstance(value, (Tensor, Sequence)) or isinstance(value, str):
+            continue
+        parts = _parts(value, count, sizes)
+        if parts is None:
+            remedy = (
+                "a processor that splits items into crops must not (crop_to_patches=False, do_pan_and_scan=False, "
+                "slice_mode=False)"
+                if sizes is None
+                else f"their grids or lengths say {sizes}, {sum(sizes)} together; pass those of the same items"
+            )
+            raise ValueError(f"{where}: {key!r} has {len(value)} rows for {count} items: {remedy}.")
+        for item, part in zip(items, parts, strict=True):
+            item[key] = part
+    return items
+
+
+def _parts(value: Any, count: int, sizes: list[int] | None) -> list[Any] | None:
+    if len(value) == count:
+        return [value[i : i + 1] for i in range(count)]
+    if sizes is None or not isinstance(value, Tensor):
+        return None
+    total = sum(sizes)
+    if len(value) == total:
+        return list(value.split(sizes))
+    if value.ndim == 2 and value.shape[1] == total:  # (channels, frames)
+        return list(value.split(sizes, dim=1))
+    if len(value) != 1:
+        return None
+    if value.ndim > 2 and value.shape[1] == total:  # all of them in one row
+        return list(value.split(sizes, dim=1))
+    if value.ndim == 4 and value.shape[3] % total == 0:  # small images side by side
+        return list(value.split([n * (value.shape[3] // total) for n in sizes], dim=3))
+    return None
+
+
+def padding_of(inputs: Mapping[str, Any], where: str) -> Padded | None:
+    """The padding that a mask tells of; None without a mask ``(items, length)`` of an axis of the items.
+
+    Raises:
+        ValueError: items that are not padded on the right.
+    """
+    for name, ones_are_valid in MASKS.items():
+        mask = inputs.get(name)
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_meta:
+            continue
+        if not any(_axes(value, mask) for key, value in inputs.items() if key not in MASKS):
+            continue
+        valid = mask.bool() if ones_are_valid else ~mask.bool()
+        lengths = valid.sum(-1)
+        if not torch.equal(valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
+            raise ValueError(
+                f"{where}: items of an encoder must be padded on the right; the {name} has zeros before ones."
+                if ones_are_valid
+                else f"{where}: items of an encoder must be padded on the right; the {name} has ones before zeros."
+            )
+        return Padded(name, mask.shape[1], lengths.tolist())
+    return None
+
+
+def _axes(value: Any, mask: Tensor) -> list[int]:
+    """Axes of an input, after that of the items, that a mask speaks of."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != len(mask):
+        return []
+    return [a for a in range(1, value.ndim) if value.shape[a] == mask.shape[1]]
+
+
+def is_plain(inputs: Mapping[str, Any], padded: Padded) -> bool:
+    """Whether the items are sequences of numbers or ids, of the mask's own shape."""
+    return any(isinstance(inputs.get(key), Tensor) and inputs[key].shape == inputs[padded.mask].shape for key in _PLAIN)
+
+
+def groups_by_length(padded: Padded) -> dict[int, list[int]]:
+    """Positions of items by their valid length."""
+    groups: dict[int, list[int]] = {}
+    for position, length in enumerate(padded.lengths):
+        groups.setdefault(length, []).append(position)
+    return groups
+
+
+def cut(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[int]) -> dict[str, Any]:
+    """Some items of one length without padding.  Their masks stay: an encoder may attend otherwise without one (Moonshine
+    Streaming sees the whole sound then, instead of windows).
+
+    Args:
+        inputs: of a batch.
+        padded: its padding.
+        positions: of the items.
+
+    Raises:
+        ValueError: several axes of an input are as long as the mask, so that it is not known which is padded.
+    """
+    mask, length = inputs[padded.mask], padded.lengths[positions[0]]
+    found: dict[str, Any] = {}
+    for key, value in inputs.items():
+        if not isinstance(value, Tensor) or not value.ndim or len(value) != len(mask):
+            found[key] = value
+            continue
+        rows = value if len(positions) == len(value) else value[torch.tensor(positions, device=value.device)]
+        axes = _axes(value, mask)
+        if len(axes) > 1 and length < padded.size:
+            raise ValueError(
+                f"{key} of shape {tuple(value.shape)} has several axes as long as its mask {tuple(mask.shape)}: pad the "
+                "batch to another length."
+            )
+        found[key] = rows.narrow(axes[0], 0, length) if axes and length < padded.size else rows
+    return found
+
+
+def unpadded(inputs: dict[str, Any], where: str = "item") -> dict[str, Any]:
+    """One item's inputs without the padding that a batch gave it, where it is a sequence of numbers or ids.
+
+    Others keep their mask: some encoders take items of one padded size alone, and their output tells what is valid.
+    """
+    padded = padding_of(inputs, where)
+    return cut(inputs, padded, [0]) if padded is not None and is_plain(inputs, padded) else inputs

@@ -1,0 +1,372 @@
+"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..configuration_projector import feature_width
+from ..parts.adapters import unwrapped
+from ..parts.callbacks import SLOTS
+from ..parts.frozen_modes import is_checkpointing
+from ..parts.known_encoders import check_whole_items, fixed_inputs
+from ..parts.origins import origin_of
+from ..parts.signatures import accepts, forward_parameters
+from ..processing.video import FRAME_MASK
+from ..projectors.projector import MultimodalProjector
+from ..projectors.reductions import per_item
+from .frames import frame_grids, frames_as_items, joined_frames
+from .grids import Features, grids_of_tensor, item_grids
+from .item_lengths import LengthsNotTold, feature_lengths, is_packed_row
+from .items import Padded, cut, groups_by_length, is_plain, item_count, padding_of, split_items
+from .selection import (
+    DATA_FORMATS,
+    EncoderOutput,
+    Selection,
+    as_output,
+    rows_of_items,
+    select_features,
+    selected_map,
+    with_features,
+)
+from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower, takes_images
+
+# Model types whose features of an item change with its padding, whatever the mask says: each length is encoded apart.
+READ_PADDING = frozenset(
+    ["pe_audio_encoder", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "phi4_multimodal_audio"]
+)
+
+
+class ModalEncoderModule(nn.Module):
+    """An encoder with its projector and callbacks.
+
+    The order is: `preprocess_callback` → module → selection → `postprocess_module_callback` → projector, token reduction
+    included → `postprocess_projector_callback`.
+
+    Args:
+        model: an encoder, or a composite model (CLIPModel, WhisperForConditionalGeneration, ...) whose tower is taken;
+            may be wrapped by PEFT.  Also accepted as `module=`.
+        projector: None, or one that lacks its sizes, is completed when a model is composed.
+        additional_args: names of inputs that only the callbacks see.
+        preprocess_callback: ``fn(inputs: dict) -> dict``, before the module.
+        postprocess_module_callback: ``fn(inputs, output) -> output`` on the selected features, ``output[0]`` being
+            `last_hidden_state`; also accepted as `postprocess_encoder_callback=`.  One that changes their number before a
+            reduction over a grid states the new one, ``(items, 2)`` height and width, as `feature_grids` in the output.
+        postprocess_projector_callback: ``fn(inputs, output) -> output`` on the projected features; its
+            `last_hidden_state` may become ``(items, tokens, hidden)``, a list with one tensor per item, or a
+            ``(sum, hidden)`` tensor with `feature_lens` in the output.
+        kind: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ...; inferred when None.
+        layer: hidden state to project, or several that are concatenated; -1 is the last hidden state.
+        output: output field to project instead.
+        drop_prefix: leading tokens of each item to drop.
+        data_format: which axis of the encoder's output holds the features' width: ``"channels_last"``, ``"channels_first"`` or
+            ``"layers_first"``; found by a run on shapes when None.
+
+    Raises:
+        TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
+        ValueError: `model=` and `module=` both given, several towers to choose from, a bad selection, an encoder that leaves
+            out a part of each item at random.
+    """
+
+    module: Any
+    projector: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        projector: MultimodalProjector | None = None,
+        additional_args: Sequence[str] | None = None,
+        preprocess_callback: Callable | None = None,
+        postprocess_module_callback: Callable | None = None,
+        postprocess_projector_callback: Callable | None = None,
+        *,
+        kind: str | None = None,
+        layer: int | Sequence[int] = -1,
+        output: str | None = None,
+        drop_prefix: int = 0,
+        data_format: str | None = None,
+        module: Any = None,
+        postprocess_encoder_callback: Callable | None = None,
+    ):
+        super().__init__()
+        given = _one_of(model, module, "model", "module")
+        self.module = resolve_tower(given, kind)
+        self.origin = origin_of(given, self.module)
+        if projector is not None and not isinstance(projector, MultimodalProjector):
+            raise TypeError(
+                f"projector must be a MultimodalProjector, got {type(projector).__name__}: wrap your module by "
+                "MultimodalProjector(MultimodalProjectorConfig(), projection=module)."
+            )
+        # Registered even when it is still missing, so that parameters keep their order, which optimizers rely on.
+        self.register_module("projector", projector)
+        self.additional_args = list(additional_args or [])
+        self.preprocess_callback = preprocess_callback
+        self.postprocess_module_callback = _one_of(
+            postprocess_module_callback,
+            postprocess_encoder_callback,
+            "postprocess_module_callback",
+            "postprocess_encoder_callback",
+        )
+        self.postprocess_projector_callback = postprocess_projector_callback
+        check_whole_items(unwrapped(self.module).config, self.additional_args, type(unwrapped(self.module)).__name__)
+        for slot, callback in self.callbacks.items():
+            if callback is not None and not callable(callback):
+                raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
+        self.kind = kind or infer_kind(self.module)
+        self.by_frame = self.kind == "video" and takes_images(self.module) and not packs_frames(self.module)
+        layers = layer if isinstance(layer, int) else tuple(layer)
+        self.selection = Selection(output, layers, drop_prefix, _checked_format(data_format))
+        self.name = self.kind
+
+    @property
+    def callbacks(self) -> dict[str, Callable | None]:
+        """The callbacks by the name of their place."""
+        return {slot: getattr(self, slot) for slot in SLOTS}
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Inputs of the encoder's `forward`, then the additional arguments."""
+        names = [p for p in forward_parameters(self.module) if p not in NOT_INPUTS]
+        names += [FRAME_MASK] if self.by_frame else []
+        return names + [name for name in self.additional_args if name not in names]
+
+    def feature_width(self) -> int | None:
+        """Width of the selected features by the encoder's configuration, None where it does not tell."""
+        width = feature_width(unwrapped(self.module).config)
+        layers = self.selection.layer
+        return width * len(layers) if width and not isinstance(layers, int) else width
+
+    def forward(self, **inputs: Any) -> EncoderOutput:
+        """Encode and project items.
+
+        Args:
+            **inputs: the encoder's inputs by the names of its `forward`, and the additional arguments.  Floating-point
+                tensors are cast to the encoder's dtype.
+
+        Returns:
+            `EncoderOutput`: the encoder's own output, with one ``(n_i, hidden)`` tensor per item as `pooler_output`.
+
+        Raises:
+            TypeError: a callback returns something else than it should.
+            ValueError: a selection that does not exist, a width that does not fit, features that cannot be split.
+        """
+        inputs, raw, output = self._selected(inputs)
+        encoded = self._lengths_of(output)
+        output = self._postprocess("postprocess_module_callback", inputs, output)
+        output = self._project(inputs, output, encoded)
+        output = self._postprocess("postprocess_projector_callback", inputs, output)
+        items = per_item(output[0], output.lengths, self.name)
+        return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
+
+    def select(self, **inputs: Any) -> EncoderOutput:
+        """The selected features of items, before the callbacks that come after the module; arguments as in `forward`.
+
+        Returns:
+            `EncoderOutput`: the features as `last_hidden_state`, `feature_lens` and `feature_grids` where they are known.
+        """
+        return self._selected(inputs)[2]
+
+    def _selected(self, inputs: dict) -> tuple[dict, EncoderOutput, EncoderOutput]:
+        options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
+        if self.preprocess_callback is not None:
+            inputs = self.preprocess_callback(inputs)
+            self._check_returned("preprocess_callback", inputs, dict)
+        return inputs, *self._encode(inputs, options)
+
+    def _encode(self, inputs: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+        """The encoder's own output, and the same with the selected features in place of the last hidden state."""
+        accepted = forward_parameters(self.module)
+        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
+        if self.by_frame:
+            return self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
+        padded = padding_of(arguments, self.name)
+        if padded is not None and self._reads_padding(arguments, padded):
+            return self._encode_by_length(arguments, padded, options)
+        try:
+            return self._encode_batch(arguments, padded, options)
+        except LengthsNotTold as told:
+            if padded is not None and not told.packed:
+                return self._encode_by_length(arguments, padded, options)
+            items = split_items(arguments, item_count(arguments), self.name)
+            return self._encode_each({i: (one, [i]) for i, one in enumerate(items)}, options)
+
+    def _reads_padding(self, arguments: dict, padded: Padded) -> bool:
+        """Whether what an item gives would depend on its padding."""
+        config = unwrapped(self.module).config
+        # Adapters are convolutions that see no mask.
+        reads = config.model_type in READ_PADDING or getattr(config, "add_adapter", False)
+        return is_plain(arguments, padded) or (reads and min(padded.lengths) < padded.size)
+
+    def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+        """One length at a time, unpadded: what an item gives never depends on its neighbours."""
+        parts = {
+            length: (cut(arguments, padded, positions), positions)
+            for length, positions in groups_by_length(padded).items()
+        }
+        return self._encode_each(parts, options)
+
+    def _encode_each(
+        self, parts: dict[int, tuple[dict, list[int]]], options: dict
+    ) -> tuple[EncoderOutput, EncoderOutput]:
+        """Parts of a batch one after the other, each with the positions of its items; the items in their order."""
+        items: dict[int, Tensor] = {}
+        for part, positions in parts.values():
+            raw, selected = self._encode_batch(part, None, options)
+            if len(parts) == 1:
+                return raw, selected
+            items |= dict(zip(positions, per_item(selected[0], selected.lengths, self.name), strict=True))
+        ordered = [items[i] for i in range(len(items))]
+        together = EncoderOutput(last_hidden_state=torch.cat(ordered))
+        return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
+
+    def _encode_frames(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+        """Each frame of a video as an image of its own; an item's features are those of its frames, in order."""
+        frames, counts = frames_as_items(arguments, self.name)
+        raw, selected = self._encode_batch(frames, None, options)
+        features, lengths = joined_frames(selected[0], selected.lengths, counts)
+        grids: Any = selected.feature_grids
+        output = with_features(raw, features, lengths)
+        if grids is not None:
+            output["feature_grids"] = torch.tensor([[count, *grids[0].tolist()] for count in counts])
+        return raw, output
+
+    def _encode_batch(
+        self, arguments: dict, padded: Padded | None, options: dict
+    ) -> tuple[EncoderOutput, EncoderOutput]:
+        wanted = dict(options)
+        if self.selection.needs_hidden_states:
+            wanted["output_hidden_states"] = True
+        wanted["return_dict"] = True
+        if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
+            wanted["use_cache"] = False  # a frozen encoder does not know that this is training
+        wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
+        trains = any(p.requires_grad for p in self.module.parameters())
+        trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
+        fixed = fixed_inputs(arguments, unwrapped(self.module).config)
+        with nullcontext() if trains else torch.no_grad():
+            raw = as_output(self.module(**arguments, **fixed, **wanted))
+        width = self.projector.config.in_features if self.projector is not None else self.feature_width()
+        count = item_count(arguments)
+        features = rows_of_items(select_features(raw, self.selection, self.name, width, count), count)
+        if is_packed_row(features, count):
+            features = features[0]
+        dropped = self.selection.drop_prefix
+        output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded, dropped))
+        if (shape := selected_map(raw, self.selection, self.name, width)) is not None:
+            output["feature_grids"] = torch.tensor([shape] * len(features))
+        return raw, output
+
+    def _lengths_of(self, output: EncoderOutput) -> list[int] | None:
+        """Features of each item before they are projected; None where the tensor does not tell."""
+        features: Any = output.last_hidden_state
+        if output.lengths is not None or not isinstance(features, Tensor) or features.ndim != 3:
+            return output.lengths
+        return [features.shape[1]] * len(features)
+
+    def grids(
+        self, inputs: dict, lengths: list[int] | None, stated: Any = None, changed: bool = False
+    ) -> list[tuple[int, ...]] | None:
+        """The grid of each item's features; None where the projector needs none.
+
+        Args:
+            inputs: of the module.
+            lengths: features of each item.
+            stated: grids that are known already, ``(items, 2 or 3)``.
+            changed: whether a callback changed their number.
+
+        Raises:
+            ValueError: the projector needs a grid that is not known.
+        """
+        if self.projector is None or not self.projector.needs_grid or lengths is None:
+            return None
+        try:
+            if stated is not None:
+                return grids_of_tensor(stated)
+            config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
+            if self.by_frame:
+                return frame_grids(
+                    inputs,
+                    lengths,
+                    self.name,
+                    lambda rows, each: item_grids(Features(rows, config, self.kind, each, changed, dropped)),
+                )
+            return item_grids(Features(inputs, config, self.kind, lengths, changed, dropped))
+        except ValueError as error:
+            what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
+            raise ValueError(f"{self.name}: {what}. {error}") from error
+
+    def _project(self, inputs: dict, output: EncoderOutput, encoded: list[int] | None) -> EncoderOutput:
+        if self.projector is None:
+            raise ValueError(
+                f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel first."
+            )
+        features, expected = output.last_hidden_state, self.projector.config.in_features
+        if expected is not None and features.shape[-1] != expected:
+            raise ValueError(
+                f"{self.name}: the projector expects features of width {expected}, the encoder gave "
+                f"{features.shape[-1]}: set in_features={features.shape[-1]} in its MultimodalProjectorConfig."
+            )
+        weight = next((p for p in self.projector.parameters() if p.is_floating_point()), None)
+        if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
+            features = _placed(features, weight)
+        if not self.projector.reduces:
+            projected = self.projector(features, return_dict=True).last_hidden_state
+            return with_features(EncoderOutput(), projected, output.lengths)
+        lengths = self._lengths_of(output)
+        if lengths is None:
+            raise ValueError(
+                f"{self.name}: features of shape {tuple(features.shape)} do not tell which belong to which item and cannot "
+                "be reduced: set output['feature_lens'] in postprocess_module_callback."
+            )
+        grids = self.grids(inputs, lengths, output.feature_grids, changed=lengths != encoded)
+        try:
+            reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        return with_features(EncoderOutput(), reduced.last_hidden_state, reduced.feature_lens)
+
+    def _postprocess(self, slot: str, inputs: dict, output: EncoderOutput) -> EncoderOutput:
+        callback = getattr(self, slot)
+        if callback is None:
+            return output
+        before, lens, grids = output.last_hidden_state, output.feature_lens, output.feature_grids
+        as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
+        own = ("feature_lens", "feature_grids")
+        result = callback(inputs, tuple(v for k, v in output.items() if k not in own) if as_tuple else output)
+        self._check_returned(slot, result, (ModelOutput, tuple))
+        result = as_output(result)
+        after, stated, lies = result.last_hidden_state, result.feature_lens, result.feature_grids
+        same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]
+        if stated is None or stated is lens:  # the callback says nothing: the lengths hold while the rows do
+            stated = lens if same else None
+        if lies is None or lies is grids:
+            lies = grids if same else None
+        return with_features(result, after, stated, feature_grids=lies)
+
+    def _check_returned(self, slot: str, result: Any, expected: type | tuple[type, ...]) -> None:
+        if not isinstance(result, expected):
+            what = "a dict" if expected is dict else "a model output or a tuple"
+            raise TypeError(f"{self.name}.{slot} must return {what}, got {type(result).__name__}.")
+
+
+def _one_of(first: Any, second: Any, first_name: str, second_name: str) -> Any:
+    if first is not None and second is not None:
+        raise ValueError(f"{first_name}= and {second_name}= are two names of one argument, give one of them.")
+    return first if first is not None else second
+
+
+def _placed(value: Any, weight: Tensor | None) -> Any:
+    """A tensor on the weight's device, in its dtype if it is floating-point."""
+    if not isinstance(value, Tensor) or weight is None or weight.is_meta:
+        return value
+    return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+
+
+def _checked_format(data_format: str | None) -> str | None:
+    if data_format not in (None, *DATA_FORMATS):
+        raise ValueError(f"data_format must be one of {list(DATA_FORMATS)} or None, got {data_format!r}.")
+    return data_format

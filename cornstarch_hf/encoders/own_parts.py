@@ -1,0 +1,183 @@
+"""What counting needs of live encoders and a configuration cannot hold: callbacks and projections that are not registered.
+
+Never an encoder, and no weights: a processor keeps these, and travels to other processes with them.  Weights of modules
+that a callback is, is a method of, or holds (in an attribute, in `functools.partial`) are left out; what a function
+closes over cannot be seen, and travels where it can be pickled at all.
+"""
+
+import copy
+import functools
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..configuration_multimodal import MultimodalConfig
+from ..configuration_projector import CUSTOM_PROJECTION
+from ..parts.callbacks import SLOTS, check_callbacks_storable, describe_callback
+from ..parts.shapes_only import weights_to_meta
+from ..parts.stored_modules import NotStorable
+from ..projectors.projector import MultimodalProjector, describe_projection
+from .module import ModalEncoderModule
+
+
+class OwnParts:
+    """Of one modality, what its configuration cannot hold.
+
+    Attributes:
+        name: of the modality.
+        callbacks: by their places; modules among them without weights.
+        projector: without weights, None where its configuration tells all of it.
+    """
+
+    def __init__(self, name: str, callbacks: Mapping[str, Callable], projector: MultimodalProjector | None):
+        self.name, self.callbacks, self.projector = name, dict(callbacks), projector
+
+    def put_into(self, encoder: ModalEncoderModule) -> None:
+        """Give an encoder that was built from the configuration copies of these parts (in place)."""
+        if self.projector is not None:
+            encoder.projector = copy.deepcopy(self.projector)
+        for slot, callback in self.callbacks.items():
+            setattr(encoder, slot, copy.deepcopy(callback) if isinstance(callback, nn.Module) else callback)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not _pickled_by_value():
+            self._check_picklable()
+        callbacks = {slot: _without_tensors(callback) for slot, callback in self.callbacks.items()}
+        return {**self.__dict__, "callbacks": callbacks, "projector": _without_tensors(self.projector)}
+
+    def _check_picklable(self) -> None:
+        parts = {**self.callbacks, "projector": self.projector}
+        for place, part in parts.items():
+            try:
+                pickle.dumps(part)
+            except Exception as error:
+                raise TypeError(
+                    f"{self.name}.{place} cannot be pickled for another process ({type(error).__name__}: {str(error)[:150]}): "
+                    "define it at the top of a module that the other process can import, or make it known by "
+                    "register_callback(name, fn) or register_projector(name, cls) before the processor is built."
+                ) from error
+
+
+def _pickled_by_value() -> bool:
+    """Whether the pickle is being made by what can hold a lambda as well (a fingerprint of datasets), or for a copy."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in ("copy", "dill", "cloudpickle"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule]) -> dict[str, OwnParts]:
+    """Write the callbacks and projections of live encoders into a configuration (in place).
+
+    Args:
+        config: of their model, or a copy.
+        encoders: by name.
+
+    Returns:
+        what the configuration cannot hold, of those encoders that have such parts.
+    """
+    found = {}
+    for name, encoder in encoders.items():
+        described, own = {}, {}
+        for slot, callback in encoder.callbacks.items():
+            if callback is None:
+                continue
+            try:
+                described[slot] = describe_callback(callback)
+            except NotStorable:
+                own[slot] = _without_weights(callback)
+        config.modality(name)["callbacks"] = described
+        storable = _describe_projector(config, name, encoder.projector)
+        if own or not storable:
+            found[name] = OwnParts(name, own, None if storable else _without_weights(encoder.projector))
+    return found
+
+
+def settle_registered(config: MultimodalConfig, own: OwnParts) -> None:
+    """Write parts into a configuration that have been registered since (in place).
+
+    Raises:
+        ValueError: a callback is still not registered; names the remedy.
+    """
+    callbacks = config.modality(own.name)["callbacks"] | check_callbacks_storable({**own.callbacks}, own.name)
+    config.modality(own.name)["callbacks"] = {slot: callbacks[slot] for slot in SLOTS if slot in callbacks}
+    if own.projector is not None:
+        _describe_projector(config, own.name, own.projector)
+
+
+def _describe_projector(config: MultimodalConfig, name: str, projector: Any) -> bool:
+    """Say in a configuration what the projection is (in place); whether it can be said."""
+    described: Any = getattr(config, f"{name}_projector_config")
+    if projector.projection is None or described.projection_type != CUSTOM_PROJECTION:
+        return True  # of a type that it was built by, or found to be when it was wrapped
+    kind, options = describe_projection(projector.projection, projector.config)
+    described.projection_type, described.projection_kwargs = kind, copy.deepcopy(options)
+    return kind != CUSTOM_PROJECTION
+
+
+def _without_weights(part: Any) -> Any:
+    """A copy in which the parameters of all modules are on the meta device; the weights themselves are never copied.
+
+    What holds no module is given back as it is.
+    """
+    parameters = [p for module in _modules_in(part) for p in module.parameters()]
+    moved: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters}
+    copied = _copied(part, moved)
+    for module in _modules_in(copied):
+        weights_to_meta(module)
+    return copied
+
+
+def _without_tensors(part: Any) -> Any:
+    """A copy to be pickled, in which meta tensors are told by their shapes: a fingerprint reads the values of tensors."""
+    tensors = [x for module in _modules_in(part) for x in (*module.parameters(), *module.buffers()) if x.is_meta]
+    return _copied(part, {id(x): _MetaTensor(x) for x in tensors})
+
+
+def _copied(part: Any, memo: dict[int, Any]) -> Any:
+    return copy.deepcopy(part, memo) if any(True for _ in _modules_in(part)) else part
+
+
+def _modules_in(part: Any, seen: set[int] | None = None) -> Iterator[nn.Module]:
+    """The outermost modules that a callback is, is a method of, or holds."""
+    seen = set() if seen is None else seen
+    if id(part) in seen:
+        return
+    seen.add(id(part))
+    held: list[Any] = []
+    if isinstance(part, nn.Module):
+        yield part
+    elif isinstance(part, functools.partial):
+        held = [part.func, *part.args, *part.keywords.values()]
+    elif isinstance(part, MethodType):
+        held = [part.__self__]
+    elif isinstance(part, (list, tuple, set, frozenset)):
+        held = list(part)
+    elif isinstance(part, dict):
+        held = list(part.values())
+    elif not isinstance(part, (FunctionType, type)):
+        held = list(getattr(part, "__dict__", {}).values())
+    for value in held:
+        yield from _modules_in(value, seen)
+
+
+class _MetaTensor:
+    """Stands for a meta tensor in a pickle, from which that comes back."""
+
+    def __init__(self, tensor: Tensor):
+        self.told = (type(tensor) is nn.Parameter, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+    def __reduce__(self) -> tuple[Any, tuple]:
+        return _meta_tensor, self.told
+
+
+def _meta_tensor(is_parameter: bool, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    return nn.Parameter(tensor, requires_grad) if is_parameter else tensor

@@ -1,0 +1,169 @@
+"""Which part of a model encodes, what kind of thing it encodes, and what its `forward` takes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..configuration_multimodal import MEDIA_KINDS
+from ..parts.adapters import is_wrapped, unwrapped
+from ..parts.signatures import forward_parameters
+from ..parts.versions import CACHE_NAMES
+from .feature_layout import RECIPES
+
+KIND_BY_INPUT = {
+    "pixel_values": "image",
+    "pixel_values_videos": "video",
+    "input_features": "audio",
+    "input_values": "audio",
+    "input_ids": "text",
+    "past_values": "time",
+}
+# Classes that give no features, and what to take instead.
+NO_ENCODERS = {
+    **dict.fromkeys(
+        ("EncodecModel", "XcodecModel", "Xcodec2Model"),
+        "codes and sounds made of them: take an encoder of audio features",
+    ),
+    "MimiModel": "codes and sounds made of them: take MimiEncoderModel",
+    "NeuCodecModel": "sounds: take an encoder of audio features",
+    "WavTokenizerEncoderModel": "codes of sounds: take an encoder of audio features",
+    "WavTokenizerModel": "codes of sounds and sounds made of them: take an encoder of audio features",
+    "Apertus1p5VisionTokenizerModel": "codes of images: take an encoder of image features",
+    "UnivNetModel": "sounds made of spectra: take an encoder of audio features",
+}
+# Towers of images that state a number of frames: they take the frames of videos as images that follow each other.
+FRAMES_IN_A_ROW = frozenset(["xclip_vision_model"])
+# Towers that state videos and take each frame as an image.
+FRAMES_AS_IMAGES = frozenset(["instructblipvideo_vision_model"])
+# What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
+NOT_INPUTS = frozenset(
+    [
+        *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
+        *("cache_position", "encoder_hidden_states", "encoder_attention_mask", "bool_masked_pos", "mask_time_indices"),
+        *("head_mask", "noise", "sampled_negative_indices", "decoder_input_ids", "decoder_attention_mask"),
+    ]
+)
+
+
+def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
+    """The encoder inside a model: the model itself, or the tower of a composite or headed one.
+
+    Args:
+        model: a `PreTrainedModel`, PEFT-wrapped or not.
+        kind: which tower to take where a model has several.
+
+    Raises:
+        TypeError: not a model, a class instead of an instance, or an abstract class.
+        ValueError: several towers and no `kind`; a model that gives no features.
+    """
+    if isinstance(model, type):
+        raise TypeError(
+            f"Expected an encoder, got the class {model.__name__}: instantiate it, or load it by from_pretrained."
+        )
+    if is_wrapped(model):
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"Expected a transformers.PreTrainedModel as the encoder, got {type(model).__name__}.")
+    if type(model).forward is nn.Module.forward:
+        concrete = [c.__name__ for c in type(model).__subclasses__() if c.forward is not nn.Module.forward]
+        raise TypeError(f"{type(model).__name__} is abstract and has no forward, use one of {sorted(concrete)}.")
+    if reason := NO_ENCODERS.get(type(model).__name__):
+        raise ValueError(f"{type(model).__name__} gives no features but {reason}.")
+    tower = _inner_tower(model, kind)
+    return model if tower is model else resolve_tower(tower, kind)
+
+
+def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
+    if model.config.is_encoder_decoder and isinstance(inner := model.get_encoder(), PreTrainedModel):
+        return inner
+    found = {
+        k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
+    }
+    found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
+    found = {k: tower for k, tower in found.items() if set(RECIPES) & set(forward_parameters(tower))}
+    if len({id(tower) for tower in found.values()}) > 1:
+        raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")
+    if found:
+        return next(iter(found.values()))
+    base = model.base_model
+    items = set(KIND_BY_INPUT) & set(forward_parameters(model))
+    # A stack of layers below may want what this model makes of an item.
+    takes_items = isinstance(base, PreTrainedModel) and (not items or items & set(forward_parameters(base)))
+    return base if takes_items else model
+
+
+def infer_kind(module: nn.Module) -> str:
+    """What an encoder encodes: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ``"time"``, or its main input's name."""
+    model = unwrapped(module)
+    stated: Any = model.input_modalities
+    stated = (stated,) if isinstance(stated, str) else tuple(stated)
+    parameters = forward_parameters(module)
+    names = [name for name in (model.main_input_name, *parameters) if name in parameters]
+    taken = [KIND_BY_INPUT[name] for name in names if name in KIND_BY_INPUT]
+    if model.config.model_type in FRAMES_AS_IMAGES:
+        return "image"
+    if (
+        "image" in taken
+        and stated == ("image",)
+        and getattr(model.config, "num_frames", None)
+        and not _frames_in_a_row(model)
+    ):
+        return "video"  # TimeSformer calls its videos images
+    kinds = [kind for kind in (*MEDIA_KINDS, "time") if kind in stated]
+    if kinds:  # a tower may state all that the whole model takes
+        return next((kind for kind in (*kinds, "text") if kind in stated and kind in taken), kinds[0])
+    if any(name.endswith(("grid_thw", "grid_hws")) for name in names):
+        return "image"
+    return next(iter(taken), model.main_input_name)
+
+
+def _frames_in_a_row(model: Any) -> bool:
+    return model.config.model_type in FRAMES_IN_A_ROW
+
+
+def takes_images(module: nn.Module) -> bool:
+    """Whether an encoder takes single images, ``(items, channels, height, width)``, so that a video is its frames."""
+    return infer_kind(module) == "image"
+
+
+def packs_frames(module: nn.Module) -> bool:
+    """Whether an encoder takes packed patches with the frames, rows and columns of each item (Qwen2-VL)."""
+    return any(name.endswith(("grid_thw", "grid_thws")) for name in forward_parameters(module))
+
+
+def main_input(module: nn.Module) -> str:
+    """The input of which an encoder's items consist: what its class states if it takes that, else the first that is no mask.
+
+    The encoder inside an encoder-decoder states the whole model's (`past_values`, where Informer's takes `inputs_embeds`).
+    """
+    parameters = list(forward_parameters(module))
+    stated = unwrapped(module).main_input_name
+    return stated if stated in parameters else next((n for n in parameters if not n.endswith("mask")), parameters[0])
+
+
+def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) -> list[int] | None:
+    """Feature counts that an audio encoder derives from its input's valid lengths.
+
+    Args:
+        module: the encoder.
+        lengths: ``(items,)`` valid positions of its input.
+        size: all positions of its input.
+        tokens: features that it gave for those.
+
+    Returns:
+        None where it has no such method, or one that speaks of other features: of a later layer, after pooling.
+    """
+    every = torch.cat([lengths, lengths.new_tensor([size])])
+    # The convolutional front ends of transformers' audio encoders tell their output length by one of these methods.
+    for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
+        helper = getattr(unwrapped(module), name, None)
+        if helper is None:
+            continue
+        counted = helper(every)
+        for stage in counted[::-1] if isinstance(counted, tuple) else (counted,):  # before pooling, after it
+            *found, whole = stage.tolist()
+            if whole == tokens:
+                return found
+    return None

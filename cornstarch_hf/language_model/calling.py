@@ -1,0 +1,210 @@
+"""Calling the language model of a composition: with its head and loss, or without."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from ..parts.adapters import is_adapted, unwrapped
+from ..parts.signatures import accepts, forward_parameters, takes_any_keyword
+from ..parts.versions import CACHE, CACHE_NAMES, take_cache
+from .extra_inputs import with_positions
+from .id_inputs import id_input_names
+from .merging import shifted_left
+
+LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
+
+
+def text_keywords(language_model: nn.Module) -> list[str]:
+    """Names that the language model's `forward` takes, or passes on to its backbone, which needs them."""
+    return list(dict.fromkeys([*forward_parameters(language_model), *id_input_names(language_model)]))
+
+
+def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any) -> ModelOutput:
+    """Run the language model on ids or merged embeddings.
+
+    The loss is the language model's own, unless its `forward` cannot take what the loss needs.
+
+    Args:
+        model: the composed model, whose configuration may set `use_cache`, `output_attentions`, `loss_at_labels`, ...
+        labels: ``(batch, length)`` or None.
+        logits_to_keep: 0 for all positions.
+        **inputs: keyword arguments, None ones are left out.
+
+    Returns:
+        the language model's output; without `logits` where `loss_at_labels` holds (training mode, with labels).
+    """
+    language_model = model.language_model
+    arguments = _with_cache(language_model, inputs)
+    for key in ("use_cache", "output_attentions", "output_hidden_states"):
+        wanted = getattr(model.config, key, None)
+        if wanted is not None and (wanted or key == "use_cache"):
+            arguments.setdefault(key, wanted)
+    loss_arguments = {key: arguments[key] for key in LOSS_KEYWORDS if key in arguments}
+    own_loss = labels is not None or "shift_labels" in loss_arguments
+    needed = [*loss_arguments, *(["labels"] if labels is not None else [])]
+    theirs = own_loss and all(accepts(language_model, key) for key in needed)
+    if not theirs:
+        arguments = {key: value for key, value in arguments.items() if key not in LOSS_KEYWORDS}
+    elif labels is not None:
+        arguments["labels"] = labels
+    at_labels = labels is not None and getattr(model.config, "loss_at_labels", False) and model.training
+    at_labels = at_labels and _is_zero(logits_to_keep)
+    if at_labels and theirs and takes_positions(language_model):
+        logits_to_keep, arguments = _head_at_labels(language_model, arguments)
+    slice_here = not accepts(language_model, "logits_to_keep") and not _is_zero(logits_to_keep)
+    if not slice_here and not _is_zero(logits_to_keep):
+        arguments["logits_to_keep"] = logits_to_keep
+    output = language_model(**_accepted(language_model, arguments), return_dict=True)
+    if own_loss and not theirs:
+        vocabulary = output.logits.shape[-1]
+        output["loss"] = model.loss_function(output.logits, labels, vocabulary, **loss_arguments)
+    if slice_here:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        output["logits"] = output.logits[:, kept]
+    return _without_logits(output) if at_labels else output
+
+
+def cached_length(cache: Any) -> int:
+    """Tokens in a cache, 0 without one; 1 in one that keeps a running state alone and has seen any."""
+    if cache is None:
+        return 0
+    return int(cache.has_previous_state()) if is_running_state(cache) else cache.get_seq_length()
+
+
+def is_running_state(cache: Any) -> bool:
+    """Whether a cache keeps running states alone (Mamba), which have no length."""
+    try:
+        cache.get_seq_length()
+    except ValueError:  # transformers: no layer of attention
+        return True
+    return False
+
+
+def cache_keyword(language_model: nn.Module) -> str | None:
+    """The parameter through which a language model takes its cache between steps, None where it has no cache.
+
+    It is transformers' own name for caches, or that of an older version, which code from elsewhere may keep.
+    """
+    known = forward_parameters(language_model)
+    return next((name for name in CACHE_NAMES if name in known), None)
+
+
+def _with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a language model that are not None: its cache by its own name for it, positions where it needs them."""
+    arguments = {key: value for key, value in inputs.items() if value is not None}
+    cache = take_cache(arguments)
+    arguments = with_positions(language_model, arguments, cached_length(cache))
+    return arguments if cache is None else arguments | {cache_keyword(language_model) or CACHE: cache}
+
+
+def takes_positions(language_model: nn.Module) -> bool:
+    """Whether a language model's head can run at chosen positions and its loss at the labels of these.
+
+    It needs the parameter `logits_to_keep`, and a loss that is transformers' own (`loss_function`) and knows
+    `shift_labels`, which reach it by ``**kwargs``.
+    """
+    if "logits_to_keep" not in forward_parameters(language_model) or not takes_any_keyword(language_model):
+        return False
+    loss: Any = getattr(unwrapped(language_model), "loss_function", None)
+    return "loss_function" in _names_used(language_model) and "shift_labels" in inspect.signature(loss).parameters
+
+
+def _names_used(language_model: nn.Module) -> tuple[str, ...]:
+    function = inspect.unwrap(type(unwrapped(language_model)).forward)
+    return function.__code__.co_names
+
+
+def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Positions for the head, and the arguments with the labels that are to be predicted there.
+
+    `labels` stay as they are: a language model that did not pass `shift_labels` on to its loss would meet other sizes
+    there and fail, rather than compute another loss.
+    """
+    targets = arguments.get("shift_labels")
+    if targets is None:
+        targets = shifted_left(arguments["labels"], -100)
+    wanted = targets != -100
+    if not bool(wanted.any()):
+        wanted[:1, -1:] = True  # the loss is that of no label at all, as it would be with all logits
+    if "slice_logits_to_keep" not in _names_used(language_model):  # it takes the same positions in all rows
+        columns = wanted.any(0).nonzero().flatten()
+        return columns, arguments | {"shift_labels": targets[:, columns]}
+    return wanted, arguments | {"shift_labels": targets[wanted]}
+
+
+def _without_logits(output: ModelOutput) -> ModelOutput:
+    return type(output)(**{key: value for key, value in output.items() if key != "logits"})
+
+
+def _is_zero(value: int | Tensor) -> bool:
+    return isinstance(value, int) and value == 0
+
+
+def _accepted(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what the language model cannot take; `use_cache=False` to one without a cache is no loss."""
+    refused = {key: value for key, value in arguments.items() if not accepts(language_model, key)}
+    if wrong := sorted(key for key, value in refused.items() if not (key == "use_cache" or value is False)):
+        raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
+    return {key: value for key, value in arguments.items() if key not in refused}
+
+
+class Headless:
+    """A composed model without its head: call it for `last_hidden_state`, use it as the model for all else.
+
+    Trainers that compute a loss of their own call `model.base_model(...)`.
+    """
+
+    def __init__(self, model):
+        object.__setattr__(self, "_model", model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """As the model's `forward`, without labels.
+
+        Returns:
+            the language model's backbone output: `last_hidden_state` ``(batch, length, hidden)``, ...
+
+        Raises:
+            ValueError: in training, a head with an adapter that trains: it is left out here, so it would not learn.
+        """
+        head = self._model.get_output_embeddings()
+        trains = self._model.training and torch.is_grad_enabled()
+        if trains and is_adapted(head) and any(p.requires_grad for p in head.parameters()):
+            raise ValueError(
+                "The language model's head has an adapter that trains, but base_model runs without the head, and trainers "
+                "that use it multiply by the head's weight alone: leave the head out of target_modules, or train all of "
+                "it by modules_to_save."
+            )
+        return self._model.forward_headless(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_model"), name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Headless) and other._model is self._model
+
+    def __hash__(self) -> int:
+        return hash(("headless", id(self._model)))
+
+
+def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
+    """Run the language model's backbone, adapters included, on ids or merged embeddings.
+
+    Raises:
+        ValueError: the language model has no backbone of its own.
+    """
+    inner = unwrapped(model.language_model)
+    backbone = inner.base_model
+    if backbone is inner:
+        raise ValueError(
+            f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run."
+        )
+    arguments = _with_cache(backbone, inputs)
+    known = set(inspect.signature(backbone.forward).parameters)
+    if not takes_any_keyword(backbone):
+        arguments = {key: value for key, value in arguments.items() if key in known}
+    return backbone(**arguments, return_dict=True)

@@ -1,0 +1,120 @@
+"""Positions of tokens in padded rows: what a language model is told where it would count the padding.
+
+`generate` tells them to every language model that takes them; this module does the same for a plain forward pass.
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..parts.adapters import unwrapped
+from ..parts.signatures import forward_parameters
+
+# Rotary, but their frequencies follow the largest position of a batch.
+STRETCHED_BY_LENGTH = {"dynamic", "longrope"}
+# Rotary, and they read positions for themselves too: to scale attention by them, to cut blocks, to reset a state at 0.
+READ_POSITIONS = {"beam", "inkling2_text", "llama4_text", "minimax_m3_vl_text", "ministral3", "recurrent_gemma"}
+# What was found of language models: their modules are looked through once, not at every token.
+_counting: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
+
+
+def mask_positions(attention_mask: Tensor, first: int = 0) -> Tensor:
+    """Number the valid tokens of each row from `first` on; padding gets `first`.
+
+    Args:
+        attention_mask: ``(batch, length)``, 1 where a token is valid.
+        first: position of the first token.
+
+    Returns:
+        int64 ``(batch, length)``.
+
+    >>> mask_positions(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
+    [[0, 0, 0, 1], [0, 1, 2, 0]]
+    """
+    valid = attention_mask.long()
+    return (valid.cumsum(-1) - 1).masked_fill(valid == 0, 0) + first
+
+
+def first_position(language_model: nn.Module) -> int:
+    """The position that a language model gives to its first token.
+
+    It is 0, but behind the padding token's row in models whose table of positions keeps such a row (RoBERTa, Liu et
+    al. 2019, and its relatives).
+    """
+    module: Any
+    for module in unwrapped(language_model).modules():
+        if hasattr(type(module), "create_position_ids_from_inputs_embeds"):
+            return module.padding_idx + 1
+    return 0
+
+
+def only_distances_count(language_model: nn.Module) -> bool:
+    """Whether a shift of all positions of a row changes nothing, as with rotary embeddings (Su et al. 2021).
+
+    Such a language model is right as it is, and is left alone: it gives the same bits as it does on its own.
+    """
+    inner: Any = unwrapped(language_model)
+    rotary = any("Rotary" in type(module).__name__ for module in inner.modules())
+    stretched = _rope_types(getattr(inner.config, "rope_parameters", None)) & STRETCHED_BY_LENGTH
+    return rotary and not stretched and inner.config.model_type not in READ_POSITIONS
+
+
+def outgrows_its_cache(language_model: nn.Module, past: int, length: int) -> bool:
+    """Whether a row has grown past the length at which LongRoPE (Ding et al. 2024) takes its other frequencies.
+
+    The keys in the cache were turned by the former ones then, so all tokens have to be run again.
+
+    Args:
+        past: tokens in the cache.
+        length: tokens of the row, the new ones included.
+    """
+    config: Any = unwrapped(language_model).config
+    rope = getattr(config, "rope_parameters", None)
+    if "longrope" not in _rope_types(rope):
+        return False
+    limit = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return limit is not None and past <= limit < length
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Kinds of rotary embeddings of a configuration, which may hold one for each type of layers."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = (_rope_types(value) for value in parameters.values())
+    return {parameters.get("rope_type", "default")}.union(*nested)
+
+
+def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: int) -> dict[str, Any]:
+    """Add `position_ids` where the caller gave none and the language model would count otherwise.
+
+    That is where rows are padded on the left and more than distances count, or where the first position is not 0: such
+    models number embeddings anew at every call, cached tokens or not.
+
+    Args:
+        language_model: takes `position_ids`, or is left alone.
+        arguments: of its `forward`; `attention_mask` ``(batch, past + length)`` or absent.
+        past: tokens in the cache.
+
+    Returns:
+        `arguments`, or a new dictionary with `position_ids` ``(batch, length)``.
+    """
+    tokens = arguments.get("inputs_embeds")
+    tokens = arguments.get("input_ids") if tokens is None else tokens
+    if arguments.get("position_ids") is not None or "position_ids" not in forward_parameters(language_model):
+        return arguments
+    inner = unwrapped(language_model)
+    if inner not in _counting:
+        _counting[inner] = only_distances_count(inner), first_position(inner)
+    distances, first = _counting[inner]
+    if distances:
+        return arguments
+    length, mask = tokens.shape[1], arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
+        if first or torch.compiler.is_compiling() or not bool(mask[:, 0].all()):
+            return arguments | {"position_ids": mask_positions(mask, first)[:, past:]}
+    elif first and mask is None:
+        positions = torch.arange(past, past + length, device=tokens.device) + first
+        return arguments | {"position_ids": positions.expand(tokens.shape[0], -1)}
+    return arguments

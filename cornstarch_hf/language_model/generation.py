@@ -1,0 +1,186 @@
+"""Generation on a composed model: every encoder runs once, before the prefill, and beams repeat whole samples."""
+
+import functools
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.generation import utils as generation_utils
+from transformers.masking_utils import create_masks_for_generate
+
+from ..parts.adapters import unwrapped
+from ..parts.versions import CACHE, check_caches_known, peft_is_behind, take_cache
+from .calling import cache_keyword, cached_length, is_running_state
+from .extra_inputs import first_position, outgrows_its_cache
+from .merging import cached_columns, group_by_sample, items_behind_cache
+
+# Names under which `generate` hands a cache to `prepare_inputs_for_generation`: this version's own, and ours.
+_HANDED_ON = tuple(dict.fromkeys(["cache", CACHE or "cache"]))
+SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
+
+
+class MultimodalGenerationMixin:
+    """Overrides of `transformers.GenerationMixin` for encoders of any kind (its own know images and videos)."""
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        check_caches_known()
+        cache = take_cache(kwargs)
+        return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; features also reach an assistant's prefill, which is no "first iteration" there.
+
+        Where the keys in the cache are of no use any more, the whole row is run again, features included.
+        """
+        cache = take_cache(kwargs | {"cache": cache}, _HANDED_ON)
+        kwargs = {key: value for key, value in kwargs.items() if key not in _HANDED_ON}
+        past = cached_length(cache)
+        if anew := past > 0 and outgrows_its_cache(self.language_model, past, input_ids.shape[1]):
+            cache = next_sequence_length = None
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            **{CACHE: cache},
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        features = kwargs.get("mm_encoder_outputs")
+        if features is not None and (anew or (cache is not None and past == 0)):
+            inputs.setdefault("mm_encoder_outputs", features)
+        states = inputs.get("cache_params") is not None or (cache is not None and is_running_state(cache))
+        if states and not is_first_iteration:
+            inputs.pop("attention_mask", None)  # a running state has passed the padding already
+        if "prepare_inputs_for_generation" in vars(self) and peft_is_behind() and CACHE in inputs:
+            # PEFT has put its own method on this model, calls this one from there, and looks for a cache by its former name.
+            inputs["past_key_values"] = inputs.pop(CACHE)
+        return inputs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As in transformers; the encoders' inputs are known even where `forward` was replaced.
+
+        Trainers that put their own `forward` on the instance copy the class's signature, which names no encoder.
+        """
+        _, known = self.signature_changes("forward")
+        super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether the language model works with transformers' cache, or makes one of its own (MiniMax)."""
+        return unwrapped(self.language_model)._supports_default_dynamic_cache()
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, by the name that the language model has for a cache; none where it has no cache.
+
+        Raises:
+            ValueError: embeddings to go on from, and a language model that would need them at every step.
+        """
+        keyword = cache_keyword(self.language_model)
+        if keyword is None:
+            generation_config.use_cache = False
+            if model_kwargs.get("inputs_embeds") is not None:
+                raise ValueError(
+                    f"{type(unwrapped(self.language_model)).__name__} has no cache, so each step needs the whole prompt, "
+                    "which inputs_embeds give to the first one alone: generate from input_ids."
+                )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if keyword == "cache_params" != CACHE != "cache" and CACHE in model_kwargs:
+            # Before 5.24 transformers hands a running state on by the name that it has in the language model's output.
+            model_kwargs[keyword] = model_kwargs.pop(CACHE)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """As in transformers, from the language model's first position on."""
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + first_position(
+            self.language_model
+        )
+
+    def create_masks_for_generate(self, config, **kwargs: Any) -> Any:
+        """As in transformers, or as the language model's class does it; for caches of a fixed size."""
+        inner = unwrapped(self.language_model)
+        theirs = getattr(inner, "create_masks_for_generate", create_masks_for_generate)
+        return theirs(config=inner.config, **kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config
+    ) -> dict[str, Any]:
+        """Run the encoders and hand their outputs on, so that no step and no beam runs them again.
+
+        Where a cache is continued, features belong to the tokens behind it; those of whole rows are cut to these.
+        """
+        keywords = [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
+        given = {key: model_kwargs.pop(key) for key in keywords if key in model_kwargs}
+        media, _ = self._route(given)
+        outputs = self._encode(media, model_kwargs.get("mm_encoder_outputs"))
+        is_ids = model_input_name != "inputs_embeds"
+        ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
+        masks = self._placeholder_masks(ids, embeds, text_only=not outputs)
+        cached = self._cached_columns(inputs_tensor, model_kwargs, generation_config, is_ids)
+        if cached:
+            behind = {name: _behind_cache(name, outputs[name], masks.get(name), cached) for name in media}
+            outputs = {name: output for name, output in (outputs | behind).items() if len(output.pooler_output)}
+            masks = {name: mask[:, cached:] for name, mask in masks.items()}
+        self._check_merge(masks, outputs, encoded_here=set(media) & set(outputs), prefill=True)
+        if outputs and generation_config.prefill_chunk_size is not None and not SLICES_FEATURES:
+            raise ValueError(
+                "This version of transformers cannot split features among the chunks of a prefill: leave out "
+                "prefill_chunk_size, or upgrade transformers to 5.23."
+            )
+        model_kwargs.pop("mm_encoder_outputs", None)
+        if outputs:
+            model_kwargs["mm_encoder_outputs"] = outputs
+        return model_kwargs
+
+    def _cached_columns(self, prompt: Tensor, model_kwargs: dict[str, Any], generation_config, is_ids: bool) -> int:
+        length, mask = prompt.shape[1], model_kwargs.get("attention_mask")
+        whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[-1]
+        return cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get(CACHE)))
+
+    def _expand_multimodal_outputs(
+        self,
+        input_ids: Tensor | None,
+        mm_encoder_output: dict[str, Any],
+        expand_size: int = 1,
+        inputs_embeds: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Repeat the items of each sample together: beams of one sample stand side by side."""
+        no_ids = input_ids is None or input_ids.numel() == 0
+        ids, embeds = (None, inputs_embeds) if no_ids else (input_ids, None)
+        masks = self._placeholder_masks(ids, embeds, text_only=False)
+        expanded = {}
+        for name, output in mm_encoder_output.items():
+            name = self._named(name)
+            groups = group_by_sample(output.pooler_output, masks[name].sum(-1).tolist())
+            items = list(chain.from_iterable(group * expand_size for group in groups))
+            expanded[name] = type(output)(pooler_output=items)
+        return expanded
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """As in transformers, and never generate a placeholder: there would be no features for it."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        head = self.get_output_embeddings()
+        size = head.weight.shape[0] if head is not None else self.config.get_text_config().vocab_size
+        text_only = not (kwargs.get("model_kwargs") or {}).get("mm_encoder_outputs")
+        ids = [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]
+        if ids:
+            processors.append(SuppressTokensLogitsProcessor(ids, device=str(self.device)))
+        return processors
+
+
+def _behind_cache(name: str, output: Any, mask: Tensor | None, cached: int) -> Any:
+    if mask is None:
+        return output
+    return type(output)(pooler_output=items_behind_cache(name, output.pooler_output, mask, cached))

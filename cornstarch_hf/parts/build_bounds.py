@@ -1,0 +1,191 @@
+"""While parts are built from a checkpoint's configuration: no endless number of layers, no huge tensor made.
+
+A configuration may ask for anything, and is only asked for what the checkpoint beside it holds.  Parameters are built
+on the meta device and cost nothing; tables and masks that a constructor computes are real, so the size of each is
+found on the meta device first.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..limits import cap, check
+from .module_tree import parameters_by_name
+from .threads import ThreadDispatchMode
+
+Shapes = Mapping[str, tuple[int, ...]]
+_active = threading.local()
+_FACTORIES = _device_constructors()
+
+
+class BoundedTensors(ThreadDispatchMode):
+    """Within this mode operations make no more than `MAX_BUILD_BYTES` of real tensors in all (ValueError before that).
+
+    Memory that is only reserved (`torch.empty`) does not count, and views take none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _on_meta(args, kwargs):  # nearly all of them
+            return func(*args, **kwargs)
+        if _makes_real(func, args, kwargs):
+            self.made += _bytes(func, args, kwargs)
+            check(
+                self.made,
+                "MAX_BUILD_BYTES",
+                f"By {func} the bytes of tensors that the configuration asks to compute are",
+            )
+        return func(*args, **kwargs)
+
+
+def _on_meta(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation makes nothing real, by a quick look at it; False where a longer one is needed."""
+    device = kwargs.get("device")
+    if device is not None:
+        return isinstance(device, torch.device) and device.type == "meta"
+    return any(isinstance(x, Tensor) and x.is_meta for x in args)
+
+
+def _makes_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    if func._schema.name.startswith(("aten::empty", "aten::detach")):
+        return False
+    if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        return False
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":
+        return False
+    return not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs)))
+
+
+def _bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    """Bytes of an operation's outputs, found by running it on the meta device; 0 where it cannot run there."""
+    on_meta, options = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+    takes_device = any(argument.name == "device" for argument in func._schema.arguments)
+    try:
+        outputs = func(*on_meta, **options | ({"device": "meta"} if takes_device else {}))
+    except ValueError:
+        raise
+    except Exception:  # what depends on values has no meta form; it is bounded by its inputs
+        return 0
+    return sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
+
+
+def bounded_tensors(*configs: Any) -> Any:
+    """A context of `BoundedTensors` within `build_guard`, where a configuration holds numbers that could need it.
+
+    Args:
+        *configs: from which will be built; without them it is bounded in any case.  Numbers up to `MAX_PLAIN_SIZE`, and
+            sizes of stored tensors, need no bound.
+    """
+    expected = getattr(_active, "expected", None)
+    if expected is None:
+        return contextlib.nullcontext()
+    sizes = {size for shape in (expected[0] or {}).values() for size in shape}
+    return BoundedTensors() if not configs or _has_large(configs, sizes) else contextlib.nullcontext()
+
+
+def _has_large(values: Any, sizes: set[int]) -> bool:
+    """Whether a configuration names a number above `MAX_PLAIN_SIZE` that is no token's and no size of a stored tensor."""
+    most, pending = cap("MAX_PLAIN_SIZE"), [("", values)]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, int) and value > most and value not in sizes and not key.endswith(("_id", "_theta")):
+            return True
+        if isinstance(value, Mapping):
+            pending += value.items()
+        elif isinstance(value, (list, tuple)):
+            pending += [(key, item) for item in value]
+        elif hasattr(value, "model_type"):
+            pending += vars(value).items()
+    return False
+
+
+class _CountedTensors(TorchFunctionMode):
+    """Within this mode no more than so many tensors are made: each layer with weights or tables makes some."""
+
+    def __init__(self, stored: int) -> None:
+        super().__init__()
+        self.stored, self.made = stored, 0
+        self.allowed = cap("MIN_MODULES") + cap("MAX_MODULES_PER_TENSOR") * stored
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _FACTORIES:
+            self.made += 1
+            if self.made > self.allowed:
+                raise ValueError(
+                    f"The configuration builds over {self.allowed:,} tensors, but the checkpoint holds {self.stored:,}: they "
+                    "do not belong together. If that is meant, set cornstarch_hf.limits.MIN_MODULES higher."
+                )
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[None]:
+    """Bound what is built within: layers by what is stored, computed tensors by `MAX_BUILD_BYTES`.
+
+    Only the thread that enters is bounded, and only it is touched.  `check_built` compares the result with the same shapes.
+
+    Args:
+        shapes: of everything that will be loaded, by name; None where that is not known (nothing is compared then).
+        sized: whether `check_built` compares shapes, not only names and numbers (not for quantized weights).
+
+    Raises:
+        ValueError: within, as soon as a bound is met; with both numbers.
+    """
+    before = getattr(_active, "expected", None)
+    _active.expected = (shapes, sized)
+    try:
+        with _CountedTensors(len(shapes or ())):
+            yield
+    finally:
+        _active.expected = before
+
+
+def check_built(model: nn.Module) -> None:
+    """Compare a model that was just built with what the checkpoint holds, before anything is allocated for it.
+
+    Outside of `build_guard`, or where nothing is known of the checkpoint, nothing is compared.
+
+    Args:
+        model: with its parameters named as in the checkpoint.
+
+    Raises:
+        ValueError: tensors of other shapes than stored, or more elements without stored values than are plausible.
+    """
+    shapes, sized = getattr(_active, "expected", None) or (None, True)
+    if shapes is None:
+        return
+    built = {n: p.shape for n, p in parameters_by_name(model)}
+    wrong = sorted(n for n in built if n in shapes and sized and built[n] != tuple(shapes[n]))
+    if wrong:
+        examples = ", ".join(f"{n}: {tuple(built[n])} here, {tuple(shapes[n])} stored" for n in wrong[:3])
+        raise ValueError(
+            f"The configuration describes {len(wrong)} tensors of other shapes than the checkpoint holds ({examples}): they do "
+            "not belong together. Restore the configuration that was saved with the weights."
+        )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = {n: _numel(s) for n, s in built.items() if n not in shapes and n not in tied}
+    stored = sum(map(_numel, shapes.values()))
+    allowed = 8 * stored + cap("MAX_UNSTORED_ELEMENTS")
+    if sum(missing.values()) > allowed:
+        largest = max(missing, key=missing.__getitem__)
+        raise ValueError(
+            f"The configuration describes {len(missing)} tensors of {sum(missing.values()):,} elements that the checkpoint "
+            f"does not hold (it holds {stored:,} elements), largest {largest} {tuple(built[largest])}: they do not belong "
+            "together."
+        )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

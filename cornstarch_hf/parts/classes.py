@@ -1,0 +1,182 @@
+"""Model classes by name: how a checkpoint names the class of a part, and how that name is found again safely.
+
+Only transformers' own modules are imported; any other class must have been imported by the user already.
+"""
+
+import copy
+import functools
+import importlib
+import inspect
+import itertools
+import re
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .registries import last_definition
+from .weightless import build_without_weights, without_dtypes
+
+CODE_ENTRY = "multimodal_code"
+
+
+TRANSFORMERS_CLASS = re.compile(r"(transformers\.models\.\w+\.modeling_\w+)\.(\w+)")
+
+
+def class_name(cls: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """The name to store: the class's own where that leads back to it, else the full path of a transformers class.
+
+    Raises:
+        ValueError: the class cannot be found by any name, e.g. because it was made inside a function.
+    """
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    if TRANSFORMERS_CLASS.fullmatch(path):  # a bare name must lead back to it whatever else is imported
+        return cls.__name__ if _beside(config, cls.__name__) is cls else path
+    try:
+        found = resolve_class(cls.__name__, config, cls.__name__)
+    except ValueError:
+        found = None
+    if found is not cls:
+        raise ValueError(
+            f"{path} cannot be found by its name: define it at the top of a module, under a name that no other model class "
+            "of that configuration has."
+        )
+    return cls.__name__
+
+
+def _beside(config: PreTrainedConfig, name: str) -> type[PreTrainedModel] | None:
+    """The class of that name in the modeling module of a configuration of transformers."""
+    module = type(config).__module__
+    if not module.startswith("transformers.models."):
+        return None
+    return _attribute(module.replace(".configuration_", ".modeling_"), name)
+
+
+def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
+    """The model class of that name.
+
+    Args:
+        name: as `class_name` gave it.
+        config: of the part; its module tells where transformers keeps the class.
+        where: the part, for the message.
+
+    Raises:
+        ValueError: no such class in transformers, and none or several among the imported ones.
+    """
+    if match := TRANSFORMERS_CLASS.fullmatch(name or ""):
+        found = _attribute(match[1], match[2])
+        if found is not None:
+            return found
+    if name and (found := _beside(config, name)) is not None:
+        return found
+    imported = _imported(name, type(config))
+    if len(imported) == 1:
+        return imported[0]
+    raise ValueError(
+        f"{where}: the model class {name!r} is not in transformers; expected one imported class of that name for "
+        f"{type(config).__name__}, found {len(imported)}. Import the file that defines it before you load, or pass "
+        "trust_remote_code=True for a checkpoint that carries it."
+    )
+
+
+def _attribute(module: str, name: str) -> type[PreTrainedModel] | None:
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None
+    return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
+
+
+def _imported(name: str, config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    def below(cls):
+        for sub in cls.__subclasses__():
+            yield sub
+            yield from below(sub)
+
+    named = {cls for cls in below(PreTrainedModel) if cls.__name__ == name and cls.forward is not nn.Module.forward}
+    exact = [cls for cls in named if cls.config_class is config_class]
+    return last_definition(exact or list(named))
+
+
+def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The causal language model class that transformers' Auto classes choose for a configuration, or None."""
+    mapping = AutoModelForCausalLM._model_mapping
+    found = mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
+    """Constructor arguments that a model was built with and its configuration does not hold.
+
+    transformers does not keep them, so a model is built on the meta device with each combination of its boolean
+    arguments until the parameters' names are those of the given one, e.g. ``{"add_pooling_layer": False}``.
+    Empty when the defaults fit, or when nothing does (saving then says so).
+    """
+    parameters = list(inspect.signature(type(model).__init__).parameters.values())[2:]
+    switches = [p.name for p in parameters if isinstance(p.default, bool)]
+    if not switches:
+        return {}
+    expected = _base_keys(model)
+    defaults = {p.name: p.default for p in parameters if p.name in switches}
+    choices = itertools.product((False, True), repeat=len(switches))
+    config = without_dtypes(copy.deepcopy(model.config))
+    for flips in sorted(choices, key=sum):
+        options = {n: defaults[n] ^ flip for n, flip in zip(switches, flips, strict=True) if flip}
+        candidate = build_without_weights(functools.partial(type(model), config, **options))
+        if set(candidate.state_dict()) == expected:
+            return options
+    return {}
+
+
+def _base_keys(model: PreTrainedModel) -> set[str]:
+    from_adapters = re.compile(r"\.(lora_\w+|ia3_\w+|modules_to_save)\.")
+    return {
+        key.replace(".base_layer.", ".").replace(".original_module.", ".")
+        for key in model.state_dict()
+        if not from_adapters.search(key)
+    }
+
+
+class SharedConfig(PreTrainedConfig):
+    """A configuration whose class lies in a checkpoint's own code, which has not been run: its values, as they were stored."""
+
+    def __init__(self, **kwargs):
+        self.stored = kwargs.pop("stored", {})
+        super().__init__()
+        self.model_type = self.stored.get("model_type", "")
+
+    def __getattr__(self, key: str):
+        stored = self.__dict__.get("stored", {})
+        if key in stored:
+            return stored[key]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored values."""
+        return {"transformers_version": None, **copy.deepcopy(self.stored)}
+
+
+class SharedCode:
+    """Base of the classes that a checkpoint's code holds.
+
+    transformers marks a class that it loaded as remote code, and then copies files on its own whenever an object of it is
+    saved; `code_bundle` does that here, completely, so the mark is not set.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: `save_pretrained(..., include_code=True)` carries the code, for every Auto class."""
+
+
+def carries_code(auto_map: Any) -> bool:
+    """Whether an ``auto_map`` names the code of a checkpoint that was saved with ``include_code=True``."""
+    return _source(auto_map) is not None
+
+
+def _source(auto_map: Any) -> str | None:
+    """The repository that the entry is taken from, "" for the checkpoint's own; None without an entry."""
+    for reference in auto_map.values() if isinstance(auto_map, dict) else ():
+        repo, _, name = reference.rpartition("--") if isinstance(reference, str) else ("", "", "")
+        if name.partition(".")[0] == CODE_ENTRY:
+            return repo
+    return None

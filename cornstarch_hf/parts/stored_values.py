@@ -1,0 +1,250 @@
+"""Values read from a checkpoint's JSON files, checked before anything is made of them.  Knows no model.
+
+Names are looked up elsewhere; here is refused what would replace a method, name a file outside of the folder or code of
+others, or make the machine work or allocate without end.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..limits import cap, check
+
+POINTER = "cornstarch_saved_in"
+
+
+# Attributes of a configuration that are code or decide how attributes are found; a stored value would replace them.
+_TAKEN = frozenset(name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedConfig, name))) | {
+    "attribute_map",
+    "sub_configs",
+    "config_class",
+    "extra_files",
+}
+_LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$|^(n|num)_\w*(layer|depth|block|stage)")
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_CODE_ENTRY = re.compile(r"(?:(?P<repo>[\w.-]+(?:/[\w.-]+)?)--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
+_UNBOUNDED = re.compile(r"limit|clip|max|min")
+SHARD = re.compile(r"[^/\\]+\.safetensors")
+
+
+def check_values(values: Any, where: str) -> None:
+    """Refuse what no configuration needs, at any depth.
+
+    Args:
+        values: what JSON gave: dictionaries, lists, strings, numbers.
+        where: the file or the class, for messages.
+
+    Raises:
+        ValueError: keys that would replace methods, kernels from a repository, data types that do not exist, numbers of
+            layers or labels above the caps, NaN, integers beyond 64 bits, nesting or size above the caps.
+    """
+    pending, seen = [(values, where, "", 0)], 0
+    deepest, most = cap("MAX_CONFIG_DEPTH"), cap("MAX_CONFIG_VALUES")
+    while pending:
+        value, path, key, depth = pending.pop()
+        seen += 1
+        if depth > deepest or seen > most:
+            check(depth, "MAX_CONFIG_DEPTH", f"{where}: its values are nested to a depth of")
+            check(seen, "MAX_CONFIG_VALUES", f"{where}: its number of values is at least")
+        if isinstance(value, Mapping):
+            if set(value) != {"__float__"}:  # how transformers writes infinity
+                _check_keys(value, path, key, depth)
+            pending += [(v, f"{path}.{k}" if depth else f"{where}: {k}", str(k), depth + 1) for k, v in value.items()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            pending += [(v, path, key, depth + 1) for v in value]
+        else:
+            _check_leaf(value, path, key)
+
+
+def _check_keys(values: Mapping[Any, Any], path: str, key: str, depth: int) -> None:
+    for name in values:
+        if isinstance(name, str) and name.startswith("__"):
+            raise ValueError(f"{path} has the key {name!r}, which is no setting: remove it.")
+    if depth == 0 or key.endswith("_config") or "model_type" in values:
+        if taken := sorted(_TAKEN & {name for name in values if isinstance(name, str)}):
+            raise ValueError(
+                f"{path} has the keys {taken}, which would replace methods of the configuration: remove them."
+            )
+        if not isinstance(values.get("model_type", ""), str):
+            raise ValueError(f"{path} has the model_type {values['model_type']!r:.100}, expected a string.")
+        check_auto_map(values.get("auto_map"), path)
+
+
+def _check_leaf(value: Any, path: str, key: str) -> None:
+    if isinstance(value, str):
+        if _IMPLEMENTATION.fullmatch(key) and "/" in value:
+            raise ValueError(
+                f"{path} asks for the implementation {value!r}: kernels from a repository are code, pass "
+                f"attn_implementation={value!r} yourself if you trust it."
+            )
+        if key in ("dtype", "torch_dtype") and value != "auto":
+            check_dtype(value, path)
+    elif isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not _UNBOUNDED.search(path))):
+        raise ValueError(f"{path} is {value}, expected a finite number.")
+    elif isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 2**63:
+            raise ValueError(f"{path} is an integer of {value.bit_length()} bits, expected at most 63.")
+        if key == "num_labels":
+            check(value, "MAX_LABELS", f"{path} is")
+        elif _LAYERS.search(key):
+            check(value, "MAX_LAYERS", f"{path} is")
+
+
+def check_dtype(name: Any, where: str) -> None:
+    """Refuse what is not the name of a data type of torch (ValueError)."""
+    bare = name.removeprefix("torch.") if isinstance(name, str) else ""
+    if not isinstance(getattr(torch, bare, None) if bare.isidentifier() else None, torch.dtype):
+        raise ValueError(f"{where} is {name!r:.100}, expected the name of a torch data type such as 'bfloat16'.")
+
+
+def check_auto_map(entries: Any, where: str, repo_id: str | None = None, here_only: bool = False) -> None:
+    """Refuse entries of an `auto_map` that are no ``module.Class`` beside the file.
+
+    Args:
+        entries: the map; None passes.
+        where: for messages.
+        repo_id: the repository being loaded, whose name may stand in front (``user/repo--module.Class``).
+        here_only: whether other repositories are refused.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    if entries is None:
+        return
+    if not isinstance(entries, Mapping):
+        raise ValueError(f"{where}: auto_map must be a dictionary, got {entries!r:.100}.")
+    for key, value in entries.items():
+        for entry in value if isinstance(value, (list, tuple)) else [value]:
+            match = _CODE_ENTRY.fullmatch(entry) if isinstance(entry, str) else None
+            elsewhere = match is not None and here_only and match["repo"] not in (None, repo_id)
+            if entry is not None and (match is None or elsewhere):
+                raise ValueError(
+                    f"{where}: auto_map[{key!r}] is {entry!r:.200}, expected 'module.Class' of a file beside it: code "
+                    "elsewhere is not loaded with a checkpoint."
+                )
+
+
+def check_types(values: Mapping[str, Any], expected: Mapping[str, tuple[type, ...]], where: str) -> None:
+    """Refuse values of other types than expected; None always passes (ValueError)."""
+    for key, types in expected.items():
+        value = values.get(key)
+        wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
+        if value is not None and wrong:
+            names = " or ".join(t.__name__ for t in types)
+            raise ValueError(f"{where}: {key} must be a {names}, got {type(value).__name__} ({value!r:.100}).")
+
+
+def check_switches(values: Mapping[str, Any] | None, where: str) -> None:
+    """Refuse constructor arguments of a part that are not True or False (ValueError)."""
+    for key, value in (values or {}).items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: the argument {key!r} must be True or False, got {value!r:.100}.")
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """A JSON file, read strictly.
+
+    Raises:
+        ValueError: too large, no JSON, nested too deeply, a key that stands twice in one object.
+    """
+    check(os.path.getsize(path), "MAX_CONFIG_BYTES", f"{what}: its size in bytes is")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_pairs_hook=lambda pairs: _unique(pairs, what))
+    except RecursionError as error:
+        raise ValueError(f"{what} is nested too deeply to be read.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} is no JSON file ({error}).") from error
+
+
+def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in found if names.count(key) > 1)
+        raise ValueError(f"{what} has the key {twice!r} twice in one object: readers would differ in which they take.")
+    return found
+
+
+_REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+
+
+def check_pattern(pattern: Any, where: str) -> None:
+    """Refuse a regular expression that could take time without end on names of modules.
+
+    At most four open-ended repeats, none within another, eight alternatives, no back references and 1,000 characters.
+
+    Raises:
+        ValueError: names the pattern.
+    """
+    if not isinstance(pattern, str):
+        raise ValueError(f"{where}: expected a pattern, got {pattern!r:.100}.")
+    counts = {"repeat": 0, "branch": 0}
+    try:
+        nested = len(pattern) > 1000 or _nested(_parsed(pattern), counts, inside=False)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{where}: {pattern!r:.100} is no regular expression ({error}).") from error
+    if nested or counts["repeat"] > 4 or counts["branch"] > 8:
+        raise ValueError(
+            f"{where}: the pattern {pattern!r:.100} could take time without end (repeats within repeats, "
+            f"{counts['repeat']} open-ended repeats of at most 4, {counts['branch']} alternatives of at most 8, or more "
+            "than 1,000 characters): list the names of the modules instead."
+        )
+
+
+def _parsed(pattern: str) -> Any:
+    try:
+        from re import _parser as parser  # type: ignore[attr-defined]
+    except ImportError:  # it is named so since Python 3.11
+        import sre_parse as parser
+    return parser.parse(pattern)
+
+
+def _nested(tree: Any, counts: dict[str, int], inside: bool) -> bool:
+    """Whether a repeat stands within a repeat; counts repeats and alternatives on the way."""
+    for operator, argument in tree:
+        name = str(operator)
+        repeats = name in _REPEATS and int(argument[1]) > 1
+        if (repeats and inside) or name.startswith("GROUPREF"):
+            return True
+        counts["repeat"] += repeats and int(argument[1]) > 16
+        counts["branch"] += name == "BRANCH"
+        if name == "BRANCH" and inside:
+            return True
+        if any(_nested(part, counts, inside or repeats) for part in _subpatterns(argument)):
+            return True
+    return False
+
+
+def _subpatterns(argument: Any) -> list[Any]:
+    """Patterns within an operator's argument, at any depth."""
+    if hasattr(argument, "data"):
+        return [argument]
+    if isinstance(argument, (list, tuple)):
+        return [found for part in argument for found in _subpatterns(part)]
+    return []
+
+
+def check_part_dtypes(stored: Any) -> None:
+    """Refuse stored data types of parts that name what is no data type, or no names of parts (ValueError)."""
+    for dtype, patterns in (stored or {}).items():
+        if dtype == "buffers":
+            check_types({"buffers": patterns}, {"buffers": (dict,)}, "part_dtypes")
+            check_part_dtypes(patterns)
+        elif dtype == "":
+            check_dtype(patterns, "part_dtypes['']")
+        else:
+            check_dtype(dtype, f"part_dtypes[{dtype!r:.100}]")
+            check_names(patterns, f"part_dtypes[{dtype!r}]")
+
+
+def check_names(names: Any, where: str) -> None:
+    """Refuse what is no list of names (ValueError)."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where} must be a list of names, got {names!r:.100}.")

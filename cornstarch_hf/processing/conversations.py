@@ -1,0 +1,214 @@
+"""Conversations: messages with media parts to text with placeholders, by any chat template.
+
+Templates written for text alone get each message as one string; templates that know parts get parts, and place the
+media themselves where they can.  `assistant_turns` finds the assistant's turns in what is rendered here.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from .placeholder_text import mark_typed, occurrences, unmark
+from .template_sandbox import TemplateLimit, render_template
+
+DEFAULT_TEMPLATE = """\
+{%- for message in messages %}
+{{- message['role'] + ':\\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{ message['content'] }}{{ eos_token or '' }}{% endgeneration %}
+{%- else %}
+{{- message['content'] }}
+{%- endif %}
+{{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PROBE = "cornstarchprobe"
+# What a template raises that does not know something, or refuses it.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
+BARE = object()  # a part that tells where an item stands, but not which
+
+
+class ConversationReader:
+    """Takes the media out of conversations and renders the rest.
+
+    Args:
+        tokens: placeholder token of each modality.
+        names_of: the modalities that a part's type means (a name, or a kind; ValueError where that is unclear).
+        kinds: the modalities' kinds.
+    """
+
+    def __init__(self, tokens: Mapping[str, str], names_of: Callable[[str], list[str]], kinds: Mapping[str, str]):
+        self.tokens, self.names_of, self.kinds = dict(tokens), names_of, dict(kinds)
+
+    def read(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        template: str,
+        given: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[list[dict], dict[str, list]]:
+        """Messages for the template, typed placeholders marked, and the media of each modality in order.
+
+        Args:
+            conversation: messages.
+            template: a Jinja template.
+            given: items by modality for the parts that hold none, in order.
+
+        Raises:
+            ValueError: a part of unknown type, a text part without text, items given for other than as many parts.
+            TypeError: a message or part that is no dict.
+        """
+        media: dict[str, list] = {name: [] for name in self.tokens}
+        messages = [self._message(message, template, media) for message in conversation]
+        for name, items in (given or {}).items():
+            media[name] = _filled(name, media[name], items, self.tokens[name])
+        found = {name: [item for item in items if item is not BARE] for name, items in media.items()}
+        return messages, {name: items for name, items in found.items() if items}
+
+    def _message(self, message: Mapping[str, Any], template: str, media: dict[str, list]) -> dict[str, Any]:
+        if not isinstance(message, Mapping):
+            raise TypeError(f"A message must be a dict with 'role' and 'content', got {type(message).__name__}.")
+        marked = {k: self._marked(v) for k, v in message.items() if k != "content" and v is not None}
+        content = message.get("content")
+        if content is None:  # templates ask whether a turn of tool calls says something
+            return marked | ({"content": None} if message.get("tool_calls") and "content" in message else {})
+        if isinstance(content, str):
+            text = self._marked(content)
+            only_parts = handles_parts(template) and not handles_strings(template)
+            return marked | {"content": [{"type": "text", "text": text}] if only_parts else text}
+        parts = [self._part(part, template, media) for part in content]
+        if handles_parts(template):
+            return marked | {"content": parts}
+        return marked | {"content": "".join(part["text"] for part in parts)}
+
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return mark_typed(value, list(self.tokens.values()))
+        if isinstance(value, Mapping):
+            return {key: self._marked(item) for key, item in value.items()}
+        return [self._marked(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def _part(self, part: Any, template: str, media: dict[str, list]) -> dict[str, Any]:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if not isinstance(part, Mapping) or "type" not in part:
+            raise TypeError(f"A content part must be a string or a dict with a 'type', got {part!r:.100}.")
+        if part["type"] == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(
+                    f"A part of type 'text' must have a string as its 'text', got {part.get('text')!r:.100}."
+                )
+            return {"type": "text", "text": self._marked(part["text"])}
+        kind = "image" if part["type"] == "image_url" else part["type"]
+        names = self.names_of(kind)
+        item = _payload(part, [kind, *(self.kinds[name] for name in names)])
+        for name in names:
+            media[name].append(BARE if item is None else item)
+        if len(names) == 1 and self.kinds[names[0]] == kind and places(template, kind, self.tokens[names[0]]):
+            return {"type": kind}
+        return {"type": "text", "text": "".join(self.tokens[name] for name in names)}
+
+
+def _filled(name: str, items: list, given: Sequence[Any], token: str) -> list:
+    """A modality's items in order, where those that parts leave out are given apart."""
+    bare = sum(item is BARE for item in items)
+    if bare != len(given):
+        raise ValueError(
+            f"{name}: {len(given)} items were given for {bare} parts without one: put one part {{'type': {name!r}}} (or of its "
+            f"kind) for each item where it belongs in 'content'; {token} typed in a string is text."
+        )
+    rest = iter(given)
+    return [next(rest) if item is BARE else item for item in items]
+
+
+def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
+    """What a media part holds: under its type or kind, or as url, path or base64; None for a bare placeholder."""
+    if part["type"] == "image_url":
+        value = part.get("image_url")
+        return value.get("url") if isinstance(value, Mapping) else value
+    for key in (*kinds, "bytes", "url", "path", "base64", "data", "array"):
+        value = part.get(key)
+        if value is None or (isinstance(value, Mapping) and all(v is None for v in value.values())):
+            continue
+        rates = {key: part[key] for key in ("sampling_rate", "fps") if part.get(key) is not None}
+        return value if not rates or isinstance(value, (str, bytes, Mapping)) else {"array": value, **rates}
+    return None
+
+
+def render(messages: list[dict], template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation and where its assistant turns are, if the template marks them."""
+    marks = variables.pop("mark_assistant", False) and GENERATION.search(template)
+    return render_template(messages, template, mark_assistant=bool(marks), **variables)
+
+
+@functools.lru_cache(maxsize=64)
+def handles_parts(template: str) -> bool:
+    """Whether a template renders a list of content parts, rather than one string."""
+    rendered = _try([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}], template)
+    return rendered is not None and _PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
+
+
+@functools.lru_cache(maxsize=64)
+def handles_strings(template: str) -> bool:
+    """Whether a template renders a string as a message's content; some render parts alone and lose strings."""
+    rendered = _try([{"role": "user", "content": _PROBE}], template)
+    return rendered is not None and _PROBE in rendered
+
+
+@functools.lru_cache(maxsize=256)
+def places(template: str, kind: str, token: str) -> bool:
+    """Whether a template writes a modality's placeholder by itself where a part of that kind stands."""
+    if not handles_parts(template):
+        return False
+    text = {"type": "text", "text": _PROBE}
+    with_part, without = (
+        _try([{"role": "user", "content": content}], template) for content in ([{"type": kind}, text], [text])
+    )
+    if with_part is None or without is None:
+        return False
+    return occurrences(with_part, [token])[token] == occurrences(without, [token])[token] + 1
+
+
+def _try(messages: list[dict], template: str) -> str | None:
+    try:
+        return render(messages, template, bos_token="", eos_token="")[0]
+    except TemplateLimit:
+        raise
+    except TEMPLATE_ERRORS:
+        return None
+
+
+def refuse_typed(text: str) -> str:
+    """A rendered text without marks; ValueError if a user typed a placeholder in it.
+
+    As a plain string it could not be told from a real one.
+    """
+    if unmark(text) != text:
+        raise ValueError(
+            "A message contains a placeholder token as text, which a string cannot tell from a real placeholder: use "
+            "apply_chat_template(..., tokenize=True), which keeps it as text."
+        )
+    return text
+
+
+def is_batch(conversation: Any) -> bool:
+    """Whether this is a list of conversations, not one (ValueError if it is empty)."""
+    if not conversation:
+        raise ValueError("The conversation is empty.")
+    return isinstance(conversation[0], (list, tuple))
+
+
+def chosen_template(own: str | Mapping[str, str] | None, asked: str | None) -> str:
+    """The template to render: one that is given, one of several by its name, or the processor's only or default one.
+
+    Raises:
+        ValueError: there is none, or several of which none is called "default".
+    """
+    named = dict(own) if isinstance(own, Mapping) else {"default": own}
+    template = named.get(asked or "default", asked)
+    if template is None:
+        raise ValueError(f"There is no default chat template, name one by chat_template=, of {sorted(named)}.")
+    return template

@@ -1,0 +1,317 @@
+"""Items as users hand them over, made ready for their processors: loaded, checked, put in order.
+
+Whatever a processor would clip, resample or stretch without a word is refused here.  Files, as paths, URLs or bytes, are
+decoded here, and sounds among them mixed to one channel and resampled; an array is taken as it is or refused.
+"""
+
+import base64
+import binascii
+import io
+import os
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.audio_utils import load_audio
+from transformers.image_utils import load_image
+from transformers.utils import is_soundfile_available
+
+from ..limits import cap, check, check_image, check_sound
+
+PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
+
+# How deep lists of numbers are nested that are one item.
+LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
+
+
+def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
+    """Items in order, and how many each sample has when they were given per sample.
+
+    Args:
+        items: one item, a list of items, or a list of lists (one per sample).
+        kind: an array or a list of numbers is one item of ``"audio"`` and ``"time"``, a list of frames one of ``"video"``, a
+            list of rows of numbers one of ``"features"``; a dict is one item of any kind.
+    """
+    if not isinstance(items, (list, tuple)) or _is_item(items, kind):
+        return [items], None
+    if any(isinstance(item, (list, tuple)) and not _is_item(item, kind) for item in items) or (
+        items and all(item is None for item in items)
+    ):
+        samples = [[] if sample is None else _as_list(sample, kind) for sample in items]
+        return [item for sample in samples for item in sample], [len(sample) for sample in samples]
+    return list(items), None
+
+
+def _is_item(value: Any, kind: str) -> bool:
+    """Whether a list is one item: the numbers of a sound, an image as (height, width, channels), the frames of a video."""
+    if kind == "video" and isinstance(value, (list, tuple)) and value and all(_is_frame(x) for x in value):
+        return True
+    return _depth(value) == LIST_DEPTHS.get(kind, -1)
+
+
+def _is_frame(value: Any) -> bool:
+    return isinstance(value, Image.Image) or getattr(value, "ndim", None) in (2, 3)
+
+
+def _depth(value: Any) -> int:
+    """How deep a list of numbers is nested; 0 for anything else."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return 0
+    if all(isinstance(x, (int, float, np.number)) for x in value):
+        return 1
+    inner = _depth(value[0])
+    return inner + 1 if inner else 0
+
+
+def _as_list(sample: Any, kind: str) -> list[Any]:
+    return list(sample) if isinstance(sample, (list, tuple)) and not _is_item(sample, kind) else [sample]
+
+
+def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
+    """An image for an image processor: a PIL image of 1 or 3 channels where the item is one, else the array.
+
+    Args:
+        item: PIL image, array, tensor, path, URL or base64 text, or a dict with one of those.
+        where: modality and item, for messages.
+        channels: how many the encoder takes.
+        rescaled: whether float values are left as they are (``do_rescale=False``).
+
+    Raises:
+        ValueError: an empty image, more than 8 bits per channel, floats that would be rescaled.
+        TypeError: no image.
+    """
+    if isinstance(item, Mapping):
+        item = next((item[k] for k in ("image", "bytes", "url", "path", "base64") if item.get(k) is not None), item)
+    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+        item = _decoded(lambda x: _load(x, where), item, where, "image")
+    if isinstance(item, Image.Image):
+        check_image(*item.size, where)
+        _decoded(lambda x: x.load(), item, where, "image")  # PIL opens files lazily
+        return _ready_pil(item, where, channels)
+    if _is_item(item, "image"):
+        item = _from_lists(item, where)
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return _ready_array(item, where, channels, rescaled)
+    raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
+
+
+def _load(item: Any, where: str) -> Image.Image:
+    source = _source(item, where)
+    if source is None:
+        return load_image(str(item))  # no file, address or base64: transformers says so
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    check_image(*image.size, where)  # the header is read, the pixels are not
+    return image if isinstance(item, bytes) else load_image(image)
+
+
+def _source(item: Any, where: str) -> str | bytes | None:
+    """The path of a file, or the bytes behind an address, a base64 text or bytes; None for any other text."""
+    if isinstance(item, bytes):
+        source: str | bytes | None = item
+    elif str(item).startswith(("http://", "https://")):
+        with urllib.request.urlopen(str(item), timeout=60) as answer:
+            source = answer.read(cap("MAX_FILE_BYTES") + 1)
+    elif os.path.isfile(item):
+        source = os.fspath(item)
+    else:
+        source = _from_base64(str(item))
+    size = os.path.getsize(source) if isinstance(source, str) else len(source or b"")
+    check(size, "MAX_FILE_BYTES", f"{where}: the number of bytes of the encoded item is at least")
+    return source
+
+
+def _from_base64(text: str) -> bytes | None:
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True) or None
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _from_lists(item: Any, where: str) -> np.ndarray:
+    """An image that a table gave as lists of numbers; whole ones of 0..255 are what uint8 became there."""
+    try:
+        array = np.asarray(item)
+    except ValueError as error:
+        raise ValueError(f"{where}: the rows of the image differ in length ({error}).") from error
+    whole = np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255
+    return array.astype(np.uint8) if whole else array
+
+
+def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> Any:
+    """What a decoder makes of an item; ValueError with its cause if it cannot.
+
+    Decoders fail by many sorts of errors (OSError, SyntaxError, RuntimeError, ...); a missing package stays an ImportError.
+    """
+    try:
+        return decode(item)
+    except (ImportError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{where}: the image has more pixels than Pillow decodes ({error}); cornstarch_hf.limits.MAX_IMAGE_PIXELS is "
+            f"{cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
+        ) from error
+    except Exception as error:
+        if "cornstarch_hf.limits." in str(error):
+            raise
+        what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
+        raise ValueError(
+            f"{where}: the {kind} cannot be decoded from {what}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _without_secrets(source: str) -> str:
+    """An address without user, password and query, which may hold a token; anything else as it is."""
+    parts = urllib.parse.urlsplit(source) if source.startswith(("http://", "https://")) else None
+    return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
+
+
+def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
+    if min(image.size) == 0:
+        raise ValueError(f"{where}: the image is empty (width x height = {image.size[0]} x {image.size[1]}).")
+    if image.mode not in PLAIN_MODES:
+        raise ValueError(
+            f"{where}: the image has mode {image.mode!r} (more than 8 bits per channel or floating-point), which image "
+            "processors clip without a word: scale it to 0..255 and convert it to 'L' or 'RGB' first."
+        )
+    wanted = {1: "L", 3: "RGB"}.get(channels, image.mode)
+    return image if image.mode == wanted else image.convert(wanted)  # which would copy an image that is right already
+
+
+def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
+    shape = tuple(array.shape)
+    if len(shape) == 4:
+        raise ValueError(
+            f"{where}: expected one image, got {shape[0]} in one array of the shape {shape}: give a list of images, or, if "
+            "these are the frames of a video, compose the encoder with kind='video'."
+        )
+    if 0 in shape or len(shape) not in (2, 3):
+        raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
+    height, width = sorted(shape)[-2:]
+    check_image(width, height, where)
+    kind = str(array.dtype).removeprefix("torch.")
+    if kind == "uint8":
+        values = array.numpy() if isinstance(array, torch.Tensor) else array
+        if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
+            values = values.transpose(1, 2, 0)
+        if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
+        return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
+    if not kind.startswith(("float", "bfloat")):
+        raise ValueError(
+            f"{where}: the image has {kind} values, expected uint8 (0..255): scale it yourself, processors would clip it."
+        )
+    if not rescaled:
+        raise ValueError(
+            f"{where}: the image has {kind} values, which the processor would divide by 255: pass uint8 (0..255), or "
+            "images_kwargs={'do_rescale': False} if it is scaled already."
+        )
+    return array
+
+
+def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
+    """A mono waveform as float32 ``(samples,)``.
+
+    Args:
+        item: array, tensor or list of floats; path, URL or the bytes of a file (mixed and resampled on loading); dict with
+            `array` and `sampling_rate`, or with `bytes` or `path`; a decoder as `datasets.Audio` gives it.
+        where: modality and item, for messages.
+        expected: the sampling rate of the feature extractor, in Hz.
+        given: the sampling rate that the caller states for bare arrays, in Hz.
+
+    Raises:
+        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN, a file that cannot be
+            decoded.
+        TypeError: no sound.
+    """
+    if isinstance(item, Mapping):
+        rate = item.get("sampling_rate")
+        given = given if rate is None else rate
+        item = next((item[k] for k in ("array", "audio", "bytes", "path", "url") if item.get(k) is not None), None)
+    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+        item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
+    elif hasattr(item, "get_all_samples"):
+        _check_decoder(item, expected, where)
+        samples = _decoded(lambda x: x.get_all_samples(), item, where, "sound")
+        item, given = samples.data, int(samples.sample_rate)
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
+    if not isinstance(item, (np.ndarray, list, tuple)):
+        raise TypeError(f"{where}: expected a waveform (array, tensor, path or URL), got {type(item).__name__}.")
+    check_sound(len(item), 1, None, None, where)
+    wave = np.asarray(item)
+    check_sound(wave.size, 1, None, None, where)
+    if wave.ndim == 2 and 1 in wave.shape:
+        wave = wave.reshape(-1)
+    if wave.ndim != 1 or wave.size == 0:
+        raise ValueError(
+            f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels, in a table "
+            "by cast_column(..., Audio(num_channels=1))."
+        )
+    if not np.issubdtype(wave.dtype, np.floating):
+        raise ValueError(
+            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide it by its range."
+        )
+    if not np.isfinite(wave).all():
+        raise ValueError(f"{where}: the waveform has values that are not finite.")
+    check_sampling_rate(where, expected, given)
+    return wave.astype(np.float32, copy=False)
+
+
+def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
+    """Refuse a decoder of too long a sound by what its file's header says, before it decodes."""
+    header = getattr(decoder, "metadata", None)
+    seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
+    if seconds is not None and rate:
+        channels = getattr(header, "num_channels", None) or 1
+        check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
+
+
+def _check_sound_file(source: Any, rate: int, where: str) -> None:
+    """Refuse a file of too long a sound by its header, where soundfile can read that."""
+    if is_soundfile_available():
+        import soundfile
+
+        try:
+            header = soundfile.info(source)
+        except soundfile.LibsndfileError:
+            return  # another backend may know it, or says what is wrong
+        check_sound(header.frames, header.channels, header.samplerate, rate, where)
+
+
+def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
+    source = _source(item, where)
+    if not isinstance(source, bytes):
+        if source is not None:
+            _check_sound_file(source, rate, where)
+        return load_audio(str(item), sampling_rate=rate)
+    _check_sound_file(io.BytesIO(source), rate, where)
+    # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
+    handle, path = tempfile.mkstemp()
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(source)
+        return load_audio(path, sampling_rate=rate)
+    finally:
+        os.unlink(path)
+
+
+def check_sampling_rate(where: str, expected: int | None, given: int | None) -> None:
+    """Refuse a bare array without, or with another, sampling rate (ValueError with both rates)."""
+    if expected is None:
+        return
+    if given is None:
+        raise ValueError(
+            f"{where}: pass sampling_rate= (in Hz) with bare audio arrays; the encoder expects {expected}."
+        )
+    if int(given) != int(expected):
+        raise ValueError(
+            f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first, in "
+            f"a table by cast_column(..., Audio(sampling_rate={expected}))."
+        )

@@ -1,0 +1,308 @@
+"""The processors of single modalities: recognised, called, written into a dictionary and built from one."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
+
+from ..limits import check
+from ..parts.stored_values import check_values
+from .media import ready_audio, ready_image
+from .own_processors import ITEM_PROCESSORS, ItemProcessor
+from .text_items import run_tokenizer
+from .video import run_on_frames
+from .video_processors import is_video_processor, run_video_processor
+
+MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
+TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+
+
+def resolve_subprocessor(processor: Any, kind: str, name: str) -> Any:
+    """The processor of one modality, taken out of a processor of several where one was given.
+
+    Raises:
+        TypeError: not a processor, or one without a part for this kind.
+    """
+    if isinstance(processor, ProcessorMixin):
+        for attribute in _ATTRIBUTES.get(kind, ("tokenizer",)):
+            if (inner := getattr(processor, attribute, None)) is not None:
+                return inner
+        raise TypeError(f"{name}: {type(processor).__name__} has no part for the kind {kind!r}.")
+    if isinstance(processor, type) or not callable(processor):
+        raise TypeError(
+            f"{name}: expected an image processor, feature extractor or tokenizer instance, got {processor!r:.100}."
+        )
+    return processor
+
+
+_ATTRIBUTES = {
+    "image": ("image_processor",),
+    "video": ("video_processor", "image_processor"),
+    "audio": ("feature_extractor",),
+}
+
+
+def sampling_rate_of(processor: Any) -> int | None:
+    """The rate in Hz that a feature extractor expects, None for other processors."""
+    return getattr(processor, "sampling_rate", None) if isinstance(processor, FeatureExtractionMixin) else None
+
+
+def run_subprocessor(
+    processor: Any,
+    name: str,
+    kind: str,
+    items: list[Any],
+    options: Mapping[str, Any],
+    encoder_config: Any,
+    masked: bool = False,
+    prepared: bool = False,
+) -> dict[str, Any]:
+    """Process the items of one modality.
+
+    Args:
+        processor: its processor.
+        name: the modality, for messages.
+        kind: its kind.
+        items: in order.
+        options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
+        encoder_config: of its encoder.
+        masked: whether the encoder wants a mask of its features also where they are padded to a window.
+        prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
+
+    Returns:
+        tensors by the names that the processor emits.
+
+    Raises:
+        ValueError, TypeError: an item that cannot be used as it is.
+    """
+    options = dict(options)
+    if isinstance(processor, ImageProcessingMixin):
+        channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+        if is_video_processor(processor):
+            return run_video_processor(processor, name, items, options, encoder_config, channels)
+        if kind == "video":
+            return run_on_frames(processor, name, items, options, encoder_config, channels)
+        rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+        items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
+        if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
+            options.setdefault("input_data_format", "channels_last")
+        return _run_on_images(processor, name, items, options, prepared)
+    if isinstance(processor, ItemProcessor):
+        return _tensors(processor(items, name=name, **options), name)
+    if isinstance(processor, FeatureExtractionMixin):
+        rate = processor.sampling_rate if hasattr(processor, "sampling_rate") else None
+        given = options.pop("sampling_rate", None)
+        items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
+        _check_window(processor, name, items, options)
+        options = _audio_options(processor, rate, masked) | options | {"return_tensors": "pt"}
+        return _called(lambda x: processor(x, **options), processor, name, items)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return _tensors(run_tokenizer(processor, name, items, options, encoder_config), name)
+    for i, item in enumerate(items) if kind == "video" else ():
+        frames = len(item) if hasattr(item, "__len__") and not isinstance(item, (str, bytes)) else 0
+        check(frames, "MAX_VIDEO_FRAMES", f"{name}, item {i}: the number of frames is")
+    keyword = {"image": "images", "video": "videos"}.get(kind, "")
+    if keyword in inspect.signature(processor.__call__).parameters:
+        return _tensors(processor(**{keyword: items}, return_tensors="pt", **options), name)
+    return _tensors(processor(items, return_tensors="pt", **options), name)
+
+
+def _run_on_images(
+    processor: Any, name: str, items: list[Any], options: Mapping[str, Any], prepared: bool
+) -> dict[str, Any]:
+    """Tensors with one row per image, also from processors that put all images of a call into one row."""
+
+    def run(images: list[Any]) -> dict[str, Any]:
+        return _called(lambda x: processor(images=x, return_tensors="pt", **options), processor, name, images)
+
+    found = run(items)
+    rank = getattr(found.get("pixel_values"), "ndim", 0)
+    if prepared or rank not in (5, 6):
+        return found
+    # (1, images, channels, height, width), with tiles (1, images, tiles, channels, height, width)
+    alone = [found] if len(items) == 1 else [run([item]) for item in items]
+    for i, one in enumerate(alone):
+        crops = one["pixel_values"].shape[1]
+        if crops != 1:
+            raise ValueError(
+                f"{name}, item {i}: {type(processor).__name__} splits the image into {crops} crops, expected 1 per item: turn "
+                "that off in its settings (do_image_splitting=False, crop_to_patches=False, split_image=False)."
+            )
+    shapes = [tuple(one["pixel_values"].shape[2:]) for one in alone]
+    if len(set(shapes)) > 1:
+        raise ValueError(_uneven(processor, name, shapes))
+    together = {key: torch.cat([one[key] for one in alone]) for key in found}
+    if rank == 6:  # towers that take tiles have an axis for the images of a row
+        return together
+    return {k: v.flatten(0, 1) if v.ndim >= 4 and v.shape[1] == 1 else v for k, v in together.items()}
+
+
+def check_padding(output: Mapping[str, Any], used: Mapping[str, Any], processor: Any, name: str) -> None:
+    """Refuse images that a processor padded to one size where the encoder takes no mask that tells of it (ValueError)."""
+    mask = output.get("pixel_mask")
+    if not isinstance(mask, torch.Tensor) or any(key.endswith("pixel_mask") for key in used) or bool(mask.bool().all()):
+        return
+    row = next(i for i, one in enumerate(mask) if not bool(one.bool().all()))
+    valid = tuple(int(mask[row].bool().any(axis).sum()) for axis in (1, 0))
+    raise ValueError(
+        f"{name}, item {row}: {type(processor).__name__} padded it from {valid[0]} x {valid[1]} to {mask.shape[1]} x "
+        f"{mask.shape[2]}, and its encoder takes no pixel_mask: give the processor a fixed size (size={{'height': ..., "
+        "'width': ...}), or pass items of one size."
+    )
+
+
+def _uneven(processor: Any, name: str, shapes: list[Any]) -> str:
+    first, other = next((i, j) for i in range(len(shapes)) for j in range(i) if shapes[i] != shapes[j])
+    return (
+        f"{name}: {type(processor).__name__} gives tensors of different shapes, {shapes[other]} for item {other} and "
+        f"{shapes[first]} for item {first}, which cannot go in one batch: give it a fixed size "
+        "(size={'height': ..., 'width': ...}), or pass items of one size."
+    )
+
+
+def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: list[Any]) -> dict[str, Any]:
+    """The tensors that a processor makes of items; its own errors say which item, or which two, it could not do.
+
+    Raises:
+        ValueError, TypeError: with the cause.
+    """
+
+    def tensors(some: list[Any]) -> dict[str, Any]:
+        output = call(some)
+        return _tensors({processor.model_input_names[0]: output} if isinstance(output, torch.Tensor) else output, name)
+
+    try:
+        return tensors(items)
+    except Exception as error:
+        shapes = []
+        for i, item in enumerate(items):
+            try:
+                one = tensors([item])
+            except Exception as cause:
+                kind = TypeError if isinstance(cause, TypeError) else ValueError
+                raise kind(
+                    f"{name}, item {i}: {type(processor).__name__} cannot process it, its size is {_size(item)} "
+                    f"({type(cause).__name__}: {cause!s:.300})."
+                ) from cause
+            shapes.append(tuple(next(iter(one.values())).shape[1:]))
+        if len(set(shapes)) > 1:
+            raise ValueError(_uneven(processor, name, shapes)) from error
+        raise
+
+
+def _size(item: Any) -> str:
+    size = getattr(item, "size", None) if not hasattr(item, "shape") else tuple(item.shape)
+    return f"{size[0]} x {size[1]}" if isinstance(size, tuple) and len(size) == 2 else str(size)
+
+
+def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any], options: Mapping[str, Any]) -> None:
+    """Refuse sounds that a feature extractor would cut by default; a caller who asks for truncation gets it."""
+    parameters = inspect.signature(processor.__call__).parameters
+    cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
+    limit = options.get("max_length") or getattr(processor, "n_samples", None)
+    for i, item in enumerate(items) if cuts and limit is not None else ():
+        if len(item) > limit:
+            raise ValueError(
+                f"{name}, item {i}: the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}: split "
+                f"it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
+            )
+
+
+def _audio_options(processor: FeatureExtractionMixin, rate: int | None, masked: bool) -> dict[str, Any]:
+    parameters = inspect.signature(processor.__call__).parameters
+    options: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
+    padded = "padding" in parameters and parameters["padding"].default != "max_length"
+    if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
+        options |= {"padding": True}
+    if "return_attention_mask" in parameters and (padded or masked):
+        options |= {"return_attention_mask": True}
+    return options
+
+
+def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
+    tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{name}: its processor gave no tensors, but {sorted(output)}.")
+    # A mask of floats (Pix2Struct) would be cast with the features, and its values are needed where shapes are counted.
+    return {k: v.long() if k.endswith("mask") and v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
+    """A JSON dictionary of a processor with its type; None for a tokenizer, which has files of its own.
+
+    Raises:
+        ValueError: the processor tells no type by which it could be found again.
+    """
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return None
+    described = processor.to_dict() if hasattr(processor, "to_dict") else {}
+    if not any(key in described for key in TYPE_KEYS):
+        raise ValueError(
+            f"{name}: {type(processor).__name__} cannot be saved, it is no image processor, feature extractor, video "
+            "processor or tokenizer of transformers."
+        )
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in described.items()}
+
+
+def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
+    """The processor that `describe_subprocessor` described.
+
+    Raises:
+        ValueError: no type, or one that neither transformers nor an Auto class knows.
+    """
+    values = dict(described)
+    kinds = [key for key in TYPE_KEYS if isinstance(values.get(key), str)]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{name}: expected one of {TYPE_KEYS} in the description of its processor, got {sorted(values)}."
+        )
+    _check_settings(values, name)
+    try:
+        cls: Any = ITEM_PROCESSORS.get(values[kinds[0]])
+        cls = cls or ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{name}: there is no processor class {values[kinds[0]]!r:.100} in transformers.") from error
+    if lacking := [one for one in getattr(cls, "_backends", ()) if isinstance(one, str)]:  # stands in for a class
+        raise ValueError(
+            f"{name}: {values[kinds[0]]} needs {' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
+            f"installed: pip install {' '.join(lacking)}."
+        )
+    if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
+        raise ValueError(f"{name}: {values[kinds[0]]!r} is no image processor or feature extractor.")
+    try:
+        return cls.from_dict(values)
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{name}: {values[kinds[0]]!r} does not take its stored settings ({type(error).__name__}: {error!s:.200})."
+        ) from error
+
+
+# Settings whose products say how much memory a processor takes, and the cap of each product.
+_PRODUCTS = (
+    (("height", "width"), "MAX_IMAGE_PIXELS"),
+    (("chunk_length", "sampling_rate"), "MAX_AUDIO_SAMPLES"),
+    (("n_fft", "feature_size"), "MAX_AUDIO_SAMPLES"),
+    (("fft_length", "feature_size"), "MAX_AUDIO_SAMPLES"),
+)
+_EDGES = ("shortest_edge", "longest_edge", "height", "width", "max_height", "max_width")
+
+
+def _check_settings(values: Mapping[str, Any], name: str) -> None:
+    """Refuse stored settings by which a processor would make an endless image or window of any item (ValueError)."""
+    check_values(values, f"{name}: its processor")
+    counts_pixels = any(key in values for key in ("max_pixels", "merge_size"))  # there an edge is a number of pixels
+    for group in (values, *(v for v in values.values() if isinstance(v, Mapping))):
+        numbers = {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
+        for key, value in numbers.items():
+            edge = key in _EDGES and not counts_pixels
+            check(value**2 if edge else value, "MAX_IMAGE_PIXELS" if edge else "MAX_AUDIO_SAMPLES",
+                  f"{name}: the {'square of the ' if edge else ''}setting {key!r} of its processor is")  # fmt: skip
+        for keys, limit in _PRODUCTS:
+            if all(key in numbers for key in keys):
+                check(numbers[keys[0]] * numbers[keys[1]], limit, f"{name}: {' x '.join(keys)} of its processor is")

@@ -1,0 +1,277 @@
+"""Videos as users hand them over: frames checked, sampled by a stated formula, and run through an image processor.
+
+A video is its decoded frames; files are not decoded here.  `media` makes each frame ready, `frames` is what an encoder of
+images does with the result, and processors of transformers that take whole videos get these as they are.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..limits import check
+from .media import ready_image
+
+FRAME_MASK = "frame_mask"
+
+
+SAMPLING = ("num_frames", "fps", "source_fps")
+_HOLDS = ("video", "frames", "videos", "array")
+# Encoders of whole videos that take any number of frames (`configuration.num_frames` is what they were trained with).
+ANY_NUMBER = frozenset(["timesformer"])
+
+
+def sampled_frames(
+    total: int,
+    where: str,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    source_fps: float | None = None,
+) -> list[int]:
+    """Which frames of a video are kept: of `total` frames the ``floor(i * total / n)``-th, for ``i`` from 0 to ``n - 1``.
+
+    `n` is `num_frames`, or ``max(1, floor(total * fps / source_fps))``, or `total` where neither is given.  These are the
+    first frames of `n` stretches of equal length, which is how the video processors of transformers sample by default.
+
+    Args:
+        total: frames of the video.
+        where: modality and item, for messages.
+        num_frames: how many to keep.
+        fps: how many to keep of each second.
+        source_fps: how many the video has in each second.
+
+    Raises:
+        ValueError: both ways of sampling at once, `fps` without `source_fps`, a number that is not positive, or more frames
+            than the video has.
+
+    >>> sampled_frames(10, "film", num_frames=4)
+    [0, 2, 5, 7]
+    """
+    if num_frames is not None and fps is not None:
+        raise ValueError(
+            f"{where}: num_frames={num_frames!r} and fps={fps!r} are two ways of sampling, give one of them."
+        )
+    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1):
+        raise ValueError(f"{where}: num_frames must be a positive integer, got {num_frames!r}.")
+    count = total if num_frames is None else num_frames
+    if fps is not None:
+        if source_fps is None:
+            raise ValueError(
+                f"{where}: fps={fps!r} needs the video's own rate: pass source_fps=, or the item as "
+                "{'video': frames, 'fps': rate}."
+            )
+        if not all(math.isfinite(rate) and rate > 0 for rate in (fps, source_fps)):
+            raise ValueError(
+                f"{where}: frames per second must be positive, got fps={fps!r}, source_fps={source_fps!r}."
+            )
+        count = max(1, math.floor(total * fps / source_fps))
+    if count > total:
+        raise ValueError(
+            f"{where}: {count} frames were asked for, but the video has {total}: ask for fewer, or repeat frames yourself."
+        )
+    return [i * total // count for i in range(count)]
+
+
+def ready_video(
+    item: Any, where: str, channels: int, rescaled: bool, sampling: Mapping[str, Any] | None = None
+) -> list[Any]:
+    """The sampled frames of a video, each as `media.ready_image` makes it.
+
+    Args:
+        item: ``(frames, height, width, 3)`` or ``(frames, 3, height, width)`` array or tensor, a list of frames (PIL images,
+            arrays, tensors, of one size), or a dict with those under ``"video"`` and the frames per second as ``"fps"``.
+        where: modality and item, for messages.
+        channels: how many the encoder takes.
+        rescaled: whether float values are left as they are (``do_rescale=False``).
+        sampling: `num_frames`, `fps` and `source_fps`, see `sampled_frames`.
+
+    Raises:
+        ValueError: no frames, frames of different sizes, more than `limits.MAX_VIDEO_FRAMES` after sampling, and what
+            `sampled_frames` and `media.ready_image` refuse.
+        TypeError: no video.
+    """
+    options = dict(sampling or {})
+    frames, options["source_fps"] = opened_video(item, where, options.get("source_fps"))
+    return ready_frames(frames, sampled_frames(len(frames), where, **options), where, channels, rescaled)
+
+
+def opened_video(item: Any, where: str, source_fps: float | None = None) -> tuple[Sequence[Any], float | None]:
+    """A video's frames and its frames per second: those that the item tells, else `source_fps`.
+
+    Raises:
+        ValueError, TypeError: no video, see `ready_video`.
+    """
+    if isinstance(item, Mapping):
+        rate = item.get("fps")
+        source_fps = source_fps if rate is None else rate
+        item = next((item[key] for key in _HOLDS if item.get(key) is not None), None)
+    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+        raise TypeError(
+            f"{where}: expected the frames of a video, got a file: decode it first, for instance by "
+            "transformers.video_utils.load_video, and pass the array of frames."
+        )
+    return _frames(item, where), source_fps
+
+
+def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channels: int, rescaled: bool) -> list[Any]:
+    """The frames with the numbers `kept`, each as `media.ready_image` makes it.
+
+    Raises:
+        ValueError: more than `limits.MAX_VIDEO_FRAMES`, frames of different sizes, what `media.ready_image` refuses.
+    """
+    check(len(kept), "MAX_VIDEO_FRAMES", f"{where}: sample fewer by num_frames=; the number of frames is")
+    ready = [ready_image(frames[i], f"{where}, frame {i}", channels, rescaled) for i in kept]
+    sizes = [_size(frame) for frame in ready]
+    for i, size in zip(kept, sizes, strict=True):
+        if size != sizes[0]:
+            raise ValueError(
+                f"{where}: frame {i} has the size {size}, frame {kept[0]} has {sizes[0]}: the frames of a video have one "
+                "size, resize them first."
+            )
+    return ready
+
+
+def _frames(item: Any, where: str) -> Sequence[Any]:
+    if isinstance(item, Image.Image) or getattr(item, "ndim", None) in (2, 3):
+        shape = item.size if isinstance(item, Image.Image) else tuple(item.shape)
+        raise ValueError(
+            f"{where}: expected the frames of a video, (frames, height, width, 3), got one image of shape {tuple(shape)}: "
+            "pass [image] for a video of one frame."
+        )
+    if hasattr(item, "ndim"):
+        if item.ndim != 4:
+            raise ValueError(
+                f"{where}: expected (frames, height, width, 3) or (frames, 3, height, width), got the shape "
+                f"{tuple(item.shape)}: pass several videos as a list."
+            )
+    elif not isinstance(item, (list, tuple)):
+        raise TypeError(f"{where}: expected the frames of a video (array, tensor, list), got {type(item).__name__}.")
+    if len(item) == 0:
+        raise ValueError(f"{where}: the video has 0 frames, expected at least one.")
+    return item
+
+
+def _size(frame: Any) -> tuple[int, ...]:
+    return (frame.height, frame.width) if isinstance(frame, Image.Image) else tuple(frame.shape)
+
+
+def run_on_frames(
+    processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
+) -> dict[str, torch.Tensor]:
+    """Process videos by an image processor, frame by frame.
+
+    Args:
+        processor: an image processor; its attributes `num_frames` and `fps`, where it has them, are the defaults.
+        name: the modality, for messages.
+        items: videos, see `ready_video`.
+        options: `num_frames`, `fps`, `source_fps`, and arguments of the processor's call.
+        encoder_config: of the encoder; `num_frames` in it is the number that it takes.
+        channels: how many the encoder takes.
+
+    Returns:
+        each tensor of the processor as ``(videos, most frames, ...)``, shorter videos filled up with zeros, and
+        `frame_mask` ``(videos, most frames)``, True where a frame is one.
+
+    Raises:
+        ValueError: what `ready_video` refuses, another number of frames than the encoder takes, a processor that packs
+            patches or makes frames of different sizes.
+    """
+    options = dict(options)
+    sampling = {key: options.pop(key, None) for key in SAMPLING}
+    if sampling["num_frames"] is None and sampling["fps"] is None:
+        sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
+    rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+    videos = []
+    for i, item in enumerate(items):
+        frames = ready_video(item, f"{name}, item {i}", channels, rescaled, sampling)
+        check_frame_count(len(frames), encoder_config, name, i)
+        videos.append(_processed(processor, name, frames, options))
+    return joined_videos(videos, name)
+
+
+def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
+    """Refuse another number of frames than the encoder of a configuration takes (ValueError with both numbers)."""
+    expected = None if getattr(config, "model_type", None) in ANY_NUMBER else getattr(config, "num_frames", None)
+    if isinstance(expected, int) and 0 < expected != count:
+        raise ValueError(
+            f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: pass {name}_kwargs="
+            f"{{'num_frames': {expected}}}, or set num_frames on its processor; repeat frames of shorter videos."
+        )
+
+
+def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """One video's tensors, ``(frames, ...)`` each."""
+    whole = "videos" in inspect.signature(processor.preprocess).parameters
+    output = processor([frames] if whole else frames, return_tensors="pt", **options)
+    if packed := [key for key in output if key.endswith(("grid_thw", "grid_hws"))]:
+        raise ValueError(
+            f"{name}: {type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video: "
+            "give the encoder's video processor (it needs torchvision: pip install torchvision)."
+        )
+    tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+    tensors = {key: value[0] if whole else value for key, value in tensors.items()}
+    if not tensors or any(len(value) != len(frames) for value in tensors.values()):
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        raise ValueError(f"{name}: {type(processor).__name__} gave {shapes} for {len(frames)} frames.")
+    return tensors
+
+
+def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str, torch.Tensor]:
+    """Tensors of single videos, ``(frames, ...)`` each, as `run_on_frames` returns them.
+
+    Raises:
+        ValueError: frames of different sizes.
+    """
+    counts = [len(next(iter(video.values()))) for video in videos]
+    most, found = max(counts), {}
+    for key in videos[0]:
+        rows = [video[key] for video in videos]
+        for i, row in enumerate(rows):
+            if row.shape[1:] != rows[0].shape[1:]:
+                raise ValueError(
+                    f"{name}: the frames of item {i} become {tuple(row.shape[1:])} and those of item 0 "
+                    f"{tuple(rows[0].shape[1:])}: videos of one call must come out of their processor in one size."
+                )
+        found[key] = torch.stack([torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in rows])
+    mask = torch.arange(most)[None] < torch.tensor(counts)[:, None]
+    return found | {FRAME_MASK: mask}
+
+
+def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[str], str | None]) -> dict[str, Any]:
+    """A video's tensors under the names that its encoder takes.
+
+    Args:
+        output: of the modality's processor.
+        name: the modality, for messages.
+        keyword: under which keyword the encoder takes an input of that name, None if it takes none.
+
+    Raises:
+        ValueError: videos of different numbers of frames, for an encoder that cannot be told which are padding.
+    """
+    found = dict(output)
+    for emitted, taken in (("pixel_values", "pixel_values_videos"), ("pixel_values_videos", "pixel_values")):
+        if emitted in found and keyword(emitted) is None and keyword(taken):
+            found[taken] = found.pop(emitted)
+            break
+    if FRAME_MASK in found and keyword(FRAME_MASK) is None:
+        counts = found.pop(FRAME_MASK).sum(-1).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"{name}: the videos have {counts} frames, but this encoder takes one number of frames in a call: pass "
+                f"{name}_kwargs={{'num_frames': ...}}."
+            )
+    return found
+
+
+def video_processor_missing(source: str | os.PathLike, error: Exception) -> ValueError:
+    """What to say where the only processor beside an encoder is a video processor that cannot be loaded."""
+    cause = " ".join(str(error).split())
+    return ValueError(
+        f"The video processor of {source} cannot be loaded ({cause:.200}). Video processors of transformers need torchvision "
+        "(pip install torchvision); or pass an image processor, which is run frame by frame: "
+        "{'model': ..., 'processor': image_processor}."
+    )

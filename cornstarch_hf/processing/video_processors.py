@@ -1,0 +1,202 @@
+"""Videos through transformers' video processors, which need torchvision.
+
+Frames are checked as `video` checks them for image processors, and sampled by the processor's own rule where that is asked
+for; what comes out is one row per video, or packed patches with their grids.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.video_utils import VideoMetadata
+
+from ..parts.known_encoders import grid_of
+from .video import SAMPLING, check_frame_count, joined_videos, opened_video, ready_frames, sampled_frames
+
+
+def is_video_processor(processor: Any) -> bool:
+    """Whether this is a video processor of transformers, whose base class cannot be imported without torchvision."""
+    return isinstance(processor, ImageProcessingMixin) and hasattr(processor, "get_video_processor_dict")
+
+
+def run_video_processor(
+    processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
+) -> dict[str, torch.Tensor]:
+    """Process videos by a video processor.
+
+    Args:
+        processor: a video processor of transformers.
+        name: the modality, for messages.
+        items: videos, see `video.ready_video`.
+        options: `num_frames`, `fps`, `source_fps`, `do_sample_frames`, `video_metadata` (one for each item) and further
+            arguments of the processor's call.
+        encoder_config: of the encoder; `num_frames` in it is the number that it takes.
+        channels: how many the encoder takes.
+
+    Returns:
+        as `video.run_on_frames`; of a processor that packs patches, those of all videos ``(patches, values)`` and their grids
+        ``(videos, 3)``.
+
+    Raises:
+        ValueError: what is no video, frames that cannot be sampled as was asked, an item that the processor fails on.
+        TypeError: an argument that the processor does not take.
+    """
+    options = dict(options)
+    asked = {key: options.pop(key, None) for key in (*SAMPLING, "do_sample_frames")}
+    stated = _stated_metadata(options.pop("video_metadata", None), len(items), name)
+    if unknown := sorted(
+        (set(options) - set(processor.valid_kwargs.__annotations__)) | {"return_metadata"} & set(options)
+    ):
+        raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
+    rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+    videos = []
+    for i, item in enumerate(items):
+        where = f"{name}, item {i}"
+        frames, rate = opened_video(item, where, asked["source_fps"])
+        metadata = _metadata(stated[i], len(frames), rate, where)
+        kept = _kept(processor, len(frames), where, asked, metadata, options)
+        ready = ready_frames(frames, kept, where, channels, rescaled)
+        check_frame_count(len(ready), encoder_config, name, i)
+        videos.append(_processed(processor, ready, where, metadata, options))
+    if grid_of(videos[0]) is not None:
+        return {key: torch.cat([video[key] for video in videos]) for key in videos[0]}
+    return joined_videos([_by_frame(video, processor, name) for video in videos], name)
+
+
+def _stated_metadata(given: Any, count: int, name: str) -> list[Any]:
+    """What a caller tells of each video (None where nothing), in order."""
+    if given is None:
+        return [None] * count
+    each = list(given) if isinstance(given, (list, tuple)) else [given]
+    each = [one for group in each for one in (group if isinstance(group, (list, tuple)) else [group])]
+    if len(each) != count or not all(isinstance(one, Mapping) for one in each):
+        raise ValueError(
+            f"{name}: expected video_metadata of {count} videos, a dict or VideoMetadata for each, got {given!r:.200}."
+        )
+    return each
+
+
+def _metadata(stated: Mapping[str, Any] | None, count: int, rate: float | None, where: str) -> VideoMetadata:
+    """Metadata of a video of `count` frames.
+
+    Raises:
+        ValueError: what is stated is of another video.
+    """
+    values = {"total_num_frames": count, **{k: v for k, v in dict(stated or {}).items() if v is not None}}
+    numbers = values.get("frames_indices")
+    if len(numbers) != count if numbers is not None else values["total_num_frames"] != count:
+        told = values["total_num_frames"] if numbers is None else len(numbers)
+        raise ValueError(
+            f"{where}: its video_metadata tells of {told} frames, but {count} were given: say which of them these are "
+            "(frames_indices), or leave it out."
+        )
+    if rate is not None and values.setdefault("fps", rate) != rate:
+        raise ValueError(f"{where}: its video_metadata says {values['fps']} frames per second, the call says {rate}.")
+    if values.get("fps"):
+        values.setdefault("duration", values["total_num_frames"] / values["fps"])
+    try:
+        return VideoMetadata(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: its video_metadata has unknown entries ({error}).") from error
+
+
+def _kept(
+    processor: Any,
+    count: int,
+    where: str,
+    asked: Mapping[str, Any],
+    metadata: VideoMetadata,
+    options: Mapping[str, Any],
+) -> list[int]:
+    """Numbers of the frames that are kept: all, unless the call or the processor's `do_sample_frames` asks for sampling.
+
+    Raises:
+        ValueError: contradictions, frames of which it is not known when they were, more frames than there are.
+    """
+    number, fps, sampling = (asked[key] for key in ("num_frames", "fps", "do_sample_frames"))
+    explicit = number is not None or fps is not None
+    if sampling is False and explicit:
+        raise ValueError(
+            f"{where}: num_frames={number!r}, fps={fps!r} ask for samples and do_sample_frames=False for none."
+        )
+    if not (explicit or (getattr(processor, "do_sample_frames", False) if sampling is None else sampling)):
+        return list(range(count))
+    if metadata.frames_indices is not None:
+        raise ValueError(
+            f"{where}: its video_metadata says that its frames are samples already (frames_indices): pass "
+            "do_sample_frames=False, or leave that out."
+        )
+    chosen = copy.copy(processor)  # whose attributes stand in for what is not given
+    if explicit:
+        sampled_frames(count, where, number, fps, metadata.fps)
+        chosen.num_frames, chosen.fps = number, fps
+    indices = _by_own_rule(chosen, metadata, where, options)
+    if number is not None and len(indices) != number:
+        raise ValueError(
+            f"{where}: num_frames={number} was asked for, but {type(processor).__name__} samples {len(indices)}: ask for as "
+            "many, or sample yourself."
+        )
+    metadata.frames_indices = indices
+    return indices
+
+
+def _by_own_rule(processor: Any, metadata: VideoMetadata, where: str, options: Mapping[str, Any]) -> list[int]:
+    """Which frames a processor samples; what it would only assume (24 frames per second) is refused."""
+    remedy = "tell the video's rate (source_fps=, {'video': frames, 'fps': rate}), or pass do_sample_frames=False."
+    if metadata.fps is None and processor.num_frames is None and processor.fps is not None:
+        raise ValueError(f"{where}: {type(processor).__name__} samples {processor.fps} frames per second: {remedy}")
+    settings = {key: getattr(processor, key, None) for key in processor.valid_kwargs.__annotations__} | dict(options)
+    told, count = copy.copy(metadata), metadata.total_num_frames
+    settings = {key: value for key, value in settings.items() if key not in ("video_metadata", "metadata")}
+    try:
+        indices = [int(i) for i in processor.sample_frames(metadata=told, **settings)]
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error!s:.300}"
+        raise ValueError(f"{where}: {type(processor).__name__} cannot sample its {count} frames ({cause}).") from error
+    if told.fps != metadata.fps:
+        raise ValueError(
+            f"{where}: {type(processor).__name__} takes {told.fps} frames per second for granted: {remedy}"
+        )
+    if not indices or not all(0 <= i < count for i in indices):
+        raise ValueError(f"{where}: {type(processor).__name__} samples the frames {indices} of {count}.")
+    return indices
+
+
+def _processed(
+    processor: Any, frames: list[Any], where: str, metadata: VideoMetadata, options: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The tensors of one video."""
+    options = dict(options)
+    if all(isinstance(frame, Image.Image) for frame in frames):
+        video: Any = np.stack([np.asarray(frame) for frame in frames])  # (frames, height, width[, channels])
+        if video.ndim == 3:
+            video = video[..., None]
+            options.setdefault("do_convert_rgb", False)
+        options["input_data_format"] = "channels_last"
+    else:
+        video = torch.stack([torch.as_tensor(frame) for frame in frames])
+    told = {"do_sample_frames": False, "video_metadata": [metadata]}
+    try:
+        output = processor(videos=[video], return_tensors="pt", **told, **options)
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error!s:.300}"
+        raise ValueError(
+            f"{where}: {type(processor).__name__} cannot process its {len(frames)} frames of {tuple(video.shape[1:])} "
+            f"({cause})."
+        ) from error
+    return {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def _by_frame(video: dict[str, torch.Tensor], processor: Any, name: str) -> dict[str, torch.Tensor]:
+    """One video's tensors, ``(frames, ...)`` each."""
+    shapes = {key: tuple(value.shape) for key, value in video.items()}
+    if len({shape[:2] for shape in shapes.values()}) != 1 or any(len(s) < 2 or s[0] != 1 for s in shapes.values()):
+        raise ValueError(
+            f"{name}: {type(processor).__name__} gave {shapes} for one video, expected (1, frames, ...): process the videos "
+            "yourself and pass the tensors in encoder_inputs=."
+        )
+    return {key: value[0] for key, value in video.items()}

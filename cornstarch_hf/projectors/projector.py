@@ -1,0 +1,399 @@
+"""Projectors: from an encoder's features to the language model's embedding width.
+
+Types are looked up in a registry, to which users add their own; a module made elsewhere is wrapped as it is.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2CLS, ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..checkpoints.code_bundle import export_code
+from ..checkpoints.files import checked_files, guarded
+from ..checkpoints.saving import saving
+from ..checkpoints.storage import pusher, split_options
+from ..checkpoints.trusted_code import with_shared_code
+from ..configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
+from ..parts.classes import SharedCode
+from ..parts.registries import PROJECTORS, register_projector
+from ..parts.stored_modules import (
+    NotStorable,
+    build_by_name,
+    build_torch,
+    constructor_arguments,
+    mark_initialized,
+    same_structure,
+    torch_spec,
+)
+from ..parts.weightless import build_without_weights, initialize_weights
+from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items, per_item
+from .resampler import QUERY_STD, ResamplerProjection
+from .windows import AvgPoolProjection, ConvProjection
+
+TORCH_PROJECTION = "torch"
+
+
+def linear_projection(in_features: int, out_features: int) -> nn.Module:
+    """One linear layer, as in LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485)."""
+    return nn.Linear(in_features, out_features)
+
+
+def mlp_projection(in_features: int, out_features: int, activation: str) -> nn.Module:
+    """Two linear layers with an activation between, as in LLaVA-1.5 (https://arxiv.org/abs/2310.03744)."""
+    return nn.Sequential(
+        nn.Linear(in_features, out_features), copy.deepcopy(ACT2FN[activation]), nn.Linear(out_features, out_features)
+    )
+
+
+register_projector("linear", linear_projection)
+register_projector("mlp", mlp_projection)
+register_projector("pixel_shuffle", PixelShuffleProjection)
+register_projector("frame_stack", FrameStackProjection)
+register_projector("avg_pool", AvgPoolProjection)
+register_projector("conv", ConvProjection)
+register_projector("resampler", ResamplerProjection)
+register_projector(TORCH_PROJECTION, lambda module: build_torch(module))
+
+# Modules that treat the last axis only, so that features of any number and any padding go through them at once.
+_ACTIVATIONS = ("transformers.activations", nn.GELU.__module__)
+_FEATUREWISE = (nn.Linear, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Sequential, nn.ModuleList)
+
+
+def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
+    """The module that a configuration with both sizes describes.
+
+    Raises:
+        ValueError: a size is missing, or the type cannot be built from a configuration.
+    """
+    if config.projection_type == CUSTOM_PROJECTION:
+        raise ValueError(
+            "This projector holds a module of an unregistered class, so it cannot be built from its configuration: "
+            "register the class with register_projector(name, cls)."
+        )
+    missing = [key for key in ("in_features", "out_features") if getattr(config, key) is None]
+    if missing and config.projection_type != TORCH_PROJECTION:
+        raise ValueError(f"The {config.projection_type!r} projector lacks {missing}: set them in its configuration.")
+    fields = {key: getattr(config, key) for key in ("in_features", "out_features", "activation", "projection_kwargs")}
+    return build_by_name(PROJECTORS[config.projection_type], {**fields, **config.projection_kwargs, "config": config})
+
+
+def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig) -> tuple[str, dict]:
+    """The `projection_type` and `projection_kwargs` under which a wrapped module can be stored.
+
+    ``("custom", {})`` means that it cannot: its class is not registered, or an argument is not found on it.
+    """
+    name = PROJECTORS.name_of(type(projection))
+    try:
+        if name is not None:  # first: the module tells what it is, which a configuration may not know in full
+            untold = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
+            return name, (untold if name == config.projection_type else {}) | constructor_arguments(projection)
+    except NotStorable:
+        pass
+    if config.projection_type != CUSTOM_PROJECTION and _is_what_config_says(projection, config):
+        return config.projection_type, config.projection_kwargs
+    try:
+        return (CUSTOM_PROJECTION, {}) if name else (TORCH_PROJECTION, {"module": torch_spec(projection)})
+    except NotStorable:
+        return CUSTOM_PROJECTION, {}
+
+
+def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfig) -> bool:
+    if PROJECTORS.name_of(type(projection)) not in (None, config.projection_type):
+        return False
+    try:
+        return same_structure(build_without_weights(lambda: build_projection(config)), projection)
+    except (TypeError, ValueError):  # sizes that are still missing, or a constructor that wants more: not the same
+        return False
+
+
+def acts_on_single_features(projection: nn.Module) -> bool:
+    """Whether a module is known to treat the last axis alone, so that it never mixes or removes features."""
+
+    def single(module: nn.Module) -> bool:
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return len(module.normalized_shape) == 1
+        elementwise = type(module).__module__ in _ACTIVATIONS and not any(True for _ in module.parameters())
+        across = hasattr(module, "dim") or isinstance(module, nn.Softmax2d)  # softmax and gates along some other axis
+        return type(module) in _FEATUREWISE or (elementwise and not across)
+
+    return all(single(module) for module in projection.modules())
+
+
+def projection_sizes(projection: nn.Module) -> tuple[int | None, int | None]:
+    """Input and output width of a module that tells them, or whose first and last layers are linear; else None."""
+    layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
+    if not layers:
+        return None, None
+    first, last = getattr(layers[0], "in_features", None), getattr(layers[-1], "out_features", None)
+    return first if isinstance(first, int) else None, last if isinstance(last, int) else None
+
+
+def reason_not_storable(projection: nn.Module) -> str:
+    """Why a module that is not of a registered type cannot be written into a checkpoint."""
+    try:
+        if PROJECTORS.name_of(type(projection)):
+            constructor_arguments(projection)
+        else:
+            torch_spec(projection)
+    except NotStorable as error:
+        return str(error)
+    return "it is not what its configuration describes"
+
+
+@dataclass
+class ProjectorOutput(BaseModelOutput):
+    """What a projector gives.
+
+    Attributes:
+        last_hidden_state: projected features, ``(items, fewer, out_features)``, or ``(sum, out_features)`` with
+            `feature_lens` where the items have different numbers of them.
+        feature_lens: ``(items,)`` features of each item.
+    """
+
+    feature_lens: Tensor | None = None
+
+
+class MultimodalProjector(SharedCode, PreTrainedModel):
+    """Maps features ``(..., in_features)`` to ``(..., out_features)``; some types leave fewer of each item.
+
+    Args:
+        config: copied; a size that it lacks is filled in when a model is composed.
+        projection: a module to wrap as it is, weights untouched.  None builds what the configuration describes, or
+            leaves that to the composition while a size is missing.
+
+    Raises:
+        TypeError: `projection` is no module.
+        ValueError: unknown projection type or activation.
+    """
+
+    config: MultimodalProjectorConfig
+    projection: Any
+    gradient_checkpointing: Any
+    config_class = MultimodalProjectorConfig
+    base_model_prefix = ""
+    main_input_name = "inputs_embeds"
+    supports_gradient_checkpointing = True
+    # Attention inside it (the resampler's) is torch's own, so it runs under any implementation that is asked of the whole.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    initialize_weights = initialize_weights
+
+    def __init__(self, config: MultimodalProjectorConfig, projection: nn.Module | None = None):
+        super().__init__(copy.deepcopy(config) if projection is not None else config)
+        self.gradient_checkpointing = False
+        self.projection = None
+        if projection is not None:
+            if not isinstance(projection, nn.Module):
+                raise TypeError(f"projection must be a torch.nn.Module, got {type(projection).__name__}.")
+            self._wrap(projection)
+        elif self.has_sizes:
+            self.projection = build_projection(self.config)
+        self.post_init()
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the configuration is complete enough to build the projection."""
+        sized = self.config.in_features is not None and self.config.out_features is not None
+        return sized or self.config.projection_type == TORCH_PROJECTION
+
+    def _wrap(self, projection: nn.Module) -> None:
+        mark_initialized(projection)
+        self.projection = projection
+        if isinstance(activation := getattr(projection, "activation", None), str) and activation in ACT2CLS:
+            self.config.activation = activation
+        sizes = projection_sizes(projection)
+        for key, size in zip(("in_features", "out_features"), sizes, strict=True):
+            if getattr(self.config, key) is None:
+                setattr(self.config, key, size)
+        self.config.projection_type, self.config.projection_kwargs = describe_projection(projection, self.config)
+
+    def complete(self, in_features: int | None, out_features: int, dims: int | None = None) -> None:
+        """Fill in what the configuration lacks and build the projection if there is none yet (in place).
+
+        Args:
+            in_features, out_features: widths.
+            dims: axes along which items of that kind are reduced, for the built-in types that take `dims`.
+        """
+        target = PROJECTORS.get(self.config.projection_type)
+        reduction = isinstance(target, type) and issubclass(target, Reduction)
+        if self.projection is None and dims is not None and reduction and "dims" in target.DEFAULTS:
+            self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs
+        if self.config.in_features is None:
+            self.config.in_features = in_features
+        if self.config.out_features is None:
+            self.config.out_features = out_features
+        if self.projection is None:
+            self.projection = build_projection(self.config)
+            self.post_init()
+
+    @property
+    def reduces(self) -> bool:
+        """Whether features of an item may be mixed or removed, so that each item must be projected alone."""
+        return self.config.projection_type not in ("linear", "mlp") and not acts_on_single_features(self.projection)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the projection must be told the height and width in which an item's features lie."""
+        return bool(getattr(self.projection, "needs_grid", False))
+
+    def feature_count(self, length: int, grid: Grid | None = None) -> int | None:
+        """Features left of an item; None where only a run tells, for a projection without a `feature_count` of its own.
+
+        Args:
+            length: the item's features before.
+            grid: ``(height, width)`` or ``(frames, height, width)``, row by row.
+
+        Raises:
+            ValueError: the reduction does not fit the item.
+        """
+        if not self.reduces:
+            return length
+        count = getattr(self.projection, "feature_count", None)
+        return None if count is None else count(length, grid)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        return_dict: bool | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        grids: Sequence[Grid] | None = None,
+    ) -> ProjectorOutput | tuple:
+        """Project.
+
+        Args:
+            inputs_embeds: ``(..., in_features)``; where the type reduces, ``(items, length, in_features)``, one item
+                ``(length, in_features)``, maps ``(items, height, width, in_features)``, or with `lengths` packed items
+                ``(sum of lengths, in_features)``.
+            return_dict: a `ProjectorOutput` (default by the configuration), or a tuple.
+            lengths: features of each item, where it differs from the tensor's shape; the rest is padding.
+            grids: ``(height, width)`` or ``(frames, height, width)`` in which each item's features lie; squares when None.
+
+        Returns:
+            `last_hidden_state` of ``(..., out_features)``; with `lengths`, or where the items end up different,
+            ``(sum, out_features)`` and `feature_lens`.
+
+        Raises:
+            ValueError: no projection has been built, the width differs from `in_features`, or the reduction does not fit
+                an item.
+        """
+        if self.projection is None:
+            raise ValueError("This projector has no projection yet: give its configuration both sizes, or compose it.")
+        width = self.config.in_features
+        if width is not None and inputs_embeds.shape[-1] != width:
+            raise ValueError(f"The projector expects features of width {width}, got {inputs_embeds.shape[-1]}.")
+        if self.reduces:
+            output = self._reduce(inputs_embeds, lengths, grids)
+        else:
+            output = ProjectorOutput(last_hidden_state=self._run(inputs_embeds))
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _run(self, *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            # Reentrant checkpointing drops the gradients of a function whose inputs need none (a frozen encoder's).
+            features = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+            return self._gradient_checkpointing_func(self.projection, features, *inputs[1:])
+        return self.projection(*inputs)
+
+    def _reduce(self, features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None) -> ProjectorOutput:
+        """Reduce and project each item alone, those of one length and grid together."""
+        maps = features.ndim == 4 and (self.needs_grid or hasattr(self.projection, "feature_count"))
+        # Without items: a class that is not known to reduce takes any leading axes.
+        if features.ndim not in (2, 3) and not maps:
+            return ProjectorOutput(last_hidden_state=self._run(features))
+        if maps:
+            grids = [tuple(features.shape[1:3])] * len(features) if grids is None else grids
+            features = features.flatten(1, 2)
+        if features.ndim == 2 and lengths is None:
+            return ProjectorOutput(last_hidden_state=self._reduce(features[None], None, grids)[0][0])
+        groups = groups_of_items(features, lengths, grids)
+        if len(groups) == 1 and lengths is None:
+            (_, grid), *_ = groups
+            return ProjectorOutput(last_hidden_state=self._reduce_group(features, grid))
+        split = per_item(features, lengths, "the projector")
+        done: dict[int, Tensor] = {}
+        for (_, grid), positions in groups.items():
+            reduced = self._reduce_group(torch.stack([split[i] for i in positions]), grid)
+            done |= dict(zip(positions, reduced, strict=True))
+        items = [done[i] for i in range(len(split))]
+        if lengths is None and len({len(item) for item in items}) == 1:
+            return ProjectorOutput(last_hidden_state=torch.stack(items))
+        packed = torch.cat(items) if items else features.new_zeros(0, self.config.out_features)
+        return ProjectorOutput(last_hidden_state=packed, feature_lens=torch.tensor([len(item) for item in items]))
+
+    def _reduce_group(self, features: Tensor, grid: Grid | None) -> Tensor:
+        """``(items, length, in_features)`` to ``(items, fewer, out_features)``."""
+        reduced = self._run(features, grid) if self.needs_grid else self._run(features)
+        expected = self.feature_count(features.shape[1], grid)
+        wrong = reduced.ndim != 3 or len(reduced) != len(features)
+        if wrong or (expected is not None and reduced.shape[1] != expected):
+            wanted = "fewer" if expected is None else expected
+            raise ValueError(
+                f"The projection {type(self.projection).__name__} must map features of shape {tuple(features.shape)} to "
+                f"({len(features)}, {wanted}, {self.config.out_features}), it gave {tuple(reduced.shape)}."
+            )
+        return reduced
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ResamplerProjection):
+            init.normal_(module.queries, std=QUERY_STD)
+
+    def check_storable(self, where: str) -> None:
+        """ValueError, with the place, the reason and the remedy, when the projection cannot be stored."""
+        config = self.config
+        if self.projection is not None and config.projection_type == CUSTOM_PROJECTION:
+            config.projection_type, config.projection_kwargs = describe_projection(self.projection, config)
+        if config.projection_type == CUSTOM_PROJECTION:
+            raise ValueError(
+                f"{where} cannot be saved: {reason_not_storable(self.projection)}. Register the class with "
+                "register_projector(name, cls), and keep each constructor argument in an attribute of the same name."
+            )
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        *args,
+        push_to_hub=False,
+        include_code=None,
+        variant=None,
+        **kwargs,
+    ):
+        """As in transformers, crash-safe, with `include_code` as of composed models; ValueError for what cannot be stored."""
+        self.check_storable("the projector")
+        options, hub = split_options({"variant": variant, **kwargs})
+        if not is_main_process:
+            return super().save_pretrained(save_directory, is_main_process, *args, **options)
+        with saving(save_directory, variant) as staged:
+            super().save_pretrained(staged.folder, is_main_process, *args, **options)
+            staged.surplus |= export_code(staged.folder, "projector", self, save_directory, include_code=include_code)
+        if push_to_hub:
+            pusher("push_saved")(self, save_directory, {**options, **hub, "include_code": include_code})
+
+    def push_to_hub(self, repo_id: str, **options: Any):
+        """Push this projector alone, in one commit; takes what `cornstarch_hf.push_to_hub` takes, and raises the same."""
+        return pusher("push")(self, None, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, verify: bool = False, **kwargs):
+        """As in transformers; reads projectors of the original Cornstarch too, whose first form named its layers
+        `in_proj` and `out_proj`.  Sizes of files are checked, with `verify` their hashes."""
+        kwargs.setdefault("key_mapping", {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."})
+        source = pretrained_model_name_or_path
+        kwargs = with_shared_code(source, kwargs)
+        if source is None:
+            return super().from_pretrained(source, *args, **kwargs)
+        checked = checked_files(source, kwargs, verify)
+        with guarded(checked):
+            return super().from_pretrained(checked.files.source, *args, **checked.options)

@@ -1,0 +1,361 @@
+"""Token reduction: modules that make fewer features of an item's, and project them.  Blocks and frames are joined here.
+
+Beside each reduction's arithmetic stands how many features it leaves.  Pooling, convolutions and the resampler build on
+this module; `projector` registers them all.
+"""
+
+import math
+from collections.abc import Sequence
+from inspect import Parameter, Signature
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head, is_count
+
+Grid = Sequence[int]
+
+
+# ---- pure functions
+
+
+def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int, ...]]:
+    """How the features of one item lie.
+
+    Args:
+        length: features of the item.
+        grid: ``(height, width)`` or ``(frames, height, width)``; None takes a square, where `dims` is 2 or 3.
+        dims: axes that are reduced: 1 for a sequence, 2 for each frame alone, 3 for frames too.
+
+    Returns:
+        how many parts are reduced alone, and the `dims` sizes of one.
+
+    Raises:
+        ValueError: no square, or a grid of another number of features.
+    """
+    if dims == 1:
+        return 1, (length,)
+    if grid is None:
+        side = math.isqrt(length)
+        if side * side != length or not length:
+            raise ValueError(
+                f"{length} features are no square (the next smaller one is {side} x {side} = {side * side}): remove class "
+                f"and register tokens by drop_prefix={length - side * side}, or say the grid."
+            )
+        grid = (side, side)
+    frames, height, width = (1, *grid) if len(grid) == 2 else grid
+    if frames * height * width != length or not length:
+        raise ValueError(
+            f"A grid of {' x '.join(map(str, grid))} = {frames * height * width} does not hold {length} features."
+        )
+    return (frames, (height, width)) if dims == 2 else (1, (frames, height, width))
+
+
+def to_axes(features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
+    """``(items, parts * axes, width)`` to ``(items * parts, width, *axes)``."""
+    return features.reshape(len(features) * parts, *axes, features.shape[-1]).movedim(-1, 1)
+
+
+def from_axes(maps: Tensor, parts: int) -> Tensor:
+    """``(items * parts, width, *axes)`` to ``(items, parts * axes, width)``."""
+    return maps.flatten(2).transpose(1, 2).reshape(len(maps) // parts, -1, maps.shape[1])
+
+
+def pad_end(features: Tensor, axes: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """Append zeros to ``(items, *axes, width)`` until the axes have the wanted sizes."""
+    missing = [(0, want - have) for have, want in zip(axes, wanted, strict=True)]
+    return (
+        F.pad(features, [0, 0, *(n for pair in reversed(missing) for n in pair)])
+        if any(map(any, missing))
+        else features
+    )
+
+
+def blocks_to_channels(features: Tensor, axes: Sequence[int], factor: int, channel_order: str) -> Tensor:
+    """Join each ``factor x factor`` block of a map into one feature (space to depth).
+
+    Args:
+        features: ``(items, rows * columns, width)``.
+        axes: rows and columns, multiples of `factor`.
+        factor: side of a block.
+        channel_order: ``"block"``: the block's features one after the other, row by row; ``"channel"``: for each
+            channel its values in the block.
+
+    Returns:
+        ``(items, rows * columns / factor**2, width * factor**2)``.
+    """
+    rows, columns = (size // factor for size in axes)
+    blocks = features.reshape(len(features), rows, factor, columns, factor, features.shape[-1])
+    blocks = blocks.permute(0, 1, 3, 2, 4, 5) if channel_order == "block" else blocks.permute(0, 1, 3, 5, 2, 4)
+    return blocks.reshape(len(features), rows * columns, -1)
+
+
+def divided(size: int, by: int, remainder: str, what: str) -> int:
+    """How many windows of `by` there are along an axis of `size`.
+
+    Raises:
+        ValueError: `remainder` is ``"error"`` and one is left, or ``"drop"`` and nothing is left.
+    """
+    if remainder == "error" and size % by:
+        raise ValueError(
+            f"{what}={by} does not divide {size} features along an axis ({size % by} would be left): give items of other "
+            "sizes, or choose what happens to the rest by remainder=."
+        )
+    count = size // by if remainder == "drop" else -(-size // by)
+    if not count and size:
+        raise ValueError(f"{what}={by} leaves nothing of {size} features along an axis: choose a smaller one.")
+    return count
+
+
+def groups_of_items(
+    features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None
+) -> dict[tuple[int, Grid | None], list[int]]:
+    """Positions of the items of each length and grid, in order; ValueError for another number of grids."""
+    sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
+    if grids is not None and len(grids) != len(sizes):
+        raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
+    groups: dict[tuple[int, Grid | None], list[int]] = {}
+    for position, length in enumerate(sizes):
+        groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
+    return groups
+
+
+def per_axis(value: Any, dims: int, name: str) -> list[int]:
+    """One positive integer per axis, from one for all or a list; ValueError for anything else."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * dims
+    if len(values) != dims or not all(is_count(v) for v in values):
+        raise ValueError(
+            f"{name} must be a positive integer or a list of {dims} (one per axis, dims={dims}), got {value!r}."
+        )
+    return values
+
+
+# ---- modules
+
+
+class Reduction(nn.Module):
+    """What a token-reducing projection has in common: options by name, a count, and a head.
+
+    Its options are keywords with the defaults of `DEFAULTS`; each is kept in an attribute of its name.
+
+    Args:
+        in_features: width of the features before.
+        out_features: width after.
+        activation: a key of `transformers.activations.ACT2CLS`.
+        **options: see the class.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: a value that makes no sense.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {}
+    REMAINDERS: ClassVar[tuple[str, ...]] = ()
+    in_features: int
+    out_features: int
+    activation: str
+    dims: int = 1
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        sizes = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("in_features", "out_features")]
+        activation = Parameter("activation", Parameter.POSITIONAL_OR_KEYWORD, default="gelu")
+        options = [Parameter(key, Parameter.KEYWORD_ONLY, default=value) for key, value in cls.DEFAULTS.items()]
+        cls.__signature__ = Signature([*sizes, activation, *options])  # type: ignore[attr-defined]
+
+    def __init__(self, in_features: int, out_features: int, activation: str = "gelu", **options: Any):
+        super().__init__()
+        self.check_options(**options)
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+        for key, value in (self.DEFAULTS | options).items():
+            setattr(self, key, value)
+        self._build()
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Check options, whether given for a module or in a configuration (TypeError, ValueError)."""
+        if unknown := sorted(set(options) - set(cls.DEFAULTS)):
+            raise TypeError(f"{cls.__name__} has no options {unknown}, expected some of {sorted(cls.DEFAULTS)}.")
+        chosen = cls.DEFAULTS | options
+        check_head(chosen)
+        if "remainder" in chosen:
+            check_choice(chosen["remainder"], cls.REMAINDERS, "remainder")
+        if "dims" in chosen:
+            check_choice(chosen["dims"], (1, 2, 3), "dims")
+        cls._check(chosen)
+
+    @classmethod
+    def _check(cls, chosen: dict[str, Any]) -> None:
+        """Check what only this class has."""
+
+    def _build(self) -> None:
+        self.head = self._head(self.reduced_width, self.out_features)
+
+    def _head(self, in_features: int, out_features: int) -> ProjectionHead:
+        chosen = {key: getattr(self, key) for key in HEAD_DEFAULTS if key in self.DEFAULTS}
+        return ProjectionHead(in_features, out_features, self.activation, **chosen)
+
+    @property
+    def reduced_width(self) -> int:
+        """Width between reduction and head."""
+        return self.in_features
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it must be told how an item's features lie in the plane."""
+        return self.dims > 1
+
+    def reduced_axes(self, axes: Sequence[int]) -> list[int]:
+        """Sizes of the axes after the reduction; ValueError where it does not fit them."""
+        raise ValueError(f"{type(self).__name__} does not say what it makes of {list(axes)}.")
+
+    def feature_count(self, length: int, grid: Grid | None = None) -> int:
+        """How many features are left of an item.
+
+        Args:
+            length: its features before.
+            grid: ``(height, width)`` or ``(frames, height, width)`` in which they lie.
+
+        Raises:
+            ValueError: what `forward` would raise for such an item.
+        """
+        parts, axes = item_axes(length, grid, self.dims)
+        return parts * math.prod(self.reduced_axes(axes))
+
+    def forward(self, features: Tensor, grid: Grid | None = None) -> Tensor:
+        """Reduce and project items of one length and one grid.
+
+        Args:
+            features: ``(items, length, in_features)``.
+            grid: ``(height, width)`` or ``(frames, height, width)``, row by row; None takes a square where one is needed.
+
+        Returns:
+            ``(items, feature_count(length, grid), out_features)``.
+        """
+        parts, axes = item_axes(features.shape[1], grid, self.dims)
+        return self.head(self.reduce(features, parts, axes))
+
+    def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
+        """``(items, parts * axes, in_features)`` to ``(items, fewer, reduced_width)``."""
+        return features
+
+    def extra_repr(self) -> str:
+        """Every argument: two modules of equal text and equal weights compute the same."""
+        shown = {key: getattr(self, key) for key in ("in_features", "out_features", "activation", *self.DEFAULTS)}
+        return ", ".join(f"{key}={value!r}" for key, value in shown.items())
+
+
+class PixelShuffleProjection(Reduction):
+    """Joins each square block of an image's features into one, then projects it.
+
+    As in InternVL (https://arxiv.org/abs/2404.16821; its ``downsample_ratio=0.5`` is ``scale_factor=2``) and Idefics3
+    (https://arxiv.org/abs/2408.12637; ``num_layers=1, norm="none", bias=False``), whose channel order is the same.
+
+    Args:
+        scale_factor: side of a block; `scale_factor` squared times fewer features.
+        channel_order: ``"block"`` as in those, Llama 4, Aya Vision and LFM2-VL; ``"channel"`` as `torch.nn.Unfold` and
+            `torch.nn.PixelUnshuffle` order them, e.g. in Mistral 3's patch merger.
+        remainder: where the grid does not divide: ``"error"``, or ``"pad"`` with zeros at the right and the bottom.
+        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "scale_factor": 2, "channel_order": "block", "remainder": "error",
+        **HEAD_DEFAULTS, "norm": "layer_norm",
+    }  # fmt: skip
+    REMAINDERS = ("error", "pad")
+    dims = 2
+    scale_factor: int
+    channel_order: str
+    remainder: str
+
+    @classmethod
+    def _check(cls, chosen: dict[str, Any]) -> None:
+        if not is_count(chosen["scale_factor"]):
+            raise ValueError(
+                f"scale_factor must be an integer >= 1, got {chosen['scale_factor']!r}: a downsample_ratio of 0.5 is "
+                "scale_factor=2."
+            )
+        check_choice(chosen["channel_order"], ("block", "channel"), "channel_order")
+
+    @property
+    def reduced_width(self) -> int:
+        return self.in_features * self.scale_factor**2
+
+    def reduced_axes(self, axes: Sequence[int]) -> list[int]:
+        return [divided(size, self.scale_factor, self.remainder, "scale_factor") for size in axes]
+
+    def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
+        padded = [n * self.scale_factor for n in self.reduced_axes(axes)]
+        maps = pad_end(
+            features.reshape(-1, *axes, self.in_features), axes, padded
+        )  # (items * parts, rows, columns, in)
+        joined = blocks_to_channels(maps.flatten(1, 2), padded, self.scale_factor, self.channel_order)
+        return joined.reshape(len(features), -1, self.reduced_width)
+
+
+class FrameStackProjection(Reduction):
+    """Joins consecutive features of a sequence into one, then projects it.
+
+    As in SLAM-ASR (https://arxiv.org/abs/2402.08846), Voxtral (https://arxiv.org/abs/2507.13264; ``remainder="error"``)
+    and Ultravox (https://github.com/fixie-ai/ultravox; ``stack_factor=8, gated=True, activation="silu",
+    norm="rms_norm"`` and ``norm_mid`` or ``norm_post="rms_norm"``).
+
+    Args:
+        stack_factor: how many are joined.
+        remainder: where the length does not divide: ``"pad"`` with zeros, as in Ultravox; ``"error"``; ``"drop"`` the
+            rest, as in SLAM-ASR.
+        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {"stack_factor": 4, "remainder": "pad", **HEAD_DEFAULTS, "bias": False}
+    REMAINDERS = ("pad", "error", "drop")
+    stack_factor: int
+    remainder: str
+
+    @classmethod
+    def _check(cls, chosen: dict[str, Any]) -> None:
+        if not is_count(chosen["stack_factor"]):
+            raise ValueError(f"stack_factor must be an integer >= 1, got {chosen['stack_factor']!r}.")
+
+    @property
+    def reduced_width(self) -> int:
+        return self.in_features * self.stack_factor
+
+    def reduced_axes(self, axes: Sequence[int]) -> list[int]:
+        return [divided(axes[0], self.stack_factor, self.remainder, "stack_factor")]
+
+    def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
+        (count,) = self.reduced_axes(axes)
+        whole = count * self.stack_factor
+        kept = features[:, :whole]  # shorter by what "drop" drops
+        return pad_end(kept, kept.shape[1:2], [whole]).reshape(len(features), count, self.reduced_width)
+
+
+def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
+    """One ``(n_i, width)`` tensor per item.
+
+    Args:
+        features: a list of tensors, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `lengths`.
+        lengths: features of each item; of a 3-D tensor the first ones are kept.
+        name: the modality, for messages.
+
+    Raises:
+        ValueError: packed features without lengths, or lengths that do not fit.
+    """
+    if not isinstance(features, Tensor):
+        return [x.flatten(0, -2) for x in features]
+    if features.ndim == 3:
+        if lengths is None:
+            return list(features)
+        if len(lengths) != len(features) or max(lengths, default=0) > features.shape[1]:
+            raise ValueError(f"{name}: lengths {list(lengths)} do not fit features of shape {tuple(features.shape)}.")
+        return [item[:n] for item, n in zip(features, lengths, strict=True)]
+    if features.ndim != 2 or lengths is None or sum(lengths) != len(features):
+        raise ValueError(
+            f"{name}: features of shape {tuple(features.shape)} cannot be split into items by lengths "
+            f"{None if lengths is None else list(lengths)}: return a list with one tensor per item, or set "
+            "output['feature_lens']."
+        )
+    return list(features.split([int(n) for n in lengths]))

@@ -1,0 +1,307 @@
+"""Rows of conversations with media to padded batches with labels, for `transformers.Trainer`.
+
+`assistant_turns` finds what the assistant wrote, `truncation` cuts rows that are too long, `media` decodes the items.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import torch
+
+from ..processing.media import LIST_DEPTHS, flatten
+from ..processing_multimodal import PLURALS, MultimodalProcessor
+from .truncation import inputs_within, place_items, whole_items_within
+
+IGNORED = -100
+TRUNCATIONS = ("raise", "right", "left")
+Spans = list[tuple[int, int]]
+
+
+class MultimodalCollator:
+    """Rows of text or messages with media, to a padded batch with labels.
+
+    A row has one of
+
+    - ``messages``: labels on what the assistant wrote, which is what the template writes behind the generation prompt
+      (or inside of its generation marks), tool calls and the marker that ends the turn included;
+    - ``prompt`` and ``completion`` as lists of messages: the same, in the completion alone;
+    - ``prompt`` and ``completion`` as strings: labels on the completion as it is written, so end it with the tokenizer's
+      ``eos_token`` where the model shall learn to stop;
+    - ``text``: labels on all of it.
+
+    Conversations may have ``tools`` (a list, or JSON) and ``chat_template_kwargs``.  Media stand inside the parts of
+    messages, or in columns under modality names, kinds, or ``images``, ``videos``, ``audio``, from which parts without an
+    item, like ``{"type": "image"}``, are filled in order.  In strings of messages a placeholder is text; in ``text``,
+    ``prompt`` and ``completion`` it is a placeholder.  Rows may have different modalities, or none.  None counts as
+    missing everywhere, as tables fill it in.
+
+    Args:
+        processor: of the composed model.
+        padding_side: where rows are padded, ``"right"`` or ``"left"``; right suits training. On the left a row's first token
+            has no label: no token stands before it that could predict it.
+        max_length: longest row in tokens, features included.
+        sampling_rate: of bare audio arrays, in Hz; by default what the feature extractor expects.
+        pad_to_multiple_of: round the padded length up.
+        truncation: what becomes of longer rows.  ``"raise"``: an error.  ``"right"`` or ``"left"``: the row is cut on that
+            side, and an item that does not fit whole goes with its placeholders, its tensors and what is beyond it; a
+            warning tells once how much was cut.
+
+    Raises:
+        ValueError: an unknown option; when called: a row without text, with unknown columns, too long, with media that do
+            not fit it or cannot be decoded, or without anything to learn in a conversation or after a cut; names the row.
+        TypeError: when called: a row or an item of a wrong type; names the row.
+    """
+
+    def __init__(
+        self,
+        processor: MultimodalProcessor,
+        padding_side: str = "right",
+        max_length: int | None = None,
+        sampling_rate: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        truncation: str = "raise",
+    ):
+        if padding_side not in ("right", "left"):
+            raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}.")
+        if truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {truncation!r}.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}.")
+        if truncation != "raise" and max_length is None:
+            raise ValueError(f"truncation={truncation!r} needs max_length=, the longest row in tokens.")
+        self.processor, self.padding_side, self.max_length = processor, padding_side, max_length
+        self.sampling_rate, self.pad_to_multiple_of = sampling_rate, pad_to_multiple_of
+        self.truncation, self._warned = truncation, False
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` ``(batch, length)``, and the encoders' inputs; labels are -100 on
+            placeholders, padding and everything that the assistant did not write.
+        """
+        if not rows:
+            raise ValueError("The collator got no rows.")
+        encoded = []
+        for index, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise TypeError(f"row {index}: expected a dict of columns, got {type(row).__name__}.")
+            try:
+                encoded.append(self._encode(row))
+            except TypeError as error:
+                raise TypeError(f"row {index}: {error}") from error
+            except (ValueError, LookupError, jinja2.TemplateError) as error:  # a template may refuse a conversation
+                raise ValueError(f"row {index}: {error}") from error
+        self._warn([row["cut"] for row in encoded if row["cut"] is not None])
+        batch = self._batch(encoded)
+        check_labels(batch, self._placeholder_ids())
+        return batch
+
+    def _encode(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """One row's ids, labels and encoder inputs."""
+        row = {key: value for key, value in columns.items() if value is not None}
+        rate = row.pop("sampling_rate", None) or self.sampling_rate or self._expected_rate()
+        media = self._media(row)
+        text, spans, media = self._text(row, media)
+        if row:
+            raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
+        llm = {"text": [text], "assistant_spans": None if spans is None else [spans], "item_lengths": True}
+        llm |= {"return_token_type_ids": False} | self.processor.bos_options(text)
+        rates = {"sampling_rate": rate} if rate else {}
+        out = dict(self.processor(llm_inputs=llm, **rates, **{name: [items] for name, items in media.items()}))
+        ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
+        wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]
+        del out["attention_mask"]
+        silent = set(self._placeholder_ids().values())
+        labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
+        if spans is not None and all(label == IGNORED for label in labels):
+            raise ValueError(
+                "there is no token to learn: expected a turn of the assistant, or a completion, with text in it. If there is "
+                "one, the chat template's generation marks leave it out."
+            )
+        return self._cut({"input_ids": ids, "labels": labels, "media": out, "cut": None}, lengths)
+
+    def _text(self, row: dict[str, Any], media: dict[str, list]) -> tuple[str, Spans | None, dict[str, list]]:
+        """A row's text, the spans to learn (None for all of it) and its media; takes their columns out of the row."""
+        for columns, read in _FORMS.items():
+            if all(column in row for column in columns):
+                return read(self, row, media, *(row.pop(column) for column in columns))
+        raise ValueError(f"expected 'messages', 'text', or 'prompt' and 'completion', got the columns {sorted(row)}.")
+
+    def _plain(self, row, media, text):
+        _expect_strings(text=text)
+        return text, None, media
+
+    def _pair(self, row, media, prompt, completion):
+        if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
+            return self._conversation(row, media, [*prompt, *completion], len(prompt))
+        _expect_strings(prompt=prompt, completion=completion)
+        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], media
+
+    def _conversation(self, row, media, messages, first=0):
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"expected a list of messages, got {messages!r:.100}.")
+        tools = row.pop("tools", None)
+        variables = {"tools": _present(json.loads(tools) if isinstance(tools, str) else tools) or None}
+        variables |= _present(row.pop("chat_template_kwargs", None) or {})
+        return self.processor.read_labelled([_message(m) for m in messages], given=media, first=first, **variables)
+
+    def _media(self, row: dict[str, Any]) -> dict[str, list]:
+        """Items by modality; takes their columns out of the row."""
+        config, media = self.processor.config, {}
+        kinds = {plural: kind for kind, plural in PLURALS.items()}
+        for key in dict.fromkeys([*config.encoders, *PLURALS.values(), *PLURALS]):
+            value = row.pop(key, None)
+            if value is None or (isinstance(value, (list, tuple)) and not value):
+                continue
+            for name in self.processor.modalities_for(kinds.get(key, key)):
+                if name in media:
+                    raise ValueError(f"{name}: its items were given twice, by kind and by name.")
+                media[name] = _items(value, config.modality(name)["kind"])
+        return {name: items for name, items in media.items() if items}
+
+    def _expected_rate(self) -> int | None:
+        audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
+        return next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
+
+    def _placeholder_ids(self) -> dict[str, int]:
+        return {name: self.processor.config.modality(name)["token_id"] for name in self.processor.tokens}
+
+    def _cut(self, encoded: dict[str, Any], lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """A row as it is if it is short enough, else cut to whole items."""
+        ids, labels, limit = encoded["input_ids"], encoded["labels"], self.max_length
+        if limit is None or len(ids) <= limit:
+            return encoded
+        if self.truncation == "raise":
+            raise ValueError(
+                f"the row has {len(ids)} tokens, max_length is {limit}: shorten it, raise max_length, or choose "
+                "truncation='right' or 'left'."
+            )
+        items = place_items(ids, self._placeholder_ids(), lengths)
+        start, stop = whole_items_within(items, len(ids), limit, self.truncation)
+        if all(label == IGNORED for label in labels[start:stop]):
+            raise ValueError(
+                f"the row has {len(ids)} tokens, and of the {stop - start} that are left by max_length={limit} and "
+                f"truncation={self.truncation!r} none has a label: raise max_length, or shorten what stands before the answer."
+            )
+        names = {name: list(self.processor.config.modality(name)["input_names"]) for name in lengths}
+        media, dropped = inputs_within(encoded["media"], names, items, start, stop)
+        cut = {"tokens": len(ids) - (stop - start), **dropped}
+        return {"input_ids": ids[start:stop], "labels": labels[start:stop], "media": media, "cut": cut}
+
+    def _warn(self, cuts: list[dict[str, int]]) -> None:
+        if not cuts or self._warned:
+            return
+        self._warned = True
+        names = dict.fromkeys(name for cut in cuts for name in cut)
+        counts = ", ".join(f"{sum(cut.get(name, 0) for cut in cuts)} of {name!r}" for name in names if name != "tokens")
+        warnings.warn(
+            f"{len(cuts)} rows of this batch were longer than max_length={self.max_length} and cut on the {self.truncation}, "
+            f"by {sum(cut['tokens'] for cut in cuts)} tokens; items dropped: {counts or 'none'}. Later batches tell nothing.",
+            stacklevel=3,
+        )
+
+    def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        length = max(len(row["input_ids"]) for row in encoded)
+        multiple = self.pad_to_multiple_of or 1
+        length += -length % multiple
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
+            encoded = [row | {"labels": [IGNORED, *row["labels"][1:]]} for row in encoded]
+        columns = {"input_ids": pad, "labels": IGNORED}
+        batch = {
+            key: torch.tensor([self._padded(row[key], length, value) for row in encoded])
+            for key, value in columns.items()
+        }
+        masks = [self._padded([1] * len(row["input_ids"]), length, 0) for row in encoded]
+        batch["attention_mask"] = torch.tensor(masks)
+        for key in dict.fromkeys(key for row in encoded for key in row["media"]):
+            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
+        return batch
+
+    def _padded(self, values: list[int], length: int, blank: int) -> list[int]:
+        fill = [blank] * (length - len(values))
+        return fill + values if self.padding_side == "left" else values + fill
+
+
+_FORMS = {
+    ("messages",): MultimodalCollator._conversation,
+    ("prompt", "completion"): MultimodalCollator._pair,
+    ("text",): MultimodalCollator._plain,
+}
+
+
+def _expect_strings(**columns: Any) -> None:
+    for name, value in columns.items():
+        if not isinstance(value, str):
+            what = "a string, or lists of messages for both" if len(columns) > 1 else "a string"
+            raise TypeError(f"expected {name!r} to be {what}, got {type(value).__name__}.")
+
+
+def _items(value: Any, kind: str) -> list:
+    """A cell's items in order; the missing ones of a table are left out."""
+    if kind in LIST_DEPTHS:
+        return [item for item in flatten(value, kind)[0] if item is not None]
+    return [item for item in value if item is not None] if isinstance(value, (list, tuple)) else [value]
+
+
+def _message(message: Any) -> Any:
+    """A message whose tool calls are without the keys that a table filled with None."""
+    if not isinstance(message, Mapping) or not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": _present(message["tool_calls"])}
+
+
+def _present(value: Any) -> Any:
+    """A nested value without keys whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, int]) -> None:
+    """Refuse a batch with a label that is not its own token, or on padding or a placeholder.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `labels` ``(batch, length)``.
+        placeholders: token id by modality.
+
+    Raises:
+        ValueError: such a label; names the row and the position.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    silent = torch.tensor(list(placeholders.values()), dtype=ids.dtype)
+    wrong = (labels != IGNORED) & ((labels != ids) | (batch["attention_mask"] == 0) | torch.isin(ids, silent))
+    if wrong.any():
+        row, position = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row}: the label at position {position} is {labels[row, position]}, expected {IGNORED} or the token "
+            f"{ids[row, position]} there, and {IGNORED} on padding and placeholders {dict(placeholders)}."
+        )
+
+
+def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
+    """Rows' tensors as one, in order; sequences of different lengths are padded on the right.
+
+    Args:
+        parts: tensors ``(items, ...)`` whose shapes may differ in axis 1, and for packed patches in axis 0 only.
+        key: the input's name, for the message.
+
+    Raises:
+        ValueError: shapes that differ elsewhere.
+    """
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) == 1:
+        return torch.cat(list(parts))
+    if any(part.ndim < 2 or part.shape[2:] != parts[0].shape[2:] for part in parts):
+        raise ValueError(
+            f"{key}: the rows' tensors have the shapes {[tuple(p.shape) for p in parts]}, which do not join."
+        )
+    longest = max(part.shape[1] for part in parts)
+    padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+    blank = 1 if key.endswith("_padding") else 0  # such a mask is 1 where a value is padding
+    return torch.cat([torch.nn.functional.pad(p, pad, value=blank) for p, pad in zip(parts, padding, strict=True)])

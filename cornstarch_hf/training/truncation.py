@@ -1,0 +1,103 @@
+"""Rows that are too long, cut to whole items: where items are in a row, where it may be cut, what is kept of their inputs.
+
+Pure functions; `collator` decides whether a row is cut at all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..encoders.items import split_items
+
+
+@dataclass(frozen=True)
+class PlacedItem:
+    """One item's features in a row.
+
+    Attributes:
+        modality: its name.
+        index: of the item among those of its modality.
+        start, stop: positions of its placeholders in the row.
+    """
+
+    modality: str
+    index: int
+    start: int
+    stop: int
+
+
+def place_items(
+    ids: Sequence[int], token_ids: Mapping[str, int], lengths: Mapping[str, Sequence[int]]
+) -> list[PlacedItem]:
+    """Where each item's features are.
+
+    Args:
+        ids: of one row, placeholders repeated.
+        token_ids: placeholder id by modality.
+        lengths: features of each item, in order, by modality.
+
+    >>> [(p.start, p.stop) for p in place_items([7, 9, 9, 9, 7], {"vision": 9}, {"vision": [2, 1]})]
+    [(1, 3), (3, 4)]
+    """
+    placed = []
+    for name, sizes in lengths.items():
+        positions = [i for i, token in enumerate(ids) if token == token_ids[name]]
+        used, reached = 0, 0
+        for index, size in enumerate(sizes):
+            start = positions[used] if size else reached
+            reached, used = start + size, used + size
+            placed.append(PlacedItem(name, index, start, reached))
+    return placed
+
+
+def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, side: str) -> tuple[int, int]:
+    """Start and stop of what is kept of a row, at most `limit` tokens, no item in part.
+
+    Args:
+        items: of the row.
+        length: of the row.
+        limit: how long it may be.
+        side: ``"right"`` cuts the end of the row, ``"left"`` its start.
+
+    >>> whole_items_within([PlacedItem("vision", 0, 2, 6)], 8, 4, "right")
+    (0, 2)
+    """
+    if length <= limit:
+        return 0, length
+    cut = limit if side == "right" else length - limit
+    for item in items:
+        if item.start < cut < item.stop:
+            cut = item.start if side == "right" else item.stop
+    return (0, cut) if side == "right" else (cut, length)
+
+
+def inputs_within(
+    inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Encoders' inputs of the items that lie in a part of a row, and how many items of each modality do not.
+
+    Args:
+        inputs: one row's tensors by name.
+        names: of the tensors that belong to each modality.
+        items: of the row.
+        start, stop: the part.
+
+    Raises:
+        ValueError: a tensor's rows cannot be told apart.
+    """
+    kept, dropped = dict(inputs), {}
+    for modality, keys in names.items():
+        own = {key: inputs[key] for key in keys if key in inputs}
+        placed = sorted((item for item in items if item.modality == modality), key=lambda item: item.index)
+        inside = [item.index for item in placed if start <= item.start and item.stop <= stop]
+        if len(inside) == len(placed):
+            continue
+        dropped[modality] = len(placed) - len(inside)
+        parts = split_items(own, len(placed), modality)
+        for key in own:
+            del kept[key]
+            if inside:
+                kept[key] = torch.cat([parts[index][key] for index in inside])
+    return kept, dropped

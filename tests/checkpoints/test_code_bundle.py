@@ -1,0 +1,295 @@
+"""Checkpoints that carry their code: loaded with the package absent, installed and imported, saved again, and refused."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import shared_parts
+import tiny
+import torch
+import user_parts
+from helpers import HERE, run_python, site_without
+from own_memory import own_memory, weights
+from transformers import AutoModel
+
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProcessor,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    register_callback,
+)
+from cornstarch_hf.checkpoints.code_bundle import MODEL_MAP
+from cornstarch_hf.checkpoints.code_bundle import __file__ as EXPORT_FILE
+from cornstarch_hf.checkpoints.users_code import read_entry
+
+IMAGE = tiny.ENCODERS["clip"][3](0)
+CALL = {"text": "<image> a b", "images": IMAGE}
+
+
+def compose(encoder, projection_type="linear", model_class=MultimodalModel, **options):
+    projector = MultimodalProjector(MultimodalProjectorConfig(projection_type=projection_type))
+    parts = {"vision": ModalEncoderModule(encoder, projector, **options)}
+    model = model_class(encoders=parts, language_model=tiny.llama()).eval()
+    return model, MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.ENCODERS["clip"][2]()}, model=model)
+
+
+def users():
+    """A model whose encoder, projection and callbacks come from two files of a user."""
+    torch.manual_seed(0)
+    return compose(
+        shared_parts.WideEncoder(shared_parts.WideConfig()),
+        "users_gated",
+        preprocess_callback=None,
+        postprocess_module_callback=shared_parts.doubled,
+        postprocess_projector_callback=functools.partial(user_parts.drop_tokens, count=0),
+    )
+
+
+def save(parts, folder, **options):
+    for part in parts:
+        part.save_pretrained(folder, **options)
+    return folder
+
+
+def run_bare(arguments, scratch, without=()):
+    """Run Python where the packages named are not installed: others are linked into a folder that stands for theirs."""
+    place = site_without(scratch / f"site-{len(without)}", without)
+    paths = [str(place)] + ([] if "cornstarch_hf" in without else [str(Path(EXPORT_FILE).parents[2])])
+    environment = {"HF_MODULES_CACHE": str(scratch / f"modules-{len(without)}"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-S", "-P", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=scratch, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def load(state, folder, scratch, *save_to):
+    """What `reload_shared.py` finds in a fresh process, with a cache for code of its own."""
+    torch.save({"call": CALL}, scratch / "inputs.pt")
+    files = [folder, scratch / "inputs.pt", scratch / "found.pt", *save_to]
+    run_bare([HERE / "reload_shared.py", state, *files], scratch, ["cornstarch_hf"] if state == "absent" else [])
+    return torch.load(scratch / "found.pt", weights_only=False)
+
+
+def check(found, model, processor):
+    inputs = dict(processor(**CALL, return_tensors="pt"))
+    assert found["inputs"].keys() == inputs.keys()
+    assert all(torch.equal(found["inputs"][key], inputs[key]) for key in inputs)
+    assert len(found["weights"]) == 4 and all(x == weights(model) for x in found["weights"])
+    model, inputs = own_memory(model), own_memory(inputs)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert len(found["logits"]) == 4 and all(torch.equal(x, logits) for x in found["logits"])
+    assert torch.equal(found["tokens"], model.generate(**inputs, max_new_tokens=4, do_sample=False))
+    assert found["same config class"]
+
+
+def python_files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    made = users()
+    return made, save(made, tmp_path_factory.mktemp("shared") / "checkpoint", include_code=True)
+
+
+def test_what_lies_in_the_folder(shared):
+    _, folder = shared
+    carries = read_entry(folder)
+    assert {p.stem for p in folder.glob("*.py")} == set(carries["files"])
+    assert set(carries["files"]) - set(carries["package"]) == {"multimodal_code", "shared_parts", "user_parts"}
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map == {key: f"multimodal_code.{name}" for key, name in MODEL_MAP.items()}
+    found = json.loads((folder / "processor_config.json").read_text())["auto_map"]
+    assert found == {"AutoProcessor": "multimodal_code.MultimodalProcessor"}
+    text = b"".join(python_files(folder).values()).decode()
+    assert "from cornstarch_hf import register" not in text and str(HERE) not in text
+    assert len(text) < 800_000  # of 100 modules
+    assert carries["sides"]["model"]["registrations"] == [
+        ["register_callback", "users_doubled", "shared_parts", "doubled", "shared_parts", "kept"]
+    ]
+
+
+@pytest.mark.parametrize("state", ["absent", pytest.param("installed", marks=pytest.mark.slow), "imported"])
+def test_the_three_states_of_the_package_load_the_same_bits_and_save_all_of_it_again(shared, tmp_path, state):
+    made, folder = shared
+    found = load(state, folder, tmp_path, tmp_path / "again")
+    check(found, *made)
+    assert found["package"] == (state == "imported")
+    assert found["model"].startswith("cornstarch_hf" if state == "imported" else "transformers_modules")
+    assert found.get("later", True)
+    assert python_files(tmp_path / "again") == python_files(folder)
+    for name in ("config.json", "processor_config.json"):
+        again, first = (json.loads((f / name).read_text()) for f in (tmp_path / "again", folder))
+        assert again["auto_map"] == first["auto_map"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", [("absent", "absent"), ("installed", "imported"), ("imported", "absent")])
+def test_a_third_environment_loads_what_the_second_saved(shared, tmp_path, states):
+    load(states[0], shared[1], tmp_path, tmp_path / "again")
+    check(load(states[1], tmp_path / "again", tmp_path), *shared[0])
+
+
+@pytest.mark.slow
+def test_without_code_the_package_loads_it(tmp_path):
+    made = compose(tiny.clip())
+    folder = save(made, tmp_path / "plain")
+    check(load("installed", folder, tmp_path), *made)
+    check(load("imported", folder, tmp_path), *made)
+
+
+def test_without_code_the_package_is_asked_for(tmp_path):
+    folder = save(compose(tiny.clip()), tmp_path / "plain")
+    assert set(python_files(folder)) == {"load_with_cornstarch_hf.py"}
+    with pytest.raises(AssertionError, match="following packages.* cornstarch_hf. Run `pip install cornstarch_hf`"):
+        load("absent", folder, tmp_path)
+
+
+def test_code_is_not_run_without_trust_and_the_remedy_is_named(shared, tmp_path):
+    code = (
+        "import sys, cornstarch_hf\nfrom transformers import AutoConfig, AutoModel, AutoProcessor\n"
+        "config = AutoConfig.from_pretrained(sys.argv[1])\n"
+        "assert config.vision_config.model_type == 'users_wide_encoder' and config.vision_config.patch == 4\n"
+        "for auto in (AutoModel, AutoProcessor):\n"
+        "    try:\n        auto.from_pretrained(sys.argv[1])\n"
+        "    except ValueError as error:\n        print(error)\n"
+        "assert not [name for name in sys.modules if 'user_parts' in name or 'transformers_modules' in name]\n"
+    )
+    out = run_python(code, str(shared[1]), cwd=tmp_path)
+    assert out.count("pass trust_remote_code=True for a checkpoint that carries it") == 2
+    assert out.count("'users_wide_encoder'") == 2
+
+
+def test_users_files_that_are_imported_already_are_not_run_again(shared):
+    _, folder = shared
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(model.vision_encoder.module) is shared_parts.WideEncoder
+    assert not [name for name in sys.modules if name.startswith("cornstarch_hf_shared_")]
+
+
+@pytest.mark.slow
+def test_files_imported_after_their_copies_are_one_definition(shared, tmp_path):
+    """The user's files come after the checkpoint's copies of them: both work, and saving names them."""
+    code = (
+        "import sys, cornstarch_hf\nfrom transformers import AutoModel\n"
+        "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "import shared_parts\n"
+        "again = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert type(again.vision_encoder.module) is shared_parts.WideEncoder\n"
+        "assert type(model.vision_encoder.module) is not shared_parts.WideEncoder\n"
+        "model.save_pretrained(sys.argv[2])\nagain.save_pretrained(sys.argv[3])\n"
+    )
+    run_python(code, str(shared[1]), str(tmp_path / "a"), str(tmp_path / "b"))
+    assert python_files(tmp_path / "a") == python_files(tmp_path / "b")
+    first = python_files(shared[1]) | {"multimodal_code.py": None}  # the entry also lists what the processor needs
+    assert python_files(tmp_path / "a") | {"multimodal_code.py": None} == first
+
+
+def test_the_code_of_a_checkpoint_is_removed_when_it_is_saved_without(shared, tmp_path):
+    model, processor = shared[0]
+    folder = save(shared[0], tmp_path / "c", include_code=True)
+    (folder / "mine.py").write_text("")
+    model.save_pretrained(folder, include_code=False)
+    assert "multimodal_code.py" in python_files(folder)  # the processor still needs it
+    processor.save_pretrained(folder, include_code=False)
+    assert set(python_files(folder)) == {"mine.py", "load_with_cornstarch_hf.py"}
+    save(shared[0], folder, include_code=True)
+    assert set(python_files(folder)) == {*python_files(shared[1]), "mine.py"}
+
+
+@pytest.mark.slow
+def test_a_projector_alone(tmp_path):
+    config = MultimodalProjectorConfig(projection_type="users_gated", in_features=6, out_features=4, gain=0.5)
+    projector = MultimodalProjector(config)
+    projector.save_pretrained(tmp_path / "p", include_code=True)
+    code = (
+        "import sys\nif sys.argv[2] == 'imported':\n    import cornstarch_hf\n"
+        "from transformers import AutoModel\nimport torch\n"
+        "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert ('cornstarch_hf' in sys.modules) == (sys.argv[2] == 'imported')\n"
+        "from own_memory import own_memory\n"
+        "assert model.projection.gain == 0.5\n"
+        "torch.save(own_memory(model)(torch.ones(2, 6))[0], sys.argv[1] + '/out.pt')\n"
+    )
+    for state in ("imported", "installed"):
+        run_python(code, str(tmp_path / "p"), state, cwd=tmp_path)
+        assert torch.equal(torch.load(tmp_path / "p" / "out.pt"), projector(torch.ones(2, 6))[0])
+
+
+def test_what_no_file_defines_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    def inner(inputs, output):
+        return output
+
+    register_callback("test_export_inner", inner)
+    model, _ = compose(tiny.clip(), postprocess_module_callback=inner)
+    with pytest.raises(
+        ValueError, match=r"'test_export_inner'.*call register_callback\('test_export_inner', ...\) at the"
+    ):
+        model.save_pretrained(tmp_path / "a", include_code=True)
+    main = types.FunctionType(inner.__code__, {"__name__": "__main__"}, "shown")
+    main.__module__ = "__main__"
+    register_callback("test_export_main", main)
+    model, _ = compose(tiny.clip(), postprocess_module_callback=main)
+    model.save_pretrained(tmp_path / "a")  # without code it is stored by name alone
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    with pytest.raises(
+        ValueError, match=r"'test_export_main' \(callbacks\) is defined in a notebook.*move it to the top"
+    ):
+        model.save_pretrained(tmp_path / "a", include_code=True)
+    register_callback("test_export_torch", torch.nn.functional.normalize)
+    model, _ = compose(tiny.clip(), postprocess_module_callback=torch.nn.functional.normalize)
+    model.save_pretrained(tmp_path / "a")
+
+
+def test_saving_changes_no_configuration(shared):
+    (model, processor), _ = shared
+    assert "auto_map" not in vars(model.config) and type(model.config).auto_map == {}
+    assert "auto_map" not in vars(processor)
+    assert all(not getattr(cls, "_auto_class", None) for cls in (type(model), type(processor), type(model.config)))
+
+
+OTHERS = """
+import importlib.util, sys
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+assert not any(importlib.util.find_spec(name) for name in sys.argv[3:])
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+torch.save({name: (p, p.requires_grad) for name, p in model.named_parameters()}, sys.argv[2])
+pipe = pipeline("image-text-to-text", model=sys.argv[1], trust_remote_code=True)
+assert type(pipe.model) is type(model), (type(pipe.model), type(model))
+print(pipe(text="<image> a", images=Image.new("RGB", (8, 8)), max_new_tokens=2)[0]["generated_text"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [True, False])
+def test_adapters_inside_parts_and_pipelines(tmp_path, adapters):
+    """Adapters come back with PEFT and without the package; without adapters, PEFT is not needed either."""
+    from peft import LoraConfig, get_peft_model
+
+    encoder = tiny.clip()
+    if adapters:
+        encoder = get_peft_model(encoder, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    made = compose(encoder)
+    folder = save(made, tmp_path / "checkpoint", include_code=True)
+    absent = [
+        "cornstarch_hf",
+        *(() if adapters else ("peft", "bitsandbytes", "soundfile", "datasets", "trl", "librosa")),
+    ]
+    run_bare(["-c", OTHERS, str(folder), str(tmp_path / "state.pt"), *absent], tmp_path, absent)
+    found = torch.load(tmp_path / "state.pt", weights_only=False)
+    expected = {name: (p, p.requires_grad) for name, p in made[0].named_parameters()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k][0], p) and found[k][1] == grad for k, (p, grad) in expected.items())

@@ -1,0 +1,57 @@
+"""The files of a checkpoint: found, named, and their shapes read from the headers alone."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cornstarch_hf import MultimodalModel
+from cornstarch_hf.checkpoints.files import CheckpointFiles, check_files, check_loaded, header_shapes, stored_shapes
+from cornstarch_hf.checkpoints.loading import prepare
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(())}, tmp_path / "model-1.safetensors")
+    save_file({"c": torch.zeros(5)}, tmp_path / "model-2.safetensors")
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"},
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_shapes_of_one_file_of_shards_and_of_a_variant(folder):
+    assert header_shapes(str(folder / "model-1.safetensors")) == {"a": (2, 3), "b": ()}
+    files = CheckpointFiles(folder)
+    check_files(files)
+    assert stored_shapes(files) == {"a": (2, 3), "b": (), "c": (5,)}
+    assert stored_shapes(files, variant="fp16") is None
+    assert stored_shapes(files, explicit="model-2.safetensors") == {"c": (5,)}
+    save_file({"d": torch.zeros(1)}, folder / "model.safetensors")
+    assert stored_shapes(files) == {"d": (1,)}, "transformers prefers the whole file"
+    save_file({"e": torch.zeros(1)}, folder / "model.fp16.safetensors")
+    assert stored_shapes(files, variant="fp16") == {"e": (1,)}
+
+
+def test_a_variant_is_a_word(folder):
+    with pytest.raises(ValueError, match="variant must be a plain word"):
+        check_files(CheckpointFiles(folder), variant="../x")
+
+
+def test_the_base_that_adapters_name_is_checked_too(folder, tmp_path_factory):
+    adapters = tmp_path_factory.mktemp("adapters")
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    assert prepare(MultimodalModel, adapters, {}, None, False).source == str(adapters)
+    (folder / "config.json").write_text('{"transformers_weights": "../x.safetensors"}')
+    with pytest.raises(ValueError, match="transformers_weights"):
+        prepare(MultimodalModel, adapters, {}, None, False)
+
+
+def test_missing_tensors_are_named():
+    check_loaded({"missing_keys": set()}, "x")
+    with pytest.raises(ValueError, match=r"x does not hold 2 tensors .*\['a', 'b'\]"):
+        check_loaded({"missing_keys": {"b", "a"}}, "x")

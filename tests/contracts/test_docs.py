@@ -1,0 +1,51 @@
+"""Every code block of the how-to pages runs, page by page, and the examples of the README parse."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_pages_run(page):
+    code = "\n".join(blocks(page))
+    exec(compile(code, str(page.name), "exec"), {"__name__": page.stem})
+
+
+def test_readme_parses_and_names_what_exists():
+    import cornstarch_hf
+
+    text = (ROOT / "README.md").read_text()
+    for code in blocks(ROOT / "README.md"):
+        tree = ast.parse(code)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "cornstarch_hf":
+                assert {alias.name for alias in node.names} <= set(cornstarch_hf.__all__)
+    assert {"make demo", "make test"} <= set(re.findall(r"make \w+", text))
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert (ROOT / "hub_examples" / name).exists()
+
+
+def test_messages_that_the_page_about_sharing_quotes_are_said():
+    page = (ROOT / "docs" / "sharing.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page[page.index("## When it fails") :], re.M)
+    sources = "".join(path.read_text() for path in (ROOT / "cornstarch_hf").rglob("*.py"))
+    quoted = [text for row in rows for text in re.findall(r"`(.+?)`", row)]
+    assert len(quoted) > 15 and [text for text in quoted if text not in sources] == []
+
+
+def test_links_between_pages_and_to_examples_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]:
+        text = page.read_text()
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (page.parent / target).exists(), (page.name, target)
+        for name in re.findall(r"hub_examples/\w+\.py|tests/[\w/]+\.py", text):
+            assert (ROOT / name).exists(), (page.name, name)

@@ -1,0 +1,333 @@
+"""Generation: caches, padding, beams, assistants, chunks; every encoder runs once."""
+
+import copy
+
+import catalog_llms
+import pytest
+import tiny
+import torch
+from helpers import compose_tiny, needs_5_23, uneven_inputs
+from transformers import DynamicCache, QuantizedCache, StaticCache, TextIteratorStreamer
+
+from cornstarch_hf.language_model.calling import cache_keyword
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model, processor = compose_tiny(["clip", "whisper"])
+    model.generation_config.eos_token_id = None
+    return model, processor
+
+
+def one(inputs, processor, sample):
+    """The inputs of one sample, unpadded."""
+    keep = inputs["attention_mask"][sample].bool()
+    single = {"input_ids": inputs["input_ids"][sample][keep][None], "attention_mask": keep[keep].long()[None]}
+    slices = {0: ([0], [0]), 1: ([1, 2], [1]), 2: ([], [])}[sample]
+    for key, items in zip(("pixel_values", "input_features"), slices, strict=True):
+        if items:
+            single[key] = inputs[key][items]
+    return single
+
+
+@pytest.mark.parametrize("language_model", ["llama", "gpt2", "gemma3", "falcon_h1"])
+def test_cached_equals_uncached(language_model):
+    model, processor = compose_tiny(["clip", "whisper"], tiny.LANGUAGE_MODELS[language_model]())
+    inputs = uneven_inputs(processor)
+    assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize(("model_type", "cached"), [("mamba", True), ("minimax", True), ("openai-gpt", False)])
+def test_a_language_model_keeps_the_cache_that_it_has(model_type, cached):
+    model, processor = compose_tiny(["clip", "whisper"], catalog_llms.build(model_type))
+    model.generation_config.eos_token_id = None
+    cache = cache_keyword(model.language_model)
+    assert (cache is not None) == cached
+    inputs, seen = uneven_inputs(processor), []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(
+            (given.get("input_ids", given.get("inputs_embeds")).shape[1], given.get(cache) is not None)
+        ),
+        with_kwargs=True,
+    )
+    found = model.generate(**inputs, **GREEDY)
+    length = inputs["input_ids"].shape[1]
+    steps = [(1, True)] * 4 if cache else [(length + i, False) for i in range(1, 5)]
+    assert seen[0][0] == length and seen[1:] == steps
+    assert torch.equal(found, model.generate(**inputs, **GREEDY, use_cache=False))
+
+
+def lengths_of(model, run):
+    """How many tokens the language model's first layer sees at each of its steps."""
+    inner = model.language_model.base_model
+    layer, seen = (inner.h if hasattr(inner, "h") else inner.layers)[0], []
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, given: seen.append((args[0] if args else given["hidden_states"]).shape[1]), with_kwargs=True
+    )
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen
+
+
+def quantized(config):
+    pytest.importorskip("optimum.quanto")
+    return QuantizedCache(backend="quanto", config=config)
+
+
+CACHES = {
+    "none": lambda config: None,
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=40),
+    "quantized": quantized,
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("language_model", tiny.LANGUAGE_MODELS)
+def test_each_step_sees_one_token_with_a_cache_that_is_handed_in_and_without(language_model, cache):
+    model, processor = compose_tiny(["clip", "whisper"], tiny.LANGUAGE_MODELS[language_model]())
+    inputs, encoded = uneven_inputs(processor), []
+    model.generation_config.eos_token_id = None
+    for encoder in model.encoders.values():
+        encoder.module.register_forward_hook(lambda *_: encoded.append(1))
+    expected = model.generate(**inputs, **GREEDY, use_cache=False)
+    handed = CACHES[cache](model.language_model.config)
+    given = {} if handed is None else {"past_key_values": handed}
+    encoded.clear()
+    found = []
+    lengths = lengths_of(model, lambda: found.append(model.generate(**inputs, **GREEDY, **given, disable_compile=True)))
+    assert lengths == [inputs["input_ids"].shape[1], 1, 1, 1, 1]
+    assert len(encoded) == 2, "each encoder runs once"
+    if cache == "quantized":  # which rounds
+        assert found[0].shape == expected.shape
+    else:
+        assert torch.equal(found[0], expected)
+
+
+def test_a_cache_of_former_frequencies_is_made_anew():
+    config = catalog_llms.configuration("phi3")
+    limit = 30
+    config.original_max_position_embeddings = limit
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                              "long_factor": [4.0] * 4, "original_max_position_embeddings": limit}  # fmt: skip
+    phi3 = catalog_llms.built(catalog_llms.model_class("phi3"), config)
+    model, processor = compose_tiny(["clip", "whisper"], phi3)
+    model.generation_config.eos_token_id = phi3.generation_config.eos_token_id = None
+    inputs, seen = uneven_inputs(processor), []
+    length = inputs["input_ids"].shape[1]
+    assert length < limit
+    options = {"max_new_tokens": 8 + limit - length, "do_sample": False}
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given.get("input_ids", given.get("inputs_embeds")).shape[1]),
+        with_kwargs=True,
+    )
+    cached = model.generate(**inputs, **options)
+    hook.remove()
+    assert [n for n in seen if n > 1] == [length, limit + 1]  # the prompt, and all of it again at the limit
+    assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+    text = {"input_ids": torch.arange(3, 29)[None], "attention_mask": torch.ones(1, 26, dtype=torch.long)}
+    words = {"suppress_tokens": list(model.placeholder_ids().values()), **options}
+    assert torch.equal(model.generate(**text, **options), phi3.generate(**text, **words))
+
+
+def test_without_a_cache_embeddings_would_be_forgotten():
+    model, processor = compose_tiny(["clip"], catalog_llms.build("openai-gpt"))
+    inputs = uneven_inputs(processor)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match=r"OpenAIGPTLMHeadModel has no cache.*generate from input_ids"):
+        model.generate(**inputs, inputs_embeds=embeds, **GREEDY)
+
+
+def test_generation_counts_positions_from_the_language_models_first():
+    model, processor = compose_tiny(["clip", "whisper"], catalog_llms.build("roberta"))
+    model.generation_config.eos_token_id = None
+    inputs, seen = uneven_inputs(processor), []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["position_ids"]), with_kwargs=True
+    )
+    together = model.generate(**inputs, **GREEDY)
+    lengths = inputs["attention_mask"].sum(-1)
+    assert seen[0].min() == 2 and seen[0].amax(-1).tolist() == (lengths + 1).tolist()
+    assert [x.flatten().tolist() for x in seen[1:]] == [(lengths + i).tolist() for i in range(2, 6)]
+    for sample in range(3):
+        alone = model.generate(**one(inputs, processor, sample), **GREEDY)
+        assert torch.equal(together[sample, -5:], alone[0, -5:])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_a_left_padded_batch_equals_its_singles(pair, options):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    together = model.generate(**inputs, **GREEDY, **options)
+    each = options.get("num_return_sequences", 1)
+    for sample in range(3):
+        alone = model.generate(**one(inputs, processor, sample), **GREEDY, **options)
+        rows = together[sample * each : (sample + 1) * each]
+        assert torch.equal(rows[:, -5:], alone[:, -5:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static", "disable_compile": True},
+        pytest.param({"prefill_chunk_size": 4}, marks=needs_5_23),
+        pytest.param(
+            {"prefill_chunk_size": 7, "cache_implementation": "static", "disable_compile": True}, marks=needs_5_23
+        ),
+    ],
+)
+def test_static_cache_and_chunked_prefill_equal_the_plain_run(pair, options):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, **options))
+
+
+def test_chunks_of_a_prefill_without_their_features_are_refused(pair, monkeypatch):
+    model, processor = pair
+    monkeypatch.setattr("cornstarch_hf.language_model.generation.SLICES_FEATURES", False)
+    with pytest.raises(ValueError, match=r"cannot split features .*leave out prefill_chunk_size, or upgrade"):
+        model.generate(**uneven_inputs(processor), **GREEDY, prefill_chunk_size=4)
+
+
+def test_assisted_and_prompt_lookup_equal_the_plain_run(pair):
+    model, processor = pair
+    inputs = one(uneven_inputs(processor), processor, 0)
+    plain = model.generate(**inputs, **GREEDY)
+    calls = []
+    assistant = copy.deepcopy(model)
+    for which in (model, assistant):
+        which.vision_encoder.register_forward_hook(lambda *_, w=which: calls.append(w))
+    assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=assistant), plain)
+    assert calls == [model], "the assistant gets the features, it does not encode again"
+    assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), plain)
+    model.vision_encoder._forward_hooks.clear()
+
+
+def test_streaming(pair):
+    model, processor = pair
+    inputs = one(uneven_inputs(processor), processor, 0)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    tokens = model.generate(**inputs, **GREEDY, streamer=streamer)
+    assert "".join(streamer) == processor.decode(tokens[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"use_cache": False},
+        pytest.param({"prefill_chunk_size": 4}, marks=needs_5_23),
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+)
+def test_each_encoder_runs_once(pair, options):
+    model, processor = pair
+    calls = []
+    hooks = [e.register_forward_hook(lambda *_, n=n: calls.append(n)) for n, e in model.encoders.items()]
+    model.generate(**uneven_inputs(processor), **(GREEDY | options))
+    for hook in hooks:
+        hook.remove()
+    assert sorted(calls) == ["audio", "vision"]
+
+
+def test_placeholders_are_never_generated(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    ids = [model.config.modality(n)["token_id"] for n in model.config.encoders]
+    out = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    assert torch.isinf(out.scores[0][:, ids]).all()
+
+
+def test_generation_from_embeddings():
+    model, processor = compose_tiny(["clip"])
+    model.set_modality_token_ids({"vision": 9})
+    ids = torch.tensor([[1, *[9] * 5, 30, 31]])
+    pixels = uneven_inputs(processor)["pixel_values"][:1]
+    embeds = model.get_input_embeddings()(ids)
+    by_ids = model.generate(input_ids=ids, pixel_values=pixels, **GREEDY)
+    assert torch.equal(model.generate(inputs_embeds=embeds, pixel_values=pixels, **GREEDY), by_ids[:, 8:])
+
+
+def test_wrong_counts_and_typing_errors_are_refused_before_the_prefill(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    with pytest.raises(ValueError, match="pixel_value"):
+        model.generate(**inputs, pixel_value=1, **GREEDY)
+    with pytest.raises(ValueError, match="vision.*15 placeholder.*10 features"):
+        model.generate(**(inputs | {"pixel_values": inputs["pixel_values"][:2]}), **GREEDY)
+
+
+def test_eos_may_be_a_list(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    tokens = model.generate(**inputs, **GREEDY)
+    stop = tokens[:, -5].tolist()
+    assert model.generate(**inputs, **GREEDY, eos_token_id=stop).shape[1] == tokens.shape[1] - 4
+
+
+def test_generation_config_of_the_language_model_is_kept(tmp_path):
+    language_model = tiny.llama()
+    language_model.generation_config.temperature, language_model.generation_config.do_sample = 0.3, True
+    model, _ = compose_tiny(["clip"], language_model)
+    assert model.generation_config.temperature == 0.3
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).generation_config.temperature == 0.3
+
+
+def second_turn(inputs, processor, sequences):
+    """Whole rows with a second image each, and the inputs of that turn alone."""
+    turn = processor(
+        text=["the sum <image> is"] * 3, images=[[tiny.image(i + 30)] for i in range(3)], return_tensors="pt"
+    )
+    ids = torch.cat([sequences, turn["input_ids"]], 1)
+    added = torch.ones(3, ids.shape[1] - inputs["attention_mask"].shape[1], dtype=torch.long)
+    mask = torch.cat([inputs["attention_mask"], added], 1)
+    images, new = inputs["pixel_values"], turn["pixel_values"]
+    whole = {
+        "input_ids": ids, "attention_mask": mask, "input_features": inputs["input_features"],
+        "pixel_values": torch.cat([images[:1], new[:1], images[1:], new[1:]]),
+    }  # fmt: skip
+    return whole, turn
+
+
+@pytest.mark.parametrize("language_model", ["llama", "gpt2", "falcon_h1"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"prefill_chunk_size": 4}, marks=needs_5_23)])
+def test_a_second_turn_goes_on_from_the_cache(language_model, options):
+    model, processor = compose_tiny(["clip", "whisper"], tiny.LANGUAGE_MODELS[language_model]())
+    model.generation_config.eos_token_id = None
+    inputs = uneven_inputs(processor)
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    whole, turn = second_turn(inputs, processor, first.sequences)
+    expected = model.generate(**whole, **GREEDY)
+    ids, mask, images = whole["input_ids"], whole["attention_mask"], turn["pixel_values"]
+    new = {"input_ids": ids, "attention_mask": mask, "pixel_values": images}
+    for form in (whole, new, new | {"input_ids": ids[:, first.past_key_values.get_seq_length() :]}):
+        cache = copy.deepcopy(first.past_key_values)
+        found = model.generate(**form, **GREEDY, **options, past_key_values=cache)
+        assert torch.equal(found[:, -5:], expected[:, -5:])
+
+
+def test_a_second_turn_with_too_few_or_half_an_image(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    whole, _ = second_turn(inputs, processor, first.sequences)
+
+    def goes_on(crop=None, **changes):
+        cache = copy.deepcopy(first.past_key_values)
+        if crop:
+            cache.crop(crop - cache.get_seq_length())
+        model.generate(**whole | changes, **GREEDY, past_key_values=cache)
+
+    with pytest.raises(ValueError, match=r"vision: the text has 15 placeholder tokens .* no input"):
+        goes_on(pixel_values=None)
+    with pytest.raises(ValueError, match=r"vision: the text has 15 placeholder tokens .* gave 20 features"):
+        goes_on(pixel_values=whole["pixel_values"][:4])
+    row = (whole["input_ids"][0] == processor.image_token_id).nonzero()[2].item()
+    with pytest.raises(ValueError, match=r"vision, sample 0: 2 of its placeholders are in the cache.* have 5 features"):
+        goes_on(crop=row)

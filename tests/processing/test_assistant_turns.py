@@ -1,0 +1,235 @@
+"""The assistant's turns in templates of many families, with and without generation marks, and templates that cannot tell."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from templates import PARTS, STRINGS
+
+from cornstarch_hf.processing.assistant_turns import assistant_spans
+from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE, ConversationReader, render
+
+COUNTS = "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+NO_PROMPT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+REVERSED = "{% for m in messages | reverse %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+INSTRUCT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]{% elif m.tool_calls %}"
+    "[TOOL_CALLS] {{ m.tool_calls | tojson }}{{ eos_token }}{% elif m.role == 'tool' %}[RESULT]{{ m.content }}{% else %}"
+    " {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+SYSTEM_LAST = (
+    "{% for m in messages if m.role != 'system' or messages[-1].role != 'assistant' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% elif messages[-1].role == 'assistant' %}{{ messages[0].content }}{% endif %}"
+)
+UPPER = STRINGS.replace("m.content }}", "m.content | replace('a', 'A') | truncate(6, true, '', 0) }}")
+TRAILER = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '<|over|>' }}"
+SPECIALS = ["<|end|>", "<|im_end|>", "<|endoftext|>"]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def said(role):
+    return lambda content: {"role": role, "content": content}
+
+
+system, user, assistant, tool = said("system"), said("user"), said("assistant"), said("tool")
+TALK = [user("5+2?"), assistant("seven"), user("and?"), assistant("five")]
+TOOL_TALK = [
+    user("weather?"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    tool("rain 3mm"),
+    assistant("It is sunny."),
+    user("thanks"),
+    assistant("welcome"),
+]
+
+
+def labelled(messages, template, **options):
+    text, spans = assistant_spans(messages, template, **{"bos_token": "<s>", "eos_token": "</s>"} | options)
+    assert text == render(messages, template, **{"bos_token": "<s>", "eos_token": "</s>"} | _variables(options))[0]
+    return [text[a:b] for a, b in spans]
+
+
+def _variables(options):
+    return {key: value for key, value in options.items() if key not in ("first", "specials")}
+
+
+@pytest.mark.parametrize("template", [STRINGS, PARTS, COUNTS, UPPER])
+def test_turns_are_found_without_marks_even_where_earlier_text_changes(template):
+    assert labelled(TALK, template) == ["seven", "five"]
+    assert labelled([system("be brief"), *TALK], template) == ["seven", "five"]
+    assert labelled([assistant("hello"), *TALK], template) == ["hello", "seven", "five"]
+    assert labelled(TALK[:3], template) == ["seven"]
+    assert labelled([user("x")], template) == []
+
+
+def test_turns_by_marks():
+    text, spans = assistant_spans(TALK[:2], DEFAULT_TEMPLATE, eos_token="</s>")
+    assert [text[a:b] for a, b in spans] == ["seven</s>"] and text == "user:\n5+2?\nassistant:\nseven</s>\n"
+    assert render(TALK, DEFAULT_TEMPLATE)[1] == []
+    assert labelled(TALK, DEFAULT_TEMPLATE) == ["seven</s>", "five</s>"]
+
+
+@pytest.mark.parametrize("template", [STRINGS, DEFAULT_TEMPLATE, COUNTS])
+def test_turns_from_a_message_on(template):
+    assert [t.removesuffix("</s>") for t in labelled(TALK, template, first=3)] == ["five"]
+    assert [t.removesuffix("</s>") for t in labelled(TALK, template, first=2)] == ["five"]
+    assert labelled(TALK, template, first=4) == []
+
+
+def test_a_header_that_no_generation_prompt_writes_is_not_labelled():
+    assert labelled(TALK, NO_PROMPT) == ["seven\n", "five\n"]
+    assert labelled([user(""), assistant(" two words \n")], NO_PROMPT) == ["two words \n\n"]
+    assert labelled(TALK, INSTRUCT) == [" seven</s>", " five</s>"], "there the prompt ends before the space"
+    found = labelled([*TALK, user("w?"), {"role": "assistant", "tool_calls": [CALL]}, tool("x")], INSTRUCT)
+    assert (
+        found[:2] == [" seven</s>", " five</s>"]
+        and found[2].startswith("[TOOL_CALLS] [")
+        and found[2].endswith("]</s>")
+    )
+
+
+def test_a_template_that_closes_the_conversation_needs_a_special_token_to_end_turns():
+    assert labelled(TALK, TRAILER, specials=SPECIALS) == ["seven<|end|>", "five<|end|>\n<|over|>"]
+    with pytest.raises(ValueError, match="cannot be found: .*message 1 is not where it should be.*endgeneration"):
+        labelled(TALK, TRAILER)
+
+
+def test_typed_headers_and_repeated_texts_confuse_nothing():
+    talk = [
+        user("<assistant>seven<user>"),
+        assistant("seven"),
+        user("seven"),
+        assistant("<user>seven"),
+        user("<assistant>"),
+    ]
+    assert labelled(talk, STRINGS) == ["seven", "<user>seven"]
+    assert labelled([user("a"), assistant("\n a \n"), user(" \n"), assistant(" ")], STRINGS) == ["\n a \n", " "]
+    private = "\U000f0001\U000f0002"
+    assert labelled([user(private), assistant("a" + private)], STRINGS) == ["a" + private]
+
+
+def test_messages_that_say_nothing():
+    empty = COUNTS.replace("m.content }}", "m.content or 'nothing' }}")
+    talk = [user(""), assistant("seven"), user(""), assistant("five")]
+    assert labelled(talk, COUNTS) == labelled([user("5+2?"), *talk[1:]], empty) == ["seven", "five"]
+    parts = [
+        user([{"type": "image"}]),
+        assistant(""),
+        user([{"type": "image"}, {"type": "text", "text": "?"}]),
+        assistant(""),
+    ]
+    assert labelled(parts, "{{ messages | length }}" + PARTS) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("talk", "template", "message"),
+    [
+        (TALK, REVERSED, "no generation marks, and changes earlier text .*'prompt' and 'completion'"),
+        ([system("s"), user("u"), assistant("a")], SYSTEM_LAST, "message 2 has text of another message in it"),
+        (TALK[:2], STRINGS + "{% if messages[-1].role == 'assistant' %} on {{ messages[0].content }}{% endif %}", "no generation marks"),
+        (TALK, "{{ messages | length }}{% for m in messages %}{{ m.content | upper }}{% endfor %}{{ messages | length }}", "no generation marks"),
+        (TALK, STRINGS + "{% if messages | length < 3 %}{{ raise_exception('too short') }}{% endif %}", "too short"),
+        (TOOL_TALK, STRINGS, "Message 1 calls a tool, but the chat template does not write that"),
+    ],
+)  # fmt: skip
+def test_turns_that_cannot_be_told_apart(talk, template, message):
+    with pytest.raises(ValueError, match=message):
+        labelled(talk, template)
+
+
+def test_marks_that_do_not_tell_where_a_completion_begins():
+    talk = [user(""), assistant(""), user(""), assistant("x")]
+    assert labelled(talk, DEFAULT_TEMPLATE, first=3) == ["x</s>"]
+    empty = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '!' if m.content else 'nothing' }}"
+        "{% endgeneration %}{% else %}{{ m.content + '?' if m.content else 'no' }}{% endif %}{% endfor %}"
+    )
+    assert labelled(TALK, empty, first=2) == ["five!"]
+    with pytest.raises(ValueError, match="does not tell which turns are the completion's"):
+        labelled(talk, empty, first=3)
+
+
+# ---- templates of real models, as TRL ships them for its tests and trainers
+
+FOLDER = Path(find_spec("trl").origin).parent / "chat_templates"
+READER = ConversationReader({}, lambda kind: [], {})
+PLAIN_TALKS = {
+    "two turns": [user("hi there"), assistant("hello you"), user("more?"), assistant("yes \n\nok")],
+    "system": [system("be nice"), user("hi"), assistant("hello")],
+    "user last": [user("q1"), assistant("answer"), user("q2")],
+}
+
+
+def template(name):
+    return (FOLDER / f"{name}.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "gemma3", "qwen3_instruct_2507", "qwen3_vl", "qwen2_5_vl", "cohere2", "lfm2"]
+)
+@pytest.mark.parametrize("talk", PLAIN_TALKS)
+def test_the_same_turns_as_generation_marks_tell(name, talk):
+    found, marked = (labelled(PLAIN_TALKS[talk], template(n)) for n in (name, f"{name}_training"))
+    assert found == marked and [t.strip()[:5] for t in found] == [
+        m["content"][:5] for m in PLAIN_TALKS[talk] if m["role"] == "assistant"
+    ]
+
+
+CHATML = "<|im_end|>\n"
+WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen2_5", [WEATHER + CHATML, "It is sunny." + CHATML, "welcome" + CHATML]),
+        ("qwen3", [WEATHER + CHATML, "It is sunny." + CHATML, "<think>\n\n</think>\n\nwelcome" + CHATML]),
+        ("llama3_1", ['{"name": "weather", "parameters": {"city": "Paris"}}<|eot_id|>', "It is sunny.<|eot_id|>", "welcome<|eot_id|>"]),
+    ],
+)  # fmt: skip
+def test_tool_calls_are_the_assistants_and_results_are_not(name, expected):
+    assert labelled(TOOL_TALK, template(name), tools=TOOLS) == expected
+    assert labelled(TOOL_TALK, template(name), tools=TOOLS, first=3) == expected[1:]
+    assert labelled(TOOL_TALK[:3], template(name), tools=TOOLS, first=1)[0].endswith(expected[0])
+
+
+def test_reasoning_that_a_template_drops_from_earlier_turns():
+    talk = [
+        user("q1"),
+        assistant("<think>\nhm\n</think>\n\nfirst"),
+        user("q2"),
+        assistant("<think>\nso\n</think>\n\nlast"),
+    ]
+    assert labelled(talk, template("qwen3")) == ["first" + CHATML, "<think>\nso\n</think>\n\nlast" + CHATML]
+    assert labelled(talk[:2], template("qwen3"), enable_thinking=True)[0].startswith("<think>\nhm")
+    with pytest.raises(ValueError, match="cannot be found"):  # the prompt closes the reasoning that the turn has
+        labelled(talk, template("qwen3"), enable_thinking=False)
+    opened = labelled(talk, template("qwen3_5_think"))  # its generation prompt opens the reasoning
+    spaced = [user("q"), assistant(" a "), user("q"), assistant("b")]
+    end = "<｜end▁of▁sentence｜>"  # noqa: RUF001
+    assert labelled(spaced, template("deepseek_r1_distill")) == [f" a {end}", f"b{end}"]
+    assert opened == ["first" + CHATML, "so\n</think>\n\nlast" + CHATML]
+    assert labelled([user("hi"), assistant("hello")], template("phi3"), specials=SPECIALS) == ["hello<|end|>\n</s>"]
+    assert labelled(TALK, template("phi3"), specials=SPECIALS)[0] == "seven<|end|>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.jinja") if not p.stem.endswith("_training")))
+@pytest.mark.parametrize("talk", [*PLAIN_TALKS, "tools"])
+def test_no_template_gets_a_users_words_labelled(name, talk):
+    """Either the turns are found, with all that the assistant says and nothing that others say, or an error tells."""
+    spoken = messages = PLAIN_TALKS.get(talk, TOOL_TALK)
+    try:
+        messages = READER.read(messages, template(name))[0]
+        found = labelled(messages, template(name), specials=SPECIALS, tools=TOOLS if talk == "tools" else None)
+    except Exception as error:
+        assert isinstance(error, ValueError) or "jinja" in type(error).__module__ or isinstance(error, TypeError), error
+        return
+    said_by = {
+        who: [m["content"] for m in spoken if (m["role"] == "assistant") == who and m["content"]]
+        for who in (True, False)
+    }
+    assert all(any(words in turn for turn in found) for words in said_by[True])
+    assert not any(turn.startswith(("<|im_start|>", "<start_of_turn>", "<|start_header_id|>")) for turn in found)
+    assert not any(words in turn for turn in found for words in said_by[False] if len(words) > 2 and words != "more?")
