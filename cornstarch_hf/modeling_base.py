@@ -145,7 +145,7 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
             self.config.modality(name)["token_id"] = token_id
         self._strict_placeholders = True
 
-    def _take_traits(self, supplied: bool) -> None:
+    def _inherit_from_language_model(self, supplied: bool) -> None:
         """Traits of the parts that transformers reads on the whole."""
         inner = unwrapped(self.language_model)
         kinds = dict.fromkeys(self.config.modality(name)["kind"] for name in self.config.encoders)

@@ -92,7 +92,7 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             self.add_module(f"{name}_encoder", encoder)
         self.language_model = language_model
         self.loss_type = "ForCausalLM"
-        self._take_traits(supplied)
+        self._inherit_from_language_model(supplied)
         self.post_init()
         if not supplied:
             check_built(self)

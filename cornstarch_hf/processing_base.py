@@ -10,7 +10,7 @@ from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from .checkpoints.code_bundle import export_code
-from .checkpoints.folder_swap import current, replacing
+from .checkpoints.folder_swap import replaced_atomically, valid_folder
 from .checkpoints.storage import pusher, split_options
 from .checkpoints.trusted_code import load_shared_code
 from .configuration_multimodal import MultimodalConfig
@@ -151,7 +151,7 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         tokenizers = [x for x in (self.tokenizer, *self.processors.values()) if isinstance(x, PreTrainedTokenizerBase)]
         with (
             _sides_told(tokenizers),
-            replacing(save_directory, HEAD, lambda name: name in TEMPLATES or name in surplus) as folder,
+            replaced_atomically(save_directory, HEAD, lambda name: name in TEMPLATES or name in surplus) as folder,
         ):
             files = super().save_pretrained(folder, **kwargs)
             for name, processor in self.processors.items():
@@ -173,7 +173,7 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         """As in transformers; after an interrupted save, what is valid of the folder."""
         source = pretrained_model_name_or_path
         folder = os.path.join(source, kwargs.get("subfolder") or "")
-        if os.path.isdir(folder) and (valid := current(folder, HEAD)) != folder:
+        if os.path.isdir(folder) and (valid := valid_folder(folder, HEAD)) != folder:
             source, kwargs = valid, {**kwargs, "subfolder": ""}
         return super().from_pretrained(source, *args, **kwargs)
 

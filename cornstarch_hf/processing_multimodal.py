@@ -10,7 +10,7 @@ import torch
 from transformers import BatchFeature
 
 from .encoders.input_names import keyword_for, named_inputs
-from .encoders.items import split_items, unpadded
+from .encoders.items import split_items, without_padding
 from .parts.known_encoders import grid_of
 from .processing.assistant_turns import assistant_spans
 from .processing.batches import MultimodalBatch
@@ -193,7 +193,7 @@ class MultimodalProcessor(MultimodalProcessorBase):
         """Features of each item, alone and unpadded."""
         names = self.config.modality(name)["input_names"]
         items = split_items({names[keyword]: value for keyword, value in output.items()}, count, name)
-        return [self.counter.count(name, unpadded(item)) for item in items]
+        return [self.counter.count(name, without_padding(item)) for item in items]
 
     def _encode_text(self, texts: list[str], lengths, samples, options: dict[str, Any], spans) -> dict[str, Any]:
         by_token = {self.tokens[name]: found for name, found in lengths.items()}

@@ -57,7 +57,7 @@ def read_base(component: str, origin: Mapping[str, Any], dtype: torch.dtype, opt
         OSError: the repository, or its commit, cannot be read.
     """
     repo_id = origin["repo_id"]
-    with naming(component, origin):
+    with base_errors_explained(component, origin):
         commit = (
             origin.get("revision")
             or resolve_revision(
@@ -100,7 +100,7 @@ def part_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a part by its own names, loaded through the class that loads its repository."""
     check_files(files)
-    with naming(component, origin), PrivateRandom():
+    with base_errors_explained(component, origin), PrivateRandom():
         config = _base_config(component, files, bool(options.get("trust_remote_code")))
         if isinstance(config, MultimodalConfig):
             raise ValueError(
@@ -183,7 +183,7 @@ def check_base(component: str, entry: Mapping[str, Any], files: CheckpointFiles,
     """Compare a base's files with what they were when the checkpoint was saved (ValueError, OSError)."""
     whose = f"{component} ({files.source})"
     pinned = {name: Entry(**value) for name, value in entry["weights"].items()}
-    with naming(component, entry):
+    with base_errors_explained(component, entry):
         found = files.find_all([*pinned, "config.json"])
     if all(path is None for path in found.values()):
         raise OSError(
@@ -231,7 +231,7 @@ def _warn_if_moved(component: str, entry: Mapping[str, Any], options: Mapping[st
 
 
 @contextlib.contextmanager
-def naming(component: str, origin: Mapping[str, Any]) -> Iterator[None]:
+def base_errors_explained(component: str, origin: Mapping[str, Any]) -> Iterator[None]:
     """Errors of the Hub that say which component of a checkpoint they concern, and what to do."""
     revision = (origin.get("revision") or origin.get("requested_revision") or "main")[:40]
     where = f"{component}: its base {origin['repo_id']!r} at {revision}"

@@ -14,7 +14,7 @@ from ..limits import cap
 from ..parts.build_bounds import build_guard
 from ..parts.stored_values import SHARD, check_auto_map, read_json
 from .checkpoint_files import CheckpointFiles
-from .folder_swap import current
+from .folder_swap import valid_folder
 from .manifest import COMPOSITION, DELTA, Composition, Entry, check_hashes, check_sizes, read_composition
 from .saving import weights_pattern
 
@@ -205,7 +205,7 @@ def checked_files(
     options = dict(options)
     variant = options.get("variant")
     folder = os.path.join(source, options.get("subfolder") or "")
-    if os.path.isdir(folder) and (valid := current(folder, CONFIG)) != folder:
+    if os.path.isdir(folder) and (valid := valid_folder(folder, CONFIG)) != folder:
         source, options["subfolder"] = valid, ""
     files = CheckpointFiles(source, options)
     values = check_files(files, variant)

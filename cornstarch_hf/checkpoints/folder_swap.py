@@ -33,7 +33,7 @@ _INDEX = re.compile(r".*\.index\.json")
 
 
 @contextlib.contextmanager
-def replacing(folder: str | os.PathLike, head: str, owned: Callable[[str], bool]) -> Iterator[str]:
+def replaced_atomically(folder: str | os.PathLike, head: str, owned: Callable[[str], bool]) -> Iterator[str]:
     """Write a checkpoint into the folder that this gives; on leaving, it replaces the one in `folder`.
 
     Args:
@@ -100,7 +100,7 @@ def _clean_up(staging: str, inside: str, target: str, head: str, existed: bool, 
         os.rmdir(target)
 
 
-def current(folder: str | os.PathLike, head: str) -> str:
+def valid_folder(folder: str | os.PathLike, head: str) -> str:
     """The folder in which the valid checkpoint of a local folder lies: the folder itself but after an interrupted save.
 
     Raises:

@@ -16,10 +16,10 @@ from ..parts.weightless import build_without_weights, without_dtypes
 from .checkpoint_files import HUB_OPTIONS, CheckpointFiles
 from .files import CONFIG, Checked, checked_files, first_weights, guarded
 from .manifest import COMPOSITION, DELTA, REMEDY, Composition, read_composition
-from .references import components_of, joined
+from .references import assemble_state, components_of
 
 
-class Loading(NamedTuple):
+class LoadPlan(NamedTuple):
     """How transformers shall load: from `source`, or where that is None from a `state_dict` among the options."""
 
     source: str | None
@@ -29,14 +29,14 @@ class Loading(NamedTuple):
     composition: Composition | None = None
 
 
-def prepare(
+def plan_load(
     model_class: type[PreTrainedModel],
     source: Any,
     options: dict[str, Any],
     bases: Mapping[str, str] | None,
     verify: bool,
     asks_what_is_missing: bool = False,
-) -> Loading:
+) -> LoadPlan:
     """Check the files of a checkpoint, and read those that transformers cannot.
 
     Args:
@@ -52,14 +52,14 @@ def prepare(
         OSError: a repository that cannot be read.
     """
     if source is None or options.get("gguf_file") or os.path.isfile(source):
-        return Loading(source, options)
+        return LoadPlan(source, options)
     checked = checked_files(source, options, verify, asks_what_is_missing)
     files, options, composition = checked.files, checked.options, checked.composition
     source = files.source
     if composition is None:
         if bases:
             raise ValueError(f"{source} has no {COMPOSITION} that names a base, so bases= cannot replace one.")
-        return Loading(source, options, None, guarded(_base_of_adapters(checked)))
+        return LoadPlan(source, options, None, guarded(_base_of_adapters(checked)))
     config, options = _config_of(model_class, files, options)
     if composition.references:
         return _by_reference(model_class, files, composition, config, options, bases, verify)
@@ -67,7 +67,7 @@ def prepare(
         raise ValueError(f"bases names {sorted(bases)}, but {source} holds all of its weights itself.")
     if options.get("variant") is None and (name := first_weights(composition, None)):
         config.transformers_weights = name  # and no other file, however it came into the folder
-    return Loading(source, options | {"config": config} | _hub(files), files, guarded(checked), composition)
+    return LoadPlan(source, options | {"config": config} | _hub(files), files, guarded(checked), composition)
 
 
 def _base_of_adapters(checked: Checked) -> Checked:
@@ -111,7 +111,7 @@ def _by_reference(
     options: dict[str, Any],
     bases: Mapping[str, str] | None,
     verify: bool,
-) -> Loading:
+) -> LoadPlan:
     """Load the changes and the bases into one state, from which transformers makes the model."""
 
     def build(shapes: Shapes) -> PreTrainedModel:
@@ -132,13 +132,13 @@ def _by_reference(
             f"missing. {REMEDY}"
         )
     stored = load_file(changed)
-    state = joined(build, stored, composition.references, bases, options, verify)
+    state = assemble_state(build, stored, composition.references, bases, options, verify)
     guard = build_guard({name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False)
     options = {key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "variant", "use_safetensors")}
-    return Loading(None, options | {"config": config, "state_dict": state}, files, guard, composition)
+    return LoadPlan(None, options | {"config": config, "state_dict": state}, files, guard, composition)
 
 
-def finish(model: PreTrainedModel, loading: Loading, info: Mapping[str, Any]) -> None:
+def finish_load(model: PreTrainedModel, loading: LoadPlan, info: Mapping[str, Any]) -> None:
     """Give a model that was loaded from a state what transformers reads from files (in place).
 
     Raises:

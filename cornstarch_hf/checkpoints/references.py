@@ -149,7 +149,7 @@ def _known_origin(model: PreTrainedModel, component: str, bases: Mapping[str, st
     return origin
 
 
-def joined(
+def assemble_state(
     build: Callable[[dict[str, tuple[int, ...]]], PreTrainedModel],
     stored: Mapping[str, Tensor],
     references: Mapping[str, Mapping[str, Any]],

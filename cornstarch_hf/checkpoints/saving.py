@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .folder_swap import replacing
+from .folder_swap import replaced_atomically
 from .manifest import COMPOSITION, DELTA, Composition, Entry, read_composition, write_composition
 
 CONFIG, ADAPTERS = "config.json", "adapter_config.json"
 
 
 @dataclass
-class Staged:
+class StagedSave:
     """A save that is being written.
 
     Attributes:
@@ -29,7 +29,7 @@ class Staged:
 
 
 @contextlib.contextmanager
-def saving(folder: str | os.PathLike, variant: str | None = None) -> Iterator[Staged]:
+def staged_save(folder: str | os.PathLike, variant: str | None = None) -> Iterator[StagedSave]:
     """Save a model: gives the folder to write into, and takes what is to be said of it.
 
     Weight files of an earlier save go, with all else that it wrote and this one does not; other files stay.
@@ -48,13 +48,13 @@ def saving(folder: str | os.PathLike, variant: str | None = None) -> Iterator[St
             "now. Save into another folder, or remove the adapters first."
         )
     pattern = weights_pattern(variant)
-    staged, earlier = Staged(""), set[str]()
+    staged, earlier = StagedSave(""), set[str]()
 
     def owned(name: str) -> bool:
         old = name in earlier or name in staged.surplus or (name == DELTA and not variant)
         return old or bool(pattern.fullmatch(name))
 
-    with replacing(folder, CONFIG, owned) as staging:
+    with replaced_atomically(folder, CONFIG, owned) as staging:
         staged.folder, before = staging, _earlier_save(folder)
         earlier |= set() if variant or before is None else set(before.manifest)
         yield staged

@@ -23,9 +23,9 @@ from .config_sync import (
     sync_config,
 )
 from .files import check_loaded
-from .loading import finish, prepare
+from .loading import finish_load, plan_load
 from .references import chosen_components, embedded, write_reference
-from .saving import saving
+from .saving import staged_save
 from .trusted_code import with_shared_code
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
         if not whole or kwargs.get("distributed_checkpoint") or not _writes(is_main_process):
             super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **options)
         else:
-            with saving(save_directory, variant) as staged:
+            with staged_save(save_directory, variant) as staged:
                 if referenced:
                     staged.components |= write_reference(self, staged.folder, referenced, bases, kwargs | hub)
                 else:
@@ -143,14 +143,14 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
         kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
         kwargs = with_shared_code(pretrained_model_name_or_path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        loading = prepare(cls, pretrained_model_name_or_path, kwargs, bases, verify, wants_info)
+        loading = plan_load(cls, pretrained_model_name_or_path, kwargs, bases, verify, wants_info)
         model: Any
         info: dict[str, Any]
         with loading.guard:
             model, info = super().from_pretrained(loading.source, *args, output_loading_info=True, **loading.options)
         if not wants_info:  # who asks what is missing is told
             check_loaded(info, pretrained_model_name_or_path)
-        finish(model, loading, info)
+        finish_load(model, loading, info)
         restore_adapter_buffers(model)
         cast_buffers(model, model.config.part_dtypes, model.dtype)
         loaded = (model, info) if wants_info else model

@@ -12,12 +12,12 @@ from ..parts.callbacks import SLOTS, build_callback
 from ..parts.classes import class_name, constructor_options, resolve_class
 from ..projectors.projector import MultimodalProjector
 from .grids import PLANE_KINDS
-from .layouts import find_layout
+from .layouts import find_feature_axes
 from .module import ModalEncoderModule
 from .precomputed import PrecomputedFeaturesConfig
 
-# Model types whose features are sequences of the width that their configuration names: no run on shapes is needed to know.
-REGULAR = frozenset(
+# Model types whose features are sequences of the width that their configuration names: no dry run is needed to know.
+WIDTH_AS_CONFIGURED = frozenset(
     [
         *("clip_vision_model", "dinov2", "siglip_vision_model", "vit", "qwen2_vl_vision", "whisper", "wav2vec2", "esm"),
         *("bert", PrecomputedFeaturesConfig.model_type),
@@ -25,7 +25,7 @@ REGULAR = frozenset(
 )
 
 # Those of which that holds only after patches were merged.
-REGULAR_AT_LAST = frozenset(["qwen2_vl_vision"])
+WIDTH_AS_CONFIGURED_AT_LAST = frozenset(["qwen2_vl_vision"])
 
 
 def complete_projector(
@@ -69,7 +69,7 @@ def complete_projector(
 
 
 def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
-    """Width of an encoder's selected features, by a run on shapes, else by its configuration; None where neither tells.
+    """Width of an encoder's selected features, by a dry run, else by its configuration; None where neither tells.
 
     What the run tells of their axes becomes part of the encoder's selection.
 
@@ -78,9 +78,9 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
     """
     inner = unwrapped(encoder.module)
     usual = encoder.selection.output is None and encoder.selection.data_format is None
-    if usual and is_regular(inner.config, encoder.selection.layer):
+    if usual and width_is_configured(inner.config, encoder.selection.layer):
         return encoder.feature_width(), True
-    layout = find_layout(inner, encoder.kind, encoder.selection, encoder.name)
+    layout = find_feature_axes(inner, encoder.kind, encoder.selection, encoder.name)
     if layout is None:
         return encoder.feature_width(), False
     if encoder.selection.data_format is None and layout.data_format is not None:
@@ -88,11 +88,11 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
     return layout.width, True
 
 
-def is_regular(config: Any, layer: Any) -> bool:
+def width_is_configured(config: Any, layer: Any) -> bool:
     """Whether the features of a layer are sequences of the width that an encoder's configuration names."""
-    merges = config.model_type in REGULAR_AT_LAST and layer != -1
+    merges = config.model_type in WIDTH_AS_CONFIGURED_AT_LAST and layer != -1
     adapted = getattr(config, "add_adapter", False)  # wav2vec 2.0's, which may have another width
-    return config.model_type in REGULAR and not merges and not adapted
+    return config.model_type in WIDTH_AS_CONFIGURED and not merges and not adapted
 
 
 def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:

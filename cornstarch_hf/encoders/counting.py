@@ -1,4 +1,4 @@
-"""How many features an item will give: by a registered count, by a rule, or by a run on shapes.  Needs no weights."""
+"""How many features an item will give: by a registered count, by a rule, or by a dry run.  Needs no weights."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from ..parts.build_bounds import bounded_tensors, build_guard
 from ..parts.callbacks import SLOTS, declared_count
 from ..parts.classes import resolve_class
 from ..parts.registries import FEATURE_COUNTS
-from ..parts.shapes_only import run_on_shapes, weights_to_meta
+from ..parts.shapes_only import dry_run, weights_to_meta
 from ..parts.threads import TravellingLock
 from ..parts.weightless import build_without_weights, without_dtypes
 from ..projectors.reductions import Grid, per_item
@@ -62,14 +62,14 @@ def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
 
 
 def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
-    """`max_source_positions`; with a mask by a run on shapes"""
+    """`max_source_positions`; with a mask by a dry run"""
     if inputs.get("attention_mask") is not None:
         return None
     return config.max_source_positions
 
 
 def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
-    """`(samples - kernel) // stride + 1`, once per convolution; with an adapter by a run on shapes"""
+    """`(samples - kernel) // stride + 1`, once per convolution; with an adapter by a dry run"""
     if config.add_adapter:
         return None
     length = inputs["input_values"].shape[-1]
@@ -99,7 +99,7 @@ def _series(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
 _TEXTS = ("bert", "deberta-v2", "distilbert", "esm", "modernbert", "mpnet", "xlm-roberta")
 # Features of one item by the encoder's model type, None where the rule does not hold; each is tested against the
 # encoder, and its docstring stands in the documents.
-RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
+COUNT_RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
     "clip_vision_model": _patches_and_class,
     "dinov2": _patches_and_class,
     "siglip_vision_model": _patches,
@@ -113,7 +113,15 @@ RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = 
     "qwen2_vl_vision": _merged_patches,
 }
 # Types whose hidden states all are as long as the last one.
-RULES_OF_EACH_LAYER = {"clip_vision_model", "dinov2", "siglip_vision_model", "vit", "wav2vec2", "whisper", *_TEXTS}
+COUNT_RULES_OF_EACH_LAYER = {
+    "clip_vision_model",
+    "dinov2",
+    "siglip_vision_model",
+    "vit",
+    "wav2vec2",
+    "whisper",
+    *_TEXTS,
+}
 
 
 class FeatureCounter:
@@ -136,8 +144,8 @@ class FeatureCounter:
         self._lock = TravellingLock()  # encoders keep a state while they run
         self._probes: dict[tuple[str, bool], Any] = {}
         self._cache = CountCache()
-        self._deep: set[str] = set()  # encoders of which few layers do not do
-        self._uniform: set[str] = set()  # and of which they do
+        self._needs_all_layers: set[str] = set()  # encoders of which few layers do not do
+        self._few_layers_suffice: set[str] = set()  # and of which they do
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "own": self.own}
@@ -155,7 +163,7 @@ class FeatureCounter:
                 item's own patches where the encoder packs them.
 
         Raises:
-            ValueError: a registered count is no natural number, the run on shapes fails, or the count is above
+            ValueError: a registered count is no natural number, the dry run fails, or the count is above
                 `limits.MAX_ITEM_FEATURES`.
         """
         key = key_of(name, inputs)
@@ -178,14 +186,14 @@ class FeatureCounter:
         registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
         if registered is not None:
             return _natural(registered(inputs, encoder_config), name, "the registered feature count")
-        encoder = self._outline(name)
+        encoder = self._cheapest_stub(name)
         callbacks = {slot: cb for slot, cb in encoder.callbacks.items() if cb is not None}
         declared = {slot: fn for slot, cb in callbacks.items() if (fn := declared_count(cb)) is not None}
         after_module = set(callbacks) - {POSTPROCESS_PROJECTOR}
         if any(slot.startswith("post") and slot not in declared for slot in callbacks) or (
             after_module and encoder.projector.needs_grid  # a callback may state a grid, which only a run tells
         ):
-            return self._probed(name, inputs)
+            return self._count_by_dry_run(name, inputs)
         count, grid = self._encoded(name, inputs, encoder, set(callbacks) == set(declared), tuple(declared))
         for slot in SLOTS:  # in the order in which they run
             if slot == POSTPROCESS_PROJECTOR:
@@ -200,19 +208,19 @@ class FeatureCounter:
         """Selected features before the callbacks that follow the module, and their grid where the projector needs it."""
         entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
         model_type = encoder_config.model_type
-        holds = not entry["output"] and (entry["layer"] == -1 or model_type in RULES_OF_EACH_LAYER)
+        holds = not entry["output"] and (entry["layer"] == -1 or model_type in COUNT_RULES_OF_EACH_LAYER)
         # Packed features have no prefix to drop, as a run says.
         holds = holds and not (entry["drop_prefix"] and packed_sizes(inputs))
-        rule = RULES.get(model_type) if by_rule and holds else None
+        rule = COUNT_RULES.get(model_type) if by_rule and holds else None
         items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
         count = rule(items, encoder_config) if rule is not None else None
         if count is not None:
-            lengths, stated = [(count - entry["drop_prefix"]) * frames[0]], None
+            lengths, given_grids = [(count - entry["drop_prefix"]) * frames[0]], None
         else:
-            output = self._run(name, inputs, without, ModalEncoderModule.select)
+            output = self._dry_run_with_fallbacks(name, inputs, without, ModalEncoderModule.select)
             lengths = [len(item) for item in per_item(output.last_hidden_state, output.lengths, name)]
-            stated = output.feature_grids
-        grids = encoder.grids(dict(inputs), lengths, stated)
+            given_grids = output.feature_grids
+        grids = encoder.grids(dict(inputs), lengths, given_grids)
         if grids is not None and len(grids) != 1:
             raise ValueError(
                 f"{name}: one item gave features in {len(grids)} grids. State its number: {_REMEDY.format(name)}"
@@ -230,14 +238,14 @@ class FeatureCounter:
             left = self._reduced_by_run(name, count, grid)
         return _natural(left, name, f"the feature_count of {type(projector.projection).__name__}")
 
-    def _outline(self, name: str) -> ModalEncoderModule:
+    def _cheapest_stub(self, name: str) -> ModalEncoderModule:
         """The encoder for what stands around its layers: of few layers where it can be built so."""
         if not self._is_stack(name):
             return self._probe(name)
         try:
             return self._probe(name, shallow=True)
         except Exception:  # all layers are built instead, or tell what is wrong
-            self._deep.add(name)
+            self._needs_all_layers.add(name)
         return self._probe(name)
 
     def _probe(self, name: str, shallow: bool = False) -> ModalEncoderModule:
@@ -260,11 +268,11 @@ class FeatureCounter:
         return self._probes[name, shallow]
 
     def _reduced_by_run(self, name: str, count: int, grid: Grid | None) -> int:
-        projector = self._outline(name).projector
+        projector = self._cheapest_stub(name).projector
         features = torch.empty(1, count, projector.config.in_features, device="meta")
         run = functools.partial(projector, return_dict=True, grids=None if grid is None else [grid])
         try:
-            return run_on_shapes(run, {"inputs_embeds": features}).last_hidden_state.shape[1]
+            return dry_run(run, {"inputs_embeds": features}).last_hidden_state.shape[1]
         except Exception as error:
             raise ValueError(
                 f"{name}: what {type(projector.projection).__name__} leaves of {count} features could not be found by running "
@@ -272,26 +280,33 @@ class FeatureCounter:
                 f"state it: {_REMEDY.format(name)}"
             ) from error
 
-    def _probed(self, name: str, inputs: Mapping[str, Any]) -> int:
+    def _count_by_dry_run(self, name: str, inputs: Mapping[str, Any]) -> int:
         """Features by a run of the whole chain on shapes."""
-        return sum(len(item) for item in self._run(name, inputs, (), ModalEncoderModule.__call__).pooler_output)
+        return sum(
+            len(item)
+            for item in self._dry_run_with_fallbacks(name, inputs, (), ModalEncoderModule.__call__).pooler_output
+        )
 
-    def _run(self, name: str, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable) -> Any:
+    def _dry_run_with_fallbacks(
+        self, name: str, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable
+    ) -> Any:
         """Run a method of the encoder on shapes, the callbacks in some places left out."""
         if self._is_uniform(name):
             try:
-                output = self._run_probe(self._probe(name, shallow=True), inputs, without, method)
-                if name in self._uniform or self._same_with_all_layers(name, output, inputs, without, method):
-                    self._uniform.add(name)
+                output = self._dry_run_once(self._probe(name, shallow=True), inputs, without, method)
+                if name in self._few_layers_suffice or self._same_with_all_layers(
+                    name, output, inputs, without, method
+                ):
+                    self._few_layers_suffice.add(name)
                     return output
             except Exception:  # too few layers for this class: all of them tell, or say what is wrong
                 pass
-            self._deep.add(name)
+            self._needs_all_layers.add(name)
         failed: Exception | None = None
         # Masks that an encoder makes of its features have no values.
         for given in (inputs, _without_full_masks(inputs)):
             try:
-                return self._run_probe(self._probe(name), given, without, method)
+                return self._dry_run_once(self._probe(name), given, without, method)
             except Exception as error:
                 failed = failed or error
         shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
@@ -308,7 +323,7 @@ class FeatureCounter:
         by MiniCPM-V's `insert_layer_id`, after which there are fewer features."""
         if not _names_layers(getattr(self.config, f"{name}_config")):
             return True
-        return _sizes(output) == _sizes(self._run_probe(self._probe(name), inputs, without, method))
+        return _sizes(output) == _sizes(self._dry_run_once(self._probe(name), inputs, without, method))
 
     def _is_uniform(self, name: str) -> bool:
         """Whether a few of the encoder's layers give as many features as all of them."""
@@ -317,7 +332,7 @@ class FeatureCounter:
 
     def _is_stack(self, name: str) -> bool:
         """Whether the encoder is a stack of layers that are alike, of transformers' own classes."""
-        if name in self._deep:
+        if name in self._needs_all_layers:
             return False
         encoder_config = getattr(self.config, f"{name}_config")
         if _is_staged(encoder_config) and (
@@ -329,11 +344,11 @@ class FeatureCounter:
         return cls.__module__.startswith("transformers.models.")
 
     @staticmethod
-    def _run_probe(probe: ModalEncoderModule, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable):
+    def _dry_run_once(probe: ModalEncoderModule, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable):
         encoder = copy.copy(probe)
         encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
         encoder.__dict__.update(dict.fromkeys(without))
-        return run_on_shapes(functools.partial(method, encoder), dict(inputs))
+        return dry_run(functools.partial(method, encoder), dict(inputs))
 
 
 def _built_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:

@@ -29,7 +29,7 @@ def typical_inputs(names: Collection[str], config: PreTrainedConfig, kind: str) 
             return
 
 
-def number(config: PreTrainedConfig, *attributes: str, default: int) -> int:
+def first_positive_setting(config: PreTrainedConfig, *attributes: str, default: int) -> int:
     """The first of some attributes that is a positive integer, or the largest entry of a list of such."""
     for attribute in attributes:
         value = getattr(config, attribute, None)
@@ -45,11 +45,11 @@ def _meta(*shape: int) -> Tensor:
 
 
 def _channels(config: PreTrainedConfig) -> int:
-    return number(config, "num_channels", "in_channels", "in_chans", default=3)
+    return first_positive_setting(config, "num_channels", "in_channels", "in_chans", default=3)
 
 
 def _patch(config: PreTrainedConfig) -> int:
-    return number(config, "patch_size", default=16)
+    return first_positive_setting(config, "patch_size", default=16)
 
 
 def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
@@ -60,7 +60,7 @@ def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
     if isinstance(size, int):
         size = (size, size)
     own = [(int(size[0]), int(size[1]))] if isinstance(size, (list, tuple)) and len(size) == 2 and all(size) else []
-    unit = 2 * _patch(config) * number(config, "spatial_merge_size", "window_size", default=1)
+    unit = 2 * _patch(config) * first_positive_setting(config, "spatial_merge_size", "window_size", default=1)
     usual = [(224, 224), (256, 192), (64, 64), (4 * unit, 2 * unit), (512, 512), (384, 384)]
     return own + [sides for sides in usual if sides not in own]
 
@@ -78,7 +78,7 @@ def _pixels(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iter
         for rows, columns in ((4, 4), (4, 2)):
             yield {key: _meta(1, rows * columns, width), "spatial_shapes": torch.tensor([[rows, columns]])}
         return
-    frames = number(config, "num_frames", "frames_per_clip", "num_frames_per_clip", default=8)
+    frames = first_positive_setting(config, "num_frames", "frames_per_clip", "num_frames_per_clip", default=8)
     for height, width in _sides(config):
         plane = (_channels(config), height, width)
         image = [(1, *plane)]
@@ -90,12 +90,14 @@ def _pixels(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iter
 def _packed(key: str, names: Collection[str], config: PreTrainedConfig) -> Iterator[Inputs]:
     """Patches of one item in a row, flattened or as small images, with their numbers along each axis."""
     grid_name, side = next(g for g in GRIDS if g in names), _patch(config)
-    unit = 2 * number(config, "spatial_merge_size", "merge_kernel_size", "spatial_patch_size", default=2)
+    unit = 2 * first_positive_setting(
+        config, "spatial_merge_size", "merge_kernel_size", "spatial_patch_size", default=2
+    )
     for rows, columns in ((unit, unit), (2 * unit, unit)):
         grid = torch.tensor([[1, rows, columns] if grid_name != "grid_hws" else [rows, columns]])
-        for frames in dict.fromkeys((number(config, "temporal_patch_size", default=1), 1, 2)):
+        for frames in dict.fromkeys((first_positive_setting(config, "temporal_patch_size", default=1), 1, 2)):
             yield {key: _meta(rows * columns, _channels(config) * frames * side**2), grid_name: grid}
-        yield {key: _meta(rows * columns, number(config, "hidden_size", default=1)), grid_name: grid}
+        yield {key: _meta(rows * columns, first_positive_setting(config, "hidden_size", default=1)), grid_name: grid}
         yield {key: _meta(rows * columns, _channels(config), side, side), grid_name: grid}
 
 
@@ -111,11 +113,11 @@ def _packed_images(key: str, config: PreTrainedConfig) -> Iterator[Inputs]:
 
 def _waves(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     key = "input_values"
-    bins = number(config, "num_mel_bins", default=80)
-    spectrum = [(1, number(config, "max_length", default=1024), bins)]
+    bins = first_positive_setting(config, "num_mel_bins", default=80)
+    spectrum = [(1, first_positive_setting(config, "max_length", default=1024), bins)]
     lengths = (16_000, 24_000)
     waves = [(1, n) for n in lengths]
-    channels = [(1, number(config, "audio_channels", default=1), n) for n in lengths]
+    channels = [(1, first_positive_setting(config, "audio_channels", default=1), n) for n in lengths]
     first = spectrum if hasattr(config, "num_mel_bins") else []
     for shape in first + waves + channels + [s for s in spectrum if s not in first]:
         yield {key: _meta(*shape)}
@@ -123,7 +125,7 @@ def _waves(names: Collection[str], config: PreTrainedConfig, kind: str) -> Itera
 
 def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     key = next(k for k in ("input_features", "audio_mel") if k in names)
-    default = number(config, "feature_size", "input_size", default=80)
+    default = first_positive_setting(config, "feature_size", "input_size", default=80)
     attributes = (
         "num_mel_bins",
         "input_feat_size",
@@ -132,8 +134,8 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
         "input_feat_per_channel",
         "subsampling_conv_channels",  # Gemma 4, whose convolutions leave as many channels as there were bins
     )
-    bins = list(dict.fromkeys((number(config, *attributes, default=default), default, 128, 64)))
-    window = 2 * number(config, "max_source_positions", default=512)
+    bins = list(dict.fromkeys((first_positive_setting(config, *attributes, default=default), default, 128, 64)))
+    window = 2 * first_positive_setting(config, "max_source_positions", default=512)
     for mels in bins:
         for frames in dict.fromkeys((window, 1024, 3000, 800)):
             shapes = [(1, mels, frames), (1, frames, mels), (1, 1, frames, mels)]
@@ -145,18 +147,20 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
 
 def _ids(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     for length in (16, 24):
-        yield {"input_ids": torch.full((1, length), min(5, number(config, "vocab_size", default=6) - 1))}
+        yield {
+            "input_ids": torch.full((1, length), min(5, first_positive_setting(config, "vocab_size", default=6) - 1))
+        }
 
 
 def _series(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
-    length = number(config, "context_length", default=512)
-    channels = number(config, "num_input_channels", "input_size", default=1)
+    length = first_positive_setting(config, "context_length", default=512)
+    channels = first_positive_setting(config, "num_input_channels", "input_size", default=1)
     for shape in ((1, length, channels), (1, length), (1, 2 * length)):
         yield {"past_values": _meta(*shape)}
 
 
 def _flattened(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
-    width = number(config, "patch_embed_hidden_size", default=_channels(config) * _patch(config) ** 2)
+    width = first_positive_setting(config, "patch_embed_hidden_size", default=_channels(config) * _patch(config) ** 2)
     for size in dict.fromkeys((2 + _channels(config) * _patch(config) ** 2, 2 + width)):
         yield {"flattened_patches": _meta(1, 64, size)}
 
@@ -166,11 +170,15 @@ def _states(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iter
         yield from _packed("hidden_states", names, config)
         return
     for frames in (1024, 800):
-        yield {"hidden_states": _meta(1, frames, number(config, "input_dim", "input_size", "hidden_size", default=80))}
+        yield {
+            "hidden_states": _meta(
+                1, frames, first_positive_setting(config, "input_dim", "input_size", "hidden_size", default=80)
+            )
+        }
 
 
 def _any(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
-    width = number(config, "d_model", "feature_size", "hidden_size", default=64)
+    width = first_positive_setting(config, "d_model", "feature_size", "hidden_size", default=64)
     for length in (16, 24):
         yield {"inputs": _meta(1, length, width)}
 
@@ -207,7 +215,7 @@ def _companions(inputs: Inputs, key: str, config: PreTrainedConfig) -> Inputs:
         "past_values_padding": ones,
         "freq": torch.zeros(1, 1, dtype=torch.long),
         "is_longer": torch.zeros(1, 1, dtype=torch.bool),
-        "merge_sizes": torch.tensor([number(config, "spatial_merge_size", default=1)]),
+        "merge_sizes": torch.tensor([first_positive_setting(config, "spatial_merge_size", default=1)]),
         "bbox": torch.zeros(1, length, 4, dtype=torch.long),
         "mask": torch.ones(1, length, dtype=torch.bool),
     }

@@ -13,7 +13,7 @@ PIXELS = ("pixel_values_videos", "pixel_values")
 STAGES = ("depths", "depth", "hidden_sizes", "embed_dims")
 
 
-class Features(NamedTuple):
+class GridQuery(NamedTuple):
     """What is known of a batch of items when their grids are asked for.
 
     Attributes:
@@ -33,27 +33,27 @@ class Features(NamedTuple):
     dropped: int = 0
 
 
-def item_grids(known: Features) -> list[Grid]:
+def item_grids(query: GridQuery) -> list[Grid]:
     """``(height, width)`` or ``(frames, height, width)`` of each item's features, which lie in it row by row.
 
     Raises:
         ValueError: they lie in no grid, or it is not known; says what was expected and what to do.
     """
-    for rule in RULES:
-        grids = rule(known)
+    for rule in GRID_RULES:
+        grids = rule(query)
         if grids is not None:
             return grids
-    return [_by_pixels(known, length) for length in known.lengths]
+    return [_by_pixels(query, length) for length in query.lengths]
 
 
-def _packed(known: Features) -> list[Grid] | None:
+def _packed(query: GridQuery) -> list[Grid] | None:
     """Packed towers, which are told the patches of each item along each axis and merge squares of them."""
-    grid = next((v for k, v in known.inputs.items() if k.endswith(("grid_thw", "grid_hws"))), None)
+    grid = next((v for k, v in query.inputs.items() if k.endswith(("grid_thw", "grid_hws"))), None)
     if not isinstance(grid, Tensor):
         return None
-    rows, columns = merged_patches(known.config)
+    rows, columns = merged_patches(query.config)
     found = []
-    for (*frames, height, width), length in zip(grid.tolist(), _per_row(known, len(grid)), strict=True):
+    for (*frames, height, width), length in zip(grid.tolist(), _per_row(query, len(grid)), strict=True):
         merged = (*frames, height // rows, width // columns)
         if math.prod(merged) != length:
             raise ValueError(
@@ -71,13 +71,13 @@ def merged_patches(config: Any) -> tuple[int, int]:
     return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) else (int(size), int(size))
 
 
-def _stated_shapes(known: Features) -> list[Grid] | None:
+def _stated_shapes(query: GridQuery) -> list[Grid] | None:
     """Towers that take padded sequences of patches and the shape of each item (SigLIP 2)."""
-    shapes = known.inputs.get("spatial_shapes")
+    shapes = query.inputs.get("spatial_shapes")
     if not isinstance(shapes, Tensor):
         return None
     found: list[Grid] = [(int(h), int(w)) for h, w in shapes.tolist()]
-    for (height, width), length in zip(found, _per_row(known, len(found)), strict=True):
+    for (height, width), length in zip(found, _per_row(query, len(found)), strict=True):
         if height * width != length:
             raise ValueError(
                 f"An item of {height} x {width} = {height * width} patches gave {length} features{_OR_STATE}"
@@ -85,64 +85,64 @@ def _stated_shapes(known: Features) -> list[Grid] | None:
     return found
 
 
-def _stated_sizes(known: Features) -> list[Grid] | None:
+def _stated_sizes(query: GridQuery) -> list[Grid] | None:
     """Towers that take images padded to one size and the size of each in pixels (Pixtral), where those give the features."""
-    sizes, patch = known.inputs.get("image_sizes"), _patch(known.config)
-    if not isinstance(sizes, Tensor) or sizes.ndim != 2 or patch is None or len(sizes) != len(known.lengths):
+    sizes, patch = query.inputs.get("image_sizes"), _patch(query.config)
+    if not isinstance(sizes, Tensor) or sizes.ndim != 2 or patch is None or len(sizes) != len(query.lengths):
         return None
     found: list[Grid] = [(int(h) // patch[0], int(w) // patch[1]) for h, w in sizes.tolist()]
-    return found if [h * w for h, w in found] == list(known.lengths) else None
+    return found if [h * w for h, w in found] == list(query.lengths) else None
 
 
-def _per_row(known: Features, rows: int) -> Sequence[int]:
-    if len(known.lengths) != rows:
-        raise ValueError(f"{rows} grids were given for {len(known.lengths)} items{_OR_STATE}")
-    return known.lengths
+def _per_row(query: GridQuery, rows: int) -> Sequence[int]:
+    if len(query.lengths) != rows:
+        raise ValueError(f"{rows} grids were given for {len(query.lengths)} items{_OR_STATE}")
+    return query.lengths
 
 
-RULES: tuple[Callable[[Features], list[Grid] | None], ...] = (_packed, _stated_shapes, _stated_sizes)
+GRID_RULES: tuple[Callable[[GridQuery], list[Grid] | None], ...] = (_packed, _stated_shapes, _stated_sizes)
 _OR_STATE = "; or set output['feature_grids'] to one (height, width) per item in postprocess_module_callback."
 
 
-def _by_pixels(known: Features, length: int) -> Grid:
+def _by_pixels(query: GridQuery, length: int) -> Grid:
     """From the size of the images and the configuration's patch size; without a patch size, of square images."""
-    if known.kind not in PLANE_KINDS:
+    if query.kind not in PLANE_KINDS:
         raise ValueError(
-            f"Features of the kind {known.kind!r} lie in a sequence of {length}, not in a grid: take frame_stack "
+            f"Features of the kind {query.kind!r} lie in a sequence of {length}, not in a grid: take frame_stack "
             f"or resampler, or dims=1 where the type has it{_OR_STATE}"
         )
-    patches = patch_grid(known.inputs, known.config)
+    patches = patch_grid(query.inputs, query.config)
     if patches is None:
-        return _square(known, length)
+        return _square(query, length)
     whole = math.prod(patches)
     if whole == length:
         return patches
-    merges = _patch(known.config) is None or any(
-        isinstance(getattr(known.config, k, None), (list, tuple)) for k in STAGES
+    merges = _patch(query.config) is None or any(
+        isinstance(getattr(query.config, k, None), (list, tuple)) for k in STAGES
     )
-    if merges and not known.changed:
+    if merges and not query.changed:
         *frames, height, width = patches
         side = math.isqrt(whole // length) if length and whole % length == 0 else 0
         if side and side * side * length == whole and not height % side and not width % side:
             return (*frames, height // side, width // side)
         if height == width:
-            return _square(known, length)
-    raise ValueError(_mismatch(known, length, patches))
+            return _square(query, length)
+    raise ValueError(_mismatch(query, length, patches))
 
 
-def _mismatch(known: Features, length: int, patches: Grid) -> str:
+def _mismatch(query: GridQuery, length: int, patches: Grid) -> str:
     whole = math.prod(patches)
     text = f"{length} features do not fill the grid of {' x '.join(map(str, patches))} = {whole} patches"
-    if length > whole and not known.changed:
-        more = known.dropped + length - whole
+    if length > whole and not query.changed:
+        more = query.dropped + length - whole
         return f"{text}, {length - whole} too many: remove class and register tokens by drop_prefix={more}{_OR_STATE}"
     return text + _OR_STATE
 
 
-def _square(known: Features, length: int) -> Grid:
+def _square(query: GridQuery, length: int) -> Grid:
     side = math.isqrt(length)
-    if known.changed or side * side != length or not length:
-        more = known.dropped + length - side * side
+    if query.changed or side * side != length or not length:
+        more = query.dropped + length - side * side
         raise ValueError(
             f"The grid of {length} features is not known, and they are no square that an encoder gave (the next smaller one is "
             f"{side} x {side} = {side * side}): remove class and register tokens by drop_prefix={more}{_OR_STATE}"

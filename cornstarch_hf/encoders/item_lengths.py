@@ -17,7 +17,7 @@ from .towers import counted_lengths
 _OUTPUT_MASKS = {"attention_mask": True, "output_mask": True, "audio_mel_mask": False}
 
 
-class LengthsNotTold(Exception):
+class ItemLengthsUnknown(Exception):
     """Neither an encoder's output nor its inputs tell which features belong to which item.
 
     Attributes:
@@ -76,7 +76,7 @@ def _packed(count: int, arguments: Mapping[str, Any], config: Any) -> list[int] 
                 return [n // merged for n in patches]
     elif count == items and all(len(x) == items for x in arguments.values() if isinstance(x, Tensor) and x.ndim > 1):
         return [1] * items
-    raise LengthsNotTold(packed=True)
+    raise ItemLengthsUnknown(packed=True)
 
 
 def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | None:
@@ -115,7 +115,7 @@ def _padded(
         return padded.lengths if min(padded.lengths) < padded.size else None
     counted = counted_lengths(module, torch.tensor(padded.lengths), padded.size, tokens)
     if counted is None and min(padded.lengths) < padded.size:
-        raise LengthsNotTold(packed=False)
+        raise ItemLengthsUnknown(packed=False)
     return counted
 
 

@@ -131,7 +131,7 @@ def _axes(value: Any, mask: Tensor) -> list[int]:
     return [a for a in range(1, value.ndim) if value.shape[a] == mask.shape[1]]
 
 
-def is_plain(inputs: Mapping[str, Any], padded: Padded) -> bool:
+def is_raw_sequence(inputs: Mapping[str, Any], padded: Padded) -> bool:
     """Whether the items are sequences of numbers or ids, of the mask's own shape."""
     return any(isinstance(inputs.get(key), Tensor) and inputs[key].shape == inputs[padded.mask].shape for key in _PLAIN)
 
@@ -144,7 +144,7 @@ def groups_by_length(padded: Padded) -> dict[int, list[int]]:
     return groups
 
 
-def cut(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[int]) -> dict[str, Any]:
+def select_items(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[int]) -> dict[str, Any]:
     """Some items of one length without padding.  Their masks stay: an encoder may attend otherwise without one (Moonshine
     Streaming sees the whole sound then, instead of windows).
 
@@ -173,10 +173,10 @@ def cut(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[int]) -> 
     return found
 
 
-def unpadded(inputs: dict[str, Any], where: str = "item") -> dict[str, Any]:
+def without_padding(inputs: dict[str, Any], where: str = "item") -> dict[str, Any]:
     """One item's inputs without the padding that a batch gave it, where it is a sequence of numbers or ids.
 
     Others keep their mask: some encoders take items of one padded size alone, and their output tells what is valid.
     """
     padded = padding_of(inputs, where)
-    return cut(inputs, padded, [0]) if padded is not None and is_plain(inputs, padded) else inputs
+    return select_items(inputs, padded, [0]) if padded is not None and is_raw_sequence(inputs, padded) else inputs

@@ -1,4 +1,4 @@
-"""Where an encoder's features lie in its output: their width, and which axis holds it; found by a run on shapes."""
+"""Where an encoder's features lie in its output: their width, and which axis holds it; found by a dry run."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..configuration_projector import feature_width
 from ..parts.adapters import unwrapped
 from ..parts.classes import constructor_options
-from ..parts.shapes_only import run_on_shapes, weights_to_meta
+from ..parts.shapes_only import dry_run, weights_to_meta
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, without_dtypes
 from .feature_layout import typical_inputs
@@ -28,7 +28,7 @@ from .selection import (
 _MOST_TRIES = 24
 
 
-class Layout(NamedTuple):
+class FeatureAxes(NamedTuple):
     """How features lie in the tensor that a selection names.
 
     Attributes:
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
     data_format: str | None
 
 
-def find_layout(module: nn.Module, kind: str, selection: Selection, name: str) -> Layout | None:
+def find_feature_axes(module: nn.Module, kind: str, selection: Selection, name: str) -> FeatureAxes | None:
     """The layout of an encoder's features, by running it on shapes with inputs of an ordinary item.
 
     The encoder is built once more from its configuration, without weights.
@@ -101,25 +101,25 @@ def with_plain_kernels(config: Any) -> Any:
 
 def _tried(run: Any, inputs: dict[str, Tensor]) -> Any:
     try:
-        return run_on_shapes(run, inputs)
+        return dry_run(run, inputs)
     except Exception:  # inputs that this encoder does not take: others follow
         return None
 
 
-def _layout(shapes: Sequence[tuple[int, ...]], known: int | None) -> Layout | None:
+def _layout(shapes: Sequence[tuple[int, ...]], expected_width: int | None) -> FeatureAxes | None:
     """The layout that some shapes of one item's features leave as the only one, None while there are several."""
     shape = shapes[-1]
     if len(shape) == 2:
-        return Layout(shape[-1], None)
+        return FeatureAxes(shape[-1], None)
     if len(shape) not in (3, 4):
         return None
     if len(shape) == 4 and shape[1] == 1 < shape[0]:
-        return Layout(shape[-1], LAYERS_FIRST)
-    first, last = Layout(shape[1], CHANNELS_FIRST), Layout(shape[-1], CHANNELS_LAST)
+        return FeatureAxes(shape[-1], LAYERS_FIRST)
+    first, last = FeatureAxes(shape[1], CHANNELS_FIRST), FeatureAxes(shape[-1], CHANNELS_LAST)
     fixed = [a for a in (1, len(shape) - 1) if len({s[a] for s in shapes if len(s) == len(shape)}) == 1]
     if len(fixed) == 1:
         return first if fixed == [1] else last
-    fits = [layout for layout in (first, last) if layout.width == known]
+    fits = [layout for layout in (first, last) if layout.width == expected_width]
     if len(fits) == 1:
         return fits[0]
     if len(shape) == 4 and shape[1] != shape[3]:  # a square map
@@ -130,12 +130,12 @@ def _layout(shapes: Sequence[tuple[int, ...]], known: int | None) -> Layout | No
     return None
 
 
-def _assumed(shapes: Sequence[tuple[int, ...]], known: int | None, selection: Selection) -> Layout | None:
+def _assumed(shapes: Sequence[tuple[int, ...]], expected_width: int | None, selection: Selection) -> FeatureAxes | None:
     """The usual layout, where nothing tells: sequences with their width last, maps with it first."""
     if not shapes or len(shapes[-1]) not in (3, 4):
         return None
     layers = 1 if isinstance(selection.layer, int) else len(selection.layer)
     shape = shapes[-1]
     if len(shape) == 3:
-        return Layout(shape[-1] * layers, CHANNELS_LAST)
-    return Layout(shape[1] * layers, CHANNELS_FIRST)
+        return FeatureAxes(shape[-1] * layers, CHANNELS_LAST)
+    return FeatureAxes(shape[1] * layers, CHANNELS_FIRST)

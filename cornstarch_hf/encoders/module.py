@@ -12,16 +12,16 @@ from ..configuration_projector import feature_width
 from ..parts.adapters import unwrapped
 from ..parts.callbacks import SLOTS
 from ..parts.frozen_modes import is_checkpointing
-from ..parts.known_encoders import check_whole_items, fixed_inputs
+from ..parts.known_encoders import deterministic_inputs, refuse_random_encoder
 from ..parts.origins import origin_of
 from ..parts.signatures import accepts, forward_parameters
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector
 from ..projectors.reductions import per_item
 from .frames import frame_grids, frames_as_items, joined_frames
-from .grids import Features, grids_of_tensor, item_grids
-from .item_lengths import LengthsNotTold, feature_lengths, is_packed_row
-from .items import Padded, cut, groups_by_length, is_plain, item_count, padding_of, split_items
+from .grids import GridQuery, grids_of_tensor, item_grids
+from .item_lengths import ItemLengthsUnknown, feature_lengths, is_packed_row
+from .items import Padded, groups_by_length, is_raw_sequence, item_count, padding_of, select_items, split_items
 from .selection import (
     DATA_FORMATS,
     EncoderOutput,
@@ -35,7 +35,7 @@ from .selection import (
 from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower, takes_images
 
 # Model types whose features of an item change with its padding, whatever the mask says: each length is encoded apart.
-READ_PADDING = frozenset(
+FEATURES_DEPEND_ON_PADDING = frozenset(
     ["pe_audio_encoder", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "phi4_multimodal_audio"]
 )
 
@@ -63,7 +63,7 @@ class ModalEncoderModule(nn.Module):
         output: output field to project instead.
         drop_prefix: leading tokens of each item to drop.
         data_format: which axis of the encoder's output holds the features' width: ``"channels_last"``, ``"channels_first"`` or
-            ``"layers_first"``; found by a run on shapes when None.
+            ``"layers_first"``; found by a dry run when None.
 
     Raises:
         TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
@@ -111,7 +111,9 @@ class ModalEncoderModule(nn.Module):
             "postprocess_encoder_callback",
         )
         self.postprocess_projector_callback = postprocess_projector_callback
-        check_whole_items(unwrapped(self.module).config, self.additional_args, type(unwrapped(self.module)).__name__)
+        refuse_random_encoder(
+            unwrapped(self.module).config, self.additional_args, type(unwrapped(self.module)).__name__
+        )
         for slot, callback in self.callbacks.items():
             if callback is not None and not callable(callback):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
@@ -188,7 +190,7 @@ class ModalEncoderModule(nn.Module):
             return self._encode_by_length(arguments, padded, options)
         try:
             return self._encode_batch(arguments, padded, options)
-        except LengthsNotTold as told:
+        except ItemLengthsUnknown as told:
             if padded is not None and not told.packed:
                 return self._encode_by_length(arguments, padded, options)
             items = split_items(arguments, item_count(arguments), self.name)
@@ -198,13 +200,13 @@ class ModalEncoderModule(nn.Module):
         """Whether what an item gives would depend on its padding."""
         config = unwrapped(self.module).config
         # Adapters are convolutions that see no mask.
-        reads = config.model_type in READ_PADDING or getattr(config, "add_adapter", False)
-        return is_plain(arguments, padded) or (reads and min(padded.lengths) < padded.size)
+        reads = config.model_type in FEATURES_DEPEND_ON_PADDING or getattr(config, "add_adapter", False)
+        return is_raw_sequence(arguments, padded) or (reads and min(padded.lengths) < padded.size)
 
     def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
         """One length at a time, unpadded: what an item gives never depends on its neighbours."""
         parts = {
-            length: (cut(arguments, padded, positions), positions)
+            length: (select_items(arguments, padded, positions), positions)
             for length, positions in groups_by_length(padded).items()
         }
         return self._encode_each(parts, options)
@@ -246,7 +248,7 @@ class ModalEncoderModule(nn.Module):
         wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
-        fixed = fixed_inputs(arguments, unwrapped(self.module).config)
+        fixed = deterministic_inputs(arguments, unwrapped(self.module).config)
         with nullcontext() if trains else torch.no_grad():
             raw = as_output(self.module(**arguments, **fixed, **wanted))
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
@@ -268,14 +270,14 @@ class ModalEncoderModule(nn.Module):
         return [features.shape[1]] * len(features)
 
     def grids(
-        self, inputs: dict, lengths: list[int] | None, stated: Any = None, changed: bool = False
+        self, inputs: dict, lengths: list[int] | None, given_grids: Any = None, changed: bool = False
     ) -> list[tuple[int, ...]] | None:
         """The grid of each item's features; None where the projector needs none.
 
         Args:
             inputs: of the module.
             lengths: features of each item.
-            stated: grids that are known already, ``(items, 2 or 3)``.
+            given_grids: grids that are known already, ``(items, 2 or 3)``.
             changed: whether a callback changed their number.
 
         Raises:
@@ -284,17 +286,17 @@ class ModalEncoderModule(nn.Module):
         if self.projector is None or not self.projector.needs_grid or lengths is None:
             return None
         try:
-            if stated is not None:
-                return grids_of_tensor(stated)
+            if given_grids is not None:
+                return grids_of_tensor(given_grids)
             config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
             if self.by_frame:
                 return frame_grids(
                     inputs,
                     lengths,
                     self.name,
-                    lambda rows, each: item_grids(Features(rows, config, self.kind, each, changed, dropped)),
+                    lambda rows, each: item_grids(GridQuery(rows, config, self.kind, each, changed, dropped)),
                 )
-            return item_grids(Features(inputs, config, self.kind, lengths, changed, dropped))
+            return item_grids(GridQuery(inputs, config, self.kind, lengths, changed, dropped))
         except ValueError as error:
             what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
             raise ValueError(f"{self.name}: {what}. {error}") from error
@@ -339,13 +341,15 @@ class ModalEncoderModule(nn.Module):
         result = callback(inputs, tuple(v for k, v in output.items() if k not in own) if as_tuple else output)
         self._check_returned(slot, result, (ModelOutput, tuple))
         result = as_output(result)
-        after, stated, lies = result.last_hidden_state, result.feature_lens, result.feature_grids
+        after, given_lengths, given_grids = result.last_hidden_state, result.feature_lens, result.feature_grids
         same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]
-        if stated is None or stated is lens:  # the callback says nothing: the lengths hold while the rows do
-            stated = lens if same else None
-        if lies is None or lies is grids:
-            lies = grids if same else None
-        return with_features(result, after, stated, feature_grids=lies)
+        if (
+            given_lengths is None or given_lengths is lens
+        ):  # the callback says nothing: the lengths hold while the rows do
+            given_lengths = lens if same else None
+        if given_grids is None or given_grids is grids:
+            given_grids = grids if same else None
+        return with_features(result, after, given_lengths, feature_grids=given_grids)
 
     def _check_returned(self, slot: str, result: Any, expected: type | tuple[type, ...]) -> None:
         if not isinstance(result, expected):

@@ -16,7 +16,7 @@ from ..checkpoints.saving import weights_pattern
 from ..checkpoints.storage import HUB_ARGUMENTS, PUSHERS
 from ..checkpoints.users_code import read_entry
 from .card import card_text, merged_card
-from .upload import asked, explained, upload
+from .upload import hub_errors_explained, upload, with_retries
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
@@ -42,7 +42,7 @@ def push(
     card: bool | str = True,
     overwrite_card: bool = False,
     trainer: Any = None,
-    **saving: Any,
+    **save_options: Any,
 ) -> CommitInfo:
     """Upload a model, a processor, or both, with a card, as one commit; see `hub.push_to_hub`.
 
@@ -57,17 +57,19 @@ def push(
         ValueError, OSError: as saving and uploading raise.
     """
     known = {"embed", "bases", "include_code", *WRITING}
-    if unknown := sorted(set(saving) - known):
+    if unknown := sorted(set(save_options) - known):
         raise TypeError(f"push_to_hub got unknown arguments {unknown}, expected some of {sorted(known)}.")
-    saving = {key: value for key, value in saving.items() if value is not None}
+    save_options = {key: value for key, value in save_options.items() if value is not None}
     tags = [tags] if isinstance(tags, str) else tags
     repo_id = _full_name(repo_id, token)
     with tempfile.TemporaryDirectory() as root:
         folder = os.path.join(root, "checkpoint")
         if model is not None:
-            _save_model(model, folder, saving, token)
+            _save_model(model, folder, save_options, token)
         if processor is not None:
-            processor.save_pretrained(folder, **{key: saving[key] for key in ("include_code",) if key in saving})
+            processor.save_pretrained(
+                folder, **{key: save_options[key] for key in ("include_code",) if key in save_options}
+            )
         if card is not False:
             head, there = _head_and_card(repo_id, revision, token)
             parent_commit = parent_commit or head  # the card that is judged here is the one that is replaced
@@ -76,14 +78,14 @@ def push(
                 made = (
                     card
                     if isinstance(card, str)
-                    else _card(folder, model, processor, repo_id, saving, trainer, token, tags or ())
+                    else _card(folder, model, processor, repo_id, save_options, trainer, token, tags or ())
                 )
                 _write_card(Path(folder, CARD), made, there, repo_id, replace)
         what = " and ".join(type(part).__name__ for part in (model, processor) if part is not None)
         return upload(
             folder,
             repo_id,
-            stale=stale_files(model is not None and not _adapters_only(model), saving.get("variant")),
+            stale=stale_files(model is not None and not _adapters_only(model), save_options.get("variant")),
             token=token,
             private=private,
             revision=revision,
@@ -94,13 +96,13 @@ def push(
         )
 
 
-def _save_model(model: Any, folder: str, saving: dict[str, Any], token: str | bool | None) -> None:
-    options = {key: value for key, value in saving.items() if key in ("embed", "bases", "include_code")}
+def _save_model(model: Any, folder: str, save_options: dict[str, Any], token: str | bool | None) -> None:
+    options = {key: value for key, value in save_options.items() if key in ("embed", "bases", "include_code")}
     if "embed" in options and token is not None:
         options["token"] = token  # to read the bases
     if not _has_components(model):
         options = {key: value for key, value in options.items() if key == "include_code"}
-    model.save_pretrained(folder, **{key: saving[key] for key in WRITING if key in saving}, **options)
+    model.save_pretrained(folder, **{key: save_options[key] for key in WRITING if key in save_options}, **options)
 
 
 def _has_components(model: Any) -> bool:
@@ -134,9 +136,9 @@ def _full_name(repo_id: str, token: str | bool | None) -> str:
     if token is False:
         raise lost
     api = HfApi(token=token)
-    with explained(repo_id):
+    with hub_errors_explained(repo_id):
         try:
-            return f"{asked(repo_id, api.whoami)['name']}/{repo_id}"
+            return f"{with_retries(repo_id, api.whoami)['name']}/{repo_id}"
         except LocalTokenNotFoundError as error:
             raise lost from error
 
@@ -146,13 +148,13 @@ def _card(
     model: Any,
     processor: Any,
     repo_id: str,
-    saving: dict[str, Any],
+    save_options: dict[str, Any],
     trainer: Any,
     token: Any,
     tags: Sequence[str],
 ) -> str:
     code = bool(read_entry(folder))
-    return card_text(model, processor, repo_id, code, saving.get("embed", True), trainer, token, tags=tags)
+    return card_text(model, processor, repo_id, code, save_options.get("embed", True), trainer, token, tags=tags)
 
 
 def _head_and_card(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[str | None, str | None]:
@@ -163,8 +165,8 @@ def _head_and_card(repo_id: str, revision: str | None, token: str | bool | None)
     api = HfApi(token=token)
     for name in dict.fromkeys((revision, None)):  # a new branch starts from main
         try:
-            with explained(repo_id, name):
-                info = asked(repo_id, lambda name=name: api.model_info(repo_id, revision=name))
+            with hub_errors_explained(repo_id, name):
+                info = with_retries(repo_id, lambda name=name: api.model_info(repo_id, revision=name))
         except FileNotFoundError:
             continue
         except PermissionError as error:
@@ -173,8 +175,10 @@ def _head_and_card(repo_id: str, revision: str | None, token: str | bool | None)
             raise
         if not any(sibling.rfilename == CARD for sibling in info.siblings or ()):
             return info.sha, None
-        with explained(repo_id, info.sha):
-            there = asked(repo_id, lambda sha=info.sha: hf_hub_download(repo_id, CARD, revision=sha, token=token))
+        with hub_errors_explained(repo_id, info.sha):
+            there = with_retries(
+                repo_id, lambda sha=info.sha: hf_hub_download(repo_id, CARD, revision=sha, token=token)
+            )
         return info.sha, Path(there).read_bytes().decode("utf-8")
     return None, None
 

@@ -69,12 +69,12 @@ def upload(
             f"{repo_id}: {revision} is a commit, and commits are made on branches: give a branch as revision."
         )
     names = uploadable(folder)
-    check_discreet(folder, names, token)
-    with explained(repo_id, revision):
-        repo_id = asked(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    check_no_secrets(folder, names, token)
+    with hub_errors_explained(repo_id, revision):
+        repo_id = with_retries(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
-            asked(repo_id, lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        info = asked(repo_id, lambda: api.model_info(repo_id, revision=revision))
+            with_retries(repo_id, lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        info = with_retries(repo_id, lambda: api.model_info(repo_id, revision=revision))
     if parent_commit is not None and info.sha != parent_commit:
         raise _moved(repo_id, parent_commit, info.sha)
     held = {sibling.rfilename for sibling in info.siblings or ()}
@@ -97,7 +97,7 @@ def uploadable(folder: str | os.PathLike) -> list[str]:
     return [name.as_posix() for name in kept]
 
 
-def check_discreet(folder: str | os.PathLike, names: list[str], token: str | bool | None) -> None:
+def check_no_secrets(folder: str | os.PathLike, names: list[str], token: str | bool | None) -> None:
     """Refuse text files that name a place on this machine or hold a token (ValueError that names the file, not the secret)."""
     inside = "|".join(re.escape(place) for place in sorted(_places(folder), key=len, reverse=True) if len(place) > 1)
     path = re.compile(rf"(?<![\w.])({inside})(?![\w.-])")
@@ -131,7 +131,7 @@ def _places(folder: str | os.PathLike) -> set[str]:
     return places | {os.path.realpath(place) for place in places}
 
 
-def asked(repo_id: str, call: Callable[[], Any]) -> Any:
+def with_retries(repo_id: str, call: Callable[[], Any]) -> Any:
     """What a call gives that may be repeated, after several tries if the Hub does not answer.
 
     Raises:
@@ -152,15 +152,15 @@ def asked(repo_id: str, call: Callable[[], Any]) -> Any:
 
 def _commit(api: HfApi, repo_id: str, operations: list[Any], head: str | None, options: dict[str, Any]) -> CommitInfo:
     """Commit; after an answer that did not come, look whether it was done before trying again."""
-    known = _pulls(api, repo_id, options)
+    pulls_before = _pulls(api, repo_id, options)
     for attempt in range(TRIES):
         try:
-            with explained(repo_id, options["revision"]):
+            with hub_errors_explained(repo_id, options["revision"]):
                 return api.create_commit(repo_id, operations, parent_commit=head, **options)
         except (PermissionError, FileNotFoundError, ValueError) as error:
             # Of a try whose answer did not come, the commit may have been made late.
             late = attempt and _status(error.__cause__) == 412
-            if late and (done := _done(api, repo_id, operations, head, known, options)):
+            if late and (done := _done(api, repo_id, operations, head, pulls_before, options)):
                 return done
             raise
         except Exception as error:
@@ -171,7 +171,7 @@ def _commit(api: HfApi, repo_id: str, operations: list[Any], head: str | None, o
                 "%s: no answer to the commit (%s); looking whether it was done.", repo_id, type(error).__name__
             )
             time.sleep(wait)
-            if done := _done(api, repo_id, operations, head, known, options):
+            if done := _done(api, repo_id, operations, head, pulls_before, options):
                 return done
             if attempt == TRIES - 1:
                 raise OSError(
@@ -216,12 +216,12 @@ def _pulls(api: HfApi, repo_id: str, options: dict[str, Any]) -> set[str]:
     """The pull requests that there are; empty where none is to be opened."""
     if not options["create_pr"]:
         return set()
-    refs = asked(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
+    refs = with_retries(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
     return {pull.ref for pull in refs.pull_requests or ()}
 
 
 def _done(
-    api: HfApi, repo_id: str, operations: list[Any], head: str | None, known: set[str], options: dict[str, Any]
+    api: HfApi, repo_id: str, operations: list[Any], head: str | None, pulls_before: set[str], options: dict[str, Any]
 ) -> CommitInfo | None:
     """The commit, if it was made although no answer came; None if nothing happened.
 
@@ -229,16 +229,18 @@ def _done(
         ValueError: something else was committed meanwhile.
         OSError: the Hub does not say.
     """
-    with explained(repo_id, options["revision"]):
+    with hub_errors_explained(repo_id, options["revision"]):
         if not options["create_pr"]:
-            info = asked(repo_id, lambda: api.model_info(repo_id, revision=options["revision"], files_metadata=True))
+            info = with_retries(
+                repo_id, lambda: api.model_info(repo_id, revision=options["revision"], files_metadata=True)
+            )
             if info.sha == head:
                 return None
             if not _is_ours(api, repo_id, info, operations, head):
                 raise _moved(repo_id, head, info.sha)
             return _found(api, repo_id, info.sha, None, options)
-        for pull in sorted(_pulls(api, repo_id, options) - known):  # some may be of others
-            info = asked(repo_id, lambda ref=pull: api.model_info(repo_id, revision=ref, files_metadata=True))
+        for pull in sorted(_pulls(api, repo_id, options) - pulls_before):  # some may be of others
+            info = with_retries(repo_id, lambda ref=pull: api.model_info(repo_id, revision=ref, files_metadata=True))
             if _is_ours(api, repo_id, info, operations, head):
                 return _found(api, repo_id, info.sha, pull.rpartition("/")[2], options)
     return None
@@ -257,7 +259,7 @@ def _is_ours(api: HfApi, repo_id: str, info: Any, operations: list[Any], head: s
             same = found == _git_oid(operation)
         if not same:
             return False
-    commits = asked(repo_id, lambda: api.list_repo_commits(repo_id, revision=info.sha))
+    commits = with_retries(repo_id, lambda: api.list_repo_commits(repo_id, revision=info.sha))
     return len(commits) > 1 and commits[1].commit_id == head
 
 
@@ -287,7 +289,7 @@ def _moved(repo_id: str, expected: str | None, got: str | None) -> ValueError:
 
 
 @contextlib.contextmanager
-def explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors_explained(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Errors of the Hub that tell 401, 403 and 404 apart and name the remedy; the original one is their cause."""
     try:
         validate_repo_id(repo_id)

@@ -47,23 +47,23 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     loss_arguments = {key: arguments[key] for key in LOSS_KEYWORDS if key in arguments}
     own_loss = labels is not None or "shift_labels" in loss_arguments
     needed = [*loss_arguments, *(["labels"] if labels is not None else [])]
-    theirs = own_loss and all(accepts(language_model, key) for key in needed)
-    if not theirs:
+    model_computes_loss = own_loss and all(accepts(language_model, key) for key in needed)
+    if not model_computes_loss:
         arguments = {key: value for key, value in arguments.items() if key not in LOSS_KEYWORDS}
     elif labels is not None:
         arguments["labels"] = labels
     at_labels = labels is not None and getattr(model.config, "loss_at_labels", False) and model.training
     at_labels = at_labels and _is_zero(logits_to_keep)
-    if at_labels and theirs and takes_positions(language_model):
+    if at_labels and model_computes_loss and takes_positions(language_model):
         logits_to_keep, arguments = _head_at_labels(language_model, arguments)
-    slice_here = not accepts(language_model, "logits_to_keep") and not _is_zero(logits_to_keep)
-    if not slice_here and not _is_zero(logits_to_keep):
+    slice_afterwards = not accepts(language_model, "logits_to_keep") and not _is_zero(logits_to_keep)
+    if not slice_afterwards and not _is_zero(logits_to_keep):
         arguments["logits_to_keep"] = logits_to_keep
     output = language_model(**_accepted(language_model, arguments), return_dict=True)
-    if own_loss and not theirs:
+    if own_loss and not model_computes_loss:
         vocabulary = output.logits.shape[-1]
         output["loss"] = model.loss_function(output.logits, labels, vocabulary, **loss_arguments)
-    if slice_here:
+    if slice_afterwards:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         output["logits"] = output.logits[:, kept]
     return _without_logits(output) if at_labels else output

@@ -61,7 +61,7 @@ def only_distances_count(language_model: nn.Module) -> bool:
     return rotary and not stretched and inner.config.model_type not in READ_POSITIONS
 
 
-def outgrows_its_cache(language_model: nn.Module, past: int, length: int) -> bool:
+def crosses_longrope_limit(language_model: nn.Module, past: int, length: int) -> bool:
     """Whether a row has grown past the length at which LongRoPE (Ding et al. 2024) takes its other frequencies.
 
     The keys in the cache were turned by the former ones then, so all tokens have to be run again.

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 from ..parts.adapters import unwrapped
 from ..parts.versions import CACHE, check_caches_known, peft_is_behind, take_cache
 from .calling import cache_keyword, cached_length, is_running_state
-from .extra_inputs import first_position, outgrows_its_cache
+from .extra_inputs import crosses_longrope_limit, first_position
 from .merging import cached_columns, group_by_sample, items_behind_cache
 
 # Names under which `generate` hands a cache to `prepare_inputs_for_generation`: this version's own, and ours.
@@ -47,7 +47,7 @@ class MultimodalGenerationMixin:
         cache = take_cache(kwargs | {"cache": cache}, _HANDED_ON)
         kwargs = {key: value for key, value in kwargs.items() if key not in _HANDED_ON}
         past = cached_length(cache)
-        if anew := past > 0 and outgrows_its_cache(self.language_model, past, input_ids.shape[1]):
+        if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):
             cache = next_sequence_length = None
         inputs = super().prepare_inputs_for_generation(
             input_ids,

@@ -33,7 +33,7 @@ def refusal(model: Any) -> str | None:
     Args:
         model: a `transformers.PreTrainedModel`, not PEFT-wrapped.
     """
-    for fails, reason in RULES:
+    for fails, reason in REFUSALS:
         if fails(model):
             return f"{type(model).__name__} {reason}"
     if (named := REFUSED.get(model.config.model_type)) is not None:
@@ -79,7 +79,7 @@ def _turns_values(model: Any) -> bool:
 
 
 # whether a model fails -> what is wrong with it, and the remedy
-RULES: list[tuple[Callable[[Any], bool], str]] = [
+REFUSALS: list[tuple[Callable[[Any], bool], str]] = [
     (
         lambda model: model.config.is_encoder_decoder,
         "is an encoder-decoder: expected a causal (decoder-only) language model.",

@@ -224,12 +224,12 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     if not described:
         return model
     if is_peft_available():
-        from peft import PEFT_TYPE_TO_CONFIG_MAPPING as known
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING as config_classes
     else:
         raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
     if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):
         raise ValueError(f"{where}: expected adapters as {{'configs': {{name: options}}}}, got {described!r:.200}.")
-    configs = {name: _config(values, where, known) for name, values in described["configs"].items()}
+    configs = {name: _config(values, where, config_classes) for name, values in described["configs"].items()}
     names = list(configs)
     if any(p.is_meta for p in model.parameters()):
         wrapped = _wrapped_on_meta(model, configs, where)
@@ -272,14 +272,14 @@ def _wrapped_on_meta(model: PreTrainedModel, configs: dict[str, Any], where: str
         ) from error
 
 
-def _config(values: dict[str, Any], where: str, known: Mapping[Any, Any]):
+def _config(values: dict[str, Any], where: str, config_classes: Mapping[Any, Any]):
     kind = values.get("peft_type") if isinstance(values, Mapping) else None
-    if kind not in known:
-        raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(known)}.")
+    if kind not in config_classes:
+        raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(config_classes)}.")
     options = {k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
     _check_options(options, where)
     try:
-        return known[kind](**options)
+        return config_classes[kind](**options)
     except TypeError as error:
         raise ValueError(f"{where}: the {kind} adapter of this peft does not take its options ({error}).") from error
 

@@ -122,7 +122,7 @@ def checkpoint_frozen_layers(model: nn.Module) -> None:
             current = _restore(layer, current)
         if owner is not None and not _is_ours(current):
             # Of its own layer by an argument, and not a closure: a copy of the model keeps to its own layers.
-            layer.__dict__["forward"] = functools.partial(_run, layer, owner, current)
+            layer.__dict__["forward"] = functools.partial(_in_evaluation_mode, layer, owner, current)
 
 
 def is_checkpointing(model: nn.Module) -> bool:
@@ -149,7 +149,7 @@ def _checkpointing_layers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_ours(forward: Any) -> TypeGuard[functools.partial]:
-    return isinstance(forward, functools.partial) and forward.func is _run
+    return isinstance(forward, functools.partial) and forward.func is _in_evaluation_mode
 
 
 def _restore(layer: nn.Module, forward: functools.partial) -> Any:
@@ -162,7 +162,7 @@ def _restore(layer: nn.Module, forward: functools.partial) -> Any:
     return before
 
 
-def _run(layer: Any, owner: Any, before: Callable | None, *args: Any, **kwargs: Any) -> Any:
+def _in_evaluation_mode(layer: Any, owner: Any, before: Callable | None, *args: Any, **kwargs: Any) -> Any:
     """A frozen layer's `forward`: checkpointed where its owner checkpoints and gradients flow."""
     run = before or functools.partial(type(layer).forward, layer)
     cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))

@@ -42,12 +42,12 @@ def _masked_patches(config: PreTrainedConfig) -> str | None:
     )
 
 
-DRAWN: dict[str, Drawn] = {"vit_mae": Drawn("noise", _patches_in_order, _masked_patches)}
+RANDOM_INPUTS: dict[str, Drawn] = {"vit_mae": Drawn("noise", _patches_in_order, _masked_patches)}
 
 
-def fixed_inputs(inputs: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Tensor]:
+def deterministic_inputs(inputs: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Tensor]:
     """What to add to an encoder's inputs so that items give the same features each time."""
-    drawn = DRAWN.get(config.model_type)
+    drawn = RANDOM_INPUTS.get(config.model_type)
     if drawn is None or inputs.get(drawn.name) is not None:
         return {}
     return {drawn.name: drawn.fixed(inputs, config)}
@@ -73,21 +73,21 @@ def _drawn_keys(config: PreTrainedConfig) -> str | None:
 
 
 # What no input makes up for, by class or model type; functions as `Drawn.loss`.
-LOSSES: dict[str, Callable[[PreTrainedConfig], str | None]] = {
+RANDOM_BY_SETTING: dict[str, Callable[[PreTrainedConfig], str | None]] = {
     "SpeechT5DecoderWithSpeechPrenet": _dropped_values,
     "informer": _drawn_keys,
 }
 
 
-def check_whole_items(config: PreTrainedConfig, additional_args: Sequence[str], who: str) -> None:
+def refuse_random_encoder(config: PreTrainedConfig, additional_args: Sequence[str], who: str) -> None:
     """Refuse an encoder that leaves out a part of each item at random, unless it is given what it would draw.
 
     Raises:
         ValueError: it does.
     """
-    drawn = DRAWN.get(config.model_type)
+    drawn = RANDOM_INPUTS.get(config.model_type)
     losses = [drawn.loss] if drawn is not None and drawn.name not in additional_args else []
-    losses += [LOSSES[key] for key in (who, config.model_type) if key in LOSSES]
+    losses += [RANDOM_BY_SETTING[key] for key in (who, config.model_type) if key in RANDOM_BY_SETTING]
     for loss in losses:
         if reason := loss(config):
             raise ValueError(f"{who} {reason}.")

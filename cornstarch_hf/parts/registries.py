@@ -26,8 +26,8 @@ class Registry:
         """Register `entry`; a name that another entry holds is refused (ValueError)."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"The name of a {self.what} must be a non-empty string, got {name!r}.")
-        known = self._entries.get(name)
-        if known is not None and known != entry and not _same_definition(known, entry):
+        registered = self._entries.get(name)
+        if registered is not None and registered != entry and not _same_definition(registered, entry):
             raise ValueError(f"The {self.what} {name!r} is registered already, choose another name.")
         self._entries[name] = entry
 
@@ -64,22 +64,22 @@ class Callback(NamedTuple):
     feature_count: Callable | None = None
 
 
-def _same_definition(known: Any, entry: Any) -> bool:
+def _same_definition(registered: Any, entry: Any) -> bool:
     """Whether two entries are one definition that was run again, as when a notebook's cell or a module is reloaded."""
     places = [
-        (getattr(_target(e), "__module__", None), getattr(_target(e), "__qualname__", "<")) for e in (known, entry)
+        (getattr(_target(e), "__module__", None), getattr(_target(e), "__qualname__", "<")) for e in (registered, entry)
     ]
-    return (places[0] == places[1] and "<" not in places[0][1]) or same_text(_target(known), _target(entry))
+    return (places[0] == places[1] and "<" not in places[0][1]) or same_text(_target(registered), _target(entry))
 
 
-def same_text(known: Any, entry: Any) -> bool:
+def same_text(registered: Any, entry: Any) -> bool:
     """Whether two functions or classes of different modules are one definition: a file and its copy in a checkpoint."""
-    names = [getattr(target, "__qualname__", "<") for target in (known, entry)]
-    modules = [getattr(target, "__module__", None) for target in (known, entry)]
+    names = [getattr(target, "__qualname__", "<") for target in (registered, entry)]
+    modules = [getattr(target, "__module__", None) for target in (registered, entry)]
     if names[0] != names[1] or "<" in names[0] or modules[0] == modules[1] or None in modules:
         return False
     try:
-        return inspect.getsource(known) == inspect.getsource(entry)
+        return inspect.getsource(registered) == inspect.getsource(entry)
     except (OSError, TypeError):
         return False
 
@@ -119,7 +119,7 @@ def register_projector(name: str, cls: Callable) -> None:
 
     A class may leave fewer features: it then gets ``(items, length, in_features)``, only items of equal length together,
     and returns ``(items, fewer, out_features)``.  With the class attribute ``needs_grid = True`` its `forward` also gets
-    ``grid``, ``(height, width)`` or ``(frames, height, width)``.  How many are left is found by a run on shapes, or by a
+    ``grid``, ``(height, width)`` or ``(frames, height, width)``.  How many are left is found by a dry run, or by a
     method ``feature_count(length, grid) -> int`` of the class.
 
     Args:
@@ -145,7 +145,7 @@ def register_callback(name: str, fn: Callable, feature_count: Callable | None = 
             are saved with the checkpoint).
         feature_count: ``feature_count(inputs, num_features, **arguments) -> int``, the number of features that one
             item has after the callback.  `inputs` holds the item's encoder inputs (leading axis of one item) and
-            `num_features` what it had before.  Without it the number is found by a run on shapes alone.
+            `num_features` what it had before.  Without it the number is found by a dry run alone.
 
     Raises:
         ValueError: another callback has that name.

@@ -91,7 +91,7 @@ def weights_to_meta(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def run_on_shapes(module: Callable, inputs: dict[str, Any]) -> Any:
+def dry_run(module: Callable, inputs: dict[str, Any]) -> Any:
     """Call a module whose weights are on the meta device, or a method of it; floating-point data of the result is on meta.
 
     This thread alone is touched, and random numbers that the module draws leave those drawn elsewhere the same.

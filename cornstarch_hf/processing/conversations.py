@@ -29,7 +29,7 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "cornstarchprobe"
 # What a template raises that does not know something, or refuses it.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
-BARE = object()  # a part that tells where an item stands, but not which
+NO_ITEM = object()  # a part that tells where an item stands, but not which
 
 
 class ConversationReader:
@@ -65,7 +65,7 @@ class ConversationReader:
         messages = [self._message(message, template, media) for message in conversation]
         for name, items in (given or {}).items():
             media[name] = _filled(name, media[name], items, self.tokens[name])
-        found = {name: [item for item in items if item is not BARE] for name, items in media.items()}
+        found = {name: [item for item in items if item is not NO_ITEM] for name, items in media.items()}
         return messages, {name: items for name, items in found.items() if items}
 
     def _message(self, message: Mapping[str, Any], template: str, media: dict[str, list]) -> dict[str, Any]:
@@ -106,22 +106,26 @@ class ConversationReader:
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
-            media[name].append(BARE if item is None else item)
-        if len(names) == 1 and self.kinds[names[0]] == kind and places(template, kind, self.tokens[names[0]]):
+            media[name].append(NO_ITEM if item is None else item)
+        if (
+            len(names) == 1
+            and self.kinds[names[0]] == kind
+            and template_writes_placeholder(template, kind, self.tokens[names[0]])
+        ):
             return {"type": kind}
         return {"type": "text", "text": "".join(self.tokens[name] for name in names)}
 
 
 def _filled(name: str, items: list, given: Sequence[Any], token: str) -> list:
     """A modality's items in order, where those that parts leave out are given apart."""
-    bare = sum(item is BARE for item in items)
+    bare = sum(item is NO_ITEM for item in items)
     if bare != len(given):
         raise ValueError(
             f"{name}: {len(given)} items were given for {bare} parts without one: put one part {{'type': {name!r}}} (or of its "
             f"kind) for each item where it belongs in 'content'; {token} typed in a string is text."
         )
     rest = iter(given)
-    return [next(rest) if item is BARE else item for item in items]
+    return [next(rest) if item is NO_ITEM else item for item in items]
 
 
 def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
@@ -159,7 +163,7 @@ def handles_strings(template: str) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def places(template: str, kind: str, token: str) -> bool:
+def template_writes_placeholder(template: str, kind: str, token: str) -> bool:
     """Whether a template writes a modality's placeholder by itself where a part of that kind stands."""
     if not handles_parts(template):
         return False
@@ -201,14 +205,14 @@ def is_batch(conversation: Any) -> bool:
     return isinstance(conversation[0], (list, tuple))
 
 
-def chosen_template(own: str | Mapping[str, str] | None, asked: str | None) -> str:
+def chosen_template(own: str | Mapping[str, str] | None, chosen: str | None) -> str:
     """The template to render: one that is given, one of several by its name, or the processor's only or default one.
 
     Raises:
         ValueError: there is none, or several of which none is called "default".
     """
     named = dict(own) if isinstance(own, Mapping) else {"default": own}
-    template = named.get(asked or "default", asked)
+    template = named.get(chosen or "default", chosen)
     if template is None:
         raise ValueError(f"There is no default chat template, name one by chat_template=, of {sorted(named)}.")
     return template

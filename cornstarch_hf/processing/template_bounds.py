@@ -15,7 +15,7 @@ from ..limits import cap, check
 
 _BITS = 4096  # of an integer that a template computes
 _WIDTH = 10_000  # of a padded or indented string
-current = threading.local()
+_running = threading.local()
 
 
 class TemplateLimit(jinja2.TemplateError, ValueError):
@@ -52,7 +52,7 @@ def checked(value: float, name: str, what: str) -> None:
 
 
 def running() -> Budget:
-    budget = getattr(current, "budget", None)
+    budget = getattr(_running, "budget", None)
     if budget is None:  # while a template is compiled nothing is computed in advance
         raise TemplateLimit("nothing is computed before a chat template is rendered")
     return budget
@@ -192,7 +192,7 @@ GROWING: dict[str, Callable[..., int]] = {
     "forceescape": lambda text: 6 * weight(text),
     "batch": lambda items, count, *_: _padded("", count),
     "slice": lambda items, count, *_: _padded("", count),
-    "round": lambda number, precision=0, *_: _padded("", precision),
-    "to_bytes": lambda number, length=1, *_, **__: _padded("", length),
+    "round": lambda value, precision=0, *_: _padded("", precision),
+    "to_bytes": lambda value, length=1, *_, **__: _padded("", length),
     "filesizeformat": lambda *_: 100,
 }

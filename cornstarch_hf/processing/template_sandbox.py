@@ -24,8 +24,8 @@ from .template_bounds import (
     OPERATORS,
     Budget,
     TemplateLimit,
+    _running,
     checked,
-    current,
     length,
     running,
     weight,
@@ -238,14 +238,14 @@ def compiled(template: str) -> jinja2.Template:
         jinja2.TemplateError: it is no template.
     """
     checked(len(template), "MAX_TEMPLATE_CHARACTERS", "the characters of the chat template are")
-    outer, current.budget = getattr(current, "budget", None), None
+    outer, _running.budget = getattr(_running, "budget", None), None
     try:
         tree = _Counted().visit(environment().parse(template))
         code = environment().compile(tree)
     except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:
         raise TemplateLimit(f"The chat template is nested too deeply ({type(error).__name__}).") from error
     finally:
-        current.budget = outer
+        _running.budget = outer
     return jinja2.Template.from_code(environment(), code, environment().make_globals(None))
 
 
@@ -301,15 +301,17 @@ def render_template(
     if continue_final_message:
         _mark_end(chat)
     given = {"messages": chat, "tools": plain(schemas), "documents": plain(documents), **plain(variables)}
-    text, spans = _run(compiled(template), given | {"add_generation_prompt": add_generation_prompt}, mark_assistant)
+    text, spans = _rendered(
+        compiled(template), given | {"add_generation_prompt": add_generation_prompt}, mark_assistant
+    )
     return (_cut_at_mark(text) if continue_final_message else text), spans
 
 
-def _run(template: jinja2.Template, variables: dict[str, Any], tracked: bool) -> tuple[str, list[tuple[int, int]]]:
+def _rendered(template: jinja2.Template, variables: dict[str, Any], tracked: bool) -> tuple[str, list[tuple[int, int]]]:
     blocks: list[str] = []
     spans: list[tuple[int, int]] = []
     tracker = environment().activate_tracker if tracked else None
-    outer, current.budget = getattr(current, "budget", None), Budget()
+    outer, _running.budget = getattr(_running, "budget", None), Budget()
     size = 0
     try:
         with tracker(blocks, spans) if tracker else contextlib.nullcontext():
@@ -320,7 +322,7 @@ def _run(template: jinja2.Template, variables: dict[str, Any], tracked: bool) ->
     except (RecursionError, OverflowError, MemoryError) as error:
         raise TemplateLimit(f"The chat template goes too deep or too far ({type(error).__name__}).") from error
     finally:
-        current.budget = outer
+        _running.budget = outer
     return "".join(blocks), [tuple(span) for span in spans]
 
 

@@ -46,8 +46,8 @@ def run_video_processor(
         TypeError: an argument that the processor does not take.
     """
     options = dict(options)
-    asked = {key: options.pop(key, None) for key in (*SAMPLING, "do_sample_frames")}
-    stated = _stated_metadata(options.pop("video_metadata", None), len(items), name)
+    wanted = {key: options.pop(key, None) for key in (*SAMPLING, "do_sample_frames")}
+    given = _stated_metadata(options.pop("video_metadata", None), len(items), name)
     if unknown := sorted(
         (set(options) - set(processor.valid_kwargs.__annotations__)) | {"return_metadata"} & set(options)
     ):
@@ -56,9 +56,9 @@ def run_video_processor(
     videos = []
     for i, item in enumerate(items):
         where = f"{name}, item {i}"
-        frames, rate = opened_video(item, where, asked["source_fps"])
-        metadata = _metadata(stated[i], len(frames), rate, where)
-        kept = _kept(processor, len(frames), where, asked, metadata, options)
+        frames, rate = opened_video(item, where, wanted["source_fps"])
+        metadata = _metadata(given[i], len(frames), rate, where)
+        kept = _kept(processor, len(frames), where, wanted, metadata, options)
         ready = ready_frames(frames, kept, where, channels, rescaled)
         check_frame_count(len(ready), encoder_config, name, i)
         videos.append(_processed(processor, ready, where, metadata, options))
@@ -80,13 +80,13 @@ def _stated_metadata(given: Any, count: int, name: str) -> list[Any]:
     return each
 
 
-def _metadata(stated: Mapping[str, Any] | None, count: int, rate: float | None, where: str) -> VideoMetadata:
+def _metadata(given: Mapping[str, Any] | None, count: int, rate: float | None, where: str) -> VideoMetadata:
     """Metadata of a video of `count` frames.
 
     Raises:
         ValueError: what is stated is of another video.
     """
-    values = {"total_num_frames": count, **{k: v for k, v in dict(stated or {}).items() if v is not None}}
+    values = {"total_num_frames": count, **{k: v for k, v in dict(given or {}).items() if v is not None}}
     numbers = values.get("frames_indices")
     if len(numbers) != count if numbers is not None else values["total_num_frames"] != count:
         told = values["total_num_frames"] if numbers is None else len(numbers)
@@ -108,7 +108,7 @@ def _kept(
     processor: Any,
     count: int,
     where: str,
-    asked: Mapping[str, Any],
+    wanted: Mapping[str, Any],
     metadata: VideoMetadata,
     options: Mapping[str, Any],
 ) -> list[int]:
@@ -117,7 +117,7 @@ def _kept(
     Raises:
         ValueError: contradictions, frames of which it is not known when they were, more frames than there are.
     """
-    number, fps, sampling = (asked[key] for key in ("num_frames", "fps", "do_sample_frames"))
+    number, fps, sampling = (wanted[key] for key in ("num_frames", "fps", "do_sample_frames"))
     explicit = number is not None or fps is not None
     if sampling is False and explicit:
         raise ValueError(

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..checkpoints.code_bundle import export_code
 from ..checkpoints.files import checked_files, guarded
-from ..checkpoints.saving import saving
+from ..checkpoints.saving import staged_save
 from ..checkpoints.storage import pusher, split_options
 from ..checkpoints.trusted_code import with_shared_code
 from ..configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
@@ -294,11 +294,11 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         if self.reduces:
             output = self._reduce(inputs_embeds, lengths, grids)
         else:
-            output = ProjectorOutput(last_hidden_state=self._run(inputs_embeds))
+            output = ProjectorOutput(last_hidden_state=self._project(inputs_embeds))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _run(self, *inputs: Any) -> Tensor:
+    def _project(self, *inputs: Any) -> Tensor:
         if self.gradient_checkpointing and self.training:
             # Reentrant checkpointing drops the gradients of a function whose inputs need none (a frozen encoder's).
             features = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
@@ -310,7 +310,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         maps = features.ndim == 4 and (self.needs_grid or hasattr(self.projection, "feature_count"))
         # Without items: a class that is not known to reduce takes any leading axes.
         if features.ndim not in (2, 3) and not maps:
-            return ProjectorOutput(last_hidden_state=self._run(features))
+            return ProjectorOutput(last_hidden_state=self._project(features))
         if maps:
             grids = [tuple(features.shape[1:3])] * len(features) if grids is None else grids
             features = features.flatten(1, 2)
@@ -333,7 +333,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
 
     def _reduce_group(self, features: Tensor, grid: Grid | None) -> Tensor:
         """``(items, length, in_features)`` to ``(items, fewer, out_features)``."""
-        reduced = self._run(features, grid) if self.needs_grid else self._run(features)
+        reduced = self._project(features, grid) if self.needs_grid else self._project(features)
         expected = self.feature_count(features.shape[1], grid)
         wrong = reduced.ndim != 3 or len(reduced) != len(features)
         if wrong or (expected is not None and reduced.shape[1] != expected):
@@ -375,7 +375,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         options, hub = split_options({"variant": variant, **kwargs})
         if not is_main_process:
             return super().save_pretrained(save_directory, is_main_process, *args, **options)
-        with saving(save_directory, variant) as staged:
+        with staged_save(save_directory, variant) as staged:
             super().save_pretrained(staged.folder, is_main_process, *args, **options)
             staged.surplus |= export_code(staged.folder, "projector", self, save_directory, include_code=include_code)
         if push_to_hub:

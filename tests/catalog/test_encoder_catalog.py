@@ -81,8 +81,8 @@ def test_the_catalogue_has_every_measured_class():
 @pytest.mark.parametrize("name", catalog.here(set(CASES) - set(catalog_others.NO_FEATURES)))
 def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, tmp_path, record_property, monkeypatch):
     model = composed(name)
-    run = Mock(side_effect=feature_counts.run_on_shapes)
-    monkeypatch.setattr(feature_counts, "run_on_shapes", run)
+    run = Mock(side_effect=feature_counts.dry_run)
+    monkeypatch.setattr(feature_counts, "dry_run", run)
     model_type = model.config.media_config.model_type
     record_property("type", model_type)
     record_property("kind", model.media_encoder.kind)
@@ -97,7 +97,7 @@ def test_a_class_composes_counts_encodes_generates_trains_and_comes_back(name, t
     odd = catalog.item(name, 1)
     with torch.no_grad():
         assert counter.count("media", odd) == len(model.media_encoder(**odd).pooler_output[0])
-    record_property("count", "run on shapes" if run.called else "rule")
+    record_property("count", "dry run" if run.called else "rule")
     assert [len(features) for features in together] == counts
     for one, (expected,) in zip(together, alone, strict=True):
         torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-3)

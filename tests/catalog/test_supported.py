@@ -8,7 +8,7 @@ import pytest
 import supported
 import transformers
 
-from cornstarch_hf.encoders.counting import RULES
+from cornstarch_hf.encoders.counting import COUNT_RULES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def test_the_page_is_of_this_catalogue_and_these_rules(text):
     rows = supported.encoder_rows(text)
     assert set(rows) == supported.expected_encoders()
     assert {name: count for name, (_, _, count) in rows.items()} == {
-        name: supported.rule_text(model_type, "rule" if model_type in RULES else "run on shapes")
+        name: supported.rule_text(model_type, "rule" if model_type in COUNT_RULES else "dry run")
         for name, (model_type, _, _) in rows.items()
     }
     assert text.endswith(supported.fixed_parts()), "run `make supported`"

@@ -8,7 +8,7 @@ import tiny
 import torch
 from hub_cache import commit_of, put_into_cache
 
-from cornstarch_hf.checkpoints.bases import naming, read_base
+from cornstarch_hf.checkpoints.bases import base_errors_explained, read_base
 from cornstarch_hf.parts.origins import KEYS
 
 LLAMA = "transformers.models.llama.modeling_llama.LlamaForCausalLM"
@@ -73,11 +73,11 @@ def test_errors_name_the_component_and_keep_their_cause():
         pytest.raises(
             OSError, match=r"vision_encoder: its base 'u/x' at v1 cannot be read \(TimeoutError: slow\)"
         ) as caught,
-        naming("vision_encoder", {"repo_id": "u/x", "requested_revision": "v1"}),
+        base_errors_explained("vision_encoder", {"repo_id": "u/x", "requested_revision": "v1"}),
     ):
         raise TimeoutError("slow")
     assert isinstance(caught.value.__cause__, TimeoutError)
-    with pytest.raises(ValueError, match="mine"), naming("vision_encoder", {"repo_id": "u/x"}):
+    with pytest.raises(ValueError, match="mine"), base_errors_explained("vision_encoder", {"repo_id": "u/x"}):
         raise ValueError("mine")
 
 

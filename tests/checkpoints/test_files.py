@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from cornstarch_hf import MultimodalModel
 from cornstarch_hf.checkpoints.files import CheckpointFiles, check_files, check_loaded, header_shapes, stored_shapes
-from cornstarch_hf.checkpoints.loading import prepare
+from cornstarch_hf.checkpoints.loading import plan_load
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def test_a_variant_is_a_word(folder):
 def test_the_base_that_adapters_name_is_checked_too(folder, tmp_path_factory):
     adapters = tmp_path_factory.mktemp("adapters")
     (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
-    assert prepare(MultimodalModel, adapters, {}, None, False).source == str(adapters)
+    assert plan_load(MultimodalModel, adapters, {}, None, False).source == str(adapters)
     (folder / "config.json").write_text('{"transformers_weights": "../x.safetensors"}')
     with pytest.raises(ValueError, match="transformers_weights"):
-        prepare(MultimodalModel, adapters, {}, None, False)
+        plan_load(MultimodalModel, adapters, {}, None, False)
 
 
 def test_missing_tensors_are_named():

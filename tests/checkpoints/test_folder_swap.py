@@ -16,7 +16,7 @@ import pytest
 from helpers import HERE
 
 from cornstarch_hf.checkpoints import folder_swap as snapshots
-from cornstarch_hf.checkpoints.folder_swap import current, pointer_of, replacing
+from cornstarch_hf.checkpoints.folder_swap import pointer_of, replaced_atomically, valid_folder
 from cornstarch_hf.parts.stored_values import POINTER
 
 
@@ -25,7 +25,7 @@ def owned(name):
 
 
 def save(folder, value, shards=1):
-    with replacing(folder, "config.json", owned) as staging:
+    with replaced_atomically(folder, "config.json", owned) as staging:
         staging = Path(staging)
         names = ["model.bin"] if shards == 1 else [f"model-{i}.bin" for i in range(shards)]
         for name in names:
@@ -69,13 +69,19 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
 def test_an_error_while_writing_leaves_everything_as_it_was(tmp_path):
     save(tmp_path / "a", 1)
     before = content(tmp_path)
-    with pytest.raises(RuntimeError, match="half way"), replacing(tmp_path / "a", "config.json", owned) as staging:
+    with (
+        pytest.raises(RuntimeError, match="half way"),
+        replaced_atomically(tmp_path / "a", "config.json", owned) as staging,
+    ):
         (Path(staging) / "model.bin").write_text("2")
         raise RuntimeError("half way")
-    with pytest.raises(FileNotFoundError, match=r"config\.json"), replacing(tmp_path / "a", "config.json", owned):
+    with (
+        pytest.raises(FileNotFoundError, match=r"config\.json"),
+        replaced_atomically(tmp_path / "a", "config.json", owned),
+    ):
         pass  # nothing was written: no head
     assert content(tmp_path) == before
-    with pytest.raises(RuntimeError, match="half way"), replacing(tmp_path / "new", "config.json", owned):
+    with pytest.raises(RuntimeError, match="half way"), replaced_atomically(tmp_path / "new", "config.json", owned):
         raise RuntimeError("half way")
     assert content(tmp_path) == before and not (tmp_path / "new").exists()
 
@@ -101,7 +107,7 @@ def test_a_disk_that_fills_up_after_the_new_one_became_valid(tmp_path, monkeypat
             save(tmp_path / "a", 2)
     assert any("whole and valid in" in note for note in caught.value.__notes__)
     with caplog.at_level(logging.WARNING):
-        valid = Path(current(tmp_path / "a", "config.json"))
+        valid = Path(valid_folder(tmp_path / "a", "config.json"))
     assert content(valid)["model.bin"] == "2" and "interrupted after it was complete" in caplog.text
     save(tmp_path / "a", 3)
     assert content(tmp_path / "a") == {"config.json": '{"value": 3}', "extra/words.txt": "3", "model.bin": "3"}
@@ -110,12 +116,12 @@ def test_a_disk_that_fills_up_after_the_new_one_became_valid(tmp_path, monkeypat
 def test_beside_the_folder_or_inside_where_that_is_another_file_system(tmp_path, monkeypatch):
     save(tmp_path / "a", 1)
     monkeypatch.setattr(os, "access", lambda *_: False)  # the parent cannot be written
-    with replacing(tmp_path / "a", "config.json", owned) as staging:
+    with replaced_atomically(tmp_path / "a", "config.json", owned) as staging:
         assert Path(staging).parent == tmp_path / "a"
         (Path(staging) / "model.bin").write_text("2")
         (Path(staging) / "config.json").write_text("{}")
     assert content(tmp_path / "a") == {"config.json": "{}", "extra/words.txt": "1", "model.bin": "2"}
-    with pytest.raises(RuntimeError), replacing(tmp_path / "a", "config.json", owned):
+    with pytest.raises(RuntimeError), replaced_atomically(tmp_path / "a", "config.json", owned):
         raise RuntimeError
     assert content(tmp_path / "a") == {"config.json": "{}", "extra/words.txt": "1", "model.bin": "2"}
 
@@ -126,9 +132,9 @@ def test_leftovers_are_reported_and_go_with_the_next_save_unless_one_is_running(
         left.mkdir()
         (left / "model.bin").write_text("half")
     with caplog.at_level(logging.WARNING):
-        assert current(tmp_path / "a", "config.json") == str(tmp_path / "a")
+        assert valid_folder(tmp_path / "a", "config.json") == str(tmp_path / "a")
     assert caplog.text.count("was left over by an interrupted save") == 2
-    with replacing(tmp_path / "a", "config.json", owned) as running:
+    with replaced_atomically(tmp_path / "a", "config.json", owned) as running:
         assert not (tmp_path / ".a.saving-abcdefgh").exists() and not (tmp_path / "a" / ".saved-abcdefgh").exists()
         save(tmp_path / "a", 2)  # another save meanwhile
         assert os.path.isdir(running)
@@ -140,13 +146,13 @@ def test_leftovers_are_reported_and_go_with_the_next_save_unless_one_is_running(
 def test_a_pointer_that_no_save_wrote_is_refused(tmp_path, pointer):
     (tmp_path / "config.json").write_text(json.dumps({POINTER: pointer}))
     with pytest.raises(ValueError, match="expected the name of a folder of an interrupted save"):
-        current(tmp_path, "config.json")
+        valid_folder(tmp_path, "config.json")
 
 
 def test_a_pointer_to_nothing_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({POINTER: ".saved-abcdefgh"}))
     with pytest.raises(ValueError, match=r"\.saved-abcdefgh, which is not there.*Copy the whole folder"):
-        current(tmp_path, "config.json")
+        valid_folder(tmp_path, "config.json")
     assert pointer_of(tmp_path / "none.json") is None
     (tmp_path / "list.json").write_text("[1]")
     assert pointer_of(tmp_path / "list.json") is None
@@ -225,7 +231,9 @@ def test_an_interrupted_save_is_finished_before_a_part_of_it_is_replaced(tmp_pat
     os.link(inside / "model-1.bin", inside / "model-1.bin.placing")  # as a kill between two steps leaves it
     os.link(inside / "config.json", inside / "config.json.pointing")
     assert (tmp_path / "model-0.bin").read_text() == "2" and (tmp_path / "model-1.bin").read_text() == "1"
-    with replacing(tmp_path, "config.json", lambda name: False) as staging:  # writes a part alone, as a variant does
+    with replaced_atomically(
+        tmp_path, "config.json", lambda name: False
+    ) as staging:  # writes a part alone, as a variant does
         Path(staging, "config.json").write_text("{}")
     assert [(tmp_path / f"model-{i}.bin").read_text() for i in range(3)] == ["2", "2", "2"]
     assert not [p.name for p in tmp_path.rglob("*") if p.name.startswith(".saved-") or p.name.endswith("ing")]

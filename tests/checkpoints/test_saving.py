@@ -3,7 +3,7 @@
 import pytest
 
 from cornstarch_hf.checkpoints.manifest import read_composition
-from cornstarch_hf.checkpoints.saving import saving, weights_pattern
+from cornstarch_hf.checkpoints.saving import staged_save, weights_pattern
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_names_of_weight_files(variant, name, is_one):
 
 
 def write(folder, names, variant=None, surplus=()):
-    with saving(folder, variant) as staged:
+    with staged_save(folder, variant) as staged:
         staged.components["language_model"] = {"source": "embedded"}
         staged.surplus |= set(surplus)
         for name in ("config.json", *names):

@@ -45,7 +45,7 @@ from cornstarch_hf import (
 )
 from cornstarch_hf.checkpoints.config_sync import sync_config
 from cornstarch_hf.encoders import counting as feature_counts
-from cornstarch_hf.encoders.counting import RULES, RULES_OF_EACH_LAYER, FeatureCounter, typical_item
+from cornstarch_hf.encoders.counting import COUNT_RULES, COUNT_RULES_OF_EACH_LAYER, FeatureCounter, typical_item
 from cornstarch_hf.encoders.module import ModalEncoderModule
 from cornstarch_hf.parts.registries import CALLBACKS, FEATURE_COUNTS
 
@@ -131,7 +131,7 @@ def registered(monkeypatch):
 
 
 def test_every_rule_has_its_cases():
-    assert CASES.keys() == RULES.keys()
+    assert CASES.keys() == COUNT_RULES.keys()
 
 
 @pytest.mark.parametrize("rule", CASES)
@@ -142,18 +142,18 @@ def test_rules_are_what_the_encoder_gives(rule):
             raw = module(**inputs)
             given = raw.pooler_output if rule == "qwen2_vl_vision" else raw.last_hidden_state
             assert module.config.model_type == rule
-            assert RULES[rule](inputs, module.config) == given.shape[:-1].numel(), encoder.kind
+            assert COUNT_RULES[rule](inputs, module.config) == given.shape[:-1].numel(), encoder.kind
 
 
 @pytest.mark.parametrize("layer", [0, -2, [1, -1]])
-@pytest.mark.parametrize("rule", sorted(RULES_OF_EACH_LAYER))
+@pytest.mark.parametrize("rule", sorted(COUNT_RULES_OF_EACH_LAYER))
 def test_rules_hold_at_every_layer_and_cost_no_run(rule, layer, monkeypatch):
     for module, items in CASES[rule]:
         encoder = ModalEncoderModule(module, layer=layer, drop_prefix=int(rule == "clip_vision_model"))
         model = MultimodalModel(encoders={"media": encoder}, language_model=tiny.llama()).eval()
         real = [projected(model.media_encoder, x) for x in items]
         with monkeypatch.context() as context:
-            context.setattr("cornstarch_hf.encoders.counting.run_on_shapes", None)
+            context.setattr("cornstarch_hf.encoders.counting.dry_run", None)
             counter = FeatureCounter(model.config)
             assert [counter.count("media", x) for x in items] == real
         assert all(shallow for _, shallow in counter._probes), "one layer is enough"
@@ -175,7 +175,7 @@ def test_a_run_needs_few_layers(layer, depth):
 def test_a_rule_that_does_not_hold_is_replaced_by_a_run():
     module = tiny.wav2vec2(add_adapter=True, num_adapter_layers=1, output_hidden_size=16)
     (inputs,) = waves(1777)
-    assert RULES["wav2vec2"](inputs, module.config) is None
+    assert COUNT_RULES["wav2vec2"](inputs, module.config) is None
     model = MultimodalModel(encoders={"audio": ModalEncoderModule(module)}, language_model=tiny.llama()).eval()
     predicted, real = counts(model, "audio", waves(91, 400, 1777))
     assert predicted == real
@@ -194,7 +194,7 @@ PROBED = {
 
 @pytest.mark.parametrize("key", PROBED)
 @pytest.mark.parametrize("live", [False, True])
-def test_a_run_on_shapes_is_what_the_encoder_gives(key, live):
+def test_a_dry_run_is_what_the_encoder_gives(key, live):
     options, items = PROBED[key]
     name = tiny.ENCODERS[key][0]
     model, _ = compose_tiny([key], **{name: options})
@@ -363,7 +363,7 @@ def test_reductions_are_counted_by_rule_where_there_is_one(monkeypatch, key, fie
         fields = REDUCTIONS[1]
     model, name = reducing(key, fields)
     expected = [projected(model.encoders[name], item) for item in ITEMS[key][1]]
-    monkeypatch.setattr(feature_counts, "run_on_shapes", lambda *_: pytest.fail("an encoder was run on shapes"))
+    monkeypatch.setattr(feature_counts, "dry_run", lambda *_: pytest.fail("an encoder was run on shapes"))
     for live in (None, model.encoders):
         counter = FeatureCounter(model.config, live)
         assert [counter.count(name, item) for item in ITEMS[key][1]] == expected
@@ -484,7 +484,7 @@ def test_few_layers_do_where_single_ones_make_no_difference():
     for rows in (4, 8):
         item = {"hidden_states": torch.randn(4 * rows, 96), "grid_thw": torch.tensor([[1, rows, 4]])}
         assert counter.count("vision", item) == rows
-    assert not counter._deep and counter._uniform == {"vision"}
+    assert not counter._needs_all_layers and counter._few_layers_suffice == {"vision"}
 
 
 def test_an_adapter_that_masks_its_own_features_is_counted_and_batches_are_as_alone():

@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import PreTrainedConfig
 
-from cornstarch_hf.encoders.feature_layout import RECIPES, number, typical_inputs
+from cornstarch_hf.encoders.feature_layout import RECIPES, first_positive_setting, typical_inputs
 from cornstarch_hf.parts.signatures import forward_parameters
 
 
@@ -39,6 +39,9 @@ def test_names_that_no_recipe_knows_have_no_inputs():
 
 def test_numbers_of_a_configuration():
     config = PreTrainedConfig(a=True, b=0, c=[2, 7], d=5, e="5")
-    assert number(config, "a", "b", "e", "missing", default=3) == 3
-    assert number(config, "b", "c", "d", default=3) == 7 and number(config, "d", default=3) == 5
-    assert torch.Size([number(config, "d", default=3)]) == (5,)
+    assert first_positive_setting(config, "a", "b", "e", "missing", default=3) == 3
+    assert (
+        first_positive_setting(config, "b", "c", "d", default=3) == 7
+        and first_positive_setting(config, "d", default=3) == 5
+    )
+    assert torch.Size([first_positive_setting(config, "d", default=3)]) == (5,)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cornstarch_hf.encoders.item_lengths import LengthsNotTold, feature_lengths, is_packed_row
+from cornstarch_hf.encoders.item_lengths import ItemLengthsUnknown, feature_lengths, is_packed_row
 from cornstarch_hf.encoders.items import Padded
 
 GRID = torch.tensor([[1, 4, 4], [1, 4, 8]])
@@ -31,14 +31,14 @@ def test_packed_features_are_divided_by_their_patches_where_these_are_merged_ali
 
 @pytest.mark.parametrize("count", [3, 11, 24, 47])
 def test_other_numbers_are_not_guessed(count):
-    with pytest.raises(LengthsNotTold):
+    with pytest.raises(ItemLengthsUnknown):
         packed(count, {"hidden_states": torch.zeros(48, 3), "grid_thw": GRID}, spatial_merge_size=2)
 
 
 def test_all_features_of_one_item_are_its_own_and_one_vector_each_is_told_by_the_rows():
     assert packed(11, {"hidden_states": torch.zeros(16, 3), "grid_thw": GRID[:1]}) == [11]
     assert packed(3, {"input_values": torch.zeros(3, 9), "ids": torch.zeros(3, 2)}) == [1, 1, 1]
-    with pytest.raises(LengthsNotTold):
+    with pytest.raises(ItemLengthsUnknown):
         packed(6, {"input_values": torch.zeros(3, 9)})
 
 
@@ -59,7 +59,7 @@ def test_valid_rows_are_those_of_the_outputs_mask_then_of_the_inputs_then_of_the
     counting._get_feat_extract_output_lengths = lambda lengths: (lengths + 1) // 2
     assert padded((2, 5, 4), [5, 9], 9, made=counting) == [3, 5]
     assert padded((2, 3, 4), [9, 9], 9) is None
-    with pytest.raises(LengthsNotTold):
+    with pytest.raises(ItemLengthsUnknown):
         padded((2, 3, 4), [5, 9], 9)
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from cornstarch_hf.encoders.items import (
-    cut,
     groups_by_length,
-    is_plain,
+    is_raw_sequence,
     item_count,
     packed_sizes,
     padding_of,
+    select_items,
     split_items,
-    unpadded,
+    without_padding,
 )
 from cornstarch_hf.parts.known_encoders import grid_of
 
@@ -29,9 +29,9 @@ def test_rows_of_a_batch_go_to_their_items():
 
 def test_an_items_padding_is_cut_where_its_mask_tells():
     ids, mask = torch.tensor([[5, 6, 1, 1]]), torch.tensor([[1, 1, 0, 0]])
-    assert unpadded({"input_ids": ids, "attention_mask": mask})["input_ids"].tolist() == [[5, 6]]
+    assert without_padding({"input_ids": ids, "attention_mask": mask})["input_ids"].tolist() == [[5, 6]]
     features = {"input_features": torch.zeros(1, 8, 4), "attention_mask": mask}
-    assert unpadded(features) is features
+    assert without_padding(features) is features
 
 
 def test_packed_items_lie_along_whichever_axis_has_their_sizes():
@@ -76,12 +76,12 @@ def test_padding_is_found_along_the_axis_that_is_as_long_as_the_mask(name, shape
     inputs = {"input_features": x, name: mask, "freq": torch.zeros(3, 1)}
     padded = padding_of(inputs, "audio")
     assert padded == (name, 4, [3, 1, 4]) and groups_by_length(padded) == {3: [0], 1: [1], 4: [2]}
-    assert not is_plain(inputs, padded)
+    assert not is_raw_sequence(inputs, padded)
     axis = shape.index(4)
-    one = cut(inputs, padded, [0])
+    one = select_items(inputs, padded, [0])
     assert torch.equal(one["input_features"], x[:1].narrow(axis, 0, 3)) and one["freq"].shape == (1, 1)
     assert torch.equal(one[name], mask[:1, :3]), "what an encoder does without a mask may differ"
-    assert torch.equal(cut(inputs, padded, [2])["input_features"], x[2:])
+    assert torch.equal(select_items(inputs, padded, [2])["input_features"], x[2:])
 
 
 def test_masks_of_something_else_say_nothing_of_padding():
@@ -104,5 +104,5 @@ def test_padding_that_is_not_on_the_right_or_not_to_be_found_is_refused():
         padding_of({"audio_mel": torch.zeros(1, 4, 2), "audio_mel_mask": torch.tensor([[1, 0, 0, 0]])}, "audio")
     inputs = {"input_features": torch.zeros(3, 4, 4), "attention_mask": MASK}
     with pytest.raises(ValueError, match=r"several axes as long as its mask \(3, 4\): pad the batch to another length"):
-        cut(inputs, padding_of(inputs, "audio"), [0])
-    assert cut(inputs, padding_of(inputs, "audio"), [2])["input_features"].shape == (1, 4, 4)
+        select_items(inputs, padding_of(inputs, "audio"), [0])
+    assert select_items(inputs, padding_of(inputs, "audio"), [2])["input_features"].shape == (1, 4, 4)

@@ -51,9 +51,9 @@ def made(**options):
 
 def test_features_reach_the_projector_as_they_are_and_are_counted_without_a_run(monkeypatch):
     def refused(*args):
-        raise AssertionError("a run on shapes")
+        raise AssertionError("a dry run")
 
-    monkeypatch.setattr(feature_counts, "run_on_shapes", refused)
+    monkeypatch.setattr(feature_counts, "dry_run", refused)
     model, processor = made()
     assert not list(model.scene_encoder.module.parameters())
     items = [vectors(3), vectors(1, 1), vectors(7, 2)]

@@ -196,18 +196,18 @@ def test_code_named_like_a_state_of_a_run_goes(folder):
 def test_all_text_files_are_looked_through(folder, name):
     folder_of(folder, {name: f"in {Path.home()}/x".encode()})
     with pytest.raises(ValueError, match=f"{name}, line 1, names a place on this machine"):
-        uploading.check_discreet(folder, uploading.uploadable(folder), None)
+        uploading.check_no_secrets(folder, uploading.uploadable(folder), None)
     folder_of(folder, {name: b"x " + TOKEN.encode()})
     with pytest.raises(ValueError, match=f"{name} holds a token of the Hub"):
-        uploading.check_discreet(folder, uploading.uploadable(folder), None)
+        uploading.check_no_secrets(folder, uploading.uploadable(folder), None)
     folder_of(folder, {name: b"\0" + str(Path.home()).encode()})  # no text
-    uploading.check_discreet(folder, uploading.uploadable(folder), None)
+    uploading.check_no_secrets(folder, uploading.uploadable(folder), None)
 
 
 def test_a_token_in_a_vocabulary_is_one_too(folder):
     folder_of(folder, {"tokenizer.json": TOKEN.encode()})
     with pytest.raises(ValueError, match=r"tokenizer.json holds a token of the Hub") as caught:
-        uploading.check_discreet(folder, ["tokenizer.json"], None)
+        uploading.check_no_secrets(folder, ["tokenizer.json"], None)
     assert TOKEN not in str(caught.value)
 
 
@@ -220,7 +220,7 @@ def test_a_user_without_a_name_and_a_folder_that_is_gone(folder, tmp_path, monke
         raise KeyError("getpwuid(): uid not found: 4711")
 
     monkeypatch.setattr("getpass.getuser", nobody)
-    uploading.check_discreet(folder, uploading.uploadable(folder), None)
+    uploading.check_no_secrets(folder, uploading.uploadable(folder), None)
 
 
 # ---- the card

@@ -6,7 +6,7 @@ import pytest
 from hub_client import Client, Failed
 from hub_server import HubServer
 
-from cornstarch_hf.hub.upload import check_discreet, uploadable
+from cornstarch_hf.hub.upload import check_no_secrets, uploadable
 
 TOKEN = "hf_" + "w" * 34
 READ = "hf_" + "r" * 34
@@ -101,7 +101,7 @@ def test_places_and_tokens_are_not_given_away(tmp_path, monkeypatch, folder, nam
     monkeypatch.chdir(tmp_path)
     (folder / name).write_text(text.replace("HOME", "/home/somebody").replace("CWD", str(tmp_path)))
     with pytest.raises(ValueError, match=message) as caught:
-        check_discreet(folder, [name], "secret-token-value")
+        check_no_secrets(folder, [name], "secret-token-value")
     assert TOKEN not in str(caught.value) and "secret-token-value" not in str(caught.value)
 
 
@@ -111,7 +111,7 @@ def test_vocabularies_and_ordinary_paths_are_let_through(tmp_path, monkeypatch, 
     (folder / "README.md").write_text(
         "see https://huggingface.co/home/somebody-else and /home/somebodyelse, hf_transfer"
     )
-    check_discreet(folder, ["tokenizer.json", "README.md", "config.json"], None)
+    check_no_secrets(folder, ["tokenizer.json", "README.md", "config.json"], None)
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])

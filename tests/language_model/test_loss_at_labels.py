@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -104,6 +105,7 @@ import torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 def work(rank, folder):
+    sys.path.insert(0, sys.argv[2])
     import test_loss_at_labels as t
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")

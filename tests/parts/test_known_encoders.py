@@ -8,13 +8,13 @@ from transformers import InformerConfig, InformerModel
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
 from cornstarch_hf.encoders.counting import FeatureCounter
-from cornstarch_hf.parts.known_encoders import DRAWN, fixed_inputs
+from cornstarch_hf.parts.known_encoders import RANDOM_INPUTS, deterministic_inputs
 
 CASES = {"vit_mae": "ViTMAEModel"}
 
 
 def test_every_row_has_its_case():
-    assert CASES.keys() == DRAWN.keys()
+    assert CASES.keys() == RANDOM_INPUTS.keys()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 40)])
@@ -53,7 +53,7 @@ def test_an_encoder_that_leaves_out_a_part_by_chance_is_refused_unless_it_is_giv
 
 
 def test_others_get_nothing():
-    assert fixed_inputs({"pixel_values": torch.zeros(1, 3, 8, 8)}, tiny.clip().config) == {}
+    assert deterministic_inputs({"pixel_values": torch.zeros(1, 3, 8, 8)}, tiny.clip().config) == {}
 
 
 def test_an_encoder_that_drops_values_at_random_is_refused():

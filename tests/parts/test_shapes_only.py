@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import nn
 
-from cornstarch_hf.parts.shapes_only import RealConstants, ShapesOnly, run_on_shapes, to_shapes, weights_to_meta
+from cornstarch_hf.parts.shapes_only import RealConstants, ShapesOnly, dry_run, to_shapes, weights_to_meta
 
 INPUTS = {
     "clip": {"pixel_values": torch.randn(2, 3, 8, 8)},
@@ -28,7 +28,7 @@ def test_every_encoder_gives_the_shapes_of_a_real_run(key):
     build = tiny.ENCODERS[key][1]
     with torch.no_grad():
         expected = build()(**INPUTS[key])
-    found = run_on_shapes(weights_to_meta(build()), INPUTS[key])
+    found = dry_run(weights_to_meta(build()), INPUTS[key])
     assert shapes(found) == shapes(expected) and found.last_hidden_state.is_meta
 
 
@@ -50,7 +50,7 @@ class Cut(nn.Module):
 
 def test_integers_stay_real_so_code_may_branch_on_them():
     made, mask = weights_to_meta(Cut()), torch.tensor([True, False, True])
-    cut, count = run_on_shapes(made, {"features": torch.randn(3, 4), "mask": mask})
+    cut, count = dry_run(made, {"features": torch.randn(3, 4), "mask": mask})
     assert cut.shape == (2, 4) and cut.is_meta and count == 6
 
 
@@ -62,14 +62,14 @@ def test_only_weights_and_floats_go_to_meta():
 
 
 def test_the_modes_end_with_the_run():
-    run_on_shapes(nn.Identity(), {"input": torch.randn(2)})
+    dry_run(nn.Identity(), {"input": torch.randn(2)})
     assert torch.arange(3, device="meta").is_meta and torch.tensor(3, device="meta").is_meta
     with RealConstants(), ShapesOnly():
         assert not torch.tensor(3, device="meta").is_meta and not torch.arange(3, device="meta").is_meta
 
 
 def test_arrays_of_the_device_are_made_before_the_modes_begin():
-    found = run_on_shapes(nn.Identity(), {"input": {"x": torch.randn(2), "n": torch.tensor(3)}})
+    found = dry_run(nn.Identity(), {"input": {"x": torch.randn(2), "n": torch.tensor(3)}})
     assert found["x"].is_meta and not found["n"].is_meta
 
 
@@ -79,4 +79,4 @@ def test_reading_a_features_value_raises():
             return x[: int(super().forward(x).sum())]
 
     with pytest.raises(RuntimeError, match="meta"):
-        run_on_shapes(weights_to_meta(Reads(3, 3)), {"x": torch.ones(2, 3)})
+        dry_run(weights_to_meta(Reads(3, 3)), {"x": torch.ones(2, 3)})

@@ -15,7 +15,7 @@ from transformers import AutoModel, LlavaConfig, PreTrainedConfig, PreTrainedMod
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from cornstarch_hf.checkpoints.config_sync import check_rebuildable
 from cornstarch_hf.encoders.counting import FeatureCounter
-from cornstarch_hf.parts.shapes_only import run_on_shapes, weights_to_meta
+from cornstarch_hf.parts.shapes_only import dry_run, weights_to_meta
 from cornstarch_hf.parts.weightless import (
     WithoutInitializers,
     build_without_weights,
@@ -225,7 +225,7 @@ def test_parts_of_parts_do_not_change_the_default_dtype(monkeypatch):
 
 def test_shapes_are_run_in_one_dtype():
     made = weights_to_meta(nn.Sequential(nn.Linear(2, 3).bfloat16(), nn.Linear(3, 4)))
-    assert run_on_shapes(made, {"input": torch.zeros(5, 2)}).shape == (5, 4)
+    assert dry_run(made, {"input": torch.zeros(5, 2)}).shape == (5, 4)
 
 
 # ---- initialisers

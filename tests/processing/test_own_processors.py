@@ -101,7 +101,7 @@ def test_patches_are_counted_by_a_rule_that_the_encoder_confirms(monkeypatch, ke
             found = model.series_encoder.select(**item)
         lengths = found.lengths or [found.last_hidden_state.shape[1]]
         with monkeypatch.context() as patch:
-            patch.setattr(feature_counts, "run_on_shapes", None)
+            patch.setattr(feature_counts, "dry_run", None)
             assert processor.counter.count("series", item) == lengths[0] == -(-length // PATCH)
 
 

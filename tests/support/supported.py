@@ -9,7 +9,7 @@ import catalog_others
 import catalog_processors
 import catalog_vision
 
-from cornstarch_hf.encoders.counting import RULES
+from cornstarch_hf.encoders.counting import COUNT_RULES
 
 PAGE = "docs/supported.md"
 CLASS_TEST = "test_encoder_catalog.py::test_a_class_composes"  # the test of each encoder
@@ -23,7 +23,7 @@ ENCODERS = """## Encoders
 
 Each composes with a tiny Llama; features of an item alone, in a batch of several sizes, and the number that the processor would
 expand are the same; it generates, is saved and comes back through `AutoModel` [equal to the bit](sharing.md#equal-to-the-bit), and trains.
-Where no formula stands under "counted by", the encoder is run on shapes, without weights, once per shape of an item. The
+Where no formula stands under "counted by", a dry run without weights counts, once per shape of an item. The
 formulas count the features of one item before `drop_prefix` and the projector; names in them are the configuration's.
 
 | class | model type | kind | counted by |
@@ -116,7 +116,7 @@ def fixed_parts(reports: Iterable[Any] | None = None) -> str:
 
 def rule_text(model_type: str, count: str) -> str:
     """What stands under "counted by"; `count` is "rule" where no run was needed."""
-    return str(RULES[model_type].__doc__) if count == "rule" else count
+    return str(COUNT_RULES[model_type].__doc__) if count == "rule" else count
 
 
 def expected_encoders() -> set[str]:

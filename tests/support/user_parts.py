@@ -43,7 +43,7 @@ class GatedProjection(nn.Module):
 
 
 class Halving(nn.Module):
-    """Adds each feature to its neighbour: half as many, which a run on shapes finds out."""
+    """Adds each feature to its neighbour: half as many, which a dry run finds out."""
 
     def __init__(self, in_features, out_features):
         super().__init__()
