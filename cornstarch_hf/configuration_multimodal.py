@@ -13,9 +13,15 @@ from typing import Any, ClassVar
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .configuration_projector import MultimodalProjectorConfig
-from .parts.classes import SharedCode, SharedConfig, carries_code
-from .parts.implementations import apply_implementations, part_implementations
-from .parts.origins import check_origins, is_repo_id
+from .parts.classes import (
+    SharedCode,
+    SharedConfig,
+    apply_implementations,
+    carries_code,
+    check_origins,
+    is_repo_id,
+    part_implementations,
+)
 from .parts.registries import last_definition
 from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
 

@@ -10,15 +10,20 @@ from transformers import PreTrainedModel
 
 from .checkpoints.config_sync import first_dtype
 from .checkpoints.storage import MultimodalStorageMixin
+from .composition import describe_model
 from .configuration_multimodal import MultimodalConfig
-from .describing import describe_model
 from .encoders.module import ModalEncoderModule
 from .language_model.calling import Headless
 from .parts.adapters import check_all_kept, check_no_wrapped_part, unwrapped
 from .parts.freezing import frozen_patterns, select_parameters, set_part_trainable, set_trainable
-from .parts.frozen_modes import checkpoint_frozen_layers, keep_frozen_in_eval, keep_strided_layers, require_grads
+from .parts.frozen_modes import (
+    checkpoint_frozen_layers,
+    keep_frozen_in_eval,
+    keep_strided_layers,
+    require_grads,
+    whole_gradients,
+)
 from .parts.gathering import gathered_plans, gathered_sets, gathered_ties, nearest_models
-from .parts.reentrant import whole_gradients
 from .parts.versions import check_peft
 from .parts.weightless import KeepsInitialized
 

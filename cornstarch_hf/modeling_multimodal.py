@@ -10,12 +10,11 @@ from transformers.utils import ModelOutput, logging
 
 from .composition import build_parts, compose_config
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
-from .encoders.input_names import OWN_INPUTS, transformers_keywords
 from .encoders.module import ModalEncoderModule
-from .encoders.towers import main_input
+from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import cached_length, run_backbone, run_language_model, text_keywords
+from .language_model.extra_inputs import embed_ids, id_inputs
 from .language_model.generation import MultimodalGenerationMixin
-from .language_model.id_inputs import embed_ids, id_inputs
 from .language_model.merging import (
     check_counts,
     check_labels,

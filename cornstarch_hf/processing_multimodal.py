@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 
-from .encoders.input_names import keyword_for, named_inputs
 from .encoders.items import split_items, without_padding
+from .encoders.towers import keyword_for, named_inputs
 from .parts.known_encoders import grid_of
 from .processing.assistant_turns import assistant_spans
-from .processing.batches import MultimodalBatch
 from .processing.conversations import ConversationReader, chosen_template, is_batch, refuse_typed, render
 from .processing.media import flatten
 from .processing.placeholder_text import Expanded, encode, expand, occurrences, pad_rows
+from .processing.placeholder_tokens import MultimodalBatch
 from .processing.subprocessors import MEDIA_KEYS, check_padding, run_subprocessor
 from .processing.video import named_for_encoder
 from .processing_base import MultimodalProcessorBase

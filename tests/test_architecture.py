@@ -18,7 +18,7 @@ LAYERS = [
     ["processing", "checkpoints", "language_model"],
     ["projectors"],
     ["encoders"],
-    ["composition", "describing", "processing_base", "processing_multimodal", "modeling_base", "modeling_multimodal"],
+    ["composition", "processing_base", "processing_multimodal", "modeling_base", "modeling_multimodal"],
     ["assembly", "training", "hub"],
     ["auto", "__init__"],
 ]

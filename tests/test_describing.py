@@ -9,7 +9,7 @@ import torch
 from helpers import compose_tiny
 from peft import LoraConfig, get_peft_model
 
-from cornstarch_hf.describing import describe_model, summary
+from cornstarch_hf.composition import describe_model, summary
 
 
 @pytest.fixture

@@ -21,11 +21,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration_multimodal import MultimodalConfig
 from ..parts.build_bounds import build_guard
-from ..parts.classes import resolve_class
-from ..parts.origins import COMMIT, KEYS, is_repo_id
+from ..parts.classes import COMMIT, KEYS, is_repo_id, resolve_class
 from ..parts.threads import PrivateRandom
-from .checkpoint_files import CheckpointFiles
-from .files import check_files, stored_shapes
+from .files import CheckpointFiles, check_files, stored_shapes
 from .manifest import COMPOSITION, Entry, check_hashes, check_sizes, describe_files, sha256_of, valid_entry
 
 logger = logging.getLogger(__name__)

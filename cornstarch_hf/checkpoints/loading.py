@@ -13,8 +13,7 @@ from ..configuration_multimodal import MultimodalConfig
 from ..parts.build_bounds import Shapes, build_guard
 from ..parts.stored_values import read_json
 from ..parts.weightless import build_without_weights, without_dtypes
-from .checkpoint_files import HUB_OPTIONS, CheckpointFiles
-from .files import CONFIG, Checked, checked_files, first_weights, guarded
+from .files import CONFIG, HUB_OPTIONS, Checked, CheckpointFiles, checked_files, first_weights, guarded
 from .manifest import COMPOSITION, DELTA, REMEDY, Composition, read_composition
 from .references import assemble_state, components_of
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from ..parts.adapter_tensors import current_name
 from ..parts.adapters import is_wrapped, unwrapped
+from ..parts.classes import KEYS, is_repo_id
 from ..parts.names import compress, matches
-from ..parts.origins import KEYS, is_repo_id
 from .bases import Base, base_files, check_base, checked_entry, part_tensors, read_base
 from .manifest import DELTA
 

@@ -24,8 +24,8 @@ from .config_sync import (
 )
 from .files import check_loaded
 from .loading import finish_load, plan_load
+from .manifest import staged_save
 from .references import chosen_components, embedded, write_reference
-from .saving import staged_save
 from .trusted_code import with_shared_code
 
 logger = logging.getLogger(__name__)

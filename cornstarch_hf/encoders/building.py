@@ -8,24 +8,13 @@ from torch import nn
 from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import MultimodalProjectorConfig
 from ..parts.adapters import unwrapped, wrap_again
-from ..parts.callbacks import SLOTS, build_callback
 from ..parts.classes import class_name, constructor_options, resolve_class
+from ..parts.known_encoders import WIDTH_AS_CONFIGURED, WIDTH_AS_CONFIGURED_AT_LAST
+from ..parts.stored_modules import SLOTS, build_callback
 from ..projectors.projector import MultimodalProjector
+from .feature_layout import find_feature_axes
 from .grids import PLANE_KINDS
-from .layouts import find_feature_axes
 from .module import ModalEncoderModule
-from .precomputed import PrecomputedFeaturesConfig
-
-# Model types whose features are sequences of the width that their configuration names: no dry run is needed to know.
-WIDTH_AS_CONFIGURED = frozenset(
-    [
-        *("clip_vision_model", "dinov2", "siglip_vision_model", "vit", "qwen2_vl_vision", "whisper", "wav2vec2", "esm"),
-        *("bert", PrecomputedFeaturesConfig.model_type),
-    ]
-)
-
-# Those of which that holds only after patches were merged.
-WIDTH_AS_CONFIGURED_AT_LAST = frozenset(["qwen2_vl_vision"])
 
 
 def complete_projector(

@@ -1,8 +1,11 @@
 """How many features an item will give: by a registered count, by a rule, or by a dry run.  Needs no weights."""
 
+import contextlib
 import copy
 import functools
+import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,23 +17,63 @@ from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import MultimodalProjectorConfig
 from ..limits import check_features
 from ..parts.build_bounds import bounded_tensors, build_guard
-from ..parts.callbacks import SLOTS, declared_count
 from ..parts.classes import resolve_class
+from ..parts.known_encoders import COUNT_RULES, COUNT_RULES_OF_EACH_LAYER, STAGES
 from ..parts.registries import FEATURE_COUNTS
-from ..parts.shapes_only import dry_run, weights_to_meta
+from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
-from ..parts.weightless import build_without_weights, without_dtypes
+from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, without_dtypes
 from ..projectors.reductions import Grid, per_item
 from .building import build_encoder
-from .count_cache import CountCache, key_of
-from .frames import frames_as_items
-from .grids import STAGES
-from .item_lengths import unpadded_patches
+from .feature_layout import with_plain_kernels
+from .grids import frames_as_items
 from .items import MASKS, packed_sizes
-from .layouts import with_plain_kernels
 from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
-from .precomputed import PrecomputedFeaturesConfig
+
+MOST = 4_096
+
+
+class CountCache:
+    """Numbers by key, of which the one that was asked for longest ago goes when there are too many.
+
+    Threads may share it.
+    """
+
+    def __init__(self, most: int = MOST):
+        self.most = most
+        self._counts: OrderedDict[Any, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def get(self, key: Any) -> int | None:
+        """The number, None if it is not known."""
+        count = self._counts.get(key)
+        if count is not None:
+            with contextlib.suppress(KeyError):  # another thread has just put it out
+                self._counts.move_to_end(key)
+        return count
+
+    def put(self, key: Any, count: int) -> None:
+        """Remember a number."""
+        self._counts[key] = count
+        while len(self._counts) > self.most:
+            self._counts.popitem(last=False)
+
+
+def key_of(name: str, inputs: Mapping[str, Any]) -> tuple:
+    """What an item's count depends on: of floating-point inputs the shape, of others all."""
+    return name, *sorted((key, _signature(value)) for key, value in inputs.items())
+
+
+def _signature(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.is_floating_point():
+        return tuple(value.shape), str(value.dtype)
+    return tuple(value.shape), hashlib.sha256(value.numpy().tobytes()).digest()
+
 
 POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
 # Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
@@ -38,90 +81,6 @@ DEPTHS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "dept
 # Settings of single layers by their numbers; `out_indices` chooses among the outputs of backbones.
 LAYER_NUMBERS = re.compile(r"layer_(id|idx|index)s?$|_layers$|(?<!out)_(indexes|indices)$")
 _REMEDY = "register_feature_count({!r}, fn)."
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-
-
-def _patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
-    """`(height // patch_size) * (width // patch_size)`"""
-    height, width = inputs["pixel_values"].shape[-2:]
-    rows, columns = _pair(config.patch_size)
-    return (height // rows) * (width // columns)
-
-
-def _patches_and_class(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
-    """`(height // patch_size) * (width // patch_size) + 1`"""
-    return _patches(inputs, config) + 1
-
-
-def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
-    """`t * h * w / spatial_merge_size ** 2` of the grid"""
-    return int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2
-
-
-def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
-    """`max_source_positions`; with a mask by a dry run"""
-    if inputs.get("attention_mask") is not None:
-        return None
-    return config.max_source_positions
-
-
-def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
-    """`(samples - kernel) // stride + 1`, once per convolution; with an adapter by a dry run"""
-    if config.add_adapter:
-        return None
-    length = inputs["input_values"].shape[-1]
-    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        length = (length - kernel) // stride + 1
-    return length
-
-
-def _rows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
-    """rows of `features`, those of its mask"""
-    mask = inputs.get("attention_mask")
-    return inputs["features"].shape[1] if mask is None else int(mask.sum())
-
-
-def _tokens(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
-    """tokens of the text"""
-    return inputs["input_ids"].shape[-1]
-
-
-def _series(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
-    """`values // patch_length`, without patches of padding"""
-    patches = inputs["past_values"].shape[-1] // config.patch_length
-    lengths = unpadded_patches(inputs, patches)
-    return patches if lengths is None else lengths[0]
-
-
-_TEXTS = ("bert", "deberta-v2", "distilbert", "esm", "modernbert", "mpnet", "xlm-roberta")
-# Features of one item by the encoder's model type, None where the rule does not hold; each is tested against the
-# encoder, and its docstring stands in the documents.
-COUNT_RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
-    "clip_vision_model": _patches_and_class,
-    "dinov2": _patches_and_class,
-    "siglip_vision_model": _patches,
-    "timesfm": _series,
-    "timesfm2_5": _series,
-    "vit": _patches_and_class,
-    PrecomputedFeaturesConfig.model_type: _rows,
-    "whisper": _window,
-    "wav2vec2": _waveform,
-    **dict.fromkeys(_TEXTS, _tokens),
-    "qwen2_vl_vision": _merged_patches,
-}
-# Types whose hidden states all are as long as the last one.
-COUNT_RULES_OF_EACH_LAYER = {
-    "clip_vision_model",
-    "dinov2",
-    "siglip_vision_model",
-    "vit",
-    "wav2vec2",
-    "whisper",
-    *_TEXTS,
-}
 
 
 class FeatureCounter:
@@ -397,13 +356,3 @@ def _natural(count: Any, name: str, what: str) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ValueError(f"{name}: {what} must be an integer >= 0, got {count!r}.")
     return count
-
-
-def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | None:
-    """Inputs of an ordinary item, where the encoder's configuration fixes their shape; on the meta device."""
-    size = getattr(config, "image_size", None)
-    if kind == "image" and size is not None:
-        return {"pixel_values": torch.empty(1, getattr(config, "num_channels", 3), *_pair(size), device="meta")}
-    if getattr(config, "max_source_positions", None) and getattr(config, "num_mel_bins", None):
-        return {"input_features": torch.empty(1, config.num_mel_bins, 2 * config.max_source_positions, device="meta")}
-    return None

@@ -10,18 +10,27 @@ from transformers.utils import ModelOutput
 
 from ..configuration_projector import feature_width
 from ..parts.adapters import unwrapped
-from ..parts.callbacks import SLOTS
+from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
-from ..parts.known_encoders import deterministic_inputs, refuse_random_encoder
-from ..parts.origins import origin_of
+from ..parts.known_encoders import FEATURES_DEPEND_ON_PADDING, deterministic_inputs, refuse_random_encoder
 from ..parts.signatures import accepts, forward_parameters
+from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector
 from ..projectors.reductions import per_item
-from .frames import frame_grids, frames_as_items, joined_frames
-from .grids import GridQuery, grids_of_tensor, item_grids
-from .item_lengths import ItemLengthsUnknown, feature_lengths, is_packed_row
-from .items import Padded, groups_by_length, is_raw_sequence, item_count, padding_of, select_items, split_items
+from .grids import GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
+from .items import (
+    ItemLengthsUnknown,
+    Padded,
+    feature_lengths,
+    groups_by_length,
+    is_packed_row,
+    is_raw_sequence,
+    item_count,
+    padding_of,
+    select_items,
+    split_items,
+)
 from .selection import (
     DATA_FORMATS,
     EncoderOutput,
@@ -33,11 +42,6 @@ from .selection import (
     with_features,
 )
 from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower, takes_images
-
-# Model types whose features of an item change with its padding, whatever the mask says: each length is encoded apart.
-FEATURES_DEPEND_ON_PADDING = frozenset(
-    ["pe_audio_encoder", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "phi4_multimodal_audio"]
-)
 
 
 class ModalEncoderModule(nn.Module):

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import CUSTOM_PROJECTION
-from ..parts.callbacks import SLOTS, check_callbacks_storable, describe_callback
-from ..parts.shapes_only import weights_to_meta
-from ..parts.stored_modules import NotStorable
+from ..parts.stored_modules import SLOTS, NotStorable, check_callbacks_storable, describe_callback
+from ..parts.weightless import weights_to_meta
 from ..projectors.projector import MultimodalProjector, describe_projection
 from .module import ModalEncoderModule
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..describing import summary
+from ..composition import summary
 from ..parts.adapters import is_wrapped, unwrapped
-from ..parts.origins import names_repository
+from ..parts.classes import names_repository
 from .card_facts import Facts, training_facts
 from .card_licenses import find_licenses, license_fields
 from .card_markup import check_origin, check_repo_id, code, plain, repo_link

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..parts.origins import COMMIT, names_repository
+from ..parts.classes import COMMIT, names_repository
 
 HUB = "https://huggingface.co"
 # What Markdown, HTML or a table's cell would read as markup.

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..describing import UNKNOWN_COUNT, PartSummary, features_per_item, summaries
+from ..composition import UNKNOWN_COUNT, PartSummary, features_per_item, summaries
 from ..parts.adapters import is_wrapped
 from .card_facts import Facts
 from .card_markup import code, commit_link, flowchart, plain, repo_link, table

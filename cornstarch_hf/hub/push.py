@@ -11,8 +11,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 
-from ..checkpoints.manifest import COMPOSITION, DELTA
-from ..checkpoints.saving import weights_pattern
+from ..checkpoints.manifest import COMPOSITION, DELTA, weights_pattern
 from ..checkpoints.storage import HUB_ARGUMENTS, PUSHERS
 from ..checkpoints.users_code import read_entry
 from .card import card_text, merged_card

@@ -12,8 +12,7 @@ from transformers.utils import ModelOutput
 from ..parts.adapters import is_adapted, unwrapped
 from ..parts.signatures import accepts, forward_parameters, takes_any_keyword
 from ..parts.versions import CACHE, CACHE_NAMES, take_cache
-from .extra_inputs import with_positions
-from .id_inputs import id_input_names
+from .extra_inputs import id_input_names, with_positions
 from .merging import shifted_left
 
 LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")

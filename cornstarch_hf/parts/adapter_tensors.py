@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .adapters import is_adapted, is_wrapped, tuner_layers
-from .module_tree import modules_by_name
+from .names import modules_by_name
 
 _TOKEN_ROWS = "trainable_tokens_original"
 # Where PEFT keeps the module that an adapter stands in front of.

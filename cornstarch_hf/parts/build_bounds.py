@@ -17,7 +17,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..limits import cap, check
-from .module_tree import parameters_by_name
+from .names import parameters_by_name
 from .threads import ThreadDispatchMode
 
 Shapes = Mapping[str, tuple[int, ...]]

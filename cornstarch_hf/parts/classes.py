@@ -8,12 +8,17 @@ import functools
 import importlib
 import inspect
 import itertools
+import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .adapters import unwrapped
 from .registries import last_definition
 from .weightless import build_without_weights, without_dtypes
 
@@ -180,3 +185,123 @@ def _source(auto_map: Any) -> str | None:
         if name.partition(".")[0] == CODE_ENTRY:
             return repo
     return None
+
+
+FAMILIES = ("attn", "experts")
+
+
+def part_implementations(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """The implementations of each part, for its own configuration and for those below that differ.
+
+    Returns:
+        ``{part: {"attn": value, "experts": value}}``; a value is a name, or ``{"": name, part below: value}``, the form
+        in which transformers takes several.
+    """
+    found = {}
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        values = {family: _implementation(part, family) for family in FAMILIES}
+        kept = {family: value for family, value in values.items() if value}
+        if kept and not key.endswith("_projector_config"):
+            found[key] = kept
+    return found
+
+
+def _implementation(part: Any, family: str) -> Any:
+    own = getattr(part, f"_{family}_implementation_internal", None)
+    # A kernel repository is code: it is never taken from a checkpoint, so none is written.
+    own = own if isinstance(own, str) and "/" not in own else None
+    parts = {key: getattr(part, key, None) for key in getattr(part, "sub_configs", None) or {}}
+    below = {key: _implementation(x, family) for key, x in parts.items() if isinstance(x, PreTrainedConfig)}
+    if all(value == own for value in below.values()):
+        return own
+    return {key: value for key, value in {"": own, **below}.items() if value}
+
+
+def apply_implementations(config: PreTrainedConfig, stored: Mapping[str, Any]) -> None:
+    """Give parts the implementations that were stored, where they have none yet (in place).
+
+    Raises:
+        ValueError: no such part, no name of an implementation, or a repository of kernels.
+    """
+    for key, values in stored.items():
+        part = getattr(config, key, None) if key in config.sub_configs else None
+        if not isinstance(values, dict) or not isinstance(part, PreTrainedConfig) or not set(values) <= set(FAMILIES):
+            raise ValueError(
+                f"part_implementations names {key!r}: {values!r}, expected some of {list(config.sub_configs)}."
+            )
+        for family, value in values.items():
+            _check_names(value, key, family)
+            if getattr(part, f"_{family}_implementation_internal", None) is None:
+                setattr(part, f"_{family}_implementation", value)
+
+
+def _check_names(value: Any, key: str, family: str) -> None:
+    if isinstance(value, dict) and value:
+        for below, each in value.items():
+            _check_names(each, f"{key}.{below}" if below else key, family)
+    elif not isinstance(value, str) or "/" in value:
+        raise ValueError(
+            f"{key} asks for the {family} implementation {value!r}: kernels from a repository are code, pass "
+            f"attn_implementation={value!r} yourself if you trust it."
+        )
+
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_LIBRARY_CLASS = re.compile(r"transformers\.models\.\w+\.modeling_\w+\.\w+")
+KEYS = ("repo_id", "revision", "requested_revision", "subfolder", "class", "select")
+
+
+def names_repository(value: Any) -> bool:
+    """Whether this is a ``user/name`` or ``name`` of the Hub."""
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return False
+    return isinstance(value, str)
+
+
+def is_repo_id(name: Any) -> bool:
+    """Whether a text is the id of a repository, and no path of this machine."""
+    return names_repository(name) and not os.path.exists(name)
+
+
+def origin_of(given: Any, part: nn.Module) -> dict[str, Any] | None:
+    """What a part was loaded from, None if that was not the Hub.
+
+    Args:
+        given: the model that was loaded.
+        part: the module inside it that is used, or the model itself; either may be wrapped by PEFT.
+
+    Returns:
+        ``{"repo_id", "revision", "requested_revision", "subfolder", "class", "select"}``; `revision` is None, since a
+        loaded model does not know its commit: whoever loads it may fill that in, and `references` looks it up.
+    """
+    root, inner = unwrapped(given), unwrapped(part)
+    if not isinstance(root, PreTrainedModel) or not is_repo_id(root.name_or_path):
+        return None
+    select = next((name for name, module in root.named_modules() if module is inner), None)
+    if select is None:
+        return None
+    path = f"{type(root).__module__}.{type(root).__qualname__}"
+    name = path if _LIBRARY_CLASS.fullmatch(path) else type(root).__name__
+    values = (root.name_or_path, None, None, "", name, select)
+    return dict(zip(KEYS, values, strict=True))
+
+
+def check_origins(origins: Any) -> dict[str, dict[str, Any]] | None:
+    """The `origins` of a configuration, checked.
+
+    Raises:
+        ValueError: not ``{component: {key: text or None}}`` with the keys of `origin_of`.
+    """
+    if not origins:
+        return None
+    entries = list(origins.items()) if isinstance(origins, dict) else [("origins", origins)]
+    for name, entry in entries:
+        texts = isinstance(entry, dict) and all(value is None or isinstance(value, str) for value in entry.values())
+        if not texts or set(entry) - set(KEYS) or not names_repository(entry.get("repo_id")):
+            raise ValueError(
+                f"origins[{name!r}] must be texts under some of {KEYS}, with a repo_id, got {entry!r:.200}."
+            )
+    return {name: dict(entry) for name, entry in entries}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_tensors import current_name, shared_by_adapters
-from .module_tree import modules_by_name, parameters_by_name
+from .names import modules_by_name, parameters_by_name
 
 SETS = ("_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 PATTERN_SETS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")

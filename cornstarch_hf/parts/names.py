@@ -4,7 +4,9 @@ A pattern is a dotted name in which ``*`` stands for one layer number; it means 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from torch import nn
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -64,3 +66,28 @@ def matches(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
 def as_regex(pattern: str) -> str:
     """A pattern as a regular expression, anchored at the start and at the end of a dotted component."""
     return "^" + r"\.".join(r"\d+" if part == "*" else re.escape(part) for part in pattern.split(".")) + r"(?:\.|$)"
+
+
+def modules_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its dotted name, parents first, one that stands in two places under both names.
+
+    As `root.named_modules(remove_duplicate=False)`.
+    """
+    pending = [("", root)]
+    while pending:
+        name, module = pending.pop()
+        yield name, module
+        prefix = f"{name}." if name else ""
+        pending += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+
+
+def parameters_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter with its dotted name, shared ones under each of their names.
+
+    As `root.named_parameters(remove_duplicate=False)`.
+    """
+    for name, module in modules_by_name(root):
+        prefix = f"{name}." if name else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield prefix + key, parameter

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..limits import check
+from ..parts.known_encoders import ANY_NUMBER
 from .media import ready_image
 
 FRAME_MASK = "frame_mask"
@@ -21,8 +22,6 @@ FRAME_MASK = "frame_mask"
 
 SAMPLING = ("num_frames", "fps", "source_fps")
 _HOLDS = ("video", "frames", "videos", "array")
-# Encoders of whole videos that take any number of frames (`configuration.num_frames` is what they were trained with).
-ANY_NUMBER = frozenset(["timesformer"])
 
 
 def sampled_frames(

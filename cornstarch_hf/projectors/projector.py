@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..checkpoints.code_bundle import export_code
 from ..checkpoints.files import checked_files, guarded
-from ..checkpoints.saving import staged_save
+from ..checkpoints.manifest import staged_save
 from ..checkpoints.storage import pusher, split_options
 from ..checkpoints.trusted_code import with_shared_code
 from ..configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig

@@ -8,7 +8,7 @@ import pytest
 import supported
 import transformers
 
-from cornstarch_hf.encoders.counting import COUNT_RULES
+from cornstarch_hf.parts.known_encoders import COUNT_RULES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from hub_cache import commit_of, put_into_cache
 
 from cornstarch_hf.checkpoints.bases import base_errors_explained, read_base
-from cornstarch_hf.parts.origins import KEYS
+from cornstarch_hf.parts.classes import KEYS
 
 LLAMA = "transformers.models.llama.modeling_llama.LlamaForCausalLM"
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from cornstarch_hf.checkpoints.manifest import read_composition
-from cornstarch_hf.checkpoints.saving import staged_save, weights_pattern
+from cornstarch_hf.checkpoints.manifest import read_composition, staged_save, weights_pattern
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from cornstarch_hf.encoders.count_cache import MOST, CountCache, key_of
+from cornstarch_hf.encoders.counting import MOST, CountCache, key_of
 
 
 def test_keys_tell_shapes_of_features_and_values_of_the_rest():

@@ -45,8 +45,10 @@ from cornstarch_hf import (
 )
 from cornstarch_hf.checkpoints.config_sync import sync_config
 from cornstarch_hf.encoders import counting as feature_counts
-from cornstarch_hf.encoders.counting import COUNT_RULES, COUNT_RULES_OF_EACH_LAYER, FeatureCounter, typical_item
+from cornstarch_hf.encoders.counting import FeatureCounter
+from cornstarch_hf.encoders.feature_layout import typical_item
 from cornstarch_hf.encoders.module import ModalEncoderModule
+from cornstarch_hf.parts.known_encoders import COUNT_RULES, COUNT_RULES_OF_EACH_LAYER
 from cornstarch_hf.parts.registries import CALLBACKS, FEATURE_COUNTS
 
 VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 4}

@@ -7,7 +7,7 @@ from transformers import TimesformerConfig, TimesformerModel, VideoMAEConfig, Vi
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
 from cornstarch_hf.encoders.counting import FeatureCounter
-from cornstarch_hf.encoders.frames import frame_grids, frames_as_items, joined_frames
+from cornstarch_hf.encoders.grids import frame_grids, frames_as_items, joined_frames
 
 PIXELS = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cornstarch_hf.encoders.input_names import (
+from cornstarch_hf.encoders.towers import (
     OWN_INPUTS,
     assign_input_names,
     keyword_for,

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cornstarch_hf.encoders.item_lengths import ItemLengthsUnknown, feature_lengths, is_packed_row
-from cornstarch_hf.encoders.items import Padded
+from cornstarch_hf.encoders.items import ItemLengthsUnknown, Padded, feature_lengths, is_packed_row
 
 GRID = torch.tensor([[1, 4, 4], [1, 4, 8]])
 

@@ -15,7 +15,7 @@ from transformers import (
     Sam2VisionConfig,
 )
 
-from cornstarch_hf.encoders.layouts import FeatureAxes, find_feature_axes, with_plain_kernels
+from cornstarch_hf.encoders.feature_layout import FeatureAxes, find_feature_axes, with_plain_kernels
 from cornstarch_hf.encoders.selection import Selection
 
 WIDTHS = {

@@ -9,7 +9,7 @@ from helpers import compose_tiny
 from peft import LoraConfig, get_peft_model
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
-from cornstarch_hf.describing import summaries
+from cornstarch_hf.composition import summaries
 from cornstarch_hf.hub.card_sections import (
     description,
     licenses_table,

@@ -9,7 +9,7 @@ import tiny
 import torch
 from helpers import compose_tiny, uneven_inputs
 
-from cornstarch_hf.language_model.id_inputs import COMPUTED, SCALES, embed_ids, id_inputs
+from cornstarch_hf.language_model.extra_inputs import COMPUTED, SCALES, embed_ids, id_inputs
 
 IDS = torch.tensor([[5, 311, 311, 7]])
 PLACEHOLDERS = IDS == 311

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from cornstarch_hf import register_callback
-from cornstarch_hf.parts.callbacks import (
+from cornstarch_hf.parts.registries import CALLBACKS
+from cornstarch_hf.parts.stored_modules import (
     SLOTS,
+    NotStorable,
     build_callback,
     check_callbacks_storable,
     declared_count,
     describe_callback,
 )
-from cornstarch_hf.parts.registries import CALLBACKS
-from cornstarch_hf.parts.stored_modules import NotStorable
 
 
 def keep(inputs, output, count=1, *, side="left"):

@@ -7,7 +7,7 @@ from own_memory import check_comes_back
 from transformers import AutoModel, BitConfig, DPTConfig, DPTModel
 
 from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel
-from cornstarch_hf.parts.implementations import apply_implementations, part_implementations
+from cornstarch_hf.parts.classes import apply_implementations, part_implementations
 
 BACKBONE = {
     "global_padding": "same", "layer_type": "bottleneck", "depths": [1, 1, 1], "hidden_sizes": [8, 16, 32], "num_groups": 2,

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cornstarch_hf.parts.module_tree import modules_by_name, parameters_by_name
+from cornstarch_hf.parts.names import modules_by_name, parameters_by_name
 
 
 def shared_model():

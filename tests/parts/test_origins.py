@@ -8,7 +8,7 @@ from hub_cache import commit_of, put_into_cache
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel, compose
-from cornstarch_hf.parts.origins import check_origins, is_repo_id, origin_of
+from cornstarch_hf.parts.classes import check_origins, is_repo_id, origin_of
 
 
 def clip_model():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
-from cornstarch_hf.parts.reentrant import whole_gradients
+from cornstarch_hf.parts.frozen_modes import whole_gradients
 
 REENTRANT = functools.partial(checkpoint, use_reentrant=True)
 

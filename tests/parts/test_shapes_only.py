@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import nn
 
-from cornstarch_hf.parts.shapes_only import RealConstants, ShapesOnly, dry_run, to_shapes, weights_to_meta
+from cornstarch_hf.parts.weightless import RealConstants, ShapesOnly, dry_run, to_shapes, weights_to_meta
 
 INPUTS = {
     "clip": {"pixel_values": torch.randn(2, 3, 8, 8)},

@@ -15,12 +15,13 @@ from transformers import AutoModel, LlavaConfig, PreTrainedConfig, PreTrainedMod
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from cornstarch_hf.checkpoints.config_sync import check_rebuildable
 from cornstarch_hf.encoders.counting import FeatureCounter
-from cornstarch_hf.parts.shapes_only import dry_run, weights_to_meta
 from cornstarch_hf.parts.weightless import (
     WithoutInitializers,
     build_without_weights,
+    dry_run,
     is_building,
     parameters_to_meta,
+    weights_to_meta,
     without_dtypes,
     without_weights,
 )

@@ -9,9 +9,9 @@ from cornstarch_hf.processing.conversations import (
     handles_parts,
     handles_strings,
     is_batch,
-    template_writes_placeholder,
     refuse_typed,
     render,
+    template_writes_placeholder,
 )
 from cornstarch_hf.processing.placeholder_text import occurrences
 
@@ -37,7 +37,12 @@ def read(content, template=STRINGS):
 
 def test_templates_of_both_sorts_are_told_apart():
     found = {
-        t: (handles_parts(t), template_writes_placeholder(t, "image", "<image>"), places(t, "audio", "<audio>")) for t in (STRINGS, PARTS)
+        t: (
+            handles_parts(t),
+            template_writes_placeholder(t, "image", "<image>"),
+            template_writes_placeholder(t, "audio", "<audio>"),
+        )
+        for t in (STRINGS, PARTS)
     }
     assert found == {STRINGS: (False, False, False), PARTS: (True, True, False)}
     assert (

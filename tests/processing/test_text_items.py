@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
-from cornstarch_hf.processing.text_items import position_limit, run_tokenizer
+from cornstarch_hf.processing.subprocessors import position_limit, run_tokenizer
 
 PROTEINS = ["MKV", "LAGVSERTIDPK", "W"]
 ROUNDING = {"atol": 1e-6, "rtol": 1e-5}  # of products of other shapes

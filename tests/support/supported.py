@@ -9,7 +9,7 @@ import catalog_others
 import catalog_processors
 import catalog_vision
 
-from cornstarch_hf.encoders.counting import COUNT_RULES
+from cornstarch_hf.parts.known_encoders import COUNT_RULES
 
 PAGE = "docs/supported.md"
 CLASS_TEST = "test_encoder_catalog.py::test_a_class_composes"  # the test of each encoder
