@@ -8,6 +8,7 @@ from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.hub import push_to_hub
 from .modeling_multimodal import MultimodalModel
+from .parts.known_encoders import register_encoder_type
 from .parts.registries import register_callback, register_feature_count, register_projector
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
@@ -32,6 +33,7 @@ __all__ = [
     "parameter_groups",
     "push_to_hub",
     "register_callback",
+    "register_encoder_type",
     "register_feature_count",
     "register_projector",
 ]

@@ -59,7 +59,9 @@ RESERVED_NAMES = frozenset(
     ]
 )
 # Settings that a checkpoint keeps where there is something to keep.
-OPTIONAL_KEYS = ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes", "origins")
+OPTIONAL_KEYS = (
+    *("language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "part_dtypes", "origins"),
+)
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None,
     "token": None,
@@ -79,6 +81,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "language_model_class": (str,),
     "language_model_kwargs": (dict,),
     "adapters": (dict,),
+    "encoder_types": (dict,),
     "frozen": (list, tuple),
     "part_dtypes": (dict,),
     "part_implementations": (dict,),
@@ -117,7 +120,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         share_inputs: groups of modality names that see the same items.
         loss_at_labels: in training mode, run the language model's head at labelled positions only; the output then
             has no `logits`.
-        **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`,
+        **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`, `encoder_types`,
             `part_dtypes`, `part_implementations`, `language_model_class`, `language_model_kwargs`, `origins`: from which
             repository each part came), and whatever `transformers.PreTrainedConfig` takes.
 

@@ -18,7 +18,7 @@ from ..configuration_projector import MultimodalProjectorConfig
 from ..limits import check_features
 from ..parts.build_bounds import bounded_tensors, build_guard
 from ..parts.classes import resolve_class
-from ..parts.known_encoders import COUNT_RULES, COUNT_RULES_OF_EACH_LAYER, STAGES
+from ..parts.known_encoders import ALL, encoder_type
 from ..parts.registries import FEATURE_COUNTS
 from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
@@ -26,7 +26,7 @@ from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, 
 from ..projectors.reductions import Grid, per_item
 from .building import build_encoder
 from .feature_layout import with_plain_kernels
-from .grids import frames_as_items
+from .grids import STAGES, frames_as_items
 from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
@@ -166,11 +166,11 @@ class FeatureCounter:
     ) -> tuple[int, Grid | None]:
         """Selected features before the callbacks that follow the module, and their grid where the projector needs it."""
         entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
-        model_type = encoder_config.model_type
-        holds = not entry["output"] and (entry["layer"] == -1 or model_type in COUNT_RULES_OF_EACH_LAYER)
+        known = encoder_type(encoder_config)
+        holds = not entry["output"] and (entry["layer"] == -1 or known.count_layers == ALL)
         # Packed features have no prefix to drop, as a run says.
         holds = holds and not (entry["drop_prefix"] and packed_sizes(inputs))
-        rule = COUNT_RULES.get(model_type) if by_rule and holds else None
+        rule = known.count if by_rule and holds else None
         items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
         count = rule(items, encoder_config) if rule is not None else None
         if count is not None:

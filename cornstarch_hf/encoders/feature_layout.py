@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from ..configuration_projector import feature_width
 from ..parts.adapters import unwrapped
 from ..parts.classes import constructor_options
-from ..parts.known_encoders import _pair
+from ..parts.known_encoders import as_pair
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, without_dtypes
 from .selection import (
@@ -245,7 +245,7 @@ def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | Non
     """Inputs of an ordinary item, where the encoder's configuration fixes their shape; on the meta device."""
     size = getattr(config, "image_size", None)
     if kind == "image" and size is not None:
-        return {"pixel_values": torch.empty(1, getattr(config, "num_channels", 3), *_pair(size), device="meta")}
+        return {"pixel_values": torch.empty(1, getattr(config, "num_channels", 3), *as_pair(size), device="meta")}
     if getattr(config, "max_source_positions", None) and getattr(config, "num_mel_bins", None):
         return {"input_features": torch.empty(1, config.num_mel_bins, 2 * config.max_source_positions, device="meta")}
     return None

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parts.known_encoders import STAGES
+from ..parts.known_encoders import PATCH_GRIDS, grid_of
 from ..processing.video import FRAME_MASK
 
 Grid = tuple[int, ...]
 PLANE_KINDS = ("image", "video")
+# Attributes of configurations whose towers merge patches from stage to stage, one entry per stage.
+STAGES = ("depths", "depth", "hidden_sizes", "embed_dims")
 PIXELS = ("pixel_values_videos", "pixel_values")
 
 
@@ -50,8 +52,8 @@ def item_grids(query: GridQuery) -> list[Grid]:
 
 def _packed(query: GridQuery) -> list[Grid] | None:
     """Packed towers, which are told the patches of each item along each axis and merge squares of them."""
-    grid = next((v for k, v in query.inputs.items() if k.endswith(("grid_thw", "grid_hws"))), None)
-    if not isinstance(grid, Tensor):
+    grid = grid_of(query.inputs, PATCH_GRIDS)
+    if grid is None:
         return None
     rows, columns = merged_patches(query.config)
     found = []

@@ -12,7 +12,7 @@ from ..configuration_projector import feature_width
 from ..parts.adapters import unwrapped
 from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
-from ..parts.known_encoders import FEATURES_DEPEND_ON_PADDING, deterministic_inputs, refuse_random_encoder
+from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
@@ -204,7 +204,7 @@ class ModalEncoderModule(nn.Module):
         """Whether what an item gives would depend on its padding."""
         config = unwrapped(self.module).config
         # Adapters are convolutions that see no mask.
-        reads = config.model_type in FEATURES_DEPEND_ON_PADDING or getattr(config, "add_adapter", False)
+        reads = encoder_type(config).padding_changes_features or getattr(config, "add_adapter", False)
         return is_raw_sequence(arguments, padded) or (reads and min(padded.lengths) < padded.size)
 
     def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:

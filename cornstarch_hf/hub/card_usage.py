@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..parts.adapters import unwrapped
+from ..parts.known_encoders import encoder_type
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from ..processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from ..processing.subprocessors import sampling_rate_of
 
 INSTALL = "pip install git+https://github.com/cornstarch-org/cornstarch_hf"
 OWN_MODULES = ("cornstarch_hf", "transformers", "torch", "peft", "builtins", "functools")
-PROTEIN_ENCODERS = ("esm",)
 
 
 class Item(NamedTuple):
@@ -50,8 +50,7 @@ def _features(processor: PrecomputedFeaturesProcessor, config: Any) -> Item:
 
 
 def _text(processor: Any, config: Any) -> Item:
-    protein = getattr(config, "model_type", None) in PROTEIN_ENCODERS
-    return Item({"text": _quoted("MKTAYIAKQR" if protein else "Some text of its own.")})
+    return Item({"text": _quoted(encoder_type(config).example_text or "Some text of its own.")})
 
 
 ITEMS: dict[str, Callable[[Any, Any], Item]] = {

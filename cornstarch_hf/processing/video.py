@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..limits import check
-from ..parts.known_encoders import ANY_NUMBER
+from ..parts.known_encoders import encoder_type
 from .media import ready_image
 
 FRAME_MASK = "frame_mask"
@@ -194,7 +194,7 @@ def run_on_frames(
 
 def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
     """Refuse another number of frames than the encoder of a configuration takes (ValueError with both numbers)."""
-    expected = None if getattr(config, "model_type", None) in ANY_NUMBER else getattr(config, "num_frames", None)
+    expected = None if encoder_type(config).any_number_of_frames else getattr(config, "num_frames", None)
     if isinstance(expected, int) and 0 < expected != count:
         raise ValueError(
             f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: pass {name}_kwargs="
