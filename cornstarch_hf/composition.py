@@ -59,7 +59,7 @@ def compose_config(
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
-    config.encoder_types = registered_facts([getattr(config, f"{name}_config") for name in encoders])
+    config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
     origins = {f"{name}_encoder": encoder.origin for name, encoder in encoders.items()}
     origins["language_model"] = origin_of(language_model, language_model)
     config.origins = {name: origin for name, origin in origins.items() if origin} or None
