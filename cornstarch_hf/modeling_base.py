@@ -14,6 +14,7 @@ from .composition import describe_model
 from .configuration_multimodal import MultimodalConfig
 from .encoders.module import ModalEncoderModule
 from .language_model.calling import Headless
+from .limits import check_count
 from .parts.adapters import check_all_kept, check_no_wrapped_part, unwrapped
 from .parts.freezing import frozen_patterns, select_parameters, set_part_trainable, set_trainable
 from .parts.frozen_modes import (
@@ -141,8 +142,7 @@ class MultimodalPreTrainedModel(MultimodalStorageMixin, PreTrainedModel):
         used = {self.config.modality(n)["token_id"]: n for n in self.config.encoders if n not in token_ids}
         for name, token_id in token_ids.items():
             self.config.modality(name)
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise ValueError(f"{name}: a placeholder's token id must be an integer >= 0, got {token_id!r}.")
+            check_count(token_id, f"{name}: a placeholder's token id", least=0)
             if token_id in used:
                 raise ValueError(f"{name}: the token id {token_id} already stands for {used[token_id]!r}.")
             used[token_id] = name

@@ -14,7 +14,7 @@ from ..parts.stored_modules import SLOTS, build_callback
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
 from .grids import PLANE_KINDS
-from .module import ModalEncoderModule
+from .module import ModalEncoderModule, first_weight
 
 
 def complete_projector(
@@ -40,7 +40,7 @@ def complete_projector(
     projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
     projector.config.language_model_type = unwrapped(language_model).config.model_type
     if fresh:
-        weight = next((p for p in encoder.module.parameters() if p.is_floating_point()), None)
+        weight = first_weight(encoder.module)
         if weight is not None:
             projector.to(device=weight.device, dtype=weight.dtype)
     got = projector.config.in_features

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import MultimodalProjectorConfig
-from ..limits import check_features
+from ..limits import check_count, check_features
 from ..parts.build_bounds import bounded_tensors, build_guard
 from ..parts.classes import resolve_class
 from ..parts.known_encoders import ALL, encoder_type
@@ -150,7 +150,7 @@ class FeatureCounter:
         encoder_config = getattr(self.config, f"{name}_config")
         registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
         if registered is not None:
-            return _natural(registered(inputs, encoder_config), name, "the registered feature count")
+            return check_count(registered(inputs, encoder_config), f"{name}: the registered feature count", least=0)
         encoder = self._probe(name)
         # By place, None for a callback that declares nothing.
         declared = {slot: declared_count(cb) for slot, cb in encoder.callbacks.items() if cb is not None}
@@ -163,7 +163,7 @@ class FeatureCounter:
             if slot == PROJECTOR_CALLBACK:
                 count = self._reduced(name, encoder.projector, count, grid)
             if (fn := declared.get(slot)) is not None:
-                count = _natural(fn(inputs, count), name, f"the feature_count of {slot}")
+                count = check_count(fn(inputs, count), f"{name}: the feature_count of {slot}", least=0)
         return count
 
     def _selected(
@@ -196,7 +196,8 @@ class FeatureCounter:
         count = known.count(items, encoder_config)
         if count is None:
             return None
-        return (_natural(count, name, f"the count of {encoder_config.model_type!r}") - dropped) * frames[0]
+        check_count(count, f"{name}: the count of {encoder_config.model_type!r}", least=0)
+        return (count - dropped) * frames[0]
 
     def _reduced(self, name: str, projector: Any, count: int, grid: Grid | None) -> int:
         """Features that the projector leaves, by its own count or by a dry run of it alone."""
@@ -216,7 +217,7 @@ class FeatureCounter:
                     f"({type(error).__name__}: {error}). Give its class a method feature_count(length, grid), or state it: "
                     f"{_REMEDY.format(name)}"
                 ) from error
-        return _natural(left, name, f"the feature_count of {what}")
+        return check_count(left, f"{name}: the feature_count of {what}", least=0)
 
     # ---- dry runs
 
@@ -342,9 +343,3 @@ def _make_shallow(config: PreTrainedConfig, layer: int | list[int]) -> None:
     for depth in DEPTHS:
         if isinstance(layers := getattr(config, depth, None), int):
             setattr(config, depth, min(layers, needed))
-
-
-def _natural(count: Any, name: str, what: str) -> int:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"{name}: {what} must be an integer >= 0, got {count!r}.")
-    return count

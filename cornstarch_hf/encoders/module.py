@@ -185,7 +185,7 @@ class ModalEncoderModule(nn.Module):
     def _encode(self, inputs: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
         """The encoder's own output, and the same with the selected features in place of the last hidden state."""
         accepted = forward_parameters(self.module)
-        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        weight = first_weight(self.module)
         arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
         if self.by_frame:
             return self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
@@ -316,7 +316,7 @@ class ModalEncoderModule(nn.Module):
                 f"{self.name}: the projector expects features of width {expected}, the encoder gave "
                 f"{features.shape[-1]}: set in_features={features.shape[-1]} in its MultimodalProjectorConfig."
             )
-        weight = next((p for p in self.projector.parameters() if p.is_floating_point()), None)
+        weight = first_weight(self.projector)
         if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
             features = _placed(features, weight)
         if not self.projector.reduces:
@@ -365,6 +365,11 @@ def _one_of(first: Any, second: Any, first_name: str, second_name: str) -> Any:
     if first is not None and second is not None:
         raise ValueError(f"{first_name}= and {second_name}= are two names of one argument, give one of them.")
     return first if first is not None else second
+
+
+def first_weight(module: nn.Module) -> nn.Parameter | None:
+    """The first floating-point parameter of a module, whose device and dtype its inputs get; None where there is none."""
+    return next((p for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _placed(value: Any, weight: Tensor | None) -> Any:

@@ -10,7 +10,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from ..configuration_multimodal import MEDIA_KINDS
 from ..parts.adapters import is_wrapped, unwrapped
-from ..parts.known_encoders import encoder_type
+from ..parts.known_encoders import PATCH_GRIDS, encoder_type
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE_NAMES
 from .feature_layout import RECIPES
@@ -95,7 +95,7 @@ def infer_kind(module: nn.Module) -> str:
     kinds = [kind for kind in (*MEDIA_KINDS, "time") if kind in stated]
     if kinds:  # a tower may state all that the whole model takes
         return next((kind for kind in (*kinds, "text") if kind in stated and kind in taken), kinds[0])
-    if any(name.endswith(("grid_thw", "grid_hws")) for name in names):
+    if any(name.endswith(PATCH_GRIDS) for name in names):
         return "image"
     return next(iter(taken), model.main_input_name)
 

@@ -135,7 +135,7 @@ def register_encoder_type(model_type: str, **facts: Any) -> None:
 
 def registered_facts(configs: Sequence[PreTrainedConfig]) -> dict[str, list[str]] | None:
     """What users' rows say of encoders, as a checkpoint names it: ``{model_type: [names of facts]}``; None if nothing."""
-    types = {config.model_type for config in configs} - _OWN_TYPES
+    types = {config.model_type for config in configs} - OWN_TYPES
     return {name: ENCODER_TYPES[name].facts for name in sorted(types) if name in ENCODER_TYPES} or None
 
 
@@ -231,8 +231,8 @@ def _drawn_keys(config: PreTrainedConfig) -> str | None:
 def _patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     """`(height // patch_size) * (width // patch_size)`"""
     height, width = inputs["pixel_values"].shape[-2:]
-    rows, columns = as_pair(config.patch_size)
-    return (height // rows) * (width // columns)
+    patch: Any = patch_size(config)
+    return (height // patch[0]) * (width // patch[1])
 
 
 def _patches_and_class(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
@@ -307,9 +307,12 @@ def unpadded_patches(inputs: Mapping[str, Any], tokens: int) -> list[int] | None
     return None if bool(patches.all()) else patches.sum(-1).tolist()
 
 
-def as_pair(value: Any) -> tuple[int, int]:
-    """Height and width from one number or from both."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+def patch_size(config: Any) -> tuple[int, int] | None:
+    """Height and width of a patch by an encoder's configuration, which may name those of frames before; None if it does not."""
+    size = getattr(config, "patch_size", None)
+    if isinstance(size, (list, tuple)):
+        return (int(size[-2]), int(size[-1])) if len(size) > 1 else (int(size[0]), int(size[0]))
+    return (size, size) if isinstance(size, int) else None
 
 
 # ---- the table
@@ -380,4 +383,4 @@ ENCODER_TYPES = Registry(
         "precomputed_features": EncoderType(count=_rows, width_layers=ALL),
     },
 )
-_OWN_TYPES = frozenset(ENCODER_TYPES)
+OWN_TYPES = frozenset(ENCODER_TYPES)  # those of this package, not of a user
