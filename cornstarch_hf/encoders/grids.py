@@ -208,13 +208,15 @@ def frames_as_items(inputs: Mapping[str, Any], name: str) -> tuple[dict[str, Any
             f"{name}: frame_mask must be {shape}, ones for the frames of an item and zeros after them, got "
             f"{mask.tolist()!r:.200}."
         )
-    kept = mask.flatten().nonzero()[:, 0]
+    kept = mask.flatten().nonzero()[:, 0]  # positions of frames among (items * frames)
     whole = bool(mask.all())
     found: dict[str, Any] = {}
     for key, value in inputs.items():
         if key == FRAME_MASK:
             continue
-        if isinstance(value, Tensor) and tuple(value.shape[:2]) == shape:
+        if (
+            isinstance(value, Tensor) and tuple(value.shape[:2]) == shape
+        ):  # (items, frames, ...) -> (frames of all, ...)
             value = value.flatten(0, 1) if whole else value.flatten(0, 1)[kept.to(value.device)]
         found[key] = value
     return found, mask.sum(-1).tolist()
@@ -236,7 +238,7 @@ def joined_frames(
     """
     if lengths is None:
         per_frame = [features.shape[1]] * len(features)
-        packed = features.flatten(0, 1)
+        packed = features.flatten(0, 1)  # (frames, tokens, width) -> (tokens of all frames, width)
     else:
         per_frame = [int(n) for n in lengths]
         packed = features
