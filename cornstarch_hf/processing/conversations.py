@@ -45,10 +45,7 @@ class ConversationReader:
         self.tokens, self.names_of, self.kinds = dict(tokens), names_of, dict(kinds)
 
     def read(
-        self,
-        conversation: Sequence[Mapping[str, Any]],
-        template: str,
-        given: Mapping[str, Sequence[Any]] | None = None,
+        self, conversation: Sequence[Mapping[str, Any]], template: str, given: Mapping[str, Sequence[Any]] | None = None
     ) -> tuple[list[dict], dict[str, list]]:
         """Messages for the template, typed placeholders marked, and the media of each modality in order.
 

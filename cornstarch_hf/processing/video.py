@@ -25,11 +25,7 @@ _HOLDS = ("video", "frames", "videos", "array")
 
 
 def sampled_frames(
-    total: int,
-    where: str,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    source_fps: float | None = None,
+    total: int, where: str, num_frames: int | None = None, fps: float | None = None, source_fps: float | None = None
 ) -> list[int]:
     """Which frames of a video are kept: of `total` frames the ``floor(i * total / n)``-th, for ``i`` from 0 to ``n - 1``.
 
