@@ -75,7 +75,6 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     return min(positions, tokenizer.model_max_length)
 
 
-MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
 
 

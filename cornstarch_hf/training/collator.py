@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 import torch
 
+from ..processing.call import PLURALS
 from ..processing.media import LIST_DEPTHS, flatten
-from ..processing_multimodal import PLURALS, MultimodalProcessor
+from ..processing_multimodal import MultimodalProcessor
 from .truncation import inputs_within, place_items, whole_items_within
 
 IGNORED = -100
@@ -97,7 +98,7 @@ class MultimodalCollator:
                 raise ValueError(f"row {index}: {error}") from error
         self._warn([row["cut"] for row in encoded if row["cut"] is not None])
         batch = self._batch(encoded)
-        check_labels(batch, self._placeholder_ids())
+        check_labels(batch, self.processor.placeholder_ids)
         return batch
 
     def _encode(self, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class MultimodalCollator:
         ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
         wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]
         del out["attention_mask"]
-        silent = set(self._placeholder_ids().values())
+        silent = set(self.processor.placeholder_ids.values())
         labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
         if spans is not None and all(label == IGNORED for label in labels):
             raise ValueError(
@@ -167,9 +168,6 @@ class MultimodalCollator:
         audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
         return next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
 
-    def _placeholder_ids(self) -> dict[str, int]:
-        return {name: self.processor.config.modality(name)["token_id"] for name in self.processor.tokens}
-
     def _cut(self, encoded: dict[str, Any], lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """A row as it is if it is short enough, else cut to whole items."""
         ids, labels, limit = encoded["input_ids"], encoded["labels"], self.max_length
@@ -180,7 +178,7 @@ class MultimodalCollator:
                 f"the row has {len(ids)} tokens, max_length is {limit}: shorten it, raise max_length, or choose "
                 "truncation='right' or 'left'."
             )
-        items = place_items(ids, self._placeholder_ids(), lengths)
+        items = place_items(ids, self.processor.placeholder_ids, lengths)
         start, stop = whole_items_within(items, len(ids), limit, self.truncation)
         if all(label == IGNORED for label in labels[start:stop]):
             raise ValueError(
