@@ -1,13 +1,12 @@
-"""Chat templates rendered within bounds of time, memory and output.  A template is a program that a checkpoint brings.
+"""Renders chat templates within bounds of time, memory and output.  A template is a program that a checkpoint brings.
 
-The sandbox of jinja keeps a template from the interpreter, not from `9 ** 9 ** 7` or endless loops.  Here each loop,
-call, filter and test is a step of a `Budget`, and what could grow is measured before it is made.  What a template sees
-besides (filters, globals, the tags `generation`, `break`, `continue`) is what transformers gives it.
+The sandbox of jinja keeps it from the interpreter, not from `9 ** 9 ** 7` or endless loops.  Here each loop, call, filter
+and test is a step of a `Budget`, and what could grow is measured before it is made.  What a template sees besides
+(filters, globals, the tags `generation`, `break`, `continue`) is what transformers gives it.
 """
 
 import contextlib
 import functools
-import inspect
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
@@ -19,8 +18,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
-from transformers.utils import chat_template_utils
-from transformers.utils.chat_template_utils import _compile_jinja_template, get_json_schema
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ..limits import cap, check
 
@@ -40,16 +38,13 @@ class Budget:
 
     def __init__(self) -> None:
         self.steps, self.work = 0, 0
-        self.until = time.monotonic() + cap("MAX_TEMPLATE_SECONDS")
+        self.began = time.monotonic()
 
     def step(self) -> None:
         """Count one pass through a loop, call, filter or test."""
         self.steps += 1
         _check(self.steps, "MAX_TEMPLATE_STEPS", "the chat template's steps are")
-        if time.monotonic() > self.until:
-            raise TemplateLimit(
-                f"The chat template takes over cornstarch_hf.limits.MAX_TEMPLATE_SECONDS = {cap('MAX_TEMPLATE_SECONDS')}."
-            )
+        _check(time.monotonic() - self.began, "MAX_TEMPLATE_SECONDS", "the seconds that the chat template takes are")
 
     def spend(self, size: int) -> None:
         """Count characters or entries before they are made."""
@@ -84,12 +79,9 @@ def weight(value: Any) -> int:
         item = pending.pop()
         if isinstance(item, (str, bytes)):
             total += len(item)
-        elif isinstance(item, Mapping):
+        elif isinstance(item, (Mapping, list, tuple, set, frozenset, MappingView, range)):
             total += 8 * len(item)
-            pending += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset, MappingView, range)):
-            total += 8 * len(item)
-            pending += [*item]  # type: ignore[misc]
+            pending += [*item, *(item.values() if isinstance(item, Mapping) else ())]  # type: ignore[misc]
         else:
             total += 8
     return total
@@ -198,15 +190,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator that can grow: its result is measured before it is made."""
-        budget = _budget()
-        budget.step()
+        (budget := _budget()).step()
         budget.spend(OPERATORS[operator](left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of a function, method or macro."""
-        budget = _budget()
-        budget.step()
+        (budget := _budget()).step()
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, (str, bytes, int, list, tuple)) and method.__name__ in _METHODS:
@@ -226,9 +216,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 def _loop(items: Any) -> Iterator[Any]:
     """The items of a loop, each of them a step."""
-    budget = _budget()
     for item in items:
-        budget.step()
+        _budget().step()
         yield item
 
 
@@ -295,8 +284,7 @@ def _bounded_filter(name: str, function: Callable) -> Callable:
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        budget = _budget()
-        budget.step()
+        (budget := _budget()).step()
         given = [*args[:skipped], *map(_listed, args[skipped : skipped + 1]), *args[skipped + 1 :]]
         if name not in _OF_LISTS:
             _made(given[skipped])
@@ -362,25 +350,13 @@ def _compiled(template: str) -> CodeType:
 
 
 def render_template(
-    messages: list[dict[str, Any]],
-    template: str,
-    *,
-    tools: list[Any] | None = None,
-    documents: list[Any] | None = None,
-    add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-    mark_assistant: bool = False,
-    **variables: Any,
+    messages: list[dict[str, Any]], template: str, *, mark_assistant: bool = False, **variables: Any
 ) -> tuple[str, Spans]:
     """The text of one conversation, and where the template's `generation` blocks lie in it.
 
     Args:
-        messages: dictionaries.
+        messages: dictionaries, as `conversations.render` makes them ready.
         template: a Jinja template.
-        tools: JSON schemas, or functions, of which schemas are made.
-        documents: dictionaries.
-        add_generation_prompt: a variable of the template.
-        continue_final_message: end the text where the content of the last message ends.
         mark_assistant: return the spans.
         **variables: further variables.
 
@@ -388,27 +364,16 @@ def render_template(
         TemplateLimit: a bound of `limits` is met.
         jinja2.TemplateError, ValueError, TypeError: the template refuses the conversation, or fails.
     """
-    schemas = None if tools is None else [_schema(tool) for tool in tools]
-    if any(not isinstance(document, Mapping) for document in documents or ()):
-        raise TypeError("Each document must be a dict with its 'title' and 'text'.")
-    chat = [_reasoning(plain(message)) for message in messages]
-    if continue_final_message:
-        _mark_end(chat)
-    given = {"messages": chat, "tools": plain(schemas), "documents": plain(documents), **plain(variables)}
-    text, spans = _rendered(template, given | {"add_generation_prompt": add_generation_prompt}, mark_assistant)
-    return (_up_to_mark(text) if continue_final_message else text), spans
-
-
-def _rendered(template: str, variables: dict[str, Any], tracked: bool) -> tuple[str, Spans]:
     made, code = environment(), _compiled(template)
     program = jinja2.Template.from_code(made, code, made.make_globals(None))
+    given = plain({"messages": messages, **variables})
     blocks: list[str] = []
     spans: Spans = []
     size = 0
     outer = _current_budget.set(Budget())
     try:
-        with made.activate_tracker(blocks, spans) if tracked else contextlib.nullcontext():  # type: ignore[attr-defined]
-            for block in program.generate(**variables):
+        with made.activate_tracker(blocks, spans) if mark_assistant else contextlib.nullcontext():  # type: ignore[attr-defined]
+            for block in program.generate(given):
                 size += len(block)
                 _check(size, "MAX_TEMPLATE_OUTPUT", "the characters that the chat template writes are")
                 blocks.append(block)
@@ -433,45 +398,3 @@ def plain(value: Any) -> Any:
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return plain(value.item())
     return f"<{type(value).__name__}>"
-
-
-def _schema(tool: Any) -> dict[str, Any]:
-    if isinstance(tool, Mapping):
-        return dict(tool)
-    if inspect.isfunction(tool) or inspect.ismethod(tool):
-        return get_json_schema(tool)
-    raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
-
-
-# A message's reasoning goes by several names; templates read the first or the second.  Older versions of transformers
-# leave messages as they are.
-_REASONING = getattr(chat_template_utils, "_REASONING_FIELDS", ())
-
-
-def _reasoning(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise TypeError(f"A message must be a dict, got {type(message).__name__}.")
-    found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
-    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
-
-
-_END = "\ue0c2"
-
-
-def _mark_end(chat: list[dict[str, Any]]) -> None:
-    """Put a mark behind the last message's content."""
-    content = chat[-1].get("content") if chat else None
-    if isinstance(content, str):
-        chat[-1]["content"] = content + _END
-        return
-    last = next((part for part in reversed(content or []) if isinstance(part, dict) and "text" in part), None)
-    if last is None:
-        raise ValueError("continue_final_message needs a last message with text to continue.")
-    last["text"] += _END
-
-
-def _up_to_mark(text: str) -> str:
-    before, mark, _ = text.rpartition(_END)
-    if not mark:
-        raise ValueError("continue_final_message: the chat template does not write the last message's text.")
-    return before

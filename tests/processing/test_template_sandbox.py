@@ -7,7 +7,8 @@ import templates
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE
-from cornstarch_hf.processing.template_sandbox import REFUSED_FILTERS, environment, plain, render_template
+from cornstarch_hf.processing.conversations import render as render_template
+from cornstarch_hf.processing.template_sandbox import REFUSED_FILTERS, environment, plain
 
 MESSAGES = [
     {"role": "system", "content": "be brief"},
