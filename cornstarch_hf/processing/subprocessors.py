@@ -12,7 +12,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..limits import check
 from ..parts.known_encoders import _AFTER_PADDING
 from ..parts.stored_values import check_values
-from .media import ready_audio, ready_image
+from .media import keeps_scale, ready_audio, ready_image
 from .own_processors import ITEM_PROCESSORS, ItemProcessor
 from .video import run_on_frames
 from .video_processors import is_video_processor, run_video_processor
@@ -143,7 +143,7 @@ def run_subprocessor(
             return run_video_processor(processor, name, items, options, encoder_config, channels)
         if kind == "video":
             return run_on_frames(processor, name, items, options, encoder_config, channels)
-        rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+        rescaled = keeps_scale(processor, options)
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
             options.setdefault("input_data_format", "channels_last")

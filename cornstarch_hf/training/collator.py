@@ -1,4 +1,4 @@
-"""Rows of conversations with media to padded batches with labels, for `transformers.Trainer`.
+"""Turns rows of conversations with media into padded batches with labels, for `transformers.Trainer`.
 
 `assistant_turns` finds what the assistant wrote, `truncation` cuts rows that are too long, `media` decodes the items.
 """
@@ -13,6 +13,7 @@ import torch
 
 from ..processing.call import PLURALS
 from ..processing.media import LIST_DEPTHS, flatten
+from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
 from .truncation import inputs_within, place_items, whole_items_within
 
@@ -203,27 +204,19 @@ class MultimodalCollator:
         )
 
     def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
         length = max(len(row["input_ids"]) for row in encoded)
-        multiple = self.pad_to_multiple_of or 1
-        length += -length % multiple
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        length += -length % (self.pad_to_multiple_of or 1)
         if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
             encoded = [row | {"labels": [IGNORED, *row["labels"][1:]]} for row in encoded]
-        columns = {"input_ids": pad, "labels": IGNORED}
-        batch = {
-            key: torch.tensor([self._padded(row[key], length, value) for row in encoded])
-            for key, value in columns.items()
+        encoded = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in encoded]
+        blanks = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED, "attention_mask": 0}
+        batch = {  # (batch, length) each
+            key: torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
+            for key, blank in blanks.items()
         }
-        masks = [self._padded([1] * len(row["input_ids"]), length, 0) for row in encoded]
-        batch["attention_mask"] = torch.tensor(masks)
         for key in dict.fromkeys(key for row in encoded for key in row["media"]):
             batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
         return batch
-
-    def _padded(self, values: list[int], length: int, blank: int) -> list[int]:
-        fill = [blank] * (length - len(values))
-        return fill + values if self.padding_side == "left" else values + fill
 
 
 _FORMS = {
