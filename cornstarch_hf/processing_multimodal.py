@@ -1,4 +1,8 @@
-"""The processor of a composed model: raw inputs to tensors, each placeholder expanded to its item's features."""
+"""The processor of a composed model: raw inputs to tensors, each placeholder repeated for its item's features.
+
+Arguments are sorted (`processing.call`), items run through the processor of their modality, their features counted as the
+encoder and the projector would make them, and texts encoded with as many placeholders.
+"""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,7 +17,7 @@ from .encoders.items import split_items, without_padding
 from .encoders.towers import keyword_for, named_inputs
 from .parts.known_encoders import grid_of
 from .processing.assistant_turns import assistant_spans
-from .processing.call import call_arguments, check_items, encode_texts, media_arguments, text_arguments
+from .processing.call import Media, call_arguments, check_items, encode_texts, media_arguments, text_arguments
 from .processing.conversations import ConversationReader, chosen_template, is_batch, refuse_typed, render
 from .processing.media import flatten
 from .processing.placeholder_tokens import MultimodalBatch
@@ -89,34 +93,24 @@ class MultimodalProcessor(MultimodalProcessorBase):
         """Id of each modality's placeholder token."""
         return {name: self.config.modality(name)["token_id"] for name in self.tokens}
 
-    def _process_media(self, media: dict[str, dict[str, Any]]):
-        """Tensors by keyword, features of each item by modality, items per sample where that was told."""
+    def _process_media(self, media: Media):
+        """Tensors by keyword, features of each item by modality, items per sample where they were given so."""
         tensors: dict[str, Any] = {}
         lengths: dict[str, list[int]] = {name: [] for name in self.config.encoders}
         samples: dict[str, Any] = {}
         for name, given in media.items():
             entry = self.config.modality(name)
-            names = entry["input_names"]
             given = dict(given)
             if "items" in given:
-                items, per_sample = flatten(given.pop("items"), entry["kind"])
-                samples[name] = per_sample
+                items, samples[name] = flatten(given.pop("items"), entry["kind"])
                 if not items:
                     continue
-                if name not in self.processors:
-                    raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
-                encoder_config = getattr(self.config, f"{name}_config")
-                masked = any(parameter.endswith("features_mask") for parameter in names.values())
-                prepared = self.counter.has_preprocessing(name)
-                with self.lock if entry["kind"] == "text" else nullcontext():
-                    output = run_subprocessor(
-                        self.processors[name], name, entry["kind"], items, given, encoder_config, masked, prepared
-                    )
-                count = len(items)
+                output, count = self._run_subprocessor(name, items, given), len(items)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
-                grid = grid_of(output)
+                grid = grid_of(output)  # packed patches have one row for each, their grids one for each item
                 count = len(next(iter(output.values())) if grid is None else grid)
+            names = entry["input_names"]  # keyword of the composed model -> parameter of the encoder
             if entry["kind"] == "video":
                 output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
             used = named_inputs(output, name, names)
@@ -126,6 +120,17 @@ class MultimodalProcessor(MultimodalProcessorBase):
             lengths[name] = self._count(name, used, count)
             tensors |= used
         return tensors, lengths, samples
+
+    def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+        if name not in self.processors:
+            raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
+        entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
+        masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
+        prepared = self.counter.has_preprocessing(name)
+        with self.lock if entry["kind"] == "text" else nullcontext():  # a tokenizer keeps the options of its last call
+            return run_subprocessor(
+                self.processors[name], name, entry["kind"], items, options, config, masked, prepared
+            )
 
     def _count(self, name: str, output: dict[str, Any], count: int) -> list[int]:
         """Features of each item, alone and unpadded."""
@@ -176,6 +181,8 @@ class MultimodalProcessor(MultimodalProcessorBase):
         call = {k: kwargs.pop(k) for k in list(kwargs) if k in own or k.endswith("_kwargs")}
         call |= processor_kwargs or {}
         reader, variables = self._reader(), self._variables(tools=tools, documents=documents, **kwargs)
+        ending: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        ending["continue_final_message"] = continue_final_message
         texts: list[str] = []
         spans: list[Any] = []
         media: list[dict[str, list]] = []
@@ -184,13 +191,7 @@ class MultimodalProcessor(MultimodalProcessorBase):
             if return_assistant_tokens_mask:
                 text, turns = assistant_spans(messages, template, specials=self._specials(), **variables)
             else:
-                text, turns = render(
-                    messages,
-                    template,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    **variables,
-                )
+                text, turns = render(messages, template, **ending, **variables)
             texts, spans, media = [*texts, text], [*spans, turns], [*media, found]
         if not tokenize:
             texts = [refuse_typed(text) for text in texts]
