@@ -37,8 +37,9 @@ RESERVED_NAMES = frozenset(
         *("tokenizer", "training", "truncation", "video_processor", "videos"),
     ]
 )
-# Settings that a checkpoint keeps where there is something to keep.
+# Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes", "origins")
+# What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None,
     "token": None,
@@ -68,7 +69,6 @@ _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "token_id": (int,),
     "additional_args": (list, tuple),
 }
-
 
 # Whether the values from which a configuration is being made have been looked at already, all of them.
 _checked: ContextVar[bool] = ContextVar("_checked", default=False)
