@@ -32,21 +32,10 @@ NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 RESERVED_NAMES = frozenset(
     [
         *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs"),
-        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs", "kernel_config"),
-        *("labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages", "model"),
-        *(
-            "name_or_path",
-            "padding",
-            "processor",
-            "processors",
-            "return_tensors",
-            "sampling_rate",
-            "text",
-            "tokenizer",
-            "training",
-            "truncation",
-        ),
-        *("video_processor", "videos"),
+        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs"),
+        *("kernel_config", "labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages"),
+        *("model", "name_or_path", "padding", "processor", "processors", "return_tensors", "sampling_rate", "text"),
+        *("tokenizer", "training", "truncation", "video_processor", "videos"),
     ]
 )
 # Settings of the whole that a checkpoint keeps where there is something to keep.

@@ -37,33 +37,23 @@ class BoundedTensors(ThreadDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _on_meta(args, kwargs):  # nearly all of them
-            return func(*args, **kwargs)
         if _makes_real(func, args, kwargs):
             self.made += _bytes(func, args, kwargs)
-            check(
-                self.made,
-                "MAX_BUILD_BYTES",
-                f"By {func} the bytes of tensors that the configuration asks to compute are",
-            )
+            what = f"By {func} the bytes of tensors that the configuration asks to compute are"
+            check(self.made, "MAX_BUILD_BYTES", what)
         return func(*args, **kwargs)
 
 
-def _on_meta(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation makes nothing real, by a quick look at it; False where a longer one is needed."""
-    device = kwargs.get("device")
-    if device is not None:
-        return isinstance(device, torch.device) and device.type == "meta"
-    return any(isinstance(x, Tensor) and x.is_meta for x in args)
-
-
 def _makes_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation fills new memory: it works on no meta tensor, reserves nothing and returns no view."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":
+        return False
+    if any(isinstance(x, Tensor) and x.is_meta for x in args):  # nearly all of them: a quick look first
+        return False
     if func._schema.name.startswith(("aten::empty", "aten::detach")):
         return False
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-        return False
-    device = kwargs.get("device")
-    if device is not None and torch.device(device).type == "meta":
         return False
     return not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs)))
 

@@ -1,4 +1,4 @@
-"""Placeholders in text: find, expand, protect what users typed, and turn text into ids.
+"""Finds placeholders in text, repeats them for their items' features, and turns text into ids.
 
 A placeholder that an end user typed inside a message is wrapped in private-use characters while a template is
 rendered, and encoded as plain text.
@@ -70,10 +70,11 @@ def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -
     >>> expand("a<image>b", {"<image>": [3]}, {}).text
     'a<image><image><image>b'
     """
+    # `last` is where the rest of the text begins, `size` how long the expanded text is up to there.
     pieces, spans, counts, last, size = [], [], dict.fromkeys(lengths, 0), 0, 0
     for match in token_pattern(list(lengths)).finditer(text):
         token = match[1]
-        if token is None:
+        if token is None:  # typed by a user
             continue
         index = taken.get(token, 0)
         taken[token] = index + 1
@@ -234,26 +235,20 @@ def pad_rows(
     """
     strategy, side = padding.get("padding", False), padding.get("padding_side") or tokenizer.padding_side
     if strategy:
+        options = {"padding": strategy, "padding_side": side, "pad_to_multiple_of": padding.get("pad_to_multiple_of")}
         limit = max_length if strategy == "max_length" else None
-        multiple = padding.get("pad_to_multiple_of")
-        batch = tokenizer.pad(
-            rows,
-            padding=strategy,
-            max_length=limit,
-            padding_side=side,
-            pad_to_multiple_of=multiple,
-            return_attention_mask=True,
-        )
+        batch = tokenizer.pad(rows, max_length=limit, return_attention_mask=True, **options)
     else:
         batch = {key: [row[key] for row in rows] for key in rows[0]}
         batch["attention_mask"] = [[1] * len(ids) for ids in batch["input_ids"]]
     data = dict(batch)
     for key, values in extra.items():
         blank = (0, 0) if key == "offset_mapping" else 0
-        data[key] = [_filled(v, len(ids), blank, side) for v, ids in zip(values, data["input_ids"], strict=True)]
+        data[key] = [pad_list(v, len(ids), blank, side) for v, ids in zip(values, data["input_ids"], strict=True)]
     return data
 
 
-def _filled(values: list, length: int, blank: Any, side: str) -> list:
+def pad_list(values: list, length: int, blank: Any, side: str) -> list:
+    """Values filled up with `blank` on one side."""
     fill = [blank] * (length - len(values))
     return fill + list(values) if side == "left" else list(values) + fill

@@ -12,7 +12,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..limits import check
 from ..parts.known_encoders import encoder_type
 from ..parts.stored_values import check_values
-from .media import ready_audio, ready_image
+from .media import keeps_scale, ready_audio, ready_image
 from .own_processors import ITEM_PROCESSORS, ItemProcessor
 from .video import run_on_frames
 from .video_processors import is_video_processor, run_video_processor
@@ -75,7 +75,6 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     return min(positions, tokenizer.model_max_length)
 
 
-MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
 
 
@@ -138,13 +137,13 @@ def run_subprocessor(
         ValueError, TypeError: an item that cannot be used as it is.
     """
     options = dict(options)
+    # Image processors and feature extractors of transformers, this package's own, tokenizers; then somebody's callable.
     if isinstance(processor, ImageProcessingMixin):
         channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
-        if is_video_processor(processor):
-            return run_video_processor(processor, name, items, options, encoder_config, channels)
-        if kind == "video":
-            return run_on_frames(processor, name, items, options, encoder_config, channels)
-        rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+        if is_video_processor(processor) or kind == "video":
+            run = run_video_processor if is_video_processor(processor) else run_on_frames
+            return run(processor, name, items, options, encoder_config, channels)
+        rescaled = keeps_scale(processor, options)
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
             options.setdefault("input_data_format", "channels_last")
@@ -152,7 +151,7 @@ def run_subprocessor(
     if isinstance(processor, ItemProcessor):
         return _tensors(processor(items, name=name, **options), name)
     if isinstance(processor, FeatureExtractionMixin):
-        rate = processor.sampling_rate if hasattr(processor, "sampling_rate") else None
+        rate = sampling_rate_of(processor)
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
         _check_window(processor, name, items, options)

@@ -15,6 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.video_utils import VideoMetadata
 
 from ..parts.known_encoders import grid_of
+from .media import keeps_scale
 from .video import SAMPLING, check_frame_count, joined_videos, opened_video, ready_frames, sampled_frames
 
 
@@ -52,7 +53,7 @@ def run_video_processor(
         (set(options) - set(processor.valid_kwargs.__annotations__)) | {"return_metadata"} & set(options)
     ):
         raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
-    rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+    rescaled = keeps_scale(processor, options)
     videos = []
     for i, item in enumerate(items):
         where = f"{name}, item {i}"

@@ -1,4 +1,4 @@
-"""Rows that are too long, cut to whole items: where items are in a row, where it may be cut, what is kept of their inputs.
+"""Cuts rows that are too long to whole items: where items are in a row, where it may be cut, what is kept of their inputs.
 
 Pure functions; `collator` decides whether a row is cut at all.
 """
@@ -42,7 +42,7 @@ def place_items(
     [(1, 3), (3, 4)]
     """
     placed = []
-    for name, sizes in lengths.items():
+    for name, sizes in lengths.items():  # an item's placeholders follow one another, those of two items may touch
         positions = [i for i, token in enumerate(ids) if token == token_ids[name]]
         used, reached = 0, 0
         for index, size in enumerate(sizes):
