@@ -17,6 +17,7 @@ from .encoders.towers import assign_input_names
 from .language_model.supported import build_language_model, check_language_model, embedding_width
 from .parts.adapters import is_wrapped, record_adapters, unwrapped
 from .parts.classes import class_name, constructor_options, language_model_class, origin_of
+from .parts.known_encoders import registered_facts
 from .parts.signatures import forward_parameters
 
 
@@ -58,6 +59,7 @@ def compose_config(
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
+    config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
     origins = {f"{name}_encoder": encoder.origin for name, encoder in encoders.items()}
     origins["language_model"] = origin_of(language_model, language_model)
     config.origins = {name: origin for name, origin in origins.items() if origin} or None

@@ -17,6 +17,7 @@ from .configuration_multimodal import MultimodalConfig
 from .encoders.counting import FeatureCounter
 from .encoders.own_parts import settle_registered
 from .parts.classes import SharedCode
+from .parts.known_encoders import check_facts_registered, registered_facts
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
@@ -143,6 +144,9 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         Raises:
             ValueError: a processor or a callback that a checkpoint cannot hold; names the remedy.
         """
+        self.config.encoder_types = registered_facts(
+            [getattr(self.config, f"{name}_config") for name in self.config.encoders]
+        )
         for name, own in self.counter.own.items():
             if FEATURE_COUNTS.get(name) is None:
                 settle_registered(self.config, own)
@@ -190,6 +194,7 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))
+        check_facts_registered(config.encoder_types)
         processors = {name: build_subprocessor(d, name) for name, d in values.get("processors", {}).items()}
         for name in config.encoders:
             if name not in processors and config.modality(name)["kind"] == "text":

@@ -9,12 +9,12 @@ from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import MultimodalProjectorConfig
 from ..parts.adapters import unwrapped, wrap_again
 from ..parts.classes import class_name, constructor_options, resolve_class
-from ..parts.known_encoders import WIDTH_AS_CONFIGURED, WIDTH_AS_CONFIGURED_AT_LAST
+from ..parts.known_encoders import ALL, LAST, check_facts_registered, encoder_type
 from ..parts.stored_modules import SLOTS, build_callback
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
 from .grids import PLANE_KINDS
-from .module import ModalEncoderModule
+from .module import ModalEncoderModule, first_weight
 
 
 def complete_projector(
@@ -40,7 +40,7 @@ def complete_projector(
     projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
     projector.config.language_model_type = unwrapped(language_model).config.model_type
     if fresh:
-        weight = next((p for p in encoder.module.parameters() if p.is_floating_point()), None)
+        weight = first_weight(encoder.module)
         if weight is not None:
             projector.to(device=weight.device, dtype=weight.dtype)
     got = projector.config.in_features
@@ -79,9 +79,9 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
 
 def width_is_configured(config: Any, layer: Any) -> bool:
     """Whether the features of a layer are sequences of the width that an encoder's configuration names."""
-    merges = config.model_type in WIDTH_AS_CONFIGURED_AT_LAST and layer != -1
-    adapted = getattr(config, "add_adapter", False)  # wav2vec 2.0's, which may have another width
-    return config.model_type in WIDTH_AS_CONFIGURED and not merges and not adapted
+    if getattr(config, "add_adapter", False):  # wav2vec 2.0's, which may have another width
+        return False
+    return encoder_type(config).width_layers in ((LAST, ALL) if layer == -1 else (ALL,))
 
 
 def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
@@ -100,7 +100,12 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
 
 
 def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    """Build one encoder with its projector and callbacks."""
+    """Build one encoder with its projector and callbacks.
+
+    Raises:
+        ValueError: an unknown class, callback, projector or encoder type.
+    """
+    check_facts_registered(config.encoder_types)
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
     cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
     module = wrap_again(

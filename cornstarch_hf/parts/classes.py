@@ -10,7 +10,7 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -92,13 +92,17 @@ def _attribute(module: str, name: str) -> type[PreTrainedModel] | None:
     return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
 
 
-def _imported(name: str, config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
-    def below(cls):
-        for sub in cls.__subclasses__():
-            yield sub
-            yield from below(sub)
+def subclasses(cls: type) -> Iterator[Any]:
+    """Every class below one, as far as they are imported."""
+    sub: Any
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from subclasses(sub)
 
-    named = {cls for cls in below(PreTrainedModel) if cls.__name__ == name and cls.forward is not nn.Module.forward}
+
+def _imported(name: str, config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    models = subclasses(PreTrainedModel)
+    named = {cls for cls in models if cls.__name__ == name and cls.forward is not nn.Module.forward}
     exact = [cls for cls in named if cls.config_class is config_class]
     return last_definition(exact or list(named))
 

@@ -5,16 +5,10 @@ A pattern is a dotted name in which ``*`` stands for one layer number; it means 
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import nn
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-def is_positive_integer(value: Any) -> bool:
-    """Whether a value is an integer of at least 1, which True is not."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def compress(selected: Iterable[str], every: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, FeatureExtractionMixin
 
-from ..parts.names import is_positive_integer
+from ..limits import check_count
 from .media import held
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -39,7 +39,7 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
 
     def __init__(self, feature_size: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.feature_size = _positive(feature_size, "feature_size")
+        self.feature_size = check_count(feature_size, "feature_size")
 
     @classmethod
     def for_encoder(cls, config: Any) -> "PrecomputedFeaturesProcessor":
@@ -110,7 +110,7 @@ class TimeSeriesProcessor(ItemProcessor):
         super().__init__(**kwargs)
         sizes = {"num_channels": num_channels, "context_length": context_length, "patch_length": patch_length}
         for key, value in sizes.items():
-            setattr(self, key, None if value is None else _positive(value, key))
+            setattr(self, key, None if value is None else check_count(value, key))
         if patch_length is not None and (num_channels is not None or context_length is not None):
             raise ValueError("patch_length is for series of one channel and any length: leave the other sizes out.")
         if frequency not in (0, 1, 2):
@@ -191,12 +191,6 @@ def default_processor(kind: str, config: Any) -> ItemProcessor | None:
     """The processor for an encoder of this kind and configuration, None where transformers has one."""
     cls: Any = _DEFAULTS.get(config.model_type) or _DEFAULTS.get(kind)
     return None if cls is None else cls.for_encoder(config)
-
-
-def _positive(value: Any, what: str) -> int:
-    if not is_positive_integer(value):
-        raise ValueError(f"{what} must be a positive integer, got {value!r}.")
-    return value
 
 
 def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False) -> torch.Tensor:

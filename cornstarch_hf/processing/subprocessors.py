@@ -10,7 +10,7 @@ from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, Proces
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..limits import check
-from ..parts.known_encoders import _AFTER_PADDING
+from ..parts.known_encoders import encoder_type
 from ..parts.stored_values import check_values
 from .media import keeps_scale, ready_audio, ready_image
 from .own_processors import ITEM_PROCESSORS, ItemProcessor
@@ -67,7 +67,7 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     if not isinstance(positions, int) or positions < 1:
         return None
     unbounded = any(getattr(config, key, None) in values for key, values in _UNBOUNDED)
-    after_padding = config.model_type in _AFTER_PADDING
+    after_padding = encoder_type(config).positions_after_padding
     if unbounded or (not after_padding and any(getattr(config, key, None) is not None for key in _ROTARY)):
         return None
     if after_padding and config.pad_token_id is not None:

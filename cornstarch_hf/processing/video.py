@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from ..limits import check
-from ..parts.known_encoders import ANY_NUMBER
-from ..parts.names import is_positive_integer
+from ..limits import check, check_count
+from ..parts.known_encoders import PATCH_GRIDS, encoder_type
 from .media import held, is_file, keeps_scale, ready_image
 
 FRAME_MASK = "frame_mask"
@@ -49,8 +48,8 @@ def sampled_frames(
         raise ValueError(
             f"{where}: num_frames={num_frames!r} and fps={fps!r} are two ways of sampling, give one of them."
         )
-    if num_frames is not None and not is_positive_integer(num_frames):
-        raise ValueError(f"{where}: num_frames must be a positive integer, got {num_frames!r}.")
+    if num_frames is not None:
+        check_count(num_frames, f"{where}: num_frames")
     count = total if num_frames is None else num_frames
     if fps is not None:
         if source_fps is None:
@@ -189,7 +188,7 @@ def run_on_frames(
 
 def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
     """Refuse another number of frames than the encoder of a configuration takes (ValueError with both numbers)."""
-    expected = None if getattr(config, "model_type", None) in ANY_NUMBER else getattr(config, "num_frames", None)
+    expected = None if encoder_type(config).any_number_of_frames else getattr(config, "num_frames", None)
     if isinstance(expected, int) and 0 < expected != count:
         raise ValueError(
             f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: pass {name}_kwargs="
@@ -201,7 +200,7 @@ def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, 
     """One video's tensors, ``(frames, ...)`` each."""
     whole = "videos" in inspect.signature(processor.preprocess).parameters
     output = processor([frames] if whole else frames, return_tensors="pt", **options)
-    if packed := [key for key in output if key.endswith(("grid_thw", "grid_hws"))]:
+    if packed := [key for key in output if key.endswith(PATCH_GRIDS)]:
         raise ValueError(
             f"{name}: {type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video: "
             "give the encoder's video processor (it needs torchvision: pip install torchvision)."

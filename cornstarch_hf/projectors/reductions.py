@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head, is_count
+from ..limits import is_count
+from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head
 
 Grid = Sequence[int]
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .heads import HEAD_DEFAULTS, NORMS, ProjectionHead, is_count
+from ..limits import is_count
+from .heads import HEAD_DEFAULTS, NORMS, ProjectionHead
 from .reductions import Grid, Reduction
 
 QUERY_STD = 0.02
