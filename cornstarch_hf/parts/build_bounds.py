@@ -60,6 +60,7 @@ def _makes_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 def _bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     """Bytes of an operation's outputs, found by running it on the meta device; 0 where it cannot run there."""
+    # The same operation without memory tells shapes and data types of its outputs.
     on_meta, options = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     takes_device = any(argument.name == "device" for argument in func._schema.arguments)
     try:
@@ -81,7 +82,7 @@ def bounded_tensors(*configs: Any) -> Any:
     expected = getattr(_active, "expected", None)
     if expected is None:
         return contextlib.nullcontext()
-    sizes = {size for shape in (expected[0] or {}).values() for size in shape}
+    sizes = {size for shape in (expected[0] or {}).values() for size in shape}  # a table of these is stored anyway
     return BoundedTensors() if not configs or _has_large(configs, sizes) else contextlib.nullcontext()
 
 
@@ -107,6 +108,7 @@ class _CountedTensors(TorchFunctionMode):
     def __init__(self, stored: int) -> None:
         super().__init__()
         self.stored, self.made = stored, 0
+        # A layer makes some tensors, computed ones too, for each that is stored.
         self.allowed = cap("MIN_MODULES") + cap("MAX_MODULES_PER_TENSOR") * stored
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -164,6 +166,7 @@ def check_built(model: nn.Module) -> None:
             f"The configuration describes {len(wrong)} tensors of other shapes than the checkpoint holds ({examples}): they do "
             "not belong together. Restore the configuration that was saved with the weights."
         )
+    # What is not stored may be tied to something that is, or be new, and then small.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = {n: _numel(s) for n, s in built.items() if n not in shapes and n not in tied}
     stored = sum(map(_numel, shapes.values()))

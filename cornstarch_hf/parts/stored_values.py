@@ -181,6 +181,7 @@ def check_pattern(pattern: Any, where: str) -> None:
         found = list(_operators(_parser.parse(pattern))) if len(pattern) <= 1000 else []
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{where}: {pattern!r:.100} is no regular expression ({error}).") from error
+    # Nested repeats, and alternatives within one, can be tried in exponentially many ways.
     endless = any(
         name.startswith("GROUPREF") or (inside and (most > 1 or name == "BRANCH")) for name, most, inside in found
     )

@@ -1,4 +1,4 @@
-"""Conversations: messages with media parts to text with placeholders, by any chat template.
+"""Turns conversations, messages with media parts, into text with placeholders, by any chat template.
 
 Templates written for text alone get each message as one string; templates that know parts get parts, and place the
 media themselves where they can.  `assistant_turns` finds the assistant's turns in what is rendered here.
@@ -80,7 +80,7 @@ class ConversationReader:
             text = self._marked(content)
             only_parts = handles_parts(template) and not handles_strings(template)
             return marked | {"content": [{"type": "text", "text": text}] if only_parts else text}
-        parts = [self._part(part, template, media) for part in content]
+        parts = [self._part(part, template, media) for part in content]  # media are taken out on the way
         if handles_parts(template):
             return marked | {"content": parts}
         return marked | {"content": "".join(part["text"] for part in parts)}
@@ -108,6 +108,7 @@ class ConversationReader:
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
             media[name].append(NO_ITEM if item is None else item)
+        # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.
         if (
             len(names) == 1
             and self.kinds[names[0]] == kind

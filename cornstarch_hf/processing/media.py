@@ -56,6 +56,7 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
     """
     if not isinstance(items, (list, tuple)) or _is_item(items, kind):
         return [items], None
+    # Given per sample: one entry is a list of items, or every entry is None.
     if any(isinstance(item, (list, tuple)) and not _is_item(item, kind) for item in items) or (
         items and all(item is None for item in items)
     ):
@@ -209,13 +210,13 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
         )
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
-    height, width = sorted(shape)[-2:]
+    height, width = sorted(shape)[-2:]  # the channels, wherever they stand, are fewer
     check_image(width, height, where)
     kind = str(array.dtype).removeprefix("torch.")
     if kind == "uint8":
         values = array.numpy() if isinstance(array, torch.Tensor) else array
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
-            values = values.transpose(1, 2, 0)
+            values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
             raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
         return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
@@ -264,7 +265,7 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     wave = np.asarray(item)
     check_sound(wave.size, 1, None, None, where)
     if wave.ndim == 2 and 1 in wave.shape:
-        wave = wave.reshape(-1)
+        wave = wave.reshape(-1)  # (1, samples) or (samples, 1): one channel
     if wave.ndim != 1 or wave.size == 0:
         raise ValueError(
             f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels, in a table "

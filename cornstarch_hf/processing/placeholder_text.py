@@ -140,7 +140,7 @@ def _encode_spans(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -
 
 def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:
     """A text cut at marks and at the ends of spans: piece, whether a user typed it, whether it is in a span."""
-    ends = sorted({end for span in spans for end in span})
+    ends = sorted({end for span in spans for end in span})  # starts too
     pieces, position = [], 0
     for index, part in enumerate(MARKED.split(text)):  # plain, typed, plain, typed, ..., plain
         inner = [end for end in ends if position < end < position + len(part)]
@@ -153,6 +153,7 @@ def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:
 
 def _encode_pieces(tokenizer, pieces: list[tuple[str, bool, bool]], options: dict[str, Any]) -> dict[str, list]:
     offsets = options.get("return_offsets_mapping", False)
+    # Pieces are tokenized without special tokens, which go around the whole.
     prefix, suffix = _special_frame(tokenizer) if options.get("add_special_tokens", True) else ([], [])
     ids, spans, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
     for piece, typed, wanted in pieces:
@@ -165,7 +166,7 @@ def _encode_pieces(tokenizer, pieces: list[tuple[str, bool, bool]], options: dic
     row["assistant_masks"] = mask + [0] * len(suffix)
     limit = options.get("max_length")
     if options.get("truncation") and limit is not None and len(row["input_ids"]) > limit:
-        left = tokenizer.truncation_side == "left"
+        left = tokenizer.truncation_side == "left"  # which side goes
         row = {key: values[-limit:] if left else values[:limit] for key, values in row.items()}
     return row if offsets else {key: values for key, values in row.items() if key != "offset_mapping"}
 
@@ -180,7 +181,7 @@ def _encode_piece(tokenizer, piece: str, typed: bool, first: bool, offsets: bool
         encoded = tokenizer(lead + piece, **options)
         cut = tokenizer(lead, **options)["input_ids"] if lead else []
         ids = encoded["input_ids"]
-        if ids[: len(cut)] == cut:
+        if ids[: len(cut)] == cut:  # the lead kept its own tokens
             break
     else:
         lead, cut, encoded = "", [], tokenizer(piece, **options)
@@ -192,6 +193,7 @@ def _encode_piece(tokenizer, piece: str, typed: bool, first: bool, offsets: bool
 
 def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
     """The ids that a tokenizer puts before and after a text by itself."""
+    # The tokens of "a" are looked for in what the tokenizer makes of it with special tokens.
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)

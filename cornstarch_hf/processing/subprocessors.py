@@ -70,7 +70,7 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     after_padding = encoder_type(config).positions_after_padding
     if unbounded or (not after_padding and any(getattr(config, key, None) is not None for key in _ROTARY)):
         return None
-    if after_padding and config.pad_token_id is not None:
+    if after_padding and config.pad_token_id is not None:  # RoBERTa counts from behind the padding's row
         positions -= config.pad_token_id + 1
     return min(positions, tokenizer.model_max_length)
 
@@ -180,7 +180,8 @@ def _run_on_images(
     rank = getattr(found.get("pixel_values"), "ndim", 0)
     if prepared or rank not in (5, 6):
         return found
-    # (1, images, channels, height, width), with tiles (1, images, tiles, channels, height, width)
+    # All images are in one row: (1, images, channels, height, width), with tiles
+    # (1, images, tiles, channels, height, width).
     alone = [found] if len(items) == 1 else [run([item]) for item in items]
     for i, one in enumerate(alone):
         crops = one["pixel_values"].shape[1]
@@ -204,6 +205,7 @@ def check_padding(output: Mapping[str, Any], used: Mapping[str, Any], processor:
     if not isinstance(mask, torch.Tensor) or any(key.endswith("pixel_mask") for key in used) or bool(mask.bool().all()):
         return
     row = next(i for i, one in enumerate(mask) if not bool(one.bool().all()))
+    # (items, height, width): rows and columns with a valid pixel
     valid = tuple(int(mask[row].bool().any(axis).sum()) for axis in (1, 0))
     raise ValueError(
         f"{name}, item {row}: {type(processor).__name__} padded it from {valid[0]} x {valid[1]} to {mask.shape[1]} x "
@@ -236,7 +238,7 @@ def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: 
         return tensors(items)
     except Exception as error:
         shapes = []
-        for i, item in enumerate(items):
+        for i, item in enumerate(items):  # one by one: which of them fails, or comes out in another shape?
             try:
                 one = tensors([item])
             except Exception as cause:
@@ -260,6 +262,7 @@ def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any]
     """Refuse sounds that a feature extractor would cut by default; a caller who asks for truncation gets it."""
     parameters = inspect.signature(processor.__call__).parameters
     cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
+    # In samples: what the call or the extractor's window (30 seconds of Whisper) keeps.
     limit = options.get("max_length") or getattr(processor, "n_samples", None)
     for i, item in enumerate(items) if cuts and limit is not None else ():
         if len(item) > limit:

@@ -175,7 +175,7 @@ def run_on_frames(
     """
     options = dict(options)
     sampling = {key: options.pop(key, None) for key in SAMPLING}
-    if sampling["num_frames"] is None and sampling["fps"] is None:
+    if sampling["num_frames"] is None and sampling["fps"] is None:  # then by the processor's settings
         sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
     rescaled = keeps_scale(processor, options)
     videos = []
@@ -198,6 +198,7 @@ def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
 
 def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One video's tensors, ``(frames, ...)`` each."""
+    # Some image processors take lists of frames as videos and give (1, frames, ...).
     whole = "videos" in inspect.signature(processor.preprocess).parameters
     output = processor([frames] if whole else frames, return_tensors="pt", **options)
     if packed := [key for key in output if key.endswith(PATCH_GRIDS)]:
@@ -246,6 +247,7 @@ def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[s
         ValueError: videos of different numbers of frames, for an encoder that cannot be told which are padding.
     """
     found = dict(output)
+    # Processors and encoders of videos do not agree on one of two names.
     for emitted, taken in (("pixel_values", "pixel_values_videos"), ("pixel_values_videos", "pixel_values")):
         if emitted in found and keyword(emitted) is None and keyword(taken):
             found[taken] = found.pop(emitted)

@@ -115,6 +115,7 @@ class MultimodalCollator:
         rates = {"sampling_rate": rate} if rate else {}
         out = dict(self.processor(llm_inputs=llm, **rates, **{name: [items] for name, items in media.items()}))
         ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
+        # Labels: the row's own ids where the assistant wrote, never on placeholders.
         wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]
         del out["attention_mask"]
         silent = set(self.processor.placeholder_ids.values())
@@ -179,6 +180,7 @@ class MultimodalCollator:
                 f"the row has {len(ids)} tokens, max_length is {limit}: shorten it, raise max_length, or choose "
                 "truncation='right' or 'left'."
             )
+        # The cut moves to the edge of an item that lies across it.
         items = place_items(ids, self.processor.placeholder_ids, lengths)
         start, stop = whole_items_within(items, len(ids), limit, self.truncation)
         if all(label == IGNORED for label in labels[start:stop]):
@@ -214,7 +216,7 @@ class MultimodalCollator:
             key: torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
             for key, blank in blanks.items()
         }
-        for key in dict.fromkeys(key for row in encoded for key in row["media"]):
+        for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
             batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
         return batch
 

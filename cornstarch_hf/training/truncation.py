@@ -46,7 +46,7 @@ def place_items(
         positions = [i for i, token in enumerate(ids) if token == token_ids[name]]
         used, reached = 0, 0
         for index, size in enumerate(sizes):
-            start = positions[used] if size else reached
+            start = positions[used] if size else reached  # an item without features stands behind the last one
             reached, used = start + size, used + size
             placed.append(PlacedItem(name, index, start, reached))
     return placed
@@ -66,7 +66,7 @@ def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, sid
     """
     if length <= limit:
         return 0, length
-    cut = limit if side == "right" else length - limit
+    cut = limit if side == "right" else length - limit  # behind what is kept, or in front of it
     for item in items:
         if item.start < cut < item.stop:
             cut = item.start if side == "right" else item.stop
