@@ -13,6 +13,7 @@ from transformers.utils import is_peft_available
 
 from .stored_modules import NotStorable, as_json
 from .stored_values import check_pattern
+from .versions import check_peft
 from .weightless import without_weights
 
 
@@ -320,3 +321,35 @@ def record_adapters(config: Any, encoders: Mapping[str, Any], language_model: nn
     parts = {"language_model": language_model} | {f"{n}_encoder.module": e.module for n, e in encoders.items()}
     found = {where: describe_adapters(part, where) for where, part in parts.items() if is_wrapped(part)}
     config.adapters = found or None
+
+
+class WholeAdaptersMixin(PreTrainedModel):
+    """Adapters around a whole composed model, beside none around its parts."""
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configurations of adapters around the whole model, by name; there is none before one is added."""
+        if "_whole_peft_config" not in self.__dict__:
+            raise AttributeError("peft_config")
+        return self.__dict__["_whole_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        check_no_wrapped_part(self, self._parts())  # `get_peft_model` sets this
+        self.__dict__["_whole_peft_config"] = configs
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_whole_peft_config", None)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
+        check_no_wrapped_part(self, self._parts())
+        check_peft("add_adapter")
+        super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
+        check_no_wrapped_part(self, self._parts())
+        check_peft("load_adapter")
+        return super().load_adapter(*args, **kwargs)

@@ -9,6 +9,7 @@ import tiny
 import torch
 import typed_parts
 import user_parts
+from cornstarch_hf.hub.card_usage import ITEMS
 from transformers import AutoModel, AutoProcessor, BertConfig, InformerConfig, InformerModel
 
 from cornstarch_hf import (
@@ -21,7 +22,6 @@ from cornstarch_hf import (
 from cornstarch_hf.encoders.building import width_is_configured
 from cornstarch_hf.encoders.counting import FeatureCounter
 from cornstarch_hf.encoders.towers import infer_kind
-from cornstarch_hf.hub.card_usage import ITEMS
 from cornstarch_hf.parts.known_encoders import (
     ENCODER_TYPES,
     OWN_TYPES,
