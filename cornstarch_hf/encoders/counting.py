@@ -224,22 +224,21 @@ class FeatureCounter:
     def _output(self, name: str, inputs: Mapping[str, Any], method: Callable, without: tuple[str, ...] = ()) -> Any:
         """What a method of the encoder gives for the shapes of an item, the callbacks in some places left out."""
         run = functools.partial(_dry_run_of, method=method, without=without)
-        probe, names_layers = self._probe(name), _names_layers(getattr(self.config, f"{name}_config"))
+        probe, encoder_config = self._probe(name), getattr(self.config, f"{name}_config")
         if (suffices := self._few_layers[name]) is not False:
             with contextlib.suppress(Exception):  # too few for this class: all of them tell, or say what is wrong
                 output = run(probe, inputs)
                 # Where some layer is told apart by its number, all of them are run once: behind MiniCPM-V's
                 # `insert_layer_id` there are fewer features.
-                if suffices or not names_layers or _sizes(output) == _sizes(run(self._built(name, False), inputs)):
+                suffices = suffices or not _names_layers(encoder_config)
+                if suffices or _sizes(output) == _sizes(run(self._built(name, False), inputs)):
                     self._few_layers[name] = True
                     return output
             self._few_layers[name] = False
             probe = self._probe(name)
         failed: Exception | None = None
-        for given in (
-            inputs,
-            _without_full_masks(inputs),
-        ):  # masks that an encoder makes of its features have no values
+        # A second time without full masks: one that an encoder makes of its features has no values here.
+        for given in (inputs, _without_full_masks(inputs)):
             try:
                 return run(probe, given)
             except Exception as error:
@@ -299,9 +298,7 @@ def _built_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
         return build_encoder(config, name)
 
 
-def _dry_run_of(
-    probe: ModalEncoderModule, inputs: Mapping[str, Any], method: Callable, without: tuple[str, ...]
-) -> Any:
+def _dry_run_of(probe: ModalEncoderModule, inputs: Mapping, method: Callable, without: tuple[str, ...]) -> Any:
     encoder = copy.copy(probe)  # shares all parts but the callbacks that are left out
     encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
     encoder.__dict__.update(dict.fromkeys(without))

@@ -70,6 +70,11 @@ class EncoderType:
         """Names of the fields that say something else than the default."""
         return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
 
+    @property
+    def functions(self) -> list[Callable]:
+        """The functions among the facts."""
+        return [value for value in vars(self).values() if callable(value)]
+
 
 _CHOICES = {"count_layers": (LAST, ALL), "width_layers": (None, LAST, ALL)}
 _UNKNOWN = EncoderType()
