@@ -6,7 +6,7 @@ that other software looks for; `encoders` keeps their order, and `{name}_modalit
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from .parts.classes import (
     check_origins,
     is_repo_id,
     part_implementations,
+    subclasses_of,
 )
 from .parts.registries import last_definition
 from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
@@ -300,7 +301,7 @@ def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConf
     """The configuration class of a `model_type`: transformers' own, else one that is imported already (ValueError)."""
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type]
-    named = {c for c in _subclasses(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
+    named = {c for c in subclasses_of(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
     found = last_definition(list(named))
     if len(found) != 1:
         raise ValueError(
@@ -309,13 +310,6 @@ def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConf
             "pass trust_remote_code=True for a checkpoint that carries it."
         )
     return found[0]
-
-
-def _subclasses(cls: type) -> Iterator[Any]:
-    sub: Any
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
 
 
 def _modality_entry(name: str, values) -> dict[str, Any]:
