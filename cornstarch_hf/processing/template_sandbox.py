@@ -44,9 +44,7 @@ class Budget:
         """Count one pass through a loop, call, filter or test."""
         self.steps += 1
         _check(self.steps, "MAX_TEMPLATE_STEPS", "the chat template's steps are")
-        _check(
-            time.thread_time() - self.began, "MAX_TEMPLATE_SECONDS", "the seconds that the chat template computes are"
-        )
+        _check(time.thread_time() - self.began, "MAX_TEMPLATE_SECONDS", "the seconds that the chat template takes are")
 
     def spend(self, size: int) -> None:
         """Count characters or entries before they are made."""
