@@ -359,8 +359,7 @@ def _assumed(shapes: Sequence[tuple[int, ...]], expected_width: int | None, sele
     """The usual layout, where nothing tells: sequences with their width last, maps with it first."""
     if not shapes or len(shapes[-1]) not in (3, 4):
         return None
-    layers = 1 if isinstance(selection.layer, int) else len(selection.layer)
-    shape = shapes[-1]
+    shape, layers = shapes[-1], len(selection.layers)
     if len(shape) == 3:
         return FeatureAxes(shape[-1] * layers, CHANNELS_LAST)
     return FeatureAxes(shape[1] * layers, CHANNELS_FIRST)

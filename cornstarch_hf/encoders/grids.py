@@ -121,9 +121,7 @@ def _by_pixels(query: GridQuery, length: int) -> Grid:
     whole = math.prod(patches)
     if whole == length:
         return patches
-    merges = patch_size(query.config) is None or any(
-        isinstance(getattr(query.config, k, None), (list, tuple)) for k in STAGES
-    )
+    merges = patch_size(query.config) is None or is_staged(query.config)
     if merges and not query.changed:
         *frames, height, width = patches
         side = math.isqrt(whole // length) if length and whole % length == 0 else 0
@@ -152,6 +150,11 @@ def _square(query: GridQuery, length: int) -> Grid:
             f"{side} x {side} = {side * side}): remove class and register tokens by drop_prefix={more}{_OR_STATE}"
         )
     return side, side
+
+
+def is_staged(config: Any) -> bool:
+    """Whether a tower merges patches from stage to stage."""
+    return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
 
 
 def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:
