@@ -21,7 +21,7 @@ from .parts.classes import (
     check_origins,
     is_repo_id,
     part_implementations,
-    subclasses,
+    subclasses_of,
 )
 from .parts.registries import last_definition
 from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
@@ -32,21 +32,10 @@ NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 RESERVED_NAMES = frozenset(
     [
         *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs"),
-        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs", "kernel_config"),
-        *("labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages", "model"),
-        *(
-            "name_or_path",
-            "padding",
-            "processor",
-            "processors",
-            "return_tensors",
-            "sampling_rate",
-            "text",
-            "tokenizer",
-            "training",
-            "truncation",
-        ),
-        *("video_processor", "videos"),
+        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs"),
+        *("kernel_config", "labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages"),
+        *("model", "name_or_path", "padding", "processor", "processors", "return_tensors", "sampling_rate", "text"),
+        *("tokenizer", "training", "truncation", "video_processor", "videos"),
     ]
 )
 # Settings of the whole that a checkpoint keeps where there is something to keep.
@@ -294,7 +283,7 @@ def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConf
     """The configuration class of a `model_type`: transformers' own, else one that is imported already (ValueError)."""
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type]
-    named = {c for c in subclasses(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
+    named = {c for c in subclasses_of(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
     found = last_definition(list(named))
     if len(found) != 1:
         raise ValueError(

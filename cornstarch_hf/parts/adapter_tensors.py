@@ -21,6 +21,7 @@ def current_name(model: nn.Module, name: str) -> str:
         module = model.get_submodule(path)
     except AttributeError:
         return name
+    # "head.weight" is "head.base_layer.weight" behind LoRA, and one level deeper behind each further wrapper.
     while not hasattr(module, "_parameters") or module._parameters.get(key) is None:
         inner = next((w for w in _WRAPPED_AS if isinstance(module._modules.get(w), nn.Module)), None)
         if inner is None:
@@ -37,6 +38,7 @@ def shared_by_adapters(model: nn.Module) -> dict[str, str]:
     for prefix, part in modules_by_name(model):
         if is_wrapped(part):
             first: dict[int, str] = {}
+            # The tensors themselves and no views of them: they are told apart by identity.
             for name, tensor in part.state_dict(keep_vars=True).items():
                 full = f"{prefix}.{name}" if prefix else name
                 if first.setdefault(id(tensor), full) != full:
@@ -50,11 +52,8 @@ def adapter_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     for prefix, part in model.named_modules():
         if is_wrapped(part):
             saved = part.state_dict().keys()
-            found |= {
-                f"{prefix}.{name}": buffer
-                for name, buffer in part.named_buffers()
-                if name not in saved and _of_an_adapter(part, name)
-            }
+            lost = [(name, buffer) for name, buffer in part.named_buffers() if name not in saved]
+            found |= {f"{prefix}.{name}": buffer for name, buffer in lost if _of_an_adapter(part, name)}
     return found
 
 
@@ -67,6 +66,7 @@ def check_buffers_restorable(made: nn.Module) -> None:
     Raises:
         ValueError: names the first of the buffers.
     """
+    # A buffer that is real was computed while its adapter was made, as loading will; `restore_token_rows` fills the rest.
     lost = [n for n, b in adapter_buffers(made).items() if b.is_meta and _TOKEN_ROWS not in n.split(".")]
     if lost:
         raise ValueError(
@@ -85,4 +85,5 @@ def restore_token_rows(model: nn.Module) -> None:
 
 def _of_an_adapter(part: Any, name: str) -> bool:
     owner, _, _ = name.rpartition(".")
+    # PEFT keeps an adapter's tensors under its name: `lora_A.default.weight`.
     return is_adapted(part.get_submodule(owner)) or bool(set(part.peft_config) & set(name.split(".")))

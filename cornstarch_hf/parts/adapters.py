@@ -3,6 +3,7 @@
 peft is imported when adapters are made: it takes a second to import, and who has not imported it has no adapters.
 """
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +18,20 @@ from .versions import check_peft
 from .weightless import without_weights
 
 
+def _peft_classes(*names: str) -> tuple[type, ...]:
+    """Those of some classes of peft that are there; none, of which nothing is an instance, while peft is not imported.
+
+    Looked up and not imported: another thread may be importing peft at the moment, and importing a part of it then would
+    break both.
+    """
+    files = ("peft.peft_model", "peft.tuners.tuners_utils", "peft.utils.other")
+    modules = [sys.modules.get(file) for file in files]
+    return tuple(getattr(module, name) for name in names for module in modules if hasattr(module, name))
+
+
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a model is a `peft.PeftModel`."""
-    # Empty while peft is not imported, or not yet to its end: then there is no such model.
-    return isinstance(model, getattr(sys.modules.get("peft"), "PeftModel", ()))
+    return isinstance(model, _peft_classes("PeftModel"))
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -30,11 +41,11 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 def is_adapted(layer: nn.Module | None) -> bool:
     """Whether a layer computes with adapters, so that its `weight` is not all of it."""
-    return isinstance(layer, _peft_class("BaseTunerLayer"))
+    return isinstance(layer, _peft_classes("BaseTunerLayer"))
 
 
 def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
-    """JSON description of a wrapped part's adapters, None for a part that is not wrapped.
+    """Describe a wrapped part's adapters in JSON values; None for a part that is not wrapped.
 
     Raises:
         ValueError: the adapters cannot be stored (prompt learning inside a part, values that are not JSON, adapters
@@ -43,7 +54,7 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
     if not is_wrapped(model):
         check_not_injected(model, where)
         return None
-    if not _is_tuned(model):
+    if not isinstance(model.base_model, _peft_classes("BaseTuner")):  # no adapters in its layers: a prompt before them
         raise ValueError(
             f"{where}: a checkpoint cannot hold {model.active_peft_config.peft_type} inside a part. Compose the plain "
             "model and wrap the composed one: get_peft_model(mllm, config)."
@@ -65,12 +76,13 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
 
 
 def _layer_state(model: Any, where: str) -> dict[str, Any]:
-    """Which adapters are merged into the weights at the moment, and whether they are switched off; {} for neither.
+    """Tell which adapters are merged into the weights at the moment, and whether they are switched off; {} for neither.
 
     Raises:
         ValueError: layers that differ in it, which a checkpoint cannot say.
     """
     layers = tuner_layers(model)
+    # Not every layer has every adapter; the longest list names all that are merged, if they are so alike everywhere.
     merged = max((list(layer.merged_adapters) for layer in layers), key=len, default=[])
     for layer in layers:
         if layer.merged_adapters != _held(layer, merged):
@@ -91,27 +103,22 @@ def _layer_state(model: Any, where: str) -> dict[str, Any]:
 
 def tuner_layers(model: nn.Module) -> list[Any]:
     """The layers of a model that hold adapters."""
-    kind = _peft_class("BaseTunerLayer")
-    return [module for module in model.modules() if isinstance(module, kind)]
+    kinds = _peft_classes("BaseTunerLayer")
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def adapter_layers() -> tuple[type, ...]:
     """Classes of layers that hold adapters beside what they wrap; none while peft is not imported."""
-    return _classes("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+    return _peft_classes("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 
 
 def adapter_containers() -> tuple[type, ...]:
     """Classes of what PEFT wraps whole models in."""
-    wrapper = getattr(sys.modules.get("peft"), "PeftModel", None)
-    return (*_classes("BaseTuner"), *([wrapper] if wrapper else []))
-
-
-def _classes(*names: str) -> tuple[type, ...]:
-    return tuple(found for found in map(_peft_class, names) if found)
+    return _peft_classes("BaseTuner", "PeftModel")
 
 
 def base_children(layer: nn.Module) -> list[nn.Module]:
-    """Those children of an adapter layer in which the module that it wraps lies."""
+    """Those children of an adapter layer that are, or hold, the module that it wraps."""
     wrapped = _wrapped_module(layer)
     return [child for child in layer.children() if any(module is wrapped for module in child.modules())]
 
@@ -121,26 +128,11 @@ def _held(layer: Any, names: list[str]) -> list[str]:
     return [name for name in names if name in layer._get_available_adapters()]
 
 
-def _peft_class(name: str) -> Any:
-    """A class of peft by its name; an empty tuple, of which nothing is an instance, while peft is not imported.
-
-    Looked up and not imported: another thread may be importing peft at the moment, and importing a part of it then would
-    break both.
-    """
-    modules = [sys.modules.get(module) for module in ("peft.tuners.tuners_utils", "peft.utils.other")]
-    return next((getattr(module, name) for module in modules if hasattr(module, name)), ())
-
-
-def _is_tuned(model: Any) -> bool:
-    """Whether the adapters of a wrapped part lie in its layers, and are no prompt before them."""
-    return isinstance(model.base_model, _peft_class("BaseTuner"))
-
-
 def _plain(value: Any) -> Any:
+    """Options of an adapter as JSON has them: sets sorted, enumerations by value, paths of this machine left out."""
     if isinstance(value, dict):
-        return {
-            key: _plain(item) for key, item in value.items() if key not in ("base_model_name_or_path", "auto_mapping")
-        }
+        left_out = ("base_model_name_or_path", "auto_mapping")
+        return {key: _plain(item) for key, item in value.items() if key not in left_out}
     if isinstance(value, (set, frozenset)):
         return sorted(_plain(item) for item in value)
     if isinstance(value, (list, tuple)):
@@ -149,7 +141,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_not_injected(model: nn.Module, where: str) -> None:
-    """Refuse to save a part with adapters but without a wrapper that tells of them (ValueError with the remedy)."""
+    """Refuse to save a part with adapters but without a wrapper that knows of them (ValueError with the remedy)."""
     if not is_wrapped(model) and tuner_layers(model):
         raise ValueError(
             f"{where} has adapters injected without a wrapper, which cannot be restored from a checkpoint: wrap the "
@@ -158,7 +150,7 @@ def check_not_injected(model: nn.Module, where: str) -> None:
 
 
 def check_no_wrapped_part(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
-    """Refuse adapters around a model whose parts have their own: PEFT would freeze nothing of the rest then.
+    """Refuse adapters around a model whose parts have their own: PEFT would then leave the rest trainable.
 
     Raises:
         ValueError: names the wrapped parts and both remedies.
@@ -187,8 +179,12 @@ def check_all_kept(model: nn.Module) -> None:
     configs = getattr(model, "peft_config", None)
     if not configs or "peft" not in sys.modules:
         return
-    lost = [name for name in _outside_adapters(model) if not _kept_bias(name, configs)]
-    if lost:
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, adapter_layers())]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
+    biases = any(getattr(config, "bias", "none") != "none" for config in configs.values())  # PEFT saves these then
+    trains = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if lost := [name for name in trains if not (biases and name.endswith("bias"))]:
         raise ValueError(
             f"{len(lost)} parameters train ({lost[0]} first) that are not saved with the adapters around this model: name "
             'their modules in the adapter configuration, e.g. modules_to_save=["projector"], or freeze them before wrapping: '
@@ -196,23 +192,11 @@ def check_all_kept(model: nn.Module) -> None:
         )
 
 
-def _outside_adapters(model: nn.Module) -> list[str]:
-    """Trainable parameters that belong to no adapter, and to no copy that `modules_to_save` made."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, adapter_layers())]
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-
-
 def _wrapped_module(layer: Any) -> nn.Module:
-    """What an adapter layer wraps; inside of it there may be another one."""
+    """The module that an adapter layer wraps; inside of it there may be another such layer."""
     inner = getattr(layer, "original_module", None)
     inner = layer.get_base_layer() if inner is None and hasattr(layer, "get_base_layer") else inner
     return inner if isinstance(inner, nn.Module) else nn.Module()
-
-
-def _kept_bias(name: str, configs: dict[str, Any]) -> bool:
-    return name.endswith("bias") and any(getattr(config, "bias", "none") != "none" for config in configs.values())
 
 
 def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: str) -> nn.Module:
@@ -231,15 +215,11 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):
         raise ValueError(f"{where}: expected adapters as {{'configs': {{name: options}}}}, got {described!r:.200}.")
     configs = {name: _config(values, where, config_classes) for name, values in described["configs"].items()}
-    names = list(configs)
-    if any(p.is_meta for p in model.parameters()):
-        wrapped = _wrapped_on_meta(model, configs, where)
-    else:
-        wrapped = _wrapped(model, configs)
-    active = described.get("active") or names[:1]
+    wrapped = _wrapped(model, configs, where)
+    active = described.get("active") or list(configs)[:1]
     if active != list(wrapped.active_adapters):
         wrapped.base_model.set_adapter(active)
-        if len(active) == 1:
+        if len(active) == 1:  # the wrapper's own method takes one name alone
             wrapped.set_adapter(active[0])
     for layer in tuner_layers(wrapped) if described.get("merged") else ():  # the weights that follow are merged ones
         layer.merged_adapters.extend(_held(layer, described["merged"]))
@@ -248,23 +228,22 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     return wrapped
 
 
-def _wrapped(model: PreTrainedModel, configs: dict[str, Any]) -> Any:
+def _wrapped(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
+    """Wrap a part; if it has no weights yet, its adapters have none either, while the tables that they compute are real."""
     if is_peft_available():
         from peft import get_peft_model
+    without = any(p.is_meta for p in model.parameters())
     first, *others = configs
-    # In the part's dtype: which adapters are in another one is told by the names of their weights.
-    wrapped = get_peft_model(model, configs[first], adapter_name=first, autocast_adapter_dtype=False)
-    for name in others:
-        wrapped.add_adapter(name, configs[name], autocast_adapter_dtype=False)
-    return wrapped
-
-
-def _wrapped_on_meta(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
-    """Wrap a part that has no weights yet: so have its adapters, while the tables that they compute are real."""
     try:
-        with without_weights():
-            return _wrapped(model, configs)
+        with without_weights() if without else contextlib.nullcontext():
+            # In the part's dtype: which adapters are in another one is known by the names of their weights.
+            wrapped = get_peft_model(model, configs[first], adapter_name=first, autocast_adapter_dtype=False)
+            for name in others:
+                wrapped.add_adapter(name, configs[name], autocast_adapter_dtype=False)
+            return wrapped
     except RuntimeError as error:
+        if not without:
+            raise
         kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
         raise ValueError(
             f"{where}: PEFT cannot build adapters of type {kinds} before the weights are there, as loading does "
@@ -277,6 +256,7 @@ def _config(values: dict[str, Any], where: str, config_classes: Mapping[Any, Any
     kind = values.get("peft_type") if isinstance(values, Mapping) else None
     if kind not in config_classes:
         raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(config_classes)}.")
+    # From a checkpoint, so not trusted: peft would import `megatron_core`, and search by whatever pattern it is given.
     options = {k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
     _check_options(options, where)
     try:
@@ -301,18 +281,16 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
         )
     for key in _PATTERNS:
         value = options.get(key)
-        if isinstance(value, str):
-            check_pattern(value, f"{where}: {key}")
-        elif key.endswith("_pattern") and value:  # dictionaries have the patterns as keys
-            for pattern in value:
-                check_pattern(pattern, f"{where}: {key}")
+        keys = (value or ()) if key.endswith("_pattern") else ()  # dictionaries have the patterns as keys
+        for pattern in [value] if isinstance(value, str) else keys:
+            check_pattern(pattern, f"{where}: {key}")
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters that a wrapped part trains: adapter weights and copies kept by `modules_to_save`."""
     if not is_wrapped(model):
         return set()
-    prefix = getattr(model.base_model, "prefix", "lora_")
+    prefix = getattr(model.base_model, "prefix", "lora_")  # of the names of all parameters of its kind
     return {name for name, _ in model.named_parameters() if prefix in name or ".modules_to_save." in name}
 
 
@@ -326,6 +304,8 @@ def record_adapters(config: Any, encoders: Mapping[str, Any], language_model: nn
 class WholeAdaptersMixin(PreTrainedModel):
     """Adapters around a whole composed model, beside none around its parts."""
 
+    # `get_peft_model` sets `peft_config`, and PEFT and Trainer take `hasattr(model, "peft_config")` for "has adapters":
+    # hence a property that checks when it is set, and does not exist before.
     @property
     def peft_config(self) -> dict[str, Any]:
         """Configurations of adapters around the whole model, by name; there is none before one is added."""
@@ -335,7 +315,7 @@ class WholeAdaptersMixin(PreTrainedModel):
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        check_no_wrapped_part(self, self._parts())  # `get_peft_model` sets this
+        check_no_wrapped_part(self, self._parts())
         self.__dict__["_whole_peft_config"] = configs
 
     @peft_config.deleter
