@@ -30,7 +30,7 @@ MAX_TEMPLATE_CHARACTERS = 1_000_000  # of the template itself
 MAX_TEMPLATE_STEPS = 2_000_000  # passes through loops, calls, filters and tests
 MAX_TEMPLATE_WORK = 200_000_000  # characters and list entries made in between
 MAX_TEMPLATE_OUTPUT = 50_000_000  # characters of the text
-MAX_TEMPLATE_SECONDS = 5.0
+MAX_TEMPLATE_SECONDS = 5.0  # of computing
 
 
 def check(value: float, cap: str, what: str) -> None:

@@ -1,5 +1,7 @@
 """How much an operation of a template makes, found before it is done."""
 
+import time
+
 import pytest
 
 from cornstarch_hf import limits
@@ -64,3 +66,10 @@ def test_a_budget(monkeypatch):
     monkeypatch.setattr(limits, "MAX_TEMPLATE_SECONDS", -1.0)
     with pytest.raises(TemplateLimit, match="MAX_TEMPLATE_SECONDS"):
         Budget().step()
+
+
+def test_waiting_is_no_computing(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_TEMPLATE_SECONDS", 0.2)
+    budget = Budget()
+    time.sleep(0.3)  # as on a machine where others compute
+    budget.step()
