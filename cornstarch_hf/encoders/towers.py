@@ -132,7 +132,7 @@ def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) 
     Returns:
         None where it has no such method, or one that speaks of other features: of a later layer, after pooling.
     """
-    every = torch.cat([lengths, lengths.new_tensor([size])])
+    every = torch.cat([lengths, lengths.new_tensor([size])])  # (items + 1,), to compare the last one with `tokens`
     # The convolutional front ends of transformers' audio encoders tell their output length by one of these methods.
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
         helper = getattr(unwrapped(module), name, None)
@@ -146,30 +146,16 @@ def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) 
     return None
 
 
+# What a composed model's `forward` takes itself.
 OWN_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cache",
-    "inputs_embeds",
-    "labels",
-    "use_cache",
-    "logits_to_keep",
-    "mm_encoder_outputs",
+    *("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "labels", "use_cache"),
+    *("logits_to_keep", "mm_encoder_outputs"),
 )
 # Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
 TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
     [
-        "token_type_ids",
-        "mm_token_type_ids",
-        "cache_position",
-        "shift_labels",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "encoder_outputs",
-        "inputs",
-        "return_loss",
+        *("token_type_ids", "mm_token_type_ids", "cache_position", "shift_labels", "return_dict", "output_attentions"),
+        *("output_hidden_states", "encoder_outputs", "inputs", "return_loss"),
     ]
 )
 # Towers of packed models name their inputs differently from what their processors emit.
