@@ -23,14 +23,7 @@ _counting: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
 
 
 def mask_positions(attention_mask: Tensor, first: int = 0) -> Tensor:
-    """Number the valid tokens of each row from `first` on; padding gets `first`.
-
-    Args:
-        attention_mask: ``(batch, length)``, 1 where a token is valid.
-        first: position of the first token.
-
-    Returns:
-        int64 ``(batch, length)``.
+    """Number the valid tokens of each row of a mask ``(batch, length)`` from `first` on, in int64; padding gets `first`.
 
     >>> mask_positions(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
     [[0, 0, 0, 1], [0, 1, 2, 0]]
@@ -65,11 +58,8 @@ def only_distances_count(language_model: nn.Module) -> bool:
 def crosses_longrope_limit(language_model: nn.Module, past: int, length: int) -> bool:
     """Whether a row has grown past the length at which LongRoPE (Ding et al. 2024) takes its other frequencies.
 
-    The keys in the cache were turned by the former ones then, so all tokens have to be run again.
-
-    Args:
-        past: tokens in the cache.
-        length: tokens of the row, the new ones included.
+    The keys of the `past` tokens in the cache were turned by the former ones then, so all `length` tokens of the row, the
+    new ones included, have to be run again.
     """
     config: Any = unwrapped(language_model).config
     rope = getattr(config, "rope_parameters", None)
@@ -126,14 +116,9 @@ SCALES = {"falcon_h1": "embedding_multiplier"}
 
 
 def embed_ids(language_model: nn.Module, input_ids: Tensor) -> Tensor:
-    """What a language model's first layer would be given for ids; most give it what their embedding module returns.
+    """The input of a language model's first layer, ``(batch, length, hidden)``, for ids ``(batch, length)`` in its table.
 
-    Args:
-        language_model: PEFT-wrapped or not.
-        input_ids: ``(batch, length)``, all of them in its embedding table.
-
-    Returns:
-        ``(batch, length, hidden)``.
+    For most that is what their embedding module returns.
     """
     inner: Any = unwrapped(language_model)
     embeds = language_model.get_input_embeddings()(input_ids)  # type: ignore[operator]  # (batch, length, hidden)
@@ -153,7 +138,7 @@ def id_inputs(language_model: nn.Module, input_ids: Tensor | None, placeholders:
     """Compute those arguments of a language model's `forward` that go with merged embeddings.
 
     Args:
-        language_model: PEFT-wrapped or not.
+        language_model: with adapters around it or without.
         input_ids: ``(batch, length)``, None where the caller gave embeddings.
         placeholders: bool ``(batch, length)``, where features stand.
         given: arguments that the caller gave already.

@@ -56,9 +56,8 @@ def check_counts(name: str, token: str, mask: Tensor, lengths: Sequence[int]) ->
     Items belong to samples in order, so every sample's placeholders must be the sum of the next whole items.
 
     Args:
-        name: the modality, for the message.
-        token: the placeholder token, for the message.
-        mask: bool ``(batch, length)``.
+        name, token: the modality and its placeholder token, for the message.
+        mask: bool ``(batch, length)``, where placeholders stand.
         lengths: features of each item, in order.
 
     Raises:
@@ -172,23 +171,15 @@ def scatter_features(inputs_embeds: Tensor, mask: Tensor, features: Tensor) -> T
 
 
 def group_by_sample(items: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
-    """The items of each sample, in order.
-
-    Args:
-        items: one ``(n_i, hidden)`` tensor per item; sizes fit (`check_counts`).
-        counts: placeholders of each sample.
-    """
+    """The items, tensors ``(n_i, hidden)``, of each sample, by the samples' placeholders; they fit (`check_counts`)."""
     own = items_of_samples([len(item) for item in items], counts)
     return [[items[i] for i in positions] for positions in own]
 
 
 def cached_columns(length: int, mask_length: int, past: int) -> int:
-    """How many columns of a prompt stand for tokens that are in the cache: transformers takes whole rows, or new tokens.
+    """How many of the `length` columns of a prompt stand for the `past` tokens in the cache.
 
-    Args:
-        length: of the prompt's rows.
-        mask_length: of the attention mask, which covers the cache too; equal to `length` for whole rows.
-        past: tokens in the cache.
+    transformers takes whole rows, or new tokens alone: the attention mask, which covers the cache too, is longer then.
 
     >>> cached_columns(length=9, mask_length=9, past=6), cached_columns(length=3, mask_length=9, past=6)
     (6, 0)

@@ -7,7 +7,7 @@ this module; `projector` registers them all.
 import math
 from collections.abc import Sequence
 from inspect import Parameter, Signature
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -157,10 +157,10 @@ class Reduction(nn.Module):
     DEFAULTS: ClassVar[dict[str, Any]] = {}
     REMAINDERS: ClassVar[tuple[str, ...]] = ()  # choices of `remainder`
     COUNTS: ClassVar[tuple[str, ...]] = ()  # options that are positive integers, or None where that is their default
-    in_features: int
-    out_features: int
-    activation: str
     dims: int = 1
+    if TYPE_CHECKING:  # each option is an attribute of its name
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -275,9 +275,6 @@ class PixelShuffleProjection(Reduction):
     }  # fmt: skip
     REMAINDERS = ("error", "pad")
     dims = 2
-    scale_factor: int
-    channel_order: str
-    remainder: str
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
@@ -319,8 +316,6 @@ class FrameStackProjection(Reduction):
     DEFAULTS: ClassVar[dict[str, Any]] = {"stack_factor": 4, "remainder": "pad", **HEAD_DEFAULTS, "bias": False}
     REMAINDERS = ("pad", "error", "drop")
     COUNTS = ("stack_factor",)
-    stack_factor: int
-    remainder: str
 
     @property
     def reduced_width(self) -> int:

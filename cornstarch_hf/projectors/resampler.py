@@ -79,14 +79,6 @@ class ResamplerProjection(Reduction):
         **HEAD_DEFAULTS, "gated": True, "bias": False,
     }  # fmt: skip
     COUNTS = ("num_queries", "depth", "num_heads", "num_kv_heads", "head_dim", "query_size")
-    num_queries: int
-    depth: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    query_size: int | None
-    bias: bool
-    norm_eps: float | None
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:

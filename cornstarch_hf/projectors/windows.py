@@ -61,9 +61,6 @@ class AvgPoolProjection(Reduction):
         **HEAD_DEFAULTS, "num_layers": 1, "norm": "rms_norm", "bias": False,
     }  # fmt: skip
     REMAINDERS = ("partial", "error", "drop")
-    pool_size: int | list[int] | None
-    num_tokens: int | list[int] | None
-    remainder: str
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
@@ -148,13 +145,6 @@ class ConvProjection(Reduction):
     }  # fmt: skip
     REMAINDERS = ("error", "pad", "drop")
     COUNTS = ("num_convs",)
-    kernel_size: int | list[int]
-    stride: int | list[int]
-    padding: int | list[int] | None
-    num_convs: int
-    conv_sizes: list[int] | None
-    conv_bias: bool
-    remainder: str
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
