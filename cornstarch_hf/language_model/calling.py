@@ -65,11 +65,13 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     if slice_afterwards:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         output["logits"] = output.logits[:, kept]  # (batch, kept, vocabulary)
-    return _without_logits(output) if at_labels else output
+    if at_labels:  # logits of some positions alone would be taken for those of all
+        output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
+    return output
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What a composed model's configuration says where the call does not: a cache or none, attentions, hidden states."""
+    """Settings of a composed model's configuration, for a call that gives none: cache, attentions, hidden states."""
     found = {key: getattr(config, key, None) for key in ("use_cache", "output_attentions", "output_hidden_states")}
     return {key: value for key, value in found.items() if value or (key == "use_cache" and value is not None)}
 
@@ -100,7 +102,7 @@ def cache_keyword(language_model: nn.Module) -> str | None:
 
 
 def with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a language model that are not None: its cache by its own name for it, positions where it needs them."""
+    """The arguments that are not None, with the cache by the language model's own name and positions where it needs them."""
     arguments = {key: value for key, value in inputs.items() if value is not None}
     cache = take_cache(arguments)
     arguments = with_positions(language_model, arguments, cached_length(cache))
@@ -120,8 +122,8 @@ def takes_positions(language_model: nn.Module) -> bool:
 
 
 def _names_used(language_model: nn.Module) -> tuple[str, ...]:
-    function = inspect.unwrap(type(unwrapped(language_model)).forward)
-    return function.__code__.co_names
+    """Names in the code of a language model's `forward`: there is no other sign of how it computes its loss."""
+    return inspect.unwrap(type(unwrapped(language_model)).forward).__code__.co_names
 
 
 def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -132,18 +134,14 @@ def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> tup
     """
     targets = arguments.get("shift_labels")
     if targets is None:
-        targets = shifted_left(arguments["labels"], -100)
-    wanted = targets != -100
+        targets = shifted_left(arguments["labels"], -100)  # (batch, length): what each position is to predict
+    wanted = targets != -100  # bool (batch, length)
     if not bool(wanted.any()):
         wanted[:1, -1:] = True  # the loss is that of no label at all, as it would be with all logits
     if "slice_logits_to_keep" not in _names_used(language_model):  # it takes the same positions in all rows
-        columns = wanted.any(0).nonzero().flatten()
-        return columns, arguments | {"shift_labels": targets[:, columns]}
-    return wanted, arguments | {"shift_labels": targets[wanted]}
-
-
-def _without_logits(output: ModelOutput) -> ModelOutput:
-    return type(output)(**{key: value for key, value in output.items() if key != "logits"})
+        columns = wanted.any(0).nonzero().flatten()  # (kept,)
+        return columns, arguments | {"shift_labels": targets[:, columns]}  # (batch, kept)
+    return wanted, arguments | {"shift_labels": targets[wanted]}  # (labelled,), of all rows one behind the other
 
 
 def _is_zero(value: int | Tensor) -> bool:
@@ -151,7 +149,7 @@ def _is_zero(value: int | Tensor) -> bool:
 
 
 def _accepted(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Refuse what the language model cannot take; `use_cache=False` to one without a cache is no loss."""
+    """The arguments that the language model takes; TypeError for others, but `use_cache=False` to one without a cache."""
     refused = {key: value for key, value in arguments.items() if not accepts(language_model, key)}
     if wrong := sorted(key for key, value in refused.items() if not (key == "use_cache" or value is False)):
         raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")

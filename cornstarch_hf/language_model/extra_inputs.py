@@ -1,6 +1,6 @@
-"""Positions of tokens in padded rows: what a language model is told where it would count the padding.
+"""What some language models need beside tokens or embeddings: positions in padded rows, and inputs made of ids.
 
-`generate` tells them to every language model that takes them; this module does the same for a plain forward pass.
+`generate` gives positions to every language model that takes them; this module does the same for a plain forward pass.
 """
 
 import inspect
@@ -17,24 +17,17 @@ from .supported import language_model_type
 
 # Rotary, but their frequencies follow the largest position of a batch.
 STRETCHED_BY_LENGTH = {"dynamic", "longrope"}
-# What was found of language models: their modules are looked through once, not at every token.
+# (only distances count, first position) of each language model: its modules are searched once, not at every token.
 _counting: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
 
 
 def mask_positions(attention_mask: Tensor, first: int = 0) -> Tensor:
-    """Number the valid tokens of each row from `first` on; padding gets `first`.
-
-    Args:
-        attention_mask: ``(batch, length)``, 1 where a token is valid.
-        first: position of the first token.
-
-    Returns:
-        int64 ``(batch, length)``.
+    """Number the valid tokens of each row of a mask ``(batch, length)`` from `first` on, in int64; padding gets `first`.
 
     >>> mask_positions(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
     [[0, 0, 0, 1], [0, 1, 2, 0]]
     """
-    valid = attention_mask.long()
+    valid = attention_mask.long()  # (batch, length)
     return (valid.cumsum(-1) - 1).masked_fill(valid == 0, 0) + first
 
 
@@ -44,11 +37,10 @@ def first_position(language_model: nn.Module) -> int:
     It is 0, but behind the padding token's row in models whose table of positions keeps such a row (RoBERTa, Liu et
     al. 2019, and its relatives).
     """
-    module: Any
-    for module in unwrapped(language_model).modules():
-        if hasattr(type(module), "create_position_ids_from_inputs_embeds"):
-            return module.padding_idx + 1
-    return 0
+    tables: list[Any] = [
+        m for m in unwrapped(language_model).modules() if hasattr(m, "create_position_ids_from_inputs_embeds")
+    ]
+    return tables[0].padding_idx + 1 if tables else 0
 
 
 def only_distances_count(language_model: nn.Module) -> bool:
@@ -65,11 +57,8 @@ def only_distances_count(language_model: nn.Module) -> bool:
 def crosses_longrope_limit(language_model: nn.Module, past: int, length: int) -> bool:
     """Whether a row has grown past the length at which LongRoPE (Ding et al. 2024) takes its other frequencies.
 
-    The keys in the cache were turned by the former ones then, so all tokens have to be run again.
-
-    Args:
-        past: tokens in the cache.
-        length: tokens of the row, the new ones included.
+    The keys of the `past` tokens in the cache were turned by the former ones then, so all `length` tokens of the row, the
+    new ones included, have to be run again.
     """
     config: Any = unwrapped(language_model).config
     rope = getattr(config, "rope_parameters", None)
@@ -83,8 +72,7 @@ def _rope_types(parameters: Any) -> set[str]:
     """Kinds of rotary embeddings of a configuration, which may hold one for each type of layers."""
     if not isinstance(parameters, dict):
         return set()
-    nested = (_rope_types(value) for value in parameters.values())
-    return {parameters.get("rope_type", "default")}.union(*nested)
+    return {parameters.get("rope_type", "default")}.union(*map(_rope_types, parameters.values()))
 
 
 def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: int) -> dict[str, Any]:
@@ -101,8 +89,6 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
     Returns:
         `arguments`, or a new dictionary with `position_ids` ``(batch, length)``.
     """
-    tokens = arguments.get("inputs_embeds")
-    tokens = arguments.get("input_ids") if tokens is None else tokens
     if arguments.get("position_ids") is not None or "position_ids" not in forward_parameters(language_model):
         return arguments
     inner = unwrapped(language_model)
@@ -111,28 +97,26 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
     distances, first = _counting[inner]
     if distances:
         return arguments
+    embeds = arguments.get("inputs_embeds")
+    tokens = arguments["input_ids"] if embeds is None else embeds  # (batch, length), or (batch, length, hidden)
     length, mask = tokens.shape[1], arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
+        # A row that starts with a valid token has no padding on its left; a tracer cannot look.
         if first or torch.compiler.is_compiling() or not bool(mask[:, 0].all()):
-            return arguments | {"position_ids": mask_positions(mask, first)[:, past:]}
+            return arguments | {"position_ids": mask_positions(mask, first)[:, past:]}  # (batch, length)
     elif first and mask is None:
-        positions = torch.arange(past, past + length, device=tokens.device) + first
-        return arguments | {"position_ids": positions.expand(tokens.shape[0], -1)}
+        positions = torch.arange(past, past + length, device=tokens.device) + first  # (length,)
+        return arguments | {"position_ids": positions.expand(tokens.shape[0], -1)}  # (batch, length)
     return arguments
 
 
 def embed_ids(language_model: nn.Module, input_ids: Tensor) -> Tensor:
-    """What a language model's first layer would be given for ids; most give it what their embedding module returns.
+    """The input of a language model's first layer, ``(batch, length, hidden)``, for ids ``(batch, length)`` in its table.
 
-    Args:
-        language_model: PEFT-wrapped or not.
-        input_ids: ``(batch, length)``, all of them in its embedding table.
-
-    Returns:
-        ``(batch, length, hidden)``.
+    For most that is what their embedding module returns.
     """
     inner: Any = unwrapped(language_model)
-    embeds = language_model.get_input_embeddings()(input_ids)  # type: ignore[operator]
+    embeds = language_model.get_input_embeddings()(input_ids)  # type: ignore[operator]  # (batch, length, hidden)
     scale = language_model_type(inner.config).embedding_scale
     return embeds if scale is None else embeds * getattr(inner.base_model, scale)
 
@@ -140,18 +124,16 @@ def embed_ids(language_model: nn.Module, input_ids: Tensor) -> Tensor:
 def id_input_names(language_model: nn.Module) -> list[str]:
     """Inputs that a language model's backbone needs beside embeddings; its own `forward` may merely pass them on."""
     backbone: Any = getattr(unwrapped(language_model), "base_model", None)
-    return [
-        name
-        for name, (setting, _) in COMPUTED.items()
-        if getattr(getattr(backbone, "config", None), setting, None) and name in forward_parameters(backbone)
-    ]
+    config = getattr(backbone, "config", None)
+    wanted = [name for name, (setting, _) in COMPUTED.items() if getattr(config, setting, None)]
+    return [name for name in wanted if name in forward_parameters(backbone)]
 
 
 def id_inputs(language_model: nn.Module, input_ids: Tensor | None, placeholders: Tensor, given: set[str]) -> dict:
-    """Arguments of a language model's `forward` that go with merged embeddings.
+    """Compute those arguments of a language model's `forward` that go with merged embeddings.
 
     Args:
-        language_model: PEFT-wrapped or not.
+        language_model: with adapters around it or without.
         input_ids: ``(batch, length)``, None where the caller gave embeddings.
         placeholders: bool ``(batch, length)``, where features stand.
         given: arguments that the caller gave already.
@@ -181,20 +163,15 @@ def _per_layer_inputs(backbone: Any, input_ids: Tensor, placeholders: Tensor) ->
     padding token.
     """
     padding = getattr(backbone.config, "pad_token_id", None) or 0
-    words = input_ids.masked_fill(placeholders, padding)
-    both = (
-        "inputs_embeds" in inspect.signature(backbone.get_per_layer_inputs).parameters
-    )  # Gemma 4, of which one is None
+    words = input_ids.masked_fill(placeholders, padding)  # (batch, length)
+    # Gemma 4 takes ids and embeddings, of which one is None.
+    both = "inputs_embeds" in inspect.signature(backbone.get_per_layer_inputs).parameters
     return backbone.get_per_layer_inputs(words, None) if both else backbone.get_per_layer_inputs(words)
-
-
-def _own_ids(backbone: Any, input_ids: Tensor, placeholders: Tensor) -> Tensor:
-    """``(batch, length)``: the ids as they are; Qwen4's n-grams hash the placeholders too."""
-    return input_ids
 
 
 # argument -> (setting of the configuration that asks for it, how it is computed)
 COMPUTED: dict[str, tuple[str, Callable[[Any, Tensor, Tensor], Tensor]]] = {
     "per_layer_inputs": ("hidden_size_per_layer_input", _per_layer_inputs),
-    "ple_input_ids": ("ple_layer_ids", _own_ids),
+    # (batch, length): the ids as they are; Qwen4's n-grams hash the placeholders too.
+    "ple_input_ids": ("ple_layer_ids", lambda backbone, input_ids, placeholders: input_ids),
 }

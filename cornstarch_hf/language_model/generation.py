@@ -18,7 +18,7 @@ from .merging import cached_columns, group_by_sample, items_behind_cache
 
 # Names under which `generate` hands a cache to `prepare_inputs_for_generation`: this version's own, and ours.
 _HANDED_ON = tuple(dict.fromkeys(["cache", CACHE or "cache"]))
-SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
+SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")  # among the chunks of a prefill; from 5.23 on
 
 
 class MultimodalGenerationMixin:
@@ -48,6 +48,7 @@ class MultimodalGenerationMixin:
         kwargs = {key: value for key, value in kwargs.items() if key not in _HANDED_ON}
         past = cached_length(cache)
         if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):
+            # transformers then gives all of input_ids (batch, length) to the model, not the last one alone.
             cache = next_sequence_length = None
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -58,6 +59,7 @@ class MultimodalGenerationMixin:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        # transformers leaves features out of every iteration but the first; an assistant's prefill is none in its eyes.
         features = kwargs.get("mm_encoder_outputs")
         if features is not None and (anew or (cache is not None and past == 0)):
             inputs.setdefault("mm_encoder_outputs", features)
@@ -91,7 +93,7 @@ class MultimodalGenerationMixin:
         """
         keyword = cache_keyword(self.language_model)
         if keyword is None:
-            generation_config.use_cache = False
+            generation_config.use_cache = False  # transformers would make one, which `forward` does not take
             if model_kwargs.get("inputs_embeds") is not None:
                 raise ValueError(
                     f"{type(unwrapped(self.language_model)).__name__} has no cache, so each step needs the whole prompt, "
@@ -104,15 +106,14 @@ class MultimodalGenerationMixin:
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """As in transformers, from the language model's first position on."""
-        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + first_position(
-            self.language_model
-        )
+        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return positions + first_position(self.language_model)
 
     def create_masks_for_generate(self, config, **kwargs: Any) -> Any:
         """As in transformers, or as the language model's class does it; for caches of a fixed size."""
         inner = unwrapped(self.language_model)
-        theirs = getattr(inner, "create_masks_for_generate", create_masks_for_generate)
-        return theirs(config=inner.config, **kwargs)
+        create = getattr(inner, "create_masks_for_generate", create_masks_for_generate)
+        return create(config=inner.config, **kwargs)  # its own configuration: the whole's has no layer types
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config
@@ -124,15 +125,20 @@ class MultimodalGenerationMixin:
         keywords = [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
         given = {key: model_kwargs.pop(key) for key in keywords if key in model_kwargs}
         media, _ = self._route(given)
-        outputs = self._encode(media, model_kwargs.get("mm_encoder_outputs"))
+        outputs = self._encode(media, model_kwargs.get("mm_encoder_outputs"))  # by name, items of (n_i, hidden) each
         is_ids = model_input_name != "inputs_embeds"
         ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
-        masks = self._placeholder_masks(ids, embeds, text_only=not outputs)
-        cached = self._cached_columns(inputs_tensor, model_kwargs, generation_config, is_ids)
+        masks = self._placeholder_masks(ids, embeds, text_only=not outputs)  # by name, (batch, length)
+        length, mask = inputs_tensor.shape[1], model_kwargs.get("attention_mask")
+        whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[-1]
+        # Embeddings are always whole rows, ids may be the new tokens alone.
+        cached = cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get(CACHE)))
         if cached:
-            behind = {name: _behind_cache(name, outputs[name], masks.get(name), cached) for name in media}
-            outputs = {name: output for name, output in (outputs | behind).items() if len(output.pooler_output)}
-            masks = {name: mask[:, cached:] for name, mask in masks.items()}
+            for name in media:
+                items = items_behind_cache(name, outputs[name].pooler_output, masks.get(name), cached)
+                outputs[name] = type(outputs[name])(pooler_output=items)
+            outputs = {name: output for name, output in outputs.items() if len(output.pooler_output)}
+            masks = {name: mask[:, cached:] for name, mask in masks.items()}  # (batch, length - cached)
         self._check_merge(masks, outputs, encoded_here=set(media) & set(outputs), prefill=True)
         if outputs and generation_config.prefill_chunk_size is not None and not SLICES_FEATURES:
             raise ValueError(
@@ -144,11 +150,6 @@ class MultimodalGenerationMixin:
             model_kwargs["mm_encoder_outputs"] = outputs
         return model_kwargs
 
-    def _cached_columns(self, prompt: Tensor, model_kwargs: dict[str, Any], generation_config, is_ids: bool) -> int:
-        length, mask = prompt.shape[1], model_kwargs.get("attention_mask")
-        whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[-1]
-        return cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get(CACHE)))
-
     def _expand_multimodal_outputs(
         self,
         input_ids: Tensor | None,
@@ -156,15 +157,20 @@ class MultimodalGenerationMixin:
         expand_size: int = 1,
         inputs_embeds: Tensor | None = None,
     ) -> dict[str, Any]:
-        """Repeat the items of each sample together: beams of one sample stand side by side."""
+        """Repeat the items of each sample together: beams of one sample stand side by side.
+
+        transformers repeats each image by itself, which mixes up samples that have several: of rows with the items
+        ``[a, b], [c]`` two beams need ``a b a b c c``, not ``a a b b c c``.
+        """
         no_ids = input_ids is None or input_ids.numel() == 0
         ids, embeds = (None, inputs_embeds) if no_ids else (input_ids, None)
-        masks = self._placeholder_masks(ids, embeds, text_only=False)
+        masks = self._placeholder_masks(ids, embeds, text_only=False)  # (batch, length), before rows are repeated
         expanded = {}
         for name, output in mm_encoder_output.items():
             name = self._named(name)
-            groups = group_by_sample(output.pooler_output, masks[name].sum(-1).tolist())
-            items = list(chain.from_iterable(group * expand_size for group in groups))
+            counts = masks[name].sum(-1).tolist()  # of each row
+            groups = group_by_sample(output.pooler_output, counts)  # batch x items of (n_i, hidden)
+            items = list(chain.from_iterable(group * expand_size for group in groups))  # of batch * expand_size rows
             expanded[name] = type(output)(pooler_output=items)
         return expanded
 
@@ -172,15 +178,9 @@ class MultimodalGenerationMixin:
         """As in transformers, and never generate a placeholder: there would be no features for it."""
         processors = super()._get_logits_processor(*args, **kwargs)
         head = self.get_output_embeddings()
-        size = head.weight.shape[0] if head is not None else self.config.get_text_config().vocab_size
+        size = head.weight.shape[0] if head is not None else self.config.get_text_config().vocab_size  # of the logits
         text_only = not (kwargs.get("model_kwargs") or {}).get("mm_encoder_outputs")
         ids = [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]
         if ids:
             processors.append(SuppressTokensLogitsProcessor(ids, device=str(self.device)))
         return processors
-
-
-def _behind_cache(name: str, output: Any, mask: Tensor | None, cached: int) -> Any:
-    if mask is None:
-        return output
-    return type(output)(pooler_output=items_behind_cache(name, output.pooler_output, mask, cached))

@@ -1,6 +1,5 @@
 """A composed model without its head, and its embeddings and head, which are the language model's."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..parts.adapters import is_adapted, unwrapped
-from ..parts.signatures import takes_any_keyword
+from ..parts.signatures import accepts
 from .calling import with_cache
 
 
@@ -19,8 +18,10 @@ class Headless:
     Trainers that compute a loss of their own call `model.base_model(...)`.
     """
 
+    # No `nn.Module`: the model would hold itself as a part, with every parameter twice.  Two of one model are equal, as a
+    # submodule is the same object at every access.
     def __init__(self, model):
-        object.__setattr__(self, "_model", model)
+        self._model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         """As the model's `forward`, without labels.
@@ -42,7 +43,7 @@ class Headless:
         return self._model.forward_headless(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_model"), name)
+        return getattr(object.__getattribute__(self, "_model"), name)  # not `self._model`: a copy has none at first
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Headless) and other._model is self._model
@@ -63,10 +64,8 @@ def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
         raise ValueError(
             f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run."
         )
-    arguments = with_cache(backbone, inputs)
-    known = set(inspect.signature(backbone.forward).parameters)
-    if not takes_any_keyword(backbone):
-        arguments = {key: value for key, value in arguments.items() if key in known}
+    # What its head's `forward` takes and the backbone does not (`logits_to_keep`) has nothing to do here.
+    arguments = {key: value for key, value in with_cache(backbone, inputs).items() if accepts(backbone, key)}
     return backbone(**arguments, return_dict=True)
 
 
@@ -102,6 +101,7 @@ class EmbeddingsMixin(PreTrainedModel):
             the language model's input embeddings.
         """
         unwrapped(self.language_model).resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        # With neither argument transformers resizes nothing and just returns the embeddings.
         if new_num_tokens is not None or pad_to_multiple_of is not None:
             self.vocab_size = self.config.get_text_config().vocab_size
             self.tie_weights()

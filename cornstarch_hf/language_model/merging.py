@@ -1,6 +1,6 @@
 """Features where placeholder tokens stand: pure tensor functions, and the mixin by which a composed model uses them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,7 @@ from .extra_inputs import embed_ids, id_inputs
 
 
 def placeholder_mask(input_ids: Tensor, token_id: int) -> Tensor:
-    """Where a placeholder token stands.
-
-    Args:
-        input_ids: ``(batch, length)``.
-        token_id: the placeholder's id.
-
-    Returns:
-        bool ``(batch, length)``.
+    """Where a placeholder token stands: bool ``(batch, length)``, as the ids.
 
     >>> placeholder_mask(torch.tensor([[1, 9, 9, 2]]), 9).tolist()
     [[False, True, True, False]]
@@ -29,15 +22,7 @@ def placeholder_mask(input_ids: Tensor, token_id: int) -> Tensor:
 
 
 def embedded_placeholder_mask(inputs_embeds: Tensor, embedding: Tensor) -> Tensor:
-    """Where rows of `inputs_embeds` equal a placeholder's embedding.
-
-    Args:
-        inputs_embeds: ``(batch, length, hidden)``.
-        embedding: ``(hidden,)``.
-
-    Returns:
-        bool ``(batch, length)``.
-    """
+    """Where embeddings ``(batch, length, hidden)`` equal a placeholder's ``(hidden,)``: bool ``(batch, length)``."""
     return (inputs_embeds == embedding).all(-1)
 
 
@@ -46,36 +31,52 @@ def without_placeholders(input_ids: Tensor, mask: Tensor, safe_id: int = 0) -> T
     return input_ids.masked_fill(mask, safe_id)
 
 
+def items_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[range]:
+    """Positions of each sample's items: the next ones in order, until they have as many features as it has placeholders.
+
+    Lazy, since a sample whose items have more leaves too few for those behind it: check each before taking the next.
+
+    Args:
+        lengths: features of each item.
+        counts: placeholders of each sample.
+
+    >>> list(items_of_samples([2, 3, 4], [5, 0, 4]))
+    [range(0, 2), range(2, 2), range(2, 3)]
+    """
+    stop = 0
+    for count in counts:
+        start, features = stop, 0
+        while features < count:
+            features, stop = features + lengths[stop], stop + 1
+        yield range(start, stop)
+
+
 def check_counts(name: str, token: str, mask: Tensor, lengths: Sequence[int]) -> None:
     """Raise unless each sample has as many placeholders as its items have features.
 
     Items belong to samples in order, so every sample's placeholders must be the sum of the next whole items.
 
     Args:
-        name: the modality, for the message.
-        token: the placeholder token, for the message.
-        mask: bool ``(batch, length)``.
+        name, token: the modality and its placeholder token, for the message.
+        mask: bool ``(batch, length)``, where placeholders stand.
         lengths: features of each item, in order.
 
     Raises:
         ValueError: with the modality, the sample and both numbers.
     """
-    needed = mask.sum(-1).tolist()
+    needed = mask.sum(-1).tolist()  # per sample
     if sum(needed) != sum(lengths):
         raise ValueError(
             f"{name}: the text has {sum(needed)} placeholder tokens ({token}), but the encoder gave {sum(lengths)} "
             f"features for {len(lengths)} item(s) {_short(lengths)}; placeholders per sample: {_short(needed)}. "
             f"{_COUNT_REMEDY}"
         )
-    item = 0
-    for sample, count in enumerate(needed):
-        start, given = item, 0
-        while given < count:
-            given, item = given + lengths[item], item + 1
-        if given != count:
+    for sample, (count, items) in enumerate(zip(needed, items_of_samples(lengths, needed), strict=True)):
+        own = lengths[items.start : items.stop]
+        if sum(own) != count:
             raise ValueError(
-                f"{name}, sample {sample}: {count} placeholder tokens ({token}), but its items {start}..{item - 1} give "
-                f"{given} features {_short(lengths[start:item])}: an item cannot be split between samples. {_COUNT_REMEDY}"
+                f"{name}, sample {sample}: {count} placeholder tokens ({token}), but its items {items.start}..{items[-1]} give "
+                f"{sum(own)} features {_short(own)}: an item cannot be split between samples. {_COUNT_REMEDY}"
             )
 
 
@@ -86,19 +87,15 @@ _COUNT_REMEDY = (
 
 
 def _short(values: Sequence[int]) -> str:
-    values = list(values)
-    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:12]))}, ...]"
+    return f"[{', '.join(map(str, values[:12]))}{', ...' if len(values) > 12 else ''}]"
 
 
 def shifted_left(values: Tensor, blank: bool | int = False) -> Tensor:
-    """A mask or labels aligned with the predictions: position t holds what t + 1 held, the last one `blank`.
+    """A mask or labels ``(batch, length)`` aligned with the predictions: position t holds what t + 1 held.
 
     Args:
         values: ``(batch, length)``.
-        blank: False for masks, -100 for labels.
-
-    Returns:
-        ``(batch, length)``.
+        blank: what the last position holds: False for masks, -100 for labels.
 
     >>> shifted_left(torch.tensor([[False, True, False]])).tolist()
     [[True, False, False]]
@@ -116,11 +113,7 @@ def mask_labels(placeholders: Tensor, labels: Tensor | None) -> Tensor | None:
 
 
 def check_labels(
-    placeholders: Tensor,
-    token_ids: Sequence[int],
-    labels: Tensor | None,
-    shift_labels: Tensor | None,
-    counted: bool,
+    placeholders: Tensor, token_ids: Sequence[int], labels: Tensor | None, shift_labels: Tensor | None, counted: bool
 ) -> None:
     """Refuse labelled placeholders whose number has gone into the loss's denominator already.
 
@@ -145,6 +138,7 @@ def check_labels(
         return
     where = where.to(given.device)
     wrong = int((where & (given != -100)).sum())
+    # Where most placeholders are labelled with a placeholder's id, the labels are a copy of the ids.
     copied = int((where & torch.isin(given, torch.tensor(list(token_ids), device=given.device))).sum())
     if wrong and (counted or 2 * copied > int(where.sum())):
         raise ValueError(
@@ -169,38 +163,24 @@ def scatter_features(inputs_embeds: Tensor, mask: Tensor, features: Tensor) -> T
     >>> scatter_features(x, torch.tensor([[False, True, True]]), torch.tensor([[1., 2.], [3., 4.]])).tolist()
     [[[0.0, 0.0], [1.0, 2.0], [3.0, 4.0]]]
     """
-    torch_compilable_check(
-        mask.sum() * inputs_embeds.shape[-1] == features.numel(),
-        f"placeholders and features do not match: features {tuple(features.shape)}",
-    )
-    return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features.to(inputs_embeds))
-
-
-def split_features(features: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Split concatenated features ``(sum(lengths), hidden)`` into one ``(n_i, hidden)`` tensor per item."""
-    return list(features.split([int(n) for n in lengths]))
+    # Unlike an `if`, this check compiles: `masked_scatter` would take the first features of too many in silence.
+    fits = mask.sum() * inputs_embeds.shape[-1] == features.numel()
+    torch_compilable_check(fits, f"placeholders and features do not match: features {tuple(features.shape)}")
+    features = features.to(inputs_embeds)  # its dtype and device
+    # (batch, length, 1) spreads over hidden, and features are taken in reading order: row by row, left to right.
+    return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)  # (batch, length, hidden)
 
 
 def group_by_sample(items: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
-    """Assign items to samples in order; `counts` are the samples' placeholder numbers (see `check_counts`)."""
-    groups: list[list[Tensor]] = []
-    item = 0
-    for count in counts:
-        group: list[Tensor] = []
-        while sum(len(x) for x in group) < count:
-            group.append(items[item])
-            item += 1
-        groups.append(group)
-    return groups
+    """The items, tensors ``(n_i, hidden)``, of each sample, by the samples' placeholders; they fit (`check_counts`)."""
+    own = items_of_samples([len(item) for item in items], counts)
+    return [[items[i] for i in positions] for positions in own]
 
 
 def cached_columns(length: int, mask_length: int, past: int) -> int:
-    """How many columns of a prompt stand for tokens that are in the cache: transformers takes whole rows, or new tokens.
+    """How many of the `length` columns of a prompt stand for the `past` tokens in the cache.
 
-    Args:
-        length: of the prompt's rows.
-        mask_length: of the attention mask, which covers the cache too; equal to `length` for whole rows.
-        past: tokens in the cache.
+    transformers takes whole rows, or new tokens alone: the attention mask, which covers the cache too, is longer then.
 
     >>> cached_columns(length=9, mask_length=9, past=6), cached_columns(length=3, mask_length=9, past=6)
     (6, 0)
@@ -208,32 +188,32 @@ def cached_columns(length: int, mask_length: int, past: int) -> int:
     return min(past, length) if mask_length == length else 0
 
 
-def items_behind_cache(name: str, items: Sequence[Tensor], mask: Tensor, cached: int) -> list[Tensor]:
+def items_behind_cache(name: str, items: Sequence[Tensor], mask: Tensor | None, cached: int) -> list[Tensor]:
     """Of the items of whole rows those whose placeholders are not in the cache; of other rows all items.
 
     Args:
         name: the modality, for the message.
         items: one ``(n_i, hidden)`` tensor per item, in order.
-        mask: bool ``(batch, length)``, where the rows' placeholders stand.
+        mask: bool ``(batch, length)``, where the rows' placeholders stand; None where no token stands for the modality.
         cached: columns of the rows that are in the cache.
 
     Raises:
         ValueError: an item that is in the cache in part.
     """
-    if cached == 0 or sum(len(item) for item in items) != int(mask.sum()):
+    if mask is None or cached == 0 or sum(len(item) for item in items) != int(mask.sum()):
         return list(items)
     left = []
-    counts, done = mask.sum(-1).tolist(), mask[:, :cached].sum(-1).tolist()
+    counts, done = mask.sum(-1).tolist(), mask[:, :cached].sum(-1).tolist()  # placeholders per sample: all, cached ones
     for sample, group in enumerate(group_by_sample(items, counts)):
-        start, passed = 0, 0
-        while passed < done[sample]:
-            passed, start = passed + len(group[start]), start + 1
-        if passed != done[sample]:
+        lengths = [len(item) for item in group]
+        (passed,) = items_of_samples(lengths, [done[sample]])
+        features = sum(lengths[: passed.stop])
+        if features != done[sample]:
             raise ValueError(
-                f"{name}, sample {sample}: {done[sample]} of its placeholders are in the cache, but its first {start} item(s) "
-                f"have {passed} features: cut the cache between items, or generate without it."
+                f"{name}, sample {sample}: {done[sample]} of its placeholders are in the cache, but its first {passed.stop} "
+                f"item(s) have {features} features: cut the cache between items, or generate without it."
             )
-        left += group[start:]
+        left += group[passed.stop :]
     return left
 
 
@@ -296,6 +276,7 @@ class MergingMixin(PreTrainedModel):
         return ids
 
     def _placeholder_masks(self, input_ids, inputs_embeds, text_only: bool) -> dict[str, Tensor]:
+        """Where each modality's placeholders stand, by name: bool ``(batch, length)``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         ids = self.placeholder_ids(text_only)
@@ -303,24 +284,23 @@ class MergingMixin(PreTrainedModel):
             return {name: placeholder_mask(input_ids, token_id) for name, token_id in ids.items()}
         embed: Any = self.get_input_embeddings()
         rows = getattr(embed, "num_embeddings", None) or embed.weight.shape[0]
-        return {
-            name: embedded_placeholder_mask(inputs_embeds, embed(torch.tensor(i, device=inputs_embeds.device)))
-            for name, i in ids.items()
-            if i < rows
-        }
+        # An id behind the table has no embedding, so none of the caller's can be it.
+        inside = {name: torch.tensor(i, device=inputs_embeds.device) for name, i in ids.items() if i < rows}
+        return {name: embedded_placeholder_mask(inputs_embeds, embed(token_id)) for name, token_id in inside.items()}
 
     def _check_merge(self, masks: dict, outputs: dict[str, Any], encoded_here: set[str], prefill: bool) -> None:
+        """Refuse features without placeholders, placeholders without features, and other numbers of them (ValueError)."""
         for name in outputs:
             if name not in masks:
                 raise ValueError(
                     f"{name}: there are features but no placeholder token: build the processor with model=, or call "
                     f"set_modality_token_ids({{{name!r}: token_id}})."
                 )
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the numbers are known on the device only; `scatter_features` checks the sum
             return
         for name, mask in masks.items():
             token = self.config.modality(name)["token"] or f"id {self.config.modality(name)['token_id']}"
-            if name in encoded_here:
+            if name in encoded_here:  # else features come ready, of one chunk of the prompt perhaps: the sum is checked
                 check_counts(name, token, mask, [len(item) for item in outputs[name].pooler_output])
             elif name not in outputs and prefill and bool(mask.any()):
                 raise ValueError(
@@ -335,26 +315,29 @@ class MergingMixin(PreTrainedModel):
         """
         if not outputs:
             return input_ids, inputs_embeds, text
-        every = torch.stack(list(masks.values())).any(0)
+        every = torch.stack(list(masks.values())).any(0)  # (modalities, batch, length) -> (batch, length)
         given = {key for key, value in text.items() if value is not None}
         text = text | id_inputs(self.language_model, input_ids, every, given)
-        if inputs_embeds is None:
+        if inputs_embeds is None:  # a placeholder's id may have no row in the embedding table
             inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, every))
+        # inputs_embeds: (batch, length, hidden)
         for name, output in outputs.items():
             features = output.pooler_output  # items of (n_i, hidden), or (items, n, hidden)
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
-            mask = masks[name].to(inputs_embeds.device)
-            inputs_embeds = scatter_features(inputs_embeds, mask, features)
+            # features: (all of the modality's, hidden), in the order of their placeholders
+            mask = masks[name].to(inputs_embeds.device)  # (batch, length)
+            inputs_embeds = scatter_features(inputs_embeds, mask, features)  # (batch, length, hidden)
         return None, inputs_embeds, text
 
     def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:
-        if not masks or (labels is None and text.get("shift_labels") is None):
+        """Labels ``(batch, length)`` with -100 at placeholders; so are the `shift_labels` in `text` (in place)."""
+        shifted = text.get("shift_labels")
+        if not masks or (labels is None and shifted is None):
             return labels
-        placeholders = torch.stack(list(masks.values())).any(0)
+        placeholders = torch.stack(list(masks.values())).any(0)  # (batch, length)
         if not torch.compiler.is_compiling():
             ids = [self.config.modality(name)["token_id"] for name in masks]
-            counted = text.get("num_items_in_batch") is not None
-            check_labels(placeholders, ids, labels, text.get("shift_labels"), counted)
-        if text.get("shift_labels") is not None:
-            text["shift_labels"] = mask_labels(shifted_left(placeholders), text["shift_labels"])
+            check_labels(placeholders, ids, labels, shifted, counted=text.get("num_items_in_batch") is not None)
+        if shifted is not None:
+            text["shift_labels"] = mask_labels(shifted_left(placeholders), shifted)
         return mask_labels(placeholders, labels)

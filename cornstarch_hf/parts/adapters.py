@@ -64,11 +64,9 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
             f"{where}: a checkpoint cannot hold layer_replication, which changes the layers of the part itself. Use an adapter "
             "configuration without it, or merge_and_unload() before composing."
         )
+    plain = {name: _plain(config.to_dict()) for name, config in model.peft_config.items()}
     try:
-        configs = {
-            name: as_json(_plain(config.to_dict()), f"{where}: the adapter {name!r}")
-            for name, config in model.peft_config.items()
-        }
+        configs = {name: as_json(values, f"{where}: the adapter {name!r}") for name, values in plain.items()}
     except NotStorable as error:
         raise ValueError(f"{error}: give the adapter configuration JSON values.") from error
     described = {"configs": configs, "active": list(model.active_adapters), "class": type(model).__name__}
@@ -165,13 +163,10 @@ def check_no_wrapped_part(model: nn.Module, parts: Mapping[str, nn.Module]) -> N
 
 
 def check_all_kept(model: nn.Module) -> None:
-    """Refuse to train, under adapters around the whole model, what would not be saved with them.
+    """Refuse to train, under adapters around the whole model (if it has any), what would not be saved with them.
 
     PEFT saves the adapters, and modules in `modules_to_save`; whatever else trains would be lost on reload, a projector
     above all.
-
-    Args:
-        model: a composed model, perhaps with adapters around it (`get_peft_model(model)`, `model.add_adapter`).
 
     Raises:
         ValueError: with the first of the parameters and their number.

@@ -69,7 +69,7 @@ def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTr
 
     Args:
         name: as `class_name` gave it.
-        config: of the part; its module tells where transformers keeps the class.
+        config: of the part; transformers keeps the class in a module beside its own.
         where: the part, for the message.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +103,6 @@ def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
     of them frozen, does not train: it could not skip the others alone.
 
     Quantized linear layers stay in training mode: they take evaluation for inference and change to a form without gradients.
-
-    Args:
-        parts: modules in training mode, by name.
     """
     for part in parts.values():
         _set_modes(part, True, _Trains(part))
@@ -122,19 +119,17 @@ class _Trains:
         self._survey(part)
 
     def _survey(self, module: nn.Module) -> None:
-        own = list(module.parameters(recurse=False))
-        children = list(module.children())
+        own, children = list(module.parameters(recurse=False)), list(module.children())
         for child in children:
             self._survey(child)
-        if own or any(child in self.holding for child in children):
-            self.holding.add(module)
         trains = any(p.requires_grad for p in own)
-        if trains or any(child in self.any for child in children):
-            self.any.add(module)
-        if isinstance(module, self.adapters):
-            trains, children = False, base_children(module)  # of its base, what it wraps counts alone
-        if trains or any(child in self.base for child in children):
-            self.base.add(module)
+        found = [(self.holding, bool(own), children), (self.any, trains, children)]
+        # Of an adapter layer, what it wraps counts alone.
+        adapter = isinstance(module, self.adapters)
+        found.append((self.base, trains and not adapter, base_children(module) if adapter else children))
+        for modules, here, below in found:
+            if here or not modules.isdisjoint(below):
+                modules.add(module)
 
     def mode(self, module: nn.Module, around: bool) -> bool:
         """Whether a module is to be in training mode, given the mode of the one around it."""
@@ -182,25 +177,25 @@ def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
 
 
 def checkpoint_frozen_layers(model: nn.Module) -> None:
-    """Have the frozen layers of a model in training mode checkpoint where gradients flow through them (in place).
+    """Have the frozen layers of a model checkpoint where gradients flow through them, if all layers do (in place).
 
     In evaluation mode of the whole nothing does.  A layer without gradients runs as it is, one that is given a cache too,
     since a cache would be written once more when the layer is computed again.
-
-    Args:
-        model: in its mode, with checkpointing on or off.
     """
     layers = _checkpointing_layers(model) if model.training else ()
     wanted = {layer: owner for layer, owner in layers if not owner.training}
     for layer in model.modules():
-        current = layer.__dict__.get("forward")
-        owner = wanted.get(layer)
-        # One that fits stays the same object, for what has been compiled with it.
-        if _is_ours(current) and current.args[1] is not owner:
-            current = _restore(layer, current)
-        if owner is not None and not _is_ours(current):
-            # Of its own layer by an argument, and not a closure: a copy of the model keeps to its own layers.
-            layer.__dict__["forward"] = functools.partial(_in_evaluation_mode, layer, owner, current)
+        current, owner = layer.__dict__.get("forward"), wanted.get(layer)
+        ours = isinstance(current, functools.partial) and current.func is _in_evaluation_mode
+        if ours and current.args[1] is owner:
+            continue  # the same object still, for what has been compiled with it
+        before = current.args[2] if ours else current  # a `forward` that accelerate's hooks gave the instance, or None
+        # Of its own layer by an argument, and not a closure: a copy of the model keeps to its own layers.
+        forward = before if owner is None else functools.partial(_in_evaluation_mode, layer, owner, before)
+        if forward is not None:
+            layer.__dict__["forward"] = forward
+        elif ours:
+            del layer.__dict__["forward"]
 
 
 def is_checkpointing(model: nn.Module) -> bool:
@@ -224,18 +219,6 @@ def _checkpointing_layers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield module, module
         elif not any(isinstance(inner, GradientCheckpointingLayer) for inner in module.modules()):
             yield from ((layer, module) for layer in layers_in_lists(module))
-
-
-def _is_ours(forward: Any) -> TypeGuard[functools.partial]:
-    return isinstance(forward, functools.partial) and forward.func is _in_evaluation_mode
-
-
-def _restore(layer: nn.Module, forward: functools.partial) -> Any:
-    """Take away our `forward`; returns the one that the instance had before (as accelerate's hooks give it), or None."""
-    del layer.__dict__["forward"]
-    if (before := forward.args[2]) is not None:
-        layer.__dict__["forward"] = before
-    return before
 
 
 def _in_evaluation_mode(layer: Any, owner: Any, before: Callable | None, *args: Any, **kwargs: Any) -> Any:

@@ -106,12 +106,8 @@ def _on_cpu(args: Any, kwargs: dict[str, Any]) -> bool:
 def run_privately(func: Any, args: Any, kwargs: dict[str, Any], generator: torch.Generator) -> Any:
     """Run an operation on tensors of the CPU; what it draws comes from the generator.
 
-    The few that take none (dropout) give a meta tensor: nobody can tell its values beforehand.
-
-    Args:
-        func: an overload, as a dispatch mode gets it.
-        args, kwargs: of it.
-        generator: whose numbers are drawn.
+    The few that take none (dropout) give a meta tensor: nobody can tell its values beforehand.  `func` is an overload, as
+    a dispatch mode gets it.
     """
     if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
         return func(*args, **kwargs)

@@ -79,14 +79,10 @@ def check_caches_known() -> None:
 
 @functools.cache
 def check_hooks(owner: type, names: tuple[str, ...]) -> None:
-    """Refuse to go on where transformers lacks a method that is overridden: nobody would call the override any more.
-
-    Args:
-        owner: a class of transformers.
-        names: the methods that a class of this package overrides.
+    """Refuse to go on where a class of transformers lacks a method that is overridden: nobody would call the override.
 
     Raises:
-        ValueError: names those that are missing.
+        ValueError: names the methods that are missing.
     """
     if missing := [name for name in names if not hasattr(owner, name)]:
         raise ValueError(
@@ -97,7 +93,7 @@ def check_hooks(owner: type, names: tuple[str, ...]) -> None:
 
 @functools.cache
 def peft_is_behind() -> bool:
-    """Whether PEFT is installed and older than this version of transformers wants it: it knows caches by their former name."""
+    """Whether PEFT is older than this version of transformers wants it: it knows caches by their former name."""
     try:
         return Version(importlib.metadata.version("peft")) < Version(MIN_PEFT_VERSION)
     except importlib.metadata.PackageNotFoundError:

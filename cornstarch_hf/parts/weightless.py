@@ -149,12 +149,7 @@ def build_without_weights(build: Callable[[], Any]) -> Any:
 
 
 def _fill_buffers(module: nn.Module, owner: Any) -> None:
-    """Give buffers the values that their model's class gives them, which transformers does once a model is built.
-
-    Args:
-        module: whose buffers, and those below it, are filled.
-        owner: the nearest model around it.
-    """
+    """Give buffers the values of their model's class (`owner` is the nearest model), as transformers does after building."""
     owner = module if isinstance(module, PreTrainedModel) else owner
     real = any(buffer is not None and not buffer.is_meta for buffer in module._buffers.values())
     if real and owner is not None and not getattr(module, "_is_hf_initialized", False):
@@ -166,9 +161,7 @@ def _fill_buffers(module: nn.Module, owner: Any) -> None:
 def parameters_to_meta(module: nn.Module, compute_dtype: torch.dtype | None = None) -> Any:
     """Move a module's parameters to the meta device (in place), shared ones shared; returns the module.
 
-    Args:
-        module: any module.
-        compute_dtype: of all floating-point parameters, which then need no gradients; None leaves both as they are.
+    With `compute_dtype` all floating-point parameters get that dtype and need no gradients.
     """
     moved: dict[int, nn.Parameter] = {}
     for child in module.modules():
@@ -271,6 +264,5 @@ def dry_run(module: Callable, inputs: dict[str, Any]) -> Any:
     Raises:
         whatever the module raises, e.g. where it reads a feature's value.
     """
-    shapes = to_shapes(inputs)
     with torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
-        return module(**shapes)
+        return module(**to_shapes(inputs))

@@ -17,6 +17,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
+        # torch's own norm computes in the dtype of its input: in bfloat16 the sum of squares would lose digits.
         precise = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(precise), self.normalized_shape, self.weight.to(precise), self.eps).to(x.dtype)
 
@@ -27,15 +28,9 @@ NORMS: dict[str, Callable[[int, float | None], nn.Module]] = {
     "rms_norm": lambda width, eps: RMSNorm(width, eps=1e-6 if eps is None else eps),
 }
 HEAD_DEFAULTS: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": None,
-    "gated": False,
-    "bias": True,
-    "norm": "none",
-    "norm_mid": "none",
-    "norm_post": "none",
-    "norm_eps": None,
-}
+    "num_layers": 2, "hidden_size": None, "gated": False, "bias": True,
+    "norm": "none", "norm_mid": "none", "norm_post": "none", "norm_eps": None,
+}  # fmt: skip
 
 
 def check_choice(value: Any, choices: Any, name: str) -> None:
@@ -110,16 +105,16 @@ class ProjectionHead(nn.Module):
         """Project ``(..., in_features)`` to ``(..., out_features)``."""
         hidden = self.linear_1(self.norm(features))
         if self.linear_2 is None:
-            return self.norm_post(hidden)
+            return self.norm_post(hidden)  # (..., out_features)
         if self.gated:
-            values, gates = hidden.chunk(2, dim=-1)
+            values, gates = hidden.chunk(2, dim=-1)  # (..., 2 * hidden) to (..., hidden) each
             hidden = values * self.act(gates)
         else:
             hidden = self.act(hidden)
-        return self.norm_post(self.linear_2(self.norm_mid(hidden)))
+        return self.norm_post(self.linear_2(self.norm_mid(hidden)))  # (..., hidden) to (..., out_features)
 
 
 def activation_module(name: str) -> nn.Module:
     """A fresh activation module of transformers by its name; ValueError that lists the names."""
     check_choice(name, ACT2CLS, "activation")
-    return copy.deepcopy(ACT2FN[name])
+    return copy.deepcopy(ACT2FN[name])  # some entries of ACT2FN are one module that everybody would share

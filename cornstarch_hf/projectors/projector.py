@@ -77,10 +77,11 @@ def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
             "This projector holds a module of an unregistered class, so it cannot be built from its configuration: "
             "register the class with register_projector(name, cls)."
         )
-    missing = [key for key in ("in_features", "out_features") if getattr(config, key) is None]
+    fields = {key: getattr(config, key) for key in ("in_features", "out_features", "activation", "projection_kwargs")}
+    missing = [key for key in ("in_features", "out_features") if fields[key] is None]
     if missing and config.projection_type != TORCH_PROJECTION:
         raise ValueError(f"The {config.projection_type!r} projector lacks {missing}: set them in its configuration.")
-    fields = {key: getattr(config, key) for key in ("in_features", "out_features", "activation", "projection_kwargs")}
+    # By name, as users' classes take them too; options given in the configuration outdo its fields.
     return build_by_name(PROJECTORS[config.projection_type], {**fields, **config.projection_kwargs, "config": config})
 
 
@@ -91,11 +92,11 @@ def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig
     """
     name = PROJECTORS.name_of(type(projection))
     try:
-        if name is not None:  # first: the module tells what it is, which a configuration may not know in full
-            untold = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
-            return name, (untold if name == config.projection_type else {}) | constructor_arguments(projection)
+        if name is not None:  # first: the module says what it is, which a configuration may not know in full
+            extra = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
+            return name, (extra if name == config.projection_type else {}) | constructor_arguments(projection)
     except NotStorable:
-        pass
+        pass  # a class that keeps no attributes of its arguments: perhaps the configuration it was built from has them
     if config.projection_type != CUSTOM_PROJECTION and _is_what_config_says(projection, config):
         return config.projection_type, config.projection_kwargs
     try:
@@ -105,6 +106,7 @@ def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig
 
 
 def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfig) -> bool:
+    """Whether the configuration would build a module of the same classes, texts and shapes."""
     if PROJECTORS.name_of(type(projection)) not in (None, config.projection_type):
         return False
     try:
@@ -127,12 +129,11 @@ def acts_on_single_features(projection: nn.Module) -> bool:
 
 
 def projection_sizes(projection: nn.Module) -> tuple[int | None, int | None]:
-    """Input and output width of a module that tells them, or whose first and last layers are linear; else None."""
+    """Input and output width of a module that has them as attributes, or of whose first and last layer; else None."""
     layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
-    if not layers:
-        return None, None
-    first, last = getattr(layers[0], "in_features", None), getattr(layers[-1], "out_features", None)
-    return first if isinstance(first, int) else None, last if isinstance(last, int) else None
+    first, last = (layers[0], layers[-1]) if layers else (None, None)
+    sizes = getattr(first, "in_features", None), getattr(last, "out_features", None)
+    return sizes[0] if isinstance(sizes[0], int) else None, sizes[1] if isinstance(sizes[1], int) else None
 
 
 def reason_not_storable(projection: nn.Module) -> str:
@@ -226,7 +227,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         target = PROJECTORS.get(self.config.projection_type)
         reduction = isinstance(target, type) and issubclass(target, Reduction)
         if self.projection is None and dims is not None and reduction and "dims" in target.DEFAULTS:
-            self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs
+            self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs  # what is given stays
         if self.config.in_features is None:
             self.config.in_features = in_features
         if self.config.out_features is None:
@@ -242,11 +243,11 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
 
     @property
     def needs_grid(self) -> bool:
-        """Whether the projection must be told the height and width in which an item's features lie."""
+        """Whether the projection must be given the grid (height and width) of an item's features."""
         return bool(getattr(self.projection, "needs_grid", False))
 
     def feature_count(self, length: int, grid: Grid | None = None) -> int | None:
-        """Features left of an item; None where only a run tells, for a projection without a `feature_count` of its own.
+        """Features left of an item; None for a projection without a `feature_count` of its own, of which only a run shows it.
 
         Args:
             length: the item's features before.
@@ -303,7 +304,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
             # Reentrant checkpointing drops the gradients of a function whose inputs need none (a frozen encoder's).
             features = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
             return self._gradient_checkpointing_func(self.projection, features, *inputs[1:])
-        return self.projection(*inputs)
+        return self.projection(*inputs)  # (..., in_features) to (..., out_features)
 
     def _reduce(self, features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None) -> ProjectorOutput:
         """Reduce and project each item alone, those of one length and grid together."""
@@ -311,24 +312,24 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         # Without items: a class that is not known to reduce takes any leading axes.
         if features.ndim not in (2, 3) and not maps:
             return ProjectorOutput(last_hidden_state=self._project(features))
-        if maps:
+        if maps:  # (items, height, width, in_features) to (items, height * width, in_features)
             grids = [tuple(features.shape[1:3])] * len(features) if grids is None else grids
             features = features.flatten(1, 2)
-        if features.ndim == 2 and lengths is None:
+        if features.ndim == 2 and lengths is None:  # one item
             return ProjectorOutput(last_hidden_state=self._reduce(features[None], None, grids)[0][0])
         groups = groups_of_items(features, lengths, grids)
-        if len(groups) == 1 and lengths is None:
+        if len(groups) == 1 and lengths is None:  # nothing to sort: the batch as it is
             (_, grid), *_ = groups
             return ProjectorOutput(last_hidden_state=self._reduce_group(features, grid))
-        split = per_item(features, lengths, "the projector")
+        split = per_item(features, lengths, "the projector")  # items of (n_i, in_features)
         done: dict[int, Tensor] = {}
-        for (_, grid), positions in groups.items():
+        for (_, grid), positions in groups.items():  # padding would enter windows and attention, so equal lengths only
             reduced = self._reduce_group(torch.stack([split[i] for i in positions]), grid)
             done |= dict(zip(positions, reduced, strict=True))
-        items = [done[i] for i in range(len(split))]
+        items = [done[i] for i in range(len(split))]  # of (fewer_i, out_features), in their order again
         if lengths is None and len({len(item) for item in items}) == 1:
             return ProjectorOutput(last_hidden_state=torch.stack(items))
-        packed = torch.cat(items) if items else features.new_zeros(0, self.config.out_features)
+        packed = torch.cat(items) if items else features.new_zeros(0, self.config.out_features)  # (sum, out_features)
         return ProjectorOutput(last_hidden_state=packed, feature_lens=torch.tensor([len(item) for item in items]))
 
     def _reduce_group(self, features: Tensor, grid: Grid | None) -> Tensor:

@@ -7,7 +7,7 @@ this module; `projector` registers them all.
 import math
 from collections.abc import Sequence
 from inspect import Parameter, Signature
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +35,7 @@ def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int
     Raises:
         ValueError: no square, or a grid of another number of features.
     """
-    if dims == 1:
+    if dims == 1:  # a sequence, whatever grid there is
         return 1, (length,)
     if grid is None:
         side = math.isqrt(length)
@@ -45,7 +45,7 @@ def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int
                 f"and register tokens by drop_prefix={length - side * side}, or say the grid."
             )
         grid = (side, side)
-    frames, height, width = (1, *grid) if len(grid) == 2 else grid
+    frames, height, width = (1, *grid) if len(grid) == 2 else grid  # an image is one frame
     if frames * height * width != length or not length:
         raise ValueError(
             f"A grid of {' x '.join(map(str, grid))} = {frames * height * width} does not hold {length} features."
@@ -55,7 +55,8 @@ def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int
 
 def to_axes(features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
     """``(items, parts * axes, width)`` to ``(items * parts, width, *axes)``."""
-    return features.reshape(len(features) * parts, *axes, features.shape[-1]).movedim(-1, 1)
+    maps = features.reshape(len(features) * parts, *axes, features.shape[-1])
+    return maps.movedim(-1, 1)  # channels first, as torch pools and convolves them
 
 
 def from_axes(maps: Tensor, parts: int) -> Tensor:
@@ -65,12 +66,14 @@ def from_axes(maps: Tensor, parts: int) -> Tensor:
 
 def pad_end(features: Tensor, axes: Sequence[int], wanted: Sequence[int]) -> Tensor:
     """Append zeros to ``(items, *axes, width)`` until the axes have the wanted sizes."""
-    missing = [(0, want - have) for have, want in zip(axes, wanted, strict=True)]
-    return (
-        F.pad(features, [0, 0, *(n for pair in reversed(missing) for n in pair)])
-        if any(map(any, missing))
-        else features
-    )
+    missing = [want - have for have, want in zip(axes, wanted, strict=True)]
+    # torch takes (before, after) of the last axis first, and that is the width.
+    return F.pad(features, [0, 0, *pad_after(missing)]) if any(missing) else features
+
+
+def pad_after(sizes: Sequence[int]) -> list[int]:
+    """Numbers of zeros behind each axis as `torch.nn.functional.pad` takes them: in pairs, of the last axis first."""
+    return [n for size in reversed(sizes) for n in (0, size)]
 
 
 def blocks_to_channels(features: Tensor, axes: Sequence[int], factor: int, channel_order: str) -> Tensor:
@@ -86,10 +89,11 @@ def blocks_to_channels(features: Tensor, axes: Sequence[int], factor: int, chann
     Returns:
         ``(items, rows * columns / factor**2, width * factor**2)``.
     """
-    rows, columns = (size // factor for size in axes)
+    rows, columns = (size // factor for size in axes)  # of blocks
     blocks = features.reshape(len(features), rows, factor, columns, factor, features.shape[-1])
+    # "block": (items, rows, columns, factor, factor, width); "channel": (items, rows, columns, width, factor, factor)
     blocks = blocks.permute(0, 1, 3, 2, 4, 5) if channel_order == "block" else blocks.permute(0, 1, 3, 5, 2, 4)
-    return blocks.reshape(len(features), rows * columns, -1)
+    return blocks.reshape(len(features), rows * columns, -1)  # (items, rows * columns, width * factor**2)
 
 
 def divided(size: int, by: int, remainder: str, what: str) -> int:
@@ -103,7 +107,7 @@ def divided(size: int, by: int, remainder: str, what: str) -> int:
             f"{what}={by} does not divide {size} features along an axis ({size % by} would be left): give items of other "
             "sizes, or choose what happens to the rest by remainder=."
         )
-    count = size // by if remainder == "drop" else -(-size // by)
+    count = size // by if remainder == "drop" else -(-size // by)  # rounded up: padded, or with a smaller last window
     if not count and size:
         raise ValueError(f"{what}={by} leaves nothing of {size} features along an axis: choose a smaller one.")
     return count
@@ -152,14 +156,16 @@ class Reduction(nn.Module):
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {}
-    REMAINDERS: ClassVar[tuple[str, ...]] = ()
-    in_features: int
-    out_features: int
-    activation: str
+    REMAINDERS: ClassVar[tuple[str, ...]] = ()  # choices of `remainder`
+    COUNTS: ClassVar[tuple[str, ...]] = ()  # options that are positive integers, or None where that is their default
     dims: int = 1
+    if TYPE_CHECKING:  # each option is an attribute of its name
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        # `options_of` and `constructor_arguments` read signatures: they are to name the options, not ``**options``.
         sizes = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("in_features", "out_features")]
         activation = Parameter("activation", Parameter.POSITIONAL_OR_KEYWORD, default="gelu")
         options = [Parameter(key, Parameter.KEYWORD_ONLY, default=value) for key, value in cls.DEFAULTS.items()]
@@ -180,10 +186,12 @@ class Reduction(nn.Module):
             raise TypeError(f"{cls.__name__} has no options {unknown}, expected some of {sorted(cls.DEFAULTS)}.")
         chosen = cls.DEFAULTS | options
         check_head(chosen)
-        if "remainder" in chosen:
-            check_choice(chosen["remainder"], cls.REMAINDERS, "remainder")
-        if "dims" in chosen:
-            check_choice(chosen["dims"], (1, 2, 3), "dims")
+        for key, choices in (("remainder", cls.REMAINDERS), ("dims", (1, 2, 3))):
+            if key in chosen:
+                check_choice(chosen[key], choices, key)
+        for key in cls.COUNTS:
+            if not is_count(chosen[key]) and (chosen[key] is not None or cls.DEFAULTS[key] is not None):
+                raise ValueError(f"{key} must be an integer >= 1, got {chosen[key]!r}.")
         cls._check(chosen)
 
     @classmethod
@@ -204,7 +212,7 @@ class Reduction(nn.Module):
 
     @property
     def needs_grid(self) -> bool:
-        """Whether it must be told how an item's features lie in the plane."""
+        """Whether it must be given the grid of an item's features."""
         return self.dims > 1
 
     def reduced_axes(self, axes: Sequence[int]) -> list[int]:
@@ -235,7 +243,8 @@ class Reduction(nn.Module):
             ``(items, feature_count(length, grid), out_features)``.
         """
         parts, axes = item_axes(features.shape[1], grid, self.dims)
-        return self.head(self.reduce(features, parts, axes))
+        reduced = self.reduce(features, parts, axes)  # (items, fewer, reduced_width)
+        return self.head(reduced)  # (items, fewer, out_features)
 
     def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
         """``(items, parts * axes, in_features)`` to ``(items, fewer, reduced_width)``."""
@@ -267,16 +276,12 @@ class PixelShuffleProjection(Reduction):
     }  # fmt: skip
     REMAINDERS = ("error", "pad")
     dims = 2
-    scale_factor: int
-    channel_order: str
-    remainder: str
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
-        if not is_count(chosen["scale_factor"]):
+        if not is_count(factor := chosen["scale_factor"]):
             raise ValueError(
-                f"scale_factor must be an integer >= 1, got {chosen['scale_factor']!r}: a downsample_ratio of 0.5 is "
-                "scale_factor=2."
+                f"scale_factor must be an integer >= 1, got {factor!r}: a downsample_ratio of 0.5 is scale_factor=2."
             )
         check_choice(chosen["channel_order"], ("block", "channel"), "channel_order")
 
@@ -289,11 +294,10 @@ class PixelShuffleProjection(Reduction):
 
     def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
         padded = [n * self.scale_factor for n in self.reduced_axes(axes)]
-        maps = pad_end(
-            features.reshape(-1, *axes, self.in_features), axes, padded
-        )  # (items * parts, rows, columns, in)
-        joined = blocks_to_channels(maps.flatten(1, 2), padded, self.scale_factor, self.channel_order)
-        return joined.reshape(len(features), -1, self.reduced_width)
+        maps = features.reshape(-1, *axes, self.in_features)  # (items * parts, rows, columns, in_features)
+        maps = pad_end(maps, axes, padded).flatten(1, 2)  # (items * parts, padded rows * columns, in_features)
+        joined = blocks_to_channels(maps, padded, self.scale_factor, self.channel_order)
+        return joined.reshape(len(features), -1, self.reduced_width)  # (items, parts * blocks, reduced_width)
 
 
 class FrameStackProjection(Reduction):
@@ -312,13 +316,7 @@ class FrameStackProjection(Reduction):
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"stack_factor": 4, "remainder": "pad", **HEAD_DEFAULTS, "bias": False}
     REMAINDERS = ("pad", "error", "drop")
-    stack_factor: int
-    remainder: str
-
-    @classmethod
-    def _check(cls, chosen: dict[str, Any]) -> None:
-        if not is_count(chosen["stack_factor"]):
-            raise ValueError(f"stack_factor must be an integer >= 1, got {chosen['stack_factor']!r}.")
+    COUNTS = ("stack_factor",)
 
     @property
     def reduced_width(self) -> int:
@@ -331,11 +329,12 @@ class FrameStackProjection(Reduction):
         (count,) = self.reduced_axes(axes)
         whole = count * self.stack_factor
         kept = features[:, :whole]  # shorter by what "drop" drops
-        return pad_end(kept, kept.shape[1:2], [whole]).reshape(len(features), count, self.reduced_width)
+        padded = pad_end(kept, kept.shape[1:2], [whole])  # (items, whole, in_features)
+        return padded.reshape(len(features), count, self.reduced_width)
 
 
 def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
-    """One ``(n_i, width)`` tensor per item.
+    """Split features into one ``(n_i, width)`` tensor per item.
 
     Args:
         features: a list of tensors, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `lengths`.
@@ -346,7 +345,7 @@ def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None,
         ValueError: packed features without lengths, or lengths that do not fit.
     """
     if not isinstance(features, Tensor):
-        return [x.flatten(0, -2) for x in features]
+        return [x.flatten(0, -2) for x in features]  # maps (height, width, channels) are read row by row
     if features.ndim == 3:
         if lengths is None:
             return list(features)

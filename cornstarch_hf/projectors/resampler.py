@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..limits import is_count
 from .heads import HEAD_DEFAULTS, NORMS, ProjectionHead
 from .reductions import Grid, Reduction
 
@@ -32,14 +31,15 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
         """``(items, queries, width)`` and ``(items, length, width)`` to ``(items, queries, width)``."""
-        seen = torch.cat([context, queries], dim=1)
-        q = self._heads(self.q_proj(queries))
-        k, v = (self._heads(x).repeat_interleave(self.groups, dim=1) for x in (self.k_proj(seen), self.v_proj(seen)))
+        seen = torch.cat([context, queries], dim=1)  # (items, length + queries, width)
+        q, k, v = (
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (items, heads or kv_heads, tokens, head_dim)
+            for x in (self.q_proj(queries), self.k_proj(seen), self.v_proj(seen))
+        )
+        # Each key and value head serves `groups` query heads: (items, heads, length + queries, head_dim).
+        k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
         attended = F.scaled_dot_product_attention(q, k, v)  # (items, heads, queries, head_dim)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))  # (items, queries, heads * head_dim) to (..., width)
 
 
 class PerceiverLayer(nn.Module):
@@ -78,20 +78,10 @@ class ResamplerProjection(Reduction):
         "num_queries": 64, "depth": 3, "num_heads": 16, "num_kv_heads": 4, "head_dim": 96, "query_size": None,
         **HEAD_DEFAULTS, "gated": True, "bias": False,
     }  # fmt: skip
-    num_queries: int
-    depth: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    query_size: int | None
-    bias: bool
-    norm_eps: float | None
+    COUNTS = ("num_queries", "depth", "num_heads", "num_kv_heads", "head_dim", "query_size")
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
-        for key in ("num_queries", "depth", "num_heads", "num_kv_heads", "head_dim", "query_size"):
-            if not is_count(chosen[key]) and not (key == "query_size" and chosen[key] is None):
-                raise ValueError(f"{key} must be an integer >= 1, got {chosen[key]!r}.")
         if chosen["num_heads"] % chosen["num_kv_heads"]:
             raise ValueError(f"num_kv_heads={chosen['num_kv_heads']} must divide num_heads={chosen['num_heads']}.")
 
@@ -100,10 +90,9 @@ class ResamplerProjection(Reduction):
         self.head = self._head(self.in_features, width)
         self.queries = nn.Parameter(torch.empty(self.num_queries, width))
         nn.init.normal_(self.queries, std=QUERY_STD)
-        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
-        self.layers = nn.ModuleList(
-            PerceiverLayer(width, self.activation, self.norm_eps, **heads) for _ in range(self.depth)
-        )
+        heads = {key: getattr(self, key) for key in ("num_heads", "num_kv_heads", "head_dim")}
+        layers = [PerceiverLayer(width, self.activation, self.norm_eps, **heads) for _ in range(self.depth)]
+        self.layers = nn.ModuleList(layers)
         self.query_norm = NORMS["rms_norm"](width, self.norm_eps)
         same = width == self.out_features
         self.output = nn.Identity() if same else nn.Linear(width, self.out_features, bias=self.bias)
@@ -115,9 +104,9 @@ class ResamplerProjection(Reduction):
 
     def forward(self, features: Tensor, grid: Grid | None = None) -> Tensor:
         """``(items, length, in_features)`` to ``(items, num_queries, out_features)``."""
-        self.reduced_axes(features.shape[1:2])
-        context = self.head(features)
-        queries = self.queries.to(context.dtype).expand(len(features), -1, -1)
+        self.reduced_axes(features.shape[1:2])  # refuses items without features
+        context = self.head(features)  # (items, length, width)
+        queries = self.queries.to(context.dtype).expand(len(features), -1, -1)  # (items, num_queries, width)
         for layer in self.layers:
             queries = layer(queries, context)
-        return self.output(self.query_norm(queries))
+        return self.output(self.query_norm(queries))  # (items, num_queries, out_features)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..limits import is_count
 from .heads import HEAD_DEFAULTS, activation_module
-from .reductions import Reduction, divided, from_axes, per_axis, to_axes
+from .reductions import Reduction, divided, from_axes, pad_after, per_axis, to_axes
 
 POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 ADAPTIVE_POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -24,6 +24,7 @@ def convolved(size: int, kernel: int, stride: int, padding: int, remainder: str)
     """
     padded = size + 2 * padding
     count = (padded - kernel) // stride + 1 if padded >= kernel else 0
+    # Real positions behind the end of the last window, which lies at (count - 1) * stride + kernel.
     unseen = size + padding - ((count - 1) * stride + kernel if count else 0)
     if unseen > 0 and remainder == "error":
         raise ValueError(
@@ -31,7 +32,7 @@ def convolved(size: int, kernel: int, stride: int, padding: int, remainder: str)
             "features along an axis unseen: choose a larger padding or kernel_size, or remainder='pad' or 'drop'."
         )
     if unseen > 0 and remainder == "pad":
-        more = -(-unseen // stride) if count else 1
+        more = -(-unseen // stride) if count else 1  # windows, as many as reach the last position
         extra = (count + more - 1) * stride + kernel - padded
         return count + more, extra
     if not count:
@@ -61,9 +62,6 @@ class AvgPoolProjection(Reduction):
         **HEAD_DEFAULTS, "num_layers": 1, "norm": "rms_norm", "bias": False,
     }  # fmt: skip
     REMAINDERS = ("partial", "error", "drop")
-    pool_size: int | list[int] | None
-    num_tokens: int | list[int] | None
-    remainder: str
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
@@ -92,17 +90,19 @@ class AvgPoolProjection(Reduction):
         return wanted
 
     def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
-        maps, wanted = to_axes(features, parts, axes).contiguous(), self.reduced_axes(axes)
+        maps = to_axes(features, parts, axes).contiguous()  # (items * parts, in_features, *axes)
+        sizes = list(zip(axes, self.reduced_axes(axes), strict=True))  # before and after, of each axis
         if not maps.numel():
             return features
-        even = all(size % want == 0 for size, want in zip(axes, wanted, strict=True))
-        if self.num_tokens is not None and not even:
-            return from_axes(ADAPTIVE_POOLS[self.dims](maps, wanted), parts)
-        windows = self.windows if self.num_tokens is None else [s // w for s, w in zip(axes, wanted, strict=True)]
-        windows = [
-            min(size, window) for size, window in zip(axes, windows, strict=True)
-        ]  # of three axes torch demands it
-        return from_axes(POOLS[self.dims](maps, windows, ceil_mode=self.remainder == "partial"), parts)
+        if self.num_tokens is None:
+            # No window is larger than its axis: of three axes torch demands it.
+            windows = [min(size, window) for size, window in zip(axes, self.windows, strict=True)]
+        elif all(size % want == 0 for size, want in sizes):
+            windows = [size // want for size, want in sizes]  # equal ones; torch sums them as Gemma 3 does
+        else:
+            return from_axes(ADAPTIVE_POOLS[self.dims](maps, [want for _, want in sizes]), parts)
+        pooled = POOLS[self.dims](maps, windows, ceil_mode=self.remainder == "partial")
+        return from_axes(pooled, parts)  # (items, parts * windows, in_features)
 
 
 def tokens_per_axis(num_tokens: int | list[int], dims: int) -> list[int]:
@@ -114,7 +114,7 @@ def tokens_per_axis(num_tokens: int | list[int], dims: int) -> list[int]:
     values = per_axis(num_tokens, dims, "num_tokens")
     if not isinstance(num_tokens, int):
         return values
-    side = round(num_tokens ** (1 / dims))
+    side = round(num_tokens ** (1 / dims))  # a number is that of all features: 256 in a plane are 16 x 16
     if side**dims != num_tokens:
         raise ValueError(
             f"num_tokens={num_tokens} is no {'square' if dims == 2 else 'cube'} ({side}**{dims} = {side**dims}), so it says "
@@ -145,13 +145,7 @@ class ConvProjection(Reduction):
         "remainder": "error", **HEAD_DEFAULTS, "num_layers": 1,
     }  # fmt: skip
     REMAINDERS = ("error", "pad", "drop")
-    kernel_size: int | list[int]
-    stride: int | list[int]
-    padding: int | list[int] | None
-    num_convs: int
-    conv_sizes: list[int] | None
-    conv_bias: bool
-    remainder: str
+    COUNTS = ("num_convs",)
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
@@ -161,20 +155,14 @@ class ConvProjection(Reduction):
             if s > k:
                 raise ValueError(f"stride={s} is larger than kernel_size={k}: features between windows would be lost.")
             if p >= k:
-                raise ValueError(
-                    f"padding={p} is not smaller than kernel_size={k}: some windows would see zeros alone."
-                )
-        if not is_count(chosen["num_convs"]):
-            raise ValueError(f"num_convs must be an integer >= 1, got {chosen['num_convs']!r}.")
+                raise ValueError(f"padding={p} is not smaller than kernel_size={k}: some windows would see only zeros.")
         if sizes is not None and (len(sizes) != chosen["num_convs"] or not all(is_count(n) for n in sizes)):
             raise ValueError(f"conv_sizes must be {chosen['num_convs']} positive integers (num_convs), got {sizes!r}.")
 
     def _build(self) -> None:
-        widths = [self.in_features, *(self.conv_sizes or [self.out_features] * self.num_convs)]
-        self.convs = nn.ModuleList(
-            CONVOLUTIONS[self.dims](a, b, *self._axes_options, bias=self.conv_bias)
-            for a, b in itertools.pairwise(widths)
-        )
+        widths = itertools.pairwise([self.in_features, *(self.conv_sizes or [self.out_features] * self.num_convs)])
+        make = CONVOLUTIONS[self.dims]
+        self.convs = nn.ModuleList(make(a, b, *self._axes_options, bias=self.conv_bias) for a, b in widths)
         self.act = activation_module(self.activation)
         super()._build()
 
@@ -199,18 +187,18 @@ class ConvProjection(Reduction):
         return [size for size, _ in self._steps(axes)[-1]]
 
     def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
-        maps = to_axes(features, parts, axes)
+        maps = to_axes(features, parts, axes)  # (items * parts, in_features, *axes)
         for conv, step in zip(self.convs, self._steps(axes), strict=True):
-            extra = [n for _, zeros in reversed(step) for n in (0, zeros)]
-            maps = self.act(conv(F.pad(maps, extra) if any(extra) else maps))
-        return from_axes(maps, parts)
+            extra = [zeros for _, zeros in step]
+            maps = self.act(conv(F.pad(maps, pad_after(extra)) if any(extra) else maps))  # (..., width, *smaller axes)
+        return from_axes(maps, parts)  # (items, parts * positions, reduced_width)
 
 
 def convolution_axes(kernel_size: Any, stride: Any, padding: Any, dims: int) -> tuple[list[int], list[int], list[int]]:
     """Kernel, stride and padding along each axis; ValueError for what is no such number."""
     kernel, strides = per_axis(kernel_size, dims, "kernel_size"), per_axis(stride, dims, "stride")
     if padding is None:
-        return kernel, strides, [(k - 1) // 2 for k in kernel]
+        return kernel, strides, [(k - 1) // 2 for k in kernel]  # odd kernels with stride 1 then keep the size
     values = list(padding) if isinstance(padding, (list, tuple)) else [padding] * dims
     if len(values) != dims or not all(is_count(p, least=0) for p in values):
         raise ValueError(f"padding must be an integer >= 0 or a list of {dims} (one per axis), got {padding!r}.")

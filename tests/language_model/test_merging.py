@@ -14,7 +14,6 @@ from cornstarch_hf.language_model.merging import (
     placeholder_mask,
     scatter_features,
     shifted_left,
-    split_features,
     without_placeholders,
 )
 
@@ -49,7 +48,7 @@ def test_ids_and_embeddings_give_the_same_mask():
 @pytest.mark.parametrize("lengths", [[2, 3], [1, 1, 3], [2, 1, 1, 1], [2, 0, 3], [0, 2, 3]])
 def test_counts_that_fit(lengths):
     check_counts("vision", "<image>", MASK, lengths)
-    items = split_features(torch.randn(5, 2), lengths)
+    items = torch.randn(5, 2).split(lengths)
     groups = group_by_sample(items, MASK.sum(-1).tolist())
     assert [sum(map(len, group)) for group in groups] == [2, 3]
 
