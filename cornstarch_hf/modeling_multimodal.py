@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .composition import build_parts, compose_config
+from .composition import compose_config
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
+from .encoders.building import build_parts
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import cached_length, run_backbone, run_language_model, text_keywords

@@ -1,6 +1,6 @@
 """The code in a checkpoint's folder: what `trust_remote_code=True` runs where this package is not installed.
 
-`users_code` collects and rewrites the files, `trusted_code` reads them where the package is imported.
+`users_code` collects and rewrites the files, `code_folder` writes them, `trusted_code` reads them back in the package.
 
 All entries of ``auto_map`` name one file, the entry, which imports everything else: transformers copies each file of an
 entry with what it imports into a folder of its own, so that several entries would give several copies of each class.
@@ -11,29 +11,19 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import BaseVideoProcessor
+
 from ..parts.classes import CODE_ENTRY, language_model_class, resolve_class
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
-from .users_code import PACKAGE, ROOT, CodeFiles, called_name, is_installed, own_stem, read_entry, top_calls
+from .code_folder import SIDES, own_modules, read_entry, write_code
+from .users_code import THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
 
-SHIM = "load_with_cornstarch_hf"
-ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector", "checkpoints_trusted_code")
-MODEL_MAP = {
-    "AutoConfig": "MultimodalConfig",
-    "AutoModel": "MultimodalModel",
-    "AutoModelForCausalLM": "MultimodalModel",
-    "AutoModelForImageTextToText": "MultimodalModel",
-    "AutoModelForMultimodalLM": "MultimodalModel",
-}
-# Side of a checkpoint -> the file that names its classes, and the Auto classes that load it.
-SIDES: dict[str, tuple[str, dict[str, str]]] = {
-    "model": ("config.json", MODEL_MAP),
-    "processor": ("processor_config.json", {"AutoProcessor": "MultimodalProcessor"}),
-    "projector": ("config.json", {"AutoConfig": "MultimodalProjectorConfig", "AutoModel": "MultimodalProjector"}),
-}
+ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector")
+NEEDS = frozenset().union(*THIN.values())
 _HOMES = {
     "MultimodalConfig": "configuration_multimodal",
     "MultimodalProjectorConfig": "configuration_projector",
@@ -54,7 +44,14 @@ class Part(NamedTuple):
 
 
 def export_code(
-    folder: Any, side: str, owner: Any, target: Any, *, include_code: bool | None = None, others: Iterable[Any] = ()
+    folder: Any,
+    side: str,
+    owner: Any,
+    target: Any,
+    *,
+    include_code: bool | None = None,
+    others: Iterable[Any] = (),
+    references: bool = False,
 ) -> set[str]:
     """Write the code files of a saved model, processor or projector, and name them in its ``auto_map``.
 
@@ -67,6 +64,7 @@ def export_code(
             for what was not loaded from a checkpoint with code, writes one small file that asks for this package:
             code that is frozen into a checkpoint gets no fixes and asks each reader to trust it.
         others: further objects whose classes the user may have defined (processors of single modalities).
+        references: whether the checkpoint refers to other repositories for its weights.
 
     Returns:
         names of code files in the target that nothing needs any more.
@@ -75,32 +73,39 @@ def export_code(
         ValueError: a part is defined where it cannot be carried from: in a notebook, `__main__` or a function, or in a
             file that does more than define; names it and the remedy.
     """
-    folder, target = Path(folder), Path(target)
-    old, (file, mapping) = read_entry(target), SIDES[side]
-    if include_code or (include_code is None and _has_code(owner)):
-        parts = [*parts_of(owner.config, side), *(_class_part(type(other)) for other in (owner, *others))]
-        carried = _collect(parts)
-        texts, classes = _entry_texts(target, side, carried, parts, old), dict(mapping)
-        if _is_users(_class_part(type(owner))):
-            classes |= {key: type(owner).__name__ for key in mapping if key != "AutoConfig"}
-        entry = CODE_ENTRY
-    else:
-        texts, classes, entry = {SHIM: _shim_text()}, mapping, SHIM
-    _set_auto_map(folder / file, {key: f"{entry}.{name}" for key, name in classes.items()})
-    others_need = {_entry_named_in(target / name) for name, _ in SIDES.values() if name != file}
-    surplus = set(old.get("files", ())) - set(texts) if CODE_ENTRY in texts or CODE_ENTRY not in others_need else set()
-    if CODE_ENTRY in texts and SHIM not in others_need:
-        surplus.add(SHIM)
-    for stem, text in texts.items():
-        (folder / f"{stem}.py").write_text(text, encoding="utf-8")
-    return {f"{stem}.py" for stem in surplus}
+    folder, target, others = Path(folder), Path(target), list(others)
+    classes = dict(SIDES[side][1])
+    if not (include_code or (include_code is None and _has_code(owner))):
+        return write_code(folder, target, side, None, classes)
+    parts = [*parts_of(owner.config, side), *(_class_part(type(other)) for other in (owner, *others))]
+    needs = needs_of(owner.config, side, others) | ({"references"} if references else set())
+    sides = {name: found for name, found in read_entry(target).get("sides", {}).items() if name != side}
+    needed = needs.union(*(found.get("needs", ()) for found in sides.values()))
+    carried = _collect(parts, needed)
+    texts = _entry_texts(target, sides | {side: _side(carried, needs)}, side, carried)
+    if _is_users(_class_part(type(owner))):
+        classes |= {key: type(owner).__name__ for key in classes if key != "AutoConfig"}
+    return write_code(folder, target, side, texts, classes)
+
+
+def needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
+    """What a checkpoint names and not each one does, by the words of `users_code.THIN`."""
+    if side == "projector":
+        return {config.projection_type} & NEEDS
+    needs = {getattr(config, f"{name}_projector_config").projection_type for name in config.encoders}
+    needs |= {config.modality(name)["kind"] for name in config.encoders} & {"video"}
+    for other in others:
+        own = own_stem(_file_of(type(other))) == "processing_own_processors"
+        needs |= {"own processors"} if own else set()
+        needs |= {"video"} if isinstance(other, BaseVideoProcessor) else set()
+    return (needs | ({"adapters"} if config.adapters else set())) & NEEDS
 
 
 def _has_code(owner: Any) -> bool:
     """Whether this was loaded from a checkpoint with code: it runs from there, or its configuration says so."""
     maps = [getattr(owner, "auto_map", None), getattr(owner.config, "auto_map", None)]
     named = {str(ref).rpartition("--")[2].partition(".")[0] for m in maps if isinstance(m, dict) for ref in m.values()}
-    return ROOT != PACKAGE or CODE_ENTRY in named
+    return CODE_ENTRY in named
 
 
 # ---- what a checkpoint names
@@ -175,8 +180,9 @@ class _Carried(NamedTuple):
     packages: list[str]  # installed modules that must be imported, for classes that they define
 
 
-def _collect(parts: list[Part]) -> _Carried:
-    files, homes, packages = CodeFiles(ROOTS), {}, set()
+def _collect(parts: list[Part], needs: Collection[str]) -> _Carried:
+    modules = [name for name in sorted(needs) if name in own_modules()]  # that files of the other side import
+    files, homes, packages = CodeFiles((*ROOTS, *modules), needs), {}, set()
     users = [part for part in dict.fromkeys(parts) if _is_users(part)]
     for i, part in enumerate(users):
         path = _checked_file(part)
@@ -216,24 +222,23 @@ def _registered_in(text: str) -> set[tuple[str, str]]:
 # ---- the entry
 
 
-def _entry_texts(folder: Path, side: str, carried: _Carried, parts: list[Part], old: dict) -> dict[str, str]:
+def _entry_texts(target: Path, sides: dict[str, Any], side: str, carried: _Carried) -> dict[str, str]:
     """All files by stem, the entry among them; what the other side of the checkpoint brought along stays in it."""
-    other = {key: value for key, value in old.get("sides", {}).items() if key != side}
-    sides = other | {side: _side(carried)}
     texts = dict(carried.files.texts)
-    for stem in old.get("files", ()):
-        path = folder / f"{stem}.py"
-        if any(stem in found["files"] for found in other.values()) and stem not in texts and path.is_file():
+    others = [stem for name, found in sides.items() if name != side for stem in found["files"]]
+    for stem in set(others) - set(texts):
+        if (path := target / f"{stem}.py").is_file():
             texts[stem] = path.read_text(encoding="utf-8")
     files = sorted({*texts, CODE_ENTRY})
     carries = {"files": files, "package": sorted(carried.files.own), "sides": dict(sorted(sides.items()))}
     return texts | {CODE_ENTRY: _entry_text(carries)}
 
 
-def _side(carried: _Carried) -> dict[str, Any]:
+def _side(carried: _Carried, needs: Collection[str]) -> dict[str, Any]:
     """What one side of a checkpoint needs, as the entry lists it: plain data."""
     known = set().union(*(_registered_in(text) for text in carried.files.users.values()), set())
     side: dict[str, Any] = {"files": sorted(carried.files.users), "packages": carried.packages, "registrations": []}
+    side["needs"] = sorted({*needs, *carried.files.added})
     side |= {kind: [] for kind in ("classes", "callbacks", "projectors", "counts")}
     for i, part in enumerate(carried.parts):
         side[part.kind].append(part.name)
@@ -301,31 +306,3 @@ def _entry_text(carries: dict[str, Any]) -> str:
     for i, (function, name, _, _, _, count) in enumerate(registrations):
         lines.append(f"{function}({name!r}, _target_{i}{f', _count_{i}' if count is not None else ''})")
     return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def _shim_text() -> str:
-    return (
-        '"""This checkpoint was saved without its code: it is loaded by the package cornstarch_hf.\n\n'
-        "    pip install cornstarch_hf\n\n"
-        "and `import cornstarch_hf` first; then `trust_remote_code` is not needed.\n"
-        '"""\n\n'
-        f"from {PACKAGE} import {', '.join(sorted(_HOMES))}  # noqa: F401\n"
-    )
-
-
-# ---- the files that name the classes
-
-
-def _set_auto_map(path: Path, auto_map: dict[str, str]) -> None:
-    if not path.is_file():
-        return
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["auto_map"] = auto_map
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _entry_named_in(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
-    return next((str(ref).partition(".")[0] for ref in found.values()), None)

@@ -8,18 +8,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .file_names import ADAPTERS, ANY_WEIGHTS, COMPOSITION, CONFIG, DELTA, weights_pattern
 from .folder_swap import replaced_atomically
 
-COMPOSITION = "composition.json"
 FORMAT, FORMAT_VERSION = "cornstarch-composition", 1
-DELTA = "composition.safetensors"
 REMEDY = "Download or copy the checkpoint again, or save it again if the file was changed on purpose."
-_WEIGHTS = re.compile(r".*\.safetensors(\.index(\.\w+)?\.json)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[\w][\w.\-]{0,199}(/[\w][\w.\-]{0,199})?")
 _COMPONENT = re.compile(r"language_model|[a-z][a-z0-9_]{0,63}_encoder")
@@ -51,7 +49,36 @@ class Composition(NamedTuple):
 
     def weights(self) -> dict[str, Entry]:
         """The files that hold tensors, and the indexes of such files."""
-        return {name: entry for name, entry in self.manifest.items() if _WEIGHTS.fullmatch(name)}
+        return {name: entry for name, entry in self.manifest.items() if ANY_WEIGHTS.fullmatch(name)}
+
+
+def components_of(config: Any) -> list[str]:
+    """Names of all components, in order."""
+    return [*(f"{name}_encoder" for name in config.encoders), "language_model"]
+
+
+def chosen_components(config: Any, embed: bool | Collection[str]) -> list[str]:
+    """The components that are stored as references.
+
+    Args:
+        embed: True for none of them, False for all, or the names of those whose weights are stored.
+
+    Raises:
+        ValueError: a name that is no component.
+    """
+    every = components_of(config)
+    if isinstance(embed, bool):
+        return [] if embed else every
+    if isinstance(embed, str) or (unknown := sorted(set(embed) - set(every))):
+        raise ValueError(
+            f"embed must be True, False or a list with some of {every}, got {embed if isinstance(embed, str) else unknown!r}."
+        )
+    return [name for name in every if name not in embed]
+
+
+def embedded(config: Any) -> dict[str, dict[str, Any]]:
+    """The components of a model that is stored whole."""
+    return {name: {"source": "embedded"} for name in components_of(config)}
 
 
 def write_composition(
@@ -169,7 +196,16 @@ def check_hashes(entries: Mapping[str, Entry], find: Callable[[str], str | None]
             raise ValueError(f"{whose}: {name} has the SHA-256 {got[name].sha256}, expected {entry.sha256}. {REMEDY}")
 
 
-CONFIG, ADAPTERS = "config.json", "adapter_config.json"
+def weights_to_read(composition: Composition, variant: str | None) -> dict[str, Entry]:
+    """The weight files that a load will read."""
+    pattern = weights_pattern(variant)
+    return {n: e for n, e in composition.weights().items() if pattern.fullmatch(n) or n == DELTA}
+
+
+def first_weights(composition: Composition, variant: str | None) -> str | None:
+    """The file with which transformers begins to read weights: the index where there is one."""
+    names = [name for name in weights_to_read(composition, variant) if name != DELTA]
+    return next((name for name in names if name.endswith(".json")), names[0] if names else None)
 
 
 @dataclass
@@ -218,12 +254,6 @@ def staged_save(folder: str | os.PathLike, variant: str | None = None) -> Iterat
         earlier |= set() if variant or before is None else set(before.manifest)
         yield staged
         write_composition(staging, staged.components, _staying(folder, before, pattern) if variant else None)
-
-
-def weights_pattern(variant: str | None = None) -> re.Pattern:
-    """Names of the weight files of a checkpoint."""
-    part = f"\\.{re.escape(variant)}" if variant else ""
-    return re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
 
 
 def _earlier_save(folder: str | os.PathLike) -> Composition | None:

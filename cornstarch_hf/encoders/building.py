@@ -1,4 +1,4 @@
-"""One encoder with its projector: to a modality's entry in the configuration, and built again from it."""
+"""Encoders with their projectors to entries of the configuration, and all parts built again from it."""
 
 import dataclasses
 from typing import Any
@@ -7,9 +7,11 @@ from torch import nn
 
 from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import MultimodalProjectorConfig
-from ..parts.adapters import unwrapped, wrap_again
+from ..language_model.supported import build_language_model
+from ..parts.adapters import unwrapped
 from ..parts.classes import class_name, constructor_options, resolve_class
 from ..parts.known_encoders import WIDTH_AS_CONFIGURED, WIDTH_AS_CONFIGURED_AT_LAST
+from ..parts.stored_adapters import wrap_again
 from ..parts.stored_modules import SLOTS, build_callback
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
@@ -122,3 +124,18 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
     )
     encoder.name = name
     return encoder
+
+
+def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
+    """Build what a configuration describes, with fresh weights.
+
+    Raises:
+        ValueError: an empty configuration, an unknown class, callback or projector.
+    """
+    if config.text_config is None:
+        raise ValueError(
+            "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
+            "MultimodalModel(encoders=..., language_model=...) or compose(...)."
+        )
+    encoders = {name: build_encoder(config, name) for name in config.encoders}
+    return encoders, build_language_model(config)

@@ -23,7 +23,8 @@ from ..parts.registries import FEATURE_COUNTS
 from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, without_dtypes
-from ..projectors.reductions import Grid, per_item
+from ..projectors.projector import per_item
+from ..projectors.reductions import Grid
 from .building import build_encoder
 from .feature_layout import with_plain_kernels
 from .grids import frames_as_items

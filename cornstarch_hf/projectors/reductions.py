@@ -108,19 +108,6 @@ def divided(size: int, by: int, remainder: str, what: str) -> int:
     return count
 
 
-def groups_of_items(
-    features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None
-) -> dict[tuple[int, Grid | None], list[int]]:
-    """Positions of the items of each length and grid, in order; ValueError for another number of grids."""
-    sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
-    if grids is not None and len(grids) != len(sizes):
-        raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
-    groups: dict[tuple[int, Grid | None], list[int]] = {}
-    for position, length in enumerate(sizes):
-        groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
-    return groups
-
-
 def per_axis(value: Any, dims: int, name: str) -> list[int]:
     """One positive integer per axis, from one for all or a list; ValueError for anything else."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * dims
@@ -331,31 +318,3 @@ class FrameStackProjection(Reduction):
         whole = count * self.stack_factor
         kept = features[:, :whole]  # shorter by what "drop" drops
         return pad_end(kept, kept.shape[1:2], [whole]).reshape(len(features), count, self.reduced_width)
-
-
-def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
-    """One ``(n_i, width)`` tensor per item.
-
-    Args:
-        features: a list of tensors, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `lengths`.
-        lengths: features of each item; of a 3-D tensor the first ones are kept.
-        name: the modality, for messages.
-
-    Raises:
-        ValueError: packed features without lengths, or lengths that do not fit.
-    """
-    if not isinstance(features, Tensor):
-        return [x.flatten(0, -2) for x in features]
-    if features.ndim == 3:
-        if lengths is None:
-            return list(features)
-        if len(lengths) != len(features) or max(lengths, default=0) > features.shape[1]:
-            raise ValueError(f"{name}: lengths {list(lengths)} do not fit features of shape {tuple(features.shape)}.")
-        return [item[:n] for item, n in zip(features, lengths, strict=True)]
-    if features.ndim != 2 or lengths is None or sum(lengths) != len(features):
-        raise ValueError(
-            f"{name}: features of shape {tuple(features.shape)} cannot be split into items by lengths "
-            f"{None if lengths is None else list(lengths)}: return a list with one tensor per item, or set "
-            "output['feature_lens']."
-        )
-    return list(features.split([int(n) for n in lengths]))
