@@ -18,8 +18,13 @@ from .modeling_multimodal import MultimodalModel
 from .processing.own_processors import PrecomputedFeaturesProcessor
 from .processing_multimodal import MultimodalProcessor
 from .projectors.projector import MultimodalProjector
+from .projectors.reductions import FrameStackProjection, PixelShuffleProjection
+from .projectors.resampler import ResamplerProjection
+from .projectors.windows import AvgPoolProjection, ConvProjection
 
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+# Their files register them as projection types.
+REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
 # `register` does not fill these: Trainer, pipelines and `transformers serve` read the names alone.
 STATIC_TABLES = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",

@@ -10,8 +10,8 @@ from transformers.utils import ModelOutput, logging
 
 from .composition import compose_config
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
-from .encoders.building import build_parts
 from .encoders.module import ModalEncoderModule
+from .encoders.rebuilding import build_parts
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import cached_length, run_backbone, run_language_model, text_keywords
 from .language_model.extra_inputs import embed_ids, id_inputs

@@ -1,6 +1,6 @@
 """The code in a checkpoint's folder: what `trust_remote_code=True` runs where this package is not installed.
 
-`users_code` collects and rewrites the files, `code_folder` writes them, `trusted_code` reads them back in the package.
+`users_code` collects and rewrites the files, `trusted_code` writes them and takes them over again.
 
 All entries of ``auto_map`` name one file, the entry, which imports everything else: transformers copies each file of an
 entry with what it imports into a folder of its own, so that several entries would give several copies of each class.
@@ -19,11 +19,11 @@ from transformers import BaseVideoProcessor
 
 from ..parts.classes import CODE_ENTRY, language_model_class, resolve_class
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
-from .code_folder import SIDES, own_modules, read_entry, write_code
-from .users_code import THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
+from .trusted_code import SIDES, own_modules, read_entry, write_code
+from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
 
 ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector")
-NEEDS = frozenset().union(*THIN.values())
+NEEDS = frozenset().union(*THIN.values(), *OPTIONAL.values())
 _HOMES = {
     "MultimodalConfig": "configuration_multimodal",
     "MultimodalProjectorConfig": "configuration_projector",

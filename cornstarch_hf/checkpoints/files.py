@@ -4,7 +4,6 @@
 """
 
 import json
-import logging
 import operator
 import os
 from collections.abc import Mapping
@@ -13,12 +12,10 @@ from typing import Any, NamedTuple
 from ..limits import cap
 from ..parts.build_bounds import build_guard
 from ..parts.stored_values import SHARD, check_auto_map, read_json
-from .file_names import COMPOSITION, CONFIG, DESCRIPTIONS, INDEX, WEIGHTS, of_variant
+from .file_names import CONFIG, DESCRIPTIONS, INDEX, WEIGHTS, of_variant
 from .finding import CheckpointFiles
 from .folder_swap import valid_folder
-from .manifest import Composition, check_hashes, check_sizes, first_weights, read_composition, weights_to_read
-
-logger = logging.getLogger(__name__)
+from .manifest import Composition, checked_composition, first_weights
 
 
 def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[str, Any]:
@@ -197,27 +194,7 @@ def checked_files(
         source, options["subfolder"] = valid, ""
     files = CheckpointFiles(source, options)
     values = check_files(files, variant)
-    found = files.find(COMPOSITION)
-    composition = None if found is None else read_composition(found)
-    if composition is not None:
-        if verify and not composition.references and first_weights(composition, variant) is None:
-            which = f" of the variant {variant!r}" if variant else ""
-            raise ValueError(
-                f"{files.source}: {COMPOSITION} lists no weights{which} to verify: save them again, or leave out verify=."
-            )
-        entries = weights_to_read(composition, variant)
-        if verify:  # not the weights of other variants, which nobody reads and may not have been downloaded
-            unread = composition.weights().keys() - entries.keys()
-            entries = {name: entry for name, entry in composition.manifest.items() if name not in unread}
-        found_files = files.find_all(entries)
-        try:
-            (check_hashes if verify else check_sizes)(entries, found_files.get, files.source)
-        except ValueError as error:
-            if verify or not asks_what_is_missing:
-                raise
-            logger.warning("%s It is read all the same: the loading information says what it holds.", error)
-    elif verify:
-        raise ValueError(f"{files.source} has no {COMPOSITION} to verify it by: save it again, or leave out verify=.")
+    composition = checked_composition(files, variant, verify, asks_what_is_missing)
     explicit = first_weights(composition, variant) if composition is not None else None
     shapes = None
     if composition is None or not composition.references:

@@ -6,6 +6,7 @@ Reading it decides nothing about a model; `references` loads what it refers to, 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from .file_names import ADAPTERS, ANY_WEIGHTS, COMPOSITION, CONFIG, DELTA, weights_pattern
 from .folder_swap import replaced_atomically
 
+logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "cornstarch-composition", 1
 REMEDY = "Download or copy the checkpoint again, or save it again if the file was changed on purpose."
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -206,6 +208,50 @@ def first_weights(composition: Composition, variant: str | None) -> str | None:
     """The file with which transformers begins to read weights: the index where there is one."""
     names = [name for name in weights_to_read(composition, variant) if name != DELTA]
     return next((name for name in names if name.endswith(".json")), names[0] if names else None)
+
+
+def checked_composition(
+    files: Any, variant: str | None, verify: bool, asks_what_is_missing: bool = False
+) -> Composition | None:
+    """What `composition.json` of a checkpoint says, after its files were compared with that; None where there is none.
+
+    Args:
+        files: a `finding.CheckpointFiles`.
+        variant: as in `from_pretrained`.
+        verify: whether the hashes of all files are compared, and not only the sizes of weight files.
+        asks_what_is_missing: whether the caller wants to be told what was loaded (`output_loading_info`): a weight file of
+            another size, exchanged on purpose, is then a warning.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not what was saved; nothing to verify by.
+    """
+    found = files.find(COMPOSITION)
+    if found is None:
+        if verify:
+            raise ValueError(
+                f"{files.source} has no {COMPOSITION} to verify it by: save it again, or leave out verify=."
+            )
+        return None
+    composition = read_composition(found)
+    entries = weights_to_read(composition, variant)
+    if verify:
+        if not composition.references and first_weights(composition, variant) is None:
+            which = f" of the variant {variant!r}" if variant else ""
+            raise ValueError(
+                f"{files.source}: {COMPOSITION} lists no weights{which} to verify: save them again, or leave out verify=."
+            )
+        # Not the weights of other variants, which nobody reads and may not have been downloaded.
+        unread = composition.weights().keys() - entries.keys()
+        entries = {name: entry for name, entry in composition.manifest.items() if name not in unread}
+    found_files = files.find_all(entries)
+    try:
+        (check_hashes if verify else check_sizes)(entries, found_files.get, files.source)
+    except ValueError as error:
+        if verify or not asks_what_is_missing:
+            raise
+        logger.warning("%s It is read all the same: the loading information says what it holds.", error)
+    return composition
 
 
 @dataclass

@@ -48,7 +48,7 @@ class ModelStorage(SharedCode, PreTrainedModel):
     """How models and projectors are saved and loaded: weights, configuration and code as one, or not at all."""
 
     config: Any
-    _side = "model"  # a key of `code_folder.SIDES`
+    _side = "model"  # a key of `trusted_code.SIDES`
     _save_options: tuple[str, ...] = ()  # of `save_pretrained`, for `_before_save` and `_write`
 
     def save_pretrained(

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..parts.classes import CODE_ENTRY
-from .code_folder import HERE, PACKAGE, THIN_FOLDER, own_modules, read_entry
+from .trusted_code import HERE, PACKAGE, THIN_FOLDER, own_modules, read_entry
 
 _IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
@@ -31,21 +31,25 @@ _HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger
 
 # What a checkpoint carries by a thin file with the same names: in any case, or unless it names one of these.  Guards that
 # arrive inside the code that they guard protect nobody; what composes and exports needs the package.
-_REDUCERS = frozenset(["avg_pool", "conv", "frame_stack", "pixel_shuffle", "resampler"])
 THIN: dict[str, frozenset[str]] = {
     "checkpoints_code_bundle": frozenset(),
     "checkpoints_folder_swap": frozenset(),
     "checkpoints_loading": frozenset(["references"]),
     "checkpoints_references": frozenset(["references"]),
     "composition": frozenset(),
+    "encoders_own_parts": frozenset(),
     "parts_build_bounds": frozenset(),
     "parts_stored_adapters": frozenset(["adapters"]),
     "parts_stored_values": frozenset(),
+    "processing_assistant_turns": frozenset(),
     "processing_own_processors": frozenset(["own processors"]),
     "processing_template_sandbox": frozenset(),
     "processing_video": frozenset(["video"]),
     "processing_video_processors": frozenset(["video"]),
-    "projectors_reductions": _REDUCERS,
+}
+# What only a checkpoint carries that names one of these; nothing else imports it.
+OPTIONAL: dict[str, frozenset[str]] = {
+    "projectors_reductions": frozenset(["frame_stack", "pixel_shuffle"]),
     "projectors_resampler": frozenset(["resampler"]),
     "projectors_windows": frozenset(["avg_pool", "conv"]),
 }
@@ -89,7 +93,7 @@ class CodeFiles:
 
     Args:
         roots: modules of this package, which a checkpoint needs to load and to save itself.
-        needs: what the checkpoint names, see `THIN`; names of modules that it needs whole among it.
+        needs: what the checkpoint names, see `THIN` and `OPTIONAL`; names of modules that it needs whole among it.
 
     Attributes:
         added: modules of this package that only a user's file needs, or needs whole.
@@ -101,7 +105,7 @@ class CodeFiles:
     """
 
     def __init__(self, roots: tuple[str, ...], needs: Collection[str] = ()):
-        self._roots = list(roots)
+        self._roots = [*roots, *(stem for stem, names in OPTIONAL.items() if not names.isdisjoint(needs))]
         self._whole = {stem for stem, names in THIN.items() if stem in needs or not names.isdisjoint(needs)}
         self.added: set[str] = set()
         self.own = self._collected()

@@ -13,7 +13,6 @@ from ..parts.adapters import is_wrapped, unwrapped
 from ..parts.known_encoders import FRAMES_AS_IMAGES, FRAMES_IN_A_ROW, NO_ENCODERS
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE_NAMES
-from .feature_layout import RECIPES
 
 KIND_BY_INPUT = {
     "pixel_values": "image",
@@ -24,6 +23,9 @@ KIND_BY_INPUT = {
     "past_values": "time",
 }
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
+# The inputs of which one holds an item, in order of preference; `feature_layout.RECIPES` makes each.
+ITEM_INPUTS = ("pixel_values", "pixel_values_videos", "image", "flattened_patches", "input_values", "input_features",
+               "audio_mel", "input_ids", "past_values", "hidden_states", "inputs")  # fmt: skip
 NOT_INPUTS = frozenset(
     [
         *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
@@ -68,7 +70,7 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
         k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
     }
     found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
-    found = {k: tower for k, tower in found.items() if set(RECIPES) & set(forward_parameters(tower))}
+    found = {k: tower for k, tower in found.items() if set(ITEM_INPUTS) & set(forward_parameters(tower))}
     if len({id(tower) for tower in found.values()}) > 1:
         raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")
     if found:

@@ -1,6 +1,7 @@
 """Projectors: from an encoder's features to the language model's embedding width.
 
-Types are looked up in a registry, to which users add their own; a module made elsewhere is wrapped as it is.
+Types are looked up in a registry, to which users add their own; a module made elsewhere is wrapped as it is.  Types that
+leave fewer features lie in `reductions`, `windows` and `resampler`, which register them.
 """
 
 import copy
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -28,11 +28,9 @@ from ..parts.stored_modules import (
     torch_spec,
 )
 from ..parts.weightless import build_without_weights, initialize_weights
-from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction
-from .resampler import QUERY_STD, ResamplerProjection
-from .windows import AvgPoolProjection, ConvProjection
 
 TORCH_PROJECTION = "torch"
+Grid = Sequence[int]  # height and width, or frames, height and width, in which the features of an item lie
 
 
 def linear_projection(in_features: int, out_features: int) -> nn.Module:
@@ -49,11 +47,6 @@ def mlp_projection(in_features: int, out_features: int, activation: str) -> nn.M
 
 register_projector("linear", linear_projection)
 register_projector("mlp", mlp_projection)
-register_projector("pixel_shuffle", PixelShuffleProjection)
-register_projector("frame_stack", FrameStackProjection)
-register_projector("avg_pool", AvgPoolProjection)
-register_projector("conv", ConvProjection)
-register_projector("resampler", ResamplerProjection)
 register_projector(TORCH_PROJECTION, lambda module: build_torch(module))
 
 # Modules that treat the last axis only, so that features of any number and any padding go through them at once.
@@ -261,8 +254,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             dims: axes along which items of that kind are reduced, for the built-in types that take `dims`.
         """
         target = PROJECTORS.get(self.config.projection_type)
-        reduction = isinstance(target, type) and issubclass(target, Reduction)
-        if self.projection is None and dims is not None and reduction and "dims" in target.DEFAULTS:
+        if self.projection is None and dims is not None and "dims" in getattr(target, "DEFAULTS", ()):
             self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs
         if self.config.in_features is None:
             self.config.in_features = in_features
@@ -383,8 +375,8 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ResamplerProjection):
-            init.normal_(module.queries, std=QUERY_STD)
+        if hasattr(module, "init_own_weights"):
+            module.init_own_weights()
 
     def check_storable(self, where: str) -> None:
         """ValueError, with the place, the reason and the remedy, when the projection cannot be stored."""

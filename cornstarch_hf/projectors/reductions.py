@@ -1,7 +1,7 @@
 """Token reduction: modules that make fewer features of an item's, and project them.  Blocks and frames are joined here.
 
 Beside each reduction's arithmetic stands how many features it leaves.  Pooling, convolutions and the resampler build on
-this module; `projector` registers them all.
+this module; each file registers its own types.
 """
 
 import math
@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..parts.registries import register_projector
 from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head, is_count
-
-Grid = Sequence[int]
-
+from .projector import Grid
 
 # ---- pure functions
 
@@ -318,3 +317,7 @@ class FrameStackProjection(Reduction):
         whole = count * self.stack_factor
         kept = features[:, :whole]  # shorter by what "drop" drops
         return pad_end(kept, kept.shape[1:2], [whole]).reshape(len(features), count, self.reduced_width)
+
+
+register_projector("pixel_shuffle", PixelShuffleProjection)
+register_projector("frame_stack", FrameStackProjection)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..parts.registries import register_projector
 from .heads import HEAD_DEFAULTS, activation_module, is_count
 from .reductions import Reduction, divided, from_axes, per_axis, to_axes
 
@@ -214,3 +215,7 @@ def convolution_axes(kernel_size: Any, stride: Any, padding: Any, dims: int) -> 
     if len(values) != dims or not all(is_count(p, least=0) for p in values):
         raise ValueError(f"padding must be an integer >= 0 or a list of {dims} (one per axis), got {padding!r}.")
     return kernel, strides, values
+
+
+register_projector("avg_pool", AvgPoolProjection)
+register_projector("conv", ConvProjection)
