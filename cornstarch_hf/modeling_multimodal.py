@@ -1,36 +1,32 @@
-"""The composed model: encode → merge → language model → output.  Its base and generation are beside it."""
+"""The composed model: encode → merge → language model → output; what else it can do comes from the rooms, as mixins."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .composition import compose_config
+from .checkpoints.config_sync import first_dtype
+from .checkpoints.storage import MultimodalStorageMixin
+from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.module import ModalEncoderModule
 from .encoders.rebuilding import build_parts
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
-from .language_model.calling import cached_length, run_backbone, run_language_model, text_keywords
-from .language_model.extra_inputs import embed_ids, id_inputs
+from .language_model.calling import cached_length, run_language_model, text_keywords
 from .language_model.generation import MultimodalGenerationMixin
+from .language_model.headless import EmbeddingsMixin, run_backbone
 from .language_model.merging import (
-    check_counts,
-    check_labels,
+    MergingMixin,
     check_lengths,
-    embedded_placeholder_mask,
-    mask_labels,
-    placeholder_mask,
-    scatter_features,
-    shifted_left,
-    without_placeholders,
 )
-from .modeling_base import MultimodalPreTrainedModel
+from .parts.adapters import WholeAdaptersMixin
 from .parts.build_bounds import bounded_tensors, check_built
-from .parts.freezing import restore_frozen
+from .parts.freezing import FreezingMixin, restore_frozen
 from .parts.frozen_modes import is_checkpointing
+from .parts.gathering import GatheringMixin
 from .parts.signatures import PerInstanceSignature
 from .parts.stored_modules import mark_initialized
 from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
@@ -40,7 +36,34 @@ logger = logging.get_logger(__name__)
 EncoderOutputs = dict[str, Any]
 
 
-class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, GenerationMixin):
+class Merged(NamedTuple):
+    """What goes into the language model.
+
+    Attributes:
+        input_ids: ``(batch, length)`` of text alone, else None.
+        inputs_embeds: ``(batch, length, hidden)`` with the features in them, else None.
+        text: the language model's other inputs.
+        masks: ``(batch, length)`` by modality, True where its placeholders stand.
+        outputs: what the encoders gave, by modality.
+    """
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    text: dict[str, Any]
+    masks: dict[str, Tensor]
+    outputs: EncoderOutputs
+
+
+class MultimodalModel(
+    MultimodalGenerationMixin,
+    FreezingMixin,
+    WholeAdaptersMixin,
+    GatheringMixin,
+    EmbeddingsMixin,
+    MergingMixin,
+    MultimodalStorageMixin,
+    GenerationMixin,
+):
     """A multimodal language model composed of named encoders, projectors and a causal language model.
 
     Args:
@@ -55,6 +78,18 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         ValueError: an empty configuration, bad names, widths that do not fit, shared weights, a language model that
             cannot take embeddings.
     """
+
+    config: MultimodalConfig
+    language_model: Any
+    config_class = MultimodalConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities: Any = ("text", "image", "audio", "video")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(
         self,
@@ -151,27 +186,49 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         return_dict = kwargs.pop("return_dict", None)
         kwargs = kwargs | {"cache": cache}
         cache = take_cache(kwargs)
-        media, text = self._route(kwargs)
-        outputs = self._encode(media, mm_encoder_outputs)
-        masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)
-        self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(cache) == 0)
-        ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text)
-        check_lengths((embeds if ids is None else ids).shape[1], attention_mask, labels)
+        merged = self._encode_and_merge(input_ids, inputs_embeds, mm_encoder_outputs, cache, kwargs)
+        tokens: Any = merged.inputs_embeds if merged.input_ids is None else merged.input_ids
+        check_lengths(tokens.shape[1], attention_mask, labels)
         output = run_language_model(
             self,
-            input_ids=ids,
-            inputs_embeds=embeds,
+            input_ids=merged.input_ids,
+            inputs_embeds=merged.inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
-            labels=self._without_placeholder_labels(labels, masks, text),
+            labels=self._without_placeholder_labels(labels, merged.masks, merged.text),
             use_cache=self._caching(use_cache, cache),
             logits_to_keep=logits_to_keep,
-            **text,
+            **merged.text,
         )
-        self._attach_features(output, outputs)
+        self._attach_features(output, merged.outputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def forward_headless(self, input_ids: Tensor | None = None, **kwargs: Any):
+        """As `forward`, without the language-model head: the backbone's output with `last_hidden_state`."""
+        for key in ("labels", "logits_to_keep", "return_dict"):
+            kwargs.pop(key, None)
+        cache = take_cache(kwargs)
+        embeds, given, use_cache = (kwargs.pop(k, None) for k in ("inputs_embeds", "mm_encoder_outputs", "use_cache"))
+        own = {key: kwargs.pop(key, None) for key in ("attention_mask", "position_ids")}
+        merged = self._encode_and_merge(input_ids, embeds, given, cache, kwargs)
+        own |= {"input_ids": merged.input_ids, "inputs_embeds": merged.inputs_embeds, "cache": cache}
+        output = run_backbone(self, {**own, "use_cache": self._caching(use_cache, cache), **merged.text})
+        self._attach_features(output, merged.outputs)
+        return output
+
+    def _encode_and_merge(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, given: Any, cache: Any, kwargs: dict[str, Any]
+    ) -> Merged:
+        """The corridor up to the language model: route, encode, find the placeholders, count, merge."""
+        media, text = self._route(kwargs)  # each encoder's tensors, and what is the language model's
+        outputs = self._encode(media, given)  # pooler_output: per item (n_i, hidden)
+        masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)  # (batch, length) by modality
+        self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(cache) == 0)
+        # Text alone stays ids (batch, length); with features it becomes embeddings (batch, length, hidden).
+        ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text)
+        return Merged(ids, embeds, text, masks, outputs)
 
     def _attach_features(self, output: ModelOutput, outputs: EncoderOutputs) -> None:
         """Say what each encoder gave (in place), None without items: `output.image_outputs`, ...
@@ -239,99 +296,6 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
             outputs[name] = self.encoders[name](**inputs)
         return outputs
 
-    def _placeholder_masks(self, input_ids, inputs_embeds, text_only: bool) -> dict[str, Tensor]:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        ids = self.placeholder_ids(text_only)
-        if input_ids is not None:
-            return {name: placeholder_mask(input_ids, token_id) for name, token_id in ids.items()}
-        embed: Any = self.get_input_embeddings()
-        rows = getattr(embed, "num_embeddings", None) or embed.weight.shape[0]
-        return {
-            name: embedded_placeholder_mask(inputs_embeds, embed(torch.tensor(i, device=inputs_embeds.device)))
-            for name, i in ids.items()
-            if i < rows
-        }
-
-    def _check_merge(self, masks: dict, outputs: EncoderOutputs, encoded_here: set[str], prefill: bool) -> None:
-        for name in outputs:
-            if name not in masks:
-                raise ValueError(
-                    f"{name}: there are features but no placeholder token: build the processor with model=, or call "
-                    f"set_modality_token_ids({{{name!r}: token_id}})."
-                )
-        if torch.compiler.is_compiling():
-            return
-        for name, mask in masks.items():
-            token = self.config.modality(name)["token"] or f"id {self.config.modality(name)['token_id']}"
-            if name in encoded_here:
-                check_counts(name, token, mask, [len(item) for item in outputs[name].pooler_output])
-            elif name not in outputs and prefill and bool(mask.any()):
-                raise ValueError(
-                    f"{name}: the text has {int(mask.sum())} placeholder tokens ({token}) but there is no input for the "
-                    f"encoder (0 features): pass {list(self.config.modality(name)['input_names'])}."
-                )
-
-    def placeholder_ids(self, text_only: bool = False) -> dict[str, int]:
-        """Token id of each modality's placeholder.
-
-        A checkpoint may hold ids that no processor ever named; in text alone such an id is an ordinary word.
-        """
-        entries = {name: self.config.modality(name) for name in self.config.encoders}
-        ids = {name: entry["token_id"] for name, entry in entries.items() if entry["token_id"] is not None}
-        if text_only and not self._strict_placeholders:
-            return {name: token_id for name, token_id in ids.items() if entries[name]["token"] is not None}
-        return ids
-
-    def _merge(self, input_ids, inputs_embeds, outputs: EncoderOutputs, masks: dict[str, Tensor], text: dict[str, Any]):
-        """``(input_ids, None, text)`` for text alone, else ``(None, embeddings with the features in them, text)``.
-
-        `text`, the language model's other inputs, gets those that it computes from the ids that are gone now.
-        """
-        if not outputs:
-            return input_ids, inputs_embeds, text
-        every = torch.stack(list(masks.values())).any(0)
-        given = {key for key, value in text.items() if value is not None}
-        text = text | id_inputs(self.language_model, input_ids, every, given)
-        if inputs_embeds is None:
-            inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, every))
-        for name, output in outputs.items():
-            features = output.pooler_output
-            features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
-            mask = masks[name].to(inputs_embeds.device)
-            inputs_embeds = scatter_features(inputs_embeds, mask, features)
-        return None, inputs_embeds, text
-
-    def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:
-        if not masks or (labels is None and text.get("shift_labels") is None):
-            return labels
-        placeholders = torch.stack(list(masks.values())).any(0)
-        if not torch.compiler.is_compiling():
-            ids = [self.config.modality(name)["token_id"] for name in masks]
-            counted = text.get("num_items_in_batch") is not None
-            check_labels(placeholders, ids, labels, text.get("shift_labels"), counted)
-        if text.get("shift_labels") is not None:
-            text["shift_labels"] = mask_labels(shifted_left(placeholders), text["shift_labels"])
-        return mask_labels(placeholders, labels)
-
-    def forward_headless(self, input_ids: Tensor | None = None, **kwargs: Any):
-        """As `forward`, without the language-model head: the backbone's output with `last_hidden_state`."""
-        kwargs.pop("labels", None)
-        kwargs.pop("return_dict", None)
-        cache = take_cache(kwargs)
-        own = {key: kwargs.pop(key, None) for key in OWN_INPUTS if key not in ("input_ids", "labels", "logits_to_keep")}
-        kwargs.pop("logits_to_keep", None)
-        media, text = self._route(kwargs)
-        outputs = self._encode(media, own.pop("mm_encoder_outputs"))
-        embeds = own.pop("inputs_embeds")
-        masks = self._placeholder_masks(input_ids, embeds, text_only=not outputs)
-        self._check_merge(masks, outputs, set(media), prefill=cached_length(cache) == 0)
-        ids, embeds, text = self._merge(input_ids, embeds, outputs, masks, text)
-        own["use_cache"] = self._caching(own["use_cache"], cache)
-        output = run_backbone(self, {"input_ids": ids, "inputs_embeds": embeds, **own, **text, "cache": cache})
-        self._attach_features(output, outputs)
-        return output
-
     @PerInstanceSignature
     def get_image_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
         """Features of images.
@@ -376,3 +340,35 @@ class MultimodalModel(MultimodalGenerationMixin, MultimodalPreTrainedModel, Gene
         output = self.encoders[names[0]](**inputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    @property
+    def encoders(self) -> dict[str, ModalEncoderModule]:
+        """The encoders by name, in order."""
+        return {name: getattr(self, f"{name}_encoder") for name in self.config.encoders}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the language model: the parts may differ."""
+        return first_dtype(self.language_model)
+
+    def get_encoder(self, modality: str | None = None):
+        """The encoder module of a modality, by name or kind; without one, the model itself (as in transformers)."""
+        return self if modality is None else self.encoders[self._named(modality)].module
+
+    def _named(self, modality: str) -> str:
+        """The name of a modality given by name, or by a kind that only one has (ValueError)."""
+        if modality in self.config.encoders:
+            return modality
+        found = self.config.modalities_of_kind(modality)
+        if len(found) == 1:
+            return found[0]
+        raise ValueError(
+            f"{modality!r} is {'no modality' if not found else 'the kind of several modalities'} of this model, expected "
+            f"one of {found or self.config.encoders}."
+        )
+
+    def describe(self) -> str:
+        """Print, and return, the parts: classes, parameters, how many train, features per item, tokens."""
+        text = describe_model(self)
+        print(text)
+        return text

@@ -6,13 +6,15 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.models.auto import modeling_auto
 
 from cornstarch_hf import (
+    MODEL_CLASSES,
+    STATIC_TABLES,
     MultimodalConfig,
     MultimodalModel,
     MultimodalProcessor,
     MultimodalProjector,
     MultimodalProjectorConfig,
+    register_auto_classes,
 )
-from cornstarch_hf.auto import MODEL_CLASSES, STATIC_TABLES, register_auto_classes
 
 
 @pytest.fixture(scope="module")

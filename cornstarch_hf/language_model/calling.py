@@ -4,12 +4,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from ..parts.adapters import is_adapted, unwrapped
+from ..parts.adapters import unwrapped
 from ..parts.signatures import accepts, forward_parameters, takes_any_keyword
 from ..parts.versions import CACHE, CACHE_NAMES, take_cache
 from .extra_inputs import id_input_names, with_positions
@@ -38,19 +36,20 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
         the language model's output; without `logits` where `loss_at_labels` holds (training mode, with labels).
     """
     language_model = model.language_model
-    arguments = _with_cache(language_model, inputs)
-    for key in ("use_cache", "output_attentions", "output_hidden_states"):
-        wanted = getattr(model.config, key, None)
-        if wanted is not None and (wanted or key == "use_cache"):
-            arguments.setdefault(key, wanted)
-    loss_arguments = {key: arguments[key] for key in LOSS_KEYWORDS if key in arguments}
-    own_loss = labels is not None or "shift_labels" in loss_arguments
-    needed = [*loss_arguments, *(["labels"] if labels is not None else [])]
-    model_computes_loss = own_loss and all(accepts(language_model, key) for key in needed)
-    if not model_computes_loss:
-        arguments = {key: value for key, value in arguments.items() if key not in LOSS_KEYWORDS}
-    elif labels is not None:
-        arguments["labels"] = labels
+    arguments = _settings(model.config) | with_cache(language_model, inputs)
+
+    # Who computes the loss?  The language model, unless its `forward` lacks a parameter that the loss needs (`labels`,
+    # `num_items_in_batch`, `shift_labels`): then it runs without them, and the loss is computed here from its logits.
+    loss_arguments = {key: arguments.pop(key) for key in LOSS_KEYWORDS if key in arguments}
+    if labels is not None:
+        loss_arguments["labels"] = labels  # (batch, length)
+    wants_loss = "labels" in loss_arguments or "shift_labels" in loss_arguments
+    model_computes_loss = wants_loss and all(accepts(language_model, key) for key in loss_arguments)
+    if model_computes_loss:
+        arguments |= loss_arguments
+
+    # Where does the head run?  At all positions; at the last ones (`logits_to_keep`), which are cut out afterwards where
+    # the language model does not know that parameter; or, in training with `loss_at_labels`, at labelled ones alone.
     at_labels = labels is not None and getattr(model.config, "loss_at_labels", False) and model.training
     at_labels = at_labels and _is_zero(logits_to_keep)
     if at_labels and model_computes_loss and takes_positions(language_model):
@@ -58,14 +57,21 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     slice_afterwards = not accepts(language_model, "logits_to_keep") and not _is_zero(logits_to_keep)
     if not slice_afterwards and not _is_zero(logits_to_keep):
         arguments["logits_to_keep"] = logits_to_keep
+
     output = language_model(**_accepted(language_model, arguments), return_dict=True)
-    if own_loss and not model_computes_loss:
-        vocabulary = output.logits.shape[-1]
-        output["loss"] = model.loss_function(output.logits, labels, vocabulary, **loss_arguments)
+    if wants_loss and not model_computes_loss:
+        given = loss_arguments.pop("labels", None)
+        output["loss"] = model.loss_function(output.logits, given, output.logits.shape[-1], **loss_arguments)
     if slice_afterwards:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        output["logits"] = output.logits[:, kept]
+        output["logits"] = output.logits[:, kept]  # (batch, kept, vocabulary)
     return _without_logits(output) if at_labels else output
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a composed model's configuration says where the call does not: a cache or none, attentions, hidden states."""
+    found = {key: getattr(config, key, None) for key in ("use_cache", "output_attentions", "output_hidden_states")}
+    return {key: value for key, value in found.items() if value or (key == "use_cache" and value is not None)}
 
 
 def cached_length(cache: Any) -> int:
@@ -93,7 +99,7 @@ def cache_keyword(language_model: nn.Module) -> str | None:
     return next((name for name in CACHE_NAMES if name in known), None)
 
 
-def _with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a language model that are not None: its cache by its own name for it, positions where it needs them."""
     arguments = {key: value for key, value in inputs.items() if value is not None}
     cache = take_cache(arguments)
@@ -150,60 +156,3 @@ def _accepted(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str,
     if wrong := sorted(key for key, value in refused.items() if not (key == "use_cache" or value is False)):
         raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
     return {key: value for key, value in arguments.items() if key not in refused}
-
-
-class Headless:
-    """A composed model without its head: call it for `last_hidden_state`, use it as the model for all else.
-
-    Trainers that compute a loss of their own call `model.base_model(...)`.
-    """
-
-    def __init__(self, model):
-        object.__setattr__(self, "_model", model)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """As the model's `forward`, without labels.
-
-        Returns:
-            the language model's backbone output: `last_hidden_state` ``(batch, length, hidden)``, ...
-
-        Raises:
-            ValueError: in training, a head with an adapter that trains: it is left out here, so it would not learn.
-        """
-        head = self._model.get_output_embeddings()
-        trains = self._model.training and torch.is_grad_enabled()
-        if trains and is_adapted(head) and any(p.requires_grad for p in head.parameters()):
-            raise ValueError(
-                "The language model's head has an adapter that trains, but base_model runs without the head, and trainers "
-                "that use it multiply by the head's weight alone: leave the head out of target_modules, or train all of "
-                "it by modules_to_save."
-            )
-        return self._model.forward_headless(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_model"), name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Headless) and other._model is self._model
-
-    def __hash__(self) -> int:
-        return hash(("headless", id(self._model)))
-
-
-def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
-    """Run the language model's backbone, adapters included, on ids or merged embeddings.
-
-    Raises:
-        ValueError: the language model has no backbone of its own.
-    """
-    inner = unwrapped(model.language_model)
-    backbone = inner.base_model
-    if backbone is inner:
-        raise ValueError(
-            f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run."
-        )
-    arguments = _with_cache(backbone, inputs)
-    known = set(inspect.signature(backbone.forward).parameters)
-    if not takes_any_keyword(backbone):
-        arguments = {key: value for key, value in arguments.items() if key in known}
-    return backbone(**arguments, return_dict=True)

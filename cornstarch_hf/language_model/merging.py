@@ -1,11 +1,14 @@
-"""Pure tensor functions that put features where placeholder tokens stand.  Knows no model and no configuration."""
+"""Features where placeholder tokens stand: pure tensor functions, and the mixin by which a composed model uses them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import torch_compilable_check
+
+from .extra_inputs import embed_ids, id_inputs
 
 
 def placeholder_mask(input_ids: Tensor, token_id: int) -> Tensor:
@@ -249,3 +252,109 @@ def check_lengths(length: int, attention_mask: Any, labels: Tensor | None) -> No
             f"labels have the length {labels.shape[-1]}, but there are {length} tokens in a row: give each token a label, "
             "-100 where no loss is wanted."
         )
+
+
+class MergingMixin(PreTrainedModel):
+    """How a composed model puts features in the places of its placeholders."""
+
+    config: Any
+    encoders: Any
+    language_model: Any
+    # Whether a placeholder without input is refused although no processor has named its token.
+    _strict_placeholders = False
+
+    def set_modality_token_ids(self, token_ids: Mapping[str, int]) -> None:
+        """Say which token id stands for each modality's features (a processor made with `model=` does it itself).
+
+        Args:
+            token_ids: ``{modality: id}``; an id may lie outside the embedding table, which need not grow.
+
+        Raises:
+            ValueError: an unknown modality, an id that is no natural number or is used twice.
+        """
+        used = {self.config.modality(n)["token_id"]: n for n in self.config.encoders if n not in token_ids}
+        for name, token_id in token_ids.items():
+            self.config.modality(name)
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+                raise ValueError(f"{name}: a placeholder's token id must be an integer >= 0, got {token_id!r}.")
+            if token_id in used:
+                raise ValueError(f"{name}: the token id {token_id} already stands for {used[token_id]!r}.")
+            used[token_id] = name
+        for name, token_id in token_ids.items():
+            self.config.modality(name)["token_id"] = token_id
+        self._strict_placeholders = True
+
+    def placeholder_ids(self, text_only: bool = False) -> dict[str, int]:
+        """Token id of each modality's placeholder.
+
+        A checkpoint may hold ids that no processor ever named; in text alone such an id is an ordinary word.
+        """
+        entries = {name: self.config.modality(name) for name in self.config.encoders}
+        ids = {name: entry["token_id"] for name, entry in entries.items() if entry["token_id"] is not None}
+        if text_only and not self._strict_placeholders:
+            return {name: token_id for name, token_id in ids.items() if entries[name]["token"] is not None}
+        return ids
+
+    def _placeholder_masks(self, input_ids, inputs_embeds, text_only: bool) -> dict[str, Tensor]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        ids = self.placeholder_ids(text_only)
+        if input_ids is not None:
+            return {name: placeholder_mask(input_ids, token_id) for name, token_id in ids.items()}
+        embed: Any = self.get_input_embeddings()
+        rows = getattr(embed, "num_embeddings", None) or embed.weight.shape[0]
+        return {
+            name: embedded_placeholder_mask(inputs_embeds, embed(torch.tensor(i, device=inputs_embeds.device)))
+            for name, i in ids.items()
+            if i < rows
+        }
+
+    def _check_merge(self, masks: dict, outputs: dict[str, Any], encoded_here: set[str], prefill: bool) -> None:
+        for name in outputs:
+            if name not in masks:
+                raise ValueError(
+                    f"{name}: there are features but no placeholder token: build the processor with model=, or call "
+                    f"set_modality_token_ids({{{name!r}: token_id}})."
+                )
+        if torch.compiler.is_compiling():
+            return
+        for name, mask in masks.items():
+            token = self.config.modality(name)["token"] or f"id {self.config.modality(name)['token_id']}"
+            if name in encoded_here:
+                check_counts(name, token, mask, [len(item) for item in outputs[name].pooler_output])
+            elif name not in outputs and prefill and bool(mask.any()):
+                raise ValueError(
+                    f"{name}: the text has {int(mask.sum())} placeholder tokens ({token}) but there is no input for the "
+                    f"encoder (0 features): pass {list(self.config.modality(name)['input_names'])}."
+                )
+
+    def _merge(self, input_ids, inputs_embeds, outputs: dict[str, Any], masks: dict[str, Tensor], text: dict[str, Any]):
+        """``(input_ids, None, text)`` for text alone, else ``(None, embeddings with the features in them, text)``.
+
+        `text`, the language model's other inputs, gets those that it computes from the ids that are gone now.
+        """
+        if not outputs:
+            return input_ids, inputs_embeds, text
+        every = torch.stack(list(masks.values())).any(0)
+        given = {key for key, value in text.items() if value is not None}
+        text = text | id_inputs(self.language_model, input_ids, every, given)
+        if inputs_embeds is None:
+            inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, every))
+        for name, output in outputs.items():
+            features = output.pooler_output  # items of (n_i, hidden), or (items, n, hidden)
+            features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
+            mask = masks[name].to(inputs_embeds.device)
+            inputs_embeds = scatter_features(inputs_embeds, mask, features)
+        return None, inputs_embeds, text
+
+    def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:
+        if not masks or (labels is None and text.get("shift_labels") is None):
+            return labels
+        placeholders = torch.stack(list(masks.values())).any(0)
+        if not torch.compiler.is_compiling():
+            ids = [self.config.modality(name)["token_id"] for name in masks]
+            counted = text.get("num_items_in_batch") is not None
+            check_labels(placeholders, ids, labels, text.get("shift_labels"), counted)
+        if text.get("shift_labels") is not None:
+            text["shift_labels"] = mask_labels(shifted_left(placeholders), text["shift_labels"])
+        return mask_labels(placeholders, labels)

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .versions import check_peft
+
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a model is a `peft.PeftModel`."""
@@ -128,3 +130,35 @@ def adapter_parameter_names(model: nn.Module) -> set[str]:
         return set()
     prefix = getattr(model.base_model, "prefix", "lora_")
     return {name for name, _ in model.named_parameters() if prefix in name or ".modules_to_save." in name}
+
+
+class WholeAdaptersMixin(PreTrainedModel):
+    """Adapters around a whole composed model, beside none around its parts."""
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configurations of adapters around the whole model, by name; there is none before one is added."""
+        if "_whole_peft_config" not in self.__dict__:
+            raise AttributeError("peft_config")
+        return self.__dict__["_whole_peft_config"]
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        check_no_wrapped_part(self, self._parts())  # `get_peft_model` sets this
+        self.__dict__["_whole_peft_config"] = configs
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_whole_peft_config", None)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
+        check_no_wrapped_part(self, self._parts())
+        check_peft("add_adapter")
+        super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
+        check_no_wrapped_part(self, self._parts())
+        check_peft("load_adapter")
+        return super().load_adapter(*args, **kwargs)

@@ -1,11 +1,21 @@
 """What of a model trains: names and `requires_grad`.  How frozen parts run is beside it, in `frozen_modes`."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from .adapters import adapter_parameter_names, is_wrapped
+from .adapters import adapter_parameter_names, check_all_kept, is_wrapped
+from .frozen_modes import (
+    checkpoint_frozen_layers,
+    keep_frozen_in_eval,
+    keep_strided_layers,
+    require_grads,
+    whole_gradients,
+)
 from .names import compress, matches
 
 
@@ -74,3 +84,120 @@ def set_part_trainable(part: nn.Module, trainable: bool) -> None:
     names = {name for name, _ in part.named_parameters()}
     chosen = adapter_parameter_names(part) if trainable and is_wrapped(part) else names
     set_trainable(part, chosen, trainable)
+
+
+class FreezingMixin(PreTrainedModel):
+    """Which parts of a composed model train, and the modes in which they run."""
+
+    config: Any
+    encoders: Any
+    language_model: Any
+
+    def freeze(self, *patterns: str):
+        """Exclude parts from training: ``freeze("vision_encoder.module", "language_model")``.
+
+        Args:
+            *patterns: dotted names of modules or parameters, or globs such as ``"*.projector"``.
+
+        Returns:
+            the model; the choice is kept in its configuration and survives saving.
+
+        Raises:
+            ValueError: no pattern, or one that names nothing.
+        """
+        if not patterns:
+            raise ValueError('freeze() needs names, e.g. freeze("vision_encoder.module", "language_model").')
+        return self._set_frozen(select_parameters(self, patterns), frozen=True)
+
+    def unfreeze(self, *patterns: str):
+        """Train parts again; without names, everything (of PEFT-wrapped parts the adapters only)."""
+        if patterns:
+            return self._set_frozen(select_parameters(self, patterns), frozen=False)
+        for part in self._parts().values():
+            set_part_trainable(part, True)
+        return self._set_frozen(set(), frozen=False)
+
+    def _set_frozen(self, names: Iterable[str], frozen: bool):
+        set_trainable(self, names, not frozen)
+        self.config.frozen = frozen_patterns(self) or None
+        return self.train(self.training)
+
+    def _parts(self) -> dict[str, nn.Module]:
+        parts = {"language_model": self.language_model}
+        for name, encoder in self.encoders.items():
+            parts |= {f"{name}_encoder.module": encoder.module, f"{name}_encoder.projector": encoder.projector}
+        return parts
+
+    def _callback_modules(self) -> dict[str, nn.Module]:
+        """Callbacks that are modules, by the names that they have in this model."""
+        return {
+            f"{name}_encoder.{slot}": callback
+            for name, encoder in self.encoders.items()
+            for slot, callback in encoder.callbacks.items()
+            if isinstance(callback, nn.Module)
+        }
+
+    def train(
+        self,
+        mode: bool = True,
+        *,
+        encoders_mode: Mapping[str, tuple[bool, bool]] | None = None,
+        llm_mode: bool | None = None,
+    ):
+        """Set the training mode; frozen parts keep their dropout and norm statistics off.
+
+        Args:
+            mode: as in torch; `requires_grad` is not touched.
+            encoders_mode: Cornstarch's form of freezing: ``{name: (encoder trains, projector trains)}`` sets
+                `requires_grad` and mode together.  Left out, all encoders follow `llm_mode`.
+            llm_mode: likewise for the language model.
+
+        Returns:
+            the model.
+
+        Raises:
+            ValueError: an encoder that the model does not have, or a value that is no pair; parameters that train but
+                would not be saved with the adapters around the model.
+        """
+        if encoders_mode is not None or llm_mode is not None:
+            self._set_modes(encoders_mode, llm_mode)
+        super().train(mode)
+        if mode:
+            check_all_kept(self)
+            keep_frozen_in_eval(self._parts() | self._callback_modules())
+            keep_strided_layers(self._parts())
+        checkpoint_frozen_layers(self)
+        return self
+
+    def _set_modes(self, encoders_mode: Mapping[str, tuple[bool, bool]] | None, llm_mode: bool | None) -> None:
+        if encoders_mode is None:
+            encoders_mode = dict.fromkeys(self.config.encoders, (bool(llm_mode),) * 2)
+        if unknown := sorted(set(encoders_mode) - set(self.config.encoders)):
+            raise ValueError(f"encoders_mode names {unknown}, this model has the encoders {self.config.encoders}.")
+        for name, pair in encoders_mode.items():
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise ValueError(f"encoders_mode[{name!r}] must be (encoder trains, projector trains), got {pair!r}.")
+            set_part_trainable(self.encoders[name].module, bool(pair[0]))
+            set_part_trainable(self.encoders[name].projector, bool(pair[1]))
+        if llm_mode is not None:
+            set_part_trainable(self.language_model, bool(llm_mode))
+        self.config.frozen = frozen_patterns(self) or None
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, which knows embeddings of one tensor alone: some towers' give several (Swin, Hiera)."""
+        found = [_embeddings(module) for module in self.modules() if isinstance(module, PreTrainedModel)]
+        embeddings = {id(module): module for module in found if module is not None}
+        self._require_grads_hooks = [e.register_forward_hook(require_grads) for e in embeddings.values()]
+        self._require_grads_hook = self._require_grads_hooks[0]
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
+        super()._set_gradient_checkpointing(enable, whole_gradients(gradient_checkpointing_func), **options)
+        checkpoint_frozen_layers(self)
+
+
+def _embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        found = model.get_input_embeddings()
+    except RuntimeError:  # its kind of error for a model that tells none
+        return None
+    return found if isinstance(found, nn.Module) else None

@@ -8,11 +8,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_tensors import current_name, shared_by_adapters
+from .adapters import unwrapped
 from .names import modules_by_name, parameters_by_name
+from .weightless import KeepsInitialized
 
 SETS = ("_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 PATTERN_SETS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
@@ -97,3 +100,60 @@ def _block_rules(prefix: str, model: PreTrainedModel) -> dict[str, str]:
     blocks = set(model._no_split_modules or ())
     found = {name for name, module in modules_by_name(model) if type(module).__name__ in blocks}
     return {f"{prefix}.{_NUMBER.sub('*', name)}": "free_full_weight" for name in found if name}
+
+
+class GatheringMixin(PreTrainedModel):
+    """What transformers asks of a whole composed model, answered by its parts."""
+
+    config: Any
+    language_model: Any
+    input_modalities: Any
+
+    def init_parallel_plans(self) -> None:
+        """Gather the parts' parallelisation plans, by names that this model has."""
+        super().init_parallel_plans()
+        for key, plan in gathered_plans(self).items():
+            setattr(self, key, plan)
+
+    def init_weights(self) -> None:
+        """Gather what else the parts know, then initialise and tie as in transformers."""
+        for key, values in gathered_sets(self).items():
+            setattr(self, key, values)
+        self.all_tied_weights_keys = gathered_ties(self)
+        super().init_weights()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Tied weights of all parts by names that exist, adapters in front of them or not."""
+        return gathered_ties(self) if all_submodels else {}
+
+    def initialize_weights(self) -> None:
+        """Initialise what was not loaded, each part as its own class does.
+
+        transformers treats models from outside as custom code and then leaves out modules without parameters of their
+        own, among them those that fill the buffers of transformers' own parts.
+        """
+        parts = [part for _, part in nearest_models(self)]
+        for part in parts:
+            if not all(getattr(module, "_is_hf_initialized", False) for module in part.modules()):
+                part.initialize_weights()
+        with torch.no_grad(), KeepsInitialized():
+            for module in _outside(self, set(map(id, parts))):
+                self._initialize_weights(module, is_custom_code=self.is_custom_code())
+
+    def _inherit_from_language_model(self, supplied: bool) -> None:
+        """Traits of the parts that transformers reads on the whole."""
+        inner = unwrapped(self.language_model)
+        kinds = dict.fromkeys(self.config.modality(name)["kind"] for name in self.config.encoders)
+        self.input_modalities = (*kinds, *(() if "text" in kinds else ("text",)))
+        self._is_stateful = inner._is_stateful
+        self._can_compile_fullgraph = inner._can_compile_fullgraph
+        if supplied and inner.generation_config is not None:
+            self.generation_config = type(inner.generation_config).from_dict(inner.generation_config.to_dict())
+
+
+def _outside(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:
+    """A module and those below it that are no part and in none, children first."""
+    for child in module.children():
+        if id(child) not in parts:
+            yield from _outside(child, parts)
+    yield module

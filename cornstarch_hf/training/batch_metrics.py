@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..language_model.merging import placeholder_mask
-from ..modeling_base import MultimodalPreTrainedModel
+from ..modeling_multimodal import MultimodalModel
 
 
 class BatchMetrics(TrainerCallback):
@@ -46,7 +46,7 @@ class BatchMetrics(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Start counting what the model is given."""
-        composed = next((m for m in model.modules() if isinstance(m, MultimodalPreTrainedModel)), None)
+        composed = next((m for m in model.modules() if isinstance(m, MultimodalModel)), None)
         if composed is None:
             raise ValueError(f"BatchMetrics counts for composed models, got {type(model).__name__}.")
         self._counts, self._seconds, self._mark = {}, 0.0, time.perf_counter()
@@ -90,7 +90,7 @@ class BatchMetrics(TrainerCallback):
             values = reduce(values, reduction="sum")
         return dict(zip(names, values.tolist(), strict=True))
 
-    def _count(self, model: MultimodalPreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _count(self, model: MultimodalModel, args: tuple, kwargs: dict[str, Any]) -> None:
         if not model.training:
             return
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs

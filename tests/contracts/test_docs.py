@@ -49,3 +49,15 @@ def test_links_between_pages_and_to_examples_lead_somewhere():
             assert (page.parent / target).exists(), (page.name, target)
         for name in re.findall(r"hub_examples/\w+\.py|tests/[\w/]+\.py", text):
             assert (ROOT / name).exists(), (page.name, name)
+
+
+def test_the_page_about_the_architecture_names_every_room_and_only_what_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    package = ROOT / "cornstarch_hf"
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)/` \|", text, re.M)) == rooms
+    files = re.findall(r"`((?:\w+/)*\w+\.py)`", text)
+    assert len(files) > 25
+    for name in files:
+        found = [package / name, ROOT / name, *package.glob(f"*/{name}")]
+        assert name == "__init__.py" or any(path.is_file() for path in found), name

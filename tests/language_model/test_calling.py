@@ -1,4 +1,4 @@
-"""Calling the language model: its loss or ours, logits to keep, keywords it lacks, and the run without a head."""
+"""Calling the language model: its loss or ours, logits to keep, and keywords it lacks."""
 
 from types import SimpleNamespace
 
@@ -6,21 +6,13 @@ import catalog_llms
 import pytest
 import tiny
 import torch
-from helpers import compose_tiny, uneven_inputs
 from tiny import Bare
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
-from cornstarch_hf.language_model.calling import (
-    Headless,
-    cache_keyword,
-    cached_length,
-    run_backbone,
-    run_language_model,
-    text_keywords,
-)
+from cornstarch_hf.language_model.calling import cache_keyword, cached_length, run_language_model, text_keywords
 from cornstarch_hf.parts.versions import CACHE
 
 IDS = torch.tensor([[1, 5, 9, 4], [2, 8, 3, 7]])
@@ -108,25 +100,3 @@ def test_a_cache_is_known_by_its_name_and_its_length():
     state = mamba(IDS, use_cache=True)[name]
     assert cache_keyword(mamba) == name and cached_length(state) == 1
     assert cached_length(type(state)(config=mamba.config)) == 0
-
-
-def test_the_headless_model_is_the_model_in_all_but_the_call():
-    model, processor = compose_tiny(["clip"])
-    headless, inputs = Headless(model), uneven_inputs(processor)
-    assert headless.config is model.config and headless.dtype is model.dtype
-    assert headless == model.base_model and hash(headless) == hash(model.base_model)
-    assert headless != model and headless != Headless(compose_tiny(["clip"])[0])
-    with torch.no_grad():
-        hidden = headless(**inputs, labels=inputs["input_ids"]).last_hidden_state
-        assert torch.equal(model.get_output_embeddings()(hidden), model(**inputs).logits)
-
-
-def test_the_backbone_takes_what_it_knows_and_must_exist(bare):
-    bare.language_model = tiny.llama()
-    expected = bare.language_model.model(IDS, use_cache=False).last_hidden_state
-    assert torch.equal(
-        run_backbone(bare, {"input_ids": IDS, "use_cache": False, "labels": None}).last_hidden_state, expected
-    )
-    bare.language_model = bare.language_model.model
-    with pytest.raises(ValueError, match="LlamaModel has no backbone apart from its head"):
-        run_backbone(bare, {"input_ids": IDS})

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -133,7 +134,7 @@ if __name__ == "__main__":
 
 def test_in_two_processes(tmp_path):
     (tmp_path / "work.py").write_text(DISTRIBUTED)
-    run_python(tmp_path / "work.py", str(tmp_path))
+    run_python(tmp_path / "work.py", str(tmp_path), str(Path(__file__).parent))
     assert set(json.loads((tmp_path / "results.json").read_text())) == set(LANGUAGE_MODELS)
 
 
