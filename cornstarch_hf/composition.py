@@ -9,14 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_multimodal import MultimodalConfig, validate_encoder_names
-from .encoders.building import complete_projector, modality_entry
+from .encoders.building import assign_input_names, complete_projector, modality_entry
 from .encoders.counting import FeatureCounter
 from .encoders.feature_layout import typical_item
 from .encoders.module import ModalEncoderModule
-from .encoders.towers import assign_input_names
 from .language_model.supported import check_language_model, embedding_width
 from .parts.adapters import is_wrapped, unwrapped
-from .parts.classes import class_name, constructor_options, language_model_class, origin_of
+from .parts.classes import language_model_class, origin_of
+from .parts.constructors import class_name, constructor_options
 from .parts.signatures import forward_parameters
 from .parts.stored_adapters import record_adapters
 

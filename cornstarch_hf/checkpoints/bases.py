@@ -23,9 +23,8 @@ from ..configuration_multimodal import MultimodalConfig
 from ..parts.build_bounds import build_guard
 from ..parts.classes import COMMIT, KEYS, is_repo_id, resolve_class
 from ..parts.threads import PrivateRandom
-from .file_names import COMPOSITION, CONFIG, HUB_OPTIONS, INDEX, SHARD_OF_MODEL, WEIGHTS
 from .files import check_files, stored_shapes
-from .finding import CheckpointFiles
+from .finding import COMPOSITION, CONFIG, HUB_OPTIONS, INDEX, SHARD_OF_MODEL, WEIGHTS, CheckpointFiles
 from .manifest import Entry, check_hashes, check_sizes, describe_files, sha256_of, valid_entry
 
 logger = logging.getLogger(__name__)

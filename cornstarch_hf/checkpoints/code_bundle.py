@@ -15,11 +15,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import BaseVideoProcessor
+from transformers import BaseVideoProcessor, FeatureExtractionMixin
 
 from ..parts.classes import CODE_ENTRY, language_model_class, resolve_class
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
-from .trusted_code import SIDES, own_modules, read_entry, write_code
+from .code_folder import SIDES, own_modules, read_entry, write_code
 from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
 
 ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector")
@@ -93,11 +93,12 @@ def needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
     if side == "projector":
         return {config.projection_type} & NEEDS
     needs = {getattr(config, f"{name}_projector_config").projection_type for name in config.encoders}
-    needs |= {config.modality(name)["kind"] for name in config.encoders} & {"video"}
+    needs |= {config.modality(name)["kind"] for name in config.encoders} & {"audio", "video"}
     for other in others:
         own = own_stem(_file_of(type(other))) == "processing_own_processors"
         needs |= {"own processors"} if own else set()
         needs |= {"video"} if isinstance(other, BaseVideoProcessor) else set()
+        needs |= {"audio"} if isinstance(other, FeatureExtractionMixin) else set()
     return (needs | ({"adapters"} if config.adapters else set())) & NEEDS
 
 

@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_multimodal import MultimodalConfig
-from ..parts.adapter_tensors import adapter_buffers, check_buffers_restorable, restore_token_rows
-from ..parts.adapters import unwrapped
+from ..parts.adapters import adapter_buffers, check_buffers_restorable, restore_token_rows, unwrapped
 from ..parts.freezing import frozen_patterns
 from ..parts.gathering import nearest_models
 from ..parts.names import as_regex, compress, matches

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from ..limits import cap
 from ..parts.build_bounds import build_guard
 from ..parts.stored_values import SHARD, check_auto_map, read_json
-from .file_names import CONFIG, DESCRIPTIONS, INDEX, WEIGHTS, of_variant
-from .finding import CheckpointFiles
+from .finding import CONFIG, DESCRIPTIONS, INDEX, WEIGHTS, CheckpointFiles, of_variant
 from .folder_swap import valid_folder
 from .manifest import Composition, checked_composition, first_weights
 

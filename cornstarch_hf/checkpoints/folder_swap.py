@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from ..parts.stored_values import POINTER
-from .file_names import CONFIG, PROCESSOR
+from .finding import CONFIG, PROCESSOR
 
 try:
     import fcntl

@@ -13,9 +13,8 @@ from ..configuration_multimodal import MultimodalConfig
 from ..parts.build_bounds import Shapes, build_guard
 from ..parts.stored_values import read_json
 from ..parts.weightless import build_without_weights, without_dtypes
-from .file_names import ADAPTERS, COMPOSITION, CONFIG, DELTA, GENERATION, PLACES
 from .files import Checked, checked_files, guarded
-from .finding import CheckpointFiles
+from .finding import ADAPTERS, COMPOSITION, CONFIG, DELTA, GENERATION, PLACES, CheckpointFiles
 from .manifest import REMEDY, Composition, components_of, first_weights, read_composition
 from .references import assemble_state
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .file_names import ADAPTERS, ANY_WEIGHTS, COMPOSITION, CONFIG, DELTA, weights_pattern
+from .finding import ADAPTERS, ANY_WEIGHTS, COMPOSITION, CONFIG, DELTA, weights_pattern
 from .folder_swap import replaced_atomically
 
 logger = logging.getLogger(__name__)

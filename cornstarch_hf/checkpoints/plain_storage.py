@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..parts.classes import SharedCode
 from .code_bundle import export_code
-from .file_names import HUB_ARGUMENTS, PROCESSOR, TEMPLATES
+from .finding import HUB_ARGUMENTS, PROCESSOR, TEMPLATES
 from .folder_swap import replaced_atomically, valid_folder
 from .loading import finish_load, plan_load
 from .manifest import StagedSave, staged_save
@@ -48,7 +48,7 @@ class ModelStorage(SharedCode, PreTrainedModel):
     """How models and projectors are saved and loaded: weights, configuration and code as one, or not at all."""
 
     config: Any
-    _side = "model"  # a key of `trusted_code.SIDES`
+    _side = "model"  # a key of `code_folder.SIDES`
     _save_options: tuple[str, ...] = ()  # of `save_pretrained`, for `_before_save` and `_write`
 
     def save_pretrained(

@@ -13,12 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..parts.adapter_tensors import current_name
-from ..parts.adapters import is_wrapped, unwrapped
+from ..parts.adapters import current_name, is_wrapped, unwrapped
 from ..parts.classes import KEYS, is_repo_id
 from ..parts.names import compress, matches
 from .bases import Base, base_files, check_base, checked_entry, part_tensors, read_base
-from .file_names import DELTA
+from .finding import DELTA
 from .manifest import components_of
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..configuration_multimodal import MultimodalConfig
-from ..parts.adapter_tensors import shared_by_adapters
+from ..parts.adapters import shared_by_adapters
 from ..parts.freezing import restore_frozen
 from ..parts.gathering import gathered_ties
 from .config_sync import (
@@ -18,7 +18,7 @@ from .config_sync import (
     restore_adapter_buffers,
     sync_config,
 )
-from .file_names import HUB_ARGUMENTS as HUB_ARGUMENTS
+from .finding import HUB_ARGUMENTS as HUB_ARGUMENTS
 from .manifest import StagedSave, chosen_components, embedded
 from .plain_storage import PUSHERS as PUSHERS
 from .plain_storage import ModelStorage

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..parts.classes import CODE_ENTRY
-from .trusted_code import HERE, PACKAGE, THIN_FOLDER, own_modules, read_entry
+from .code_folder import HERE, PACKAGE, THIN_FOLDER, own_modules, read_entry
 
 _IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
@@ -36,19 +36,21 @@ THIN: dict[str, frozenset[str]] = {
     "checkpoints_folder_swap": frozenset(),
     "checkpoints_loading": frozenset(["references"]),
     "checkpoints_references": frozenset(["references"]),
+    "checkpoints_trusted_code": frozenset(),
     "composition": frozenset(),
     "encoders_own_parts": frozenset(),
     "parts_build_bounds": frozenset(),
     "parts_stored_adapters": frozenset(["adapters"]),
     "parts_stored_values": frozenset(),
     "processing_assistant_turns": frozenset(),
-    "processing_own_processors": frozenset(["own processors"]),
+    "processing_sounds": frozenset(["audio"]),
     "processing_template_sandbox": frozenset(),
     "processing_video": frozenset(["video"]),
     "processing_video_processors": frozenset(["video"]),
 }
 # What only a checkpoint carries that names one of these; nothing else imports it.
 OPTIONAL: dict[str, frozenset[str]] = {
+    "processing_own_processors": frozenset(["own processors"]),
     "projectors_reductions": frozenset(["frame_stack", "pixel_shuffle"]),
     "projectors_resampler": frozenset(["resampler"]),
     "projectors_windows": frozenset(["avg_pool", "conv"]),

@@ -1,18 +1,42 @@
 """One encoder with its projector, completed and written into a modality's entry of the configuration; `rebuilding` reads it."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from ..configuration_projector import MultimodalProjectorConfig
 from ..parts.adapters import unwrapped
-from ..parts.classes import class_name, constructor_options
+from ..parts.constructors import class_name, constructor_options
 from ..parts.known_encoders import WIDTH_AS_CONFIGURED, WIDTH_AS_CONFIGURED_AT_LAST
+from ..parts.versions import CACHE_NAMES
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
 from .grids import PLANE_KINDS
 from .module import ModalEncoderModule
+from .towers import OWN_INPUTS, transformers_keywords
+
+# Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
+TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
+    [
+        "token_type_ids",
+        "mm_token_type_ids",
+        "cache_position",
+        "shift_labels",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "encoder_outputs",
+        "inputs",
+        "return_loss",
+    ]
+)
+# Towers of packed models name their inputs differently from what their processors emit.
+PROCESSOR_NAMES = {
+    "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
+    "video": {"hidden_states": "pixel_values_videos", "grid_thw": "video_grid_thw"},
+}
 
 
 def complete_projector(
@@ -95,3 +119,44 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
         "data_format": selection.data_format,
         "additional_args": list(encoder.additional_args),
     }
+
+
+def assign_input_names(
+    parameters: Mapping[str, Iterable[str]], kinds: Mapping[str, str], language_model: Iterable[str]
+) -> dict[str, dict[str, str]]:
+    """Give each encoder input its keyword.
+
+    An input keeps the name that its processor emits while that is unique; where two encoders, or an encoder and the
+    language model, want one name, every encoder's gets ``"{modality}_"`` in front.
+
+    Args:
+        parameters: the inputs of each modality's encoder, by the names of its `forward`.
+        kinds: the modalities' kinds.
+        language_model: names that the language model's `forward` takes.
+
+    Returns:
+        for each modality ``{keyword: parameter of the encoder}``.
+
+    Raises:
+        ValueError: a name is still taken with the prefix in front.
+
+    >>> assign_input_names({"vision": ["pixel_values"], "audio": ["input_features", "attention_mask"]},
+    ...                    {"vision": "image", "audio": "audio"}, ["input_ids", "attention_mask"])["audio"]
+    {'input_features': 'input_features', 'audio_attention_mask': 'attention_mask'}
+    """
+    emitted = {
+        name: {p: PROCESSOR_NAMES.get(kinds[name], {}).get(p, p) for p in names} for name, names in parameters.items()
+    }
+    text = TEXT_NAMES | transformers_keywords() | set(language_model)
+    wanted = [key for names in emitted.values() for key in names.values()]
+    assigned: dict[str, dict[str, str]] = {}
+    taken = dict.fromkeys(text, "the language model")
+    for name, names in emitted.items():
+        assigned[name] = {}
+        for parameter, key in names.items():
+            keyword = f"{name}_{key}" if key in text or wanted.count(key) > 1 else key
+            if keyword in taken:
+                raise ValueError(f"{name}: its input {key!r} would be named {keyword!r}, which {taken[keyword]} uses.")
+            taken[keyword] = f"the encoder {name!r}"
+            assigned[name][keyword] = parameter
+    return assigned

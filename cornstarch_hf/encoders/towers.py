@@ -1,6 +1,6 @@
 """Which part of a model encodes, what kind of thing it encodes, and what its `forward` takes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -168,26 +168,6 @@ OWN_INPUTS = (
     "logits_to_keep",
     "mm_encoder_outputs",
 )
-# Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
-TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
-    [
-        "token_type_ids",
-        "mm_token_type_ids",
-        "cache_position",
-        "shift_labels",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "encoder_outputs",
-        "inputs",
-        "return_loss",
-    ]
-)
-# Towers of packed models name their inputs differently from what their processors emit.
-PROCESSOR_NAMES = {
-    "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
-    "video": {"hidden_states": "pixel_values_videos", "grid_thw": "video_grid_thw"},
-}
 
 # Names under which an encoder may take what its processor emits under another one, the likeliest first.
 ALIASES = {
@@ -209,47 +189,6 @@ TRUE_ON_PADDING = frozenset(["audio_mel_mask"])
 def transformers_keywords() -> frozenset[str]:
     """The keyword arguments that transformers passes through any model."""
     return frozenset(TransformersKwargs.__optional_keys__) | frozenset(TransformersKwargs.__required_keys__)
-
-
-def assign_input_names(
-    parameters: Mapping[str, Iterable[str]], kinds: Mapping[str, str], language_model: Iterable[str]
-) -> dict[str, dict[str, str]]:
-    """Give each encoder input its keyword.
-
-    An input keeps the name that its processor emits while that is unique; where two encoders, or an encoder and the
-    language model, want one name, every encoder's gets ``"{modality}_"`` in front.
-
-    Args:
-        parameters: the inputs of each modality's encoder, by the names of its `forward`.
-        kinds: the modalities' kinds.
-        language_model: names that the language model's `forward` takes.
-
-    Returns:
-        for each modality ``{keyword: parameter of the encoder}``.
-
-    Raises:
-        ValueError: a name is still taken with the prefix in front.
-
-    >>> assign_input_names({"vision": ["pixel_values"], "audio": ["input_features", "attention_mask"]},
-    ...                    {"vision": "image", "audio": "audio"}, ["input_ids", "attention_mask"])["audio"]
-    {'input_features': 'input_features', 'audio_attention_mask': 'attention_mask'}
-    """
-    emitted = {
-        name: {p: PROCESSOR_NAMES.get(kinds[name], {}).get(p, p) for p in names} for name, names in parameters.items()
-    }
-    text = TEXT_NAMES | transformers_keywords() | set(language_model)
-    wanted = [key for names in emitted.values() for key in names.values()]
-    assigned: dict[str, dict[str, str]] = {}
-    taken = dict.fromkeys(text, "the language model")
-    for name, names in emitted.items():
-        assigned[name] = {}
-        for parameter, key in names.items():
-            keyword = f"{name}_{key}" if key in text or wanted.count(key) > 1 else key
-            if keyword in taken:
-                raise ValueError(f"{name}: its input {key!r} would be named {keyword!r}, which {taken[keyword]} uses.")
-            taken[keyword] = f"the encoder {name!r}"
-            assigned[name][keyword] = parameter
-    return assigned
 
 
 def keyword_for(emitted: str, modality: str, input_names: Mapping[str, str]) -> str | None:

@@ -25,9 +25,8 @@ from cornstarch_hf import (
     MultimodalProjectorConfig,
     register_callback,
 )
-from cornstarch_hf.checkpoints.code_bundle import MODEL_MAP
 from cornstarch_hf.checkpoints.code_bundle import __file__ as EXPORT_FILE
-from cornstarch_hf.checkpoints.users_code import read_entry
+from cornstarch_hf.checkpoints.code_folder import MODEL_MAP, read_entry
 
 IMAGE = tiny.ENCODERS["clip"][3](0)
 CALL = {"text": "<image> a b", "images": IMAGE}

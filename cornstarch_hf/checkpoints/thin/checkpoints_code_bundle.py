@@ -7,7 +7,7 @@ from typing import Any
 
 from ...parts.classes import CODE_ENTRY
 from ...parts.registries import CALLBACKS, PROJECTORS
-from ..trusted_code import HERE, ROOT, SIDES, read_entry, write_code
+from ..code_folder import HERE, ROOT, SIDES, read_entry, write_code
 
 
 def export_code(

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from ..file_names import CONFIG
-from ..finding import CheckpointFiles
+from ..code_folder import needs_package
+from ..finding import CONFIG, CheckpointFiles
 from ..folder_swap import valid_folder
 from ..manifest import Composition, checked_composition
-from ..trusted_code import needs_package
 
 
 class LoadPlan(NamedTuple):

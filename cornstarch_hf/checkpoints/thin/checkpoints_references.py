@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..trusted_code import needs_package
+from ..code_folder import needs_package
 
 
 def write_reference(

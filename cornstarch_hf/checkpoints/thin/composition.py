@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...checkpoints.trusted_code import needs_package
+from ...checkpoints.code_folder import needs_package
 from ...configuration_multimodal import MultimodalConfig
 from ...encoders.module import ModalEncoderModule
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from ...checkpoints.trusted_code import needs_package
+from ...checkpoints.code_folder import needs_package
 from ...configuration_multimodal import MultimodalConfig
 from ...configuration_projector import CUSTOM_PROJECTION
 from ...encoders.module import ModalEncoderModule

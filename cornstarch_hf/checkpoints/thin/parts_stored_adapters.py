@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...checkpoints.trusted_code import needs_package
+from ...checkpoints.code_folder import needs_package
 from ...parts.adapters import is_wrapped, tuner_layers
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...checkpoints.trusted_code import needs_package
+from ...checkpoints.code_folder import needs_package
 from ...processing.conversations import GENERATION, render
 
 Spans = list[tuple[int, int]]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.trusted_code import needs_package
+from ...checkpoints.code_folder import needs_package
 
 
 def is_video_processor(processor: Any) -> bool:
