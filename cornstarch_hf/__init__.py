@@ -19,7 +19,7 @@ from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
-from .hub.hub import push_to_hub
+from .hub.push import push_to_hub
 from .modeling_multimodal import MultimodalModel
 from .parts.registries import register_callback, register_feature_count, register_projector
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor

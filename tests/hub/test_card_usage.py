@@ -31,7 +31,7 @@ from cornstarch_hf import (
     compose,
 )
 from cornstarch_hf.hub.card import card_text
-from cornstarch_hf.hub.card_usage import own_parts, unaskable, usage_snippet
+from cornstarch_hf.hub.card_facts import examples, own_parts
 from cornstarch_hf.parts.registries import FEATURE_COUNTS
 
 
@@ -74,6 +74,14 @@ FAST = ["image", "image-and-audio", "protein", "two-encoders", "two-that-share",
 def snippet_of(card):
     (found,) = re.findall(r"^```python\n(.*?)\n```$", card, re.M | re.S)
     return found
+
+
+def usage_snippet(model, processor, repo_id, include_code):
+    return snippet_of(card_text(model, processor, repo_id, include_code))
+
+
+def unaskable(model, processor):
+    return examples(model, processor).left_out
 
 
 def saved_snippets(folder, names):
