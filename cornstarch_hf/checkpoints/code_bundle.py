@@ -9,7 +9,7 @@ entry with what it imports into a folder of its own, so that several entries wou
 import ast
 import functools
 import inspect
-import json
+import pprint
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -230,8 +230,7 @@ def _entry_texts(target: Path, sides: dict[str, Any], side: str, carried: _Carri
     for stem in set(others) - set(texts):
         if (path := target / f"{stem}.py").is_file():
             texts[stem] = path.read_text(encoding="utf-8")
-    files = sorted({*texts, CODE_ENTRY})
-    carries = {"files": files, "package": sorted(carried.files.own), "sides": dict(sorted(sides.items()))}
+    carries = {"package": sorted(carried.files.own), "sides": dict(sorted(sides.items()))}
     return texts | {CODE_ENTRY: _entry_text(carries)}
 
 
@@ -265,45 +264,45 @@ def _registration(part: Part, home: str, carried: _Carried) -> list:
                 f"{part.name!r} ({part.kind}) was registered in another file than {home}.py, and as {name!r} it cannot be "
                 f"found by a name: call {_REGISTER[part.kind]}({part.name!r}, ...) at the top of the file that defines it."
             )
-        stem = (
-            home
-            if target is part.target
-            else carried.files.add_file(_checked_file(Part("counts", part.name, target)), "")
-        )
+        stem = home
+        if target is not part.target:
+            stem = carried.files.add_file(_checked_file(Part("counts", part.name, target)), "it counts features")
         places += [stem, name]
     return [_REGISTER[part.kind], part.name, *places]
 
 
+_ENTRY_TEXT = '''"""The code of this checkpoint, for `trust_remote_code=True`; written when it was saved with include_code=True.
+
+`pip install cornstarch_hf` and `import cornstarch_hf` load it without running this.
+"""
+# ruff: noqa: F401
+
+{imports}
+
+{carries}
+
+{registrations}'''
+
+
 def _entry_text(carries: dict[str, Any]) -> str:
-    lines = [
-        '"""The code of this checkpoint, for `trust_remote_code=True`; written when it was saved with include_code=True.',
-        "",
-        "`pip install cornstarch_hf` and `import cornstarch_hf` load it without running this.",
-        '"""',
-        "",
-    ]
-    for name, home in sorted(_HOMES.items()):
-        lines.append(f"from .{home} import {name}  # noqa: F401")
-    lines.append(
-        "from .parts_registries import register_callback, register_feature_count, register_projector  # noqa: F401"
-    )
-    named = set(_HOMES.values()) | {"parts_registries"}
-    registrations, packages = [], set()
-    for side in carries["sides"].values():
-        packages |= set(side["packages"])
-        registrations += [entry for entry in side["registrations"] if entry not in registrations]
-    for stem in [s for s in carries["package"] if s not in named | _package_stems()]:  # only a user's file needs it
-        lines.append(f"from .{stem} import __name__ as _{stem}  # noqa: F401")
-    homes = {name: home for side in carries["sides"].values() for name, home in side.get("homes", {}).items()}
-    for stem in [s for s in carries["files"] if s not in carries["package"] and s != CODE_ENTRY]:
+    """The text of the entry: imports of all that is not imported by something else, what it carries, registrations."""
+    sides = carries["sides"].values()
+    imports = [f"import {package}" for package in sorted({name for side in sides for name in side["packages"]})]
+    imports += [f"from .{home} import {name}" for name, home in sorted(_HOMES.items())]
+    imports += [f"from .parts_registries import {', '.join(sorted(_REGISTER.values()))}"]
+    for stem in sorted(set(carries["package"]) - _package_stems()):  # what not every checkpoint needs
+        imports.append(f"from .{stem} import __name__ as _{stem}")
+    homes = {name: home for side in sides for name, home in side.get("homes", {}).items()}
+    for stem in sorted({stem for side in sides for stem in side["files"]}):
         names = sorted(name for name, home in homes.items() if home == stem) or [f"__name__ as _{stem}"]
-        lines.append(f"from .{stem} import {', '.join(names)}  # noqa: F401")
-    lines[5:5] = [f"import {package}  # noqa: F401" for package in sorted(packages)]
-    for i, (_, _, home, target, count_home, count) in enumerate(registrations):
-        lines.append(f"from .{home} import {target} as _target_{i}")
+        imports.append(f"from .{stem} import {', '.join(names)}")
+    wanted = {tuple(entry): None for side in sides for entry in side["registrations"]}
+    registrations = []
+    for i, (function, name, home, target, count_home, count) in enumerate(wanted):
+        imports.append(f"from .{home} import {target} as _target_{i}")
         if count is not None:
-            lines.append(f"from .{count_home} import {count} as _count_{i}")
-    lines += ["", f"CARRIES = {json.dumps(carries, indent=4, sort_keys=True).replace('null', 'None')}", ""]
-    for i, (function, name, _, _, _, count) in enumerate(registrations):
-        lines.append(f"{function}({name!r}, _target_{i}{f', _count_{i}' if count is not None else ''})")
-    return "\n".join(lines).rstrip("\n") + "\n"
+            imports.append(f"from .{count_home} import {count} as _count_{i}")
+        registrations.append(f"{function}({name!r}, _target_{i}{f', _count_{i}' if count is not None else ''})")
+    carried = pprint.pformat(carries, width=120, compact=True)
+    texts = {"imports": imports, "carries": [f"CARRIES = {carried}"], "registrations": registrations}
+    return _ENTRY_TEXT.format(**{key: "\n".join(lines) for key, lines in texts.items()}).rstrip("\n") + "\n"

@@ -58,7 +58,10 @@ def read_entry(folder: str | os.PathLike) -> dict:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARRIES":
             found = ast.literal_eval(node.value)
-            return found if isinstance(found, dict) else {}
+            if not isinstance(found, dict) or "sides" not in found:
+                return {}
+            users = {stem for side in found["sides"].values() for stem in side["files"]}
+            return found | {"files": sorted({CODE_ENTRY, *found["package"], *users})}
     return {}
 
 

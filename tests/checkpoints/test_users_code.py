@@ -151,5 +151,6 @@ def test_installed_files_and_other_texts_are_known(tmp_path):
     assert not is_installed(tmp_path / "x.py")
     (tmp_path / "target" / "some-1.0.dist-info").mkdir(parents=True)
     assert is_installed(tmp_path / "target" / "some" / "x.py") and not is_installed(tmp_path / "x.py")
-    (tmp_path / "multimodal_code.py").write_text("raise SystemExit\nCARRIES = {'files': ['a']}\n")
-    assert read_entry(tmp_path) == {"files": ["a"]} and read_entry(tmp_path / "no") == {}
+    (tmp_path / "multimodal_code.py").write_text("raise SystemExit\nCARRIES = {'package': ['a'], 'sides': {}}\n")
+    found = {"package": ["a"], "sides": {}, "files": ["a", "multimodal_code"]}
+    assert read_entry(tmp_path) == found and read_entry(tmp_path / "no") == {}
