@@ -21,6 +21,7 @@ from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
 from .modeling_multimodal import MultimodalModel
+from .parts.known_encoders import register_encoder_type
 from .parts.registries import register_callback, register_feature_count, register_projector
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
@@ -48,6 +49,7 @@ __all__ = [
     "parameter_groups",
     "push_to_hub",
     "register_callback",
+    "register_encoder_type",
     "register_feature_count",
     "register_projector",
 ]

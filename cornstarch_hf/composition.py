@@ -1,4 +1,4 @@
-"""Parts to configuration, and to a table: what live encoders and a language model are.  `building` builds them again."""
+"""Parts to configuration, and to a table: what live encoders and a language model are.  `rebuilding` builds them again."""
 
 import copy
 import math
@@ -17,6 +17,7 @@ from .language_model.supported import check_language_model, embedding_width
 from .parts.adapters import is_wrapped, unwrapped
 from .parts.classes import language_model_class, origin_of
 from .parts.constructors import class_name, constructor_options
+from .parts.known_encoders import registered_facts
 from .parts.signatures import forward_parameters
 from .parts.stored_adapters import record_adapters
 
@@ -59,6 +60,7 @@ def compose_config(
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
+    config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
     origins = {f"{name}_encoder": encoder.origin for name, encoder in encoders.items()}
     origins["language_model"] = origin_of(language_model, language_model)
     config.origins = {name: origin for name, origin in origins.items() if origin} or None

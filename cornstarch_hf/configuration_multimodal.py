@@ -6,7 +6,7 @@ that other software looks for; `encoders` keeps their order, and `{name}_modalit
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from .parts.classes import (
     check_origins,
     is_repo_id,
     part_implementations,
+    subclasses_of,
 )
 from .parts.registries import last_definition
 from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
@@ -31,25 +32,16 @@ NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 RESERVED_NAMES = frozenset(
     [
         *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs"),
-        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs", "kernel_config"),
-        *("labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages", "model"),
-        *(
-            "name_or_path",
-            "padding",
-            "processor",
-            "processors",
-            "return_tensors",
-            "sampling_rate",
-            "text",
-            "tokenizer",
-            "training",
-            "truncation",
-        ),
-        *("video_processor", "videos"),
+        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs"),
+        *("kernel_config", "labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages"),
+        *("model", "name_or_path", "padding", "processor", "processors", "return_tensors", "sampling_rate", "text"),
+        *("tokenizer", "training", "truncation", "video_processor", "videos"),
     ]
 )
 # Settings of the whole that a checkpoint keeps where there is something to keep.
-OPTIONAL_KEYS = ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes", "origins")
+OPTIONAL_KEYS = (
+    *("language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "part_dtypes", "origins"),
+)
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None,
@@ -70,6 +62,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "language_model_class": (str,),
     "language_model_kwargs": (dict,),
     "adapters": (dict,),
+    "encoder_types": (dict,),
     "frozen": (list, tuple),
     "part_dtypes": (dict,),
     "part_implementations": (dict,),
@@ -107,7 +100,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         share_inputs: groups of modality names that see the same items.
         loss_at_labels: in training mode, run the language model's head at labelled positions only; the output then
             has no `logits`.
-        **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`,
+        **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`, `encoder_types`,
             `part_dtypes`, `part_implementations`, `language_model_class`, `language_model_kwargs`, `origins`: from which
             repository each part came), and whatever `transformers.PreTrainedConfig` takes.
 
@@ -290,7 +283,7 @@ def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConf
     """The configuration class of a `model_type`: transformers' own, else one that is imported already (ValueError)."""
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type]
-    named = {c for c in _subclasses(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
+    named = {c for c in subclasses_of(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
     found = last_definition(list(named))
     if len(found) != 1:
         raise ValueError(
@@ -299,13 +292,6 @@ def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConf
             "pass trust_remote_code=True for a checkpoint that carries it."
         )
     return found[0]
-
-
-def _subclasses(cls: type) -> Iterator[Any]:
-    sub: Any
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)
 
 
 def _modality_entry(name: str, values) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .checkpoints.trusted_code import load_shared_code
 from .configuration_multimodal import MultimodalConfig
 from .encoders.counting import FeatureCounter
 from .encoders.own_parts import settle_registered
+from .parts.known_encoders import check_facts_registered, registered_facts
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
@@ -125,6 +126,9 @@ class MultimodalProcessorBase(ProcessorStorage, ProcessorMixin):
         return "\n".join([f"{type(self).__name__}:", f"- tokenizer: {type(self.tokenizer).__name__}", *parts])
 
     def _before_save(self) -> None:
+        self.config.encoder_types = registered_facts(
+            [getattr(self.config, f"{name}_config") for name in self.config.encoders]
+        )
         for name, own in self.counter.own.items():
             if FEATURE_COUNTS.get(name) is None:
                 settle_registered(self.config, own)
@@ -142,6 +146,7 @@ class MultimodalProcessorBase(ProcessorStorage, ProcessorMixin):
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))
+        check_facts_registered(config.encoder_types)
         processors = {name: build_subprocessor(d, name) for name, d in values.get("processors", {}).items()}
         for name in config.encoders:
             if name not in processors and config.modality(name)["kind"] == "text":

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from transformers import BaseVideoProcessor, FeatureExtractionMixin
 
 from ..parts.classes import CODE_ENTRY, language_model_class, resolve_class
+from ..parts.known_encoders import ENCODER_TYPES, EncoderType, registered_facts
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from .code_folder import SIDES, own_modules, read_entry, write_code
 from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
@@ -31,13 +32,18 @@ _HOMES = {
     "MultimodalProcessor": "processing_multimodal",
     "MultimodalProjector": "projectors_projector",
 }
-_REGISTER = {"callbacks": "register_callback", "projectors": "register_projector", "counts": "register_feature_count"}
+_REGISTER = {
+    "callbacks": "register_callback",
+    "projectors": "register_projector",
+    "counts": "register_feature_count",
+    "encoder_types": "register_encoder_type",
+}
 
 
 class Part(NamedTuple):
     """Something that a checkpoint names and that somebody's file defines."""
 
-    kind: str  # "classes", "callbacks", "projectors" or "counts"
+    kind: str  # "classes", "callbacks", "projectors", "counts", or "encoder_types": a row, and each of its functions
     name: str
     target: Any
     count: Any = None
@@ -131,6 +137,9 @@ def parts_of(config: Any, side: str) -> list[Part]:
             found.append(Part("callbacks", described["name"], callback.target, callback.feature_count))
         keys = [key for key in (name, encoder_config.model_type) if key in FEATURE_COUNTS]
         found += [Part("counts", key, FEATURE_COUNTS[key]) for key in keys]
+        for model_type in registered_facts([encoder_config]) or ():
+            row = ENCODER_TYPES[model_type]
+            found += [Part("encoder_types", model_type, target) for target in (row, *row.functions)]
     if (text := config.text_config) is not None:
         cls: Any = language_model_class(text)
         if config.language_model_class is not None:
@@ -179,6 +188,7 @@ class _Carried(NamedTuple):
     parts: list[Part]  # the user's
     homes: dict[int, str]  # position of a part -> stem of its file
     packages: list[str]  # installed modules that must be imported, for classes that they define
+    rows: dict[str, EncoderType]  # of users' encoder types
 
 
 def _collect(parts: list[Part], needs: Collection[str]) -> _Carried:
@@ -197,7 +207,8 @@ def _collect(parts: list[Part], needs: Collection[str]) -> _Carried:
                 f"{part.name!r} ({part.kind}) is defined in the installed package {package!r}, whose files a checkpoint does "
                 f"not carry: define it in a file of your own, which may import {package!r}."
             )
-    return _Carried(files, users, homes, sorted(packages))
+    rows = {part.name: part.target for part in parts if isinstance(part.target, EncoderType)}
+    return _Carried(files, users, homes, sorted(packages), rows)
 
 
 def _checked_file(part: Part) -> Path:
@@ -240,35 +251,40 @@ def _side(carried: _Carried, needs: Collection[str]) -> dict[str, Any]:
     side: dict[str, Any] = {"files": sorted(carried.files.users), "packages": carried.packages, "registrations": []}
     side["needs"] = sorted({*needs, *carried.files.added})
     side |= {kind: [] for kind in ("classes", "callbacks", "projectors", "counts")}
+    side["encoder_types"] = sorted(carried.rows)
+    side["rows"] = {}  # facts as Python writes them, functions as [file, name]
+    for name, row in carried.rows.items():
+        if (_REGISTER["encoder_types"], name) not in known:
+            facts, part = {fact: getattr(row, fact) for fact in row.facts}, Part("encoder_types", name, row)
+            side["rows"][name] = {k: _place(part, v, carried) if callable(v) else repr(v) for k, v in facts.items()}
     for i, part in enumerate(carried.parts):
+        if part.kind == "encoder_types":
+            continue
         side[part.kind].append(part.name)
         if part.kind == "classes":
             if i in carried.homes:
                 side.setdefault("homes", {})[part.name] = carried.homes[i]
         elif (_REGISTER[part.kind], part.name) not in known:
-            side["registrations"].append(_registration(part, carried.homes[i], carried))
+            side["registrations"].append(_registration(part, carried))
     return side
 
 
-def _registration(part: Part, home: str, carried: _Carried) -> list:
+def _registration(part: Part, carried: _Carried) -> list:
     """``[function, name, file, target, file of the count, count]`` for what no carried file registers itself."""
-    places: list = []
-    for target in (part.target, part.count):
-        if target is None:
-            places += [None, None]
-            continue
-        name = getattr(target, "__qualname__", "<")
-        found = getattr(sys.modules.get(getattr(target, "__module__", "")), name, None)
-        if found is not target or inspect.ismodule(target):
-            raise ValueError(
-                f"{part.name!r} ({part.kind}) was registered in another file than {home}.py, and as {name!r} it cannot be "
-                f"found by a name: call {_REGISTER[part.kind]}({part.name!r}, ...) at the top of the file that defines it."
-            )
-        stem = home
-        if target is not part.target:
-            stem = carried.files.add_file(_checked_file(Part("counts", part.name, target)), "it counts features")
-        places += [stem, name]
-    return [_REGISTER[part.kind], part.name, *places]
+    pairs = [[None, None] if t is None else _place(part, t, carried) for t in (part.target, part.count)]
+    return [_REGISTER[part.kind], part.name, *pairs[0], *pairs[1]]
+
+
+def _place(part: Part, target: Any, carried: _Carried) -> list:
+    """``[file, name]`` from which a checkpoint imports something that is registered."""
+    name, file = getattr(target, "__qualname__", "<"), _file_of(target).name
+    found = getattr(sys.modules.get(getattr(target, "__module__", "")), name, None)
+    if found is not target or inspect.ismodule(target):
+        raise ValueError(
+            f"{part.name!r} ({part.kind}) was registered in another file than {file}, and as {name!r} it cannot be found by a "
+            f"name: call {_REGISTER[part.kind]}({part.name!r}, ...) at the top of the file that defines it."
+        )
+    return [carried.files.add_file(_checked_file(part._replace(target=target)), f"it defines {name!r}"), name]
 
 
 _ENTRY_TEXT = '''"""The code of this checkpoint, for `trust_remote_code=True`; written when it was saved with include_code=True.
@@ -289,7 +305,8 @@ def _entry_text(carries: dict[str, Any]) -> str:
     sides = carries["sides"].values()
     imports = [f"import {package}" for package in sorted({name for side in sides for name in side["packages"]})]
     imports += [f"from .{home} import {name}" for name, home in sorted(_HOMES.items())]
-    imports += [f"from .parts_registries import {', '.join(sorted(_REGISTER.values()))}"]
+    imports += ["from .parts_registries import register_callback, register_feature_count, register_projector"]
+    imports += ["from .parts_known_encoders import register_encoder_type"]
     for stem in sorted(set(carries["package"]) - _package_stems()):  # what not every checkpoint needs
         imports.append(f"from .{stem} import __name__ as _{stem}")
     homes = {name: home for side in sides for name, home in side.get("homes", {}).items()}
@@ -303,6 +320,12 @@ def _entry_text(carries: dict[str, Any]) -> str:
         if count is not None:
             imports.append(f"from .{count_home} import {count} as _count_{i}")
         registrations.append(f"{function}({name!r}, _target_{i}{f', _count_{i}' if count is not None else ''})")
+    rows = {name: row for side in sides for name, row in side.get("rows", {}).items()}
+    places = {tuple(value) for row in rows.values() for value in row.values() if isinstance(value, list)}
+    imports += [f"from .{home} import {function} as _{home}_{function}" for home, function in sorted(places)]
+    for name, row in rows.items():
+        facts = [f"{key}={value if isinstance(value, str) else '_'.join(['', *value])}" for key, value in row.items()]
+        registrations.append(f"register_encoder_type({name!r}, {', '.join(facts)})")
     carried = pprint.pformat(carries, width=120, compact=True)
     texts = {"imports": imports, "carries": [f"CARRIES = {carried}"], "registrations": registrations}
     return _ENTRY_TEXT.format(**{key: "\n".join(lines) for key, lines in texts.items()}).rstrip("\n") + "\n"

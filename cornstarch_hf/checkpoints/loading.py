@@ -17,6 +17,7 @@ from .files import Checked, checked_files, guarded
 from .finding import ADAPTERS, COMPOSITION, CONFIG, DELTA, GENERATION, PLACES, CheckpointFiles
 from .manifest import REMEDY, Composition, components_of, first_weights, read_composition
 from .references import assemble_state
+from .references import write_reference as write_reference
 
 
 class LoadPlan(NamedTuple):

@@ -19,10 +19,10 @@ from .config_sync import (
     sync_config,
 )
 from .finding import HUB_ARGUMENTS as HUB_ARGUMENTS
+from .loading import write_reference
 from .manifest import StagedSave, chosen_components, embedded
 from .plain_storage import PUSHERS as PUSHERS
 from .plain_storage import ModelStorage
-from .references import write_reference
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,6 @@ THIN: dict[str, frozenset[str]] = {
     "checkpoints_code_bundle": frozenset(),
     "checkpoints_folder_swap": frozenset(),
     "checkpoints_loading": frozenset(["references"]),
-    "checkpoints_references": frozenset(["references"]),
     "checkpoints_trusted_code": frozenset(),
     "composition": frozenset(),
     "encoders_own_parts": frozenset(),

@@ -9,12 +9,12 @@ from torch import nn
 from ..configuration_projector import MultimodalProjectorConfig
 from ..parts.adapters import unwrapped
 from ..parts.constructors import class_name, constructor_options
-from ..parts.known_encoders import WIDTH_AS_CONFIGURED, WIDTH_AS_CONFIGURED_AT_LAST
+from ..parts.known_encoders import ALL, LAST, encoder_type
 from ..parts.versions import CACHE_NAMES
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
 from .grids import PLANE_KINDS
-from .module import ModalEncoderModule
+from .module import ModalEncoderModule, first_weight
 from .towers import OWN_INPUTS, transformers_keywords
 
 # Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
@@ -62,7 +62,7 @@ def complete_projector(
     projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
     projector.config.language_model_type = unwrapped(language_model).config.model_type
     if fresh:
-        weight = next((p for p in encoder.module.parameters() if p.is_floating_point()), None)
+        weight = first_weight(encoder.module)
         if weight is not None:
             projector.to(device=weight.device, dtype=weight.dtype)
     got = projector.config.in_features
@@ -101,9 +101,9 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
 
 def width_is_configured(config: Any, layer: Any) -> bool:
     """Whether the features of a layer are sequences of the width that an encoder's configuration names."""
-    merges = config.model_type in WIDTH_AS_CONFIGURED_AT_LAST and layer != -1
-    adapted = getattr(config, "add_adapter", False)  # wav2vec 2.0's, which may have another width
-    return config.model_type in WIDTH_AS_CONFIGURED and not merges and not adapted
+    if getattr(config, "add_adapter", False):  # wav2vec 2.0's, which may have another width
+        return False
+    return encoder_type(config).width_layers in ((LAST, ALL) if layer == -1 else (ALL,))
 
 
 def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:

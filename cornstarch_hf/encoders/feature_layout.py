@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..configuration_projector import feature_width
+from ..limits import is_count
 from ..parts.adapters import unwrapped
 from ..parts.constructors import constructor_options
-from ..parts.known_encoders import _pair
+from ..parts.known_encoders import PATCH_GRIDS
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from .selection import (
@@ -31,7 +32,6 @@ from .selection import (
 )
 
 Inputs = dict[str, Tensor]
-GRIDS = ("grid_thw", "grid_hws", "image_grid_thw")
 
 
 def typical_inputs(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
@@ -52,10 +52,10 @@ def typical_inputs(names: Collection[str], config: PreTrainedConfig, kind: str) 
 def first_positive_setting(config: PreTrainedConfig, *attributes: str, default: int) -> int:
     """The first of some attributes that is a positive integer, or the largest entry of a list of such."""
     for attribute in attributes:
-        value = getattr(config, attribute, None)
+        value: Any = getattr(config, attribute, None)
         if isinstance(value, (list, tuple)) and value and all(isinstance(x, int) for x in value):
             value = max(value)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if is_count(value):
             return value
     return default
 
@@ -87,7 +87,7 @@ def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
 
 def _pixels(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     key = next(k for k in ("pixel_values", "pixel_values_videos", "image") if k in names)
-    if any(grid in names for grid in GRIDS):
+    if any(name.endswith(PATCH_GRIDS) for name in names):
         yield from _packed(key, names, config)
         return
     if "target_sizes" in names:
@@ -109,7 +109,7 @@ def _pixels(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iter
 
 def _packed(key: str, names: Collection[str], config: PreTrainedConfig) -> Iterator[Inputs]:
     """Patches of one item in a row, flattened or as small images, with their numbers along each axis."""
-    grid_name, side = next(g for g in GRIDS if g in names), _patch(config)
+    grid_name, side = next(name for name in names if name.endswith(PATCH_GRIDS)), _patch(config)
     unit = 2 * first_positive_setting(
         config, "spatial_merge_size", "merge_kernel_size", "spatial_patch_size", default=2
     )
@@ -186,7 +186,7 @@ def _flattened(names: Collection[str], config: PreTrainedConfig, kind: str) -> I
 
 
 def _states(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
-    if any(grid in names for grid in GRIDS):
+    if any(name.endswith(PATCH_GRIDS) for name in names):
         yield from _packed("hidden_states", names, config)
         return
     for frames in (1024, 800):
@@ -243,11 +243,10 @@ def _companions(inputs: Inputs, key: str, config: PreTrainedConfig) -> Inputs:
 
 def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | None:
     """Inputs of an ordinary item, where the encoder's configuration fixes their shape; on the meta device."""
-    size = getattr(config, "image_size", None)
-    if kind == "image" and size is not None:
-        return {"pixel_values": torch.empty(1, getattr(config, "num_channels", 3), *_pair(size), device="meta")}
+    if kind == "image" and getattr(config, "image_size", None) is not None:
+        return {"pixel_values": _meta(1, _channels(config), *_sides(config)[0])}
     if getattr(config, "max_source_positions", None) and getattr(config, "num_mel_bins", None):
-        return {"input_features": torch.empty(1, config.num_mel_bins, 2 * config.max_source_positions, device="meta")}
+        return {"input_features": _meta(1, config.num_mel_bins, 2 * config.max_source_positions)}
     return None
 
 

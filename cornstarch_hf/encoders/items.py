@@ -3,7 +3,6 @@
 Items are rows, or lie one after the other along an axis (packed), with their sizes in another input.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parts.adapters import unwrapped
-from ..parts.known_encoders import grid_of, unpadded_patches
+from ..parts.known_encoders import grid_of, patch_size, unpadded_patches
 from .grids import merged_patches
 from .towers import counted_lengths
 
@@ -259,9 +258,9 @@ def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | 
         merges = arguments.get("merge_sizes")
         patches = grid.prod(-1)
         return (patches // merges.to(patches) ** 2 if isinstance(merges, Tensor) else patches).tolist()
-    sizes, patch = arguments.get("image_sizes"), getattr(config, "patch_size", None)
-    if isinstance(sizes, Tensor) and isinstance(patch, int):
-        return [math.prod(n // patch for n in size) for size in sizes.tolist()]
+    sizes, patch = arguments.get("image_sizes"), patch_size(config)
+    if isinstance(sizes, Tensor) and patch is not None:
+        return [(height // patch[0]) * (width // patch[1]) for height, width in sizes.tolist()]
     return None
 
 

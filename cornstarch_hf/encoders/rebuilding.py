@@ -7,6 +7,7 @@ from torch import nn
 from ..configuration_multimodal import MultimodalConfig
 from ..language_model.supported import build_language_model
 from ..parts.classes import resolve_class
+from ..parts.known_encoders import check_facts_registered
 from ..parts.stored_adapters import wrap_again
 from ..parts.stored_modules import SLOTS, build_callback
 from ..projectors.projector import MultimodalProjector
@@ -14,7 +15,12 @@ from .module import ModalEncoderModule
 
 
 def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    """Build one encoder with its projector and callbacks."""
+    """Build one encoder with its projector and callbacks.
+
+    Raises:
+        ValueError: an unknown class, callback, projector or encoder type.
+    """
+    check_facts_registered(config.encoder_types)
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
     cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
     module = wrap_again(

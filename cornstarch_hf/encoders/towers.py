@@ -10,7 +10,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from ..configuration_multimodal import MEDIA_KINDS
 from ..parts.adapters import is_wrapped, unwrapped
-from ..parts.known_encoders import FRAMES_AS_IMAGES, FRAMES_IN_A_ROW, NO_ENCODERS
+from ..parts.known_encoders import PATCH_GRIDS, encoder_type
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE_NAMES
 
@@ -57,7 +57,7 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
     if type(model).forward is nn.Module.forward:
         concrete = [c.__name__ for c in type(model).__subclasses__() if c.forward is not nn.Module.forward]
         raise TypeError(f"{type(model).__name__} is abstract and has no forward, use one of {sorted(concrete)}.")
-    if reason := NO_ENCODERS.get(type(model).__name__):
+    if reason := encoder_type(model.config, type(model).__name__).no_features:
         raise ValueError(f"{type(model).__name__} gives no features but {reason}.")
     tower = _inner_tower(model, kind)
     return model if tower is model else resolve_tower(tower, kind)
@@ -85,30 +85,21 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
 def infer_kind(module: nn.Module) -> str:
     """What an encoder encodes: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ``"time"``, or its main input's name."""
     model = unwrapped(module)
+    if known := encoder_type(model.config, type(model).__name__).kind:
+        return known
     stated: Any = model.input_modalities
     stated = (stated,) if isinstance(stated, str) else tuple(stated)
     parameters = forward_parameters(module)
     names = [name for name in (model.main_input_name, *parameters) if name in parameters]
     taken = [KIND_BY_INPUT[name] for name in names if name in KIND_BY_INPUT]
-    if model.config.model_type in FRAMES_AS_IMAGES:
-        return "image"
-    if (
-        "image" in taken
-        and stated == ("image",)
-        and getattr(model.config, "num_frames", None)
-        and not _frames_in_a_row(model)
-    ):
+    if "image" in taken and stated == ("image",) and getattr(model.config, "num_frames", None):
         return "video"  # TimeSformer calls its videos images
     kinds = [kind for kind in (*MEDIA_KINDS, "time") if kind in stated]
     if kinds:  # a tower may state all that the whole model takes
         return next((kind for kind in (*kinds, "text") if kind in stated and kind in taken), kinds[0])
-    if any(name.endswith(("grid_thw", "grid_hws")) for name in names):
+    if any(name.endswith(PATCH_GRIDS) for name in names):
         return "image"
     return next(iter(taken), model.main_input_name)
-
-
-def _frames_in_a_row(model: Any) -> bool:
-    return model.config.model_type in FRAMES_IN_A_ROW
 
 
 def takes_images(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..parts.adapters import unwrapped
+from ..parts.known_encoders import encoder_type
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from ..processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from ..processing.subprocessors import sampling_rate_of
@@ -36,7 +37,6 @@ LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 TIMEOUT = 10.0  # seconds to ask for the licence of a base
 INSTALL = "pip install git+https://github.com/cornstarch-org/cornstarch_hf"
 OWN_MODULES = ("cornstarch_hf", "transformers", "torch", "peft", "builtins", "functools")
-PROTEIN_ENCODERS = ("esm",)
 # What an example imports, by what it holds then.
 _IMPORTS = {"np.": "import numpy as np", "Image.": "from PIL import Image"}
 
@@ -286,8 +286,7 @@ def _item(encoder: Any, processor: Any) -> dict[str, str] | None:
             film = {"video": f"np.zeros(({frames}, 240, 320, 3), dtype=np.uint8)"}
             return film | ({"fps": "24"} if getattr(processor, "fps", None) else {})
         case "text":
-            protein = getattr(config, "model_type", None) in PROTEIN_ENCODERS
-            return {"text": '"MKTAYIAKQR"' if protein else '"Some text of its own."'}
+            return {"text": f'"{encoder_type(config).example_text or "Some text of its own."}"'}
         case "time" if isinstance(processor, TimeSeriesProcessor):
             length = processor.context_length or 4 * (processor.patch_length or 16)
             shape = f"({length}, {processor.num_channels})" if processor.num_channels else f"({length},)"

@@ -30,6 +30,7 @@ _WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_toke
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b")
 TRIES = 4
 PULL_REQUESTS = 10  # the newest ones, among which ours is looked for when the answer to a commit was lost
+MARK = "Push-Id: {}"  # the last line of a commit's description, by which it is known again
 # What an answer of the Hub means and what to do about it, by its status.
 REMEDIES: dict[int | None, tuple[type[Exception], str]] = {
     401: (PermissionError, "not logged in, or the token is not valid (401): run `hf auth login`, or pass token=."),
@@ -97,7 +98,7 @@ def upload(
         raise _moved(repo_id, parent_commit, info.sha)
     held = {sibling.rfilename for sibling in info.siblings or ()}
     gone = [name for name in sorted(held - set(names)) if stale(name)]
-    mark = f"Push-Id: {uuid.uuid4().hex}"  # by which the commit is known again if its answer is lost
+    mark = MARK.format(uuid.uuid4().hex)
     options = {
         "revision": revision,
         "create_pr": create_pr,
@@ -228,7 +229,7 @@ def _done(api: HfApi, repo_id: str, options: dict[str, Any], mark: str) -> Commi
     """The commit with our mark, if it was made although no answer came; None if nothing happened.
 
     Raises:
-        ValueError: something else was committed meanwhile.
+        ValueError: something else was committed meanwhile, instead of it or on top of it.
         OSError: the Hub does not say.
     """
     with hub_errors_explained(repo_id, options["revision"]):
@@ -237,7 +238,13 @@ def _done(api: HfApi, repo_id: str, options: dict[str, Any], mark: str) -> Commi
             refs = with_retries(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
             places = sorted((pull.ref for pull in refs.pull_requests or ()), key=_number)[-PULL_REQUESTS:]
         for place in places:
-            newest = with_retries(repo_id, lambda ref=place: api.list_repo_commits(repo_id, revision=ref))[0]
+            # From the newest to the oldest.
+            newest, *older = with_retries(repo_id, lambda ref=place: api.list_repo_commits(repo_id, revision=ref))
+            if made := [commit.commit_id for commit in older if mark in commit.message]:
+                raise ValueError(
+                    f"{repo_id}: your commit {made[0][:8]} was made, but somebody committed meanwhile on top of it: "
+                    f"look at {newest.commit_id[:8]}."
+                )
             if mark in newest.message:
                 return CommitInfo(
                     commit_url=f"{api.endpoint}/{repo_id}/commit/{newest.commit_id}",

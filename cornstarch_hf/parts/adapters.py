@@ -15,10 +15,20 @@ from .names import modules_by_name
 from .versions import check_peft
 
 
+def _peft_classes(*names: str) -> tuple[type, ...]:
+    """Those of some classes of peft that are there; none, of which nothing is an instance, while peft is not imported.
+
+    Looked up and not imported: another thread may be importing peft at the moment, and importing a part of it then would
+    break both.
+    """
+    files = ("peft.peft_model", "peft.tuners.tuners_utils", "peft.utils.other")
+    modules = [sys.modules.get(file) for file in files]
+    return tuple(getattr(module, name) for name in names for module in modules if hasattr(module, name))
+
+
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a model is a `peft.PeftModel`."""
-    # Empty while peft is not imported, or not yet to its end: then there is no such model.
-    return isinstance(model, getattr(sys.modules.get("peft"), "PeftModel", ()))
+    return isinstance(model, _peft_classes("PeftModel"))
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -28,48 +38,33 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 def is_adapted(layer: nn.Module | None) -> bool:
     """Whether a layer computes with adapters, so that its `weight` is not all of it."""
-    return isinstance(layer, _peft_class("BaseTunerLayer"))
+    return isinstance(layer, _peft_classes("BaseTunerLayer"))
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:
     """The layers of a model that hold adapters."""
-    kind = _peft_class("BaseTunerLayer")
-    return [module for module in model.modules() if isinstance(module, kind)]
+    kinds = _peft_classes("BaseTunerLayer")
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def adapter_layers() -> tuple[type, ...]:
     """Classes of layers that hold adapters beside what they wrap; none while peft is not imported."""
-    return _classes("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+    return _peft_classes("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 
 
 def adapter_containers() -> tuple[type, ...]:
     """Classes of what PEFT wraps whole models in."""
-    wrapper = getattr(sys.modules.get("peft"), "PeftModel", None)
-    return (*_classes("BaseTuner"), *([wrapper] if wrapper else []))
-
-
-def _classes(*names: str) -> tuple[type, ...]:
-    return tuple(found for found in map(_peft_class, names) if found)
+    return _peft_classes("BaseTuner", "PeftModel")
 
 
 def base_children(layer: nn.Module) -> list[nn.Module]:
-    """Those children of an adapter layer in which the module that it wraps lies."""
+    """Those children of an adapter layer that are, or hold, the module that it wraps."""
     wrapped = _wrapped_module(layer)
     return [child for child in layer.children() if any(module is wrapped for module in child.modules())]
 
 
-def _peft_class(name: str) -> Any:
-    """A class of peft by its name; an empty tuple, of which nothing is an instance, while peft is not imported.
-
-    Looked up and not imported: another thread may be importing peft at the moment, and importing a part of it then would
-    break both.
-    """
-    modules = [sys.modules.get(module) for module in ("peft.tuners.tuners_utils", "peft.utils.other")]
-    return next((getattr(module, name) for module in modules if hasattr(module, name)), ())
-
-
 def check_no_wrapped_part(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
-    """Refuse adapters around a model whose parts have their own: PEFT would freeze nothing of the rest then.
+    """Refuse adapters around a model whose parts have their own: PEFT would then leave the rest trainable.
 
     Raises:
         ValueError: names the wrapped parts and both remedies.
@@ -98,8 +93,12 @@ def check_all_kept(model: nn.Module) -> None:
     configs = getattr(model, "peft_config", None)
     if not configs or "peft" not in sys.modules:
         return
-    lost = [name for name in _outside_adapters(model) if not _kept_bias(name, configs)]
-    if lost:
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, adapter_layers())]
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
+    biases = any(getattr(config, "bias", "none") != "none" for config in configs.values())  # PEFT saves these then
+    trains = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if lost := [name for name in trains if not (biases and name.endswith("bias"))]:
         raise ValueError(
             f"{len(lost)} parameters train ({lost[0]} first) that are not saved with the adapters around this model: name "
             'their modules in the adapter configuration, e.g. modules_to_save=["projector"], or freeze them before wrapping: '
@@ -107,30 +106,18 @@ def check_all_kept(model: nn.Module) -> None:
         )
 
 
-def _outside_adapters(model: nn.Module) -> list[str]:
-    """Trainable parameters that belong to no adapter, and to no copy that `modules_to_save` made."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, adapter_layers())]
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-
-
 def _wrapped_module(layer: Any) -> nn.Module:
-    """What an adapter layer wraps; inside of it there may be another one."""
+    """The module that an adapter layer wraps; inside of it there may be another such layer."""
     inner = getattr(layer, "original_module", None)
     inner = layer.get_base_layer() if inner is None and hasattr(layer, "get_base_layer") else inner
     return inner if isinstance(inner, nn.Module) else nn.Module()
-
-
-def _kept_bias(name: str, configs: dict[str, Any]) -> bool:
-    return name.endswith("bias") and any(getattr(config, "bias", "none") != "none" for config in configs.values())
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters that a wrapped part trains: adapter weights and copies kept by `modules_to_save`."""
     if not is_wrapped(model):
         return set()
-    prefix = getattr(model.base_model, "prefix", "lora_")
+    prefix = getattr(model.base_model, "prefix", "lora_")  # of the names of all parameters of its kind
     return {name for name, _ in model.named_parameters() if prefix in name or ".modules_to_save." in name}
 
 
@@ -148,6 +135,7 @@ def current_name(model: nn.Module, name: str) -> str:
         module = model.get_submodule(path)
     except AttributeError:
         return name
+    # "head.weight" is "head.base_layer.weight" behind LoRA, and one level deeper behind each further wrapper.
     while not hasattr(module, "_parameters") or module._parameters.get(key) is None:
         inner = next((w for w in _WRAPPED_AS if isinstance(module._modules.get(w), nn.Module)), None)
         if inner is None:
@@ -164,6 +152,7 @@ def shared_by_adapters(model: nn.Module) -> dict[str, str]:
     for prefix, part in modules_by_name(model):
         if is_wrapped(part):
             first: dict[int, str] = {}
+            # The tensors themselves and no views of them: they are told apart by identity.
             for name, tensor in part.state_dict(keep_vars=True).items():
                 full = f"{prefix}.{name}" if prefix else name
                 if first.setdefault(id(tensor), full) != full:
@@ -177,11 +166,8 @@ def adapter_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     for prefix, part in model.named_modules():
         if is_wrapped(part):
             saved = part.state_dict().keys()
-            found |= {
-                f"{prefix}.{name}": buffer
-                for name, buffer in part.named_buffers()
-                if name not in saved and _of_an_adapter(part, name)
-            }
+            lost = [(name, buffer) for name, buffer in part.named_buffers() if name not in saved]
+            found |= {f"{prefix}.{name}": buffer for name, buffer in lost if _of_an_adapter(part, name)}
     return found
 
 
@@ -194,6 +180,7 @@ def check_buffers_restorable(made: nn.Module) -> None:
     Raises:
         ValueError: names the first of the buffers.
     """
+    # A buffer that is real was computed while its adapter was made, as loading will; `restore_token_rows` fills the rest.
     lost = [n for n, b in adapter_buffers(made).items() if b.is_meta and _TOKEN_ROWS not in n.split(".")]
     if lost:
         raise ValueError(
@@ -212,12 +199,15 @@ def restore_token_rows(model: nn.Module) -> None:
 
 def _of_an_adapter(part: Any, name: str) -> bool:
     owner, _, _ = name.rpartition(".")
+    # PEFT keeps an adapter's tensors under its name: `lora_A.default.weight`.
     return is_adapted(part.get_submodule(owner)) or bool(set(part.peft_config) & set(name.split(".")))
 
 
 class WholeAdaptersMixin(PreTrainedModel):
     """Adapters around a whole composed model, beside none around its parts."""
 
+    # `get_peft_model` sets `peft_config`, and PEFT and Trainer take `hasattr(model, "peft_config")` for "has adapters":
+    # hence a property that checks when it is set, and does not exist before.
     @property
     def peft_config(self) -> dict[str, Any]:
         """Configurations of adapters around the whole model, by name; there is none before one is added."""
@@ -227,7 +217,7 @@ class WholeAdaptersMixin(PreTrainedModel):
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        check_no_wrapped_part(self, self._parts())  # `get_peft_model` sets this
+        check_no_wrapped_part(self, self._parts())
         self.__dict__["_whole_peft_config"] = configs
 
     @peft_config.deleter

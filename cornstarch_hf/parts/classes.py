@@ -1,6 +1,7 @@
 """Model classes by name: how a checkpoint names the class of a part, and how that name is found again safely.
 
-Only transformers' own modules are imported; any other class must have been imported by the user already.
+Beside it what else a checkpoint says of a part by name: its implementations of attention, and where it came from.  Only
+transformers' own modules are imported; any other class must have been imported by the user already.
 """
 
 import copy
@@ -8,7 +9,7 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -19,10 +20,16 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from .adapters import unwrapped
 from .registries import last_definition
 
-CODE_ENTRY = "multimodal_code"
-
-
+CODE_ENTRY = "multimodal_code"  # the module in a checkpoint's own code that an `auto_map` names
 TRANSFORMERS_CLASS = re.compile(r"(transformers\.models\.\w+\.modeling_\w+)\.(\w+)")
+
+
+def subclasses_of(cls: type) -> Iterator[Any]:
+    """All classes below one, however deep, as far as they have been imported; those with two bases below it twice."""
+    sub: Any
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from subclasses_of(sub)
 
 
 def _beside(config: PreTrainedConfig, name: str) -> type[PreTrainedModel] | None:
@@ -44,13 +51,14 @@ def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTr
     Raises:
         ValueError: no such class in transformers, and none or several among the imported ones.
     """
-    if match := TRANSFORMERS_CLASS.fullmatch(name or ""):
-        found = _attribute(match[1], match[2])
-        if found is not None:
-            return found
+    if (match := TRANSFORMERS_CLASS.fullmatch(name or "")) and (found := _attribute(match[1], match[2])) is not None:
+        return found
     if name and (found := _beside(config, name)) is not None:
         return found
-    imported = _imported(name, type(config))
+    # Classes without a `forward` are bases, made to be inherited from.
+    named = {c for c in subclasses_of(PreTrainedModel) if c.__name__ == name and c.forward is not nn.Module.forward}
+    exact = [cls for cls in named if cls.config_class is type(config)]
+    imported = last_definition(exact or list(named))
     if len(imported) == 1:
         return imported[0]
     raise ValueError(
@@ -68,26 +76,14 @@ def _attribute(module: str, name: str) -> type[PreTrainedModel] | None:
     return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
 
 
-def _imported(name: str, config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
-    def below(cls):
-        for sub in cls.__subclasses__():
-            yield sub
-            yield from below(sub)
-
-    named = {cls for cls in below(PreTrainedModel) if cls.__name__ == name and cls.forward is not nn.Module.forward}
-    exact = [cls for cls in named if cls.config_class is config_class]
-    return last_definition(exact or list(named))
-
-
 def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The causal language model class that transformers' Auto classes choose for a configuration, or None."""
-    mapping = AutoModelForCausalLM._model_mapping
-    found = mapping.get(type(config), None)
+    found = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return found[0] if isinstance(found, tuple) else found
 
 
 class SharedConfig(PreTrainedConfig):
-    """A configuration whose class lies in a checkpoint's own code, which has not been run: its values, as they were stored."""
+    """A configuration whose class is part of a checkpoint's own code, which has not been run: its values as stored."""
 
     def __init__(self, **kwargs):
         self.stored = kwargs.pop("stored", {})
@@ -95,7 +91,7 @@ class SharedConfig(PreTrainedConfig):
         self.model_type = self.stored.get("model_type", "")
 
     def __getattr__(self, key: str):
-        stored = self.__dict__.get("stored", {})
+        stored = self.__dict__.get("stored", {})  # not there yet while the base class is being initialised
         if key in stored:
             return stored[key]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
@@ -123,19 +119,20 @@ def carries_code(auto_map: Any) -> bool:
 
 
 def _source(auto_map: Any) -> str | None:
-    """The repository that the entry is taken from, "" for the checkpoint's own; None without an entry."""
-    for reference in auto_map.values() if isinstance(auto_map, dict) else ():
-        repo, _, name = reference.rpartition("--") if isinstance(reference, str) else ("", "", "")
-        if name.partition(".")[0] == CODE_ENTRY:
-            return repo
-    return None
+    """The repository that the code is taken from, "" for the checkpoint's own; None where no code is named."""
+    references = [x for x in auto_map.values() if isinstance(x, str)] if isinstance(auto_map, dict) else []
+    # "multimodal_code.Class", or "user/name--multimodal_code.Class" for the code of another repository.
+    split = [reference.rpartition("--") for reference in references]
+    return next((repo for repo, _, name in split if name.partition(".")[0] == CODE_ENTRY), None)
 
 
+# ---- implementations.  transformers stores none and sets those of all parts from the whole's on loading: a model whose
+# encoder ran with "sdpa" and whose language model ran with "eager" would come back with other bits.
 FAMILIES = ("attn", "experts")
 
 
 def part_implementations(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """The implementations of each part, for its own configuration and for those below that differ.
+    """Read the implementations of each part, for its own configuration and for those below that differ.
 
     Returns:
         ``{part: {"attn": value, "experts": value}}``; a value is a name, or ``{"": name, part below: value}``, the form
@@ -155,7 +152,7 @@ def _implementation(part: Any, family: str) -> Any:
     own = getattr(part, f"_{family}_implementation_internal", None)
     # A kernel repository is code: it is never taken from a checkpoint, so none is written.
     own = own if isinstance(own, str) and "/" not in own else None
-    parts = {key: getattr(part, key, None) for key in getattr(part, "sub_configs", None) or {}}
+    parts = {key: getattr(part, key, None) for key in getattr(part, "sub_configs", None) or {}}  # vision in a CLIP
     below = {key: _implementation(x, family) for key, x in parts.items() if isinstance(x, PreTrainedConfig)}
     if all(value == own for value in below.values()):
         return own
@@ -191,8 +188,8 @@ def _check_names(value: Any, key: str, family: str) -> None:
         )
 
 
+# ---- origins: from which repository each part came, so that a checkpoint may refer to it instead of holding its weights.
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_LIBRARY_CLASS = re.compile(r"transformers\.models\.\w+\.modeling_\w+\.\w+")
 KEYS = ("repo_id", "revision", "requested_revision", "subfolder", "class", "select")
 
 
@@ -211,7 +208,7 @@ def is_repo_id(name: Any) -> bool:
 
 
 def origin_of(given: Any, part: nn.Module) -> dict[str, Any] | None:
-    """What a part was loaded from, None if that was not the Hub.
+    """Say what a part was loaded from; None if that was not the Hub.
 
     Args:
         given: the model that was loaded.
@@ -224,17 +221,16 @@ def origin_of(given: Any, part: nn.Module) -> dict[str, Any] | None:
     root, inner = unwrapped(given), unwrapped(part)
     if not isinstance(root, PreTrainedModel) or not is_repo_id(root.name_or_path):
         return None
-    select = next((name for name, module in root.named_modules() if module is inner), None)
+    select = next((name for name, module in root.named_modules() if module is inner), None)  # "vision_model", or ""
     if select is None:
         return None
     path = f"{type(root).__module__}.{type(root).__qualname__}"
-    name = path if _LIBRARY_CLASS.fullmatch(path) else type(root).__name__
-    values = (root.name_or_path, None, None, "", name, select)
-    return dict(zip(KEYS, values, strict=True))
+    name = path if TRANSFORMERS_CLASS.fullmatch(path) else type(root).__name__
+    return dict(zip(KEYS, (root.name_or_path, None, None, "", name, select), strict=True))
 
 
 def check_origins(origins: Any) -> dict[str, dict[str, Any]] | None:
-    """The `origins` of a configuration, checked.
+    """Check the `origins` of a configuration.
 
     Raises:
         ValueError: not ``{component: {key: text or None}}`` with the keys of `origin_of`.

@@ -41,16 +41,14 @@ def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
     arguments until the parameters' names are those of the given one, e.g. ``{"add_pooling_layer": False}``.
     Empty when the defaults fit, or when nothing does (saving then says so).
     """
-    parameters = list(inspect.signature(type(model).__init__).parameters.values())[2:]
-    switches = [p.name for p in parameters if isinstance(p.default, bool)]
-    if not switches:
+    parameters = list(inspect.signature(type(model).__init__).parameters.values())[2:]  # behind `self` and `config`
+    defaults = {p.name: p.default for p in parameters if isinstance(p.default, bool)}
+    if not defaults:
         return {}
     expected = _base_keys(model)
-    defaults = {p.name: p.default for p in parameters if p.name in switches}
-    choices = itertools.product((False, True), repeat=len(switches))
     config = without_dtypes(copy.deepcopy(model.config))
-    for flips in sorted(choices, key=sum):
-        options = {n: defaults[n] ^ flip for n, flip in zip(switches, flips, strict=True) if flip}
+    for flips in sorted(itertools.product((False, True), repeat=len(defaults)), key=sum):  # the fewest changes first
+        options = {name: not value for (name, value), flip in zip(defaults.items(), flips, strict=True) if flip}
         candidate = build_without_weights(functools.partial(type(model), config, **options))
         if set(candidate.state_dict()) == expected:
             return options
@@ -58,9 +56,7 @@ def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _base_keys(model: PreTrainedModel) -> set[str]:
+    """Names of a model's weights as they were before adapters were put around its layers."""
     from_adapters = re.compile(r"\.(lora_\w+|ia3_\w+|modules_to_save)\.")
-    return {
-        key.replace(".base_layer.", ".").replace(".original_module.", ".")
-        for key in model.state_dict()
-        if not from_adapters.search(key)
-    }
+    keys = [key for key in model.state_dict() if not from_adapters.search(key)]
+    return {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in keys}

@@ -16,11 +16,14 @@ from .frozen_modes import (
     require_grads,
     whole_gradients,
 )
-from .names import compress, matches
+from .names import at_or_above, compress, matches, parameters_by_name
+
+# Names are looked up with `parameters_by_name`, which gives a tied weight under each of its names: whoever freezes the
+# embeddings by name freezes the head that shares them, and a pattern for either name finds it.
 
 
 def select_parameters(model: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """Parameters at or below the modules and parameters that dotted names or globs name.
+    """The names of the parameters at or below the modules and parameters that dotted names or globs name.
 
     Args:
         model: any module.
@@ -29,42 +32,31 @@ def select_parameters(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     Raises:
         ValueError: a pattern names nothing; lists the model's parts.
     """
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    owners = [name for name, _ in model.named_modules() if name] + parameters
+    parameters = [name for name, _ in parameters_by_name(model)]
+    modules = [name for name, _ in model.named_modules() if name]
     chosen: set[str] = set()
     for pattern in patterns:
-        named = set(fnmatch.filter(owners, pattern))
-        below = {p for p in parameters if p in named or any(p.startswith(parent + ".") for parent in _roots(named))}
-        if not named:  # a part without parameters has nothing to choose
-            parts = [name for name in owners if name.count(".") <= 1 and name not in parameters]
+        named = set(fnmatch.filter([*modules, *parameters], pattern))
+        if not named:  # a part without parameters may be named, and has nothing to choose
+            parts = [name for name in modules if name.count(".") <= 1]
             raise ValueError(
                 f"{pattern!r} names no part with parameters, expected names or globs such as {parts[:12]}."
             )
-        chosen |= below
+        chosen |= {name for name in parameters if not named.isdisjoint(at_or_above(name))}
     return chosen
-
-
-def _roots(names: set[str]) -> set[str]:
-    """Those names that have no other of the names above them."""
-    roots: set[str] = set()
-    for name in sorted(names):
-        parts = name.split(".")
-        if not any(".".join(parts[:n]) in roots for n in range(1, len(parts))):
-            roots.add(name)
-    return roots
 
 
 def set_trainable(model: nn.Module, names: Iterable[str], trainable: bool) -> None:
     """Set `requires_grad` of the named parameters (floating-point ones; others cannot have gradients)."""
     wanted = set(names)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters_by_name(model):
         if name in wanted and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(trainable)
 
 
 def frozen_patterns(model: nn.Module) -> list[str]:
     """Patterns that match exactly the parameters that do not train."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(parameters_by_name(model))
     return compress((name for name, p in parameters.items() if not p.requires_grad), parameters)
 
 
@@ -72,8 +64,9 @@ def restore_frozen(model: nn.Module, patterns: Iterable[str] | None) -> int:
     """Make exactly the parameters that match the patterns frozen and all others trainable; returns how many are frozen."""
     if patterns is None:
         return 0
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [name for name, _ in parameters_by_name(model)]
     frozen = matches(patterns, names)
+    # Both ways: PEFT, for one, makes every parameter trainable when adapters are loaded.
     set_trainable(model, frozen, False)
     set_trainable(model, set(names) - frozen, True)
     return len(frozen)
@@ -120,7 +113,7 @@ class FreezingMixin(PreTrainedModel):
     def _set_frozen(self, names: Iterable[str], frozen: bool):
         set_trainable(self, names, not frozen)
         self.config.frozen = frozen_patterns(self) or None
-        return self.train(self.training)
+        return self.train(self.training)  # the modes of frozen layers follow
 
     def _parts(self) -> dict[str, nn.Module]:
         parts = {"language_model": self.language_model}
@@ -162,7 +155,7 @@ class FreezingMixin(PreTrainedModel):
         if encoders_mode is not None or llm_mode is not None:
             self._set_modes(encoders_mode, llm_mode)
         super().train(mode)
-        if mode:
+        if mode:  # torch has put every module into training mode; frozen ones go back
             check_all_kept(self)
             keep_frozen_in_eval(self._parts() | self._callback_modules())
             keep_strided_layers(self._parts())
@@ -177,8 +170,8 @@ class FreezingMixin(PreTrainedModel):
         for name, pair in encoders_mode.items():
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"encoders_mode[{name!r}] must be (encoder trains, projector trains), got {pair!r}.")
-            set_part_trainable(self.encoders[name].module, bool(pair[0]))
-            set_part_trainable(self.encoders[name].projector, bool(pair[1]))
+            for part, trains in zip((self.encoders[name].module, self.encoders[name].projector), pair, strict=True):
+                set_part_trainable(part, bool(trains))
         if llm_mode is not None:
             set_part_trainable(self.language_model, bool(llm_mode))
         self.config.frozen = frozen_patterns(self) or None
@@ -186,7 +179,7 @@ class FreezingMixin(PreTrainedModel):
     def enable_input_require_grads(self) -> None:
         """As in transformers, which knows embeddings of one tensor alone: some towers' give several (Swin, Hiera)."""
         found = [_embeddings(module) for module in self.modules() if isinstance(module, PreTrainedModel)]
-        embeddings = {id(module): module for module in found if module is not None}
+        embeddings = {id(module): module for module in found if module is not None}  # each once, whoever else gives it
         self._require_grads_hooks = [e.register_forward_hook(require_grads) for e in embeddings.values()]
         self._require_grads_hook = self._require_grads_hooks[0]
 
@@ -198,6 +191,6 @@ class FreezingMixin(PreTrainedModel):
 def _embeddings(model: PreTrainedModel) -> nn.Module | None:
     try:
         found = model.get_input_embeddings()
-    except RuntimeError:  # its kind of error for a model that tells none
+    except RuntimeError:  # what transformers raises for a model that names none
         return None
     return found if isinstance(found, nn.Module) else None

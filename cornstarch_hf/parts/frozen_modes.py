@@ -1,9 +1,4 @@
-"""How frozen parts run while the rest trains: in evaluation mode, checkpointed all the same.  What is frozen: `freezing`.
-
-transformers' layers take their training mode for the sign to checkpoint, and it is the sign to drop as well: in functional
-dropout, in loops that skip layers, in masks over sounds.  So frozen layers are in evaluation mode like all that is frozen,
-and checkpoint by a `forward` of their own instance.
-"""
+"""How frozen parts run while the rest trains: in evaluation mode, checkpointed all the same.  What is frozen: `freezing`."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -17,6 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import adapter_containers, adapter_layers, base_children
 
+# ---- reentrant checkpointing.  torch's reentrant checkpoint runs a function without gradients, and again with them in the
+# backward pass, where it sees only tensors that are positional arguments or direct results.  Tensors in keywords, tuples
+# and lists, and layers whose inputs need no gradients, would lose theirs in silence; here all of them reach it flat.
+
 
 def whole_gradients(checkpoint: Callable) -> Callable:
     """A checkpoint function of the same signature under which all gradients flow; any other than a reentrant one as it is.
@@ -29,7 +28,7 @@ def whole_gradients(checkpoint: Callable) -> Callable:
 
 
 def _checkpoint(checkpoint: Callable, function: Callable, *args: Any, **options: Any) -> Any:
-    """Run a function on its tensors alone, wherever they were.
+    """Run a checkpoint of a function that takes its tensors flat, wherever they were.
 
     Raises:
         ValueError: the function leaves tensors for later layers in a dictionary or list, beside what it returns.
@@ -43,11 +42,12 @@ def _checkpoint(checkpoint: Callable, function: Callable, *args: Any, **options:
     returned: list[Any] = []
 
     def flat(*tensors: Tensor) -> tuple[Any, ...]:
-        given = dict(zip(places, tensors, strict=True))
+        given = dict(zip(places, tensors, strict=True))  # each back in its place, and the structure around it
         inner, named = tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], structure)
         written = (*leaves, *inner, *named)
         before = _held(written)
         values, form = tree_flatten(function(*inner, **dict(zip(keywords, named, strict=True))))
+        # Without gradients is the first run; in the second one such tensors are not seen by the backward pass.
         if places and _held(written) != before and not torch.is_grad_enabled():
             raise ValueError(
                 f"{type(layer).__name__} hands tensors to later layers beside its output, and reentrant checkpointing would "
@@ -61,13 +61,13 @@ def _checkpoint(checkpoint: Callable, function: Callable, *args: Any, **options:
 
 
 def _places(leaves: list[Any], layer: nn.Module | None) -> dict[int, Tensor]:
-    """The tensors through which gradients flow, by their place; where a layer is the first to train, one that stands for it."""
+    """The tensors through which gradients flow, by their place; for the first layer that trains, a tensor made to."""
     floats = {i: x for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()}
     found = {i: x for i, x in floats.items() if x.requires_grad}
-    if not found and floats and layer is not None and any(p.requires_grad for p in layer.parameters()):
-        i, tensor = next(iter(floats.items()))
-        return {i: tensor.detach().requires_grad_()}
-    return found
+    if found or not floats or layer is None or not any(p.requires_grad for p in layer.parameters()):
+        return found
+    i, tensor = next(iter(floats.items()))
+    return {i: tensor.detach().requires_grad_()}  # without any, torch would not run the layer backward at all
 
 
 def _layer_of(function: Callable) -> nn.Module | None:
@@ -87,8 +87,12 @@ def _stays(value: Any) -> bool:
 
 def _held(values: Iterable[Any]) -> list[list[int]]:
     """What the dictionaries and lists among some values hold, by identity."""
-    mappings = [list(x.values()) if isinstance(x, MutableMapping) else x for x in values]
-    return [[id(item) for item in x] for x in mappings if isinstance(x, list)]
+    lists = [list(x.values()) if isinstance(x, MutableMapping) else x for x in values]
+    return [[id(item) for item in x] for x in lists if isinstance(x, list)]
+
+
+# ---- evaluation mode.  `requires_grad=False` alone does not freeze: dropout, layer skipping and masks over sounds still
+# draw, and norm statistics still move, as long as a module is in training mode.
 
 
 def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
@@ -112,9 +116,9 @@ class _Trains:
 
     def __init__(self, part: nn.Module):
         self.adapters, self.containers = adapter_layers(), adapter_containers()
-        self.holding: set[nn.Module] = set()
-        self.base: set[nn.Module] = set()
-        self.any: set[nn.Module] = set()
+        self.holding: set[nn.Module] = set()  # modules with a parameter at or below them
+        self.base: set[nn.Module] = set()  # ... one that trains and is no adapter's
+        self.any: set[nn.Module] = set()  # ... one that trains
         self._survey(part)
 
     def _survey(self, module: nn.Module) -> None:
@@ -128,7 +132,7 @@ class _Trains:
         if trains or any(child in self.any for child in children):
             self.any.add(module)
         if isinstance(module, self.adapters):
-            trains, children = False, base_children(module)
+            trains, children = False, base_children(module)  # of its base, what it wraps counts alone
         if trains or any(child in self.base for child in children):
             self.base.add(module)
 
@@ -138,10 +142,8 @@ class _Trains:
             return module in self.any
         if module not in self.holding:
             return around
-        return module in self.base and not any(self._some_frozen(layers) for layers in layer_lists(module))
-
-    def _some_frozen(self, layers: list[nn.Module]) -> bool:
-        return any(layer in self.holding and layer not in self.base for layer in layers)
+        frozen = self.holding - self.base
+        return module in self.base and frozen.isdisjoint(layers_in_lists(module))
 
 
 def _set_modes(module: nn.Module, around: bool, trains: _Trains) -> None:
@@ -157,9 +159,9 @@ def _is_quantized(module: nn.Module) -> bool:
     return weight is not None and not (type(weight) is nn.Parameter and weight.is_floating_point())
 
 
-def layer_lists(module: nn.Module) -> list[list[nn.Module]]:
-    """The layers that a module holds in lists, list by list."""
-    return [list(child) for child in module.children() if isinstance(child, nn.ModuleList)]
+def layers_in_lists(module: nn.Module) -> list[nn.Module]:
+    """The layers that a module holds in its lists of modules."""
+    return [layer for child in module.children() if isinstance(child, nn.ModuleList) for layer in child]
 
 
 def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
@@ -174,12 +176,16 @@ def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
                 module.training = False
 
 
+# ---- checkpointing of what is frozen.  transformers' layers checkpoint only where `self.training` holds, so a frozen
+# language model in evaluation mode would keep all activations that gradients to the projectors flow through.  Such layers
+# get a `forward` of their own instance that checkpoints.
+
+
 def checkpoint_frozen_layers(model: nn.Module) -> None:
     """Have the frozen layers of a model in training mode checkpoint where gradients flow through them (in place).
 
-    Those layers are in evaluation mode (`keep_frozen_in_eval`), in which transformers checkpoints nothing.  In evaluation
-    mode of the whole nothing does.  A layer without gradients runs as it is, one that is given a cache too, since a cache
-    would be written once more when the layer is computed again.
+    In evaluation mode of the whole nothing does.  A layer without gradients runs as it is, one that is given a cache too,
+    since a cache would be written once more when the layer is computed again.
 
     Args:
         model: in its mode, with checkpointing on or off.
@@ -217,7 +223,7 @@ def _checkpointing_layers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
         if isinstance(module, GradientCheckpointingLayer):
             yield module, module
         elif not any(isinstance(inner, GradientCheckpointingLayer) for inner in module.modules()):
-            yield from ((layer, module) for layers in layer_lists(module) for layer in layers)
+            yield from ((layer, module) for layer in layers_in_lists(module))
 
 
 def _is_ours(forward: Any) -> TypeGuard[functools.partial]:
@@ -226,10 +232,8 @@ def _is_ours(forward: Any) -> TypeGuard[functools.partial]:
 
 def _restore(layer: nn.Module, forward: functools.partial) -> Any:
     """Take away our `forward`; returns the one that the instance had before (as accelerate's hooks give it), or None."""
-    before = forward.args[2]
-    if before is None:
-        del layer.__dict__["forward"]
-    else:
+    del layer.__dict__["forward"]
+    if (before := forward.args[2]) is not None:
         layer.__dict__["forward"] = before
     return before
 

@@ -4,7 +4,6 @@ transformers gathers these from direct children; encoders sit one level deeper a
 are gathered here from the nearest `PreTrainedModel` of every branch, with full dotted prefixes.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import current_name, shared_by_adapters, unwrapped
-from .names import modules_by_name, parameters_by_name
+from .names import modules_by_name, parameters_by_name, starred
 from .weightless import KeepsInitialized
 
 SETS = ("_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 PATTERN_SETS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a block among its like
 PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
 
 
@@ -36,7 +34,7 @@ def gathered_sets(module: nn.Module) -> dict[str, set[str]]:
     """Union of the parts' sets of module and key names, by attribute."""
     found: dict[str, set[str]] = {key: set() for key in (*SETS, *PATTERN_SETS, "_keys_to_ignore_on_save")}
     for prefix, model in nearest_models(module):
-        for key in (*SETS, *PATTERN_SETS):
+        for key in (*SETS, *PATTERN_SETS):  # class names and regular expressions: they need no prefix
             found[key] |= set(getattr(model, key, None) or ())
         found["_keys_to_ignore_on_save"] |= {f"{prefix}.{k}" for k in model._keys_to_ignore_on_save or ()}
     return found
@@ -52,10 +50,11 @@ def gathered_ties(module: nn.Module) -> dict[str, str]:
     ]
     if not shared and not tied:
         return {}
+    # PEFT forwards its model's ties with a wrong prefix, and transformers fails on a name that nothing has.
     names = {name for name, _ in parameters_by_name(module)}
     ties = {to: of for to, of in shared.items() if to in names}
     for to, of in tied:
-        if {to, of} <= names and ties.get(of) != to:
+        if {to, of} <= names and ties.get(of) != to:  # never a circle of two
             ties[to] = of
     return ties
 
@@ -67,7 +66,11 @@ def gathered_plans(module: nn.Module) -> dict[str, dict[Any, Any]]:
         for key in PLANS:
             rules = (getattr(model, key, None) or {}).items()
             plans[key] |= {_prefixed(prefix, rule): style for rule, style in rules if _exists(rule, model)}
-        plans["_fsdp_plan"] = _block_rules(prefix, model) | plans["_fsdp_plan"]
+        # CLIP and Whisper inherit FSDP rules for modules that they do not have: one rule per kind of block replaces them.
+        kinds = set(model._no_split_modules or ())
+        blocks = [name for name, module in modules_by_name(model) if name and type(module).__name__ in kinds]
+        by_kind = {prefix + starred(f".{name}"): "free_full_weight" for name in blocks}
+        plans["_fsdp_plan"] = by_kind | plans["_fsdp_plan"]
     return plans
 
 
@@ -80,25 +83,10 @@ def _exists(rule: Any, model: nn.Module) -> bool:
     if isinstance(rule, tuple):
         return all(_exists(r, model) for r in rule)
     found: list[Any] = [model]
-    for key in rule.split("."):
-        owners = [owner for owner in found if isinstance(owner, nn.Module)]
-        found = [inner for owner in owners for inner in _children(owner, key)]
-    return bool(found)
-
-
-def _children(owner: nn.Module, key: str) -> list[Any]:
-    """Modules and parameters directly in a module: the one of a name, with ``*`` those that have a number."""
-    held = (owner._modules, owner._parameters)
-    if key == "*":
-        return [value for places in held for name, value in places.items() if name.isdigit() and value is not None]
-    return [places[key] for places in held if places.get(key) is not None]
-
-
-def _block_rules(prefix: str, model: PreTrainedModel) -> dict[str, str]:
-    """One rule per kind of block: encoders inherit FSDP rules that name modules they do not have."""
-    blocks = set(model._no_split_modules or ())
-    found = {name for name, module in modules_by_name(model) if type(module).__name__ in blocks}
-    return {f"{prefix}.{_NUMBER.sub('*', name)}": "free_full_weight" for name in found if name}
+    for key in rule.split("."):  # a walk down the rule's path: faster than to match the names of thousands of modules
+        held = [p for owner in found if isinstance(owner, nn.Module) for p in (owner._modules, owner._parameters)]
+        found = [x for places in held for name, x in places.items() if name == key or (key == "*" and name.isdigit())]
+    return any(x is not None for x in found)
 
 
 class GatheringMixin(PreTrainedModel):
@@ -116,6 +104,7 @@ class GatheringMixin(PreTrainedModel):
 
     def init_weights(self) -> None:
         """Gather what else the parts know, then initialise and tie as in transformers."""
+        # Here, since `post_init` has collected from the direct children by now and does not look again.
         for key, values in gathered_sets(self).items():
             setattr(self, key, values)
         self.all_tied_weights_keys = gathered_ties(self)
@@ -140,7 +129,7 @@ class GatheringMixin(PreTrainedModel):
                 self._initialize_weights(module, is_custom_code=self.is_custom_code())
 
     def _inherit_from_language_model(self, supplied: bool) -> None:
-        """Traits of the parts that transformers reads on the whole."""
+        """Take over those traits of the parts that transformers reads on the whole."""
         inner = unwrapped(self.language_model)
         kinds = dict.fromkeys(self.config.modality(name)["kind"] for name in self.config.encoders)
         self.input_modalities = (*kinds, *(() if "text" in kinds else ("text",)))
@@ -151,7 +140,7 @@ class GatheringMixin(PreTrainedModel):
 
 
 def _outside(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:
-    """A module and those below it that are no part and in none, children first."""
+    """A module and those below it that are neither one of the parts nor inside of one, children first."""
     for child in module.children():
         if id(child) not in parts:
             yield from _outside(child, parts)

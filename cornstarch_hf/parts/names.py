@@ -1,4 +1,4 @@
-"""Sets of parameter names as short lists of patterns, and back.  Pure functions.
+"""Names of modules and parameters: sets of them as short lists of patterns and back, and walks over a model by name.
 
 A pattern is a dotted name in which ``*`` stands for one layer number; it means everything at or below that name.
 """
@@ -8,7 +8,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?![^.])")  # a whole component of a dotted name, not its first
+
+
+def starred(name: str) -> str:
+    """A dotted name with ``*`` for each number behind a dot: the same for all layers of a kind."""
+    return _NUMBER.sub("*", name)
 
 
 def compress(selected: Iterable[str], every: Iterable[str]) -> list[str]:
@@ -27,26 +32,25 @@ def compress(selected: Iterable[str], every: Iterable[str]) -> list[str]:
     chosen = set(selected)
     groups: dict[str, list[str]] = {}
     for name in every:
-        groups.setdefault(_NUMBER.sub("*", name), []).append(name)
-    whole: set[str] = set()
-    single: list[str] = []
-    for pattern, names in groups.items():
-        inside = [name for name in names if name in chosen]
-        if len(inside) == len(names):
-            whole.add(pattern)
-        else:
-            single += inside
-    partial = {parent for pattern in set(groups) - whole for parent in _ancestors(pattern)}
-    raised: set[str] = set()
+        groups.setdefault(starred(name), []).append(name)
+    whole = {pattern for pattern, names in groups.items() if chosen.issuperset(names)}
+    short = {name for pattern in set(groups) - whole for name in groups[pattern] if name in chosen}
+    # Names above something that is not selected: no pattern may stand so high.
+    partial = {parent for pattern in set(groups) - whole for parent in at_or_above(pattern)}
     for pattern in whole:
         # The highest name at or above the pattern below which everything is selected.
-        free = [parent for parent in _ancestors(pattern) if parent not in partial]
-        raised |= {free[0]} if free else set(groups[pattern])
-    return sorted([*raised, *single])
+        free = [parent for parent in at_or_above(pattern) if parent not in partial]
+        short |= {free[0]} if free else set(groups[pattern])
+    return sorted(short)
 
 
-def _ancestors(pattern: str) -> list[str]:
-    parts = pattern.split(".")
+def at_or_above(name: str) -> list[str]:
+    """A dotted name and the names of all that hold it, the outermost first.
+
+    >>> at_or_above("a.0.w")
+    ['a', 'a.0', 'a.0.w']
+    """
+    parts = name.split(".")
     return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
@@ -74,7 +78,7 @@ def modules_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     As `root.named_modules(remove_duplicate=False)`.
     """
     pending = [("", root)]
-    while pending:
+    while pending:  # a stack of what is still to visit: recursive generators cost a frame per level for each name
         name, module = pending.pop()
         yield name, module
         prefix = f"{name}." if name else ""

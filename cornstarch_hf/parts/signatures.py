@@ -6,7 +6,7 @@ Trainer drops columns that are not in the signature, and `generate` and PEFT rea
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,20 +17,18 @@ from .adapters import unwrapped
 @functools.lru_cache(maxsize=256)
 def with_signature(function: Callable, removed: tuple[str, ...], added: tuple[str, ...]) -> Callable:
     """A copy of a function whose signature lacks some parameters and has further keyword parameters (default None)."""
+    # A function of its own and no wrapper: `torch.compile` traces it whole, and it costs no call.
     copied = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     functools.update_wrapper(copied, function)
-    del copied.__wrapped__
+    del copied.__wrapped__  # `inspect.signature` would follow it to the original
     copied.__kwdefaults__ = function.__kwdefaults__
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in removed]
-    names = {p.name for p in parameters}
-    extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in added if name not in names
-    ]
-    last = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-    kept = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    copied.__signature__ = inspect.Signature([*kept, *extra, *last])
+    parameters = {p.name: p for p in inspect.signature(function).parameters.values() if p.name not in removed}
+    new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in added if n not in parameters]
+    # Stable, so that only ``**kwargs`` moves, behind the new ones.
+    ordered = sorted([*parameters.values(), *new], key=lambda p: p.kind)
+    copied.__signature__ = inspect.Signature(ordered)
     return copied
 
 
@@ -63,12 +61,8 @@ class PerInstanceSignature:
         changes = instance.signature_changes(self.name)
         if changes is None:
             raise AttributeError(f"{type(instance).__name__!r} object has no attribute {self.name!r}")
-        removed, added = (tuple(sorted(set(changes[0]))), _unique(changes[1]))
+        removed, added = tuple(sorted(set(changes[0]))), tuple(dict.fromkeys(changes[1]))
         return types.MethodType(with_signature(self.function, removed, added), instance)
-
-
-def _unique(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
 
 
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

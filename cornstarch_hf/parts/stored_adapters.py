@@ -3,6 +3,7 @@
 peft is imported when adapters are made: it takes a second to import, and who has not imported it has no adapters.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
-from .adapters import _peft_class, is_wrapped, tuner_layers
+from .adapters import _peft_classes, is_wrapped, tuner_layers
 from .stored_modules import NotStorable, as_json
 from .stored_values import check_pattern
 from .weightless import without_weights
@@ -24,7 +25,7 @@ def record_adapters(config: Any, encoders: Mapping[str, Any], language_model: nn
 
 
 def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
-    """JSON description of a wrapped part's adapters, None for a part that is not wrapped.
+    """Describe a wrapped part's adapters in JSON values; None for a part that is not wrapped.
 
     Raises:
         ValueError: the adapters cannot be stored (prompt learning inside a part, values that are not JSON, adapters
@@ -33,7 +34,7 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
     if not is_wrapped(model):
         check_not_injected(model, where)
         return None
-    if not _is_tuned(model):
+    if not isinstance(model.base_model, _peft_classes("BaseTuner")):  # no adapters in its layers: a prompt before them
         raise ValueError(
             f"{where}: a checkpoint cannot hold {model.active_peft_config.peft_type} inside a part. Compose the plain "
             "model and wrap the composed one: get_peft_model(mllm, config)."
@@ -54,13 +55,19 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
     return described | _layer_state(model, where)
 
 
+def _held(layer: Any, names: list[str]) -> list[str]:
+    """Those of the adapters that a layer has."""
+    return [name for name in names if name in layer._get_available_adapters()]
+
+
 def _layer_state(model: Any, where: str) -> dict[str, Any]:
-    """Which adapters are merged into the weights at the moment, and whether they are switched off; {} for neither.
+    """Tell which adapters are merged into the weights at the moment, and whether they are switched off; {} for neither.
 
     Raises:
         ValueError: layers that differ in it, which a checkpoint cannot say.
     """
     layers = tuner_layers(model)
+    # Not every layer has every adapter; the longest list names all that are merged, if they are so alike everywhere.
     merged = max((list(layer.merged_adapters) for layer in layers), key=len, default=[])
     for layer in layers:
         if layer.merged_adapters != _held(layer, merged):
@@ -79,21 +86,11 @@ def _layer_state(model: Any, where: str) -> dict[str, Any]:
     return ({"merged": merged} if merged else {}) | ({"disabled": True} if any(off) else {})
 
 
-def _held(layer: Any, names: list[str]) -> list[str]:
-    """Those of the adapters that a layer has."""
-    return [name for name in names if name in layer._get_available_adapters()]
-
-
-def _is_tuned(model: Any) -> bool:
-    """Whether the adapters of a wrapped part lie in its layers, and are no prompt before them."""
-    return isinstance(model.base_model, _peft_class("BaseTuner"))
-
-
 def _plain(value: Any) -> Any:
+    """Options of an adapter as JSON has them: sets sorted, enumerations by value, paths of this machine left out."""
     if isinstance(value, dict):
-        return {
-            key: _plain(item) for key, item in value.items() if key not in ("base_model_name_or_path", "auto_mapping")
-        }
+        left_out = ("base_model_name_or_path", "auto_mapping")
+        return {key: _plain(item) for key, item in value.items() if key not in left_out}
     if isinstance(value, (set, frozenset)):
         return sorted(_plain(item) for item in value)
     if isinstance(value, (list, tuple)):
@@ -102,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_not_injected(model: nn.Module, where: str) -> None:
-    """Refuse to save a part with adapters but without a wrapper that tells of them (ValueError with the remedy)."""
+    """Refuse to save a part with adapters but without a wrapper that knows of them (ValueError with the remedy)."""
     if not is_wrapped(model) and tuner_layers(model):
         raise ValueError(
             f"{where} has adapters injected without a wrapper, which cannot be restored from a checkpoint: wrap the "
@@ -126,15 +123,11 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):
         raise ValueError(f"{where}: expected adapters as {{'configs': {{name: options}}}}, got {described!r:.200}.")
     configs = {name: _config(values, where, config_classes) for name, values in described["configs"].items()}
-    names = list(configs)
-    if any(p.is_meta for p in model.parameters()):
-        wrapped = _wrapped_on_meta(model, configs, where)
-    else:
-        wrapped = _wrapped(model, configs)
-    active = described.get("active") or names[:1]
+    wrapped = _wrapped(model, configs, where)
+    active = described.get("active") or list(configs)[:1]
     if active != list(wrapped.active_adapters):
         wrapped.base_model.set_adapter(active)
-        if len(active) == 1:
+        if len(active) == 1:  # the wrapper's own method takes one name alone
             wrapped.set_adapter(active[0])
     for layer in tuner_layers(wrapped) if described.get("merged") else ():  # the weights that follow are merged ones
         layer.merged_adapters.extend(_held(layer, described["merged"]))
@@ -143,23 +136,22 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     return wrapped
 
 
-def _wrapped(model: PreTrainedModel, configs: dict[str, Any]) -> Any:
+def _wrapped(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
+    """Wrap a part; if it has no weights yet, its adapters have none either, while the tables that they compute are real."""
     if is_peft_available():
         from peft import get_peft_model
+    without = any(p.is_meta for p in model.parameters())
     first, *others = configs
-    # In the part's dtype: which adapters are in another one is told by the names of their weights.
-    wrapped = get_peft_model(model, configs[first], adapter_name=first, autocast_adapter_dtype=False)
-    for name in others:
-        wrapped.add_adapter(name, configs[name], autocast_adapter_dtype=False)
-    return wrapped
-
-
-def _wrapped_on_meta(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
-    """Wrap a part that has no weights yet: so have its adapters, while the tables that they compute are real."""
     try:
-        with without_weights():
-            return _wrapped(model, configs)
+        with without_weights() if without else contextlib.nullcontext():
+            # In the part's dtype: which adapters are in another one is known by the names of their weights.
+            wrapped = get_peft_model(model, configs[first], adapter_name=first, autocast_adapter_dtype=False)
+            for name in others:
+                wrapped.add_adapter(name, configs[name], autocast_adapter_dtype=False)
+            return wrapped
     except RuntimeError as error:
+        if not without:
+            raise
         kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
         raise ValueError(
             f"{where}: PEFT cannot build adapters of type {kinds} before the weights are there, as loading does "
@@ -172,6 +164,7 @@ def _config(values: dict[str, Any], where: str, config_classes: Mapping[Any, Any
     kind = values.get("peft_type") if isinstance(values, Mapping) else None
     if kind not in config_classes:
         raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(config_classes)}.")
+    # From a checkpoint, so not trusted: peft would import `megatron_core`, and search by whatever pattern it is given.
     options = {k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
     _check_options(options, where)
     try:
@@ -196,8 +189,6 @@ def _check_options(options: Mapping[str, Any], where: str) -> None:
         )
     for key in _PATTERNS:
         value = options.get(key)
-        if isinstance(value, str):
-            check_pattern(value, f"{where}: {key}")
-        elif key.endswith("_pattern") and value:  # dictionaries have the patterns as keys
-            for pattern in value:
-                check_pattern(pattern, f"{where}: {key}")
+        keys = (value or ()) if key.endswith("_pattern") else ()  # dictionaries have the patterns as keys
+        for pattern in [value] if isinstance(value, str) else keys:
+            check_pattern(pattern, f"{where}: {key}")

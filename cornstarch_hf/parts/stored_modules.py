@@ -15,7 +15,8 @@ from torch import nn
 from .registries import CALLBACKS
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
-_PLACEMENT = {"device", "dtype", "factory_kwargs"}
+_PLACEMENT = {"device", "dtype", "factory_kwargs"}  # arguments that say where a module's weights go, not what it is
+_MISSING = inspect.Parameter.empty
 
 
 class NotStorable(ValueError):
@@ -23,7 +24,7 @@ class NotStorable(ValueError):
 
 
 def constructor_arguments(module: nn.Module) -> dict[str, Any]:
-    """The constructor arguments of a module, read from its attributes of the same names.
+    """Read the constructor arguments of a module from its attributes of the same names; defaults are left out.
 
     Raises:
         NotStorable: an argument without a default has no such attribute, or a value is not JSON.
@@ -31,14 +32,12 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     arguments = {}
     for parameter in _parameters(type(module)):
         value = _attribute(module, parameter.name)
-        if value is inspect.Parameter.empty:
-            if parameter.default is inspect.Parameter.empty:
-                raise NotStorable(
-                    f"{type(module).__name__} takes {parameter.name!r} but keeps no attribute of that name: set "
-                    f"self.{parameter.name} in its __init__"
-                )
-            continue
-        if value != parameter.default:
+        if value is _MISSING and parameter.default is _MISSING:
+            raise NotStorable(
+                f"{type(module).__name__} takes {parameter.name!r} but keeps no attribute of that name: set "
+                f"self.{parameter.name} in its __init__"
+            )
+        if value is not _MISSING and value != parameter.default:
             arguments[parameter.name] = as_json(value, f"{type(module).__name__}.{parameter.name}")
     return arguments
 
@@ -52,6 +51,7 @@ def as_json(value: Any, where: str) -> Any:
 
 
 def _parameters(cls: Callable) -> list[inspect.Parameter]:
+    """The named parameters of a constructor, without those of placement."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in inspect.signature(cls).parameters.values() if p.kind not in kinds and p.name not in _PLACEMENT]
 
@@ -59,9 +59,7 @@ def _parameters(cls: Callable) -> list[inspect.Parameter]:
 def _attribute(module: nn.Module, name: str) -> Any:
     if name in module._parameters:  # a layer's `bias=True` is kept as the parameter that it made
         return module._parameters[name] is not None
-    if name == "config":  # it is handed over by the builder
-        return inspect.Parameter.empty
-    return getattr(module, name, inspect.Parameter.empty)
+    return _MISSING if name == "config" else getattr(module, name, _MISSING)  # `config` comes from the builder
 
 
 def torch_spec(module: nn.Module) -> dict[str, Any]:
@@ -74,16 +72,17 @@ def torch_spec(module: nn.Module) -> dict[str, Any]:
     if getattr(nn, cls.__name__, None) is not cls:
         raise NotStorable(f"{cls.__module__}.{cls.__qualname__} is not registered")
     if isinstance(module, _CONTAINERS):
-        if [name for name, _ in module.named_children()] != [str(i) for i in range(len(module))]:
+        if list(module._modules) != [str(i) for i in range(len(module))]:
             raise NotStorable(f"{cls.__name__} has named children")
         return {"class": cls.__name__, "modules": [torch_spec(child) for child in module]}
-    if any(True for _ in module.children()):
+    if module._modules:  # a Transformer's layers, say: their number and kind are not all in its arguments
         raise NotStorable(f"torch.nn.{cls.__name__} holds other modules")
     return {"class": cls.__name__, "arguments": constructor_arguments(module)}
 
 
 def build_torch(spec: Mapping[str, Any]) -> nn.Module:
     """Build what `torch_spec` described; ValueError for anything that is not a module class of `torch.nn`."""
+    # From a checkpoint, so not trusted: the name may be that of any attribute of `torch.nn`, the arguments anything.
     name = spec.get("class") if isinstance(spec, Mapping) else None
     cls: Any = getattr(nn, name, None) if isinstance(name, str) else None
     if not inspect.isclass(cls) or not issubclass(cls, nn.Module) or set(spec) - {"class", "arguments", "modules"}:
@@ -108,8 +107,8 @@ def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: an argument without a default is not available (None counts as missing).
     """
-    arguments = {}
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
+    arguments = dict(available.get("projection_kwargs") or {}) if takes_any else {}
     for parameter in _parameters(cls):
         value = available.get(parameter.name)
         if value is not None:
@@ -119,9 +118,6 @@ def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:
                 f"{getattr(cls, '__name__', cls)} takes {parameter.name!r}, expected it among {sorted(available)}: name "
                 "its arguments after the configuration's fields or pass them in projection_kwargs."
             )
-    extra = available.get("projection_kwargs") or {}
-    if takes_any:
-        arguments = {**extra, **arguments}
     return cls(**arguments)
 
 
@@ -130,19 +126,19 @@ def same_structure(a: nn.Module, b: nn.Module) -> bool:
 
     def shape(module: nn.Module):
         kinds = [(name, type(child), child.extra_repr()) for name, child in module.named_modules()]
-        return kinds, {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        return kinds, {key: value.shape for key, value in module.state_dict().items()}
 
     return shape(a) == shape(b)
 
 
 def mark_initialized(module: nn.Module) -> None:
-    """Tell transformers that a module's weights are made already: it never initialises them again."""
-    for child in module.modules():
-        setattr(child, "_is_hf_initialized", True)  # noqa: B010
-    for tensor in (*module.parameters(), *module.buffers()):
-        setattr(tensor, "_is_hf_initialized", True)  # noqa: B010
+    """Mark a module's weights as made already: transformers' `post_init` would fill them with noise otherwise."""
+    marked: tuple[Any, ...] = (*module.modules(), *module.parameters(), *module.buffers())
+    for each in marked:
+        each._is_hf_initialized = True
 
 
+# The places in an encoder that a callback may have, in the order in which they run.
 SLOTS = ("preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback")
 
 
@@ -152,23 +148,20 @@ def describe_callback(callback: Any) -> dict[str, Any]:
     Raises:
         NotStorable: it is not registered, or an argument is no JSON value.
     """
-    arguments: Any
-    if isinstance(callback, nn.Module) and CALLBACKS.name_of(callback) is None:
-        name, arguments = CALLBACKS.name_of(type(callback)), constructor_arguments
-    elif isinstance(callback, functools.partial):
-        name, arguments = CALLBACKS.name_of(callback.func), _bound_arguments
-    else:
-        name, arguments = CALLBACKS.name_of(callback), lambda _: {}
+    # What is registered: a module itself or else its class, the function that a partial binds, or a plain function.
+    is_module, is_bound = isinstance(callback, nn.Module), isinstance(callback, functools.partial)
+    is_made = is_module and CALLBACKS.name_of(callback) is None
+    target = type(callback) if is_made else callback.func if is_bound else callback
+    name = CALLBACKS.name_of(target)
     if name is None:
-        what = type(callback) if isinstance(callback, nn.Module) else getattr(callback, "func", callback)
+        what = getattr(target, "func", target)
         raise NotStorable(f"{getattr(what, '__qualname__', what)} is not registered")
-    return {"name": name, "arguments": arguments(callback)}
-
-
-def _bound_arguments(callback: functools.partial) -> dict[str, Any]:
-    if callback.args:
+    if is_made:
+        return {"name": name, "arguments": constructor_arguments(callback)}
+    if is_bound and callback.args:
         raise NotStorable("functools.partial binds positional arguments, bind them by keyword")
-    return {key: as_json(value, f"the argument {key!r}") for key, value in callback.keywords.items()}
+    bound = callback.keywords if is_bound else {}
+    return {"name": name, "arguments": {key: as_json(value, f"the argument {key!r}") for key, value in bound.items()}}
 
 
 def build_callback(described: dict[str, Any], where: str) -> Callable:
@@ -190,7 +183,7 @@ def build_callback(described: dict[str, Any], where: str) -> Callable:
 
 
 def declared_count(callback: Callable) -> Callable | None:
-    """The `feature_count` that a callback's registration declares, bound to its arguments; None without one."""
+    """The `feature_count` that a callback was registered with, bound to its arguments; None without one."""
     try:
         described = describe_callback(callback)
     except NotStorable:
@@ -200,17 +193,15 @@ def declared_count(callback: Callable) -> Callable | None:
 
 
 def check_callbacks_storable(callbacks: dict[str, Callable | None], name: str) -> dict[str, Any]:
-    """Descriptions of an encoder's callbacks by slot.
+    """Describe an encoder's callbacks, by slot.
 
     Raises:
         ValueError: one cannot be stored; names its place and the remedy.
     """
-    described = {}
+    described: dict[str, Any] = {}
     for slot, callback in callbacks.items():
-        if callback is None:
-            continue
         try:
-            described[slot] = describe_callback(callback)
+            described |= {} if callback is None else {slot: describe_callback(callback)}
         except NotStorable as error:
             raise ValueError(
                 f"{name}.{slot} cannot be saved: {error}. Register the function with register_callback(name, fn) and "

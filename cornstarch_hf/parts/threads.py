@@ -1,8 +1,4 @@
-"""What lets threads work beside each other: modes of torch that hold in one thread alone, and a lock that travels.
-
-`TorchFunctionMode` is such a one as it stands.  A dispatch mode is not: on its way in and out torch writes flags of the
-process, which threads that overlap leave set.
-"""
+"""What lets threads work beside each other: modes of torch that hold in one thread alone, and a lock that travels."""
 
 import os
 import threading
@@ -24,15 +20,8 @@ _DRAWS = frozenset(
     for name in ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial")
     if (function := getattr(owner, name, None)) is not None
 ) | {torch.nn.init.uniform_, torch.nn.init.normal_, torch.nn.init.kaiming_uniform_}
-
 # Those that take none in every version of torch, and what fills a tensor as they do.
-_LIKE = {
-    torch.rand_like: Tensor.uniform_,
-    torch.randn_like: Tensor.normal_,
-    torch.randint_like: Tensor.random_,
-}
-
-
+_LIKE = {torch.rand_like: Tensor.uniform_, torch.randn_like: Tensor.normal_, torch.randint_like: Tensor.random_}
 _RENEWING = threading.Lock()
 
 
@@ -46,9 +35,10 @@ class TravellingLock:
         self._lock, self._process = threading.RLock(), os.getpid()
 
     def __enter__(self) -> None:
+        # A fork copies a held lock, but not the thread that would release it: the child starts with a free one.
         if self._process != os.getpid():
             with _RENEWING:  # of several threads that come first, one makes the lock that all take
-                if self._process != os.getpid():  # whoever held it when the process forked is not in this one
+                if self._process != os.getpid():
                     self._lock, self._process = threading.RLock(), os.getpid()
         self._lock.acquire()
 
@@ -57,6 +47,23 @@ class TravellingLock:
 
     def __reduce__(self) -> tuple[Any, tuple]:
         return TravellingLock, ()
+
+
+# torch keeps two stacks of modes, both of them per thread.  Entering a `TorchFunctionMode` touches its stack alone.
+# Entering a `TorchDispatchMode` also writes flags of the process and restores them on leaving: where two threads overlap,
+# the one that leaves last restores what the other had set, and the flags stay set for good.  So `ThreadDispatchMode`
+# pushes itself on the stack and leaves the flags alone.
+
+
+class ThreadFunctionMode(TorchFunctionMode):
+    """A mode that sees each function of torch that this thread calls, by its method `call`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.call(func, args, dict(kwargs or {}))
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch; `kwargs` may be changed."""
+        return func(*args, **kwargs)
 
 
 class ThreadDispatchMode(TorchDispatchMode):
@@ -70,32 +77,30 @@ class ThreadDispatchMode(TorchDispatchMode):
         _pop_mode()
 
 
-class PrivateRandom(TorchFunctionMode):
+class PrivateRandom(ThreadFunctionMode):
     """Within this mode random numbers come from a generator of its own: those that anybody else draws stay the same."""
 
     def __init__(self) -> None:
         super().__init__()
         self.generator = torch.Generator()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.call(func, args, dict(kwargs or {}))
-
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call a function of torch; a random one with the generator, if nobody gave one."""
-        if (func in _DRAWS or func in DRAWS_IN_PLACE) and kwargs.get("generator") is None and _on_cpu(args, kwargs):
-            kwargs["generator"] = self.generator
-        if func in _LIKE and kwargs.get("generator") is None and _on_cpu(args, kwargs):
-            bounds = [*args[1:], *(kwargs.pop(key) for key in ("low", "high") if key in kwargs)]
-            bounds = [0, *bounds] if len(bounds) == 1 else bounds
-            return _LIKE[func](torch.empty_like(*args[:1], **kwargs), *bounds, generator=self.generator)
-        return func(*args, **kwargs)
+        draws = func in _DRAWS or func in DRAWS_IN_PLACE or func in _LIKE
+        # The generator is the CPU's, and does not draw on other devices.
+        if not draws or kwargs.get("generator") is not None or not _on_cpu(args, kwargs):
+            return func(*args, **kwargs)
+        if func not in _LIKE:
+            return func(*args, **kwargs | {"generator": self.generator})
+        bounds = [*args[1:], *(kwargs.pop(key) for key in ("low", "high") if key in kwargs)]
+        bounds = [0, *bounds] if len(bounds) == 1 else bounds  # `randint_like(x, 7)` draws from 0 on
+        return _LIKE[func](torch.empty_like(*args[:1], **kwargs), *bounds, generator=self.generator)
 
 
 def _on_cpu(args: Any, kwargs: dict[str, Any]) -> bool:
+    devices = [x.device for x in args if isinstance(x, Tensor)]
     device = kwargs.get("device")
-    return all(x.device.type == "cpu" for x in args if isinstance(x, Tensor)) and (
-        device is None or torch.device(device).type == "cpu"
-    )
+    return all(torch.device(x).type == "cpu" for x in ([*devices, device] if device is not None else devices))
 
 
 def run_privately(func: Any, args: Any, kwargs: dict[str, Any], generator: torch.Generator) -> Any:
@@ -111,21 +116,20 @@ def run_privately(func: Any, args: Any, kwargs: dict[str, Any], generator: torch
     if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
         return func(*args, **kwargs)
     if not any(argument.name == "generator" for argument in func._schema.arguments):
-        variants = ("generator",) if func._overloadname == "default" else _names_with_generator(func._overloadname)
-        found = [name for name in variants if name in func.overloadpacket.overloads()]
+        # An overload without a generator may have a twin with one: `rand` has `rand.generator`, `randint.low` has
+        # `randint.low_generator`, others have it in the middle of their name.
+        own = func._overloadname
+        first, _, rest = own.partition("_")
+        twins = ("generator",) if own == "default" else (f"{own}_generator", f"{first}_generator_{rest}")
+        found = [name for name in twins if name in func.overloadpacket.overloads()]
         if not found:
-            return _drawn_on_meta(func, args, kwargs)
+            if any(argument.name == "device" for argument in func._schema.arguments):
+                kwargs = kwargs | {"device": torch.device("meta")}
+            return func(*map(on_meta, args), **kwargs)
         func = getattr(func.overloadpacket, found[0])
-    return func(*args, **kwargs, generator=generator)
+    return func(*args, **kwargs | {"generator": generator})
 
 
-def _names_with_generator(overload: str) -> tuple[str, ...]:
-    first, _, rest = overload.partition("_")
-    return f"{overload}_generator", f"{first}_generator_{rest}"
-
-
-def _drawn_on_meta(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    on_meta = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
-    if any(argument.name == "device" for argument in func._schema.arguments):
-        kwargs = kwargs | {"device": torch.device("meta")}
-    return func(*on_meta, **kwargs)
+def on_meta(value: Any) -> Any:
+    """A tensor on the meta device: its shape, dtype and strides without its values.  Anything else as it is."""
+    return value.to("meta") if isinstance(value, Tensor) else value

@@ -25,41 +25,25 @@ _REMEDY = f'pip install "transformers>={OLDEST},<{BELOW}"'
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
-def _name_of_caches() -> str | None:
-    """The keyword by which `generate` of this version hands a cache from step to step, None for an unknown one."""
-    known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    return next((name for name in CACHE_NAMES if name in known), None)
-
-
-CACHE: Any = _name_of_caches()
+# The keyword by which `generate` of this version hands a cache from step to step, None for an unknown one.
+_known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE: Any = next((name for name in CACHE_NAMES if name in _known), None)
 
 # Methods of transformers' classes that this package overrides, and that nobody but transformers calls.
 GENERATION_HOOKS = (
-    "_expand_multimodal_outputs",
-    "_get_logits_processor",
-    "_maybe_prepare_encoder_kwargs_for_generation",
-    "_prepare_cache_for_generation",
-    "_prepare_position_ids_for_generation",
-    "_supports_default_dynamic_cache",
-    "_validate_model_kwargs",
-    "prepare_inputs_for_generation",
-)
+    "_expand_multimodal_outputs", "_get_logits_processor", "_maybe_prepare_encoder_kwargs_for_generation",
+    "_prepare_cache_for_generation", "_prepare_position_ids_for_generation", "_supports_default_dynamic_cache",
+    "_validate_model_kwargs", "prepare_inputs_for_generation",
+)  # fmt: skip
 MODEL_HOOKS = (
-    "_get_dtype_plan",
-    "_set_gradient_checkpointing",
-    "get_expanded_tied_weights_keys",
-    "init_parallel_plans",
-    "init_weights",
-    "initialize_weights",
-)
+    "_get_dtype_plan", "_set_gradient_checkpointing", "get_expanded_tied_weights_keys", "init_parallel_plans",
+    "init_weights", "initialize_weights",
+)  # fmt: skip
 PROCESSOR_HOOKS = ("_get_arguments_from_pretrained", "from_args_and_dict")
 
 
 def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> Any:
-    """Take the cache out of keyword arguments (in place), by whichever name it goes.
-
-    Returns:
-        the cache, None where there is none.
+    """Take the cache out of keyword arguments (in place), whatever its name among `names`; None where there is none.
 
     Raises:
         TypeError: what is no cache, such as a tuple of tensors.
@@ -67,22 +51,21 @@ def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> 
     """
     found = {name: keywords.pop(name) for name in names if name in keywords}
     caches = {name: cache for name, cache in found.items() if cache is not None}
+    if not caches:
+        return None
     if len(caches) > 1:
         raise ValueError(f"A cache was given {len(caches)} times, as {sorted(caches)}: give it once, as {CACHE}=.")
-    if caches:
-        check_caches_known()
-    for name, cache in caches.items():
-        if not hasattr(cache, "get_seq_length"):
-            raise TypeError(f"{name} must be a cache of transformers, e.g. DynamicCache(), got {type(cache).__name__}.")
-    if CACHE == "cache" and CACHE not in caches and caches and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"`{next(iter(caches))}` is deprecated, as in transformers: use `cache`.", FutureWarning, stacklevel=3
-        )
-    return next(iter(caches.values()), None)
+    check_caches_known()
+    ((name, cache),) = caches.items()
+    if not hasattr(cache, "get_seq_length"):
+        raise TypeError(f"{name} must be a cache of transformers, e.g. DynamicCache(), got {type(cache).__name__}.")
+    if name != CACHE == "cache" and not torch.compiler.is_compiling():  # a tracer cannot follow a warning
+        warnings.warn(f"`{name}` is deprecated, as in transformers: use `cache`.", FutureWarning, stacklevel=3)
+    return cache
 
 
 def check_caches_known() -> None:
-    """Refuse to work with a cache whose name is unknown: it would be dropped in silence, or be continued wrongly.
+    """Refuse to work with a cache whose name is unknown: it would be dropped in silence, or continued wrongly.
 
     Raises:
         ValueError: a version of transformers that names caches in a new way.
@@ -96,7 +79,7 @@ def check_caches_known() -> None:
 
 @functools.cache
 def check_hooks(owner: type, names: tuple[str, ...]) -> None:
-    """Refuse to go on where transformers lacks a method that is overridden: it would be called no more, in silence.
+    """Refuse to go on where transformers lacks a method that is overridden: nobody would call the override any more.
 
     Args:
         owner: a class of transformers.
@@ -136,6 +119,7 @@ def check_peft(method: str) -> None:
 
 
 def _warn_if_untested() -> None:
+    # Compared by numbers alone: a development version of 5.25 is outside, a release candidate of the oldest inside.
     if not Version(OLDEST).release <= _FOUND.release < Version(BELOW).release:
         warnings.warn(
             f"cornstarch_hf is tested with {_RANGE}, but transformers {_FOUND} is installed. Remedy: {_REMEDY}",

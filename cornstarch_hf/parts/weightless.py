@@ -1,8 +1,6 @@
-"""Build modules without weights, for this thread alone: parameters on the meta device, buffers and tables real.
+"""Build modules without weights and run them dry, for this thread alone: parameters on the meta device, tables real.
 
-Nothing of torch or transformers is patched, no random number of anybody else is drawn, and the functions that
-transformers replaces for the process while it initialises a model are left alone.  Knows no model; `dry_run` runs
-what is built here.
+Saving, loading and counting features build a model only to learn its names, shapes and tables.  Knows no model.
 """
 
 import contextlib
@@ -13,16 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_utils import get_torch_context_manager_or_global_device
 
 from .build_bounds import BoundedTensors
-from .threads import DRAWS_IN_PLACE, PrivateRandom, ThreadDispatchMode, run_privately
+from .threads import DRAWS_IN_PLACE, PrivateRandom, ThreadDispatchMode, ThreadFunctionMode, on_meta, run_privately
 
-# transformers puts its own in place of torch's while it initialises a model.
+# transformers builds on meta too (`init_empty_weights`, `torch.device("meta")`), but then computed tables (rotary
+# frequencies, masks) are lost, and while it builds it replaces the functions of `torch.nn.init` and the default dtype of
+# the whole process, so that another thread's layers stay uninitialised.  Modes of this thread do the same work here:
+# nothing of torch or transformers is patched, and no random number of anybody else is drawn.
+
+# Both modules: transformers puts its own in place of torch's while it initialises a model.
 _INITIALIZERS = frozenset(
     function
     for module in (torch.nn.init, initialization)
@@ -35,17 +37,19 @@ _FACTORIES = _device_constructors()
 _current = threading.local()
 
 
-class WithoutInitializers(TorchFunctionMode):
+def _filled(args: Any, kwargs: dict[str, Any]) -> Any:
+    """The tensor that an initialiser is to fill, its first argument."""
+    return args[0] if args else kwargs.get("tensor")
+
+
+class WithoutInitializers(ThreadFunctionMode):
     """Within this mode layers do not initialise meta tensors: there are no values to draw, and the attempt takes much of
     the time in which a model is built on the meta device (by those of `torch.nn.init` that torch lets a mode see)."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _INITIALIZERS:
-            tensor = args[0] if args else kwargs["tensor"]
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch, or give an initialiser's meta tensor back as it is."""
+        tensor = _filled(args, kwargs) if func in _INITIALIZERS else None
+        return tensor if isinstance(tensor, Tensor) and tensor.is_meta else super().call(func, args, kwargs)
 
 
 class _Weightless(PrivateRandom):
@@ -55,11 +59,11 @@ class _Weightless(PrivateRandom):
         if func == _GRAD_FN:
             _to_meta(args[0])
         elif func in _INITIALIZERS or func in DRAWS_IN_PLACE:
-            tensor = args[0] if args else kwargs["tensor"]
+            tensor = _filled(args, kwargs)
             if isinstance(tensor, nn.Parameter) or tensor.is_meta:
                 return tensor
-        elif func in _FACTORIES and kwargs.get("device") is None and not _copies(args):
-            # Whatever device is the default one; memory that is never touched costs nothing.
+        elif func in _FACTORIES and kwargs.get("device") is None and not (args and isinstance(args[0], Tensor)):
+            # Made from nothing, whatever device is the default one; memory that is never touched costs nothing.
             kwargs["device"] = "meta" if func is torch.tensor and _transformers_asks(args, kwargs) else "cpu"
         return super().call(func, args, kwargs)
 
@@ -74,18 +78,13 @@ def _to_meta(parameter: Any) -> None:
         torch.utils.swap_tensors(parameter, twin)
 
 
-def _copies(args: Any) -> bool:
-    """Whether a tensor is made of another one, on whose device it stays."""
-    return bool(args) and isinstance(args[0], Tensor)
-
-
 def _transformers_asks(args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether transformers makes an empty tensor to see on which device a model is built; it initialises none on meta."""
     if len(args) != 1 or not isinstance(args[0], list) or args[0] or set(kwargs) - {"device"}:
         return False
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_name in ("__torch_function__", "call"):
-        frame = frame.f_back
+        frame = frame.f_back  # up through the modes, to whoever called `torch.tensor([])`
     return frame.f_code is get_torch_context_manager_or_global_device.__code__
 
 
@@ -93,19 +92,17 @@ def _transformers_asks(args: Any, kwargs: dict[str, Any]) -> bool:
 _FILLS = frozenset(["uniform_", "normal_", "constant_", "trunc_normal_", "kaiming_uniform_", "zero_", "fill_"])
 
 
-class KeepsInitialized(TorchFunctionMode):
+class KeepsInitialized(ThreadFunctionMode):
     """Within this mode tensors that are marked as initialised keep their values.
 
     As `transformers.initialization.guard_torch_init_functions`, which replaces functions of torch for all threads.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _FILLS:
-            tensor = args[0] if args else kwargs.get("tensor")
-            if getattr(tensor, "_is_hf_initialized", False):
-                return tensor
-        return func(*args, **kwargs)
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch, or give a tensor back that is not to be filled again."""
+        if getattr(func, "__name__", "") in _FILLS and getattr(_filled(args, kwargs), "_is_hf_initialized", False):
+            return _filled(args, kwargs)
+        return super().call(func, args, kwargs)
 
 
 def initialize_weights(model: Any) -> None:
@@ -142,39 +139,47 @@ def is_building() -> bool:
 def build_without_weights(build: Callable[[], Any]) -> Any:
     """Build a module with its parameters on the meta device; its buffers and tables are real and filled.
 
-    Args:
-        build: gives the module.
-
     Raises:
         whatever `build` raises.
     """
     with without_weights(), torch.no_grad():
         made = build()
-        _fill_buffers(made)
+        _fill_buffers(made, None)
     return parameters_to_meta(made)
 
 
-def _fill_buffers(made: nn.Module) -> None:
-    """Give buffers what their model's class gives them beside the weights, which transformers does once a model is built."""
-    pending: list[tuple[nn.Module, Any]] = [(made, None)]
-    while pending:
-        module, owner = pending.pop()
-        owner = module if isinstance(module, PreTrainedModel) else owner
-        pending += [(child, owner) for child in module.children()]
-        real = any(buffer is not None and not buffer.is_meta for buffer in module._buffers.values())
-        if real and owner is not None and not getattr(module, "_is_hf_initialized", False):
-            owner._init_weights(module)
+def _fill_buffers(module: nn.Module, owner: Any) -> None:
+    """Give buffers the values that their model's class gives them, which transformers does once a model is built.
+
+    Args:
+        module: whose buffers, and those below it, are filled.
+        owner: the nearest model around it.
+    """
+    owner = module if isinstance(module, PreTrainedModel) else owner
+    real = any(buffer is not None and not buffer.is_meta for buffer in module._buffers.values())
+    if real and owner is not None and not getattr(module, "_is_hf_initialized", False):
+        owner._init_weights(module)
+    for child in module.children():
+        _fill_buffers(child, owner)
 
 
-def parameters_to_meta(module: nn.Module) -> Any:
-    """Move a module's parameters to the meta device (in place), shared ones shared; gives the module."""
+def parameters_to_meta(module: nn.Module, compute_dtype: torch.dtype | None = None) -> Any:
+    """Move a module's parameters to the meta device (in place), shared ones shared; returns the module.
+
+    Args:
+        module: any module.
+        compute_dtype: of all floating-point parameters, which then need no gradients; None leaves both as they are.
+    """
     moved: dict[int, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in child._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                if id(parameter) not in moved:
-                    moved[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-                child._parameters[name] = moved[id(parameter)]
+            if parameter is None or (parameter.is_meta and compute_dtype is None):
+                continue
+            if id(parameter) not in moved:
+                dtype = compute_dtype if parameter.is_floating_point() else None
+                trains = parameter.requires_grad and compute_dtype is None
+                moved[id(parameter)] = nn.Parameter(parameter.detach().to("meta", dtype), trains)
+            child._parameters[name] = moved[id(parameter)]
     return module
 
 
@@ -200,6 +205,10 @@ def without_dtypes(config: Any) -> Any:
     return config
 
 
+# ---- dry runs: how many features a module gives, and how wide they are, without its weights or its arithmetic.  torch's
+# fake tensors would hide values that code branches on (lengths, positions, masks), so those are computed for real here.
+
+
 class ShapesOnly(ThreadDispatchMode):
     """Within this mode an operation on any meta tensor gives a meta tensor, and one on real tensors is computed.
 
@@ -213,36 +222,29 @@ class ShapesOnly(ThreadDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        on_meta = any(x.is_meta for x in tensors)
-        if not on_meta:
-            if _is_meta(kwargs.get("device")):
-                kwargs["device"] = torch.device("cpu")
-            return run_privately(func, args, kwargs, self.generator)
+        if not any(isinstance(x, Tensor) and x.is_meta for x in tree_flatten((args, kwargs))[0]):
+            return run_privately(func, args, _real(kwargs), self.generator)
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], [_as_positions(index) for index in args[1]])
-        args, kwargs = tree_map(_on_meta, (args, kwargs))
-        if "device" in kwargs and kwargs["device"] is not None:
+        args, kwargs = tree_map(on_meta, (args, kwargs))
+        if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("meta")
         return func(*args, **kwargs)
 
 
-class RealConstants(TorchFunctionMode):
+class RealConstants(ThreadFunctionMode):
     """Within this mode tensors made from Python numbers are real, whatever device they are asked for."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_meta(kwargs.get("device")):
-            kwargs["device"] = torch.device("cpu")
-        return func(*args, **kwargs)
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch; one that makes constants makes them on the CPU."""
+        constants = func in (torch.tensor, torch.as_tensor, torch.asarray)
+        return super().call(func, args, _real(kwargs) if constants else kwargs)
 
 
-def _is_meta(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "meta"
-
-
-def _on_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
+def _real(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that ask for the CPU where they asked for the meta device."""
+    device = kwargs.get("device")
+    return kwargs if device is None or torch.device(device).type != "meta" else kwargs | {"device": torch.device("cpu")}
 
 
 def _as_positions(index: Tensor | None) -> Tensor | None:
@@ -254,29 +256,24 @@ def _as_positions(index: Tensor | None) -> Tensor | None:
 
 def to_shapes(value: Any) -> Any:
     """Floating-point tensors on the meta device, everything else unchanged (through lists and dicts)."""
-    return tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) and x.is_floating_point() else x, value)
+    return tree_map(lambda x: on_meta(x) if isinstance(x, Tensor) and x.is_floating_point() else x, value)
 
 
-def weights_to_meta(module: torch.nn.Module) -> torch.nn.Module:
+def weights_to_meta(module: nn.Module) -> nn.Module:
     """Move a module's parameters and persistent buffers to the meta device (in place); other buffers stay real.
 
     Floating-point parameters become float32, as `to_shapes` leaves most inputs: shapes do not depend on it, and mixed
     dtypes could not be computed with.
     """
     for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
-                child._parameters[name] = torch.nn.Parameter(parameter.detach().to("meta", dtype), requires_grad=False)
         for name, buffer in child._buffers.items():
-            persistent = name not in child._non_persistent_buffers_set
-            if buffer is not None and persistent and buffer.is_floating_point():
-                child._buffers[name] = buffer.to("meta")
-    return module
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                child._buffers[name] = to_shapes(buffer)
+    return parameters_to_meta(module, torch.float32)
 
 
 def dry_run(module: Callable, inputs: dict[str, Any]) -> Any:
-    """Call a module whose weights are on the meta device, or a method of it; floating-point data of the result is on meta.
+    """Call a module, or a method of it, whose weights are on the meta device; floating-point results are on meta too.
 
     This thread alone is touched, and random numbers that the module draws leave those drawn elsewhere the same.
 

@@ -1,7 +1,7 @@
-"""Items as users hand them over, made ready for their processors: loaded, checked, put in order.
+"""Makes items ready for their processors: loads, checks and puts in order what users hand over.
 
-Whatever a processor would clip, resample or stretch without a word is refused here.  Files, as paths, URLs or bytes, are
-decoded here; an array is taken as it is or refused.  Sounds are in `sounds`.
+Whatever a processor would clip, resample or stretch without a word is refused.  Files, as paths, URLs or bytes, are
+decoded; an array is taken as it is or refused.  Sounds are in `sounds`.
 """
 
 import base64
@@ -10,7 +10,7 @@ import io
 import os
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,23 @@ PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"
 LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
 
 
+def held(item: Any, keys: Iterable[str], otherwise: Any = None) -> Any:
+    """What a dict holds under the first of some keys that is not None; any other item as it is."""
+    if not isinstance(item, Mapping):
+        return item
+    return next((item[key] for key in keys if item.get(key) is not None), otherwise)
+
+
+def is_file(item: Any) -> bool:
+    """Whether an item is a path, an address, text or bytes that must be decoded."""
+    return isinstance(item, (str, bytes)) or hasattr(item, "__fspath__")
+
+
+def keeps_scale(processor: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a processor leaves the values of images as they are, by its setting or the call's (``do_rescale=False``)."""
+    return options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+
+
 def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
     """Items in order, and how many each sample has when they were given per sample.
 
@@ -36,6 +53,7 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
     """
     if not isinstance(items, (list, tuple)) or _is_item(items, kind):
         return [items], None
+    # Given per sample: one entry is a list of items, or every entry is None.
     if any(isinstance(item, (list, tuple)) and not _is_item(item, kind) for item in items) or (
         items and all(item is None for item in items)
     ):
@@ -82,9 +100,8 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         ValueError: an empty image, more than 8 bits per channel, floats that would be rescaled.
         TypeError: no image.
     """
-    if isinstance(item, Mapping):
-        item = next((item[k] for k in ("image", "bytes", "url", "path", "base64") if item.get(k) is not None), item)
-    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+    item = held(item, ("image", "bytes", "url", "path", "base64"), otherwise=item)
+    if is_file(item):
         item = _decoded(lambda x: _load(x, where), item, where, "image")
     if isinstance(item, Image.Image):
         check_image(*item.size, where)
@@ -190,13 +207,13 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
         )
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
-    height, width = sorted(shape)[-2:]
+    height, width = sorted(shape)[-2:]  # the channels, wherever they stand, are fewer
     check_image(width, height, where)
     kind = str(array.dtype).removeprefix("torch.")
     if kind == "uint8":
         values = array.numpy() if isinstance(array, torch.Tensor) else array
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
-            values = values.transpose(1, 2, 0)
+            values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
             raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
         return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)

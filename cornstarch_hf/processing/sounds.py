@@ -12,7 +12,7 @@ from transformers.audio_utils import load_audio
 from transformers.utils import is_soundfile_available
 
 from ..limits import check_sound
-from .media import _decoded, _source
+from .media import _decoded, _source, held, is_file
 
 
 def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
@@ -33,8 +33,8 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     if isinstance(item, Mapping):
         rate = item.get("sampling_rate")
         given = given if rate is None else rate
-        item = next((item[k] for k in ("array", "audio", "bytes", "path", "url") if item.get(k) is not None), None)
-    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+        item = held(item, ("array", "audio", "bytes", "path", "url"))
+    if is_file(item):
         item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
     elif hasattr(item, "get_all_samples"):
         _check_decoder(item, expected, where)
@@ -48,7 +48,7 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     wave = np.asarray(item)
     check_sound(wave.size, 1, None, None, where)
     if wave.ndim == 2 and 1 in wave.shape:
-        wave = wave.reshape(-1)
+        wave = wave.reshape(-1)  # (1, samples) or (samples, 1): one channel
     if wave.ndim != 1 or wave.size == 0:
         raise ValueError(
             f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels, in a table "

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..limits import is_count
 from ..parts.registries import register_projector
-from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head, is_count
+from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head
 from .projector import Grid
 
 # ---- pure functions

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from ..limits import is_count
 from ..parts.registries import register_projector
-from .heads import HEAD_DEFAULTS, NORMS, ProjectionHead, is_count
+from .heads import HEAD_DEFAULTS, NORMS, ProjectionHead
 from .projector import Grid
 from .reductions import Reduction
 

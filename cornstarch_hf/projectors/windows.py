@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..limits import is_count
 from ..parts.registries import register_projector
-from .heads import HEAD_DEFAULTS, activation_module, is_count
+from .heads import HEAD_DEFAULTS, activation_module
 from .reductions import Reduction, divided, from_axes, per_axis, to_axes
 
 POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

@@ -231,6 +231,11 @@ BOMBS = {
     "slices": "{% set n = namespace(l=[]) %}{% set b = 'a' * 1000000 %}{% for i in range(100000) %}{% set n.l = n.l + [b[1:]] %}{% endfor %}",
     "batch": "{{ [1, 2] | batch(1000000000, 'x') | list }}",
     "range": "{{ range(1000000000) | list }}",
+    "join a range": "{{ range(100000) | join('b' * 1000000) }}",
+    "join keys": "{{ {'a': 1, 'b': 2, 'c': 3, 'd': 4}.keys() | join('b' * 100000000) }}",
+    "shared lists as text": "{% set n = namespace(x=[['a' * 1000] * 10000]) %}{% for i in range(14) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | upper }}",
+    "sum of lists": "{% set n = namespace(x=[['a'] * 1000]) %}{% for i in range(15) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | sum(start=[]) }}",
+    "sorted shared lists": "{% set n = namespace(x=['a' * 1000] * 10000) %}{% set m = namespace(x=[n.x]) %}{% for i in range(15) %}{% set m.x = m.x + m.x %}{% endfor %}{{ [m.x, m.x[1:]] | sort }}",
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "blocks": "{% if a %}" * 200 + "{% endif %}" * 200,
     "length": "a" * 1_000_001,
@@ -243,7 +248,7 @@ def test_templates_that_are_bombs():
     found = refusals(f"""
 import functools
 from cornstarch_hf import limits
-from cornstarch_hf.rendering import render_template
+from cornstarch_hf.processing.template_sandbox import render_template
 limits.MAX_TEMPLATE_SECONDS = 1.0
 limits.MAX_TEMPLATE_STEPS = 300_000
 attempts = {{n: functools.partial(render_template, [{{"role": "user", "content": "hi"}}], t) for n, t in {BOMBS!r}.items()}}

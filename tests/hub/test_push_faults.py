@@ -161,6 +161,21 @@ def test_a_late_commit_of_somebody_else_is_an_error(hub, client, folder, repo, t
     assert hub.content(repo)["config.json"] == b"[9]"
 
 
+def test_a_commit_that_somebody_built_upon_is_not_called_lost(hub, client, folder, repo):
+    hub.put_folder(repo, folder)
+    (folder / "config.json").write_text("[1]")
+    hub.fail("POST", "/commit/", lost=True)
+    hub.fail("GET", "/commits/", seconds=1)
+    with (
+        When(hub, "/commits/", lambda: commit_file(hub, repo, "notes.md", b"theirs")),
+        pytest.raises(Failed, match="your commit .* was made, but somebody committed meanwhile on top of it") as caught,
+    ):
+        upload(client, folder, repo)
+    theirs = head(hub, repo)
+    assert theirs.parent[:8] in caught.value.message and theirs.id[:8] in caught.value.message
+    assert "ValueError" in caught.value.kinds and hub.content(repo)["config.json"] == b"[1]"
+
+
 def test_a_lost_pull_request_is_told_from_somebody_elses(hub, client, folder, repo, tmp_path):
     hub.put_folder(repo, folder)
     (folder / "config.json").write_text("[1]")

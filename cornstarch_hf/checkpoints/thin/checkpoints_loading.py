@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -54,3 +54,14 @@ def plan_load(
 
 def finish_load(model: PreTrainedModel, loading: LoadPlan, info: Mapping[str, Any]) -> None:
     """Nothing is left to do."""
+
+
+def write_reference(
+    model: PreTrainedModel,
+    folder: str,
+    referenced: Collection[str],
+    bases: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """ImportError: what to install."""
+    raise needs_package("What stores a model by reference (embed=False)")

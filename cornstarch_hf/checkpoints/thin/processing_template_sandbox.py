@@ -11,26 +11,11 @@ class TemplateLimit(jinja2.TemplateError, ValueError):
 
 
 def render_template(
-    messages: list[dict[str, Any]],
-    template: str,
-    *,
-    tools: list[Any] | None = None,
-    documents: list[Any] | None = None,
-    add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-    mark_assistant: bool = False,
-    **variables: Any,
+    messages: list[dict[str, Any]], template: str, *, mark_assistant: bool = False, **variables: Any
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of one conversation, and where the template's `generation` blocks lie in it."""
     found: Any = render_jinja_template(
-        [messages],
-        tools=tools,
-        documents=documents,
-        chat_template=template,
-        return_assistant_tokens_mask=mark_assistant,
-        continue_final_message=continue_final_message,
-        add_generation_prompt=add_generation_prompt,
-        **variables,
+        [messages], chat_template=template, return_assistant_tokens_mask=mark_assistant, **variables
     )
     texts, spans = found
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
