@@ -20,16 +20,8 @@ from .towers import OWN_INPUTS, transformers_keywords
 # Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
 TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
     [
-        "token_type_ids",
-        "mm_token_type_ids",
-        "cache_position",
-        "shift_labels",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "encoder_outputs",
-        "inputs",
-        "return_loss",
+        *("token_type_ids", "mm_token_type_ids", "cache_position", "shift_labels", "return_dict", "output_attentions"),
+        *("output_hidden_states", "encoder_outputs", "inputs", "return_loss"),
     ]
 )
 # Towers of packed models name their inputs differently from what their processors emit.

@@ -24,7 +24,7 @@ from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from ..projectors.projector import Grid, per_item
-from .grids import STAGES, frames_as_items
+from .grids import frames_as_items, is_staged
 from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
@@ -266,7 +266,7 @@ class FeatureCounter:
         if entry["output"] or (name in self.own and self.own[name].callbacks):
             return False
         depths = isinstance(getattr(encoder_config, "depths", None), (list, tuple))
-        if _is_staged(encoder_config) and not (depths and entry["layer"] == -1):
+        if is_staged(encoder_config) and not (depths and entry["layer"] == -1):
             return False  # one layer per stage keeps the size of the last hidden state alone
         cls = resolve_class(entry["encoder_class"], encoder_config, name)
         return cls.__module__.startswith("transformers.models.")
@@ -304,10 +304,6 @@ def _dry_run_of(probe: ModalEncoderModule, inputs: Mapping, method: Callable, wi
     return dry_run(functools.partial(method, encoder), dict(inputs))
 
 
-def _is_staged(config: PreTrainedConfig) -> bool:
-    return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
-
-
 def _names_layers(config: PreTrainedConfig) -> bool:
     """Whether a setting besides the depth speaks of single layers by their numbers."""
     for key, value in config.to_dict().items():
@@ -332,7 +328,7 @@ def _sizes(output: Any) -> Any:
 
 def _make_shallow(config: PreTrainedConfig, layer: int | list[int]) -> None:
     """Take as few layers as the selected hidden states need, the first of which is of the embeddings; one per stage."""
-    if _is_staged(config):
+    if is_staged(config):
         config.depths = type(config.depths)(1 for _ in config.depths)
         return
     needed = max(-index if index < 0 else index + 1 for index in ([layer] if isinstance(layer, int) else layer))

@@ -58,7 +58,7 @@ def _packed(query: GridQuery) -> list[Grid] | None:
     rows, columns = merged_patches(query.config)
     found = []
     for (*frames, height, width), length in zip(grid.tolist(), _per_row(query, len(grid)), strict=True):
-        merged = (*frames, height // rows, width // columns)
+        merged = (*frames, height // rows, width // columns)  # of features, one for `rows` x `columns` patches
         if math.prod(merged) != length:
             raise ValueError(
                 f"An item of {' x '.join(map(str, (*frames, height, width)))} patches gave {length} features, but patches "
@@ -121,10 +121,8 @@ def _by_pixels(query: GridQuery, length: int) -> Grid:
     whole = math.prod(patches)
     if whole == length:
         return patches
-    merges = patch_size(query.config) is None or any(
-        isinstance(getattr(query.config, k, None), (list, tuple)) for k in STAGES
-    )
-    if merges and not query.changed:
+    merges = patch_size(query.config) is None or is_staged(query.config)
+    if merges and not query.changed:  # `side` x `side` patches have become one feature
         *frames, height, width = patches
         side = math.isqrt(whole // length) if length and whole % length == 0 else 0
         if side and side * side * length == whole and not height % side and not width % side:
@@ -154,13 +152,18 @@ def _square(query: GridQuery, length: int) -> Grid:
     return side, side
 
 
+def is_staged(config: Any) -> bool:
+    """Whether a tower merges patches from stage to stage."""
+    return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
+
+
 def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:
     """Patches (of one pixel, where the configuration has no patch size) along each axis of an image or a video."""
     pixels = next((inputs[k] for k in PIXELS if isinstance(inputs.get(k), Tensor)), None)
     if pixels is None or pixels.ndim not in (4, 5):
         return None
     rows, columns = patch_size(config) or (1, 1)
-    *_, height, width = pixels.shape
+    *_, height, width = pixels.shape  # (items, channels, height, width), with frames before or after the channels
     plane = (height // rows, width // columns)
     if pixels.ndim == 4:
         return plane
@@ -202,7 +205,7 @@ def frames_as_items(inputs: Mapping[str, Any], name: str) -> tuple[dict[str, Any
             f"{name}: expected the frames of videos, (items, frames, channels, height, width), got {shapes}."
         )
     shape = tuple(pixels.shape[:2])
-    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()  # (items, frames)
     if tuple(mask.shape) != shape or bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask.any(-1).all()):
         raise ValueError(
             f"{name}: frame_mask must be {shape}, ones for the frames of an item and zeros after them, got "
@@ -273,6 +276,6 @@ def frame_grids(
         if length % count:
             raise ValueError(f"{length} features do not divide among {count} frames.")
     per_frame = [length // count for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
-    planes = grid_of(rows, per_frame)
+    planes = grid_of(rows, per_frame)  # (height, width) of each frame
     starts = [sum(counts[:i]) for i in range(len(counts))]
     return [(count, *planes[start]) for start, count in zip(starts, counts, strict=True)]

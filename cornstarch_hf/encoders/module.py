@@ -137,8 +137,7 @@ class ModalEncoderModule(nn.Module):
     def feature_width(self) -> int | None:
         """Width of the selected features by the encoder's configuration, None where it does not tell."""
         width = feature_width(unwrapped(self.module).config)
-        layers = self.selection.layer
-        return width * len(layers) if width and not isinstance(layers, int) else width
+        return width and width * len(self.selection.layers)
 
     def forward(self, **inputs: Any) -> EncoderOutput:
         """Encode and project items.

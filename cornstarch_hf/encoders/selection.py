@@ -59,6 +59,11 @@ class Selection:
             raise ValueError(f"data_format must be one of {list(DATA_FORMATS)} or None, got {self.data_format!r}.")
 
     @property
+    def layers(self) -> list[int]:
+        """`layer` as a list."""
+        return [self.layer] if isinstance(self.layer, int) else list(self.layer)
+
+    @property
     def needs_hidden_states(self) -> bool:
         """Whether the encoder must return all its hidden states."""
         return self.output is None and self.layer != -1
@@ -147,17 +152,16 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
             )
         return [_merged(output.last_hidden_state, output.pooler_output, items)]
     states = output.hidden_states
-    layers = [selection.layer] if isinstance(selection.layer, int) else list(selection.layer)
     if states is None:
         raise ValueError(f"{name}: layer={selection.layer!r} needs hidden states, which this encoder does not return.")
-    for layer in layers:
+    for layer in selection.layers:
         if not -len(states) <= layer < len(states):
             raise ValueError(f"{name}: layer {layer} does not exist, the encoder gives {len(states)} hidden states.")
         if not isinstance(states[layer], Tensor):
             raise ValueError(
                 f"{name}: hidden state {layer} is a {type(states[layer]).__name__} and no tensor: choose another layer=, or -1."
             )
-    return [states[layer] for layer in layers]
+    return [states[layer] for layer in selection.layers]
 
 
 def _merged(last: Any, pooled: Any, items: int | None) -> Tensor:

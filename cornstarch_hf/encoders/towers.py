@@ -134,7 +134,7 @@ def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) 
     Returns:
         None where it has no such method, or one that speaks of other features: of a later layer, after pooling.
     """
-    every = torch.cat([lengths, lengths.new_tensor([size])])
+    every = torch.cat([lengths, lengths.new_tensor([size])])  # (items + 1,), to compare the last one with `tokens`
     # The convolutional front ends of transformers' audio encoders tell their output length by one of these methods.
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
         helper = getattr(unwrapped(module), name, None)
@@ -148,16 +148,10 @@ def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) 
     return None
 
 
+# What a composed model's `forward` takes itself.
 OWN_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cache",
-    "inputs_embeds",
-    "labels",
-    "use_cache",
-    "logits_to_keep",
-    "mm_encoder_outputs",
+    *("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "labels", "use_cache"),
+    *("logits_to_keep", "mm_encoder_outputs"),
 )
 
 # Names under which an encoder may take what its processor emits under another one, the likeliest first.

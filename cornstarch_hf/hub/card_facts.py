@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..parts.adapters import unwrapped
-from ..parts.known_encoders import encoder_type
+from ..parts.known_encoders import ENCODER_TYPES, encoder_type
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from ..processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from ..processing.subprocessors import sampling_rate_of
@@ -327,4 +327,6 @@ def own_parts(model: Any) -> dict[str, Any]:
         for key in (name, str(unwrapped(encoder.module).config.model_type)):
             if key in FEATURE_COUNTS:
                 found[f"the feature count of {key!r}"] = FEATURE_COUNTS[key]
+            for function in ENCODER_TYPES[key].functions if key in ENCODER_TYPES else ():
+                found[f"the encoder type {key!r}"] = function
     return {what: thing for what, thing in found.items() if thing.__module__.split(".")[0] not in OWN_MODULES}

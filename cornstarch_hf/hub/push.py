@@ -141,12 +141,12 @@ def _checked(model: Any, processor: Any, repo_id: Any) -> tuple[Any, Any, str]:
     return model, processor, repo_id
 
 
-def _save(model: Any, processor: Any, folder: str, saving: Mapping[str, Any], token: str | bool | None) -> None:
-    code = {key: saving[key] for key in ("include_code",) if key in saving}
+def _save(model: Any, processor: Any, folder: str, written: Mapping[str, Any], token: str | bool | None) -> None:
+    code = {key: written[key] for key in ("include_code",) if key in written}
     if model is not None:
-        options = dict(saving)
+        options = dict(written)
         if not hasattr(model, "encoders"):  # a projector has no components to refer to
-            options = {key: saving[key] for key in (*WRITING, *code) if key in saving}
+            options = {key: written[key] for key in (*WRITING, *code) if key in written}
         elif token is not None:
             options["token"] = token  # to read the bases
         model.save_pretrained(folder, **options)

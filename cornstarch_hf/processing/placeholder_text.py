@@ -111,31 +111,22 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
     Returns:
         one dict per text with ``input_ids``, perhaps ``token_type_ids``, ``offset_mapping``, ``assistant_masks``.
     """
-    if spans is not None:
-        return [_encode_spans(tokenizer, text, turns, options) for text, turns in zip(texts, spans, strict=True)]
-    plain = [i for i, text in enumerate(texts) if MARK_START not in text]
-    encoded: dict[int, dict[str, list]] = {}
-    if plain:
-        batch = tokenizer([texts[i] for i in plain], padding=False, return_attention_mask=False, **options)
-        for row, i in enumerate(plain):
-            encoded[i] = {key: value[row] for key, value in batch.items()}
-    for i in set(range(len(texts))) - set(plain):
-        encoded[i] = _encode_pieces(tokenizer, _pieces(texts[i], []), options)
-        del encoded[i]["assistant_masks"]
-    return [encoded[i] for i in range(len(texts))]
-
-
-def _encode_spans(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -> dict[str, list]:
-    """Ids of the whole text where no token reaches over the end of a span, else of its pieces."""
-    if MARK_START not in text and tokenizer.is_fast:
-        asked = options | {"return_offsets_mapping": True}
-        row = {k: v[0] for k, v in tokenizer([text], padding=False, return_attention_mask=False, **asked).items()}
-        mask = token_mask(row["offset_mapping"], spans)
+    turns: Sequence[Spans] = [[] for _ in texts] if spans is None else spans
+    asked = options | ({} if spans is None else {"return_offsets_mapping": True})
+    rows: dict[int, dict[str, list]] = {}
+    # Texts as a whole, all in one call, where nothing was typed and no token reaches over the end of a span; else pieces.
+    whole = [i for i, text in enumerate(texts) if MARK_START not in text and (spans is None or tokenizer.is_fast)]
+    batch = tokenizer([texts[i] for i in whole], padding=False, return_attention_mask=False, **asked) if whole else {}
+    for k, i in enumerate(whole):
+        row = {key: values[k] for key, values in batch.items()}
+        mask = [] if spans is None else token_mask(row["offset_mapping"], turns[i])
         if mask is not None:
-            if not options.get("return_offsets_mapping"):
-                del row["offset_mapping"]
-            return row | {"assistant_masks": mask}
-    return _encode_pieces(tokenizer, _pieces(text, spans), options)
+            rows[i] = row | {"assistant_masks": mask}
+    for i in set(range(len(texts))) - set(rows):
+        rows[i] = _encode_pieces(tokenizer, _pieces(texts[i], turns[i]), options)
+    unasked = set() if options.get("return_offsets_mapping") else {"offset_mapping"}
+    unasked |= {"assistant_masks"} if spans is None else set()
+    return [{key: v for key, v in rows[i].items() if key not in unasked} for i in range(len(texts))]
 
 
 def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:

@@ -111,7 +111,7 @@ def _widened(text: Any, *given: Any, **named: Any) -> int:
     return weight(text) + lines * max(80, _widest(*given, **named))
 
 
-def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any) -> int:
+def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any, **named: Any) -> int:
     text, old, new = str(text), str(old), str(new)
     return len(text) + text.count(old) * len(new)
 
@@ -170,7 +170,7 @@ GROWING: dict[str, Callable[..., int]] = {
     "sum": _summed,
 }
 _METHODS = GROWING | {"join": _strung, **dict.fromkeys(("index", "count"), lambda items, *_: weight(items))}
-_FILTERS = GROWING | {"join": lambda items, separator="", *_: _strung(separator, items)}
+_FILTERS = GROWING | {"join": lambda items, d="", *_, **named: _strung(d, items)}
 # Filters that hand on the items of a list; the others turn what is no text into text, or compare all of it.
 _OF_LISTS = frozenset(
     [
