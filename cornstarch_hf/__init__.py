@@ -26,6 +26,9 @@ from .parts.registries import register_callback, register_feature_count, registe
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
 from .projectors.projector import MultimodalProjector
+from .projectors.reductions import FrameStackProjection, PixelShuffleProjection
+from .projectors.resampler import ResamplerProjection
+from .projectors.windows import AvgPoolProjection, ConvProjection
 from .training.collator import MultimodalCollator
 from .training.optimizer_groups import parameter_groups
 
@@ -52,6 +55,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+# Their files register them as projection types.
+REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 # `register` does not fill these: Trainer, pipelines and `transformers serve` read the names alone.
 STATIC_TABLES = (

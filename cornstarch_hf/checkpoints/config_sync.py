@@ -10,12 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_multimodal import MultimodalConfig
-from ..parts.adapter_tensors import adapter_buffers, check_buffers_restorable, restore_token_rows
-from ..parts.adapters import check_not_injected, record_adapters, unwrapped
+from ..parts.adapters import adapter_buffers, check_buffers_restorable, restore_token_rows, unwrapped
 from ..parts.freezing import frozen_patterns
 from ..parts.gathering import nearest_models
 from ..parts.known_encoders import registered_facts
 from ..parts.names import as_regex, compress, matches
+from ..parts.stored_adapters import check_not_injected, record_adapters
 from ..parts.stored_modules import check_callbacks_storable
 from ..parts.weightless import build_without_weights, without_dtypes
 

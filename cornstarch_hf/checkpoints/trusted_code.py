@@ -18,9 +18,9 @@ from ..parts.classes import CODE_ENTRY, _source
 from ..parts.known_encoders import ENCODER_TYPES
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from ..parts.threads import TravellingLock
-from .users_code import HERE, ROOT, own_modules, read_entry
+from .code_folder import HERE, ROOT, own_modules, read_entry
+from .finding import HUB_OPTIONS, PLACES
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _REGISTRIES = {
     "callbacks": CALLBACKS,
     "projectors": PROJECTORS,
@@ -38,7 +38,7 @@ def with_shared_code(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
         if options.get("trust_remote_code"):
-            places = {key: options[key] for key in (*HUB_OPTIONS, "subfolder") if options.get(key) is not None}
+            places = {key: options[key] for key in PLACES if options.get(key) is not None}
             values, _ = PreTrainedConfig.get_config_dict(source, **places)
             load_shared_code(source, values.get("auto_map"), options)
         return options

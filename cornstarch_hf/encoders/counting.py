@@ -22,14 +22,13 @@ from ..parts.known_encoders import ALL, encoder_type
 from ..parts.registries import FEATURE_COUNTS
 from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
-from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, without_dtypes
-from ..projectors.reductions import Grid, per_item
-from .building import build_encoder
-from .feature_layout import with_plain_kernels
+from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
+from ..projectors.projector import Grid, per_item
 from .grids import frames_as_items, is_staged
 from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
+from .rebuilding import build_encoder
 
 MOST = 4_096
 

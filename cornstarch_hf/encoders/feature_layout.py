@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig
 from ..configuration_projector import feature_width
 from ..limits import is_count
 from ..parts.adapters import unwrapped
-from ..parts.classes import constructor_options
+from ..parts.constructors import constructor_options
 from ..parts.known_encoders import PATCH_GRIDS
 from ..parts.signatures import accepts, forward_parameters
-from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, without_dtypes
+from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from .selection import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -306,15 +306,6 @@ def built_on_meta(inner: Any) -> nn.Module | None:
     except Exception:  # a class of somebody's own that needs more than its configuration
         return None
     return weights_to_meta(made.eval())
-
-
-def with_plain_kernels(config: Any) -> Any:
-    """A configuration whose attention and experts run on any device (in place): kernels do not take shapes alone."""
-    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
-        config._attn_implementation = "eager"
-    if hasattr(config, "_experts_implementation"):
-        config._experts_implementation = "batched_mm"
-    return config
 
 
 def _tried(run: Any, inputs: dict[str, Tensor]) -> Any:

@@ -16,8 +16,7 @@ from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_ra
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
-from ..projectors.projector import MultimodalProjector
-from ..projectors.reductions import per_item
+from ..projectors.projector import MultimodalProjector, per_item
 from .grids import GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
 from .items import (
     ItemLengthsUnknown,

@@ -1,6 +1,6 @@
 """Which part of a model encodes, what kind of thing it encodes, and what its `forward` takes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from ..parts.adapters import is_wrapped, unwrapped
 from ..parts.known_encoders import PATCH_GRIDS, encoder_type
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE_NAMES
-from .feature_layout import RECIPES
 
 KIND_BY_INPUT = {
     "pixel_values": "image",
@@ -24,6 +23,9 @@ KIND_BY_INPUT = {
     "past_values": "time",
 }
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
+# The inputs of which one holds an item, in order of preference; `feature_layout.RECIPES` makes each.
+ITEM_INPUTS = ("pixel_values", "pixel_values_videos", "image", "flattened_patches", "input_values", "input_features",
+               "audio_mel", "input_ids", "past_values", "hidden_states", "inputs")  # fmt: skip
 NOT_INPUTS = frozenset(
     [
         *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
@@ -68,7 +70,7 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
         k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
     }
     found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
-    found = {k: tower for k, tower in found.items() if set(RECIPES) & set(forward_parameters(tower))}
+    found = {k: tower for k, tower in found.items() if set(ITEM_INPUTS) & set(forward_parameters(tower))}
     if len({id(tower) for tower in found.values()}) > 1:
         raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")
     if found:
@@ -151,18 +153,6 @@ OWN_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "labels", "use_cache"),
     *("logits_to_keep", "mm_encoder_outputs"),
 )
-# Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
-TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
-    [
-        *("token_type_ids", "mm_token_type_ids", "cache_position", "shift_labels", "return_dict", "output_attentions"),
-        *("output_hidden_states", "encoder_outputs", "inputs", "return_loss"),
-    ]
-)
-# Towers of packed models name their inputs differently from what their processors emit.
-PROCESSOR_NAMES = {
-    "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
-    "video": {"hidden_states": "pixel_values_videos", "grid_thw": "video_grid_thw"},
-}
 
 # Names under which an encoder may take what its processor emits under another one, the likeliest first.
 ALIASES = {
@@ -184,47 +174,6 @@ TRUE_ON_PADDING = frozenset(["audio_mel_mask"])
 def transformers_keywords() -> frozenset[str]:
     """The keyword arguments that transformers passes through any model."""
     return frozenset(TransformersKwargs.__optional_keys__) | frozenset(TransformersKwargs.__required_keys__)
-
-
-def assign_input_names(
-    parameters: Mapping[str, Iterable[str]], kinds: Mapping[str, str], language_model: Iterable[str]
-) -> dict[str, dict[str, str]]:
-    """Give each encoder input its keyword.
-
-    An input keeps the name that its processor emits while that is unique; where two encoders, or an encoder and the
-    language model, want one name, every encoder's gets ``"{modality}_"`` in front.
-
-    Args:
-        parameters: the inputs of each modality's encoder, by the names of its `forward`.
-        kinds: the modalities' kinds.
-        language_model: names that the language model's `forward` takes.
-
-    Returns:
-        for each modality ``{keyword: parameter of the encoder}``.
-
-    Raises:
-        ValueError: a name is still taken with the prefix in front.
-
-    >>> assign_input_names({"vision": ["pixel_values"], "audio": ["input_features", "attention_mask"]},
-    ...                    {"vision": "image", "audio": "audio"}, ["input_ids", "attention_mask"])["audio"]
-    {'input_features': 'input_features', 'audio_attention_mask': 'attention_mask'}
-    """
-    emitted = {
-        name: {p: PROCESSOR_NAMES.get(kinds[name], {}).get(p, p) for p in names} for name, names in parameters.items()
-    }
-    text = TEXT_NAMES | transformers_keywords() | set(language_model)
-    wanted = [key for names in emitted.values() for key in names.values()]
-    assigned: dict[str, dict[str, str]] = {}
-    taken = dict.fromkeys(text, "the language model")
-    for name, names in emitted.items():
-        assigned[name] = {}
-        for parameter, key in names.items():
-            keyword = f"{name}_{key}" if key in text or wanted.count(key) > 1 else key
-            if keyword in taken:
-                raise ValueError(f"{name}: its input {key!r} would be named {keyword!r}, which {taken[keyword]} uses.")
-            taken[keyword] = f"the encoder {name!r}"
-            assigned[name][keyword] = parameter
-    return assigned
 
 
 def keyword_for(emitted: str, modality: str, input_names: Mapping[str, str]) -> str | None:

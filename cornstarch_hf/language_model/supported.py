@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_multimodal import MultimodalConfig
-from ..parts.adapters import unwrapped, wrap_again
+from ..parts.adapters import unwrapped
 from ..parts.classes import language_model_class, resolve_class
 from ..parts.signatures import forward_parameters
+from ..parts.stored_adapters import wrap_again
 
 OTHER = "Choose another language model."
 

@@ -10,19 +10,13 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, FeatureExtractionMixin
+from transformers import BatchFeature
 
 from ..limits import check_count
 from .media import held
+from .subprocessors import ITEM_PROCESSORS, ItemProcessor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class ItemProcessor(FeatureExtractionMixin):
-    """Base of this package's processors of items."""
-
-    def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "items") -> BatchFeature:
-        raise TypeError(f"{type(self).__name__} does not say how its items are processed: define __call__.")
 
 
 class PrecomputedFeaturesProcessor(ItemProcessor):
@@ -182,7 +176,7 @@ class TimeSeriesProcessor(ItemProcessor):
 
 
 # By name, for processors that are built from their description.
-ITEM_PROCESSORS = {cls.__name__: cls for cls in (PrecomputedFeaturesProcessor, TimeSeriesProcessor)}
+ITEM_PROCESSORS |= {cls.__name__: cls for cls in (PrecomputedFeaturesProcessor, TimeSeriesProcessor)}
 # What encoders of a model type, or of a kind, are given where the user has no processor for them.
 _DEFAULTS = {"precomputed_features": PrecomputedFeaturesProcessor, "time": TimeSeriesProcessor}
 

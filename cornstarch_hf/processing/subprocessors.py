@@ -6,17 +6,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..limits import check
 from ..parts.known_encoders import encoder_type
 from ..parts.stored_values import check_values
-from .media import keeps_scale, ready_audio, ready_image
-from .own_processors import ITEM_PROCESSORS, ItemProcessor
+from .media import keeps_scale, ready_image
+from .sounds import ready_audio
 from .video import run_on_frames
 from .video_processors import is_video_processor, run_video_processor
 
+
+class ItemProcessor(FeatureExtractionMixin):
+    """Base of this package's processors of items."""
+
+    def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "items") -> BatchFeature:
+        raise TypeError(f"{type(self).__name__} does not say how its items are processed: define __call__.")
+
+
+ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
 # Attributes of configurations whose encoders have no table of positions, or do not read it.
 _UNBOUNDED: tuple[tuple[str, Any], ...] = (
     ("position_embedding_type", ("rotary", "relative_key", "relative_key_query")),

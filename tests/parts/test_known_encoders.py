@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import catalog
 import pytest
@@ -9,7 +10,6 @@ import tiny
 import torch
 import typed_parts
 import user_parts
-from cornstarch_hf.hub.card_usage import ITEMS
 from transformers import AutoModel, AutoProcessor, BertConfig, InformerConfig, InformerModel
 
 from cornstarch_hf import (
@@ -22,6 +22,7 @@ from cornstarch_hf import (
 from cornstarch_hf.encoders.building import width_is_configured
 from cornstarch_hf.encoders.counting import FeatureCounter
 from cornstarch_hf.encoders.towers import infer_kind
+from cornstarch_hf.hub.card_facts import _item
 from cornstarch_hf.parts.known_encoders import (
     ENCODER_TYPES,
     OWN_TYPES,
@@ -168,7 +169,8 @@ def test_each_fact_has_its_effect(registered):
     assert width_is_configured(config, -1) and not width_is_configured(config, -2)
     assert position_limit(tiny.tokenizer(), config) == 60
     check_frame_count(3, config, "film", 0)
-    assert ITEMS["text"](None, config).values == {"text": '"MKV"'}
+    encoder = SimpleNamespace(kind="text", module=SimpleNamespace(config=config), additional_args=())
+    assert _item(encoder, object()) == {"text": '"MKV"'}
     assert deterministic_inputs({}, config)["noise"].tolist() == [0, 0]
     module = tiny.esm()
     module.config.model_type = "users_all"
