@@ -56,7 +56,11 @@ def test_thin_files_have_the_signatures_of_whole_ones(stem):
             assert signature(short) == signature(full), name
 
 
-@pytest.mark.parametrize("needs", [frozenset(), *({name} for name in sorted(EVERYTHING)), EVERYTHING], ids=str)
+@pytest.mark.parametrize(
+    "needs",
+    [frozenset(), *({name} for name in sorted(EVERYTHING)), EVERYTHING],
+    ids=lambda needs: "+".join(sorted(needs)) or "nothing",
+)
 def test_names_that_carried_files_import_are_there(needs):
     files = CodeFiles(ROOTS, needs)
     for stem, names in imported(files.own).items():
