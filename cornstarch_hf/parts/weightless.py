@@ -264,5 +264,6 @@ def dry_run(module: Callable, inputs: dict[str, Any]) -> Any:
     Raises:
         whatever the module raises, e.g. where it reads a feature's value.
     """
+    shapes = to_shapes(inputs)  # before the modes begin: within them a move of real data to meta stays real
     with torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
-        return module(**to_shapes(inputs))
+        return module(**shapes)
