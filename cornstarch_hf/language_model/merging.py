@@ -121,8 +121,7 @@ def check_labels(
     a copy of the ids, placeholders included, are refused too: whoever shifted them has counted them.
 
     Args:
-        placeholders: bool ``(batch, length)``.
-        token_ids: the placeholders' ids.
+        placeholders: bool ``(batch, length)``, where tokens with one of `token_ids` stand.
         labels: ``(batch, length)`` or None.
         shift_labels: labels aligned with the logits, or None; they replace `labels`.
         counted: whether the caller passes the number of labels (`num_items_in_batch`).
@@ -200,6 +199,7 @@ def items_behind_cache(name: str, items: Sequence[Tensor], mask: Tensor | None, 
     Raises:
         ValueError: an item that is in the cache in part.
     """
+    # Items of new turns alone are fewer than the placeholders of whole rows: none of them is in the cache.
     if mask is None or cached == 0 or sum(len(item) for item in items) != int(mask.sum()):
         return list(items)
     left = []
@@ -218,11 +218,8 @@ def items_behind_cache(name: str, items: Sequence[Tensor], mask: Tensor | None, 
 
 
 def check_lengths(length: int, attention_mask: Any, labels: Tensor | None) -> None:
-    """Refuse labels of another length than the tokens, and a two-dimensional mask that is shorter than they are.
-
-    Raises:
-        ValueError: names the argument and both lengths.
-    """
+    """Refuse labels of another length than the tokens, and a two-dimensional mask that is shorter (ValueError)."""
+    # A longer mask covers the cache too; masks of more dimensions are made by hand, and theirs to answer for.
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] < length:
         raise ValueError(
             f"attention_mask has the length {attention_mask.shape[1]}, but there are {length} tokens in a row: pass the mask "

@@ -69,6 +69,7 @@ def check_no_wrapped_part(model: nn.Module, parts: Mapping[str, nn.Module]) -> N
     Raises:
         ValueError: names the wrapped parts and both remedies.
     """
+
     if wrapped := sorted(name for name, part in parts.items() if is_wrapped(part)):
         raise ValueError(
             f"{wrapped} of this {type(model).__name__} are wrapped by PEFT already, and adapters around the whole would leave "
@@ -90,6 +91,7 @@ def check_all_kept(model: nn.Module) -> None:
     configs = getattr(model, "peft_config", None)
     if not configs or "peft" not in sys.modules:
         return
+    # Inside an adapter layer is what PEFT saves, but for the weights that it stands in front of.
     layers: list[Any] = [module for module in model.modules() if isinstance(module, adapter_layers())]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}

@@ -75,8 +75,13 @@ def restore_frozen(model: nn.Module, patterns: Iterable[str] | None) -> int:
 def set_part_trainable(part: nn.Module, trainable: bool) -> None:
     """Train or freeze a part; of a PEFT-wrapped one only the adapters are ever trained."""
     names = {name for name, _ in part.named_parameters()}
+    # As `get_peft_model` leaves it: whoever wraps a part wants its base weights to stay.
     chosen = adapter_parameter_names(part) if trainable and is_wrapped(part) else names
     set_trainable(part, chosen, trainable)
+
+
+# Three things follow from what is frozen: `requires_grad` (set here), `config.frozen` (patterns of names, kept by a
+# checkpoint), and the mode of each module (set by `train`, see `frozen_modes`).
 
 
 class FreezingMixin(PreTrainedModel):

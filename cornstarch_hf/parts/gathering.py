@@ -121,11 +121,11 @@ class GatheringMixin(PreTrainedModel):
         own, among them those that fill the buffers of transformers' own parts.
         """
         parts = [part for _, part in nearest_models(self)]
-        for part in parts:
+        for part in parts:  # a supplied part is marked as initialised from top to bottom, and is skipped
             if not all(getattr(module, "_is_hf_initialized", False) for module in part.modules()):
                 part.initialize_weights()
         with torch.no_grad(), KeepsInitialized():
-            for module in _outside(self, set(map(id, parts))):
+            for module in _outside(self, set(map(id, parts))):  # wrappers, adapters and a user's callbacks
                 self._initialize_weights(module, is_custom_code=self.is_custom_code())
 
     def _inherit_from_language_model(self, supplied: bool) -> None:

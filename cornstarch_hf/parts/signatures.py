@@ -67,6 +67,7 @@ class PerInstanceSignature:
 
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Named parameters of a module's `forward`; of a PEFT wrapper, of the model inside."""
+    # PEFT's own `forward` is ``(*args, **kwargs)``, which would take anything.
     parameters = inspect.signature(unwrapped(module).forward).parameters
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {name: p for name, p in parameters.items() if p.kind not in kinds}

@@ -44,6 +44,7 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
 
 def as_json(value: Any, where: str) -> Any:
     """`value` as JSON gives it back (tuples become lists); NotStorable if JSON cannot hold it."""
+    # There and back, so that what is described now equals what a reload reads (keys are texts, tuples are lists).
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
@@ -72,10 +73,11 @@ def torch_spec(module: nn.Module) -> dict[str, Any]:
     if getattr(nn, cls.__name__, None) is not cls:
         raise NotStorable(f"{cls.__module__}.{cls.__qualname__} is not registered")
     if isinstance(module, _CONTAINERS):
-        if list(module._modules) != [str(i) for i in range(len(module))]:
+        # One module in two places is given once only, and is refused here too.
+        if [name for name, _ in module.named_children()] != [str(i) for i in range(len(module))]:
             raise NotStorable(f"{cls.__name__} has named children")
         return {"class": cls.__name__, "modules": [torch_spec(child) for child in module]}
-    if module._modules:  # a Transformer's layers, say: their number and kind are not all in its arguments
+    if list(module.children()):  # a Transformer's layers, say: its arguments do not tell all of them
         raise NotStorable(f"torch.nn.{cls.__name__} holds other modules")
     return {"class": cls.__name__, "arguments": constructor_arguments(module)}
 
@@ -111,9 +113,9 @@ def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:
     arguments = dict(available.get("projection_kwargs") or {}) if takes_any else {}
     for parameter in _parameters(cls):
         value = available.get(parameter.name)
-        if value is not None:
+        if value is not None:  # in_features of a projector without sizes is None, and so is missing
             arguments[parameter.name] = value
-        elif parameter.default is inspect.Parameter.empty:
+        elif parameter.default is _MISSING:
             raise ValueError(
                 f"{getattr(cls, '__name__', cls)} takes {parameter.name!r}, expected it among {sorted(available)}: name "
                 "its arguments after the configuration's fields or pass them in projection_kwargs."
@@ -124,6 +126,7 @@ def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:
 def same_structure(a: nn.Module, b: nn.Module) -> bool:
     """Whether two modules have the same class tree and parameter shapes."""
 
+    # `extra_repr` holds what shapes do not show: an epsilon, a dropout, a stride.
     def shape(module: nn.Module):
         kinds = [(name, type(child), child.extra_repr()) for name, child in module.named_modules()]
         return kinds, {key: value.shape for key, value in module.state_dict().items()}
@@ -178,7 +181,7 @@ def build_callback(described: dict[str, Any], where: str) -> Callable:
         raise ValueError(f"{where}: {error}") from error
     arguments = described.get("arguments") or {}
     if isinstance(target, type):
-        return target(**arguments)
+        return target(**arguments)  # a module; its parameters are loaded with the other weights
     return functools.partial(target, **arguments) if arguments else target
 
 

@@ -273,6 +273,6 @@ def dry_run(module: Callable, inputs: dict[str, Any]) -> Any:
     Raises:
         whatever the module raises, e.g. where it reads a feature's value.
     """
-    shapes = to_shapes(inputs)  # before the modes: within them a move to the meta device stays on the CPU
+    shapes = to_shapes(inputs)  # before the modes begin: within them a move of real data to meta stays real
     with torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
         return module(**shapes)

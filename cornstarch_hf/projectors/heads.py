@@ -22,6 +22,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.to(precise), self.normalized_shape, self.weight.to(precise), self.eps).to(x.dtype)
 
 
+# name -> how a norm of a width is made; an epsilon of None is the one that most models have
 NORMS: dict[str, Callable[[int, float | None], nn.Module]] = {
     "none": lambda width, eps: nn.Identity(),
     "layer_norm": lambda width, eps: nn.LayerNorm(width, eps=1e-5 if eps is None else eps),
@@ -40,7 +41,7 @@ def check_choice(value: Any, choices: Any, name: str) -> None:
 
 
 def check_head(options: dict[str, Any]) -> None:
-    """Check those options of a `ProjectionHead` that are there.
+    """Check those options of a `ProjectionHead` that are given.
 
     Raises:
         ValueError: an unknown norm, a number of layers other than 1 and 2, a width that is no positive integer, a
@@ -92,7 +93,7 @@ class ProjectionHead(nn.Module):
         self.gated, bias, eps = chosen["gated"], chosen["bias"], chosen["norm_eps"]
         self.norm = NORMS[chosen["norm"]](in_features, eps)
         self.linear_2: nn.Module | None = None
-        if chosen["num_layers"] == 1:
+        if chosen["num_layers"] == 1:  # neither activation, gate nor norm_mid
             self.linear_1 = nn.Linear(in_features, out_features, bias=bias)
         else:
             hidden = chosen["hidden_size"] or out_features

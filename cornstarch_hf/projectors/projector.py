@@ -211,7 +211,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
-    # Attention inside it (the resampler's) is torch's own, so it runs under any implementation that is asked of the whole.
+    # Attention inside it (the resampler's) is torch's own, so it runs under any implementation that the whole is given.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -239,13 +239,16 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
     def _wrap(self, projection: nn.Module) -> None:
         mark_initialized(projection)
         self.projection = projection
+        # The configuration is to describe what is wrapped, as if the module had been built from it.
         if isinstance(activation := getattr(projection, "activation", None), str) and activation in ACT2CLS:
             self.config.activation = activation
-        sizes = projection_sizes(projection)
+        self._fill_sizes(*projection_sizes(projection))
+        self.config.projection_type, self.config.projection_kwargs = describe_projection(projection, self.config)
+
+    def _fill_sizes(self, *sizes: int | None) -> None:
         for key, size in zip(("in_features", "out_features"), sizes, strict=True):
             if getattr(self.config, key) is None:
                 setattr(self.config, key, size)
-        self.config.projection_type, self.config.projection_kwargs = describe_projection(projection, self.config)
 
     def complete(self, in_features: int | None, out_features: int, dims: int | None = None) -> None:
         """Fill in what the configuration lacks and build the projection if there is none yet (in place).
@@ -257,13 +260,10 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         target = PROJECTORS.get(self.config.projection_type)
         if self.projection is None and dims is not None and "dims" in getattr(target, "DEFAULTS", ()):
             self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs  # what is given stays
-        if self.config.in_features is None:
-            self.config.in_features = in_features
-        if self.config.out_features is None:
-            self.config.out_features = out_features
+        self._fill_sizes(in_features, out_features)
         if self.projection is None:
             self.projection = build_projection(self.config)
-            self.post_init()
+            self.post_init()  # once more: the first one had no weights to initialise
 
     @property
     def reduces(self) -> bool:

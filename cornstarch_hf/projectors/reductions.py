@@ -21,7 +21,7 @@ from .projector import Grid
 
 
 def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int, ...]]:
-    """How the features of one item lie.
+    """Into which parts, of which axes, the features of one item fall.
 
     Args:
         length: features of the item.
@@ -161,7 +161,7 @@ class Reduction(nn.Module):
         super().__init__()
         self.check_options(**options)
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
-        for key, value in (self.DEFAULTS | options).items():
+        for key, value in (self.DEFAULTS | options).items():  # by which `constructor_arguments` describes it again
             setattr(self, key, value)
         self._build()
 
@@ -206,11 +206,7 @@ class Reduction(nn.Module):
         raise ValueError(f"{type(self).__name__} does not say what it makes of {list(axes)}.")
 
     def feature_count(self, length: int, grid: Grid | None = None) -> int:
-        """How many features are left of an item.
-
-        Args:
-            length: its features before.
-            grid: ``(height, width)`` or ``(frames, height, width)`` in which they lie.
+        """How many of an item's `length` features, of that grid (see `forward`), are left.
 
         Raises:
             ValueError: what `forward` would raise for such an item.
