@@ -198,6 +198,24 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         """Names of the modalities of a kind (``"image"``, ``"audio"``, ...), in order."""
         return [name for name in self.encoders if self.modality(name)["kind"] == kind]
 
+    def modalities_for(self, what: str) -> list[str]:
+        """The modalities that a name, or a kind (``"image"``), means.
+
+        Raises:
+            ValueError: none, or several that do not share their inputs; names them.
+        """
+        if what in self.encoders:
+            return [what]
+        names = self.modalities_of_kind(what)
+        if len(names) > 1 and not any(set(names) <= set(group) for group in self.share_inputs):
+            raise ValueError(
+                f"{what!r} could mean any of {names}: name the modality, or say that they see the same items by "
+                f"share_inputs=[{names}]."
+            )
+        if not names:
+            raise ValueError(f"{what!r} is no modality of this model, expected one of {self.encoders} or its kind.")
+        return names
+
     def adapters_of(self, part: str) -> dict[str, Any] | None:
         """The adapters around a part (``"language_model"``, ``"vision_encoder.module"``), None where there are none."""
         return (self.adapters or {}).get(part)

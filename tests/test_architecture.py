@@ -18,7 +18,7 @@ LAYERS = [
     ["processing", "checkpoints", "language_model"],
     ["projectors"],
     ["encoders"],
-    ["composition", "processing_base", "processing_multimodal", "modeling_multimodal"],
+    ["composition", "processing_multimodal", "modeling_multimodal"],
     ["assembly", "training", "hub"],
     ["__init__"],
 ]
@@ -30,7 +30,6 @@ PATHS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "th
 ROOMS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
 # Files that are tested together with another one.
 COVERED = {
-    "processing_base": "test_processing_multimodal",
     "encoders.building": "test_composition",
     "encoders.rebuilding": "test_composition",
     "checkpoints.code_folder": "checkpoints/test_code_bundle",

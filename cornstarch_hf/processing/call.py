@@ -3,7 +3,7 @@
 Knows no encoder: `processing_multimodal` runs the sub-processors in between and counts the features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import BatchFeature
@@ -55,7 +55,6 @@ def text_arguments(
 
 def media_arguments(
     config: MultimodalConfig,
-    names_of: Callable[[str], list[str]],
     by_kind: Mapping[str, Any],
     encoder_inputs: Mapping[str, Mapping[str, Any]] | None,
     kwargs: dict[str, Any],
@@ -64,7 +63,6 @@ def media_arguments(
 
     Args:
         config: of the model.
-        names_of: the modalities that a kind or a name means.
         by_kind: items under the keywords of `PLURALS`, None where there are none.
         encoder_inputs: items, options or tensors by modality.
         kwargs: items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, ``sampling_rate``.
@@ -75,14 +73,14 @@ def media_arguments(
     media: Media = {}
     rate = kwargs.pop("sampling_rate", None)
     for kind, plural in PLURALS.items():
-        for name in names_of(kind) if by_kind[plural] is not None else ():
+        for name in config.modalities_for(kind) if by_kind[plural] is not None else ():
             _add_items(media, name, by_kind[plural])
     for name in config.encoders:
         items = kwargs.pop(name, None)
         if items is not None:
             _add_items(media, name, items)
     for name, given in (encoder_inputs or {}).items():
-        names_of(name)
+        config.modalities_for(name)
         key = next((k for k in MEDIA_KEYS if k in given), None)
         if key is not None:
             _add_items(media, name, given[key])

@@ -160,7 +160,7 @@ class MultimodalCollator:
             value = row.pop(key, None)
             if value is None or (isinstance(value, (list, tuple)) and not value):
                 continue
-            for name in self.processor.modalities_for(kinds.get(key, key)):
+            for name in self.processor.config.modalities_for(kinds.get(key, key)):
                 if name in media:
                     raise ValueError(f"{name}: its items were given twice, by kind and by name.")
                 media[name] = _items(value, config.modality(name)["kind"])

@@ -24,7 +24,7 @@ def processor():
 
 def sorted_media(processor, encoder_inputs=None, images=None, audio=None, **kwargs):
     by_kind = {"images": images, "videos": None, "audio": audio}
-    found = media_arguments(processor.config, processor.modalities_for, by_kind, encoder_inputs, kwargs)
+    found = media_arguments(processor.config, by_kind, encoder_inputs, kwargs)
     return found, kwargs
 
 
