@@ -31,7 +31,7 @@ def _peft_classes(*names: str) -> tuple[type, ...]:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a model is a `peft.PeftModel`."""
-    return isinstance(model, _peft_classes("PeftModel"))
+    return isinstance(model, _peft_classes("PeftModel"))  # () where there is no such class yet, nor such a model
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -93,7 +93,7 @@ def _layer_state(model: Any, where: str) -> dict[str, Any]:
             f"{where}: the adapters {merged} are merged, and a checkpoint would not hold the rows of single tokens "
             "(trainable_token_indices) that they replaced: call unmerge_adapter() before saving, or merge_and_unload()."
         )
-    off = [layer.disable_adapters for layer in layers]
+    off = [layer.disable_adapters for layer in layers]  # PEFT's own switch is one for all
     if any(off) and not all(off):
         raise ValueError(f"{where}: the adapters of {sum(off)} of {len(off)} layers are disabled: disable all or none.")
     return ({"merged": merged} if merged else {}) | ({"disabled": True} if any(off) else {})

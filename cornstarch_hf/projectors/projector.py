@@ -223,9 +223,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
     def complete(self, in_features: int | None, out_features: int, dims: int | None = None) -> None:
         """Fill in what the configuration lacks and build the projection if there is none yet (in place).
 
-        Args:
-            in_features, out_features: widths.
-            dims: axes along which items of that kind are reduced, for the built-in types that take `dims`.
+        `dims` are the axes along which items of that kind are reduced, for the built-in types that take `dims`.
         """
         target = PROJECTORS.get(self.config.projection_type)
         reduction = isinstance(target, type) and issubclass(target, Reduction)
@@ -247,11 +245,9 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         return bool(getattr(self.projection, "needs_grid", False))
 
     def feature_count(self, length: int, grid: Grid | None = None) -> int | None:
-        """Features left of an item; None for a projection without a `feature_count` of its own, of which only a run shows it.
+        """Features left of an item of `length` features and that grid (see `forward`).
 
-        Args:
-            length: the item's features before.
-            grid: ``(height, width)`` or ``(frames, height, width)``, row by row.
+        None for a projection without a `feature_count` of its own, of which only a run shows it.
 
         Raises:
             ValueError: the reduction does not fit the item.
@@ -289,7 +285,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         """
         if self.projection is None:
             raise ValueError("This projector has no projection yet: give its configuration both sizes, or compose it.")
-        width = self.config.in_features
+        width = self.config.in_features  # None of a wrapped module that does not show its sizes
         if width is not None and inputs_embeds.shape[-1] != width:
             raise ValueError(f"The projector expects features of width {width}, got {inputs_embeds.shape[-1]}.")
         if self.reduces:
@@ -347,7 +343,9 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ResamplerProjection):
+        if isinstance(
+            module, ResamplerProjection
+        ):  # transformers fills layers it knows, and leaves bare parameters empty
             init.normal_(module.queries, std=QUERY_STD)
 
     def check_storable(self, where: str) -> None:
