@@ -273,7 +273,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
                 ``(sum of lengths, in_features)``.
             return_dict: a `ProjectorOutput` (default by the configuration), or a tuple.
             lengths: features of each item, where it differs from the tensor's shape; the rest is padding.
-            grids: ``(height, width)`` or ``(frames, height, width)`` in which each item's features lie; squares when None.
+            grids: ``(height, width)`` or ``(frames, height, width)`` of each item's features, row by row; squares when None.
 
         Returns:
             `last_hidden_state` of ``(..., out_features)``; with `lengths`, or where the items end up different,
