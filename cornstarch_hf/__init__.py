@@ -19,12 +19,16 @@ from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
-from .hub.hub import push_to_hub
+from .hub.push import push_to_hub
 from .modeling_multimodal import MultimodalModel
+from .parts.known_encoders import register_encoder_type
 from .parts.registries import register_callback, register_feature_count, register_projector
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
 from .projectors.projector import MultimodalProjector
+from .projectors.reductions import FrameStackProjection, PixelShuffleProjection
+from .projectors.resampler import ResamplerProjection
+from .projectors.windows import AvgPoolProjection, ConvProjection
 from .training.collator import MultimodalCollator
 from .training.optimizer_groups import parameter_groups
 
@@ -45,11 +49,14 @@ __all__ = [
     "parameter_groups",
     "push_to_hub",
     "register_callback",
+    "register_encoder_type",
     "register_feature_count",
     "register_projector",
 ]
 __version__ = "0.1.0"
 
+# Their files register them as projection types.
+REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 # `register` does not fill these: Trainer, pipelines and `transformers serve` read the names alone.
 STATIC_TABLES = (

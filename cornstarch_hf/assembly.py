@@ -27,31 +27,20 @@ from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import is_wrapped, unwrapped
+from .parts.stored_modules import SLOTS
 from .processing.own_processors import default_processor
 from .processing.video import video_processor_missing
 from .processing_multimodal import MultimodalProcessor
 from .projectors.projector import MultimodalProjector
 
+LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
+# What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
 ENCODER_KEYS = frozenset(
     [
-        "model",
-        "processor",
-        "projector",
-        "kind",
-        "layer",
-        "output",
-        "drop_prefix",
-        "additional_args",
-        "preprocess_callback",
-        "postprocess_module_callback",
-        "postprocess_projector_callback",
-        "revision",
-        "dtype",
-        "attn_implementation",
-        "subfolder",
+        *("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "additional_args", *SLOTS),
+        *LOADING_KEYS,
     ]
 )
-LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
 Source = str | os.PathLike | PreTrainedModel
 
 

@@ -1,4 +1,4 @@
-"""Parts to configuration and back: what live encoders and a language model are, and how they are built again."""
+"""Parts to configuration, and to a table: what live encoders and a language model are.  `rebuilding` builds them again."""
 
 import copy
 import math
@@ -9,15 +9,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_multimodal import MultimodalConfig, validate_encoder_names
-from .encoders.building import build_encoder, complete_projector, modality_entry
+from .encoders.building import assign_input_names, complete_projector, modality_entry
 from .encoders.counting import FeatureCounter
 from .encoders.feature_layout import typical_item
 from .encoders.module import ModalEncoderModule
-from .encoders.towers import assign_input_names
-from .language_model.supported import build_language_model, check_language_model, embedding_width
-from .parts.adapters import is_wrapped, record_adapters, unwrapped
-from .parts.classes import class_name, constructor_options, language_model_class, origin_of
+from .language_model.supported import check_language_model, embedding_width
+from .parts.adapters import is_wrapped, unwrapped
+from .parts.classes import language_model_class, origin_of
+from .parts.constructors import class_name, constructor_options
+from .parts.known_encoders import registered_facts
 from .parts.signatures import forward_parameters
+from .parts.stored_adapters import record_adapters
 
 
 def compose_config(
@@ -58,6 +60,7 @@ def compose_config(
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
+    config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
     origins = {f"{name}_encoder": encoder.origin for name, encoder in encoders.items()}
     origins["language_model"] = origin_of(language_model, language_model)
     config.origins = {name: origin for name, origin in origins.items() if origin} or None
@@ -97,21 +100,6 @@ def separate_configs(encoders: Mapping[str, ModalEncoderModule], language_model:
                 if getattr(module, "config", None) is old:
                     setattr(module, "config", new)  # noqa: B010
         seen.add(id(unwrapped(encoder.module).config))
-
-
-def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
-    """Build what a configuration describes, with fresh weights.
-
-    Raises:
-        ValueError: an empty configuration, an unknown class, callback or projector.
-    """
-    if config.text_config is None:
-        raise ValueError(
-            "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
-            "MultimodalModel(encoders=..., language_model=...) or compose(...)."
-        )
-    encoders = {name: build_encoder(config, name) for name in config.encoders}
-    return encoders, build_language_model(config)
 
 
 UNKNOWN_COUNT = "not known before a run"

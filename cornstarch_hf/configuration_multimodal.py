@@ -27,40 +27,22 @@ from .parts.registries import last_definition
 from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
 
 MEDIA_KINDS = ("image", "video", "audio")
-
-
 FORMAT_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 RESERVED_NAMES = frozenset(
     [
-        *(
-            "add_special_tokens",
-            "audios",
-            "base_model",
-            "config",
-            "conversation",
-            "encoder",
-            "encoder_inputs",
-            "encoders",
-        ),
-        *("feature_extractor", "generation_config", "image_processor", "images", "inputs", "kernel_config", "labels"),
-        *(
-            "language_model",
-            "llm",
-            "llm_inputs",
-            "loss_type",
-            "max_length",
-            "messages",
-            "model",
-            "name_or_path",
-            "padding",
-        ),
-        *("processor", "processors", "return_tensors", "sampling_rate", "text", "tokenizer", "training", "truncation"),
-        *("video_processor", "videos"),
+        *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs"),
+        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs"),
+        *("kernel_config", "labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages"),
+        *("model", "name_or_path", "padding", "processor", "processors", "return_tensors", "sampling_rate", "text"),
+        *("tokenizer", "training", "truncation", "video_processor", "videos"),
     ]
 )
-# Settings that a checkpoint keeps where there is something to keep.
-OPTIONAL_KEYS = ("language_model_class", "language_model_kwargs", "adapters", "frozen", "part_dtypes", "origins")
+# Settings of the whole that a checkpoint keeps where there is something to keep.
+OPTIONAL_KEYS = (
+    *("language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "part_dtypes", "origins"),
+)
+# What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None,
     "token": None,
@@ -80,6 +62,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "language_model_class": (str,),
     "language_model_kwargs": (dict,),
     "adapters": (dict,),
+    "encoder_types": (dict,),
     "frozen": (list, tuple),
     "part_dtypes": (dict,),
     "part_implementations": (dict,),
@@ -90,7 +73,6 @@ _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "token_id": (int,),
     "additional_args": (list, tuple),
 }
-
 
 # Whether the values from which a configuration is being made have been looked at already, all of them.
 _checked: ContextVar[bool] = ContextVar("_checked", default=False)
@@ -118,7 +100,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         share_inputs: groups of modality names that see the same items.
         loss_at_labels: in training mode, run the language model's head at labelled positions only; the output then
             has no `logits`.
-        **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`,
+        **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`, `encoder_types`,
             `part_dtypes`, `part_implementations`, `language_model_class`, `language_model_kwargs`, `origins`: from which
             repository each part came), and whatever `transformers.PreTrainedConfig` takes.
 

@@ -22,6 +22,8 @@ _BASE_KEYS = frozenset(
         *("use_cache", "tie_word_embeddings", "use_return_dict", "trust_remote_code"),
     ]
 )
+# Where encoders' configurations tell their width, the first that is there; of a list the last counts.
+_WIDTHS = ("output_proj_dims", "hidden_sizes", "hidden_size", "out_hidden_size", "output_dim", "embed_dims", "d_model")
 _FIELDS = frozenset(["in_features", "out_features", "activation", "config", "projection_kwargs"])
 
 
@@ -138,15 +140,7 @@ def text_width(config: PreTrainedConfig) -> int:
 
 def feature_width(config: PreTrainedConfig) -> int | None:
     """Width of an encoder's last hidden state by its configuration's attributes, or None."""
-    for name in (
-        "output_proj_dims",
-        "hidden_sizes",
-        "hidden_size",
-        "out_hidden_size",
-        "output_dim",
-        "embed_dims",
-        "d_model",
-    ):
+    for name in _WIDTHS:
         width = getattr(config, name, None)
         if isinstance(width, (list, tuple)) and width:
             width = width[-1]

@@ -30,7 +30,7 @@ MAX_TEMPLATE_CHARACTERS = 1_000_000  # of the template itself
 MAX_TEMPLATE_STEPS = 2_000_000  # passes through loops, calls, filters and tests
 MAX_TEMPLATE_WORK = 200_000_000  # characters and list entries made in between
 MAX_TEMPLATE_OUTPUT = 50_000_000  # characters of the text
-MAX_TEMPLATE_SECONDS = 5.0
+MAX_TEMPLATE_SECONDS = 5.0  # of computing
 
 
 def check(value: float, cap: str, what: str) -> None:
@@ -73,3 +73,16 @@ def check_features(count: int, name: str) -> None:
 def cap(name: str) -> Any:
     """The value of a cap at the moment."""
     return globals()[name]
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is an integer (no bool) that is not below `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_count(value: Any, what: str, least: int = 1) -> int:
+    """The value, if it is an integer (no bool) that is not below `least`; else ValueError that begins with `what`."""
+    if not is_count(value, least):
+        expected = "a positive integer" if least == 1 else f"an integer >= {least}"
+        raise ValueError(f"{what} must be {expected}, got {value!r}.")
+    return value

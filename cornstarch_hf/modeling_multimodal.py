@@ -10,9 +10,10 @@ from transformers.utils import ModelOutput, logging
 
 from .checkpoints.config_sync import first_dtype
 from .checkpoints.storage import MultimodalStorageMixin
-from .composition import build_parts, compose_config, describe_model
+from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.module import ModalEncoderModule
+from .encoders.rebuilding import build_parts
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import cached_length, run_language_model, text_keywords
 from .language_model.generation import MultimodalGenerationMixin

@@ -1,22 +1,18 @@
 """The base of the composed model's processor: its parts, what clients look for, saving and loading."""
 
-import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from .checkpoints.code_bundle import export_code
-from .checkpoints.folder_swap import replaced_atomically, valid_folder
-from .checkpoints.storage import pusher, split_options
+from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
 from .configuration_multimodal import MultimodalConfig
 from .encoders.counting import FeatureCounter
 from .encoders.own_parts import settle_registered
-from .parts.classes import SharedCode
+from .parts.known_encoders import check_facts_registered, registered_facts
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
@@ -24,11 +20,8 @@ from .processing.conversations import DEFAULT_TEMPLATE
 from .processing.placeholder_tokens import add_placeholder_tokens, placeholder_tokens
 from .processing.subprocessors import build_subprocessor, describe_subprocessor, resolve_subprocessor
 
-HEAD = "processor_config.json"
-TEMPLATES = frozenset(["chat_template.jinja", "chat_template.json"])  # an old one would be read beside a new tokenizer
 
-
-class MultimodalProcessorBase(SharedCode, ProcessorMixin):
+class MultimodalProcessorBase(ProcessorStorage, ProcessorMixin):
     """What a processor is besides its call; see `MultimodalProcessor`."""
 
     def __init__(
@@ -132,50 +125,13 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         parts = [f"- {name}: {self.tokens[name]} {type(p).__name__}" for name, p in self.processors.items()]
         return "\n".join([f"{type(self).__name__}:", f"- tokenizer: {type(self.tokenizer).__name__}", *parts])
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, include_code: bool | None = None, **kwargs):
-        """As in transformers; other files in the folder stay, and a kill leaves the old processor or the new one.
-
-        Args:
-            save_directory: the folder.
-            push_to_hub, **kwargs: as in transformers.
-            include_code: whether the checkpoint carries the code that loads it, see `code_bundle.export_code`.
-
-        Raises:
-            ValueError: a processor or a callback that a checkpoint cannot hold; names the remedy.
-        """
+    def _before_save(self) -> None:
+        self.config.encoder_types = registered_facts(
+            [getattr(self.config, f"{name}_config") for name in self.config.encoders]
+        )
         for name, own in self.counter.own.items():
             if FEATURE_COUNTS.get(name) is None:
                 settle_registered(self.config, own)
-        kwargs, hub = split_options(kwargs)
-        surplus: set[str] = set()
-        tokenizers = [x for x in (self.tokenizer, *self.processors.values()) if isinstance(x, PreTrainedTokenizerBase)]
-        with (
-            _sides_told(tokenizers),
-            replaced_atomically(save_directory, HEAD, lambda name: name in TEMPLATES or name in surplus) as folder,
-        ):
-            files = super().save_pretrained(folder, **kwargs)
-            for name, processor in self.processors.items():
-                if isinstance(processor, PreTrainedTokenizerBase):
-                    processor.save_pretrained(os.path.join(folder, _tokenizer_folder(name)))
-            parts = [self.tokenizer, *self.processors.values()]
-            surplus |= export_code(folder, "processor", self, save_directory, include_code=include_code, others=parts)
-        if push_to_hub:
-            pusher("push_saved")(self, save_directory, {**hub, "include_code": include_code})
-        return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files or ()]
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Push this processor in one commit; takes what `cornstarch_hf.push_to_hub` takes, and raises the same.  A card that
-        is there, a model's, stays."""
-        return pusher("push")(None, self, repo_id, **options)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; after an interrupted save, what is valid of the folder."""
-        source = pretrained_model_name_or_path
-        folder = os.path.join(source, kwargs.get("subfolder") or "")
-        if os.path.isdir(folder) and (valid := valid_folder(folder, HEAD)) != folder:
-            source, kwargs = valid, {**kwargs, "subfolder": ""}
-        return super().from_pretrained(source, *args, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -190,10 +146,11 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))
+        check_facts_registered(config.encoder_types)
         processors = {name: build_subprocessor(d, name) for name, d in values.get("processors", {}).items()}
         for name in config.encoders:
             if name not in processors and config.modality(name)["kind"] == "text":
-                folder = os.path.join(subfolder, _tokenizer_folder(name))
+                folder = os.path.join(subfolder, tokenizer_folder(name))
                 processors[name] = AutoTokenizer.from_pretrained(
                     pretrained_model_name_or_path, subfolder=folder, **kwargs
                 )
@@ -209,24 +166,6 @@ class MultimodalProcessorBase(SharedCode, ProcessorMixin):
         if auto_map := processor_dict.get("auto_map"):
             processor.auto_map = auto_map
         return (processor, kwargs) if return_unused else processor
-
-
-@contextlib.contextmanager
-def _sides_told(tokenizers: Iterable[PreTrainedTokenizerBase]) -> Iterator[None]:
-    """Have tokenizers save the sides that were set as attributes; afterwards they are what they were."""
-    before = [(tokenizer, tokenizer.init_kwargs) for tokenizer in tokenizers]
-    try:
-        for tokenizer, options in before:
-            sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
-            tokenizer.init_kwargs = options | sides
-        yield
-    finally:
-        for tokenizer, options in before:
-            tokenizer.init_kwargs = options
-
-
-def _tokenizer_folder(name: str) -> str:
-    return f"{name}_tokenizer"
 
 
 def _for_processing(config: MultimodalConfig, tokens: Mapping[str, str], ids: Mapping[str, int]) -> MultimodalConfig:

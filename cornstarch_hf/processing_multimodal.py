@@ -1,4 +1,8 @@
-"""The processor of a composed model: raw inputs to tensors, each placeholder expanded to its item's features."""
+"""The processor of a composed model: raw inputs to tensors, each placeholder repeated for its item's features.
+
+Arguments are sorted (`processing.call`), items run through the processor of their modality, their features counted as the
+encoder and the projector would make them, and texts encoded with as many placeholders.
+"""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,31 +17,13 @@ from .encoders.items import split_items, without_padding
 from .encoders.towers import keyword_for, named_inputs
 from .parts.known_encoders import grid_of
 from .processing.assistant_turns import assistant_spans
+from .processing.call import Media, call_arguments, check_items, encode_texts, media_arguments, text_arguments
 from .processing.conversations import ConversationReader, chosen_template, is_batch, refuse_typed, render
 from .processing.media import flatten
-from .processing.placeholder_text import Expanded, encode, expand, occurrences, pad_rows
 from .processing.placeholder_tokens import MultimodalBatch
-from .processing.subprocessors import MEDIA_KEYS, check_padding, run_subprocessor
+from .processing.subprocessors import check_padding, run_subprocessor
 from .processing.video import named_for_encoder
 from .processing_base import MultimodalProcessorBase
-
-PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
-TEXT_OPTIONS = frozenset(
-    [
-        "padding",
-        "truncation",
-        "max_length",
-        "pad_to_multiple_of",
-        "padding_side",
-        "add_special_tokens",
-        "return_tensors",
-        "return_attention_mask",
-        "return_offsets_mapping",
-        "return_token_type_ids",
-        "stride",
-        "split_special_tokens",
-    ]
-)
 
 
 class MultimodalProcessor(MultimodalProcessorBase):
@@ -82,103 +68,49 @@ class MultimodalProcessor(MultimodalProcessorBase):
             ValueError: placeholders and items that differ in number, items that cannot be used, truncation that would
                 cut features.
         """
-        text, options, llm = self._text_arguments(text, llm_inputs, kwargs)
-        media = self._media_arguments({"images": images, "videos": videos, "audio": audio}, encoder_inputs, kwargs)
+        text, options, llm = text_arguments(text, llm_inputs, kwargs)
+        by_kind = {"images": images, "videos": videos, "audio": audio}
+        media = media_arguments(self.config, self.modalities_for, by_kind, encoder_inputs, kwargs)
         if kwargs:
-            raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {self._known_arguments()}.")
-        spans = llm.pop("assistant_spans", None)
+            raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(self.config)}.")
         tensors, lengths, samples = self._process_media(media)
         data: dict[str, Any] = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
-            data = self._encode_text(texts, lengths, samples, options, spans)
-        if llm.pop("item_lengths", None):  # the collator asks how many features each item has
+            check_items(texts, self.tokens, {name: len(found) for name, found in lengths.items()}, samples)
+            with self.lock:  # a tokenizer keeps the options of its last call
+                data = encode_texts(
+                    self.tokenizer, texts, self.tokens, self.placeholder_ids, lengths, options, llm["assistant_spans"]
+                )
+        if llm["item_lengths"]:  # the collator asks how many features each item has
             data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
             tensors = {key: np.asarray(value) for key, value in tensors.items()}
-        ids = [self.config.modality(name)["token_id"] for name in self.tokens]
-        return MultimodalBatch({**data, **tensors}, placeholder_ids=ids)
+        return MultimodalBatch({**data, **tensors}, placeholder_ids=self.placeholder_ids.values())
 
-    def _known_arguments(self) -> list[str]:
-        names = [*self.config.encoders, *(f"{n}_kwargs" for n in self.config.encoders)]
-        return sorted({*names, "images", "videos", "audio", "text", "sampling_rate", "text_kwargs", *TEXT_OPTIONS})
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """Id of each modality's placeholder token."""
+        return {name: self.config.modality(name)["token_id"] for name in self.tokens}
 
-    def _text_arguments(self, text: Any, llm_inputs: Mapping[str, Any] | None, kwargs: dict[str, Any]):
-        given = dict(llm_inputs or {})
-        if text is not None and "text" in given:
-            raise ValueError("text was given twice: as text= and in llm_inputs.")
-        text = given.pop("text", text)
-        internal = {key: given.pop(key, None) for key in ("assistant_spans", "item_lengths")}
-        options = {key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}
-        options |= kwargs.pop("text_kwargs", None) or {}
-        options |= given
-        if unknown := sorted(set(options) - TEXT_OPTIONS):
-            raise TypeError(f"Unknown arguments for the tokenizer: {unknown}, expected some of {sorted(TEXT_OPTIONS)}.")
-        return text, options, internal
-
-    def _media_arguments(self, by_kind, encoder_inputs, kwargs) -> dict[str, dict[str, Any]]:
-        """``{modality: {"items": ..., options}}`` from all the ways of handing items over."""
-        media: dict[str, dict[str, Any]] = {}
-        rate = kwargs.pop("sampling_rate", None)
-        for kind, plural in PLURALS.items():
-            for name in self.modalities_for(kind) if by_kind[plural] is not None else ():
-                self._add_items(media, name, by_kind[plural])
-        for name in self.config.encoders:
-            if kwargs.get(name) is not None:
-                self._add_items(media, name, kwargs[name])
-            kwargs.pop(name, None)
-        for name, given in (encoder_inputs or {}).items():
-            self.modalities_for(name)
-            given = dict(given)
-            key = next((k for k in MEDIA_KEYS if k in given), None)
-            if key is not None:
-                self._add_items(media, name, given.pop(key))
-            media.setdefault(name, {}).update(given)
-        shared = {f"{plural}_kwargs": kind for kind, plural in PLURALS.items()}
-        for key in [k for k in kwargs if k in shared or k.removesuffix("_kwargs") in self.config.encoders]:
-            value = kwargs.pop(key) or {}
-            names = self.config.modalities_of_kind(shared[key]) if key in shared else [key.removesuffix("_kwargs")]
-            for name in names:
-                if name in media:
-                    media[name].update(value)
-        for name in media:
-            if rate is not None and self.config.modality(name)["kind"] == "audio":
-                media[name].setdefault("sampling_rate", rate)
-        return media
-
-    def _add_items(self, media: dict[str, dict[str, Any]], name: str, items: Any) -> None:
-        if "items" in media.setdefault(name, {}):
-            raise ValueError(f"{name}: its items were given twice, by kind and by name.")
-        media[name]["items"] = items
-
-    def _process_media(self, media: dict[str, dict[str, Any]]):
-        """Tensors by keyword, features of each item by modality, items per sample where that was told."""
+    def _process_media(self, media: Media):
+        """Tensors by keyword, features of each item by modality, items per sample where they were given so."""
         tensors: dict[str, Any] = {}
         lengths: dict[str, list[int]] = {name: [] for name in self.config.encoders}
         samples: dict[str, Any] = {}
         for name, given in media.items():
             entry = self.config.modality(name)
-            names = entry["input_names"]
             given = dict(given)
             if "items" in given:
-                items, per_sample = flatten(given.pop("items"), entry["kind"])
-                samples[name] = per_sample
+                items, samples[name] = flatten(given.pop("items"), entry["kind"])
                 if not items:
                     continue
-                if name not in self.processors:
-                    raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
-                encoder_config = getattr(self.config, f"{name}_config")
-                masked = any(parameter.endswith("features_mask") for parameter in names.values())
-                prepared = self.counter.has_preprocessing(name)
-                with self.lock if entry["kind"] == "text" else nullcontext():
-                    output = run_subprocessor(
-                        self.processors[name], name, entry["kind"], items, given, encoder_config, masked, prepared
-                    )
-                count = len(items)
+                output, count = self._run_subprocessor(name, items, given), len(items)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
-                grid = grid_of(output)
+                grid = grid_of(output)  # packed patches have one row for each, their grids one for each item
                 count = len(next(iter(output.values())) if grid is None else grid)
+            names = entry["input_names"]  # keyword of the composed model -> parameter of the encoder
             if entry["kind"] == "video":
                 output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
             used = named_inputs(output, name, names)
@@ -189,62 +121,22 @@ class MultimodalProcessor(MultimodalProcessorBase):
             tensors |= used
         return tensors, lengths, samples
 
+    def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+        if name not in self.processors:
+            raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
+        entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
+        masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
+        prepared = self.counter.has_preprocessing(name)
+        with self.lock if entry["kind"] == "text" else nullcontext():  # a tokenizer keeps the options of its last call
+            return run_subprocessor(
+                self.processors[name], name, entry["kind"], items, options, config, masked, prepared
+            )
+
     def _count(self, name: str, output: dict[str, Any], count: int) -> list[int]:
         """Features of each item, alone and unpadded."""
         names = self.config.modality(name)["input_names"]
         items = split_items({names[keyword]: value for keyword, value in output.items()}, count, name)
         return [self.counter.count(name, without_padding(item)) for item in items]
-
-    def _encode_text(self, texts: list[str], lengths, samples, options: dict[str, Any], spans) -> dict[str, Any]:
-        by_token = {self.tokens[name]: found for name, found in lengths.items()}
-        self._check_items(texts, lengths, samples)
-        taken: dict[str, int] = {}
-        expanded = [expand(text, by_token, taken) for text in texts]
-        options = dict(options)
-        as_tensors = options.pop("return_tensors", None)
-        padding = {k: options.pop(k) for k in ("padding", "pad_to_multiple_of", "padding_side") if k in options}
-        with_mask = options.pop("return_attention_mask", None)
-        moved = None
-        if spans is not None:
-            moved = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
-        with self.lock:  # a tokenizer keeps the options of its last call
-            rows = encode(self.tokenizer, [e.text for e in expanded], moved, **options)
-        self._check_truncation(expanded, rows)
-        extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
-        data = pad_rows(self.tokenizer, rows, extra, padding, options.get("max_length"))
-        if with_mask is False:
-            data.pop("attention_mask")
-        return dict(BatchFeature(data, tensor_type=as_tensors)) if as_tensors else data
-
-    def _check_items(self, texts: list[str], lengths: dict[str, list[int]], samples: dict[str, Any]) -> None:
-        found = [occurrences(text, list(self.tokens.values())) for text in texts]
-        for name, token in self.tokens.items():
-            counts = [row[token] for row in found]
-            given = samples.get(name)
-            if given is not None and len(given) != len(texts):
-                raise ValueError(
-                    f"{name}: items were given for {len(given)} samples, but there are {len(texts)} texts."
-                )
-            for sample, (count, items) in enumerate(zip(counts, given or counts, strict=True)):
-                if count != items:
-                    raise ValueError(
-                        f"{name}, sample {sample}: the text has {count} placeholders {token}, but {items} items were given."
-                    )
-            if sum(counts) != len(lengths[name]):
-                raise ValueError(
-                    f"{name}: the texts have {sum(counts)} placeholders {token} {counts}, but {len(lengths[name])} items were "
-                    "given: write one placeholder for each item."
-                )
-
-    def _check_truncation(self, expanded: list[Expanded], rows: list[dict[str, list]]) -> None:
-        for sample, (text, row) in enumerate(zip(expanded, rows, strict=True)):
-            for name, token in self.tokens.items():
-                wanted, kept = text.counts.get(token, 0), row["input_ids"].count(self.config.modality(name)["token_id"])
-                if wanted != kept:
-                    raise ValueError(
-                        f"{name}, sample {sample}: {wanted} features need as many placeholder tokens ({token}), but {kept} are "
-                        "left after truncation: raise max_length, or shorten the text around them."
-                    )
 
     def apply_chat_template(
         self,
@@ -285,9 +177,12 @@ class MultimodalProcessor(MultimodalProcessorBase):
         template = chosen_template(self.chat_template, chat_template)
         batched = is_batch(conversation)
         conversations = list(conversation) if batched else [conversation]
-        call = {k: kwargs.pop(k) for k in list(kwargs) if k in self._known_arguments() or k.endswith("_kwargs")}
+        own = call_arguments(self.config)
+        call = {k: kwargs.pop(k) for k in list(kwargs) if k in own or k.endswith("_kwargs")}
         call |= processor_kwargs or {}
         reader, variables = self._reader(), self._variables(tools=tools, documents=documents, **kwargs)
+        ending: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        ending["continue_final_message"] = continue_final_message
         texts: list[str] = []
         spans: list[Any] = []
         media: list[dict[str, list]] = []
@@ -296,13 +191,7 @@ class MultimodalProcessor(MultimodalProcessorBase):
             if return_assistant_tokens_mask:
                 text, turns = assistant_spans(messages, template, specials=self._specials(), **variables)
             else:
-                text, turns = render(
-                    messages,
-                    template,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    **variables,
-                )
+                text, turns = render(messages, template, **ending, **variables)
             texts, spans, media = [*texts, text], [*spans, turns], [*media, found]
         if not tokenize:
             texts = [refuse_typed(text) for text in texts]

@@ -28,6 +28,22 @@ def nothing_that_threads_share_has_changed():
     assert changes(before, process_state()) == []
 
 
+@pytest.fixture(scope="module")
+def pair():
+    """A model with CLIP and Whisper, and its processor, for tests that leave both as they are."""
+    from helpers import compose_tiny
+
+    return compose_tiny(["clip", "whisper"])
+
+
+@pytest.fixture
+def fresh_pair():
+    """Such a model and processor for one test alone."""
+    from helpers import compose_tiny
+
+    return compose_tiny(["clip", "whisper"])
+
+
 def pytest_addoption(parser):
     parser.addoption("--supported", help="write the page about what is supported to this file, from this run")
 

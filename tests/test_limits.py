@@ -36,3 +36,8 @@ def test_every_cap_is_in_the_page_about_safety():
 
     text = (Path(__file__).parent.parent / "docs" / "safety.md").read_text()
     assert [name for name in dir(limits) if name.isupper() and f"`{name}`" not in text] == []
+
+
+def test_positive_integers():
+    assert limits.is_count(1) and limits.is_count(10**9) and limits.is_count(0, least=0)
+    assert not any(map(limits.is_count, (0, -1, True, 1.0, "1", None)))

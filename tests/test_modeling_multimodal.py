@@ -26,11 +26,6 @@ from transformers.models.auto import modeling_auto
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return compose_tiny(["clip", "whisper"])
-
-
 def by_hand(model, inputs):
     """Embed, encode and scatter in the plainest way, then run the language model."""
     embeds = model.language_model.get_input_embeddings()(inputs["input_ids"].clamp(max=tiny.VOCABULARY - 1)).clone()

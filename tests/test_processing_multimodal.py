@@ -13,11 +13,6 @@ from transformers import AutoProcessor, AutoTokenizer
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, compose
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return compose_tiny(["clip", "whisper"])
-
-
 def equal(a, b):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)

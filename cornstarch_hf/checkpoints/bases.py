@@ -23,15 +23,14 @@ from ..configuration_multimodal import MultimodalConfig
 from ..parts.build_bounds import build_guard
 from ..parts.classes import COMMIT, KEYS, is_repo_id, resolve_class
 from ..parts.threads import PrivateRandom
-from .files import CheckpointFiles, check_files, stored_shapes
-from .manifest import COMPOSITION, Entry, check_hashes, check_sizes, describe_files, sha256_of, valid_entry
+from .files import check_files, stored_shapes
+from .finding import COMPOSITION, CONFIG, HUB_OPTIONS, INDEX, SHARD_OF_MODEL, WEIGHTS, CheckpointFiles
+from .manifest import Entry, check_hashes, check_sizes, describe_files, sha256_of, valid_entry
 
 logger = logging.getLogger(__name__)
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _BLOB = re.compile(r"[0-9a-f]{64}")
 # What bases are loaded with, out of the caller's own options.
-_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only")
+_OPTIONS = tuple(key for key in HUB_OPTIONS if key != "revision")
 
 
 class Base(NamedTuple):
@@ -67,7 +66,7 @@ def read_base(component: str, origin: Mapping[str, Any], dtype: torch.dtype, opt
         files = CheckpointFiles(
             repo_id, _only(options, _OPTIONS) | {"revision": commit, "subfolder": origin.get("subfolder") or ""}
         )
-        pinned, config_file = weight_files_of(files, component), files.find("config.json")
+        pinned, config_file = weight_files_of(files, component), files.find(CONFIG)
     if not COMMIT.fullmatch(str(commit)) or config_file is None:
         raise ValueError(
             f"{component}: the commit of {repo_id!r} is not known ({commit!r}): load it once while the Hub can be reached."
@@ -80,16 +79,16 @@ def read_base(component: str, origin: Mapping[str, Any], dtype: torch.dtype, opt
 
 def weight_files_of(files: CheckpointFiles, component: str) -> dict[str, Entry]:
     """The safetensors files of a base, and their index (ValueError if there are none)."""
-    names = [SINGLE]
-    if files.find(SINGLE) is None:
+    names = [WEIGHTS]
+    if files.find(WEIGHTS) is None:
         index = files.find(INDEX)
         if index is None:
             raise ValueError(
-                f"{component}: {files.source!r} has no {SINGLE}, and a checkpoint refers to safetensors only: store the "
+                f"{component}: {files.source!r} has no {WEIGHTS}, and a checkpoint refers to safetensors only: store the "
                 f"weights, embed=[{component!r}]."
             )
         with open(index, encoding="utf-8") as file:
-            names = [INDEX, *sorted(set(re.findall(_SHARD, file.read())))]
+            names = [INDEX, *sorted(set(re.findall(SHARD_OF_MODEL, file.read())))]
     return describe_files({name: str(path) for name, path in files.find_all(names).items()})
 
 
@@ -144,7 +143,7 @@ def checked_entry(component: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         and entry.get("dtype") in ("float32", "float16", "bfloat16", "float64")
         and all(isinstance(entry.get(key) or "", str) for key in KEYS)
         and isinstance(weights, dict)
-        and all(n in (SINGLE, INDEX) or _SHARD.fullmatch(n) for n in weights)
+        and all(n in (WEIGHTS, INDEX) or SHARD_OF_MODEL.fullmatch(n) for n in weights)
         and all(isinstance(w, dict) and valid_entry(w.get("sha256"), w.get("size")) for w in weights.values())
         and isinstance(patterns, list)
         and all(isinstance(pattern, str) for pattern in patterns)
@@ -182,7 +181,7 @@ def check_base(component: str, entry: Mapping[str, Any], files: CheckpointFiles,
     whose = f"{component} ({files.source})"
     pinned = {name: Entry(**value) for name, value in entry["weights"].items()}
     with base_errors_explained(component, entry):
-        found = files.find_all([*pinned, "config.json"])
+        found = files.find_all([*pinned, CONFIG])
     if all(path is None for path in found.values()):
         raise OSError(
             f"{component}: the base {files.source!r} at {entry['revision'][:8]} is not in the local cache, and the Hub may not "
@@ -194,7 +193,7 @@ def check_base(component: str, entry: Mapping[str, Any], files: CheckpointFiles,
         if _hash_by_name(str(found[name])) != pinned[name].sha256:
             unnamed[name] = pinned[name]
     check_hashes(unnamed, found.get, whose)
-    config = found["config.json"]
+    config = found[CONFIG]
     if config is None or sha256_of(config) != entry.get("config_sha256"):
         raise ValueError(f"{whose}: its config.json is not the one with which this checkpoint was saved.")
 

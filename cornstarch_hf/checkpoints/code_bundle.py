@@ -1,6 +1,6 @@
 """The code in a checkpoint's folder: what `trust_remote_code=True` runs where this package is not installed.
 
-`users_code` collects and rewrites the files, `trusted_code` reads them where the package is imported.
+`users_code` collects and rewrites the files, `trusted_code` writes them and takes them over again.
 
 All entries of ``auto_map`` name one file, the entry, which imports everything else: transformers copies each file of an
 entry with what it imports into a folder of its own, so that several entries would give several copies of each class.
@@ -9,31 +9,22 @@ entry with what it imports into a folder of its own, so that several entries wou
 import ast
 import functools
 import inspect
-import json
+import pprint
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..parts.classes import CODE_ENTRY, language_model_class, resolve_class
-from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
-from .users_code import PACKAGE, ROOT, CodeFiles, called_name, is_installed, own_stem, read_entry, top_calls
+from transformers import BaseVideoProcessor, FeatureExtractionMixin
 
-SHIM = "load_with_cornstarch_hf"
-ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector", "checkpoints_trusted_code")
-MODEL_MAP = {
-    "AutoConfig": "MultimodalConfig",
-    "AutoModel": "MultimodalModel",
-    "AutoModelForCausalLM": "MultimodalModel",
-    "AutoModelForImageTextToText": "MultimodalModel",
-    "AutoModelForMultimodalLM": "MultimodalModel",
-}
-# Side of a checkpoint -> the file that names its classes, and the Auto classes that load it.
-SIDES: dict[str, tuple[str, dict[str, str]]] = {
-    "model": ("config.json", MODEL_MAP),
-    "processor": ("processor_config.json", {"AutoProcessor": "MultimodalProcessor"}),
-    "projector": ("config.json", {"AutoConfig": "MultimodalProjectorConfig", "AutoModel": "MultimodalProjector"}),
-}
+from ..parts.classes import CODE_ENTRY, language_model_class, resolve_class
+from ..parts.known_encoders import ENCODER_TYPES, EncoderType, registered_facts
+from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
+from .code_folder import SIDES, own_modules, read_entry, write_code
+from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
+
+ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector")
+NEEDS = frozenset().union(*THIN.values(), *OPTIONAL.values())
 _HOMES = {
     "MultimodalConfig": "configuration_multimodal",
     "MultimodalProjectorConfig": "configuration_projector",
@@ -41,20 +32,32 @@ _HOMES = {
     "MultimodalProcessor": "processing_multimodal",
     "MultimodalProjector": "projectors_projector",
 }
-_REGISTER = {"callbacks": "register_callback", "projectors": "register_projector", "counts": "register_feature_count"}
+_REGISTER = {
+    "callbacks": "register_callback",
+    "projectors": "register_projector",
+    "counts": "register_feature_count",
+    "encoder_types": "register_encoder_type",
+}
 
 
 class Part(NamedTuple):
     """Something that a checkpoint names and that somebody's file defines."""
 
-    kind: str  # "classes", "callbacks", "projectors" or "counts"
+    kind: str  # "classes", "callbacks", "projectors", "counts", or "encoder_types": a row, and each of its functions
     name: str
     target: Any
     count: Any = None
 
 
 def export_code(
-    folder: Any, side: str, owner: Any, target: Any, *, include_code: bool | None = None, others: Iterable[Any] = ()
+    folder: Any,
+    side: str,
+    owner: Any,
+    target: Any,
+    *,
+    include_code: bool | None = None,
+    others: Iterable[Any] = (),
+    references: bool = False,
 ) -> set[str]:
     """Write the code files of a saved model, processor or projector, and name them in its ``auto_map``.
 
@@ -67,6 +70,7 @@ def export_code(
             for what was not loaded from a checkpoint with code, writes one small file that asks for this package:
             code that is frozen into a checkpoint gets no fixes and asks each reader to trust it.
         others: further objects whose classes the user may have defined (processors of single modalities).
+        references: whether the checkpoint refers to other repositories for its weights.
 
     Returns:
         names of code files in the target that nothing needs any more.
@@ -75,32 +79,40 @@ def export_code(
         ValueError: a part is defined where it cannot be carried from: in a notebook, `__main__` or a function, or in a
             file that does more than define; names it and the remedy.
     """
-    folder, target = Path(folder), Path(target)
-    old, (file, mapping) = read_entry(target), SIDES[side]
-    if include_code or (include_code is None and _has_code(owner)):
-        parts = [*parts_of(owner.config, side), *(_class_part(type(other)) for other in (owner, *others))]
-        carried = _collect(parts)
-        texts, classes = _entry_texts(target, side, carried, parts, old), dict(mapping)
-        if _is_users(_class_part(type(owner))):
-            classes |= {key: type(owner).__name__ for key in mapping if key != "AutoConfig"}
-        entry = CODE_ENTRY
-    else:
-        texts, classes, entry = {SHIM: _shim_text()}, mapping, SHIM
-    _set_auto_map(folder / file, {key: f"{entry}.{name}" for key, name in classes.items()})
-    others_need = {_entry_named_in(target / name) for name, _ in SIDES.values() if name != file}
-    surplus = set(old.get("files", ())) - set(texts) if CODE_ENTRY in texts or CODE_ENTRY not in others_need else set()
-    if CODE_ENTRY in texts and SHIM not in others_need:
-        surplus.add(SHIM)
-    for stem, text in texts.items():
-        (folder / f"{stem}.py").write_text(text, encoding="utf-8")
-    return {f"{stem}.py" for stem in surplus}
+    folder, target, others = Path(folder), Path(target), list(others)
+    classes = dict(SIDES[side][1])
+    if not (include_code or (include_code is None and _has_code(owner))):
+        return write_code(folder, target, side, None, classes)
+    parts = [*parts_of(owner.config, side), *(_class_part(type(other)) for other in (owner, *others))]
+    needs = needs_of(owner.config, side, others) | ({"references"} if references else set())
+    sides = {name: found for name, found in read_entry(target).get("sides", {}).items() if name != side}
+    needed = needs.union(*(found.get("needs", ()) for found in sides.values()))
+    carried = _collect(parts, needed)
+    texts = _entry_texts(target, sides | {side: _side(carried, needs)}, side, carried)
+    if _is_users(_class_part(type(owner))):
+        classes |= {key: type(owner).__name__ for key in classes if key != "AutoConfig"}
+    return write_code(folder, target, side, texts, classes)
+
+
+def needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
+    """What a checkpoint names and not each one does, by the words of `users_code.THIN`."""
+    if side == "projector":
+        return {config.projection_type} & NEEDS
+    needs = {getattr(config, f"{name}_projector_config").projection_type for name in config.encoders}
+    needs |= {config.modality(name)["kind"] for name in config.encoders} & {"audio", "video"}
+    for other in others:
+        own = own_stem(_file_of(type(other))) == "processing_own_processors"
+        needs |= {"own processors"} if own else set()
+        needs |= {"video"} if isinstance(other, BaseVideoProcessor) else set()
+        needs |= {"audio"} if isinstance(other, FeatureExtractionMixin) else set()
+    return (needs | ({"adapters"} if config.adapters else set())) & NEEDS
 
 
 def _has_code(owner: Any) -> bool:
     """Whether this was loaded from a checkpoint with code: it runs from there, or its configuration says so."""
     maps = [getattr(owner, "auto_map", None), getattr(owner.config, "auto_map", None)]
     named = {str(ref).rpartition("--")[2].partition(".")[0] for m in maps if isinstance(m, dict) for ref in m.values()}
-    return ROOT != PACKAGE or CODE_ENTRY in named
+    return CODE_ENTRY in named
 
 
 # ---- what a checkpoint names
@@ -125,6 +137,9 @@ def parts_of(config: Any, side: str) -> list[Part]:
             found.append(Part("callbacks", described["name"], callback.target, callback.feature_count))
         keys = [key for key in (name, encoder_config.model_type) if key in FEATURE_COUNTS]
         found += [Part("counts", key, FEATURE_COUNTS[key]) for key in keys]
+        for model_type in registered_facts([encoder_config]) or ():
+            row = ENCODER_TYPES[model_type]
+            found += [Part("encoder_types", model_type, target) for target in (row, *row.functions)]
     if (text := config.text_config) is not None:
         cls: Any = language_model_class(text)
         if config.language_model_class is not None:
@@ -173,10 +188,12 @@ class _Carried(NamedTuple):
     parts: list[Part]  # the user's
     homes: dict[int, str]  # position of a part -> stem of its file
     packages: list[str]  # installed modules that must be imported, for classes that they define
+    rows: dict[str, EncoderType]  # of users' encoder types
 
 
-def _collect(parts: list[Part]) -> _Carried:
-    files, homes, packages = CodeFiles(ROOTS), {}, set()
+def _collect(parts: list[Part], needs: Collection[str]) -> _Carried:
+    modules = [name for name in sorted(needs) if name in own_modules()]  # that files of the other side import
+    files, homes, packages = CodeFiles((*ROOTS, *modules), needs), {}, set()
     users = [part for part in dict.fromkeys(parts) if _is_users(part)]
     for i, part in enumerate(users):
         path = _checked_file(part)
@@ -190,7 +207,8 @@ def _collect(parts: list[Part]) -> _Carried:
                 f"{part.name!r} ({part.kind}) is defined in the installed package {package!r}, whose files a checkpoint does "
                 f"not carry: define it in a file of your own, which may import {package!r}."
             )
-    return _Carried(files, users, homes, sorted(packages))
+    rows = {part.name: part.target for part in parts if isinstance(part.target, EncoderType)}
+    return _Carried(files, users, homes, sorted(packages), rows)
 
 
 def _checked_file(part: Part) -> Path:
@@ -216,116 +234,98 @@ def _registered_in(text: str) -> set[tuple[str, str]]:
 # ---- the entry
 
 
-def _entry_texts(folder: Path, side: str, carried: _Carried, parts: list[Part], old: dict) -> dict[str, str]:
+def _entry_texts(target: Path, sides: dict[str, Any], side: str, carried: _Carried) -> dict[str, str]:
     """All files by stem, the entry among them; what the other side of the checkpoint brought along stays in it."""
-    other = {key: value for key, value in old.get("sides", {}).items() if key != side}
-    sides = other | {side: _side(carried)}
     texts = dict(carried.files.texts)
-    for stem in old.get("files", ()):
-        path = folder / f"{stem}.py"
-        if any(stem in found["files"] for found in other.values()) and stem not in texts and path.is_file():
+    others = [stem for name, found in sides.items() if name != side for stem in found["files"]]
+    for stem in set(others) - set(texts):
+        if (path := target / f"{stem}.py").is_file():
             texts[stem] = path.read_text(encoding="utf-8")
-    files = sorted({*texts, CODE_ENTRY})
-    carries = {"files": files, "package": sorted(carried.files.own), "sides": dict(sorted(sides.items()))}
+    carries = {"package": sorted(carried.files.own), "sides": dict(sorted(sides.items()))}
     return texts | {CODE_ENTRY: _entry_text(carries)}
 
 
-def _side(carried: _Carried) -> dict[str, Any]:
+def _side(carried: _Carried, needs: Collection[str]) -> dict[str, Any]:
     """What one side of a checkpoint needs, as the entry lists it: plain data."""
     known = set().union(*(_registered_in(text) for text in carried.files.users.values()), set())
     side: dict[str, Any] = {"files": sorted(carried.files.users), "packages": carried.packages, "registrations": []}
+    side["needs"] = sorted({*needs, *carried.files.added})
     side |= {kind: [] for kind in ("classes", "callbacks", "projectors", "counts")}
+    side["encoder_types"] = sorted(carried.rows)
+    side["rows"] = {}  # facts as Python writes them, functions as [file, name]
+    for name, row in carried.rows.items():
+        if (_REGISTER["encoder_types"], name) not in known:
+            facts, part = {fact: getattr(row, fact) for fact in row.facts}, Part("encoder_types", name, row)
+            side["rows"][name] = {k: _place(part, v, carried) if callable(v) else repr(v) for k, v in facts.items()}
     for i, part in enumerate(carried.parts):
+        if part.kind == "encoder_types":
+            continue
         side[part.kind].append(part.name)
         if part.kind == "classes":
             if i in carried.homes:
                 side.setdefault("homes", {})[part.name] = carried.homes[i]
         elif (_REGISTER[part.kind], part.name) not in known:
-            side["registrations"].append(_registration(part, carried.homes[i], carried))
+            side["registrations"].append(_registration(part, carried))
     return side
 
 
-def _registration(part: Part, home: str, carried: _Carried) -> list:
+def _registration(part: Part, carried: _Carried) -> list:
     """``[function, name, file, target, file of the count, count]`` for what no carried file registers itself."""
-    places: list = []
-    for target in (part.target, part.count):
-        if target is None:
-            places += [None, None]
-            continue
-        name = getattr(target, "__qualname__", "<")
-        found = getattr(sys.modules.get(getattr(target, "__module__", "")), name, None)
-        if found is not target or inspect.ismodule(target):
-            raise ValueError(
-                f"{part.name!r} ({part.kind}) was registered in another file than {home}.py, and as {name!r} it cannot be "
-                f"found by a name: call {_REGISTER[part.kind]}({part.name!r}, ...) at the top of the file that defines it."
-            )
-        stem = (
-            home
-            if target is part.target
-            else carried.files.add_file(_checked_file(Part("counts", part.name, target)), "")
+    pairs = [[None, None] if t is None else _place(part, t, carried) for t in (part.target, part.count)]
+    return [_REGISTER[part.kind], part.name, *pairs[0], *pairs[1]]
+
+
+def _place(part: Part, target: Any, carried: _Carried) -> list:
+    """``[file, name]`` from which a checkpoint imports something that is registered."""
+    name, file = getattr(target, "__qualname__", "<"), _file_of(target).name
+    found = getattr(sys.modules.get(getattr(target, "__module__", "")), name, None)
+    if found is not target or inspect.ismodule(target):
+        raise ValueError(
+            f"{part.name!r} ({part.kind}) was registered in another file than {file}, and as {name!r} it cannot be found by a "
+            f"name: call {_REGISTER[part.kind]}({part.name!r}, ...) at the top of the file that defines it."
         )
-        places += [stem, name]
-    return [_REGISTER[part.kind], part.name, *places]
+    return [carried.files.add_file(_checked_file(part._replace(target=target)), f"it defines {name!r}"), name]
+
+
+_ENTRY_TEXT = '''"""The code of this checkpoint, for `trust_remote_code=True`; written when it was saved with include_code=True.
+
+`pip install cornstarch_hf` and `import cornstarch_hf` load it without running this.
+"""
+# ruff: noqa: F401
+
+{imports}
+
+{carries}
+
+{registrations}'''
 
 
 def _entry_text(carries: dict[str, Any]) -> str:
-    lines = [
-        '"""The code of this checkpoint, for `trust_remote_code=True`; written when it was saved with include_code=True.',
-        "",
-        "`pip install cornstarch_hf` and `import cornstarch_hf` load it without running this.",
-        '"""',
-        "",
-    ]
-    for name, home in sorted(_HOMES.items()):
-        lines.append(f"from .{home} import {name}  # noqa: F401")
-    lines.append(
-        "from .parts_registries import register_callback, register_feature_count, register_projector  # noqa: F401"
-    )
-    named = set(_HOMES.values()) | {"parts_registries"}
-    registrations, packages = [], set()
-    for side in carries["sides"].values():
-        packages |= set(side["packages"])
-        registrations += [entry for entry in side["registrations"] if entry not in registrations]
-    for stem in [s for s in carries["package"] if s not in named | _package_stems()]:  # only a user's file needs it
-        lines.append(f"from .{stem} import __name__ as _{stem}  # noqa: F401")
-    homes = {name: home for side in carries["sides"].values() for name, home in side.get("homes", {}).items()}
-    for stem in [s for s in carries["files"] if s not in carries["package"] and s != CODE_ENTRY]:
+    """The text of the entry: imports of all that is not imported by something else, what it carries, registrations."""
+    sides = carries["sides"].values()
+    imports = [f"import {package}" for package in sorted({name for side in sides for name in side["packages"]})]
+    imports += [f"from .{home} import {name}" for name, home in sorted(_HOMES.items())]
+    imports += ["from .parts_registries import register_callback, register_feature_count, register_projector"]
+    imports += ["from .parts_known_encoders import register_encoder_type"]
+    for stem in sorted(set(carries["package"]) - _package_stems()):  # what not every checkpoint needs
+        imports.append(f"from .{stem} import __name__ as _{stem}")
+    homes = {name: home for side in sides for name, home in side.get("homes", {}).items()}
+    for stem in sorted({stem for side in sides for stem in side["files"]}):
         names = sorted(name for name, home in homes.items() if home == stem) or [f"__name__ as _{stem}"]
-        lines.append(f"from .{stem} import {', '.join(names)}  # noqa: F401")
-    lines[5:5] = [f"import {package}  # noqa: F401" for package in sorted(packages)]
-    for i, (_, _, home, target, count_home, count) in enumerate(registrations):
-        lines.append(f"from .{home} import {target} as _target_{i}")
+        imports.append(f"from .{stem} import {', '.join(names)}")
+    wanted = {tuple(entry): None for side in sides for entry in side["registrations"]}
+    registrations = []
+    for i, (function, name, home, target, count_home, count) in enumerate(wanted):
+        imports.append(f"from .{home} import {target} as _target_{i}")
         if count is not None:
-            lines.append(f"from .{count_home} import {count} as _count_{i}")
-    lines += ["", f"CARRIES = {json.dumps(carries, indent=4, sort_keys=True).replace('null', 'None')}", ""]
-    for i, (function, name, _, _, _, count) in enumerate(registrations):
-        lines.append(f"{function}({name!r}, _target_{i}{f', _count_{i}' if count is not None else ''})")
-    return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def _shim_text() -> str:
-    return (
-        '"""This checkpoint was saved without its code: it is loaded by the package cornstarch_hf.\n\n'
-        "    pip install cornstarch_hf\n\n"
-        "and `import cornstarch_hf` first; then `trust_remote_code` is not needed.\n"
-        '"""\n\n'
-        f"from {PACKAGE} import {', '.join(sorted(_HOMES))}  # noqa: F401\n"
-    )
-
-
-# ---- the files that name the classes
-
-
-def _set_auto_map(path: Path, auto_map: dict[str, str]) -> None:
-    if not path.is_file():
-        return
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["auto_map"] = auto_map
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _entry_named_in(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
-    return next((str(ref).partition(".")[0] for ref in found.values()), None)
+            imports.append(f"from .{count_home} import {count} as _count_{i}")
+        registrations.append(f"{function}({name!r}, _target_{i}{f', _count_{i}' if count is not None else ''})")
+    rows = {name: row for side in sides for name, row in side.get("rows", {}).items()}
+    places = {tuple(value) for row in rows.values() for value in row.values() if isinstance(value, list)}
+    imports += [f"from .{home} import {function} as _{home}_{function}" for home, function in sorted(places)]
+    for name, row in rows.items():
+        facts = [f"{key}={value if isinstance(value, str) else '_'.join(['', *value])}" for key, value in row.items()]
+        registrations.append(f"register_encoder_type({name!r}, {', '.join(facts)})")
+    carried = pprint.pformat(carries, width=120, compact=True)
+    texts = {"imports": imports, "carries": [f"CARRIES = {carried}"], "registrations": registrations}
+    return _ENTRY_TEXT.format(**{key: "\n".join(lines) for key, lines in texts.items()}).rstrip("\n") + "\n"

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_multimodal import MultimodalConfig
-from ..parts.adapter_tensors import adapter_buffers, check_buffers_restorable, restore_token_rows
-from ..parts.adapters import check_not_injected, record_adapters, unwrapped
+from ..parts.adapters import adapter_buffers, check_buffers_restorable, restore_token_rows, unwrapped
 from ..parts.freezing import frozen_patterns
 from ..parts.gathering import nearest_models
+from ..parts.known_encoders import registered_facts
 from ..parts.names import as_regex, compress, matches
+from ..parts.stored_adapters import check_not_injected, record_adapters
 from ..parts.stored_modules import check_callbacks_storable
 from ..parts.weightless import build_without_weights, without_dtypes
 
@@ -31,6 +32,7 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
         encoder.projector.check_storable(f"{name}_encoder.projector")
         config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
     record_adapters(config, encoders, language_model)
+    config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
     config.frozen = frozen_patterns(model) or None
     config.part_dtypes = dtypes_by_pattern(model, first_dtype(language_model))
 

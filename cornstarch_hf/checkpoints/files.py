@@ -4,107 +4,17 @@
 """
 
 import json
-import logging
 import operator
 import os
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
-from transformers.utils import hub
 
 from ..limits import cap
 from ..parts.build_bounds import build_guard
 from ..parts.stored_values import SHARD, check_auto_map, read_json
+from .finding import CONFIG, DESCRIPTIONS, INDEX, WEIGHTS, CheckpointFiles, of_variant
 from .folder_swap import valid_folder
-from .manifest import (
-    COMPOSITION,
-    DELTA,
-    Composition,
-    Entry,
-    check_hashes,
-    check_sizes,
-    read_composition,
-    weights_pattern,
-)
-
-HUB_OPTIONS = ("cache_dir", "force_download", "token", "local_files_only", "revision", "subfolder")
-
-
-class CheckpointFiles:
-    """Finds the files of one checkpoint; all of a Hub repository's come from one commit.
-
-    Args:
-        source: a folder, or a repository id.
-        options: those of `HUB_OPTIONS` are used, as in `from_pretrained`.
-
-    Raises:
-        OSError: `source` is neither.
-    """
-
-    def __init__(self, source: str | os.PathLike, options: Mapping[str, Any] | None = None):
-        self.source = os.fspath(source)
-        self.is_local = os.path.isdir(self.source)
-        if not self.is_local:
-            try:
-                validate_repo_id(self.source)
-            except HFValidationError as error:
-                raise OSError(
-                    f"{self.source} is no folder of this machine, and cannot be the id of a repository: check the path."
-                ) from error
-        given = options or {}
-        self.options = {key: given[key] for key in HUB_OPTIONS if given.get(key) is not None}
-        resolve = getattr(hub, "resolve_revision", None)  # transformers before 5.23 resolves each file by itself
-        if resolve is not None and not self.is_local:
-            keys = ("token", "local_files_only", "cache_dir")
-            found = {key: self.options[key] for key in keys if key in self.options}
-            self.options["revision"] = resolve(self.source, self.options.get("revision"), **found)
-
-    @property
-    def subfolder(self) -> str:
-        """The folder within the source in which the files lie."""
-        return self.options.get("subfolder") or ""
-
-    @property
-    def folder(self) -> str:
-        """The local folder in which the files lie (`subfolder` included); only for local ones."""
-        return os.path.join(self.source, self.subfolder)
-
-    def find(self, name: str) -> str | None:
-        """Where a file lies, downloaded if need be; None if the checkpoint has none of that name.
-
-        Raises:
-            OSError: the repository or the Hub cannot be reached, by huggingface_hub's own error classes.
-        """
-        if self.is_local:
-            path = os.path.join(self.folder, name)
-            return path if os.path.isfile(path) else None
-        try:
-            return hf_hub_download(self.source, name, **self.options)
-        except LocalEntryNotFoundError:
-            # Not in the cache: of no weight where nothing else was asked, a failure where the Hub did not answer.
-            if constants.HF_HUB_OFFLINE or self.options.get("local_files_only"):
-                return None
-            raise
-        except EntryNotFoundError:
-            return None
-
-    def find_all(self, names: Iterable[str]) -> dict[str, str | None]:
-        """`find` for several files; those on the Hub are downloaded several at a time."""
-        names = list(names)
-        if self.is_local:
-            return {name: self.find(name) for name in names}
-        with ThreadPoolExecutor(8) as pool:
-            return dict(zip(names, pool.map(self.find, names), strict=True))
-
-
-logger = logging.getLogger(__name__)
-CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-READ = (CONFIG, "generation_config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json",
-        "adapter_config.json")  # fmt: skip
+from .manifest import Composition, checked_composition, first_weights
 
 
 def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[str, Any]:
@@ -124,7 +34,7 @@ def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[s
     if ".." in os.path.normpath(files.subfolder or ".").split(os.sep) or os.path.isabs(files.subfolder):
         raise ValueError(f"subfolder {files.subfolder!r} leaves {files.source}.")
     config: Mapping[str, Any] = {}
-    for name in READ if files.is_local else (CONFIG,):
+    for name in DESCRIPTIONS if files.is_local else (CONFIG,):
         if (path := files.find(name)) is not None:
             values = read_json(path, f"{files.source}: {name}")
             _check_description(values, files, name)
@@ -153,17 +63,8 @@ def _is_weights(name: str) -> bool:
     return SHARD.fullmatch(bare) is not None and not name.startswith(".")
 
 
-def _named(name: str, variant: str | None) -> str:
-    if variant is None:
-        return name
-    if not variant.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(f"variant must be a plain word, got {variant!r}.")
-    stem, _, rest = name.partition(".safetensors")
-    return f"{stem}.safetensors.index.{variant}.json" if "index" in rest else f"{stem}.{variant}.safetensors"
-
-
 def _check_weight_names(files: CheckpointFiles, variant: str | None, explicit: str | None) -> None:
-    for name in {_named(INDEX, variant), explicit or ""}:
+    for name in {of_variant(INDEX, variant), explicit or ""}:
         if name.endswith(".json") and (index := files.find(name)) is not None:
             shards(index, files.source)
     inside = os.listdir(files.folder)
@@ -210,7 +111,7 @@ def stored_shapes(
     Raises:
         ValueError: a shard is missing, or a file is no safetensors file.
     """
-    whole, index = _named(WEIGHTS, variant), _named(INDEX, variant)
+    whole, index = of_variant(WEIGHTS, variant), of_variant(INDEX, variant)
     if explicit is not None:
         whole, index = (explicit, "") if explicit.endswith(".safetensors") else ("", explicit)
     path = files.find(whole) if whole else None
@@ -292,27 +193,7 @@ def checked_files(
         source, options["subfolder"] = valid, ""
     files = CheckpointFiles(source, options)
     values = check_files(files, variant)
-    found = files.find(COMPOSITION)
-    composition = None if found is None else read_composition(found)
-    if composition is not None:
-        if verify and not composition.references and first_weights(composition, variant) is None:
-            which = f" of the variant {variant!r}" if variant else ""
-            raise ValueError(
-                f"{files.source}: {COMPOSITION} lists no weights{which} to verify: save them again, or leave out verify=."
-            )
-        entries = _weights(composition, variant)
-        if verify:  # not the weights of other variants, which nobody reads and may not have been downloaded
-            unread = composition.weights().keys() - entries.keys()
-            entries = {name: entry for name, entry in composition.manifest.items() if name not in unread}
-        found_files = files.find_all(entries)
-        try:
-            (check_hashes if verify else check_sizes)(entries, found_files.get, files.source)
-        except ValueError as error:
-            if verify or not asks_what_is_missing:
-                raise
-            logger.warning("%s It is read all the same: the loading information says what it holds.", error)
-    elif verify:
-        raise ValueError(f"{files.source} has no {COMPOSITION} to verify it by: save it again, or leave out verify=.")
+    composition = checked_composition(files, variant, verify, asks_what_is_missing)
     explicit = first_weights(composition, variant) if composition is not None else None
     shapes = None
     if composition is None or not composition.references:
@@ -321,27 +202,6 @@ def checked_files(
     return Checked(files, options, composition, shapes, not any(others) and not options.get("ignore_mismatched_sizes"))
 
 
-def _weights(composition: Composition, variant: str | None) -> dict[str, Entry]:
-    """The weight files that will be read."""
-    pattern = weights_pattern(variant)
-    return {n: e for n, e in composition.weights().items() if pattern.fullmatch(n) or n == DELTA}
-
-
-def first_weights(composition: Composition, variant: str | None) -> str | None:
-    """The file with which transformers begins to read weights: the index where there is one."""
-    names = [name for name in _weights(composition, variant) if name != DELTA]
-    return next((name for name in names if name.endswith(".json")), names[0] if names else None)
-
-
 def guarded(checked: Checked) -> Any:
     """Bound what is built within by what the checkpoint holds; see `build_bounds.build_guard`."""
     return build_guard(checked.shapes, sized=checked.sized)
-
-
-def check_loaded(info: Mapping[str, Any], source: Any) -> None:
-    """Refuse a model some of whose tensors the checkpoint did not hold (ValueError): they are random now."""
-    if missing := sorted(info.get("missing_keys") or ()):
-        raise ValueError(
-            f"{source} does not hold {len(missing)} tensors of the model that its configuration names ({missing[:3]}): they "
-            "would be random. Load a whole checkpoint, or save this one again from the whole model."
-        )

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from ..parts.stored_values import POINTER
+from .finding import CONFIG, PROCESSOR
 
 try:
     import fcntl
@@ -25,7 +26,7 @@ except ImportError:  # not on this system: then nothing left over is ever remove
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-HEADS = ("config.json", "processor_config.json")
+HEADS = (CONFIG, PROCESSOR)
 _INSIDE = re.compile(r"\.saved-[0-9a-z_]{8,}")
 _BETWEEN = (".placing", ".pointing")  # what a killed save may leave of single steps
 # Indexes name their shards: they go first and come last, so that no reader finds one beside shards of another save.

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_multimodal import MultimodalConfig
 from ..parts.build_bounds import Shapes, build_guard
 from ..parts.stored_values import read_json
 from ..parts.weightless import build_without_weights, without_dtypes
-from .files import CONFIG, HUB_OPTIONS, Checked, CheckpointFiles, checked_files, first_weights, guarded
-from .manifest import COMPOSITION, DELTA, REMEDY, Composition, read_composition
-from .references import assemble_state, components_of
+from .files import Checked, checked_files, guarded
+from .finding import ADAPTERS, COMPOSITION, CONFIG, DELTA, GENERATION, PLACES, CheckpointFiles
+from .manifest import REMEDY, Composition, components_of, first_weights, read_composition
+from .references import assemble_state
+from .references import write_reference as write_reference
 
 
 class LoadPlan(NamedTuple):
@@ -72,9 +74,9 @@ def plan_load(
 def _base_of_adapters(checked: Checked) -> Checked:
     """Of a folder of adapters alone, the checkpoint below them, which transformers loads."""
     files = checked.files
-    if files.find(CONFIG) is not None or (path := files.find("adapter_config.json")) is None:
+    if files.find(CONFIG) is not None or (path := files.find(ADAPTERS)) is None:
         return checked
-    base = read_json(path, f"{files.source}: adapter_config.json").get("base_model_name_or_path")
+    base = read_json(path, f"{files.source}: {ADAPTERS}").get("base_model_name_or_path")
     if not isinstance(base, str) or base == files.source:
         return checked
     return checked_files(base, {k: v for k, v in checked.options.items() if k not in ("subfolder", "revision")}, False)
@@ -82,15 +84,15 @@ def _base_of_adapters(checked: Checked) -> Checked:
 
 def _config_of(
     model_class: type[PreTrainedModel], files: CheckpointFiles, options: dict[str, Any]
-) -> tuple[MultimodalConfig, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """The configuration, a copy that may be changed, and the options that are not about it."""
     options = dict(options)
     given = options.pop("config", None)
-    if isinstance(given, MultimodalConfig):
+    if isinstance(given, model_class.config_class or PreTrainedConfig):
         return copy.copy(given), options  # transformers makes a deep copy itself
     # The options that are for loading alone, and that a configuration would otherwise take for its own.
     kept = {key: options.pop(key) for key in ("dtype", "torch_dtype", "quantization_config") if key in options}
-    hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    hub = {key: options.pop(key) for key in PLACES if key in options}
     source = files.source if given is None else given
     config, unused = model_class.config_class.from_pretrained(
         source, return_unused_kwargs=True, **files.options, **options
@@ -133,7 +135,7 @@ def _by_reference(
     stored = load_file(changed)
     state = assemble_state(build, stored, composition.references, bases, options, verify)
     guard = build_guard({name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False)
-    options = {key: value for key, value in options.items() if key not in (*HUB_OPTIONS, "variant", "use_safetensors")}
+    options = {key: value for key, value in options.items() if key not in (*PLACES, "variant", "use_safetensors")}
     return LoadPlan(None, options | {"config": config, "state_dict": state}, files, guard, composition)
 
 
@@ -159,5 +161,5 @@ def finish_load(model: PreTrainedModel, loading: LoadPlan, info: Mapping[str, An
     }:
         raise ValueError(f"{files.source} did not load completely: {lost}.")
     model.config.name_or_path = model.name_or_path = files.source
-    if "generation_config" not in loading.options and files.find("generation_config.json"):
+    if "generation_config" not in loading.options and files.find(GENERATION):
         model.generation_config = GenerationConfig.from_pretrained(files.source, **files.options)

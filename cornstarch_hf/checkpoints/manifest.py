@@ -6,20 +6,20 @@ Reading it decides nothing about a model; `references` loads what it refers to, 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .finding import ADAPTERS, ANY_WEIGHTS, COMPOSITION, CONFIG, DELTA, weights_pattern
 from .folder_swap import replaced_atomically
 
-COMPOSITION = "composition.json"
+logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "cornstarch-composition", 1
-DELTA = "composition.safetensors"
 REMEDY = "Download or copy the checkpoint again, or save it again if the file was changed on purpose."
-_WEIGHTS = re.compile(r".*\.safetensors(\.index(\.\w+)?\.json)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[\w][\w.\-]{0,199}(/[\w][\w.\-]{0,199})?")
 _COMPONENT = re.compile(r"language_model|[a-z][a-z0-9_]{0,63}_encoder")
@@ -51,7 +51,36 @@ class Composition(NamedTuple):
 
     def weights(self) -> dict[str, Entry]:
         """The files that hold tensors, and the indexes of such files."""
-        return {name: entry for name, entry in self.manifest.items() if _WEIGHTS.fullmatch(name)}
+        return {name: entry for name, entry in self.manifest.items() if ANY_WEIGHTS.fullmatch(name)}
+
+
+def components_of(config: Any) -> list[str]:
+    """Names of all components, in order."""
+    return [*(f"{name}_encoder" for name in config.encoders), "language_model"]
+
+
+def chosen_components(config: Any, embed: bool | Collection[str]) -> list[str]:
+    """The components that are stored as references.
+
+    Args:
+        embed: True for none of them, False for all, or the names of those whose weights are stored.
+
+    Raises:
+        ValueError: a name that is no component.
+    """
+    every = components_of(config)
+    if isinstance(embed, bool):
+        return [] if embed else every
+    if isinstance(embed, str) or (unknown := sorted(set(embed) - set(every))):
+        raise ValueError(
+            f"embed must be True, False or a list with some of {every}, got {embed if isinstance(embed, str) else unknown!r}."
+        )
+    return [name for name in every if name not in embed]
+
+
+def embedded(config: Any) -> dict[str, dict[str, Any]]:
+    """The components of a model that is stored whole."""
+    return {name: {"source": "embedded"} for name in components_of(config)}
 
 
 def write_composition(
@@ -169,7 +198,60 @@ def check_hashes(entries: Mapping[str, Entry], find: Callable[[str], str | None]
             raise ValueError(f"{whose}: {name} has the SHA-256 {got[name].sha256}, expected {entry.sha256}. {REMEDY}")
 
 
-CONFIG, ADAPTERS = "config.json", "adapter_config.json"
+def weights_to_read(composition: Composition, variant: str | None) -> dict[str, Entry]:
+    """The weight files that a load will read."""
+    pattern = weights_pattern(variant)
+    return {n: e for n, e in composition.weights().items() if pattern.fullmatch(n) or n == DELTA}
+
+
+def first_weights(composition: Composition, variant: str | None) -> str | None:
+    """The file with which transformers begins to read weights: the index where there is one."""
+    names = [name for name in weights_to_read(composition, variant) if name != DELTA]
+    return next((name for name in names if name.endswith(".json")), names[0] if names else None)
+
+
+def checked_composition(
+    files: Any, variant: str | None, verify: bool, asks_what_is_missing: bool = False
+) -> Composition | None:
+    """What `composition.json` of a checkpoint says, after its files were compared with that; None where there is none.
+
+    Args:
+        files: a `finding.CheckpointFiles`.
+        variant: as in `from_pretrained`.
+        verify: whether the hashes of all files are compared, and not only the sizes of weight files.
+        asks_what_is_missing: whether the caller wants to be told what was loaded (`output_loading_info`): a weight file of
+            another size, exchanged on purpose, is then a warning.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not what was saved; nothing to verify by.
+    """
+    found = files.find(COMPOSITION)
+    if found is None:
+        if verify:
+            raise ValueError(
+                f"{files.source} has no {COMPOSITION} to verify it by: save it again, or leave out verify=."
+            )
+        return None
+    composition = read_composition(found)
+    entries = weights_to_read(composition, variant)
+    if verify:
+        if not composition.references and first_weights(composition, variant) is None:
+            which = f" of the variant {variant!r}" if variant else ""
+            raise ValueError(
+                f"{files.source}: {COMPOSITION} lists no weights{which} to verify: save them again, or leave out verify=."
+            )
+        # Not the weights of other variants, which nobody reads and may not have been downloaded.
+        unread = composition.weights().keys() - entries.keys()
+        entries = {name: entry for name, entry in composition.manifest.items() if name not in unread}
+    found_files = files.find_all(entries)
+    try:
+        (check_hashes if verify else check_sizes)(entries, found_files.get, files.source)
+    except ValueError as error:
+        if verify or not asks_what_is_missing:
+            raise
+        logger.warning("%s It is read all the same: the loading information says what it holds.", error)
+    return composition
 
 
 @dataclass
@@ -218,12 +300,6 @@ def staged_save(folder: str | os.PathLike, variant: str | None = None) -> Iterat
         earlier |= set() if variant or before is None else set(before.manifest)
         yield staged
         write_composition(staging, staged.components, _staying(folder, before, pattern) if variant else None)
-
-
-def weights_pattern(variant: str | None = None) -> re.Pattern:
-    """Names of the weight files of a checkpoint."""
-    part = f"\\.{re.escape(variant)}" if variant else ""
-    return re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
 
 
 def _earlier_save(folder: str | os.PathLike) -> Composition | None:

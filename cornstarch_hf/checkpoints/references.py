@@ -13,41 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..parts.adapter_tensors import current_name
-from ..parts.adapters import is_wrapped, unwrapped
+from ..parts.adapters import current_name, is_wrapped, unwrapped
 from ..parts.classes import KEYS, is_repo_id
 from ..parts.names import compress, matches
 from .bases import Base, base_files, check_base, checked_entry, part_tensors, read_base
-from .manifest import DELTA
+from .finding import DELTA
+from .manifest import components_of
 
 
 def part_path(component: str) -> str:
     """The module of a composed model that a component means."""
     return component if component == "language_model" else f"{component}.module"
-
-
-def components_of(config: Any) -> list[str]:
-    """Names of all components, in order."""
-    return [*(f"{name}_encoder" for name in config.encoders), "language_model"]
-
-
-def chosen_components(config: Any, embed: bool | Collection[str]) -> list[str]:
-    """The components that are stored as references.
-
-    Args:
-        embed: True for none of them, False for all, or the names of those whose weights are stored.
-
-    Raises:
-        ValueError: a name that is no component.
-    """
-    every = components_of(config)
-    if isinstance(embed, bool):
-        return [] if embed else every
-    if isinstance(embed, str) or (unknown := sorted(set(embed) - set(every))):
-        raise ValueError(
-            f"embed must be True, False or a list with some of {every}, got {embed if isinstance(embed, str) else unknown!r}."
-        )
-    return [name for name in every if name not in embed]
 
 
 def split_by_base(
@@ -212,11 +188,6 @@ def _check_complete(skeleton: PreTrainedModel, merged: Mapping[str, Tensor], sou
             f"This checkpoint and its bases do not make up the model: without a source {missing[:3]} ({len(missing)}); in no "
             f"part {[(n, source[n]) for n in surplus[:3]]} ({len(surplus)}); of another shape {shapes} (source, got, expected)."
         )
-
-
-def embedded(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """The components of a model that is stored whole."""
-    return {name: {"source": "embedded"} for name in components_of(model.config)}
 
 
 def write_reference(

@@ -1,19 +1,15 @@
-"""Saving and loading of the composed model, as methods of transformers' names."""
+"""Saving and loading of the composed model, as methods of transformers' names; what all classes share is in `plain_storage`."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
-from transformers import PreTrainedModel
 
 from ..configuration_multimodal import MultimodalConfig
-from ..parts.adapter_tensors import shared_by_adapters
-from ..parts.classes import SharedCode
+from ..parts.adapters import shared_by_adapters
 from ..parts.freezing import restore_frozen
 from ..parts.gathering import gathered_ties
-from .code_bundle import export_code
 from .config_sync import (
     cast_buffers,
     check_quantized,
@@ -22,26 +18,23 @@ from .config_sync import (
     restore_adapter_buffers,
     sync_config,
 )
-from .files import check_loaded
-from .loading import finish_load, plan_load
-from .manifest import staged_save
-from .references import chosen_components, embedded, write_reference
-from .trusted_code import with_shared_code
+from .finding import HUB_ARGUMENTS as HUB_ARGUMENTS
+from .loading import write_reference
+from .manifest import StagedSave, chosen_components, embedded
+from .plain_storage import PUSHERS as PUSHERS
+from .plain_storage import ModelStorage
 
 logger = logging.getLogger(__name__)
-# What `save_pretrained` takes for a push, as in transformers.
-HUB_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags", "token")
-# Of `push`, for what stands below it: it needs the whole model to write a card.
-PUSHERS: dict[str, Callable[..., Any]] = {}
 
 
-class MultimodalStorageMixin(SharedCode, PreTrainedModel):
+class MultimodalStorageMixin(ModelStorage):
     """How a composed model is saved and loaded; see `MultimodalModel`."""
 
     config: MultimodalConfig
     encoders: Any
     language_model: Any
     _saved = False  # whether the whole model lies in some folder
+    _save_options = ("embed", "bases")
 
     def save_pretrained(
         self,
@@ -81,41 +74,8 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
                 never saved itself; a component that cannot be referred to.
             OSError: the disk is full, a base cannot be read, ...; the old checkpoint is still there.
         """
-        kwargs, hub = split_options(kwargs)
-        options = {"variant": variant, **kwargs}
-        whole = not getattr(self, "_hf_peft_config_loaded", False)
-        if whole:
-            check_quantized(self)  # before anything asks for the state: bitsandbytes changes 4-bit weights then
-            sync_config(self, self.config, self.encoders, self.language_model)
-            check_rebuildable(self)
-            # Adapters may have come or gone; saving reads `_tied_weights_keys`, loading the other one.
-            self.all_tied_weights_keys = gathered_ties(self)
-            self._tied_weights_keys = shared_by_adapters(self) | self.all_tied_weights_keys
-        elif not (self.name_or_path or self._saved):
-            raise ValueError(
-                "After add_adapter only the adapters are saved, but the model below them was never saved, so its projectors "
-                "would be lost: call save_pretrained before add_adapter, or wrap the parts with get_peft_model and compose."
-            )
-        referenced = chosen_components(self.config, embed)
-        if not whole or kwargs.get("distributed_checkpoint") or not _writes(is_main_process):
-            super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **options)
-        else:
-            with staged_save(save_directory, variant) as staged:
-                if referenced:
-                    staged.components |= write_reference(self, staged.folder, referenced, bases, kwargs | hub)
-                else:
-                    staged.components |= embedded(self)
-                    super().save_pretrained(staged.folder, True, state_dict, False, *args, **options)
-                staged.surplus |= export_code(staged.folder, "model", self, save_directory, include_code=include_code)
-        self._saved = True
-        if push_to_hub and _writes(is_main_process):
-            saved = {**options, "state_dict": state_dict, "embed": embed, "bases": bases, "include_code": include_code}
-            pusher("push_saved")(self, save_directory, saved | hub)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Push this model with a card, in one commit; takes what `cornstarch_hf.push_to_hub` takes, which also takes the
-        processor along, and raises the same."""
-        return pusher("push")(self, None, repo_id, **options)
+        own: dict[str, Any] = {"embed": embed, "bases": bases, "include_code": include_code, "variant": variant}
+        return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **own, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -140,29 +100,57 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
             ValueError: files that are not what was saved, a base that is another one.
             OSError: a repository that cannot be read; names the component and the remedy.
         """
-        kwargs["use_safetensors"] = _safetensors_only(kwargs.get("use_safetensors"))
-        kwargs = with_shared_code(pretrained_model_name_or_path, kwargs)
-        wants_info = kwargs.pop("output_loading_info", False)
-        loading = plan_load(cls, pretrained_model_name_or_path, kwargs, bases, verify, wants_info)
-        model: Any
-        info: dict[str, Any]
-        with loading.guard:
-            model, info = super().from_pretrained(loading.source, *args, output_loading_info=True, **loading.options)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, verify=verify, bases=bases, **kwargs)
+
+    def _before_save(self, embed: bool | Collection[str] = True, bases: Mapping[str, str] | None = None) -> bool:
+        whole = not getattr(self, "_hf_peft_config_loaded", False)
+        if whole:
+            check_quantized(self)  # before anything asks for the state: bitsandbytes changes 4-bit weights then
+            sync_config(self, self.config, self.encoders, self.language_model)
+            check_rebuildable(self)
+            # Adapters may have come or gone; saving reads `_tied_weights_keys`, loading the other one.
+            self.all_tied_weights_keys = gathered_ties(self)
+            self._tied_weights_keys = shared_by_adapters(self) | self.all_tied_weights_keys
+        elif not (self.name_or_path or self._saved):
+            raise ValueError(
+                "After add_adapter only the adapters are saved, but the model below them was never saved, so its projectors "
+                "would be lost: call save_pretrained before add_adapter, or wrap the parts with get_peft_model and compose."
+            )
+        chosen_components(self.config, embed)
+        return whole
+
+    def _write(
+        self,
+        staged: StagedSave,
+        options: Mapping[str, Any],
+        embed: bool | Collection[str] = True,
+        bases: Mapping[str, str] | None = None,
+    ) -> bool:
+        if referenced := chosen_components(self.config, embed):
+            staged.components |= write_reference(self, staged.folder, referenced, bases, options)
+        else:
+            staged.components |= embedded(self.config)
+        return bool(referenced)
+
+    @classmethod
+    def _load_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("use_safetensors") is False:
+            raise ValueError("Composed models are stored as safetensors only; use_safetensors=False is refused.")
+        return options | {"use_safetensors": True}
+
+    def _after_load(self, source: Any, info: Mapping[str, Any], wants_info: bool) -> None:
         if not wants_info:  # who asks what is missing is told
-            check_loaded(info, pretrained_model_name_or_path)
-        finish_load(model, loading, info)
-        restore_adapter_buffers(model)
-        cast_buffers(model, model.config.part_dtypes, model.dtype)
-        loaded = (model, info) if wants_info else model
-        if getattr(model, "_hf_peft_config_loaded", False):
-            return loaded  # a folder of adapters, in which PEFT decides what trains
-        if frozen := restore_frozen(model, model.config.frozen):
+            check_loaded(info, source)
+        restore_adapter_buffers(self)
+        cast_buffers(self, self.config.part_dtypes, self.dtype)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return  # a folder of adapters, in which PEFT decides what trains
+        if frozen := restore_frozen(self, self.config.frozen):
             logger.warning(
                 "%d of the loaded parameter tensors are frozen, as they were when saved (%s). unfreeze() trains all.",
                 frozen,
-                ", ".join(model.config.frozen[:4]) + (", ..." if len(model.config.frozen) > 4 else ""),
+                ", ".join(self.config.frozen[:4]) + (", ..." if len(self.config.frozen) > 4 else ""),
             )
-        return loaded
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
         plan = {
@@ -184,26 +172,10 @@ class MultimodalStorageMixin(SharedCode, PreTrainedModel):
         return {f"{name}_encoder.projector" for name in self.config.encoders}
 
 
-def _writes(is_main_process: bool) -> bool:
-    """Whether this process writes checkpoint files; of several, transformers lets one do so."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return is_main_process and not (distributed and torch.distributed.get_rank() != 0)
-
-
-def _safetensors_only(wanted: bool | None) -> bool:
-    if wanted is False:
-        raise ValueError("Composed models are stored as safetensors only; use_safetensors=False is refused.")
-    return True
-
-
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of a save, and those among them that are for its push."""
-    hub = {key: value for key, value in options.items() if key in HUB_ARGUMENTS}
-    return {key: value for key, value in options.items() if key not in hub}, hub
-
-
-def pusher(name: str) -> Callable[..., Any]:
-    """A function of `push` by its name; ValueError where code that came with a checkpoint runs without the package."""
-    if name not in PUSHERS:
-        raise ValueError("Pushing needs the package: pip install cornstarch_hf, then import cornstarch_hf.")
-    return PUSHERS[name]
+def check_loaded(info: Mapping[str, Any], source: Any) -> None:
+    """Refuse a model some of whose tensors the checkpoint did not hold (ValueError): they are random now."""
+    if missing := sorted(info.get("missing_keys") or ()):
+        raise ValueError(
+            f"{source} does not hold {len(missing)} tensors of the model that its configuration names ({missing[:3]}): they "
+            "would be random. Load a whole checkpoint, or save this one again from the whole model."
+        )

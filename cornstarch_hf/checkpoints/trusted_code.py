@@ -15,12 +15,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_cached_module_file
 
 from ..parts.classes import CODE_ENTRY, _source
+from ..parts.known_encoders import ENCODER_TYPES
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from ..parts.threads import TravellingLock
-from .users_code import HERE, ROOT, own_modules, read_entry
+from .code_folder import HERE, ROOT, own_modules, read_entry
+from .finding import HUB_OPTIONS, PLACES
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-_REGISTRIES = {"callbacks": CALLBACKS, "projectors": PROJECTORS, "counts": FEATURE_COUNTS}
+_REGISTRIES = {
+    "callbacks": CALLBACKS,
+    "projectors": PROJECTORS,
+    "counts": FEATURE_COUNTS,
+    "encoder_types": ENCODER_TYPES,
+}
 
 
 def with_shared_code(source: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def with_shared_code(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
         if options.get("trust_remote_code"):
-            places = {key: options[key] for key in (*HUB_OPTIONS, "subfolder") if options.get(key) is not None}
+            places = {key: options[key] for key in PLACES if options.get(key) is not None}
             values, _ = PreTrainedConfig.get_config_dict(source, **places)
             load_shared_code(source, values.get("auto_map"), options)
         return options
@@ -86,14 +92,16 @@ def _missing(carries: dict, package: str) -> list[str]:
     found = []
     for side in carries.get("sides", {}).values():
         for kind, registry in _REGISTRIES.items():
-            found += [name for name in side[kind] if _is_missing(registry.get(name), package)]
+            found += [name for name in side.get(kind, ()) if _is_missing(registry.get(name), package)]
         found += [name for name in side["classes"] if name not in _imported_names()]
     return found
 
 
 def _is_missing(entry: Any, package: str) -> bool:
-    module = getattr(getattr(entry, "target", entry), "__module__", "") or ""
-    return entry is None or (module.startswith(f"{ROOT}_shared_") and not module.startswith(f"{package}."))
+    targets = getattr(entry, "functions", [getattr(entry, "target", entry)])  # of an encoder type several
+    modules = [getattr(target, "__module__", "") or "" for target in targets]
+    others = [m for m in modules if m.startswith(f"{ROOT}_shared_") and not m.startswith(f"{package}.")]
+    return entry is None or bool(others)
 
 
 def _imported_names() -> set[str]:

@@ -6,20 +6,16 @@ rewritten.  A module that lies in a folder of the package is carried as ``folder
 """
 
 import ast
-import functools
 import importlib.util
-import os
 import re
 import sys
 import sysconfig
+from collections.abc import Collection
 from pathlib import Path
 
 from ..parts.classes import CODE_ENTRY
+from .code_folder import HERE, PACKAGE, THIN_FOLDER, own_modules, read_entry
 
-PACKAGE = "cornstarch_hf"
-# The package, or the folder of a checkpoint whose code is running: there its modules lie beside each other.
-ROOT = PACKAGE if __name__.startswith(f"{PACKAGE}.") else str(__package__)
-HERE = Path(__file__).resolve().parents[__name__.removeprefix(f"{ROOT}.").count(".")]
 _IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
@@ -33,6 +29,33 @@ _PROGRAM_CALLS = frozenset(
 _HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger", "filterwarnings", "simplefilter"])
 
 
+# What a checkpoint carries by a thin file with the same names: in any case, or unless it names one of these.  Guards that
+# arrive inside the code that they guard protect nobody; what composes and exports needs the package.
+THIN: dict[str, frozenset[str]] = {
+    "checkpoints_code_bundle": frozenset(),
+    "checkpoints_folder_swap": frozenset(),
+    "checkpoints_loading": frozenset(["references"]),
+    "checkpoints_trusted_code": frozenset(),
+    "composition": frozenset(),
+    "encoders_own_parts": frozenset(),
+    "parts_build_bounds": frozenset(),
+    "parts_stored_adapters": frozenset(["adapters"]),
+    "parts_stored_values": frozenset(),
+    "processing_assistant_turns": frozenset(),
+    "processing_sounds": frozenset(["audio"]),
+    "processing_template_sandbox": frozenset(),
+    "processing_video": frozenset(["video"]),
+    "processing_video_processors": frozenset(["video"]),
+}
+# What only a checkpoint carries that names one of these; nothing else imports it.
+OPTIONAL: dict[str, frozenset[str]] = {
+    "processing_own_processors": frozenset(["own processors"]),
+    "projectors_reductions": frozenset(["frame_stack", "pixel_shuffle"]),
+    "projectors_resampler": frozenset(["resampler"]),
+    "projectors_windows": frozenset(["avg_pool", "conv"]),
+}
+
+
 def is_installed(path: Path) -> bool:
     """Whether a file belongs to Python or to an installed package, which a checkpoint names but does not carry."""
     places = [sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -42,24 +65,15 @@ def is_installed(path: Path) -> bool:
     return inside or beside_packages or bool({"site-packages", "dist-packages"} & set(path.parts))
 
 
-@functools.cache
-def own_modules() -> dict[str, str]:
-    """Every module of the running code: the name under which a checkpoint carries it -> its name below `ROOT`."""
-    paths = HERE.glob("**/*.py" if ROOT == PACKAGE else "*.py")
-    names = [path.relative_to(HERE).with_suffix("").parts for path in paths]
-    return {"_".join(parts): ".".join(parts) for parts in sorted(names) if parts[-1] != "__init__"}
-
-
 def own_file(stem: str) -> Path:
-    """The file of a module of the running code, by the name under which a checkpoint carries it."""
+    """The file of a module of this package, by the name under which a checkpoint carries it."""
     return HERE.joinpath(*own_modules().get(stem, stem).split(".")).with_suffix(".py")
 
 
 def own_stem(path: Path) -> str | None:
-    """The name under which a checkpoint carries a file of the running code; None for a file that lies elsewhere."""
+    """The name under which a checkpoint carries a file of this package; None for a file that lies elsewhere."""
     path = path.resolve()
-    inside = path.is_relative_to(HERE) if ROOT == PACKAGE else path.parent == HERE
-    return "_".join(path.relative_to(HERE).with_suffix("").parts) if inside else None
+    return "_".join(path.relative_to(HERE).with_suffix("").parts) if path.is_relative_to(HERE) else None
 
 
 def bundled(text: str, module: str) -> tuple[str, set[str]]:
@@ -75,35 +89,29 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
     return _IMPORT.sub(flat, text), found
 
 
-def read_entry(folder: str | os.PathLike) -> dict:
-    """What the code in a checkpoint's folder says that it carries; empty without code.  Nothing is run."""
-    path = Path(folder) / f"{CODE_ENTRY}.py"
-    if not path.is_file():
-        return {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARRIES":
-            found = ast.literal_eval(node.value)
-            return found if isinstance(found, dict) else {}
-    return {}
-
-
 class CodeFiles:
     """The files that a checkpoint carries, collected from the roots given and from what they import.
 
+    Args:
+        roots: modules of this package, which a checkpoint needs to load and to save itself.
+        needs: what the checkpoint names, see `THIN` and `OPTIONAL`; names of modules that it needs whole among it.
+
     Attributes:
-        own: stems of modules of this package.
-        users: texts of a user's files by the stem under which they are carried.
+        added: modules of this package that only a user's file needs, or needs whole.
+        own: texts of modules of this package by the stem under which they are carried.
+        users: texts of a user's files likewise.
 
     Raises:
         ValueError: from every method, a file that cannot be carried; names the file, the line and the remedy.
     """
 
-    def __init__(self, roots: tuple[str, ...]):
-        self.own: dict[str, str] = {}
+    def __init__(self, roots: tuple[str, ...], needs: Collection[str] = ()):
+        self._roots = [*roots, *(stem for stem, names in OPTIONAL.items() if not names.isdisjoint(needs))]
+        self._whole = {stem for stem, names in THIN.items() if stem in needs or not names.isdisjoint(needs)}
+        self.added: set[str] = set()
+        self.own = self._collected()
         self.users: dict[str, str] = {}
         self._stems: dict[Path, str] = {}
-        for root in roots:
-            self.add_own(root)
         self._package = frozenset(self.own)
 
     @property
@@ -111,29 +119,49 @@ class CodeFiles:
         """All texts by stem."""
         return self.own | self.users
 
+    def source(self, stem: str) -> Path:
+        """Where the text lies that a checkpoint carries as a module of this package."""
+        thin = stem in THIN and stem not in self._whole
+        return THIN_FOLDER / f"{stem}.py" if thin else own_file(stem)
+
     def add_own(self, stem: str) -> str:
-        """Take a module of the running code and all that it imports."""
-        pending = [stem]
-        while pending:
-            name = pending.pop()
-            if name in self.own:
-                continue
-            path = own_file(name)
-            if not path.is_file():
-                raise ValueError(f"The code of a checkpoint needs {name}.py of {PACKAGE}, which this version lacks.")
-            self.own[name], imported = bundled(path.read_text(encoding="utf-8"), own_modules().get(name, name))
-            pending += imported
+        """Take a module of this package, and all that it imports, for a user's file: it may use any name of it."""
+        self._carry_whole(stem, set())
+        self._roots += [stem, *self.added]
+        self.own = self._collected()
         return stem
+
+    def _carry_whole(self, stem: str, seen: set[str]) -> None:
+        """Replace thin files by whole ones in a module and in what only it imports."""
+        if stem in seen or stem in self._whole or (stem in self._package and stem not in THIN):
+            return  # the modules of every checkpoint are made for thin neighbours
+        seen.add(stem)
+        self.added.add(stem)
+        if stem in THIN:
+            self._whole.add(stem)
+        for imported in self._bundled(stem)[1]:
+            self._carry_whole(imported, seen)
+
+    def _collected(self) -> dict[str, str]:
+        texts: dict[str, str] = {}
+        pending = list(self._roots)
+        while pending:
+            if (stem := pending.pop()) not in texts:
+                texts[stem], imported = self._bundled(stem)
+                pending += imported
+        return texts
+
+    def _bundled(self, stem: str) -> tuple[str, set[str]]:
+        path = self.source(stem)
+        if not path.is_file():
+            raise ValueError(f"The code of a checkpoint needs {stem}.py of {PACKAGE}, which this version lacks.")
+        return bundled(path.read_text(encoding="utf-8"), ".".join(path.relative_to(HERE).with_suffix("").parts))
 
     def add_file(self, path: Path, why: str) -> str:
         """Take a user's file and the files of the user that it imports; returns the stem under which it is carried."""
         path = path.resolve()
-        own = own_stem(path)
-        if own is not None:
-            if own not in self._package and own not in self.users:
-                self.users[own] = ""  # a user's file beside the running code: a checkpoint's, loaded again
-                self.users[own] = self._rewritten(path, why)
-            return own
+        if (own := own_stem(path)) is not None:
+            return self.add_own(own)
         if path.stem in read_entry(path.parent).get("package", []):
             return self.add_own(path.stem)
         if path not in self._stems:

@@ -1,20 +1,34 @@
-"""One encoder with its projector: to a modality's entry in the configuration, and built again from it."""
+"""One encoder with its projector, completed and written into a modality's entry of the configuration; `rebuilding` reads it."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import MultimodalProjectorConfig
-from ..parts.adapters import unwrapped, wrap_again
-from ..parts.classes import class_name, constructor_options, resolve_class
-from ..parts.known_encoders import WIDTH_AS_CONFIGURED, WIDTH_AS_CONFIGURED_AT_LAST
-from ..parts.stored_modules import SLOTS, build_callback
+from ..parts.adapters import unwrapped
+from ..parts.constructors import class_name, constructor_options
+from ..parts.known_encoders import ALL, LAST, encoder_type
+from ..parts.versions import CACHE_NAMES
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
 from .grids import PLANE_KINDS
-from .module import ModalEncoderModule
+from .module import ModalEncoderModule, first_weight
+from .towers import OWN_INPUTS, transformers_keywords
+
+# Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
+TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
+    [
+        *("token_type_ids", "mm_token_type_ids", "cache_position", "shift_labels", "return_dict", "output_attentions"),
+        *("output_hidden_states", "encoder_outputs", "inputs", "return_loss"),
+    ]
+)
+# Towers of packed models name their inputs differently from what their processors emit.
+PROCESSOR_NAMES = {
+    "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
+    "video": {"hidden_states": "pixel_values_videos", "grid_thw": "video_grid_thw"},
+}
 
 
 def complete_projector(
@@ -40,7 +54,7 @@ def complete_projector(
     projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
     projector.config.language_model_type = unwrapped(language_model).config.model_type
     if fresh:
-        weight = next((p for p in encoder.module.parameters() if p.is_floating_point()), None)
+        weight = first_weight(encoder.module)
         if weight is not None:
             projector.to(device=weight.device, dtype=weight.dtype)
     got = projector.config.in_features
@@ -79,9 +93,9 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
 
 def width_is_configured(config: Any, layer: Any) -> bool:
     """Whether the features of a layer are sequences of the width that an encoder's configuration names."""
-    merges = config.model_type in WIDTH_AS_CONFIGURED_AT_LAST and layer != -1
-    adapted = getattr(config, "add_adapter", False)  # wav2vec 2.0's, which may have another width
-    return config.model_type in WIDTH_AS_CONFIGURED and not merges and not adapted
+    if getattr(config, "add_adapter", False):  # wav2vec 2.0's, which may have another width
+        return False
+    return encoder_type(config).width_layers in ((LAST, ALL) if layer == -1 else (ALL,))
 
 
 def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
@@ -99,26 +113,42 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
     }
 
 
-def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    """Build one encoder with its projector and callbacks."""
-    entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
-    cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
-    module = wrap_again(
-        cls(encoder_config, **entry["encoder_kwargs"]), config.adapters_of(f"{name}_encoder.module"), name
-    )
-    if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
-        raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
-    callbacks: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
-    encoder = ModalEncoderModule(
-        module,
-        MultimodalProjector(getattr(config, f"{name}_projector_config")),
-        entry["additional_args"],
-        **callbacks,
-        kind=entry["kind"],
-        layer=entry["layer"],
-        output=entry["output"],
-        drop_prefix=entry["drop_prefix"],
-        data_format=entry["data_format"],
-    )
-    encoder.name = name
-    return encoder
+def assign_input_names(
+    parameters: Mapping[str, Iterable[str]], kinds: Mapping[str, str], language_model: Iterable[str]
+) -> dict[str, dict[str, str]]:
+    """Give each encoder input its keyword.
+
+    An input keeps the name that its processor emits while that is unique; where two encoders, or an encoder and the
+    language model, want one name, every encoder's gets ``"{modality}_"`` in front.
+
+    Args:
+        parameters: the inputs of each modality's encoder, by the names of its `forward`.
+        kinds: the modalities' kinds.
+        language_model: names that the language model's `forward` takes.
+
+    Returns:
+        for each modality ``{keyword: parameter of the encoder}``.
+
+    Raises:
+        ValueError: a name is still taken with the prefix in front.
+
+    >>> assign_input_names({"vision": ["pixel_values"], "audio": ["input_features", "attention_mask"]},
+    ...                    {"vision": "image", "audio": "audio"}, ["input_ids", "attention_mask"])["audio"]
+    {'input_features': 'input_features', 'audio_attention_mask': 'attention_mask'}
+    """
+    emitted = {
+        name: {p: PROCESSOR_NAMES.get(kinds[name], {}).get(p, p) for p in names} for name, names in parameters.items()
+    }
+    text = TEXT_NAMES | transformers_keywords() | set(language_model)
+    wanted = [key for names in emitted.values() for key in names.values()]
+    assigned: dict[str, dict[str, str]] = {}
+    taken = dict.fromkeys(text, "the language model")
+    for name, names in emitted.items():
+        assigned[name] = {}
+        for parameter, key in names.items():
+            keyword = f"{name}_{key}" if key in text or wanted.count(key) > 1 else key
+            if keyword in taken:
+                raise ValueError(f"{name}: its input {key!r} would be named {keyword!r}, which {taken[keyword]} uses.")
+            taken[keyword] = f"the encoder {name!r}"
+            assigned[name][keyword] = parameter
+    return assigned

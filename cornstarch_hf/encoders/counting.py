@@ -15,21 +15,20 @@ from transformers import PreTrainedConfig
 
 from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import MultimodalProjectorConfig
-from ..limits import check_features
+from ..limits import check_count, check_features
 from ..parts.build_bounds import bounded_tensors, build_guard
 from ..parts.classes import resolve_class
-from ..parts.known_encoders import COUNT_RULES, COUNT_RULES_OF_EACH_LAYER, STAGES
+from ..parts.known_encoders import ALL, encoder_type
 from ..parts.registries import FEATURE_COUNTS
 from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
-from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, without_dtypes
-from ..projectors.reductions import Grid, per_item
-from .building import build_encoder
-from .feature_layout import with_plain_kernels
-from .grids import frames_as_items
+from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
+from ..projectors.projector import Grid, per_item
+from .grids import frames_as_items, is_staged
 from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
+from .rebuilding import build_encoder
 
 MOST = 4_096
 
@@ -75,7 +74,7 @@ def _signature(value: Any) -> Any:
     return tuple(value.shape), hashlib.sha256(value.numpy().tobytes()).digest()
 
 
-POSTPROCESS_PROJECTOR = "postprocess_projector_callback"
+MODULE_CALLBACKS, PROJECTOR_CALLBACK = SLOTS[:2], SLOTS[2]
 # Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
 DEPTHS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "depth")
 # Settings of single layers by their numbers; `out_indices` chooses among the outputs of backbones.
@@ -86,7 +85,11 @@ _REMEDY = "register_feature_count({!r}, fn)."
 class FeatureCounter:
     """Counts features per item, after selection, callbacks and token reduction, from a configuration alone.
 
-    Threads may share it.  It is pickled, copied and hashed without what it has counted or built.
+    A count that a user registered is final.  Else the number goes along the chain: a rule of the encoder's type, or a dry run
+    where none holds; then what the callbacks declare and what the projector leaves.  With a callback behind the module that
+    declares nothing, the whole chain is run.
+
+    Threads may share a counter.  It is pickled, copied and hashed without what it has counted or built.
 
     Args:
         config: of the composed model; copied where `live` is given.
@@ -101,10 +104,10 @@ class FeatureCounter:
 
     def _begin(self) -> None:
         self._lock = TravellingLock()  # encoders keep a state while they run
-        self._probes: dict[tuple[str, bool], Any] = {}
         self._cache = CountCache()
-        self._needs_all_layers: set[str] = set()  # encoders of which few layers do not do
-        self._few_layers_suffice: set[str] = set()  # and of which they do
+        self._probes: dict[tuple[str, bool], ModalEncoderModule] = {}  # by modality, and whether of few layers
+        # Do few layers suffice?  By modality: True once a run has shown it, False once anything has failed, None until then.
+        self._few_layers: dict[str, bool | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "own": self.own}
@@ -140,43 +143,38 @@ class FeatureCounter:
         own = self.own[name].callbacks if name in self.own else {}
         return "preprocess_callback" in {*self.config.modality(name)["callbacks"], *own}
 
+    # ---- the chain
+
     def _counted(self, name: str, inputs: Mapping[str, Any]) -> int:
         encoder_config = getattr(self.config, f"{name}_config")
         registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
         if registered is not None:
-            return _natural(registered(inputs, encoder_config), name, "the registered feature count")
-        encoder = self._cheapest_stub(name)
-        callbacks = {slot: cb for slot, cb in encoder.callbacks.items() if cb is not None}
-        declared = {slot: fn for slot, cb in callbacks.items() if (fn := declared_count(cb)) is not None}
-        after_module = set(callbacks) - {POSTPROCESS_PROJECTOR}
-        if any(slot.startswith("post") and slot not in declared for slot in callbacks) or (
-            after_module and encoder.projector.needs_grid  # a callback may state a grid, which only a run tells
-        ):
-            return self._count_by_dry_run(name, inputs)
-        count, grid = self._encoded(name, inputs, encoder, set(callbacks) == set(declared), tuple(declared))
+            return check_count(registered(inputs, encoder_config), f"{name}: the registered feature count", least=0)
+        encoder = self._probe(name)
+        # By place, None for a callback that declares nothing.
+        declared = {slot: declared_count(cb) for slot, cb in encoder.callbacks.items() if cb is not None}
+        undeclared = any(slot in declared and declared[slot] is None for slot in SLOTS[1:])
+        # A callback may state a grid, which only a run tells.
+        if undeclared or (encoder.projector.needs_grid and any(slot in declared for slot in MODULE_CALLBACKS)):
+            return sum(map(len, self._output(name, inputs, ModalEncoderModule.__call__).pooler_output))
+        count, grid = self._selected(name, inputs, encoder, declared)
         for slot in SLOTS:  # in the order in which they run
-            if slot == POSTPROCESS_PROJECTOR:
-                count = self._reduced(name, encoder, count, grid)
-            if slot in declared:
-                count = _natural(declared[slot](inputs, count), name, f"the feature_count of {slot}")
+            if slot == PROJECTOR_CALLBACK:
+                count = self._reduced(name, encoder.projector, count, grid)
+            if (fn := declared.get(slot)) is not None:
+                count = check_count(fn(inputs, count), f"{name}: the feature_count of {slot}", least=0)
         return count
 
-    def _encoded(
-        self, name: str, inputs: Mapping[str, Any], encoder: ModalEncoderModule, by_rule: bool, without: tuple[str, ...]
+    def _selected(
+        self, name: str, inputs: Mapping[str, Any], encoder: ModalEncoderModule, declared: Mapping[str, Any]
     ) -> tuple[int, Grid | None]:
         """Selected features before the callbacks that follow the module, and their grid where the projector needs it."""
-        entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
-        model_type = encoder_config.model_type
-        holds = not entry["output"] and (entry["layer"] == -1 or model_type in COUNT_RULES_OF_EACH_LAYER)
-        # Packed features have no prefix to drop, as a run says.
-        holds = holds and not (entry["drop_prefix"] and packed_sizes(inputs))
-        rule = COUNT_RULES.get(model_type) if by_rule and holds else None
-        items, frames = frames_as_items(inputs, name) if rule is not None and encoder.by_frame else (inputs, [1])
-        count = rule(items, encoder_config) if rule is not None else None
+        count = None if None in declared.values() else self._by_rule(name, inputs, encoder.by_frame)
         if count is not None:
-            lengths, given_grids = [(count - entry["drop_prefix"]) * frames[0]], None
-        else:
-            output = self._dry_run_with_fallbacks(name, inputs, without, ModalEncoderModule.select)
+            lengths, given_grids = [count], None
+        else:  # without the callbacks whose counts are added afterwards
+            without = tuple(slot for slot, fn in declared.items() if fn is not None)
+            output = self._output(name, inputs, ModalEncoderModule.select, without)
             lengths = [len(item) for item in per_item(output.last_hidden_state, output.lengths, name)]
             given_grids = output.feature_grids
         grids = encoder.grids(dict(inputs), lengths, given_grids)
@@ -186,34 +184,100 @@ class FeatureCounter:
             )
         return sum(lengths), grids[0] if grids else None
 
-    def _reduced(self, name: str, encoder: ModalEncoderModule, count: int, grid: Grid | None) -> int:
-        """Features that the projector leaves, by its own count or by a run of it alone."""
-        projector = encoder.projector
+    def _by_rule(self, name: str, inputs: Mapping[str, Any], by_frame: bool) -> int | None:
+        """Selected features by the rule of the encoder's type, None where none holds of what is selected."""
+        entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
+        known, dropped = encoder_type(encoder_config), entry["drop_prefix"]
+        holds = not entry["output"] and (entry["layer"] == -1 or known.count_layers == ALL)
+        if known.count is None or not holds or (dropped and packed_sizes(inputs)):
+            return None  # packed features have no prefix to drop, as a run says
+        items, frames = frames_as_items(inputs, name) if by_frame else (inputs, [1])
+        count = known.count(items, encoder_config)
+        if count is None:
+            return None
+        check_count(count, f"{name}: the count of {encoder_config.model_type!r}", least=0)
+        return (count - dropped) * frames[0]
+
+    def _reduced(self, name: str, projector: Any, count: int, grid: Grid | None) -> int:
+        """Features that the projector leaves, by its own count or by a dry run of it alone."""
+        what = type(projector.projection).__name__
         try:
             left = projector.feature_count(count, grid)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if left is None:
-            left = self._reduced_by_run(name, count, grid)
-        return _natural(left, name, f"the feature_count of {type(projector.projection).__name__}")
+            features = torch.empty(1, count, projector.config.in_features, device="meta")
+            run = functools.partial(projector, return_dict=True, grids=None if grid is None else [grid])
+            try:
+                left = dry_run(run, {"inputs_embeds": features}).last_hidden_state.shape[1]
+            except Exception as error:
+                raise ValueError(
+                    f"{name}: what {what} leaves of {count} features could not be found by running it on shapes "
+                    f"({type(error).__name__}: {error}). Give its class a method feature_count(length, grid), or state it: "
+                    f"{_REMEDY.format(name)}"
+                ) from error
+        return check_count(left, f"{name}: the feature_count of {what}", least=0)
 
-    def _cheapest_stub(self, name: str) -> ModalEncoderModule:
-        """The encoder for what stands around its layers: of few layers where it can be built so."""
-        if not self._is_stack(name):
-            return self._probe(name)
-        try:
-            return self._probe(name, shallow=True)
-        except Exception:  # all layers are built instead, or tell what is wrong
-            self._needs_all_layers.add(name)
-        return self._probe(name)
+    # ---- dry runs
 
-    def _probe(self, name: str, shallow: bool = False) -> ModalEncoderModule:
-        """The encoder without weights, where it is `shallow` of no more layers than the selected ones need."""
-        if (name, shallow) not in self._probes:
+    def _output(self, name: str, inputs: Mapping[str, Any], method: Callable, without: tuple[str, ...] = ()) -> Any:
+        """What a method of the encoder gives for the shapes of an item, the callbacks in some places left out."""
+        run = functools.partial(_dry_run_of, method=method, without=without)
+        probe, encoder_config = self._probe(name), getattr(self.config, f"{name}_config")
+        if (suffices := self._few_layers[name]) is not False:
+            with contextlib.suppress(Exception):  # too few for this class: all of them tell, or say what is wrong
+                output = run(probe, inputs)
+                # Where some layer is told apart by its number, all of them are run once: behind MiniCPM-V's
+                # `insert_layer_id` there are fewer features.
+                suffices = suffices or not _names_layers(encoder_config)
+                if suffices or _sizes(output) == _sizes(run(self._built(name, False), inputs)):
+                    self._few_layers[name] = True
+                    return output
+            self._few_layers[name] = False
+            probe = self._probe(name)
+        failed: Exception | None = None
+        # A second time without full masks: one that an encoder makes of its features has no values here.
+        for given in (inputs, _without_full_masks(inputs)):
+            try:
+                return run(probe, given)
+            except Exception as error:
+                failed = failed or error
+        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
+        raise ValueError(
+            f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
+            f"{type(probe.module).__name__} and its callbacks on shapes ({type(failed).__name__}: {failed}). "
+            f"State it: {_REMEDY.format(name)}"
+        ) from failed
+
+    def _probe(self, name: str) -> ModalEncoderModule:
+        """The encoder without weights, of few layers unless these are known not to suffice."""
+        if name not in self._few_layers:
+            self._few_layers[name] = None if self._layers_are_alike(name) else False
+        if self._few_layers[name] is not False:
+            try:
+                return self._built(name, True)
+            except Exception:  # all layers are built instead, or tell what is wrong
+                self._few_layers[name] = False
+        return self._built(name, False)
+
+    def _layers_are_alike(self, name: str) -> bool:
+        """Whether the encoder is a stack of layers of transformers' own, of which one may stand for all."""
+        entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
+        if entry["output"] or (name in self.own and self.own[name].callbacks):
+            return False
+        depths = isinstance(getattr(encoder_config, "depths", None), (list, tuple))
+        if is_staged(encoder_config) and not (depths and entry["layer"] == -1):
+            return False  # one layer per stage keeps the size of the last hidden state alone
+        cls = resolve_class(entry["encoder_class"], encoder_config, name)
+        return cls.__module__.startswith("transformers.models.")
+
+    def _built(self, name: str, few_layers: bool) -> ModalEncoderModule:
+        """The encoder without weights, with as many layers as the selected ones need, or with all."""
+        if (name, few_layers) not in self._probes:
             plain, own = without_dtypes(copy.deepcopy(self.config)), self.own.get(name)
             plain.adapters = None
             encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
-            if shallow:
+            if few_layers:
                 _make_shallow(encoder_config, self.config.modality(name)["layer"])
             if own is not None and own.projector is not None:
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
@@ -223,91 +287,9 @@ class FeatureCounter:
                 raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
             if own is not None:
                 own.put_into(encoder)
-            self._probes[name, shallow] = weights_to_meta(encoder.eval())
-        return self._probes[name, shallow]
-
-    def _reduced_by_run(self, name: str, count: int, grid: Grid | None) -> int:
-        projector = self._cheapest_stub(name).projector
-        features = torch.empty(1, count, projector.config.in_features, device="meta")
-        run = functools.partial(projector, return_dict=True, grids=None if grid is None else [grid])
-        try:
-            return dry_run(run, {"inputs_embeds": features}).last_hidden_state.shape[1]
-        except Exception as error:
-            raise ValueError(
-                f"{name}: what {type(projector.projection).__name__} leaves of {count} features could not be found by running "
-                f"it on shapes ({type(error).__name__}: {error}). Give its class a method feature_count(length, grid), or "
-                f"state it: {_REMEDY.format(name)}"
-            ) from error
-
-    def _count_by_dry_run(self, name: str, inputs: Mapping[str, Any]) -> int:
-        """Features by a run of the whole chain on shapes."""
-        return sum(
-            len(item)
-            for item in self._dry_run_with_fallbacks(name, inputs, (), ModalEncoderModule.__call__).pooler_output
-        )
-
-    def _dry_run_with_fallbacks(
-        self, name: str, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable
-    ) -> Any:
-        """Run a method of the encoder on shapes, the callbacks in some places left out."""
-        if self._is_uniform(name):
-            try:
-                output = self._dry_run_once(self._probe(name, shallow=True), inputs, without, method)
-                if name in self._few_layers_suffice or self._same_with_all_layers(
-                    name, output, inputs, without, method
-                ):
-                    self._few_layers_suffice.add(name)
-                    return output
-            except Exception:  # too few layers for this class: all of them tell, or say what is wrong
-                pass
-            self._needs_all_layers.add(name)
-        failed: Exception | None = None
-        # Masks that an encoder makes of its features have no values.
-        for given in (inputs, _without_full_masks(inputs)):
-            try:
-                return self._dry_run_once(self._probe(name), given, without, method)
-            except Exception as error:
-                failed = failed or error
-        shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
-        raise ValueError(
-            f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
-            f"{type(self._probe(name).module).__name__} and its callbacks on shapes ({type(failed).__name__}: {failed}). "
-            f"State it: {_REMEDY.format(name)}"
-        ) from failed
-
-    def _same_with_all_layers(
-        self, name: str, output: Any, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable
-    ) -> bool:
-        """Whether all layers give as many features as a few did; run only where some layer is told apart by its number, as
-        by MiniCPM-V's `insert_layer_id`, after which there are fewer features."""
-        if not _names_layers(getattr(self.config, f"{name}_config")):
-            return True
-        return _sizes(output) == _sizes(self._dry_run_once(self._probe(name), inputs, without, method))
-
-    def _is_uniform(self, name: str) -> bool:
-        """Whether a few of the encoder's layers give as many features as all of them."""
-        callbacks = self.own[name].callbacks if name in self.own else {}
-        return not self.config.modality(name)["output"] and not callbacks and self._is_stack(name)
-
-    def _is_stack(self, name: str) -> bool:
-        """Whether the encoder is a stack of layers that are alike, of transformers' own classes."""
-        if name in self._needs_all_layers:
-            return False
-        encoder_config = getattr(self.config, f"{name}_config")
-        if _is_staged(encoder_config) and (
-            self.config.modality(name)["layer"] != -1
-            or not isinstance(getattr(encoder_config, "depths", None), (list, tuple))
-        ):
-            return False
-        cls = resolve_class(self.config.modality(name)["encoder_class"], encoder_config, name)
-        return cls.__module__.startswith("transformers.models.")
-
-    @staticmethod
-    def _dry_run_once(probe: ModalEncoderModule, inputs: Mapping[str, Any], without: tuple[str, ...], method: Callable):
-        encoder = copy.copy(probe)
-        encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
-        encoder.__dict__.update(dict.fromkeys(without))
-        return dry_run(functools.partial(method, encoder), dict(inputs))
+            weights_to_meta(encoder.eval())
+            self._probes[name, few_layers] = encoder
+        return self._probes[name, few_layers]
 
 
 def _built_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
@@ -315,8 +297,11 @@ def _built_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
         return build_encoder(config, name)
 
 
-def _is_staged(config: PreTrainedConfig) -> bool:
-    return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
+def _dry_run_of(probe: ModalEncoderModule, inputs: Mapping, method: Callable, without: tuple[str, ...]) -> Any:
+    encoder = copy.copy(probe)  # shares all parts but the callbacks that are left out
+    encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
+    encoder.__dict__.update(dict.fromkeys(without))
+    return dry_run(functools.partial(method, encoder), dict(inputs))
 
 
 def _names_layers(config: PreTrainedConfig) -> bool:
@@ -343,16 +328,10 @@ def _sizes(output: Any) -> Any:
 
 def _make_shallow(config: PreTrainedConfig, layer: int | list[int]) -> None:
     """Take as few layers as the selected hidden states need, the first of which is of the embeddings; one per stage."""
-    if _is_staged(config):
+    if is_staged(config):
         config.depths = type(config.depths)(1 for _ in config.depths)
         return
     needed = max(-index if index < 0 else index + 1 for index in ([layer] if isinstance(layer, int) else layer))
     for depth in DEPTHS:
         if isinstance(layers := getattr(config, depth, None), int):
             setattr(config, depth, min(layers, needed))
-
-
-def _natural(count: Any, name: str, what: str) -> int:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"{name}: {what} must be an integer >= 0, got {count!r}.")
-    return count

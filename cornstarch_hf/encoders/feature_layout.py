@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..configuration_projector import feature_width
+from ..limits import is_count
 from ..parts.adapters import unwrapped
-from ..parts.classes import constructor_options
-from ..parts.known_encoders import _pair
+from ..parts.constructors import constructor_options
+from ..parts.known_encoders import PATCH_GRIDS
 from ..parts.signatures import accepts, forward_parameters
-from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, without_dtypes
+from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from .selection import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -31,7 +32,6 @@ from .selection import (
 )
 
 Inputs = dict[str, Tensor]
-GRIDS = ("grid_thw", "grid_hws", "image_grid_thw")
 
 
 def typical_inputs(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
@@ -52,10 +52,10 @@ def typical_inputs(names: Collection[str], config: PreTrainedConfig, kind: str) 
 def first_positive_setting(config: PreTrainedConfig, *attributes: str, default: int) -> int:
     """The first of some attributes that is a positive integer, or the largest entry of a list of such."""
     for attribute in attributes:
-        value = getattr(config, attribute, None)
+        value: Any = getattr(config, attribute, None)
         if isinstance(value, (list, tuple)) and value and all(isinstance(x, int) for x in value):
             value = max(value)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if is_count(value):
             return value
     return default
 
@@ -87,7 +87,7 @@ def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
 
 def _pixels(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     key = next(k for k in ("pixel_values", "pixel_values_videos", "image") if k in names)
-    if any(grid in names for grid in GRIDS):
+    if any(name.endswith(PATCH_GRIDS) for name in names):
         yield from _packed(key, names, config)
         return
     if "target_sizes" in names:
@@ -95,27 +95,28 @@ def _pixels(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iter
         return
     if "spatial_shapes" in names:
         width = _channels(config) * _patch(config) ** 2
-        for rows, columns in ((4, 4), (4, 2)):
+        for rows, columns in ((4, 4), (4, 2)):  # SigLIP 2: (items, patches, values of a patch)
             yield {key: _meta(1, rows * columns, width), "spatial_shapes": torch.tensor([[rows, columns]])}
         return
     frames = first_positive_setting(config, "num_frames", "frames_per_clip", "num_frames_per_clip", default=8)
     for height, width in _sides(config):
         plane = (_channels(config), height, width)
         image = [(1, *plane)]
-        clips = [(1, frames, *plane), (1, plane[0], frames, *plane[1:])]
+        clips = [(1, frames, *plane), (1, plane[0], frames, *plane[1:])]  # frames before the channels, or after
         for shape in clips + image if kind == "video" else image + clips:
             yield {key: _meta(*shape)}
 
 
 def _packed(key: str, names: Collection[str], config: PreTrainedConfig) -> Iterator[Inputs]:
     """Patches of one item in a row, flattened or as small images, with their numbers along each axis."""
-    grid_name, side = next(g for g in GRIDS if g in names), _patch(config)
+    grid_name, side = next(name for name in names if name.endswith(PATCH_GRIDS)), _patch(config)
     unit = 2 * first_positive_setting(
         config, "spatial_merge_size", "merge_kernel_size", "spatial_patch_size", default=2
     )
     for rows, columns in ((unit, unit), (2 * unit, unit)):
         grid = torch.tensor([[1, rows, columns] if grid_name != "grid_hws" else [rows, columns]])
         for frames in dict.fromkeys((first_positive_setting(config, "temporal_patch_size", default=1), 1, 2)):
+            # (patches, values of a patch), then as they are embedded, then as small images
             yield {key: _meta(rows * columns, _channels(config) * frames * side**2), grid_name: grid}
         yield {key: _meta(rows * columns, first_positive_setting(config, "hidden_size", default=1)), grid_name: grid}
         yield {key: _meta(rows * columns, _channels(config), side, side), grid_name: grid}
@@ -147,11 +148,7 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
     key = next(k for k in ("input_features", "audio_mel") if k in names)
     default = first_positive_setting(config, "feature_size", "input_size", default=80)
     attributes = (
-        "num_mel_bins",
-        "input_feat_size",
-        "feature_projection_input_dim",
-        "input_dim",
-        "input_feat_per_channel",
+        *("num_mel_bins", "input_feat_size", "feature_projection_input_dim", "input_dim", "input_feat_per_channel"),
         "subsampling_conv_channels",  # Gemma 4, whose convolutions leave as many channels as there were bins
     )
     bins = list(dict.fromkeys((first_positive_setting(config, *attributes, default=default), default, 128, 64)))
@@ -159,7 +156,7 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
     for mels in bins:
         for frames in dict.fromkeys((window, 1024, 3000, 800)):
             shapes = [(1, mels, frames), (1, frames, mels), (1, 1, frames, mels)]
-            if "feature_lens" in names:
+            if "feature_lens" in names:  # items one after the other
                 shapes = [(mels, frames)]
             for shape in shapes:
                 yield {key: _meta(*shape)}
@@ -167,9 +164,8 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
 
 def _ids(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     for length in (16, 24):
-        yield {
-            "input_ids": torch.full((1, length), min(5, first_positive_setting(config, "vocab_size", default=6) - 1))
-        }
+        token = min(5, first_positive_setting(config, "vocab_size", default=6) - 1)
+        yield {"input_ids": torch.full((1, length), token)}
 
 
 def _series(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
@@ -186,15 +182,12 @@ def _flattened(names: Collection[str], config: PreTrainedConfig, kind: str) -> I
 
 
 def _states(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
-    if any(grid in names for grid in GRIDS):
+    if any(name.endswith(PATCH_GRIDS) for name in names):
         yield from _packed("hidden_states", names, config)
         return
     for frames in (1024, 800):
-        yield {
-            "hidden_states": _meta(
-                1, frames, first_positive_setting(config, "input_dim", "input_size", "hidden_size", default=80)
-            )
-        }
+        width = first_positive_setting(config, "input_dim", "input_size", "hidden_size", default=80)
+        yield {"hidden_states": _meta(1, frames, width)}
 
 
 def _any(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
@@ -243,11 +236,10 @@ def _companions(inputs: Inputs, key: str, config: PreTrainedConfig) -> Inputs:
 
 def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | None:
     """Inputs of an ordinary item, where the encoder's configuration fixes their shape; on the meta device."""
-    size = getattr(config, "image_size", None)
-    if kind == "image" and size is not None:
-        return {"pixel_values": torch.empty(1, getattr(config, "num_channels", 3), *_pair(size), device="meta")}
+    if kind == "image" and getattr(config, "image_size", None) is not None:
+        return {"pixel_values": _meta(1, _channels(config), *_sides(config)[0])}
     if getattr(config, "max_source_positions", None) and getattr(config, "num_mel_bins", None):
-        return {"input_features": torch.empty(1, config.num_mel_bins, 2 * config.max_source_positions, device="meta")}
+        return {"input_features": _meta(1, config.num_mel_bins, 2 * config.max_source_positions)}
     return None
 
 
@@ -316,15 +308,6 @@ def built_on_meta(inner: Any) -> nn.Module | None:
     return weights_to_meta(made.eval())
 
 
-def with_plain_kernels(config: Any) -> Any:
-    """A configuration whose attention and experts run on any device (in place): kernels do not take shapes alone."""
-    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
-        config._attn_implementation = "eager"
-    if hasattr(config, "_experts_implementation"):
-        config._experts_implementation = "batched_mm"
-    return config
-
-
 def _tried(run: Any, inputs: dict[str, Tensor]) -> Any:
     try:
         return dry_run(run, inputs)
@@ -339,14 +322,15 @@ def _layout(shapes: Sequence[tuple[int, ...]], expected_width: int | None) -> Fe
         return FeatureAxes(shape[-1], None)
     if len(shape) not in (3, 4):
         return None
-    if len(shape) == 4 and shape[1] == 1 < shape[0]:
+    if len(shape) == 4 and shape[1] == 1 < shape[0]:  # (layers, items, tokens, width), of one item
         return FeatureAxes(shape[-1], LAYERS_FIRST)
     first, last = FeatureAxes(shape[1], CHANNELS_FIRST), FeatureAxes(shape[-1], CHANNELS_LAST)
+    # The width is the axis that is the same whatever the size of the item.
     fixed = [a for a in (1, len(shape) - 1) if len({s[a] for s in shapes if len(s) == len(shape)}) == 1]
     if len(fixed) == 1:
         return first if fixed == [1] else last
     fits = [layout for layout in (first, last) if layout.width == expected_width]
-    if len(fits) == 1:
+    if len(fits) == 1:  # or the only one that is as long as the configuration says
         return fits[0]
     if len(shape) == 4 and shape[1] != shape[3]:  # a square map
         if shape[2] == shape[3]:
@@ -360,8 +344,7 @@ def _assumed(shapes: Sequence[tuple[int, ...]], expected_width: int | None, sele
     """The usual layout, where nothing tells: sequences with their width last, maps with it first."""
     if not shapes or len(shapes[-1]) not in (3, 4):
         return None
-    layers = 1 if isinstance(selection.layer, int) else len(selection.layer)
-    shape = shapes[-1]
+    shape, layers = shapes[-1], len(selection.layers)
     if len(shape) == 3:
         return FeatureAxes(shape[-1] * layers, CHANNELS_LAST)
     return FeatureAxes(shape[1] * layers, CHANNELS_FIRST)

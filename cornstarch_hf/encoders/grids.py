@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parts.known_encoders import STAGES
+from ..parts.known_encoders import PATCH_GRIDS, grid_of, patch_size
 from ..processing.video import FRAME_MASK
 
 Grid = tuple[int, ...]
 PLANE_KINDS = ("image", "video")
+# Attributes of configurations whose towers merge patches from stage to stage, one entry per stage.
+STAGES = ("depths", "depth", "hidden_sizes", "embed_dims")
 PIXELS = ("pixel_values_videos", "pixel_values")
 
 
@@ -50,13 +52,13 @@ def item_grids(query: GridQuery) -> list[Grid]:
 
 def _packed(query: GridQuery) -> list[Grid] | None:
     """Packed towers, which are told the patches of each item along each axis and merge squares of them."""
-    grid = next((v for k, v in query.inputs.items() if k.endswith(("grid_thw", "grid_hws"))), None)
-    if not isinstance(grid, Tensor):
+    grid = grid_of(query.inputs, PATCH_GRIDS)
+    if grid is None:
         return None
     rows, columns = merged_patches(query.config)
     found = []
     for (*frames, height, width), length in zip(grid.tolist(), _per_row(query, len(grid)), strict=True):
-        merged = (*frames, height // rows, width // columns)
+        merged = (*frames, height // rows, width // columns)  # of features, one for `rows` x `columns` patches
         if math.prod(merged) != length:
             raise ValueError(
                 f"An item of {' x '.join(map(str, (*frames, height, width)))} patches gave {length} features, but patches "
@@ -89,7 +91,7 @@ def _stated_shapes(query: GridQuery) -> list[Grid] | None:
 
 def _stated_sizes(query: GridQuery) -> list[Grid] | None:
     """Towers that take images padded to one size and the size of each in pixels (Pixtral), where those give the features."""
-    sizes, patch = query.inputs.get("image_sizes"), _patch(query.config)
+    sizes, patch = query.inputs.get("image_sizes"), patch_size(query.config)
     if not isinstance(sizes, Tensor) or sizes.ndim != 2 or patch is None or len(sizes) != len(query.lengths):
         return None
     found: list[Grid] = [(int(h) // patch[0], int(w) // patch[1]) for h, w in sizes.tolist()]
@@ -119,10 +121,8 @@ def _by_pixels(query: GridQuery, length: int) -> Grid:
     whole = math.prod(patches)
     if whole == length:
         return patches
-    merges = _patch(query.config) is None or any(
-        isinstance(getattr(query.config, k, None), (list, tuple)) for k in STAGES
-    )
-    if merges and not query.changed:
+    merges = patch_size(query.config) is None or is_staged(query.config)
+    if merges and not query.changed:  # `side` x `side` patches have become one feature
         *frames, height, width = patches
         side = math.isqrt(whole // length) if length and whole % length == 0 else 0
         if side and side * side * length == whole and not height % side and not width % side:
@@ -152,13 +152,18 @@ def _square(query: GridQuery, length: int) -> Grid:
     return side, side
 
 
+def is_staged(config: Any) -> bool:
+    """Whether a tower merges patches from stage to stage."""
+    return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
+
+
 def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:
     """Patches (of one pixel, where the configuration has no patch size) along each axis of an image or a video."""
     pixels = next((inputs[k] for k in PIXELS if isinstance(inputs.get(k), Tensor)), None)
     if pixels is None or pixels.ndim not in (4, 5):
         return None
-    rows, columns = _patch(config) or (1, 1)
-    *_, height, width = pixels.shape
+    rows, columns = patch_size(config) or (1, 1)
+    *_, height, width = pixels.shape  # (items, channels, height, width), with frames before or after the channels
     plane = (height // rows, width // columns)
     if pixels.ndim == 4:
         return plane
@@ -166,13 +171,6 @@ def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:
     frames = pixels.shape[1] if pixels.shape[2] == channels else pixels.shape[2]
     tube = getattr(config, "tubelet_size", None) or getattr(config, "temporal_patch_size", None) or 1
     return (frames // int(tube[0] if isinstance(tube, (list, tuple)) else tube), *plane)
-
-
-def _patch(config: Any) -> tuple[int, int] | None:
-    size = getattr(config, "patch_size", None)
-    if isinstance(size, (list, tuple)):
-        return (int(size[-2]), int(size[-1])) if len(size) > 1 else (int(size[0]), int(size[0]))
-    return (size, size) if isinstance(size, int) else None
 
 
 def grids_of_tensor(grids: Any) -> list[Grid]:
@@ -207,19 +205,21 @@ def frames_as_items(inputs: Mapping[str, Any], name: str) -> tuple[dict[str, Any
             f"{name}: expected the frames of videos, (items, frames, channels, height, width), got {shapes}."
         )
     shape = tuple(pixels.shape[:2])
-    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()  # (items, frames)
     if tuple(mask.shape) != shape or bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask.any(-1).all()):
         raise ValueError(
             f"{name}: frame_mask must be {shape}, ones for the frames of an item and zeros after them, got "
             f"{mask.tolist()!r:.200}."
         )
-    kept = mask.flatten().nonzero()[:, 0]
+    kept = mask.flatten().nonzero()[:, 0]  # positions of frames among (items * frames)
     whole = bool(mask.all())
     found: dict[str, Any] = {}
     for key, value in inputs.items():
         if key == FRAME_MASK:
             continue
-        if isinstance(value, Tensor) and tuple(value.shape[:2]) == shape:
+        if (
+            isinstance(value, Tensor) and tuple(value.shape[:2]) == shape
+        ):  # (items, frames, ...) -> (frames of all, ...)
             value = value.flatten(0, 1) if whole else value.flatten(0, 1)[kept.to(value.device)]
         found[key] = value
     return found, mask.sum(-1).tolist()
@@ -241,7 +241,7 @@ def joined_frames(
     """
     if lengths is None:
         per_frame = [features.shape[1]] * len(features)
-        packed = features.flatten(0, 1)
+        packed = features.flatten(0, 1)  # (frames, tokens, width) -> (tokens of all frames, width)
     else:
         per_frame = [int(n) for n in lengths]
         packed = features
@@ -276,6 +276,6 @@ def frame_grids(
         if length % count:
             raise ValueError(f"{length} features do not divide among {count} frames.")
     per_frame = [length // count for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
-    planes = grid_of(rows, per_frame)
+    planes = grid_of(rows, per_frame)  # (height, width) of each frame
     starts = [sum(counts[:i]) for i in range(len(counts))]
     return [(count, *planes[start]) for start, count in zip(starts, counts, strict=True)]

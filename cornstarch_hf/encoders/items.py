@@ -3,7 +3,6 @@
 Items are rows, or lie one after the other along an axis (packed), with their sizes in another input.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parts.adapters import unwrapped
-from ..parts.known_encoders import grid_of, unpadded_patches
+from ..parts.known_encoders import grid_of, patch_size, unpadded_patches
 from .grids import merged_patches
 from .towers import counted_lengths
 
@@ -86,20 +85,20 @@ def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[
 
 
 def _parts(value: Any, count: int, sizes: list[int] | None) -> list[Any] | None:
-    if len(value) == count:
+    if len(value) == count:  # (items, ...)
         return [value[i : i + 1] for i in range(count)]
     if sizes is None or not isinstance(value, Tensor):
         return None
     total = sum(sizes)
-    if len(value) == total:
+    if len(value) == total:  # (patches of all items, ...)
         return list(value.split(sizes))
     if value.ndim == 2 and value.shape[1] == total:  # (channels, frames)
         return list(value.split(sizes, dim=1))
     if len(value) != 1:
         return None
-    if value.ndim > 2 and value.shape[1] == total:  # all of them in one row
+    if value.ndim > 2 and value.shape[1] == total:  # all of them in one row, (1, patches, ...)
         return list(value.split(sizes, dim=1))
-    if value.ndim == 4 and value.shape[3] % total == 0:  # small images side by side
+    if value.ndim == 4 and value.shape[3] % total == 0:  # small images side by side, (1, channels, height, width)
         return list(value.split([n * (value.shape[3] // total) for n in sizes], dim=3))
     return None
 
@@ -116,8 +115,9 @@ def padding_of(inputs: Mapping[str, Any], where: str) -> Padded | None:
             continue
         if not any(_axes(value, mask) for key, value in inputs.items() if key not in MASKS):
             continue
-        valid = mask.bool() if ones_are_valid else ~mask.bool()
+        valid = mask.bool() if ones_are_valid else ~mask.bool()  # (items, length)
         lengths = valid.sum(-1)
+        # Ones for the first `lengths` positions are the only mask of items that are padded on the right.
         if not torch.equal(valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
             raise ValueError(
                 f"{where}: items of an encoder must be padded on the right; the {name} has zeros before ones."
@@ -173,6 +173,7 @@ def select_items(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[
                 f"{key} of shape {tuple(value.shape)} has several axes as long as its mask {tuple(mask.shape)}: pad the "
                 "batch to another length."
             )
+        # (items of this length, ..., padded.size, ...) -> (items of this length, ..., length, ...)
         found[key] = rows.narrow(axes[0], 0, length) if axes and length < padded.size else rows
     return found
 
@@ -221,7 +222,7 @@ def feature_lengths(
         dropped: leading tokens of each item that are no longer there.
 
     Raises:
-        LengthsNotTold: nothing tells; the items alone would.
+        ItemLengthsUnknown: nothing tells; the items alone would.
         ValueError: an item of no more tokens than were dropped.
     """
     if features.ndim == 2:
@@ -244,11 +245,11 @@ def _packed(count: int, arguments: Mapping[str, Any], config: Any) -> list[int] 
     patches = _patches_per_item(arguments, config)
     if patches is not None:
         rows, columns = merged_patches(config)
-        for merged in (1, rows * columns):
+        for merged in (1, rows * columns):  # patches of one feature: in layers before they are merged, and after
             if sum(patches) == merged * count and not any(n % merged for n in patches):
                 return [n // merged for n in patches]
     elif count == items and all(len(x) == items for x in arguments.values() if isinstance(x, Tensor) and x.ndim > 1):
-        return [1] * items
+        return [1] * items  # one vector each
     raise ItemLengthsUnknown(packed=True)
 
 
@@ -259,9 +260,9 @@ def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | 
         merges = arguments.get("merge_sizes")
         patches = grid.prod(-1)
         return (patches // merges.to(patches) ** 2 if isinstance(merges, Tensor) else patches).tolist()
-    sizes, patch = arguments.get("image_sizes"), getattr(config, "patch_size", None)
-    if isinstance(sizes, Tensor) and isinstance(patch, int):
-        return [math.prod(n // patch for n in size) for size in sizes.tolist()]
+    sizes, patch = arguments.get("image_sizes"), patch_size(config)
+    if isinstance(sizes, Tensor) and patch is not None:
+        return [(height // patch[0]) * (width // patch[1]) for height, width in sizes.tolist()]
     return None
 
 
@@ -273,6 +274,7 @@ def _padded(
     module: nn.Module,
     padded: Padded | None,
 ) -> list[int] | None:
+    # What tells best comes first: the encoder's own mask, then masks and lengths of its inputs, then its own arithmetic.
     for name, ones_are_valid in _OUTPUT_MASKS.items():
         mask = raw.get(name)
         if isinstance(mask, Tensor) and mask.shape == (items, tokens):
@@ -286,6 +288,7 @@ def _padded(
         return None
     if padded.size == tokens:
         return padded.lengths if min(padded.lengths) < padded.size else None
+    # The encoder leaves fewer features than positions, and may have a method that tells how many.
     counted = counted_lengths(module, torch.tensor(padded.lengths), padded.size, tokens)
     if counted is None and min(padded.lengths) < padded.size:
         raise ItemLengthsUnknown(packed=False)

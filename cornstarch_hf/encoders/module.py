@@ -12,12 +12,11 @@ from ..configuration_projector import feature_width
 from ..parts.adapters import unwrapped
 from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
-from ..parts.known_encoders import FEATURES_DEPEND_ON_PADDING, deterministic_inputs, refuse_random_encoder
+from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
-from ..projectors.projector import MultimodalProjector
-from ..projectors.reductions import per_item
+from ..projectors.projector import MultimodalProjector, per_item
 from .grids import GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
 from .items import (
     ItemLengthsUnknown,
@@ -32,7 +31,6 @@ from .items import (
     split_items,
 )
 from .selection import (
-    DATA_FORMATS,
     EncoderOutput,
     Selection,
     as_output,
@@ -96,7 +94,7 @@ class ModalEncoderModule(nn.Module):
         postprocess_encoder_callback: Callable | None = None,
     ):
         super().__init__()
-        given = _one_of(model, module, "model", "module")
+        given = _one_of(model=model, module=module)
         self.module = resolve_tower(given, kind)
         self.origin = origin_of(given, self.module)
         if projector is not None and not isinstance(projector, MultimodalProjector):
@@ -109,22 +107,19 @@ class ModalEncoderModule(nn.Module):
         self.additional_args = list(additional_args or [])
         self.preprocess_callback = preprocess_callback
         self.postprocess_module_callback = _one_of(
-            postprocess_module_callback,
-            postprocess_encoder_callback,
-            "postprocess_module_callback",
-            "postprocess_encoder_callback",
+            postprocess_module_callback=postprocess_module_callback,
+            postprocess_encoder_callback=postprocess_encoder_callback,
         )
         self.postprocess_projector_callback = postprocess_projector_callback
-        refuse_random_encoder(
-            unwrapped(self.module).config, self.additional_args, type(unwrapped(self.module)).__name__
-        )
+        inner = unwrapped(self.module)
+        refuse_random_encoder(inner.config, self.additional_args, type(inner).__name__)
         for slot, callback in self.callbacks.items():
             if callback is not None and not callable(callback):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
         self.by_frame = self.kind == "video" and takes_images(self.module) and not packs_frames(self.module)
         layers = layer if isinstance(layer, int) else tuple(layer)
-        self.selection = Selection(output, layers, drop_prefix, _checked_format(data_format))
+        self.selection = Selection(output, layers, drop_prefix, data_format)
         self.name = self.kind
 
     @property
@@ -142,8 +137,7 @@ class ModalEncoderModule(nn.Module):
     def feature_width(self) -> int | None:
         """Width of the selected features by the encoder's configuration, None where it does not tell."""
         width = feature_width(unwrapped(self.module).config)
-        layers = self.selection.layer
-        return width * len(layers) if width and not isinstance(layers, int) else width
+        return width and width * len(self.selection.layers)
 
     def forward(self, **inputs: Any) -> EncoderOutput:
         """Encode and project items.
@@ -159,12 +153,13 @@ class ModalEncoderModule(nn.Module):
             TypeError: a callback returns something else than it should.
             ValueError: a selection that does not exist, a width that does not fit, features that cannot be split.
         """
+        # `output` holds (items, tokens, width), or (sum of tokens, width) with `feature_lens`
         inputs, raw, output = self._selected(inputs)
         encoded = self._lengths_of(output)
         output = self._postprocess("postprocess_module_callback", inputs, output)
-        output = self._project(inputs, output, encoded)
+        output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
         output = self._postprocess("postprocess_projector_callback", inputs, output)
-        items = per_item(output[0], output.lengths, self.name)
+        items = per_item(output[0], output.lengths, self.name)  # one (n_i, hidden) per item
         return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
 
     def select(self, **inputs: Any) -> EncoderOutput:
@@ -183,11 +178,16 @@ class ModalEncoderModule(nn.Module):
         return inputs, *self._encode(inputs, options)
 
     def _encode(self, inputs: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
-        """The encoder's own output, and the same with the selected features in place of the last hidden state."""
+        """The encoder's own output, and the same with the selected features in place of the last hidden state.
+
+        Items are encoded together where that changes nothing: by length where an encoder reads their padding, one by one
+        where nothing tells which features are whose.
+        """
         accepted = forward_parameters(self.module)
-        weight = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        weight = first_weight(self.module)
         arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
         if self.by_frame:
+            # (items, frames, channels, height, width), and (items, frames) for those that are no padding
             return self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
         padded = padding_of(arguments, self.name)
         if padded is not None and self._reads_padding(arguments, padded):
@@ -197,14 +197,14 @@ class ModalEncoderModule(nn.Module):
         except ItemLengthsUnknown as told:
             if padded is not None and not told.packed:
                 return self._encode_by_length(arguments, padded, options)
-            items = split_items(arguments, item_count(arguments), self.name)
+            items = split_items(arguments, item_count(arguments), self.name)  # each a batch of one
             return self._encode_each({i: (one, [i]) for i, one in enumerate(items)}, options)
 
     def _reads_padding(self, arguments: dict, padded: Padded) -> bool:
         """Whether what an item gives would depend on its padding."""
         config = unwrapped(self.module).config
         # Adapters are convolutions that see no mask.
-        reads = config.model_type in FEATURES_DEPEND_ON_PADDING or getattr(config, "add_adapter", False)
+        reads = encoder_type(config).padding_changes_features or getattr(config, "add_adapter", False)
         return is_raw_sequence(arguments, padded) or (reads and min(padded.lengths) < padded.size)
 
     def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
@@ -224,25 +224,28 @@ class ModalEncoderModule(nn.Module):
             raw, selected = self._encode_batch(part, None, options)
             if len(parts) == 1:
                 return raw, selected
+            # (n_i, width) each, back at its item's place in the batch
             items |= dict(zip(positions, per_item(selected[0], selected.lengths, self.name), strict=True))
         ordered = [items[i] for i in range(len(items))]
-        together = EncoderOutput(last_hidden_state=torch.cat(ordered))
+        together = EncoderOutput(last_hidden_state=torch.cat(ordered))  # (sum of tokens, width)
         return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
 
     def _encode_frames(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
         """Each frame of a video as an image of its own; an item's features are those of its frames, in order."""
-        frames, counts = frames_as_items(arguments, self.name)
-        raw, selected = self._encode_batch(frames, None, options)
+        frames, counts = frames_as_items(arguments, self.name)  # (frames of all items, channels, height, width)
+        raw, selected = self._encode_batch(frames, None, options)  # (frames of all items, tokens, width), or packed
+        # (items, frames * tokens, width) where all have as many, else (sum of tokens, width)
         features, lengths = joined_frames(selected[0], selected.lengths, counts)
         grids: Any = selected.feature_grids
         output = with_features(raw, features, lengths)
         if grids is not None:
-            output["feature_grids"] = torch.tensor([[count, *grids[0].tolist()] for count in counts])
+            output["feature_grids"] = torch.tensor([[count, *grids[0].tolist()] for count in counts])  # (items, 3)
         return raw, output
 
     def _encode_batch(
         self, arguments: dict, padded: Padded | None, options: dict
     ) -> tuple[EncoderOutput, EncoderOutput]:
+        """One call of the module, and what is selected of its output."""
         wanted = dict(options)
         if self.selection.needs_hidden_states:
             wanted["output_hidden_states"] = True
@@ -253,17 +256,19 @@ class ModalEncoderModule(nn.Module):
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
         fixed = deterministic_inputs(arguments, unwrapped(self.module).config)
+        # A frozen encoder keeps no activations, unless gradients pass through it to its inputs.
         with nullcontext() if trains else torch.no_grad():
             raw = as_output(self.module(**arguments, **fixed, **wanted))
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
         count = item_count(arguments)
-        features = rows_of_items(select_features(raw, self.selection, self.name, width, count), count)
+        features = select_features(raw, self.selection, self.name, width, count)  # (rows, tokens, width), or packed
+        features = rows_of_items(features, count)  # rows of one item behind each other: (items, tokens, width)
         if is_packed_row(features, count):
-            features = features[0]
+            features = features[0]  # (1, sum of tokens, width) -> (sum of tokens, width)
         dropped = self.selection.drop_prefix
         output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded, dropped))
         if (shape := selected_map(raw, self.selection, self.name, width)) is not None:
-            output["feature_grids"] = torch.tensor([shape] * len(features))
+            output["feature_grids"] = torch.tensor([shape] * len(features))  # (items, 2)
         return raw, output
 
     def _lengths_of(self, output: EncoderOutput) -> list[int] | None:
@@ -293,19 +298,23 @@ class ModalEncoderModule(nn.Module):
             if given_grids is not None:
                 return grids_of_tensor(given_grids)
             config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
-            if self.by_frame:
-                return frame_grids(
-                    inputs,
-                    lengths,
-                    self.name,
-                    lambda rows, each: item_grids(GridQuery(rows, config, self.kind, each, changed, dropped)),
-                )
-            return item_grids(GridQuery(inputs, config, self.kind, lengths, changed, dropped))
+
+            def grids_of(rows: dict, each: list[int]) -> list[tuple[int, ...]]:
+                return item_grids(GridQuery(rows, config, self.kind, each, changed, dropped))
+
+            return frame_grids(inputs, lengths, self.name, grids_of) if self.by_frame else grids_of(inputs, lengths)
         except ValueError as error:
             what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
             raise ValueError(f"{self.name}: {what}. {error}") from error
 
     def _project(self, inputs: dict, output: EncoderOutput, encoded: list[int] | None) -> EncoderOutput:
+        """Features in the language model's width, by a projector that may leave fewer of them.
+
+        Args:
+            inputs: of the module, which may tell the items' grids.
+            output: the selected features, ``(items, tokens, width)`` or packed.
+            encoded: features of each item before the callback that follows the module.
+        """
         if self.projector is None:
             raise ValueError(
                 f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel first."
@@ -316,10 +325,11 @@ class ModalEncoderModule(nn.Module):
                 f"{self.name}: the projector expects features of width {expected}, the encoder gave "
                 f"{features.shape[-1]}: set in_features={features.shape[-1]} in its MultimodalProjectorConfig."
             )
-        weight = next((p for p in self.projector.parameters() if p.is_floating_point()), None)
+        weight = first_weight(self.projector)
         if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
             features = _placed(features, weight)
         if not self.projector.reduces:
+            # (items, tokens, hidden), or packed as before
             projected = self.projector(features, return_dict=True).last_hidden_state
             return with_features(EncoderOutput(), projected, output.lengths)
         lengths = self._lengths_of(output)
@@ -330,12 +340,14 @@ class ModalEncoderModule(nn.Module):
             )
         grids = self.grids(inputs, lengths, output.feature_grids, changed=lengths != encoded)
         try:
+            # (items, fewer, hidden), or (sum of them, hidden) where items differ in length
             reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return with_features(EncoderOutput(), reduced.last_hidden_state, reduced.feature_lens)
 
     def _postprocess(self, slot: str, inputs: dict, output: EncoderOutput) -> EncoderOutput:
+        """What a callback makes of an output; lengths and grids that it does not state hold while the rows do."""
         callback = getattr(self, slot)
         if callback is None:
             return output
@@ -346,10 +358,8 @@ class ModalEncoderModule(nn.Module):
         self._check_returned(slot, result, (ModelOutput, tuple))
         result = as_output(result)
         after, given_lengths, given_grids = result.last_hidden_state, result.feature_lens, result.feature_grids
-        same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]
-        if (
-            given_lengths is None or given_lengths is lens
-        ):  # the callback says nothing: the lengths hold while the rows do
+        same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]  # as many rows
+        if given_lengths is None or given_lengths is lens:
             given_lengths = lens if same else None
         if given_grids is None or given_grids is grids:
             given_grids = grids if same else None
@@ -361,10 +371,16 @@ class ModalEncoderModule(nn.Module):
             raise TypeError(f"{self.name}.{slot} must return {what}, got {type(result).__name__}.")
 
 
-def _one_of(first: Any, second: Any, first_name: str, second_name: str) -> Any:
-    if first is not None and second is not None:
-        raise ValueError(f"{first_name}= and {second_name}= are two names of one argument, give one of them.")
-    return first if first is not None else second
+def _one_of(**values: Any) -> Any:
+    given = [value for value in values.values() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{'= and '.join(values)}= are two names of one argument, give one of them.")
+    return given[0] if given else None
+
+
+def first_weight(module: nn.Module) -> nn.Parameter | None:
+    """The first floating-point parameter of a module, whose device and dtype its inputs get; None where there is none."""
+    return next((p for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _placed(value: Any, weight: Tensor | None) -> Any:
@@ -372,9 +388,3 @@ def _placed(value: Any, weight: Tensor | None) -> Any:
     if not isinstance(value, Tensor) or weight is None or weight.is_meta:
         return value
     return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-
-
-def _checked_format(data_format: str | None) -> str | None:
-    if data_format not in (None, *DATA_FORMATS):
-        raise ValueError(f"data_format must be one of {list(DATA_FORMATS)} or None, got {data_format!r}.")
-    return data_format

@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..limits import check_count
+
 
 class PrecomputedFeaturesConfig(PreTrainedConfig):
     """Configuration of `PrecomputedFeatures`.
@@ -26,11 +28,7 @@ class PrecomputedFeaturesConfig(PreTrainedConfig):
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
 
     def __init__(self, feature_size: int | None = None, **kwargs):
-        if feature_size is not None and (
-            isinstance(feature_size, bool) or not isinstance(feature_size, int) or feature_size < 1
-        ):
-            raise ValueError(f"feature_size must be a positive integer, got {feature_size!r}.")
-        self.feature_size = feature_size
+        self.feature_size = None if feature_size is None else check_count(feature_size, "feature_size")
         super().__init__(**kwargs)
 
 

@@ -54,6 +54,15 @@ class Selection:
     drop_prefix: int = 0
     data_format: str | None = None
 
+    def __post_init__(self):
+        if self.data_format not in (None, *DATA_FORMATS):
+            raise ValueError(f"data_format must be one of {list(DATA_FORMATS)} or None, got {self.data_format!r}.")
+
+    @property
+    def layers(self) -> list[int]:
+        """`layer` as a list."""
+        return [self.layer] if isinstance(self.layer, int) else list(self.layer)
+
     @property
     def needs_hidden_states(self) -> bool:
         """Whether the encoder must return all its hidden states."""
@@ -110,20 +119,21 @@ def select_features(
     Raises:
         ValueError: no such field or layer, a prefix that is not there, an output of another rank.
     """
+    # one (items, tokens, width) per layer, or (sum of tokens, width)
     features = [_as_tokens(x, selection, width, name) for x in chosen_features(output, selection, name, items)]
     if len({x.shape[:-1] for x in features}) > 1:
         raise ValueError(
             f"{name}: hidden states of different sizes cannot be joined, layer={selection.layer!r} gave the shapes "
             f"{[tuple(x.shape) for x in features]}: choose layers of one stage."
         )
-    joined = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+    joined = features[0] if len(features) == 1 else torch.cat(features, dim=-1)  # (items, tokens, layers * width)
     if selection.drop_prefix:
         if joined.ndim != 3 or joined.shape[1] <= selection.drop_prefix:
             raise ValueError(
                 f"{name}: drop_prefix={selection.drop_prefix} needs features of shape (items, tokens, width) with more "
                 f"tokens than that, got {tuple(joined.shape)}."
             )
-        joined = joined[:, selection.drop_prefix :]
+        joined = joined[:, selection.drop_prefix :]  # (items, tokens - drop_prefix, width)
     return joined
 
 
@@ -142,17 +152,16 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
             )
         return [_merged(output.last_hidden_state, output.pooler_output, items)]
     states = output.hidden_states
-    layers = [selection.layer] if isinstance(selection.layer, int) else list(selection.layer)
     if states is None:
         raise ValueError(f"{name}: layer={selection.layer!r} needs hidden states, which this encoder does not return.")
-    for layer in layers:
+    for layer in selection.layers:
         if not -len(states) <= layer < len(states):
             raise ValueError(f"{name}: layer {layer} does not exist, the encoder gives {len(states)} hidden states.")
         if not isinstance(states[layer], Tensor):
             raise ValueError(
                 f"{name}: hidden state {layer} is a {type(states[layer]).__name__} and no tensor: choose another layer=, or -1."
             )
-    return [states[layer] for layer in layers]
+    return [states[layer] for layer in selection.layers]
 
 
 def _merged(last: Any, pooled: Any, items: int | None) -> Tensor:
@@ -160,7 +169,7 @@ def _merged(last: Any, pooled: Any, items: int | None) -> Tensor:
     if not isinstance(pooled, Tensor) or last.ndim not in (2, 3) or pooled.ndim not in (2, 3):
         return last
     if last.ndim == 2:  # packed; a third axis holds the patches that one token is made of
-        return pooled.flatten(1)
+        return pooled.flatten(1)  # (sum of merged tokens, width)
     if pooled.ndim == 3:
         return pooled
     if items is None or len(pooled) == items or len(pooled) % items:
@@ -189,9 +198,9 @@ def _channels_last(features: Tensor, selection: Selection, width: int | None) ->
 
 def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: str) -> Tensor:
     if features.ndim == 4 and selection.data_format == LAYERS_FIRST:
-        features = features[-1]
-    elif features.ndim in (3, 4) and not _channels_last(features, selection, width):  # (items, width, ...)
-        return features.flatten(2).transpose(1, 2)
+        features = features[-1]  # (layers, items, tokens, width) -> (items, tokens, width)
+    elif features.ndim in (3, 4) and not _channels_last(features, selection, width):
+        return features.flatten(2).transpose(1, 2)  # (items, width, ...) -> (items, tokens, width)
     if features.ndim in (2, 3):
         return features
     if features.ndim != 4:
@@ -199,7 +208,7 @@ def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: 
             f"{name}: the encoder's features have the shape {tuple(features.shape)}, expected (items, tokens, width), "
             "(items, width, height, width of map) or packed (tokens, width): reshape them in postprocess_module_callback."
         )
-    return features.flatten(1, 2)  # (items, rows, columns, width)
+    return features.flatten(1, 2)  # (items, rows, columns, width) -> (items, tokens, width)
 
 
 def rows_of_items(features: Tensor, items: int) -> Tensor:

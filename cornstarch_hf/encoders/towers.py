@@ -1,6 +1,6 @@
 """Which part of a model encodes, what kind of thing it encodes, and what its `forward` takes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,9 @@ from transformers.utils.generic import TransformersKwargs
 
 from ..configuration_multimodal import MEDIA_KINDS
 from ..parts.adapters import is_wrapped, unwrapped
-from ..parts.known_encoders import FRAMES_AS_IMAGES, FRAMES_IN_A_ROW, NO_ENCODERS
+from ..parts.known_encoders import PATCH_GRIDS, encoder_type
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE_NAMES
-from .feature_layout import RECIPES
 
 KIND_BY_INPUT = {
     "pixel_values": "image",
@@ -24,6 +23,9 @@ KIND_BY_INPUT = {
     "past_values": "time",
 }
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
+# The inputs of which one holds an item, in order of preference; `feature_layout.RECIPES` makes each.
+ITEM_INPUTS = ("pixel_values", "pixel_values_videos", "image", "flattened_patches", "input_values", "input_features",
+               "audio_mel", "input_ids", "past_values", "hidden_states", "inputs")  # fmt: skip
 NOT_INPUTS = frozenset(
     [
         *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
@@ -55,7 +57,7 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
     if type(model).forward is nn.Module.forward:
         concrete = [c.__name__ for c in type(model).__subclasses__() if c.forward is not nn.Module.forward]
         raise TypeError(f"{type(model).__name__} is abstract and has no forward, use one of {sorted(concrete)}.")
-    if reason := NO_ENCODERS.get(type(model).__name__):
+    if reason := encoder_type(model.config, type(model).__name__).no_features:
         raise ValueError(f"{type(model).__name__} gives no features but {reason}.")
     tower = _inner_tower(model, kind)
     return model if tower is model else resolve_tower(tower, kind)
@@ -68,7 +70,7 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
         k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
     }
     found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
-    found = {k: tower for k, tower in found.items() if set(RECIPES) & set(forward_parameters(tower))}
+    found = {k: tower for k, tower in found.items() if set(ITEM_INPUTS) & set(forward_parameters(tower))}
     if len({id(tower) for tower in found.values()}) > 1:
         raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")
     if found:
@@ -83,30 +85,21 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
 def infer_kind(module: nn.Module) -> str:
     """What an encoder encodes: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ``"time"``, or its main input's name."""
     model = unwrapped(module)
+    if known := encoder_type(model.config, type(model).__name__).kind:
+        return known
     stated: Any = model.input_modalities
     stated = (stated,) if isinstance(stated, str) else tuple(stated)
     parameters = forward_parameters(module)
     names = [name for name in (model.main_input_name, *parameters) if name in parameters]
     taken = [KIND_BY_INPUT[name] for name in names if name in KIND_BY_INPUT]
-    if model.config.model_type in FRAMES_AS_IMAGES:
-        return "image"
-    if (
-        "image" in taken
-        and stated == ("image",)
-        and getattr(model.config, "num_frames", None)
-        and not _frames_in_a_row(model)
-    ):
+    if "image" in taken and stated == ("image",) and getattr(model.config, "num_frames", None):
         return "video"  # TimeSformer calls its videos images
     kinds = [kind for kind in (*MEDIA_KINDS, "time") if kind in stated]
     if kinds:  # a tower may state all that the whole model takes
         return next((kind for kind in (*kinds, "text") if kind in stated and kind in taken), kinds[0])
-    if any(name.endswith(("grid_thw", "grid_hws")) for name in names):
+    if any(name.endswith(PATCH_GRIDS) for name in names):
         return "image"
     return next(iter(taken), model.main_input_name)
-
-
-def _frames_in_a_row(model: Any) -> bool:
-    return model.config.model_type in FRAMES_IN_A_ROW
 
 
 def takes_images(module: nn.Module) -> bool:
@@ -141,7 +134,7 @@ def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) 
     Returns:
         None where it has no such method, or one that speaks of other features: of a later layer, after pooling.
     """
-    every = torch.cat([lengths, lengths.new_tensor([size])])
+    every = torch.cat([lengths, lengths.new_tensor([size])])  # (items + 1,), to compare the last one with `tokens`
     # The convolutional front ends of transformers' audio encoders tell their output length by one of these methods.
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
         helper = getattr(unwrapped(module), name, None)
@@ -155,37 +148,11 @@ def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) 
     return None
 
 
+# What a composed model's `forward` takes itself.
 OWN_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cache",
-    "inputs_embeds",
-    "labels",
-    "use_cache",
-    "logits_to_keep",
-    "mm_encoder_outputs",
+    *("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "labels", "use_cache"),
+    *("logits_to_keep", "mm_encoder_outputs"),
 )
-# Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
-TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
-    [
-        "token_type_ids",
-        "mm_token_type_ids",
-        "cache_position",
-        "shift_labels",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "encoder_outputs",
-        "inputs",
-        "return_loss",
-    ]
-)
-# Towers of packed models name their inputs differently from what their processors emit.
-PROCESSOR_NAMES = {
-    "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
-    "video": {"hidden_states": "pixel_values_videos", "grid_thw": "video_grid_thw"},
-}
 
 # Names under which an encoder may take what its processor emits under another one, the likeliest first.
 ALIASES = {
@@ -207,47 +174,6 @@ TRUE_ON_PADDING = frozenset(["audio_mel_mask"])
 def transformers_keywords() -> frozenset[str]:
     """The keyword arguments that transformers passes through any model."""
     return frozenset(TransformersKwargs.__optional_keys__) | frozenset(TransformersKwargs.__required_keys__)
-
-
-def assign_input_names(
-    parameters: Mapping[str, Iterable[str]], kinds: Mapping[str, str], language_model: Iterable[str]
-) -> dict[str, dict[str, str]]:
-    """Give each encoder input its keyword.
-
-    An input keeps the name that its processor emits while that is unique; where two encoders, or an encoder and the
-    language model, want one name, every encoder's gets ``"{modality}_"`` in front.
-
-    Args:
-        parameters: the inputs of each modality's encoder, by the names of its `forward`.
-        kinds: the modalities' kinds.
-        language_model: names that the language model's `forward` takes.
-
-    Returns:
-        for each modality ``{keyword: parameter of the encoder}``.
-
-    Raises:
-        ValueError: a name is still taken with the prefix in front.
-
-    >>> assign_input_names({"vision": ["pixel_values"], "audio": ["input_features", "attention_mask"]},
-    ...                    {"vision": "image", "audio": "audio"}, ["input_ids", "attention_mask"])["audio"]
-    {'input_features': 'input_features', 'audio_attention_mask': 'attention_mask'}
-    """
-    emitted = {
-        name: {p: PROCESSOR_NAMES.get(kinds[name], {}).get(p, p) for p in names} for name, names in parameters.items()
-    }
-    text = TEXT_NAMES | transformers_keywords() | set(language_model)
-    wanted = [key for names in emitted.values() for key in names.values()]
-    assigned: dict[str, dict[str, str]] = {}
-    taken = dict.fromkeys(text, "the language model")
-    for name, names in emitted.items():
-        assigned[name] = {}
-        for parameter, key in names.items():
-            keyword = f"{name}_{key}" if key in text or wanted.count(key) > 1 else key
-            if keyword in taken:
-                raise ValueError(f"{name}: its input {key!r} would be named {keyword!r}, which {taken[keyword]} uses.")
-            taken[keyword] = f"the encoder {name!r}"
-            assigned[name][keyword] = parameter
-    return assigned
 
 
 def keyword_for(emitted: str, modality: str, input_names: Mapping[str, str]) -> str | None:

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "push_to_hub": "hub",
+    "push_to_hub": "push",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the keys are texts
 

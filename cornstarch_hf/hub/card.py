@@ -1,34 +1,27 @@
-"""The model card of a composed model, made of what it is: metadata, body, and a mark that tells whether it was edited.
+"""The model card of a composed model: metadata, a body from `card_template.md`, and a mark that tells whether it was edited.
 
-The body's sections stand in `card_sections`.  Only facts go into a card; what is not known is said to be unknown.
+The facts come from `card_facts`; what is not known is said to be unknown.  Here they become text that breaks no markup.
 """
 
 import hashlib
+import itertools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import ModelCardData
+from markupsafe import Markup
 
-from ..composition import summary
+from ..composition import UNKNOWN_COUNT, features_per_item, summaries, summary
 from ..parts.adapters import is_wrapped, unwrapped
-from ..parts.classes import names_repository
-from .card_facts import Facts, training_facts
-from .card_licenses import find_licenses, license_fields
-from .card_markup import check_origin, check_repo_id, code, plain, repo_link
-from .card_sections import (
-    adapter_text,
-    description,
-    licenses_table,
-    parts_table,
-    picture,
-    tokens_table,
-    training,
-    usage,
-)
-from .card_usage import INSTALL, adapter_snippet
+from ..parts.classes import COMMIT, names_repository
+from .card_facts import INSTALL, examples, find_licenses, license_fields, own_imports, training_facts
 
 LIBRARY = "cornstarch_hf"
+HUB = "https://huggingface.co"
 MARK = "<!-- Written by cornstarch_hf. As long as nobody edits this file it is kept up to date. sha256: {} -->\n"
 _MARK_LINE = re.compile(re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"))
 # The Hub's tasks by the media that are taken; it has none for other kinds of input.
@@ -41,7 +34,10 @@ TASKS = {
 }
 SEVERAL_MEDIA = "any-to-any"
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
-HERE = "."  # what a snippet loads when nobody says where the checkpoint will be
+# What Markdown, HTML or a table's cell would read as markup.
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
+# A flowchart shows what stands in quotes as it is, but for its own entities and HTML.
+_ENTITIES = {'"': "#quot;", "#": "#35;", "<": "#lt;", ">": "#gt;", "&": "#amp;", "`": "#96;", "\\": "#92;"}
 
 
 def card_text(
@@ -81,20 +77,22 @@ def card_text(
             identifier, an unreadable trainer state.
     """
     if repo_id is not None:
-        check_repo_id(repo_id, "repo_id")
+        _check_repo_id(repo_id, "repo_id")
     if wrong := [tag for tag in tags if not _is_tag(tag)]:
         raise ValueError(f"tags must be words such as 'chemistry', got {wrong}.")
-    facts = training_facts(trainer) if trainer is not None else []
-    inner = unwrapped(model)
-    if _is_composed(inner):
-        if inner is not model or getattr(model, "_hf_peft_config_loaded", False):  # only the adapters are saved then
-            return _adapter_card(model, repo_id, facts, license, tags)
-        return _composed_card(model, processor, repo_id, include_code, embed, facts, (token, license, licenses), tags)
-    if getattr(getattr(inner, "config", None), "projection_type", None) is not None:
-        return _projector_card(inner, repo_id, license, tags)
-    if model is None and processor is not None:
-        return _processor_card(processor, repo_id, license, tags)
-    raise TypeError(f"A card describes a composed model, a projector or a processor, got {type(model).__name__}.")
+    training = training_facts(trainer) if trainer is not None else []
+    data, facts = _known(model, processor, include_code, embed)
+    found = find_licenses({o["repo_id"]: o.get("revision") for o in facts["origins"].values()}, licenses, token)
+    fields = license_fields(license, [found.get(base) for base in facts.get("bases", ())])
+    more = ["generated_from_trainer"] if training and facts["kind"] == "model" else []
+    marks = [LIBRARY, "multimodal", *data.get("tags", ()), *tags, *more]
+    data = {"library_name": LIBRARY, **data, **fields, "tags": list(filter(_is_tag, dict.fromkeys(marks)))}
+    head = f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
+    facts |= {"repo_id": repo_id, "training": training, "licenses": found, "license": fields.get("license")}
+    body = ENVIRONMENT.get_template("card_template.md").render(facts)
+    # Sections that are left out leave empty lines behind.
+    body = "\n" + re.sub(r"\n{3,}", "\n\n", body).strip("\n") + "\n"
+    return head + MARK.format(_digest(head + body)) + body
 
 
 def merged_card(existing: str | None, generated: str, overwrite: bool = False) -> str:
@@ -120,12 +118,6 @@ def is_edited(card: str) -> bool:
     return bool(card.strip()) and _MARK_LINE.findall(card) != [_digest(_MARK_LINE.sub("", card))]
 
 
-def _marked(data: Mapping[str, Any], sections: Sequence[str]) -> str:
-    head = f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
-    body = "\n" + "\n\n".join(section for section in sections if section) + "\n"
-    return head + MARK.format(_digest(head + body)) + body
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(_normalised(text).encode()).hexdigest()
 
@@ -134,123 +126,187 @@ def _normalised(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n") + "\n"
 
 
-def _is_composed(model: Any) -> bool:
-    return hasattr(model, "language_model") and hasattr(getattr(model, "config", None), "share_inputs")
+# ---- what is known of each kind: metadata, and what the template tells
 
 
-def _title(repo_id: str | None, otherwise: str) -> str:
-    return "# " + (plain(repo_id.split("/")[-1]) if repo_id else otherwise)
+def _known(model: Any, processor: Any, include_code: bool, embed: bool | Collection[str]) -> tuple[dict, dict]:
+    inner = unwrapped(model)
+    if hasattr(inner, "language_model") and hasattr(getattr(inner, "config", None), "share_inputs"):
+        if inner is not model or getattr(model, "_hf_peft_config_loaded", False):  # only the adapters are saved then
+            return _adapters(model)
+        return _composition(model, processor, include_code, embed)
+    if getattr(getattr(inner, "config", None), "projection_type", None) is not None:
+        return {}, {"kind": "projector", "part": summary("projector", inner), "origins": {}}
+    if model is None and processor is not None:
+        return {}, {"kind": "processor", "tokens": processor.tokens, "origins": {}}
+    raise TypeError(f"A card describes a composed model, a projector or a processor, got {type(model).__name__}.")
 
 
-def _composed_card(
-    model: Any,
-    processor: Any,
-    repo_id: str | None,
-    include_code: bool,
-    embed: Any,
-    facts: Facts,
-    legal: tuple,
-    tags: Sequence[str],
-) -> str:
+def _composition(model: Any, processor: Any, include_code: bool, embed: bool | Collection[str]) -> tuple[dict, dict]:
     origins = getattr(model.config, "origins", None) or {}
     for component, origin in origins.items():
         check_origin(component, origin)
-    token, license, licenses = legal
-    found = find_licenses({o["repo_id"]: o["revision"] for o in origins.values()}, licenses, token)
     components = ["language_model", *(f"{name}_encoder" for name in model.config.encoders)]
-    of_parts = [found[origins[c]["repo_id"]] if c in origins else None for c in components]
-    embedded = components if embed is True else [] if embed is False else list(embed)
-    references = [c for c in components if c in origins and c not in embedded]
-    fields = license_fields(license, of_parts)
-    data = _metadata(model, origins, include_code, bool(references), bool(facts), tags) | fields
-    unsaid = "" if fields else "\n\nNot all are known, so the metadata states none for the whole."
-    told = "" if facts else "\n\nNo record of a training run was given: which parts train says how the model is set."
-    sections = [
-        _title(repo_id, "Composed multimodal model"),
-        description(model),
-        picture(model, origins),
-        "## Usage\n\n" + usage(model, processor, repo_id or HERE, include_code, references),
-        "## Parts\n\n" + parts_table(model, origins, bool(facts)) + told,
-        *(f"Adapter {adapter_text(*item)}." for item in getattr(model, "peft_config", {}).items()),
-        "## Placeholders\n\n" + tokens_table(model),
-        "## Training\n\n" + training(facts) if facts else "",
-        "## Licences of the bases\n\n" + licenses_table(origins, found) + unsaid if origins else "",
-    ]
-    return _marked(data, sections)
+    embedded = components if embed is True else embed or ()
+    facts = {
+        "kind": "model",
+        "encoders": {name: model.config.modality(name) for name in model.config.encoders},
+        "features": {name: _features(model, name) for name in model.config.encoders},
+        "parts": summaries(model),
+        "picture": picture(model, origins),
+        "origins": origins,
+        "bases": [origins[name]["repo_id"] if name in origins else None for name in components],
+        "references": [name for name in components if name in origins and name not in embedded],
+        "adapters": getattr(model, "peft_config", {}),
+        "include_code": include_code,
+        "own_imports": own_imports(model),
+        "example": None if processor is None else examples(model, processor),
+    }
+    return _metadata(model, facts), facts
 
 
-def _metadata(
-    model: Any, origins: Mapping[str, Any], include_code: bool, refers: bool, trained: bool, own_tags: Sequence[str]
-) -> dict[str, Any]:
-    kinds = [model.config.modality(name)["kind"] for name in model.config.encoders]
+def _metadata(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = [encoder.kind for encoder in model.encoders.values()]
     media = tuple(sorted({kind for kind in kinds if kind in ("image", "audio", "video")}))
-    bases = list(dict.fromkeys(origin["repo_id"] for origin in origins.values()))
-    relation = "adapter" if refers else "merge" if len(bases) > 1 else "finetune"
-    adapters = hasattr(model, "peft_config") or any(hasattr(part, "peft_config") for part in model._parts().values())
-    tags = [LIBRARY, "multimodal", *kinds, *(["peft"] if adapters else [])]
-    tags += [*(getattr(model, "model_tags", None) or []), *own_tags, *(["generated_from_trainer"] if trained else [])]
+    bases = list(dict.fromkeys(origin["repo_id"] for origin in facts["origins"].values()))
+    peft = any(hasattr(part, "peft_config") for part in (model, *model._parts().values()))
+    relation = "adapter" if facts["references"] else "merge" if len(bases) > 1 else "finetune"
     return {
         "base_model": bases or None,
         "base_model_relation": relation if bases else None,
         # What the Hub offers under "Use this model" must run: plain transformers loads it only with its code.
-        "library_name": "transformers" if include_code else LIBRARY,
+        "library_name": "transformers" if facts["include_code"] else LIBRARY,
         "pipeline_tag": TASKS.get(media, SEVERAL_MEDIA),
-        "tags": list(filter(_is_tag, dict.fromkeys(tags))),
+        "tags": [*kinds, *(["peft"] if peft else []), *(getattr(model, "model_tags", None) or [])],
     }
+
+
+def _adapters(model: Any) -> tuple[dict, dict]:
+    """Of PEFT adapters around a composed model, which lies elsewhere."""
+    config = unwrapped(model).config
+    # A name alone could be a folder of this machine: a commit is known of what came from the Hub, or from its cache.
+    known = getattr(config, "_commit_hash", None) and names_repository(config.name_or_path)
+    facts = {
+        "kind": "adapters",
+        "base": config.name_or_path if known else None,
+        "adapters": model.peft_config,
+        "origins": {},
+    }
+    # Trainer asks a model for PEFT's card where one says "peft"; only a PeftModel can answer.
+    data = {"library_name": "peft" if is_wrapped(model) else LIBRARY, "tags": ["peft"]}
+    return data | ({"base_model": facts["base"], "base_model_relation": "adapter"} if known else {}), facts
+
+
+def _features(model: Any, name: str) -> str:
+    count = features_per_item(model, name)
+    return UNKNOWN_COUNT if count.startswith(UNKNOWN_COUNT) else count  # the reason may quote a user's code
+
+
+def picture(model: Any, origins: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """The composition as a mermaid flowchart, from inputs through encoders and projectors to the language model."""
+    parts = {part.where: part for part in summaries(model)}
+
+    def component(name: str, class_name: str) -> list[str]:
+        return [name, class_name, *([origins[name]["repo_id"]] if name in origins else [])]
+
+    text = component("language_model", parts["language_model"].class_name)
+    nodes = {"in text": ["text"], "merge": ["embeddings in order"], "text": text, "out": ["text"]}
+    edges = [("in text", "merge"), ("merge", "text"), ("text", "out")]
+    for name, encoder in model.encoders.items():
+        group = next((group for group in model.config.share_inputs if name in group), [name])
+        nodes.setdefault(f"in {group}", [encoder.kind])
+        nodes[f"encoder {name}"] = component(f"{name}_encoder", parts[f"{name}_encoder.module"].class_name)
+        nodes[f"projector {name}"] = ["projector", parts[f"{name}_encoder.projector"].projection]
+        edges += itertools.pairwise([f"in {group}", f"encoder {name}", f"projector {name}", "merge"])
+    return flowchart(nodes, edges)
+
+
+# ---- text that breaks neither Markdown nor mermaid nor Python
+
+
+def plain(text: Any) -> Markup:
+    """Text as Markdown shows it letter by letter, on one line."""
+    return Markup(_MARKUP.sub(r"\\\1", _one_line(text)))
+
+
+def code(text: Any) -> Markup:
+    """Text in a code span, on one line, safe in a table's cell."""
+    text = _one_line(text)
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return Markup(f"{fence}{space}{text}{space}{fence}".replace("|", "\\|"))
+
+
+def repo_link(repo_id: str) -> Markup:
+    """A link to a repository of the Hub."""
+    return Markup(f"[{plain(repo_id)}]({HUB}/{repo_id})")
+
+
+def commit_link(repo_id: str, revision: str | None) -> Markup:
+    """A link to a commit, shown by its first seven digits; ``unknown`` where it is not known."""
+    return Markup("unknown" if revision is None else f"[{revision[:7]}]({HUB}/{repo_id}/tree/{revision})")
+
+
+def flowchart(nodes: Mapping[str, Sequence[str]], edges: Sequence[tuple[str, str]]) -> Markup:
+    """A mermaid flowchart from left to right.
+
+    Args:
+        nodes: the lines of each node's label, by a key of any text.
+        edges: pairs of keys.
+    """
+    ids = {key: f"n{i}" for i, key in enumerate(nodes)}  # a name of the user's could be a word of mermaid ("end")
+    lines = ["flowchart LR"]
+    lines += [f'    {ids[key]}["{"<br/>".join(map(_label, label))}"]' for key, label in nodes.items()]
+    lines += [f"    {ids[a]} --> {ids[b]}" for a, b in edges]
+    return Markup("\n".join(lines))
+
+
+def _label(text: str) -> str:
+    return "".join(_ENTITIES.get(letter, letter) for letter in _one_line(text))
+
+
+def _one_line(text: Any) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+# What the template shows is `plain`, unless a filter has made markup of it; an unknown name raises.
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    finalize=lambda value: value if isinstance(value, (Markup, jinja2.Undefined)) else plain(value),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.globals["install"] = INSTALL
+ENVIRONMENT.filters |= {
+    "code": code,
+    "repo_link": repo_link,
+    "commit_link": commit_link,
+    "quoted": lambda text: Markup(json.dumps(text, ensure_ascii=False)),
+    "python": Markup,
+    "paragraph": lambda lines: Markup(" ".join(lines.split()) + "\n\n"),
+}
+
+
+# ---- what goes into links
+
+
+def _check_repo_id(value: Any, where: str) -> None:
+    """Refuse what is no repository's name (ValueError)."""
+    if not names_repository(value):
+        raise ValueError(f"{where} must name a repository of the Hub, such as 'user/name', got {value!r:.100}.")
+
+
+def check_origin(component: str, origin: Mapping[str, Any]) -> None:
+    """Refuse an origin that names no repository of the Hub, or no commit where it names one (ValueError)."""
+    _check_repo_id(origin.get("repo_id"), f"{component}: the origin")
+    revision = origin.get("revision")
+    if revision is not None and not (isinstance(revision, str) and COMMIT.fullmatch(revision)):
+        raise ValueError(
+            f"{component}: the origin's revision must be a commit of 40 hexadecimal digits, got {revision!r:.100}."
+        )
 
 
 def _is_tag(tag: Any) -> bool:
     return isinstance(tag, str) and TAG.fullmatch(tag) is not None
-
-
-def _short(library: str, license: str | None, tags: Sequence[str]) -> dict[str, Any]:
-    """Metadata of a short card."""
-    return {"library_name": library, "tags": list(dict.fromkeys([LIBRARY, "multimodal", *tags]))} | license_fields(
-        license, []
-    )
-
-
-def _adapter_card(model: Any, repo_id: str | None, facts: Facts, license: str | None, tags: Sequence[str]) -> str:
-    """Of PEFT adapters around a composed model, which lies elsewhere."""
-    config = unwrapped(model).config
-    # A name alone could be a folder of this machine: a commit is known of what came from the Hub, or from its cache.
-    base = (
-        config.name_or_path if getattr(config, "_commit_hash", None) and names_repository(config.name_or_path) else None
-    )
-    # Trainer asks a model for PEFT's card where one says "peft"; only a PeftModel can answer.
-    library = "peft" if is_wrapped(model) else LIBRARY
-    data = _short(library, license, ["peft", *tags])
-    sections = [
-        _title(repo_id, "Adapters of a composed multimodal model"),
-        f"Adapters for {repo_link(base)}." if base else "Adapters for a composed model that is not on the Hub.",
-        *(f"Adapter {adapter_text(*item)}." for item in model.peft_config.items()),
-    ]
-    if base:
-        data |= {"base_model": base, "base_model_relation": "adapter"}
-        sections.append(f"## Usage\n\n```python\n{adapter_snippet(base, repo_id or HERE)}\n```")
-    sections.append("## Training\n\n" + training(facts) if facts else "")
-    return _marked(data, sections)
-
-
-def _projector_card(projector: Any, repo_id: str | None, license: str | None, tags: Sequence[str]) -> str:
-    part = summary("projector", projector)
-    load = f'projector = MultimodalProjector.from_pretrained("{repo_id or HERE}")'
-    sections = [
-        _title(repo_id, "Multimodal projector"),
-        f"A projector ({plain(part.projection)}) from an encoder's features to a language model's embeddings, with "
-        f"{part.total:,} parameters ({part.dtypes}).",
-        f"## Usage\n\n```python\nfrom cornstarch_hf import MultimodalProjector  # {INSTALL}\n\n{load}\n```",
-    ]
-    return _marked(_short(LIBRARY, license, tags), sections)
-
-
-def _processor_card(processor: Any, repo_id: str | None, license: str | None, tags: Sequence[str]) -> str:
-    tokens = ", ".join(f"{code(token)} for {code(name)}" for name, token in processor.tokens.items())
-    load = f'processor = AutoProcessor.from_pretrained("{repo_id or HERE}")'
-    lines = f"import cornstarch_hf  # {INSTALL}\nfrom transformers import AutoProcessor\n\n{load}"
-    sections = [
-        _title(repo_id, "Processor of a composed multimodal model"),
-        f"A processor without its model. Placeholders: {tokens}.",
-        f"## Usage\n\n```python\n{lines}\n```",
-    ]
-    return _marked(_short(LIBRARY, license, tags), sections)

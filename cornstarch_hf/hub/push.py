@@ -1,15 +1,16 @@
-"""Save to a temporary folder, add the card, upload in one commit: what every `push_to_hub` does."""
+"""push_to_hub(): a composed model, its processor and a card, saved to a temporary folder and uploaded in one commit."""
 
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ..checkpoints.manifest import COMPOSITION, DELTA, weights_pattern
 from ..checkpoints.storage import HUB_ARGUMENTS, PUSHERS
@@ -19,96 +20,141 @@ from .upload import hub_errors_explained, upload, with_retries
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
-# What transformers' `save_pretrained` takes about how weights are written.
+# What transformers' `save_pretrained` takes about how weights are written, and what ours takes.
 WRITING = ("max_shard_size", "variant", "state_dict", "save_peft_format", "save_original_format")
+SAVING = ("embed", "bases", "include_code", *WRITING)
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLES = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
 
 
-def push(
-    model: Any,
-    processor: Any,
-    repo_id: str,
+def push_to_hub(
+    model: PreTrainedModel | None,
+    processor: ProcessorMixin | None = None,
+    repo_id: str | None = None,
     *,
-    token: str | bool | None = None,
+    embed: bool | Collection[str] = True,
+    bases: Mapping[str, str] | None = None,
+    include_code: bool | None = None,
     private: bool | None = None,
+    token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
     commit_description: str | None = None,
     parent_commit: str | None = None,
-    tags: Sequence[str] | None = None,
+    max_shard_size: int | str | None = None,
+    variant: str | None = None,
+    tags: list[str] | None = None,
     card: bool | str = True,
     overwrite_card: bool = False,
     trainer: Any = None,
-    **save_options: Any,
+    **writing: Any,
 ) -> CommitInfo:
-    """Upload a model, a processor, or both, with a card, as one commit; see `hub.push_to_hub`.
+    """Share a composed model with its processor: everything in one commit, on top of what the repository holds.
+
+    Weight files of earlier pushes that this one does not have are deleted in the same commit.
 
     Args:
-        model, processor: either may be None.
-        repo_id: ``"user/name"``, or ``"name"`` of one's own.
-        card: whether one is written, or its text.
-        **saving: for the model's `save_pretrained`; all else as in `upload.upload`.
+        model: a composed model, or a projector alone; None for the processor alone.
+        processor: its processor, or None.
+        repo_id: ``"user/name"``, or ``"name"`` in one's own namespace; made if it does not exist.
+        embed, bases: as in `MultimodalModel.save_pretrained`; ``embed=False`` shares what was trained only.
+        include_code: let the checkpoint carry its code, see `MultimodalModel.save_pretrained`.
+        private: whether a new repository is private.
+        token: of the Hub; by default the one that is stored.
+        revision: branch; made if it does not exist.
+        create_pr: open a pull request instead.
+        commit_message, commit_description: of the commit; a last line ``Push-Id: ...`` tells it from others.
+        parent_commit: the commit that must still be the newest.
+        max_shard_size, variant: as in transformers.
+        tags: further tags for the card.
+        card: False for none, or its text.
+        overwrite_card: replace a card that somebody edited.
+        trainer: the Trainer that trained the model, or the path of its `trainer_state.json`: facts for the card.
+        **writing: what else transformers' `save_pretrained` takes about weights, such as `state_dict`.
+
+    Returns:
+        huggingface_hub's `CommitInfo`.
 
     Raises:
-        TypeError: an unknown argument.
-        ValueError, OSError: as saving and uploading raise.
+        TypeError: nothing to push, or something of a wrong type.
+        ValueError: what cannot be saved; somebody committed meanwhile; a file with a path of this machine or a token.
+        PermissionError: 401 or 403, told apart.
+        FileNotFoundError: 404: no such repository, or a private one of somebody else; no such revision.
+        OSError: the Hub did not answer.
     """
-    known = {"embed", "bases", "include_code", *WRITING}
-    if unknown := sorted(set(save_options) - known):
-        raise TypeError(f"push_to_hub got unknown arguments {unknown}, expected some of {sorted(known)}.")
-    save_options = {key: value for key, value in save_options.items() if value is not None}
-    tags = [tags] if isinstance(tags, str) else tags
+    model, processor, repo_id = _checked(model, processor, repo_id)
+    if unknown := sorted(set(writing) - set(WRITING)):
+        raise TypeError(f"push_to_hub got unknown arguments {unknown}, expected some of {sorted(SAVING)}.")
+    writing |= {"embed": embed, "bases": bases, "include_code": include_code}
+    writing |= {"max_shard_size": max_shard_size, "variant": variant}
+    saving = {key: value for key, value in writing.items() if value is not None}
     repo_id = _full_name(repo_id, token)
     with tempfile.TemporaryDirectory() as root:
         folder = os.path.join(root, "checkpoint")
-        if model is not None:
-            _save_model(model, folder, save_options, token)
-        if processor is not None:
-            processor.save_pretrained(
-                folder, **{key: save_options[key] for key in ("include_code",) if key in save_options}
-            )
+        _save(model, processor, folder, saving, token)
         if card is not False:
             head, there = _head_and_card(repo_id, revision, token)
             parent_commit = parent_commit or head  # the card that is judged here is the one that is replaced
             replace = overwrite_card or isinstance(card, str)
             if model is not None or there is None or replace:  # a processor that joins a model: the card is the model's
-                made = (
-                    card
-                    if isinstance(card, str)
-                    else _card(folder, model, processor, repo_id, save_options, trainer, token, tags or ())
-                )
-                _write_card(Path(folder, CARD), made, there, repo_id, replace)
+                code, tags = bool(read_entry(folder)), [tags] if isinstance(tags, str) else tags or []
+                facts = (code, saving.get("embed", True), trainer, token)
+                text = card if isinstance(card, str) else card_text(model, processor, repo_id, *facts, tags=tags)
+                _write_card(Path(folder, CARD), text, there, repo_id, replace)
         what = " and ".join(type(part).__name__ for part in (model, processor) if part is not None)
+        # Saving a model with adapters around it saves them alone, beside which its own weights may lie.
+        whole = model is not None and not getattr(model, "_hf_peft_config_loaded", False)
         return upload(
-            folder,
-            repo_id,
-            stale=stale_files(model is not None and not _adapters_only(model), save_options.get("variant")),
-            token=token,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or f"Upload {what}",
-            commit_description=commit_description,
+            folder, repo_id, stale=stale_files(whole, variant), token=token, private=private, revision=revision,
+            create_pr=create_pr, commit_message=commit_message or f"Upload {what}", commit_description=commit_description,
             parent_commit=parent_commit,
+        )  # fmt: skip
+
+
+def push_saved(part: Any, folder: str | os.PathLike, options: Mapping[str, Any]) -> CommitInfo:
+    """`push_to_hub` for `save_pretrained(folder, push_to_hub=True)`: into the repository of the folder's name by default."""
+    given = {key: options[key] for key in (*HUB_ARGUMENTS, *SAVING) if options.get(key) is not None}
+    repo_id = given.pop("repo_id", None) or os.path.basename(os.path.abspath(folder))
+    return push_to_hub(part, None, repo_id, **given)
+
+
+PUSHERS.update(push=push_to_hub, push_saved=push_saved)
+
+
+def _checked(model: Any, processor: Any, repo_id: Any) -> tuple[Any, Any, str]:
+    """Model, processor and repository of a call that may have left out either of the first two (TypeError)."""
+    if isinstance(processor, str) and repo_id is None:
+        processor, repo_id = None, processor
+    if not isinstance(repo_id, str):
+        raise TypeError(
+            f"push_to_hub needs a repo_id, e.g. push_to_hub(model, processor, 'user/name'), got {repo_id!r}."
         )
+    if isinstance(model, ProcessorMixin) and processor is None:
+        model, processor = None, model
+    if model is None and processor is None:
+        raise TypeError("push_to_hub needs a model, a processor, or both.")
+    if model is not None and not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a composed model or a projector, got {type(model).__name__}.")
+    if processor is not None and not isinstance(processor, ProcessorMixin):
+        raise TypeError(f"processor must be a MultimodalProcessor, got {type(processor).__name__}.")
+    return model, processor, repo_id
 
 
-def _save_model(model: Any, folder: str, save_options: dict[str, Any], token: str | bool | None) -> None:
-    options = {key: value for key, value in save_options.items() if key in ("embed", "bases", "include_code")}
-    if "embed" in options and token is not None:
-        options["token"] = token  # to read the bases
-    if not _has_components(model):
-        options = {key: value for key, value in options.items() if key == "include_code"}
-    model.save_pretrained(folder, **{key: save_options[key] for key in WRITING if key in save_options}, **options)
+def _save(model: Any, processor: Any, folder: str, written: Mapping[str, Any], token: str | bool | None) -> None:
+    code = {key: written[key] for key in ("include_code",) if key in written}
+    if model is not None:
+        options = dict(written)
+        if not hasattr(model, "encoders"):  # a projector has no components to refer to
+            options = {key: written[key] for key in (*WRITING, *code) if key in written}
+        elif token is not None:
+            options["token"] = token  # to read the bases
+        model.save_pretrained(folder, **options)
+    if processor is not None:
+        processor.save_pretrained(folder, **code)
 
 
-def _has_components(model: Any) -> bool:
-    return hasattr(model, "encoders")
-
-
-def stale_files(with_model: bool, variant: str | None = None):
+def stale_files(with_model: bool, variant: str | None = None) -> Callable[[str], bool]:
     """Which files of a repository a push replaces, if it does not hold them: weights in any other form, and their list.
 
     Adapters too: who loads the repository would get them around the model that was pushed.
@@ -140,20 +186,6 @@ def _full_name(repo_id: str, token: str | bool | None) -> str:
             return f"{with_retries(repo_id, api.whoami)['name']}/{repo_id}"
         except LocalTokenNotFoundError as error:
             raise lost from error
-
-
-def _card(
-    folder: str,
-    model: Any,
-    processor: Any,
-    repo_id: str,
-    save_options: dict[str, Any],
-    trainer: Any,
-    token: Any,
-    tags: Sequence[str],
-) -> str:
-    code = bool(read_entry(folder))
-    return card_text(model, processor, repo_id, code, save_options.get("embed", True), trainer, token, tags=tags)
 
 
 def _head_and_card(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[str | None, str | None]:
@@ -189,23 +221,3 @@ def _write_card(path: Path, generated: str, there: str | None, repo_id: str, rep
         logger.warning("%s: the card was edited by hand and stays as it is; overwrite_card=True replaces it.", repo_id)
     else:
         path.write_bytes(text.encode("utf-8"))
-
-
-def _adapters_only(model: Any) -> bool:
-    """Whether saving a model saves the adapters around it alone, beside which its own weights may lie."""
-    return getattr(model, "_hf_peft_config_loaded", False)
-
-
-def push_saved(part: Any, folder: str | os.PathLike, options: dict[str, Any]) -> CommitInfo:
-    """`push` for `save_pretrained(folder, push_to_hub=True)`: into the repository of the folder's name by default."""
-    known = (
-        *(key for key in HUB_ARGUMENTS if key != "repo_id"),
-        *("embed", "bases", "include_code", *WRITING),
-    )
-    given = {key: options[key] for key in known if options.get(key) is not None}
-    repo_id = options.get("repo_id") or os.path.basename(os.path.abspath(folder))
-    pair = (None, part) if hasattr(part, "tokenizer") else (part, None)
-    return push(*pair, repo_id, **given)
-
-
-PUSHERS.update(push=push, push_saved=push_saved)

@@ -3,12 +3,12 @@
 import contextlib
 import fnmatch
 import getpass
-import hashlib
 import logging
 import os
 import re
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,25 @@ _BINARY = (".safetensors", ".bin", ".pt", ".pth", ".model", ".npz", ".npy", ".on
 _WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b")
 TRIES = 4
+PULL_REQUESTS = 10  # the newest ones, among which ours is looked for when the answer to a commit was lost
+MARK = "Push-Id: {}"  # the last line of a commit's description, by which it is known again
+# What an answer of the Hub means and what to do about it, by its status.
+REMEDIES: dict[int | None, tuple[type[Exception], str]] = {
+    401: (PermissionError, "not logged in, or the token is not valid (401): run `hf auth login`, or pass token=."),
+    403: (
+        PermissionError,
+        "your token may not do this (403): use one with write access to it, ask its owner, push to a repository of your "
+        "own, or open a pull request with create_pr=True.",
+    ),
+    404: (
+        FileNotFoundError,
+        "does not exist, or it is private and your token may not see it (404): check its name and the token.",
+    ),
+    412: (
+        ValueError,
+        "somebody committed meanwhile (412). Nothing was uploaded: look at that commit, then push again.",
+    ),
+}
 
 
 def upload(
@@ -78,10 +97,21 @@ def upload(
     if parent_commit is not None and info.sha != parent_commit:
         raise _moved(repo_id, parent_commit, info.sha)
     held = {sibling.rfilename for sibling in info.siblings or ()}
-    operations: list[Any] = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
-    operations += [CommitOperationDelete(name) for name in sorted(held - set(names)) if stale(name)]
-    options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
-    return _commit(api, repo_id, operations, info.sha, options | {"commit_description": commit_description})
+    gone = [name for name in sorted(held - set(names)) if stale(name)]
+    mark = MARK.format(uuid.uuid4().hex)
+    options = {
+        "revision": revision,
+        "create_pr": create_pr,
+        "parent_commit": info.sha,
+        "commit_message": commit_message,
+    }
+    options["commit_description"] = f"{commit_description}\n\n{mark}" if commit_description else mark
+
+    def operations() -> list[Any]:  # made anew for each try: what a failed one noted on them is not to be trusted
+        added = [CommitOperationAdd(name, os.path.join(folder, name)) for name in names]
+        return [*added, *map(CommitOperationDelete, gone)]
+
+    return _commit(api, repo_id, operations, options, mark)
 
 
 def uploadable(folder: str | os.PathLike) -> list[str]:
@@ -144,41 +174,33 @@ def with_retries(repo_id: str, call: Callable[[], Any]) -> Any:
             wait = _wait(error, attempt)
             if wait is None:
                 raise
-            if attempt == TRIES - 1:
-                raise OSError(f"{repo_id}: the Hub did not answer in {TRIES} tries. Last: {error}") from error
+            last = error
+        if attempt < TRIES - 1:
             time.sleep(wait)
-    raise AssertionError("unreachable")
+    raise OSError(f"{repo_id}: the Hub did not answer in {TRIES} tries. Last: {last}") from last
 
 
-def _commit(api: HfApi, repo_id: str, operations: list[Any], head: str | None, options: dict[str, Any]) -> CommitInfo:
+def _commit(
+    api: HfApi, repo_id: str, operations: Callable[[], list[Any]], options: dict[str, Any], mark: str
+) -> CommitInfo:
     """Commit; after an answer that did not come, look whether it was done before trying again."""
-    pulls_before = _pulls(api, repo_id, options)
     for attempt in range(TRIES):
         try:
             with hub_errors_explained(repo_id, options["revision"]):
-                return api.create_commit(repo_id, operations, parent_commit=head, **options)
-        except (PermissionError, FileNotFoundError, ValueError) as error:
-            # Of a try whose answer did not come, the commit may have been made late.
-            late = attempt and _status(error.__cause__) == 412
-            if late and (done := _done(api, repo_id, operations, head, pulls_before, options)):
-                return done
-            raise
+                return api.create_commit(repo_id, operations(), **options)
         except Exception as error:
-            wait = _wait(error, attempt)
+            # "Somebody committed meanwhile" may mean ourselves: an earlier try whose answer did not come, made late.
+            wait = 0.0 if attempt and _status(error.__cause__) == 412 else _wait(error, attempt)
             if wait is None:
                 raise
-            logger.warning(
-                "%s: no answer to the commit (%s); looking whether it was done.", repo_id, type(error).__name__
-            )
-            time.sleep(wait)
-            if done := _done(api, repo_id, operations, head, pulls_before, options):
-                return done
-            if attempt == TRIES - 1:
-                raise OSError(
-                    f"{repo_id}: the Hub did not take the commit in {TRIES} tries; nothing was changed. Last: {error}"
-                ) from error
-            operations = [_again(operation) for operation in operations]
-    raise AssertionError("unreachable")
+            last = error
+        logger.warning("%s: no answer to the commit (%s); looking whether it was done.", repo_id, type(last).__name__)
+        time.sleep(wait)
+        if done := _done(api, repo_id, options, mark):
+            return done
+    raise OSError(
+        f"{repo_id}: the Hub did not take the commit in {TRIES} tries; nothing was changed. Last: {last}"
+    ) from last
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -187,19 +209,10 @@ def _status(error: BaseException | None) -> int | None:
     return None if response is None else response.status_code
 
 
-def _again(operation: Any) -> Any:
-    """A fresh operation: what a failed commit noted on it is not to be trusted."""
-    if isinstance(operation, CommitOperationAdd):
-        return CommitOperationAdd(operation.path_in_repo, operation.path_or_fileobj)
-    return operation
-
-
 def _wait(error: BaseException, attempt: int) -> float | None:
     """Seconds to wait before the next try, None for errors that trying again does not mend."""
-    if (
-        isinstance(error, RuntimeError) and error.__cause__ is not None
-    ):  # so huggingface_hub wraps errors of large files
-        error = error.__cause__
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__  # so huggingface_hub wraps errors of large files
     if isinstance(error, OfflineModeIsEnabled):
         return None
     status = _status(error)
@@ -212,73 +225,42 @@ def _wait(error: BaseException, attempt: int) -> float | None:
     return min(float(asks), 60.0) if asks.isdigit() else 0.5 * 2**attempt
 
 
-def _pulls(api: HfApi, repo_id: str, options: dict[str, Any]) -> set[str]:
-    """The pull requests that there are; empty where none is to be opened."""
-    if not options["create_pr"]:
-        return set()
-    refs = with_retries(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
-    return {pull.ref for pull in refs.pull_requests or ()}
-
-
-def _done(
-    api: HfApi, repo_id: str, operations: list[Any], head: str | None, pulls_before: set[str], options: dict[str, Any]
-) -> CommitInfo | None:
-    """The commit, if it was made although no answer came; None if nothing happened.
+def _done(api: HfApi, repo_id: str, options: dict[str, Any], mark: str) -> CommitInfo | None:
+    """The commit with our mark, if it was made although no answer came; None if nothing happened.
 
     Raises:
-        ValueError: something else was committed meanwhile.
+        ValueError: something else was committed meanwhile, instead of it or on top of it.
         OSError: the Hub does not say.
     """
     with hub_errors_explained(repo_id, options["revision"]):
-        if not options["create_pr"]:
-            info = with_retries(
-                repo_id, lambda: api.model_info(repo_id, revision=options["revision"], files_metadata=True)
-            )
-            if info.sha == head:
-                return None
-            if not _is_ours(api, repo_id, info, operations, head):
-                raise _moved(repo_id, head, info.sha)
-            return _found(api, repo_id, info.sha, None, options)
-        for pull in sorted(_pulls(api, repo_id, options) - pulls_before):  # some may be of others
-            info = with_retries(repo_id, lambda ref=pull: api.model_info(repo_id, revision=ref, files_metadata=True))
-            if _is_ours(api, repo_id, info, operations, head):
-                return _found(api, repo_id, info.sha, pull.rpartition("/")[2], options)
+        places = [options["revision"]]
+        if options["create_pr"]:  # ours is one of the newest; some may be of others
+            refs = with_retries(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
+            places = sorted((pull.ref for pull in refs.pull_requests or ()), key=_number)[-PULL_REQUESTS:]
+        for place in places:
+            # From the newest to the oldest.
+            newest, *older = with_retries(repo_id, lambda ref=place: api.list_repo_commits(repo_id, revision=ref))
+            if made := [commit.commit_id for commit in older if mark in commit.message]:
+                raise ValueError(
+                    f"{repo_id}: your commit {made[0][:8]} was made, but somebody committed meanwhile on top of it: "
+                    f"look at {newest.commit_id[:8]}."
+                )
+            if mark in newest.message:
+                return CommitInfo(
+                    commit_url=f"{api.endpoint}/{repo_id}/commit/{newest.commit_id}",
+                    commit_message=options["commit_message"],
+                    commit_description=options["commit_description"],
+                    oid=newest.commit_id,
+                    pr_url=f"{api.endpoint}/{repo_id}/discussions/{_number(place)}" if options["create_pr"] else None,
+                )
+    if not options["create_pr"] and newest.commit_id != options["parent_commit"]:
+        raise _moved(repo_id, options["parent_commit"], newest.commit_id)
     return None
 
 
-def _is_ours(api: HfApi, repo_id: str, info: Any, operations: list[Any], head: str | None) -> bool:
-    """Whether a commit follows `head` and holds what the operations ask for."""
-    there = {s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) for s in info.siblings or ()}
-    for operation in operations:
-        found = there.get(operation.path_in_repo)
-        if not isinstance(operation, CommitOperationAdd):
-            same = found is None
-        elif found is not None and len(found) == 64:
-            same = found == operation.upload_info.sha256.hex()
-        else:
-            same = found == _git_oid(operation)
-        if not same:
-            return False
-    commits = with_retries(repo_id, lambda: api.list_repo_commits(repo_id, revision=info.sha))
-    return len(commits) > 1 and commits[1].commit_id == head
-
-
-def _found(api: HfApi, repo_id: str, oid: str, pull: str | None, options: dict[str, Any]) -> CommitInfo:
-    url = f"{api.endpoint}/{repo_id}"
-    return CommitInfo(
-        commit_url=f"{url}/commit/{oid}",
-        commit_message=options["commit_message"],
-        commit_description=options["commit_description"] or "",
-        oid=oid,
-        pr_url=f"{url}/discussions/{pull}" if pull else None,
-    )
-
-
-def _git_oid(operation: CommitOperationAdd) -> str:
-    """The id that git gives to a file, for files that are small enough for it."""
-    with operation.as_file() as file:
-        data = file.read()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+def _number(pull_request: str) -> int:
+    """7 of ``refs/pr/7``."""
+    return int(pull_request.rpartition("/")[2])
 
 
 def _moved(repo_id: str, expected: str | None, got: str | None) -> ValueError:
@@ -299,22 +281,7 @@ def hub_errors_explained(repo_id: str, revision: str | None = None) -> Iterator[
             f"{repo_id} has no revision {revision!r} (404): give a branch, a tag or a commit of it."
         ) from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status == 401:
-            raise PermissionError(
-                f"{repo_id}: not logged in, or the token is not valid (401): run `hf auth login`, or pass token=."
-            ) from error
-        if status == 403:
-            raise PermissionError(
-                f"{repo_id}: your token may not do this (403): use one with write access to it, ask its owner, push to a "
-                "repository of your own, or open a pull request with create_pr=True."
-            ) from error
-        if status == 404:
-            raise FileNotFoundError(
-                f"{repo_id} does not exist, or it is private and your token may not see it (404): check its name and the token."
-            ) from error
-        if status == 412:
-            raise ValueError(
-                f"{repo_id}: somebody committed meanwhile (412). Nothing was uploaded: look at that commit, then push again."
-            ) from error
-        raise
+        if _status(error) not in REMEDIES:
+            raise
+        kind, remedy = REMEDIES[_status(error)]
+        raise kind(f"{repo_id}: {remedy}") from error

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ..parts.adapters import unwrapped
 from ..parts.signatures import forward_parameters
+from .supported import language_model_type
 
 # Rotary, but their frequencies follow the largest position of a batch.
 STRETCHED_BY_LENGTH = {"dynamic", "longrope"}
-# Rotary, and they read positions for themselves too: to scale attention by them, to cut blocks, to reset a state at 0.
-READ_POSITIONS = {"beam", "inkling2_text", "llama4_text", "minimax_m3_vl_text", "ministral3", "recurrent_gemma"}
 # (only distances count, first position) of each language model: its modules are searched once, not at every token.
 _counting: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
 
@@ -51,7 +50,7 @@ def only_distances_count(language_model: nn.Module) -> bool:
     inner: Any = unwrapped(language_model)
     rotary = any("Rotary" in type(module).__name__ for module in inner.modules())
     stretched = _rope_types(getattr(inner.config, "rope_parameters", None)) & STRETCHED_BY_LENGTH
-    return rotary and not stretched and inner.config.model_type not in READ_POSITIONS
+    return rotary and not stretched and not language_model_type(inner.config).reads_positions
 
 
 def crosses_longrope_limit(language_model: nn.Module, past: int, length: int) -> bool:
@@ -110,10 +109,6 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
     return arguments
 
 
-# model type -> attribute of the backbone by which it multiplies embeddings of ids, but not embeddings that it is given
-SCALES = {"falcon_h1": "embedding_multiplier"}
-
-
 def embed_ids(language_model: nn.Module, input_ids: Tensor) -> Tensor:
     """The input of a language model's first layer, ``(batch, length, hidden)``, for ids ``(batch, length)`` in its table.
 
@@ -121,7 +116,7 @@ def embed_ids(language_model: nn.Module, input_ids: Tensor) -> Tensor:
     """
     inner: Any = unwrapped(language_model)
     embeds = language_model.get_input_embeddings()(input_ids)  # type: ignore[operator]  # (batch, length, hidden)
-    scale = SCALES.get(inner.config.model_type)
+    scale = language_model_type(inner.config).embedding_scale
     return embeds if scale is None else embeds * getattr(inner.base_model, scale)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import torch_compilable_check
 
+from ..limits import check_count
 from .extra_inputs import embed_ids, id_inputs
 
 
@@ -252,8 +253,7 @@ class MergingMixin(PreTrainedModel):
         used = {self.config.modality(n)["token_id"]: n for n in self.config.encoders if n not in token_ids}
         for name, token_id in token_ids.items():
             self.config.modality(name)
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise ValueError(f"{name}: a placeholder's token id must be an integer >= 0, got {token_id!r}.")
+            check_count(token_id, f"{name}: a placeholder's token id", least=0)
             if token_id in used:
                 raise ValueError(f"{name}: the token id {token_id} already stands for {used[token_id]!r}.")
             used[token_id] = name

@@ -1,30 +1,45 @@
-"""Which models cannot be the language model of a composition, and why.
+"""What is known of language models: which cannot be one of a composition, and why, and a row for each type that is unusual.
 
-What a class's own `forward` and configuration tell is asked first; names are left for what they do not tell.
+What a class's own `forward` and configuration tell is asked first; rows are left for what they do not tell.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_multimodal import MultimodalConfig
-from ..parts.adapters import unwrapped, wrap_again
+from ..parts.adapters import unwrapped
 from ..parts.classes import language_model_class, resolve_class
 from ..parts.signatures import forward_parameters
+from ..parts.stored_adapters import wrap_again
 
 OTHER = "Choose another language model."
-# model type -> why features among its tokens, left padding or generation step by step would go wrong
-REFUSED = {
-    "blt": "it cuts bytes into patches by the ids themselves, which features do not have",
-    "deepseek_v4": "it routes tokens to experts by a hash of their ids, which features do not have",
-    "git": "it puts its own image before the text and widens every mask by it",
-    "reformer": "it attends within random hash buckets, which change with padding and from step to step",
-    "rwkv": "it ignores the attention mask, so padding enters its state, and its state cannot be trained through",
-    "xlm": "it reads an attention mask as lengths, so padding on the left counts as text",
-    "xlnet": "it is trained on permutations of the text and does not predict the next token from those before",
-}
+
+
+@dataclass(frozen=True)
+class LanguageModelType:
+    """What is known of the language models of one `model_type` that neither their `forward` nor their configuration tells.
+
+    Attributes:
+        refused: why features among its tokens, left padding or generation step by step would go wrong; such a model is refused.
+        refused_if: ``fn(model) -> bool``, whether that holds of a model; None where it holds of all of the type.
+        reads_positions: its rotary embeddings are not all: it reads positions for themselves too, to scale attention by
+            them, to cut blocks, to reset a state at 0.
+        embedding_scale: attribute of its backbone by which it multiplies embeddings of ids, but not those that it is given.
+    """
+
+    refused: str | None = None
+    refused_if: Callable[[Any], bool] | None = None
+    reads_positions: bool = False
+    embedding_scale: str | None = None
+
+
+def language_model_type(config: Any) -> LanguageModelType:
+    """The row of a language model, by its configuration; one of defaults where there is none."""
+    return LANGUAGE_MODEL_TYPES.get(config.model_type, _USUAL)
 
 
 def refusal(model: Any) -> str | None:
@@ -36,9 +51,10 @@ def refusal(model: Any) -> str | None:
     for fails, reason in REFUSALS:
         if fails(model):
             return f"{type(model).__name__} {reason}"
-    if (named := REFUSED.get(model.config.model_type)) is not None:
-        return f"{type(model).__name__} cannot be the language model of a composition: {named}. {OTHER}"
-    return None
+    known = language_model_type(model.config)
+    if known.refused is None or (known.refused_if is not None and not known.refused_if(model)):
+        return None
+    return f"{type(model).__name__} cannot be the language model of a composition: {known.refused}. {OTHER}"
 
 
 def _lacks(name: str) -> Callable[[Any], bool]:
@@ -69,13 +85,44 @@ def _has_several_tables(model: Any) -> bool:
 
 def _routes_by_neighbours(model: Any) -> bool:
     """Doge with experts: transformers keeps a split of its router that mixes the tokens of a whole batch."""
-    return model.config.model_type == "doge" and _is_true(model.config, "is_moe")
+    return _is_true(model.config, "is_moe")
 
 
 def _turns_values(model: Any) -> bool:
     """RoFormer that turns values too: what a token gives then depends on where it stands, not on the distance alone."""
-    counts_padding = "position_ids" not in forward_parameters(model)
-    return counts_padding and model.config.model_type == "roformer" and _is_true(model.config, "rotary_value")
+    return "position_ids" not in forward_parameters(model) and _is_true(model.config, "rotary_value")
+
+
+_USUAL = LanguageModelType()
+_READS_POSITIONS = LanguageModelType(reads_positions=True)
+LANGUAGE_MODEL_TYPES: dict[str, LanguageModelType] = {
+    **dict.fromkeys(("beam", "inkling2_text", "llama4_text", "minimax_m3_vl_text"), _READS_POSITIONS),
+    **dict.fromkeys(("ministral3", "recurrent_gemma"), _READS_POSITIONS),
+    "blt": LanguageModelType("it cuts bytes into patches by the ids themselves, which features do not have"),
+    "deepseek_v4": LanguageModelType("it routes tokens to experts by a hash of their ids, which features do not have"),
+    "doge": LanguageModelType(
+        "it chooses the experts of a token by other tokens of the batch, those behind it included (its configuration has "
+        "is_moe=True), so a batch differs from its single samples, and a prompt from the same prompt run token by token",
+        refused_if=_routes_by_neighbours,
+    ),
+    "falcon_h1": LanguageModelType(embedding_scale="embedding_multiplier"),
+    "git": LanguageModelType("it puts its own image before the text and widens every mask by it"),
+    "reformer": LanguageModelType(
+        "it attends within random hash buckets, which change with padding and from step to step"
+    ),
+    "roformer": LanguageModelType(
+        "it counts positions from the start of a row, padding included, takes no `position_ids`, and turns values by them (its "
+        "configuration has rotary_value=True), so a left-padded batch would differ from its single samples",
+        refused_if=_turns_values,
+    ),
+    "rwkv": LanguageModelType(
+        "it ignores the attention mask, so padding enters its state, and its state cannot be trained through"
+    ),
+    "xlm": LanguageModelType("it reads an attention mask as lengths, so padding on the left counts as text"),
+    "xlnet": LanguageModelType(
+        "it is trained on permutations of the text and does not predict the next token from those before"
+    ),
+}
 
 
 # whether a model fails -> what is wrong with it, and the remedy
@@ -112,17 +159,6 @@ REFUSALS: list[tuple[Callable[[Any], bool], str]] = [
         _attends_both_ways,
         "is not causal: its configuration lets tokens attend to those behind them. Load it with is_decoder=True (BERT "
         "and its relatives) or use_bidirectional_attention=False (Gemma).",
-    ),
-    (
-        _routes_by_neighbours,
-        "chooses the experts of a token by other tokens of the batch, those behind it included (its configuration has "
-        "is_moe=True), so a batch differs from its single samples, and a prompt from the same prompt run token by token. "
-        + OTHER,
-    ),
-    (
-        _turns_values,
-        "counts positions from the start of a row, padding included, takes no `position_ids`, and turns values by them (its "
-        "configuration has rotary_value=True), so a left-padded batch would differ from its single samples. " + OTHER,
     ),
     (
         _is_torn_off,

@@ -8,6 +8,7 @@ from typing import Any
 
 _HOMES = {
     "register_callback": "registries",
+    "register_encoder_type": "known_encoders",
     "register_feature_count": "registries",
     "register_projector": "registries",
 }

@@ -1,21 +1,18 @@
-"""PEFT-wrapped parts: see through the wrapper, describe its adapters, wrap a rebuilt part again.
+"""PEFT-wrapped parts: see through the wrapper and its layers, and refuse what would not be saved with them.
 
-peft is imported when adapters are made: it takes a second to import, and who has not imported it has no adapters.
+peft is looked up and never imported: who has not imported it has no adapters.  `stored_adapters` describes and rebuilds them.
 """
 
-import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
-from .stored_modules import NotStorable, as_json
-from .stored_values import check_pattern
+from .names import modules_by_name
 from .versions import check_peft
-from .weightless import without_weights
 
 
 def _peft_classes(*names: str) -> tuple[type, ...]:
@@ -31,7 +28,7 @@ def _peft_classes(*names: str) -> tuple[type, ...]:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a model is a `peft.PeftModel`."""
-    return isinstance(model, _peft_classes("PeftModel"))  # () where there is no such class yet, nor such a model
+    return isinstance(model, _peft_classes("PeftModel"))
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -42,61 +39,6 @@ def unwrapped(model: Any) -> PreTrainedModel:
 def is_adapted(layer: nn.Module | None) -> bool:
     """Whether a layer computes with adapters, so that its `weight` is not all of it."""
     return isinstance(layer, _peft_classes("BaseTunerLayer"))
-
-
-def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
-    """Describe a wrapped part's adapters in JSON values; None for a part that is not wrapped.
-
-    Raises:
-        ValueError: the adapters cannot be stored (prompt learning inside a part, values that are not JSON, adapters
-            injected without a wrapper).
-    """
-    if not is_wrapped(model):
-        check_not_injected(model, where)
-        return None
-    if not isinstance(model.base_model, _peft_classes("BaseTuner")):  # no adapters in its layers: a prompt before them
-        raise ValueError(
-            f"{where}: a checkpoint cannot hold {model.active_peft_config.peft_type} inside a part. Compose the plain "
-            "model and wrap the composed one: get_peft_model(mllm, config)."
-        )
-    if any(getattr(config, "layer_replication", None) for config in model.peft_config.values()):
-        raise ValueError(
-            f"{where}: a checkpoint cannot hold layer_replication, which changes the layers of the part itself. Use an adapter "
-            "configuration without it, or merge_and_unload() before composing."
-        )
-    plain = {name: _plain(config.to_dict()) for name, config in model.peft_config.items()}
-    try:
-        configs = {name: as_json(values, f"{where}: the adapter {name!r}") for name, values in plain.items()}
-    except NotStorable as error:
-        raise ValueError(f"{error}: give the adapter configuration JSON values.") from error
-    described = {"configs": configs, "active": list(model.active_adapters), "class": type(model).__name__}
-    return described | _layer_state(model, where)
-
-
-def _layer_state(model: Any, where: str) -> dict[str, Any]:
-    """Tell which adapters are merged into the weights at the moment, and whether they are switched off; {} for neither.
-
-    Raises:
-        ValueError: layers that differ in it, which a checkpoint cannot say.
-    """
-    layers = tuner_layers(model)
-    # Not every layer has every adapter; the longest list names all that are merged, if they are so alike everywhere.
-    merged = max((list(layer.merged_adapters) for layer in layers), key=len, default=[])
-    for layer in layers:
-        if layer.merged_adapters != _held(layer, merged):
-            raise ValueError(
-                f"{where}: some layers have the adapters {merged} merged into their weights and others "
-                f"{layer.merged_adapters}: merge or unmerge all of them."
-            )
-    if merged and any(hasattr(layer, "trainable_tokens_original") for layer in layers):
-        raise ValueError(
-            f"{where}: the adapters {merged} are merged, and a checkpoint would not hold the rows of single tokens "
-            "(trainable_token_indices) that they replaced: call unmerge_adapter() before saving, or merge_and_unload()."
-        )
-    off = [layer.disable_adapters for layer in layers]  # PEFT's own switch is one for all
-    if any(off) and not all(off):
-        raise ValueError(f"{where}: the adapters of {sum(off)} of {len(off)} layers are disabled: disable all or none.")
-    return ({"merged": merged} if merged else {}) | ({"disabled": True} if any(off) else {})
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:
@@ -119,32 +61,6 @@ def base_children(layer: nn.Module) -> list[nn.Module]:
     """Those children of an adapter layer that are, or hold, the module that it wraps."""
     wrapped = _wrapped_module(layer)
     return [child for child in layer.children() if any(module is wrapped for module in child.modules())]
-
-
-def _held(layer: Any, names: list[str]) -> list[str]:
-    """Those of the adapters that a layer has."""
-    return [name for name in names if name in layer._get_available_adapters()]
-
-
-def _plain(value: Any) -> Any:
-    """Options of an adapter as JSON has them: sets sorted, enumerations by value, paths of this machine left out."""
-    if isinstance(value, dict):
-        left_out = ("base_model_name_or_path", "auto_mapping")
-        return {key: _plain(item) for key, item in value.items() if key not in left_out}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return getattr(value, "value", value)
-
-
-def check_not_injected(model: nn.Module, where: str) -> None:
-    """Refuse to save a part with adapters but without a wrapper that knows of them (ValueError with the remedy)."""
-    if not is_wrapped(model) and tuner_layers(model):
-        raise ValueError(
-            f"{where} has adapters injected without a wrapper, which cannot be restored from a checkpoint: wrap the "
-            "part with get_peft_model(part, config) instead of add_adapter or inject_adapter_in_model."
-        )
 
 
 def check_no_wrapped_part(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
@@ -196,94 +112,6 @@ def _wrapped_module(layer: Any) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else nn.Module()
 
 
-def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: str) -> nn.Module:
-    """Wrap a rebuilt part in the adapters that `describe_adapters` described; weights are loaded afterwards.
-
-    Raises:
-        ImportError: peft is not installed.
-        ValueError: an adapter type that this version of peft does not know.
-    """
-    if not described:
-        return model
-    if is_peft_available():
-        from peft import PEFT_TYPE_TO_CONFIG_MAPPING as config_classes
-    else:
-        raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
-    if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):
-        raise ValueError(f"{where}: expected adapters as {{'configs': {{name: options}}}}, got {described!r:.200}.")
-    configs = {name: _config(values, where, config_classes) for name, values in described["configs"].items()}
-    wrapped = _wrapped(model, configs, where)
-    # Which adapters compute; several at once can be set on the tuner inside alone.
-    active = described.get("active") or list(configs)[:1]
-    if active != list(wrapped.active_adapters):
-        wrapped.base_model.set_adapter(active)
-        if len(active) == 1:  # the wrapper's own method takes one name alone
-            wrapped.set_adapter(active[0])
-    for layer in tuner_layers(wrapped) if described.get("merged") else ():  # the weights that follow are merged ones
-        layer.merged_adapters.extend(_held(layer, described["merged"]))
-    if described.get("disabled"):
-        wrapped.base_model.disable_adapter_layers()
-    return wrapped
-
-
-def _wrapped(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
-    """Wrap a part; if it has no weights yet, its adapters have none either, while the tables that they compute are real."""
-    if is_peft_available():
-        from peft import get_peft_model
-    without = any(p.is_meta for p in model.parameters())
-    first, *others = configs
-    try:
-        with without_weights() if without else contextlib.nullcontext():
-            # In the part's dtype: which adapters are in another one is known by the names of their weights.
-            wrapped = get_peft_model(model, configs[first], adapter_name=first, autocast_adapter_dtype=False)
-            for name in others:
-                wrapped.add_adapter(name, configs[name], autocast_adapter_dtype=False)
-            return wrapped
-    except RuntimeError as error:
-        if not without:
-            raise
-        kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
-        raise ValueError(
-            f"{where}: PEFT cannot build adapters of type {kinds} before the weights are there, as loading does "
-            f"({type(error).__name__}: {str(error)[:120]}). Use merge_and_unload() on the part before saving, or wrap the "
-            "composed model: get_peft_model(mllm, config)."
-        ) from error
-
-
-def _config(values: dict[str, Any], where: str, config_classes: Mapping[Any, Any]):
-    kind = values.get("peft_type") if isinstance(values, Mapping) else None
-    if kind not in config_classes:
-        raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(config_classes)}.")
-    # From a checkpoint, so not trusted: peft would import `megatron_core`, and search by whatever pattern it is given.
-    options = {k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
-    _check_options(options, where)
-    try:
-        return config_classes[kind](**options)
-    except TypeError as error:
-        raise ValueError(f"{where}: the {kind} adapter of this peft does not take its options ({error}).") from error
-
-
-# Options of an adapter that peft takes as regular expressions over the names of all modules.
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
-
-
-def _check_options(options: Mapping[str, Any], where: str) -> None:
-    """Refuse options that import a module by name, name another base model, or could search without end (ValueError)."""
-    if options.get("megatron_config") is not None or options.get("megatron_core") not in (None, "megatron.core"):
-        raise ValueError(
-            f"{where}: the adapter asks for the module {options.get('megatron_core')!r}, which is not imported."
-        )
-    if options.get("auto_mapping") is not None:
-        raise ValueError(
-            f"{where}: the adapter names a class by auto_mapping, expected none: it is built into its part."
-        )
-    for key in _PATTERNS:
-        value = options.get(key)
-        keys = (value or ()) if key.endswith("_pattern") else ()  # dictionaries have the patterns as keys
-        for pattern in [value] if isinstance(value, str) else keys:
-            check_pattern(pattern, f"{where}: {key}")
-
-
 def adapter_parameter_names(model: nn.Module) -> set[str]:
     """Names of the parameters that a wrapped part trains: adapter weights and copies kept by `modules_to_save`."""
     if not is_wrapped(model):
@@ -292,11 +120,86 @@ def adapter_parameter_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if prefix in name or ".modules_to_save." in name}
 
 
-def record_adapters(config: Any, encoders: Mapping[str, Any], language_model: nn.Module) -> None:
-    """Write the adapters of PEFT-wrapped parts into the configuration."""
-    parts = {"language_model": language_model} | {f"{n}_encoder.module": e.module for n, e in encoders.items()}
-    found = {where: describe_adapters(part, where) for where, part in parts.items() if is_wrapped(part)}
-    config.adapters = found or None
+# ---- tensors that adapters bring along or stand in front of: names, ties, buffers that no checkpoint holds
+
+_TOKEN_ROWS = "trainable_tokens_original"
+# Where PEFT keeps the module that an adapter stands in front of.
+_WRAPPED_AS = ("original_module", "token_adapter", "base_layer")
+
+
+def current_name(model: nn.Module, name: str) -> str:
+    """The present name of a weight that was called `name` before adapters were put in front of its module."""
+    path, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return name
+    # "head.weight" is "head.base_layer.weight" behind LoRA, and one level deeper behind each further wrapper.
+    while not hasattr(module, "_parameters") or module._parameters.get(key) is None:
+        inner = next((w for w in _WRAPPED_AS if isinstance(module._modules.get(w), nn.Module)), None)
+        if inner is None:
+            return name
+        module, path = getattr(module, inner), f"{path}.{inner}"
+    return f"{path}.{key}"
+
+
+def shared_by_adapters(model: nn.Module) -> dict[str, str]:
+    """Tensors that several layers of wrapped parts share (VeRA's projections, tied layers): ``{name: first name}``."""
+    shared: dict[str, str] = {}
+    if "peft" not in sys.modules:
+        return shared
+    for prefix, part in modules_by_name(model):
+        if is_wrapped(part):
+            first: dict[int, str] = {}
+            # The tensors themselves and no views of them: they are told apart by identity.
+            for name, tensor in part.state_dict(keep_vars=True).items():
+                full = f"{prefix}.{name}" if prefix else name
+                if first.setdefault(id(tensor), full) != full:
+                    shared[full] = first[id(tensor)]
+    return shared
+
+
+def adapter_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers of adapters that no checkpoint holds: tables and projections made when the adapter is."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, part in model.named_modules():
+        if is_wrapped(part):
+            saved = part.state_dict().keys()
+            lost = [(name, buffer) for name, buffer in part.named_buffers() if name not in saved]
+            found |= {f"{prefix}.{name}": buffer for name, buffer in lost if _of_an_adapter(part, name)}
+    return found
+
+
+def check_buffers_restorable(made: nn.Module) -> None:
+    """Refuse adapters whose unsaved buffers cannot be made again (VeRA and others with `save_projection=False`).
+
+    Args:
+        made: the model as its configuration builds it, without weights.
+
+    Raises:
+        ValueError: names the first of the buffers.
+    """
+    # A buffer that is real was computed while its adapter was made, as loading will; `restore_token_rows` fills the rest.
+    lost = [n for n, b in adapter_buffers(made).items() if b.is_meta and _TOKEN_ROWS not in n.split(".")]
+    if lost:
+        raise ValueError(
+            f"A checkpoint would not hold the buffers {lost[:2]} ({len(lost)}) that adapters need, and loading cannot make "
+            "them again: use save_projection=True in the adapter configuration, or merge_and_unload() the part before saving."
+        )
+
+
+def restore_token_rows(model: nn.Module) -> None:
+    """Fill the rows that adapters of single tokens keep of the embeddings, to unmerge them (in place)."""
+    for layer in tuner_layers(model):
+        for name, rows in getattr(layer, _TOKEN_ROWS, {}).items():
+            if name not in layer.merged_adapters:
+                rows.copy_(layer.get_base_layer().weight.data[layer.token_indices[name]])
+
+
+def _of_an_adapter(part: Any, name: str) -> bool:
+    owner, _, _ = name.rpartition(".")
+    # PEFT keeps an adapter's tensors under its name: `lora_A.default.weight`.
+    return is_adapted(part.get_submodule(owner)) or bool(set(part.peft_config) & set(name.split(".")))
 
 
 class WholeAdaptersMixin(PreTrainedModel):

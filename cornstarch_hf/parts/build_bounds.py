@@ -37,39 +37,30 @@ class BoundedTensors(ThreadDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _on_meta(args, kwargs):  # nearly all of them
-            return func(*args, **kwargs)
         if _makes_real(func, args, kwargs):
             self.made += _bytes(func, args, kwargs)
-            check(
-                self.made,
-                "MAX_BUILD_BYTES",
-                f"By {func} the bytes of tensors that the configuration asks to compute are",
-            )
+            what = f"By {func} the bytes of tensors that the configuration asks to compute are"
+            check(self.made, "MAX_BUILD_BYTES", what)
         return func(*args, **kwargs)
 
 
-def _on_meta(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation makes nothing real, by a quick look at it; False where a longer one is needed."""
-    device = kwargs.get("device")
-    if device is not None:
-        return isinstance(device, torch.device) and device.type == "meta"
-    return any(isinstance(x, Tensor) and x.is_meta for x in args)
-
-
 def _makes_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation fills new memory: it works on no meta tensor, reserves nothing and returns no view."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":
+        return False
+    if any(isinstance(x, Tensor) and x.is_meta for x in args):  # nearly all of them: a quick look first
+        return False
     if func._schema.name.startswith(("aten::empty", "aten::detach")):
         return False
     if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-        return False
-    device = kwargs.get("device")
-    if device is not None and torch.device(device).type == "meta":
         return False
     return not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs)))
 
 
 def _bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     """Bytes of an operation's outputs, found by running it on the meta device; 0 where it cannot run there."""
+    # The same operation without memory tells shapes and data types of its outputs.
     on_meta, options = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
     takes_device = any(argument.name == "device" for argument in func._schema.arguments)
     try:
@@ -91,7 +82,7 @@ def bounded_tensors(*configs: Any) -> Any:
     expected = getattr(_active, "expected", None)
     if expected is None:
         return contextlib.nullcontext()
-    sizes = {size for shape in (expected[0] or {}).values() for size in shape}
+    sizes = {size for shape in (expected[0] or {}).values() for size in shape}  # a table of these is stored anyway
     return BoundedTensors() if not configs or _has_large(configs, sizes) else contextlib.nullcontext()
 
 
@@ -117,6 +108,7 @@ class _CountedTensors(TorchFunctionMode):
     def __init__(self, stored: int) -> None:
         super().__init__()
         self.stored, self.made = stored, 0
+        # A layer makes some tensors, computed ones too, for each that is stored.
         self.allowed = cap("MIN_MODULES") + cap("MAX_MODULES_PER_TENSOR") * stored
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -174,6 +166,7 @@ def check_built(model: nn.Module) -> None:
             f"The configuration describes {len(wrong)} tensors of other shapes than the checkpoint holds ({examples}): they do "
             "not belong together. Restore the configuration that was saved with the weights."
         )
+    # What is not stored may be tied to something that is, or be new, and then small.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = {n: _numel(s) for n, s in built.items() if n not in shapes and n not in tied}
     stored = sum(map(_numel, shapes.values()))

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapter_tensors import current_name, shared_by_adapters
-from .adapters import unwrapped
+from .adapters import current_name, shared_by_adapters, unwrapped
 from .names import modules_by_name, parameters_by_name, starred
 from .weightless import KeepsInitialized
 

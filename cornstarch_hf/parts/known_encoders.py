@@ -1,36 +1,205 @@
-"""Inputs that an encoder draws at random, in evaluation too, unless it is given them.  Pure functions."""
+"""What is known of encoders that neither their classes nor their configurations tell: one row per type, in one table.
+
+Users add rows by `register_encoder_type`.  `encoder_type` finds the row of an encoder; all rooms ask it, none has a table of
+its own.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-# Numbers of patches of packed items along their axes, one row per item.
-GRIDS = ("grid_thw", "grid_hws", "target_sizes")
+from .registries import Registry
+
+Count = Callable[[Mapping[str, Any], PreTrainedConfig], int | None]
+LAST, ALL = "last", "all"  # of an encoder's hidden states
 
 
-class Drawn(NamedTuple):
-    """An input that an encoder draws.
+@dataclass(frozen=True)
+class EncoderType:
+    """What is known of the encoders of one type.  The defaults are those of an encoder of which nothing is known.
 
-    Attributes:
-        name: of the input.
-        fixed: ``fn(inputs, config) -> Tensor``, one that keeps items as they are.
-        loss: ``fn(config) -> str | None``, what an item loses by chance and what to do; None where it loses nothing.
+    The fields are the keyword arguments of `register_encoder_type`, which explains them.
+
+    Raises:
+        TypeError: a field of another kind.
+        ValueError: one of `random_input` and `fixed_input` without the other.
     """
 
-    name: str
-    fixed: Callable[[Mapping[str, Any], PreTrainedConfig], Tensor]
-    loss: Callable[[PreTrainedConfig], str | None]
+    # How many features an item gives
+    count: Count | None = None
+    count_layers: str = LAST
+    width_layers: str | None = None
+    padding_changes_features: bool = False
+    # What chance does to an item
+    random_input: str | None = None
+    fixed_input: Callable[[Mapping[str, Any], PreTrainedConfig], Tensor] | None = None
+    random_loss: Callable[[PreTrainedConfig], str | None] | None = None
+    # What goes in
+    kind: str | None = None
+    any_number_of_frames: bool = False
+    positions_after_padding: bool = False
+    example_text: str | None = None
+    # What comes out instead of features
+    no_features: str | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _CHOICES:
+                fits, expected = value in _CHOICES[field.name], f"one of {_CHOICES[field.name]}"
+            elif isinstance(field.default, bool):
+                fits, expected = isinstance(value, bool), "True or False"
+            elif field.name in ("count", "fixed_input", "random_loss"):
+                fits, expected = value is None or callable(value), "a function"
+            else:
+                fits, expected = value is None or (isinstance(value, str) and value != ""), "a text"
+            if not fits:
+                raise TypeError(f"{field.name} of an encoder type must be {expected}, got {value!r:.100}.")
+        if (self.random_input is None) != (self.fixed_input is None):
+            raise ValueError(
+                "random_input of an encoder type names an input, and fixed_input computes it so that items stay as they are: "
+                "give both or neither."
+            )
+
+    @property
+    def facts(self) -> list[str]:
+        """Names of the fields that say something else than the default."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+
+    @property
+    def functions(self) -> list[Callable]:
+        """The functions among the facts."""
+        return [value for value in vars(self).values() if callable(value)]
+
+
+_CHOICES = {"count_layers": (LAST, ALL), "width_layers": (None, LAST, ALL)}
+_UNKNOWN = EncoderType()
+
+
+def encoder_type(config: Any, class_name: str | None = None) -> EncoderType:
+    """The row of an encoder: of its class, else of its configuration's `model_type`; one of defaults where there is none."""
+    return ENCODER_TYPES.get(class_name) or ENCODER_TYPES.get(getattr(config, "model_type", None)) or _UNKNOWN
+
+
+def register_encoder_type(model_type: str, **facts: Any) -> None:
+    """State what this package cannot find out about the encoders of a type, e.g. of a class of your own.
+
+    A checkpoint of a model with such an encoder names the facts.  Loading it needs the same registration: import the module
+    that makes it first, or save with ``include_code=True`` and load with ``trust_remote_code=True``.
+
+        register_encoder_type("my_encoder", count=lambda inputs, config: inputs["pixel_values"].shape[-1] // config.patch_size)
+
+    Args:
+        model_type: of the encoder's configuration.
+        **facts: one or more of
+
+            - count: ``fn(inputs, config) -> int | None``, features of one item before `drop_prefix`, callbacks and projector;
+              `inputs` are the encoder's, axis 0 has one item.  None where it cannot tell: then, as without it, a dry run
+              counts.  What `register_feature_count` states wins.
+            - count_layers: ``"all"`` where each hidden state has as many; by default ``"last"``.
+            - width_layers: which hidden states are sequences ``(items, tokens, width)`` of the width that the configuration
+              names, ``"all"`` or ``"last"``; where it is not given, a dry run finds axes and width.
+            - padding_changes_features: True where features of an item change with its padding in spite of a mask, so
+              that items of each length have to be encoded apart.
+            - random_input: name of an input that the encoder draws unless it is given, in evaluation too.
+            - fixed_input: ``fn(inputs, config) -> Tensor``, the value for `random_input` that keeps items as they are.
+            - random_loss: ``fn(config) -> str | None``, what items lose by chance, in evaluation too, and what to do about it;
+              None where they lose nothing.  Such an encoder is refused, unless `random_input` is in its `additional_args`.
+            - kind: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ..., where the class states another one.  A tower of
+              images takes videos frame by frame.
+            - any_number_of_frames: True where `num_frames` of the configuration limits no video.
+            - positions_after_padding: True where positions begin after the padding token's id, as in RoBERTa.
+            - example_text: of the kind that it reads, for the usage snippet of a model card.
+            - no_features: what it gives instead of features, and what to take; such an encoder is refused.
+
+    Raises:
+        TypeError: an unknown fact, or one of another kind; names what was expected.
+        ValueError: no facts, or other ones are known of that type already.
+    """
+    names = [field.name for field in fields(EncoderType)]
+    call = f"register_encoder_type({model_type!r}, ...)"
+    if unknown := sorted(set(facts) - set(names)):
+        raise TypeError(f"{call} does not take {unknown}, expected some of {names}.")
+    try:
+        row = EncoderType(**facts)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{call}: {error}") from error
+    if not row.facts:
+        raise ValueError(f"{call} states nothing, expected some of {names}.")
+    try:
+        ENCODER_TYPES.add(model_type, row)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} It is the model_type of the configuration's class; another count is stated by register_feature_count."
+        ) from error
+
+
+def registered_facts(configs: Sequence[PreTrainedConfig]) -> dict[str, list[str]] | None:
+    """What users' rows say of encoders, as a checkpoint names it: ``{model_type: [names of facts]}``; None if nothing."""
+    types = {config.model_type for config in configs} - OWN_TYPES
+    return {name: ENCODER_TYPES[name].facts for name in sorted(types) if name in ENCODER_TYPES} or None
+
+
+def check_facts_registered(stored: Mapping[str, Any] | None) -> None:
+    """Refuse a configuration that relies on facts which are not known here.
+
+    Args:
+        stored: as `registered_facts` gives it.
+
+    Raises:
+        ValueError: a type is not registered, or without one of the facts; names the call.
+    """
+    for name, facts in (stored or {}).items():
+        if not isinstance(facts, (list, tuple)) or not all(isinstance(fact, str) for fact in facts):
+            raise ValueError(f"encoder_types[{name!r}] must be a list of names, got {facts!r:.100}.")
+        known = ENCODER_TYPES.get(name, _UNKNOWN).facts
+        if missing := [fact for fact in facts if fact not in known]:
+            raise ValueError(
+                f"The model relies on {missing} of its encoder type {name!r}, which nothing here states: import the module "
+                f"that calls register_encoder_type({name!r}, {', '.join(f'{fact}=...' for fact in facts)}) before you load or "
+                "build, or pass trust_remote_code=True for a checkpoint that carries it."
+            )
+
+
+# ---- chance
+
+
+def deterministic_inputs(inputs: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """What to add to an encoder's inputs so that items give the same features each time."""
+    row = encoder_type(config)
+    if row.random_input is None or row.fixed_input is None or inputs.get(row.random_input) is not None:
+        return {}
+    return {row.random_input: row.fixed_input(inputs, config)}
+
+
+def refuse_random_encoder(config: PreTrainedConfig, additional_args: Sequence[str], who: str) -> None:
+    """Refuse an encoder that leaves out a part of each item at random, unless it is given what it would draw.
+
+    Args:
+        config: of the encoder.
+        additional_args: names of inputs that it will be given besides its own.
+        who: the name of its class.
+
+    Raises:
+        ValueError: it does; says what to do.
+    """
+    row = encoder_type(config, who)
+    if row.random_loss is None or row.random_input in additional_args:
+        return
+    if reason := row.random_loss(config):
+        raise ValueError(f"{who} {reason}.")
 
 
 def _patches_in_order(inputs: Mapping[str, Any], config: PreTrainedConfig) -> Tensor:
     """ViT-MAE keeps the patches of the least noise, in the order of their noise (He et al. 2021, arXiv 2111.06377)."""
-    pixels = inputs["pixel_values"]
+    pixels = inputs["pixel_values"]  # (items, channels, height, width)
     height, width = (size // config.patch_size for size in pixels.shape[-2:])
     noise = torch.arange(height * width, dtype=torch.float32, device=pixels.device)
-    return noise.expand(len(pixels), -1)
+    return noise.expand(len(pixels), -1)  # (items, patches)
 
 
 def _masked_patches(config: PreTrainedConfig) -> str | None:
@@ -40,17 +209,6 @@ def _masked_patches(config: PreTrainedConfig) -> str | None:
         f"leaves out {config.mask_ratio:.0%} of an image's patches, drawn at random, in evaluation as well: set its "
         "config.mask_ratio = 0, or pass `noise` with the images and name it in additional_args"
     )
-
-
-RANDOM_INPUTS: dict[str, Drawn] = {"vit_mae": Drawn("noise", _patches_in_order, _masked_patches)}
-
-
-def deterministic_inputs(inputs: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """What to add to an encoder's inputs so that items give the same features each time."""
-    drawn = RANDOM_INPUTS.get(config.model_type)
-    if drawn is None or inputs.get(drawn.name) is not None:
-        return {}
-    return {drawn.name: drawn.fixed(inputs, config)}
 
 
 def _dropped_values(config: PreTrainedConfig) -> str | None:
@@ -72,55 +230,14 @@ def _drawn_keys(config: PreTrainedConfig) -> str | None:
     )
 
 
-# What no input makes up for, by class or model type; functions as `Drawn.loss`.
-RANDOM_BY_SETTING: dict[str, Callable[[PreTrainedConfig], str | None]] = {
-    "SpeechT5DecoderWithSpeechPrenet": _dropped_values,
-    "informer": _drawn_keys,
-}
-
-
-def refuse_random_encoder(config: PreTrainedConfig, additional_args: Sequence[str], who: str) -> None:
-    """Refuse an encoder that leaves out a part of each item at random, unless it is given what it would draw.
-
-    Raises:
-        ValueError: it does.
-    """
-    drawn = RANDOM_INPUTS.get(config.model_type)
-    losses = [drawn.loss] if drawn is not None and drawn.name not in additional_args else []
-    losses += [RANDOM_BY_SETTING[key] for key in (who, config.model_type) if key in RANDOM_BY_SETTING]
-    for loss in losses:
-        if reason := loss(config):
-            raise ValueError(f"{who} {reason}.")
-
-
-def grid_of(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The grid of packed items, ``(items, 2 or 3)``, None where there is none."""
-    return next((v for k, v in inputs.items() if k.endswith(GRIDS) and isinstance(v, Tensor)), None)
-
-
-def unpadded_patches(inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
-    """Tokens of each time series, where an input tells which values are padding; None without padding at the end.
-
-    Args:
-        inputs: of the encoder; `past_values_padding` ``(items, length)`` is 1 where a value is padding.
-        tokens: of the longest series, each of equally many values.
-    """
-    padding = inputs.get("past_values_padding")
-    if not isinstance(padding, Tensor) or padding.ndim != 2 or padding.shape[1] % tokens:
-        return None
-    patches = (padding == 0).unflatten(1, (tokens, -1)).any(-1)  # (items, tokens)
-    return None if bool(patches.all()) else patches.sum(-1).tolist()
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+# ---- counts: features of one item; each is tested against the encoder, and its docstring stands in the documents
 
 
 def _patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     """`(height // patch_size) * (width // patch_size)`"""
     height, width = inputs["pixel_values"].shape[-2:]
-    rows, columns = _pair(config.patch_size)
-    return (height // rows) * (width // columns)
+    patch: Any = patch_size(config)
+    return (height // patch[0]) * (width // patch[1])
 
 
 def _patches_and_class(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
@@ -168,105 +285,107 @@ def _series(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return patches if lengths is None else lengths[0]
 
 
-_TEXTS = ("bert", "deberta-v2", "distilbert", "esm", "modernbert", "mpnet", "xlm-roberta")
+# ---- reading inputs and configurations
+
+# Numbers of patches of packed items along their axes, ``(items, 2 or 3)``.
+PATCH_GRIDS = ("grid_thw", "grid_hws")
+# The same and that of MiniCPM-V, whose items may have a slice each.
+GRIDS = (*PATCH_GRIDS, "target_sizes")
 
 
-# Features of one item by the encoder's model type, None where the rule does not hold; each is tested against the
-# encoder, and its docstring stands in the documents.
-COUNT_RULES: dict[str, Callable[[Mapping[str, Any], PreTrainedConfig], int | None]] = {
-    "clip_vision_model": _patches_and_class,
-    "dinov2": _patches_and_class,
-    "siglip_vision_model": _patches,
-    "timesfm": _series,
-    "timesfm2_5": _series,
-    "vit": _patches_and_class,
-    "precomputed_features": _rows,
-    "whisper": _window,
-    "wav2vec2": _waveform,
-    **dict.fromkeys(_TEXTS, _tokens),
-    "qwen2_vl_vision": _merged_patches,
-}
+def grid_of(inputs: Mapping[str, Any], names: tuple[str, ...] = GRIDS) -> Tensor | None:
+    """The grid of packed items, ``(items, 2 or 3)``, None where there is none."""
+    return next((v for k, v in inputs.items() if k.endswith(names) and isinstance(v, Tensor)), None)
 
 
-# Types whose hidden states all are as long as the last one.
-COUNT_RULES_OF_EACH_LAYER = {
-    "clip_vision_model",
-    "dinov2",
-    "siglip_vision_model",
-    "vit",
-    "wav2vec2",
-    "whisper",
-    *_TEXTS,
-}
+def unpadded_patches(inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
+    """Tokens of each time series, where an input tells which values are padding; None without padding at the end.
+
+    Args:
+        inputs: of the encoder; `past_values_padding` ``(items, length)`` is 1 where a value is padding.
+        tokens: of the longest series, each of equally many values.
+    """
+    padding = inputs.get("past_values_padding")
+    if not isinstance(padding, Tensor) or padding.ndim != 2 or padding.shape[1] % tokens:
+        return None
+    patches = (padding == 0).unflatten(1, (tokens, -1)).any(-1)  # (items, tokens)
+    return None if bool(patches.all()) else patches.sum(-1).tolist()
 
 
-# Model types whose features are sequences of the width that their configuration names: no dry run is needed to know.
-WIDTH_AS_CONFIGURED = frozenset(
-    [
-        *("clip_vision_model", "dinov2", "siglip_vision_model", "vit", "qwen2_vl_vision", "whisper", "wav2vec2", "esm"),
-        *("bert", "precomputed_features"),
-    ]
-)
+def patch_size(config: Any) -> tuple[int, int] | None:
+    """Height and width of a patch by an encoder's configuration, which may name those of frames before; None if it does not."""
+    size = getattr(config, "patch_size", None)
+    if isinstance(size, (list, tuple)):
+        return (int(size[-2]), int(size[-1])) if len(size) > 1 else (int(size[0]), int(size[0]))
+    return (size, size) if isinstance(size, int) else None
 
 
-# Those of which that holds only after patches were merged.
-WIDTH_AS_CONFIGURED_AT_LAST = frozenset(["qwen2_vl_vision"])
+# ---- the table
 
+_VIT = EncoderType(count=_patches_and_class, count_layers=ALL, width_layers=ALL)
+_TEXT = EncoderType(count=_tokens, count_layers=ALL)
+_ROBERTA = EncoderType(count=_tokens, count_layers=ALL, positions_after_padding=True)
+_AFTER_PADDING = EncoderType(positions_after_padding=True)
+_PADDING_MATTERS = EncoderType(padding_changes_features=True)
+_CODES = EncoderType(no_features="codes and sounds made of them: take an encoder of audio features")
 
-# Model types whose features of an item change with its padding, whatever the mask says: each length is encoded apart.
-FEATURES_DEPEND_ON_PADDING = frozenset(
-    ["pe_audio_encoder", "seamless_m4t", "seamless_m4t_v2", "speech_to_text", "phi4_multimodal_audio"]
-)
-
-
-# Classes that give no features, and what to take instead.
-NO_ENCODERS = {
-    **dict.fromkeys(
-        ("EncodecModel", "XcodecModel", "Xcodec2Model"),
-        "codes and sounds made of them: take an encoder of audio features",
-    ),
-    "MimiModel": "codes and sounds made of them: take MimiEncoderModel",
-    "NeuCodecModel": "sounds: take an encoder of audio features",
-    "WavTokenizerEncoderModel": "codes of sounds: take an encoder of audio features",
-    "WavTokenizerModel": "codes of sounds and sounds made of them: take an encoder of audio features",
-    "Apertus1p5VisionTokenizerModel": "codes of images: take an encoder of image features",
-    "UnivNetModel": "sounds made of spectra: take an encoder of audio features",
-}
-
-
-# Towers of images that state a number of frames: they take the frames of videos as images that follow each other.
-FRAMES_IN_A_ROW = frozenset(["xclip_vision_model"])
-
-
-# Towers that state videos and take each frame as an image.
-FRAMES_AS_IMAGES = frozenset(["instructblipvideo_vision_model"])
-
-
-# Attributes of configurations whose towers merge patches from stage to stage, one entry per stage.
-STAGES = ("depths", "depth", "hidden_sizes", "embed_dims")
-
-
-# Encoders of whole videos that take any number of frames (`configuration.num_frames` is what they were trained with).
-ANY_NUMBER = frozenset(["timesformer"])
-
-
-# Types whose positions begin after the number of the padding token, as in RoBERTa.
-_AFTER_PADDING = frozenset(
-    [
-        *(
-            "camembert",
-            "data2vec-text",
-            "esm",
-            "ibert",
-            "layoutlmv3",
-            "lilt",
-            "longformer",
-            "luke",
-            "markuplm",
-            "mpnet",
-            "roberta",
+# By model type, or by class where one type has several kinds of encoders.
+ENCODER_TYPES = Registry(
+    "encoder type",
+    "Add one with register_encoder_type(model_type, ...).",
+    {
+        # images
+        "clip_vision_model": _VIT,
+        "dinov2": _VIT,
+        "siglip_vision_model": EncoderType(count=_patches, count_layers=ALL, width_layers=ALL),
+        "vit": _VIT,
+        "vit_mae": EncoderType(random_input="noise", fixed_input=_patches_in_order, random_loss=_masked_patches),
+        # Layers before the last one have patches that are not merged, of another width.
+        "qwen2_vl_vision": EncoderType(count=_merged_patches, width_layers=LAST),
+        "Apertus1p5VisionTokenizerModel": EncoderType(no_features="codes of images: take an encoder of image features"),
+        # videos
+        "instructblipvideo_vision_model": EncoderType(kind="image"),  # states videos, takes each frame as an image
+        "timesformer": EncoderType(any_number_of_frames=True),
+        "xclip_vision_model": EncoderType(kind="image"),  # states a number of frames, takes them as images in a row
+        # sounds
+        "wav2vec2": EncoderType(count=_waveform, count_layers=ALL, width_layers=ALL),
+        "whisper": EncoderType(count=_window, count_layers=ALL, width_layers=ALL),
+        "pe_audio_encoder": _PADDING_MATTERS,
+        "phi4_multimodal_audio": _PADDING_MATTERS,
+        "seamless_m4t": _PADDING_MATTERS,
+        "seamless_m4t_v2": _PADDING_MATTERS,
+        "speech_to_text": _PADDING_MATTERS,
+        "SpeechT5DecoderWithSpeechPrenet": EncoderType(random_loss=_dropped_values),
+        "EncodecModel": _CODES,
+        "MimiModel": EncoderType(no_features="codes and sounds made of them: take MimiEncoderModel"),
+        "NeuCodecModel": EncoderType(no_features="sounds: take an encoder of audio features"),
+        "UnivNetModel": EncoderType(no_features="sounds made of spectra: take an encoder of audio features"),
+        "WavTokenizerEncoderModel": EncoderType(no_features="codes of sounds: take an encoder of audio features"),
+        "WavTokenizerModel": EncoderType(
+            no_features="codes of sounds and sounds made of them: take an encoder of audio features"
         ),
-        *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-        *("altclip_text_model", "bridgetower_text_model", "clap_text_model"),
-    ]
+        "Xcodec2Model": _CODES,
+        "XcodecModel": _CODES,
+        # texts
+        "bert": EncoderType(count=_tokens, count_layers=ALL, width_layers=ALL),
+        "deberta-v2": _TEXT,
+        "distilbert": _TEXT,
+        "esm": EncoderType(
+            count=_tokens, count_layers=ALL, width_layers=ALL, positions_after_padding=True, example_text="MKTAYIAKQR"
+        ),
+        "modernbert": _TEXT,
+        "mpnet": _ROBERTA,
+        "xlm-roberta": _ROBERTA,
+        **dict.fromkeys(
+            ("altclip_text_model", "bridgetower_text_model", "camembert", "clap_text_model"), _AFTER_PADDING
+        ),
+        **dict.fromkeys(("data2vec-text", "ibert", "layoutlmv3", "lilt", "longformer", "luke"), _AFTER_PADDING),
+        **dict.fromkeys(("markuplm", "roberta", "roberta-prelayernorm", "xlm-roberta-xl", "xmod"), _AFTER_PADDING),
+        # series, and features from elsewhere
+        "informer": EncoderType(random_loss=_drawn_keys),
+        "timesfm": EncoderType(count=_series),
+        "timesfm2_5": EncoderType(count=_series),
+        "precomputed_features": EncoderType(count=_rows, width_layers=ALL),
+    },
 )
+OWN_TYPES = frozenset(ENCODER_TYPES)  # those of this package, not of a user

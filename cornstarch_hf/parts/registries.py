@@ -3,10 +3,11 @@
 A checkpoint holds names only; nothing in it is imported or run.  Every other module looks names up here.
 """
 
+import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 
@@ -16,22 +17,23 @@ class Registry:
     Args:
         what: how an error calls an entry, e.g. ``"projection type"``.
         remedy: what an error tells the user to do about a missing name.
+        entries: that are there from the start.
     """
 
-    def __init__(self, what: str, remedy: str):
+    def __init__(self, what: str, remedy: str, entries: Mapping[str, Any] | None = None):
         self.what, self.remedy = what, remedy
-        self._entries: dict[str, Any] = {}
+        self._entries: dict[str, Any] = dict(entries or {})
 
     def add(self, name: str, entry: Any) -> None:
         """Register `entry`; a name that another entry holds is refused (ValueError)."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"The name of a {self.what} must be a non-empty string, got {name!r}.")
         registered = self._entries.get(name)
-        if registered is not None and registered != entry and not _same_definition(registered, entry):
+        if registered is not None and not _same_definition(registered, entry):
             raise ValueError(f"The {self.what} {name!r} is registered already, choose another name.")
         self._entries[name] = entry
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: Any, default: Any = None) -> Any:
         """The entry of that name, or `default`."""
         return self._entries.get(name, default)
 
@@ -66,6 +68,11 @@ class Callback(NamedTuple):
 
 def _same_definition(registered: Any, entry: Any) -> bool:
     """Whether two entries are one definition that was run again, as when a notebook's cell or a module is reloaded."""
+    if registered == entry:
+        return True
+    if dataclasses.is_dataclass(registered) and type(registered) is type(entry):  # a row: each of its fields
+        pairs = zip(vars(registered).values(), vars(entry).values(), strict=True)
+        return all(_same_definition(a, b) for a, b in pairs)
     places = [
         (getattr(_target(e), "__module__", None), getattr(_target(e), "__qualname__", "<")) for e in (registered, entry)
     ]

@@ -1,14 +1,15 @@
-"""Values read from a checkpoint's JSON files, checked before anything is made of them.  Knows no model.
+"""Checks values from a checkpoint's JSON files before anything is made of them.  Knows no model.
 
-Names are looked up elsewhere; here is refused what would replace a method, name a file outside of the folder or code of
-others, or make the machine work or allocate without end.
+Refuses what would replace a method, name code of others or a file outside of the folder, or keep the machine busy
+without end; `build_bounds` watches what is then built.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 import torch
@@ -17,15 +18,9 @@ from transformers import PreTrainedConfig
 from ..limits import cap, check
 
 POINTER = "cornstarch_saved_in"
-
-
 # Attributes of a configuration that are code or decide how attributes are found; a stored value would replace them.
-_TAKEN = frozenset(name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedConfig, name))) | {
-    "attribute_map",
-    "sub_configs",
-    "config_class",
-    "extra_files",
-}
+_TAKEN = {name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedConfig, name))}
+_TAKEN |= {"attribute_map", "sub_configs", "config_class", "extra_files"}
 _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$|^(n|num)_\w*(layer|depth|block|stage)")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _CODE_ENTRY = re.compile(r"(?:(?P<repo>[\w.-]+(?:/[\w.-]+)?)--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
@@ -44,17 +39,17 @@ def check_values(values: Any, where: str) -> None:
         ValueError: keys that would replace methods, kernels from a repository, data types that do not exist, numbers of
             layers or labels above the caps, NaN, integers beyond 64 bits, nesting or size above the caps.
     """
-    pending, seen = [(values, where, "", 0)], 0
+    pending, seen = [(values, where, "", 0)], 0  # value, path to it, its key, depth
     deepest, most = cap("MAX_CONFIG_DEPTH"), cap("MAX_CONFIG_VALUES")
     while pending:
         value, path, key, depth = pending.pop()
         seen += 1
-        if depth > deepest or seen > most:
+        if depth > deepest or seen > most:  # messages are made only then: there may be a million values
             check(depth, "MAX_CONFIG_DEPTH", f"{where}: its values are nested to a depth of")
             check(seen, "MAX_CONFIG_VALUES", f"{where}: its number of values is at least")
         if isinstance(value, Mapping):
             if set(value) != {"__float__"}:  # how transformers writes infinity
-                _check_keys(value, path, key, depth)
+                _check_keys(value, path, is_config=depth == 0 or key.endswith("_config") or "model_type" in value)
             pending += [(v, f"{path}.{k}" if depth else f"{where}: {k}", str(k), depth + 1) for k, v in value.items()]
         elif isinstance(value, (list, tuple, set, frozenset)):
             pending += [(v, path, key, depth + 1) for v in value]
@@ -62,18 +57,18 @@ def check_values(values: Any, where: str) -> None:
             _check_leaf(value, path, key)
 
 
-def _check_keys(values: Mapping[Any, Any], path: str, key: str, depth: int) -> None:
-    for name in values:
-        if isinstance(name, str) and name.startswith("__"):
+def _check_keys(values: Mapping[Any, Any], path: str, is_config: bool) -> None:
+    names = {name for name in values if isinstance(name, str)}
+    for name in names:
+        if name.startswith("__"):
             raise ValueError(f"{path} has the key {name!r}, which is no setting: remove it.")
-    if depth == 0 or key.endswith("_config") or "model_type" in values:
-        if taken := sorted(_TAKEN & {name for name in values if isinstance(name, str)}):
-            raise ValueError(
-                f"{path} has the keys {taken}, which would replace methods of the configuration: remove them."
-            )
-        if not isinstance(values.get("model_type", ""), str):
-            raise ValueError(f"{path} has the model_type {values['model_type']!r:.100}, expected a string.")
-        check_auto_map(values.get("auto_map"), path)
+    if not is_config:
+        return
+    if taken := sorted(_TAKEN & names):
+        raise ValueError(f"{path} has the keys {taken}, which would replace methods of the configuration: remove them.")
+    if not isinstance(values.get("model_type", ""), str):
+        raise ValueError(f"{path} has the model_type {values['model_type']!r:.100}, expected a string.")
+    check_auto_map(values.get("auto_map"), path)
 
 
 def _check_leaf(value: Any, path: str, key: str) -> None:
@@ -115,15 +110,13 @@ def check_auto_map(entries: Any, where: str, repo_id: str | None = None, here_on
     Raises:
         ValueError: names the entry.
     """
-    if entries is None:
-        return
-    if not isinstance(entries, Mapping):
+    if not isinstance(entries, (Mapping, type(None))):
         raise ValueError(f"{where}: auto_map must be a dictionary, got {entries!r:.100}.")
-    for key, value in entries.items():
+    for key, value in (entries or {}).items():
         for entry in value if isinstance(value, (list, tuple)) else [value]:
             match = _CODE_ENTRY.fullmatch(entry) if isinstance(entry, str) else None
-            elsewhere = match is not None and here_only and match["repo"] not in (None, repo_id)
-            if entry is not None and (match is None or elsewhere):
+            here = match is not None and (not here_only or match["repo"] in (None, repo_id))
+            if entry is not None and not here:
                 raise ValueError(
                     f"{where}: auto_map[{key!r}] is {entry!r:.200}, expected 'module.Class' of a file beside it: code "
                     "elsewhere is not loaded with a checkpoint."
@@ -164,15 +157,14 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in found if names.count(key) > 1)
-        raise ValueError(f"{what} has the key {twice!r} twice in one object: readers would differ in which they take.")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(
+                f"{what} has the key {key!r} twice in one object: readers would differ in which they take."
+            )
+        found[key] = value
     return found
-
-
-_REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
 def check_pattern(pattern: Any, where: str) -> None:
@@ -185,50 +177,39 @@ def check_pattern(pattern: Any, where: str) -> None:
     """
     if not isinstance(pattern, str):
         raise ValueError(f"{where}: expected a pattern, got {pattern!r:.100}.")
-    counts = {"repeat": 0, "branch": 0}
     try:
-        nested = len(pattern) > 1000 or _nested(_parsed(pattern), counts, inside=False)
+        found = list(_operators(_parser.parse(pattern))) if len(pattern) <= 1000 else []
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{where}: {pattern!r:.100} is no regular expression ({error}).") from error
-    if nested or counts["repeat"] > 4 or counts["branch"] > 8:
+    # Nested repeats, and alternatives within one, can be tried in exponentially many ways.
+    endless = any(
+        name.startswith("GROUPREF") or (inside and (most > 1 or name == "BRANCH")) for name, most, inside in found
+    )
+    repeats = sum(most > 16 for _, most, _ in found)
+    branches = sum(name == "BRANCH" for name, _, _ in found)
+    if endless or len(pattern) > 1000 or repeats > 4 or branches > 8:
         raise ValueError(
             f"{where}: the pattern {pattern!r:.100} could take time without end (repeats within repeats, "
-            f"{counts['repeat']} open-ended repeats of at most 4, {counts['branch']} alternatives of at most 8, or more "
-            "than 1,000 characters): list the names of the modules instead."
+            f"{repeats} open-ended repeats of at most 4, {branches} alternatives of at most 8, or more than 1,000 "
+            "characters): list the names of the modules instead."
         )
 
 
-def _parsed(pattern: str) -> Any:
-    try:
-        from re import _parser as parser  # type: ignore[attr-defined]
-    except ImportError:  # it is named so since Python 3.11
-        import sre_parse as parser
-    return parser.parse(pattern)
-
-
-def _nested(tree: Any, counts: dict[str, int], inside: bool) -> bool:
-    """Whether a repeat stands within a repeat; counts repeats and alternatives on the way."""
+def _operators(tree: Any, inside: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """Each operator of a parsed pattern: its name, how often it repeats at most, whether it stands within a repeat."""
     for operator, argument in tree:
         name = str(operator)
-        repeats = name in _REPEATS and int(argument[1]) > 1
-        if (repeats and inside) or name.startswith("GROUPREF"):
-            return True
-        counts["repeat"] += repeats and int(argument[1]) > 16
-        counts["branch"] += name == "BRANCH"
-        if name == "BRANCH" and inside:
-            return True
-        if any(_nested(part, counts, inside or repeats) for part in _subpatterns(argument)):
-            return True
-    return False
+        most = int(argument[1]) if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") else 1
+        yield name, most, inside
+        for part in _subpatterns(argument):
+            yield from _operators(part, inside or most > 1)
 
 
 def _subpatterns(argument: Any) -> list[Any]:
     """Patterns within an operator's argument, at any depth."""
     if hasattr(argument, "data"):
         return [argument]
-    if isinstance(argument, (list, tuple)):
-        return [found for part in argument for found in _subpatterns(part)]
-    return []
+    return [found for part in argument for found in _subpatterns(part)] if isinstance(argument, (list, tuple)) else []
 
 
 def check_part_dtypes(stored: Any) -> None:

@@ -176,6 +176,15 @@ def parameters_to_meta(module: nn.Module, compute_dtype: torch.dtype | None = No
     return module
 
 
+def with_plain_kernels(config: Any) -> Any:
+    """A configuration whose attention and experts run on any device (in place): kernels do not take shapes alone."""
+    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        config._attn_implementation = "eager"
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "batched_mm"
+    return config
+
+
 def without_dtypes(config: Any) -> Any:
     """A configuration whose parts name no dtype (in place): transformers makes a part's dtype the default one of the whole
     process while it builds the part."""

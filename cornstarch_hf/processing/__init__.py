@@ -6,10 +6,7 @@ Knows configurations; knows no encoder and no language model.
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "PrecomputedFeaturesProcessor": "own_processors",
-    "TimeSeriesProcessor": "own_processors",
-}
+_HOMES = {"PrecomputedFeaturesProcessor": "own_processors", "TimeSeriesProcessor": "own_processors"}
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the keys are texts
 
 

@@ -1,15 +1,18 @@
-"""Conversations: messages with media parts to text with placeholders, by any chat template.
+"""Turns conversations, messages with media parts, into text with placeholders, by any chat template.
 
 Templates written for text alone get each message as one string; templates that know parts get parts, and place the
 media themselves where they can.  `assistant_turns` finds the assistant's turns in what is rendered here.
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+from transformers.utils import chat_template_utils
+from transformers.utils.chat_template_utils import get_json_schema
 
 from .placeholder_text import mark_typed, occurrences, unmark
 from .template_sandbox import TemplateLimit, render_template
@@ -27,6 +30,7 @@ DEFAULT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "cornstarchprobe"
+_END = "\ue0c2"  # marks where the last message's content ends, which goes on
 # What a template raises that does not know something, or refuses it.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 NO_ITEM = object()  # a part that tells where an item stands, but not which
@@ -45,10 +49,7 @@ class ConversationReader:
         self.tokens, self.names_of, self.kinds = dict(tokens), names_of, dict(kinds)
 
     def read(
-        self,
-        conversation: Sequence[Mapping[str, Any]],
-        template: str,
-        given: Mapping[str, Sequence[Any]] | None = None,
+        self, conversation: Sequence[Mapping[str, Any]], template: str, given: Mapping[str, Sequence[Any]] | None = None
     ) -> tuple[list[dict], dict[str, list]]:
         """Messages for the template, typed placeholders marked, and the media of each modality in order.
 
@@ -79,7 +80,7 @@ class ConversationReader:
             text = self._marked(content)
             only_parts = handles_parts(template) and not handles_strings(template)
             return marked | {"content": [{"type": "text", "text": text}] if only_parts else text}
-        parts = [self._part(part, template, media) for part in content]
+        parts = [self._part(part, template, media) for part in content]  # media are taken out on the way
         if handles_parts(template):
             return marked | {"content": parts}
         return marked | {"content": "".join(part["text"] for part in parts)}
@@ -107,6 +108,7 @@ class ConversationReader:
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
             media[name].append(NO_ITEM if item is None else item)
+        # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.
         if (
             len(names) == 1
             and self.kinds[names[0]] == kind
@@ -142,10 +144,77 @@ def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
     return None
 
 
-def render(messages: list[dict], template: str, **variables: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and where its assistant turns are, if the template marks them."""
-    marks = variables.pop("mark_assistant", False) and GENERATION.search(template)
-    return render_template(messages, template, mark_assistant=bool(marks), **variables)
+def render(
+    messages: list[dict],
+    template: str,
+    *,
+    tools: list[Any] | None = None,
+    documents: list[Any] | None = None,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+    mark_assistant: bool = False,
+    **variables: Any,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and where the template's `generation` blocks lie in it.
+
+    Args:
+        messages: dictionaries.
+        template: a Jinja template.
+        tools: JSON schemas, or functions, of which schemas are made.
+        documents: dictionaries.
+        add_generation_prompt: a variable of the template.
+        continue_final_message: end the text where the content of the last message ends.
+        mark_assistant: return the spans, of a template that has such blocks.
+        **variables: further variables.
+
+    Raises:
+        TemplateLimit: a bound of `limits` is met.
+        jinja2.TemplateError, ValueError, TypeError: the template refuses the conversation, or fails.
+    """
+    if any(not isinstance(document, Mapping) for document in documents or ()):
+        raise TypeError("Each document must be a dict with its 'title' and 'text'.")
+    given = [_with_reasoning(message) for message in messages]
+    given = _with_mark(given) if continue_final_message else given
+    variables |= {"tools": None if tools is None else [_schema(tool) for tool in tools], "documents": documents}
+    variables |= {"add_generation_prompt": add_generation_prompt}
+    marks = mark_assistant and bool(GENERATION.search(template))
+    text, spans = render_template(given, template, mark_assistant=marks, **variables)
+    if not continue_final_message:
+        return text, spans
+    before, mark, _ = text.rpartition(_END)
+    if not mark:
+        raise ValueError("continue_final_message: the chat template does not write the last message's text.")
+    return before, spans
+
+
+def _schema(tool: Any) -> dict[str, Any]:
+    if isinstance(tool, Mapping):
+        return dict(tool)
+    if inspect.isfunction(tool) or inspect.ismethod(tool):
+        return get_json_schema(tool)
+    raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
+
+
+def _with_reasoning(message: Any) -> dict[str, Any]:
+    """A message with its reasoning under the names that templates read; older versions of transformers know none."""
+    if not isinstance(message, Mapping):
+        raise TypeError(f"A message must be a dict, got {type(message).__name__}.")
+    fields = getattr(chat_template_utils, "_REASONING_FIELDS", ())
+    found = next((message[key] for key in fields if message.get(key) is not None), None)
+    return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
+
+
+def _with_mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with a mark behind the content of the last one."""
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, str):
+        return [*messages[:-1], messages[-1] | {"content": content + _END}]
+    parts = list(content or [])
+    for k in reversed(range(len(parts))):
+        if isinstance(parts[k], Mapping) and "text" in parts[k]:
+            parts[k] = {**parts[k], "text": parts[k]["text"] + _END}
+            return [*messages[:-1], messages[-1] | {"content": parts}]
+    raise ValueError("continue_final_message needs a last message with text to continue.")
 
 
 @functools.lru_cache(maxsize=64)

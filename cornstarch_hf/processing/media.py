@@ -1,32 +1,46 @@
-"""Items as users hand them over, made ready for their processors: loaded, checked, put in order.
+"""Makes items ready for their processors: loads, checks and puts in order what users hand over.
 
-Whatever a processor would clip, resample or stretch without a word is refused here.  Files, as paths, URLs or bytes, are
-decoded here, and sounds among them mixed to one channel and resampled; an array is taken as it is or refused.
+Whatever a processor would clip, resample or stretch without a word is refused.  Files, as paths, URLs or bytes, are
+decoded; an array is taken as it is or refused.  Sounds are in `sounds`.
 """
 
 import base64
 import binascii
 import io
 import os
-import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.audio_utils import load_audio
 from transformers.image_utils import load_image
-from transformers.utils import is_soundfile_available
 
-from ..limits import cap, check, check_image, check_sound
+from ..limits import cap, check, check_image
 
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
 
 # How deep lists of numbers are nested that are one item.
 LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
+
+
+def held(item: Any, keys: Iterable[str], otherwise: Any = None) -> Any:
+    """What a dict holds under the first of some keys that is not None; any other item as it is."""
+    if not isinstance(item, Mapping):
+        return item
+    return next((item[key] for key in keys if item.get(key) is not None), otherwise)
+
+
+def is_file(item: Any) -> bool:
+    """Whether an item is a path, an address, text or bytes that must be decoded."""
+    return isinstance(item, (str, bytes)) or hasattr(item, "__fspath__")
+
+
+def keeps_scale(processor: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a processor leaves the values of images as they are, by its setting or the call's (``do_rescale=False``)."""
+    return options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
 
 
 def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
@@ -39,6 +53,7 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
     """
     if not isinstance(items, (list, tuple)) or _is_item(items, kind):
         return [items], None
+    # Given per sample: one entry is a list of items, or every entry is None.
     if any(isinstance(item, (list, tuple)) and not _is_item(item, kind) for item in items) or (
         items and all(item is None for item in items)
     ):
@@ -85,9 +100,8 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         ValueError: an empty image, more than 8 bits per channel, floats that would be rescaled.
         TypeError: no image.
     """
-    if isinstance(item, Mapping):
-        item = next((item[k] for k in ("image", "bytes", "url", "path", "base64") if item.get(k) is not None), item)
-    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+    item = held(item, ("image", "bytes", "url", "path", "base64"), otherwise=item)
+    if is_file(item):
         item = _decoded(lambda x: _load(x, where), item, where, "image")
     if isinstance(item, Image.Image):
         check_image(*item.size, where)
@@ -193,13 +207,13 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
         )
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
-    height, width = sorted(shape)[-2:]
+    height, width = sorted(shape)[-2:]  # the channels, wherever they stand, are fewer
     check_image(width, height, where)
     kind = str(array.dtype).removeprefix("torch.")
     if kind == "uint8":
         values = array.numpy() if isinstance(array, torch.Tensor) else array
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
-            values = values.transpose(1, 2, 0)
+            values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
             raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
         return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
@@ -213,105 +227,3 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
             "images_kwargs={'do_rescale': False} if it is scaled already."
         )
     return array
-
-
-def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
-    """A mono waveform as float32 ``(samples,)``.
-
-    Args:
-        item: array, tensor or list of floats; path, URL or the bytes of a file (mixed and resampled on loading); dict with
-            `array` and `sampling_rate`, or with `bytes` or `path`; a decoder as `datasets.Audio` gives it.
-        where: modality and item, for messages.
-        expected: the sampling rate of the feature extractor, in Hz.
-        given: the sampling rate that the caller states for bare arrays, in Hz.
-
-    Raises:
-        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN, a file that cannot be
-            decoded.
-        TypeError: no sound.
-    """
-    if isinstance(item, Mapping):
-        rate = item.get("sampling_rate")
-        given = given if rate is None else rate
-        item = next((item[k] for k in ("array", "audio", "bytes", "path", "url") if item.get(k) is not None), None)
-    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
-        item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
-    elif hasattr(item, "get_all_samples"):
-        _check_decoder(item, expected, where)
-        samples = _decoded(lambda x: x.get_all_samples(), item, where, "sound")
-        item, given = samples.data, int(samples.sample_rate)
-    if isinstance(item, torch.Tensor):
-        item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
-    if not isinstance(item, (np.ndarray, list, tuple)):
-        raise TypeError(f"{where}: expected a waveform (array, tensor, path or URL), got {type(item).__name__}.")
-    check_sound(len(item), 1, None, None, where)
-    wave = np.asarray(item)
-    check_sound(wave.size, 1, None, None, where)
-    if wave.ndim == 2 and 1 in wave.shape:
-        wave = wave.reshape(-1)
-    if wave.ndim != 1 or wave.size == 0:
-        raise ValueError(
-            f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels, in a table "
-            "by cast_column(..., Audio(num_channels=1))."
-        )
-    if not np.issubdtype(wave.dtype, np.floating):
-        raise ValueError(
-            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide it by its range."
-        )
-    if not np.isfinite(wave).all():
-        raise ValueError(f"{where}: the waveform has values that are not finite.")
-    check_sampling_rate(where, expected, given)
-    return wave.astype(np.float32, copy=False)
-
-
-def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
-    """Refuse a decoder of too long a sound by what its file's header says, before it decodes."""
-    header = getattr(decoder, "metadata", None)
-    seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
-    if seconds is not None and rate:
-        channels = getattr(header, "num_channels", None) or 1
-        check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
-
-
-def _check_sound_file(source: Any, rate: int, where: str) -> None:
-    """Refuse a file of too long a sound by its header, where soundfile can read that."""
-    if is_soundfile_available():
-        import soundfile
-
-        try:
-            header = soundfile.info(source)
-        except soundfile.LibsndfileError:
-            return  # another backend may know it, or says what is wrong
-        check_sound(header.frames, header.channels, header.samplerate, rate, where)
-
-
-def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
-    source = _source(item, where)
-    if not isinstance(source, bytes):
-        if source is not None:
-            _check_sound_file(source, rate, where)
-        return load_audio(str(item), sampling_rate=rate)
-    _check_sound_file(io.BytesIO(source), rate, where)
-    # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
-    handle, path = tempfile.mkstemp()
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(source)
-        return load_audio(path, sampling_rate=rate)
-    finally:
-        os.unlink(path)
-
-
-def check_sampling_rate(where: str, expected: int | None, given: int | None) -> None:
-    """Refuse a bare array without, or with another, sampling rate (ValueError with both rates)."""
-    if expected is None:
-        return
-    if given is None:
-        raise ValueError(
-            f"{where}: pass sampling_rate= (in Hz) with bare audio arrays; the encoder expects {expected}."
-        )
-    if int(given) != int(expected):
-        raise ValueError(
-            f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first, in "
-            f"a table by cast_column(..., Audio(sampling_rate={expected}))."
-        )

@@ -3,21 +3,20 @@
 Arrays come in, checked tensors go out; `subprocessors` calls them as it calls those of transformers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature, FeatureExtractionMixin
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature
+
+from ..limits import check_count
+from .media import held
+from .subprocessors import ITEM_PROCESSORS, ItemProcessor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class ItemProcessor(FeatureExtractionMixin):
-    """Base of this package's processors of items."""
-
-    def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "items") -> BatchFeature:
-        raise TypeError(f"{type(self).__name__} does not say how its items are processed: define __call__.")
 
 
 class PrecomputedFeaturesProcessor(ItemProcessor):
@@ -34,7 +33,7 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
 
     def __init__(self, feature_size: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.feature_size = _positive(feature_size, "feature_size")
+        self.feature_size = check_count(feature_size, "feature_size")
 
     @classmethod
     def for_encoder(cls, config: Any) -> "PrecomputedFeaturesProcessor":
@@ -62,10 +61,11 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         dtype = rows[0].dtype
         for row in rows:
             dtype = torch.promote_types(dtype, row.dtype)
-        most = max(len(row) for row in rows)
-        padded = [torch.cat([x.to(dtype), x.new_zeros(most - len(x), x.shape[1], dtype=dtype)]) for x in rows]
-        mask = torch.arange(most)[None] < torch.tensor([len(row) for row in rows])[:, None]
-        return BatchFeature({"features": torch.stack(padded), "attention_mask": mask.long()}, return_tensors)
+        features = pad_sequence(
+            [row.to(dtype) for row in rows], batch_first=True
+        )  # (items, most features, feature_size)
+        mask = torch.arange(features.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
+        return BatchFeature({"features": features, "attention_mask": mask.long()}, return_tensors)
 
     def _ready(self, item: Any, where: str) -> torch.Tensor:
         values = _floats(item, where, ("features", "embeddings", "array"))
@@ -104,7 +104,7 @@ class TimeSeriesProcessor(ItemProcessor):
         super().__init__(**kwargs)
         sizes = {"num_channels": num_channels, "context_length": context_length, "patch_length": patch_length}
         for key, value in sizes.items():
-            setattr(self, key, None if value is None else _positive(value, key))
+            setattr(self, key, None if value is None else check_count(value, key))
         if patch_length is not None and (num_channels is not None or context_length is not None):
             raise ValueError("patch_length is for series of one channel and any length: leave the other sizes out.")
         if frequency not in (0, 1, 2):
@@ -151,11 +151,11 @@ class TimeSeriesProcessor(ItemProcessor):
             )
         starts = [-n % (self.patch_length or 1) for n in lengths]
         most = max(n + start for n, start in zip(lengths, starts, strict=True))
-        ends = [most - n - start for n, start in zip(lengths, starts, strict=True)]
         values, padding = [], []
-        for x, start, end in zip(series, starts, ends, strict=True):
-            values.append(torch.cat([x.new_zeros(start, *x.shape[1:]), x, x.new_zeros(end, *x.shape[1:])]))
-            padding.append(torch.cat([torch.ones(start), torch.zeros(len(x)), torch.ones(end)]).long())
+        for x, start in zip(series, starts, strict=True):
+            around = (start, most - len(x) - start)  # padding before and behind the series
+            values.append(pad(x, (0, 0) * (x.ndim - 1) + around))  # (most,) or (most, num_channels)
+            padding.append(pad(torch.zeros(len(x), dtype=torch.long), around, value=1))
         found = {"past_values": torch.stack(values), "past_values_padding": torch.stack(padding)}
         return BatchFeature(found | {"freq": torch.full((len(series), 1), self.frequency)}, return_tensors)
 
@@ -176,7 +176,7 @@ class TimeSeriesProcessor(ItemProcessor):
 
 
 # By name, for processors that are built from their description.
-ITEM_PROCESSORS = {cls.__name__: cls for cls in (PrecomputedFeaturesProcessor, TimeSeriesProcessor)}
+ITEM_PROCESSORS |= {cls.__name__: cls for cls in (PrecomputedFeaturesProcessor, TimeSeriesProcessor)}
 # What encoders of a model type, or of a kind, are given where the user has no processor for them.
 _DEFAULTS = {"precomputed_features": PrecomputedFeaturesProcessor, "time": TimeSeriesProcessor}
 
@@ -187,16 +187,9 @@ def default_processor(kind: str, config: Any) -> ItemProcessor | None:
     return None if cls is None else cls.for_encoder(config)
 
 
-def _positive(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} must be a positive integer, got {value!r}.")
-    return value
-
-
 def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False) -> torch.Tensor:
     """An item's numbers as a tensor: floats as they are, lists as float32; with `rounded` any numbers as float32."""
-    if isinstance(item, Mapping):
-        item = next((item[key] for key in keys if item.get(key) is not None), None)
+    item = held(item, keys)
     if isinstance(item, (list, tuple)):
         try:
             item = np.asarray(item, dtype=np.float32)

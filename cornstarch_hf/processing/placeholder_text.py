@@ -1,4 +1,4 @@
-"""Placeholders in text: find, expand, protect what users typed, and turn text into ids.
+"""Finds placeholders in text, repeats them for their items' features, and turns text into ids.
 
 A placeholder that an end user typed inside a message is wrapped in private-use characters while a template is
 rendered, and encoded as plain text.
@@ -70,10 +70,11 @@ def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -
     >>> expand("a<image>b", {"<image>": [3]}, {}).text
     'a<image><image><image>b'
     """
+    # `last` is where the rest of the text begins, `size` how long the expanded text is up to there.
     pieces, spans, counts, last, size = [], [], dict.fromkeys(lengths, 0), 0, 0
     for match in token_pattern(list(lengths)).finditer(text):
         token = match[1]
-        if token is None:
+        if token is None:  # typed by a user
             continue
         index = taken.get(token, 0)
         taken[token] = index + 1
@@ -110,36 +111,27 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
     Returns:
         one dict per text with ``input_ids``, perhaps ``token_type_ids``, ``offset_mapping``, ``assistant_masks``.
     """
-    if spans is not None:
-        return [_encode_spans(tokenizer, text, turns, options) for text, turns in zip(texts, spans, strict=True)]
-    plain = [i for i, text in enumerate(texts) if MARK_START not in text]
-    encoded: dict[int, dict[str, list]] = {}
-    if plain:
-        batch = tokenizer([texts[i] for i in plain], padding=False, return_attention_mask=False, **options)
-        for row, i in enumerate(plain):
-            encoded[i] = {key: value[row] for key, value in batch.items()}
-    for i in set(range(len(texts))) - set(plain):
-        encoded[i] = _encode_pieces(tokenizer, _pieces(texts[i], []), options)
-        del encoded[i]["assistant_masks"]
-    return [encoded[i] for i in range(len(texts))]
-
-
-def _encode_spans(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -> dict[str, list]:
-    """Ids of the whole text where no token reaches over the end of a span, else of its pieces."""
-    if MARK_START not in text and tokenizer.is_fast:
-        asked = options | {"return_offsets_mapping": True}
-        row = {k: v[0] for k, v in tokenizer([text], padding=False, return_attention_mask=False, **asked).items()}
-        mask = token_mask(row["offset_mapping"], spans)
+    turns: Sequence[Spans] = [[] for _ in texts] if spans is None else spans
+    asked = options | ({} if spans is None else {"return_offsets_mapping": True})
+    rows: dict[int, dict[str, list]] = {}
+    # Texts as a whole, all in one call, where nothing was typed and no token reaches over the end of a span; else pieces.
+    whole = [i for i, text in enumerate(texts) if MARK_START not in text and (spans is None or tokenizer.is_fast)]
+    batch = tokenizer([texts[i] for i in whole], padding=False, return_attention_mask=False, **asked) if whole else {}
+    for k, i in enumerate(whole):
+        row = {key: values[k] for key, values in batch.items()}
+        mask = [] if spans is None else token_mask(row["offset_mapping"], turns[i])
         if mask is not None:
-            if not options.get("return_offsets_mapping"):
-                del row["offset_mapping"]
-            return row | {"assistant_masks": mask}
-    return _encode_pieces(tokenizer, _pieces(text, spans), options)
+            rows[i] = row | {"assistant_masks": mask}
+    for i in set(range(len(texts))) - set(rows):
+        rows[i] = _encode_pieces(tokenizer, _pieces(texts[i], turns[i]), options)
+    unasked = set() if options.get("return_offsets_mapping") else {"offset_mapping"}
+    unasked |= {"assistant_masks"} if spans is None else set()
+    return [{key: v for key, v in rows[i].items() if key not in unasked} for i in range(len(texts))]
 
 
 def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:
     """A text cut at marks and at the ends of spans: piece, whether a user typed it, whether it is in a span."""
-    ends = sorted({end for span in spans for end in span})
+    ends = sorted({end for span in spans for end in span})  # starts too
     pieces, position = [], 0
     for index, part in enumerate(MARKED.split(text)):  # plain, typed, plain, typed, ..., plain
         inner = [end for end in ends if position < end < position + len(part)]
@@ -152,6 +144,7 @@ def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:
 
 def _encode_pieces(tokenizer, pieces: list[tuple[str, bool, bool]], options: dict[str, Any]) -> dict[str, list]:
     offsets = options.get("return_offsets_mapping", False)
+    # Pieces are tokenized without special tokens, which go around the whole.
     prefix, suffix = _special_frame(tokenizer) if options.get("add_special_tokens", True) else ([], [])
     ids, spans, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
     for piece, typed, wanted in pieces:
@@ -164,7 +157,7 @@ def _encode_pieces(tokenizer, pieces: list[tuple[str, bool, bool]], options: dic
     row["assistant_masks"] = mask + [0] * len(suffix)
     limit = options.get("max_length")
     if options.get("truncation") and limit is not None and len(row["input_ids"]) > limit:
-        left = tokenizer.truncation_side == "left"
+        left = tokenizer.truncation_side == "left"  # which side goes
         row = {key: values[-limit:] if left else values[:limit] for key, values in row.items()}
     return row if offsets else {key: values for key, values in row.items() if key != "offset_mapping"}
 
@@ -179,7 +172,7 @@ def _encode_piece(tokenizer, piece: str, typed: bool, first: bool, offsets: bool
         encoded = tokenizer(lead + piece, **options)
         cut = tokenizer(lead, **options)["input_ids"] if lead else []
         ids = encoded["input_ids"]
-        if ids[: len(cut)] == cut:
+        if ids[: len(cut)] == cut:  # the lead kept its own tokens
             break
     else:
         lead, cut, encoded = "", [], tokenizer(piece, **options)
@@ -191,6 +184,7 @@ def _encode_piece(tokenizer, piece: str, typed: bool, first: bool, offsets: bool
 
 def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
     """The ids that a tokenizer puts before and after a text by itself."""
+    # The tokens of "a" are looked for in what the tokenizer makes of it with special tokens.
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
@@ -234,26 +228,20 @@ def pad_rows(
     """
     strategy, side = padding.get("padding", False), padding.get("padding_side") or tokenizer.padding_side
     if strategy:
+        options = {"padding": strategy, "padding_side": side, "pad_to_multiple_of": padding.get("pad_to_multiple_of")}
         limit = max_length if strategy == "max_length" else None
-        multiple = padding.get("pad_to_multiple_of")
-        batch = tokenizer.pad(
-            rows,
-            padding=strategy,
-            max_length=limit,
-            padding_side=side,
-            pad_to_multiple_of=multiple,
-            return_attention_mask=True,
-        )
+        batch = tokenizer.pad(rows, max_length=limit, return_attention_mask=True, **options)
     else:
         batch = {key: [row[key] for row in rows] for key in rows[0]}
         batch["attention_mask"] = [[1] * len(ids) for ids in batch["input_ids"]]
     data = dict(batch)
     for key, values in extra.items():
         blank = (0, 0) if key == "offset_mapping" else 0
-        data[key] = [_filled(v, len(ids), blank, side) for v, ids in zip(values, data["input_ids"], strict=True)]
+        data[key] = [pad_list(v, len(ids), blank, side) for v, ids in zip(values, data["input_ids"], strict=True)]
     return data
 
 
-def _filled(values: list, length: int, blank: Any, side: str) -> list:
+def pad_list(values: list, length: int, blank: Any, side: str) -> list:
+    """Values filled up with `blank` on one side."""
     fill = [blank] * (length - len(values))
     return fill + list(values) if side == "left" else list(values) + fill

@@ -23,6 +23,7 @@ def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> d
     tokens: dict[str, str] = {}
     for name in config.encoders:
         entry = config.modality(name)
+        # `<image>` where one modality alone has that kind, else its own name.
         alone = entry["kind"] in MEDIA_KINDS and len(config.modalities_of_kind(entry["kind"])) == 1
         token = chosen.get(name) or entry["token"] or f"<{entry['kind'] if alone else name}>"
         if not isinstance(token, str) or not token.strip() or token != token.strip():
@@ -53,7 +54,7 @@ def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[s
         if token not in tokenizer.all_special_tokens or len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
         ids[name] = tokenizer.convert_tokens_to_ids(token)
-        if tokenizer.encode(token, add_special_tokens=False) != [ids[name]]:
+        if tokenizer.encode(token, add_special_tokens=False) != [ids[name]]:  # a normalizer may still split it
             raise ValueError(
                 f"{name}: the tokenizer does not keep {token!r} as one token, choose another placeholder token."
             )
@@ -84,6 +85,7 @@ class MultimodalBatch(BatchFeature):
         super().__setitem__(key, value)
 
     def _masked(self, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # (batch, length), True on placeholders, which are not predicted
         placeholders = torch.isin(ids, torch.tensor(self.placeholder_ids, device=ids.device)).to(labels.device)
         return labels.masked_fill(placeholders, -100) if labels.shape == ids.shape else labels
 

@@ -6,17 +6,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..limits import check
-from ..parts.known_encoders import _AFTER_PADDING
+from ..parts.known_encoders import encoder_type
 from ..parts.stored_values import check_values
-from .media import ready_audio, ready_image
-from .own_processors import ITEM_PROCESSORS, ItemProcessor
+from .media import keeps_scale, ready_image
+from .sounds import ready_audio
 from .video import run_on_frames
 from .video_processors import is_video_processor, run_video_processor
 
+
+class ItemProcessor(FeatureExtractionMixin):
+    """Base of this package's processors of items."""
+
+    def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "items") -> BatchFeature:
+        raise TypeError(f"{type(self).__name__} does not say how its items are processed: define __call__.")
+
+
+ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
 # Attributes of configurations whose encoders have no table of positions, or do not read it.
 _UNBOUNDED: tuple[tuple[str, Any], ...] = (
     ("position_embedding_type", ("rotary", "relative_key", "relative_key_query")),
@@ -67,15 +76,14 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     if not isinstance(positions, int) or positions < 1:
         return None
     unbounded = any(getattr(config, key, None) in values for key, values in _UNBOUNDED)
-    after_padding = config.model_type in _AFTER_PADDING
+    after_padding = encoder_type(config).positions_after_padding
     if unbounded or (not after_padding and any(getattr(config, key, None) is not None for key in _ROTARY)):
         return None
-    if after_padding and config.pad_token_id is not None:
+    if after_padding and config.pad_token_id is not None:  # RoBERTa counts from behind the padding's row
         positions -= config.pad_token_id + 1
     return min(positions, tokenizer.model_max_length)
 
 
-MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
 
 
@@ -138,13 +146,13 @@ def run_subprocessor(
         ValueError, TypeError: an item that cannot be used as it is.
     """
     options = dict(options)
+    # Image processors and feature extractors of transformers, this package's own, tokenizers; then somebody's callable.
     if isinstance(processor, ImageProcessingMixin):
         channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
-        if is_video_processor(processor):
-            return run_video_processor(processor, name, items, options, encoder_config, channels)
-        if kind == "video":
-            return run_on_frames(processor, name, items, options, encoder_config, channels)
-        rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+        if is_video_processor(processor) or kind == "video":
+            run = run_video_processor if is_video_processor(processor) else run_on_frames
+            return run(processor, name, items, options, encoder_config, channels)
+        rescaled = keeps_scale(processor, options)
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
             options.setdefault("input_data_format", "channels_last")
@@ -152,7 +160,7 @@ def run_subprocessor(
     if isinstance(processor, ItemProcessor):
         return _tensors(processor(items, name=name, **options), name)
     if isinstance(processor, FeatureExtractionMixin):
-        rate = processor.sampling_rate if hasattr(processor, "sampling_rate") else None
+        rate = sampling_rate_of(processor)
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
         _check_window(processor, name, items, options)
@@ -181,7 +189,8 @@ def _run_on_images(
     rank = getattr(found.get("pixel_values"), "ndim", 0)
     if prepared or rank not in (5, 6):
         return found
-    # (1, images, channels, height, width), with tiles (1, images, tiles, channels, height, width)
+    # All images are in one row: (1, images, channels, height, width), with tiles
+    # (1, images, tiles, channels, height, width).
     alone = [found] if len(items) == 1 else [run([item]) for item in items]
     for i, one in enumerate(alone):
         crops = one["pixel_values"].shape[1]
@@ -205,6 +214,7 @@ def check_padding(output: Mapping[str, Any], used: Mapping[str, Any], processor:
     if not isinstance(mask, torch.Tensor) or any(key.endswith("pixel_mask") for key in used) or bool(mask.bool().all()):
         return
     row = next(i for i, one in enumerate(mask) if not bool(one.bool().all()))
+    # (items, height, width): rows and columns with a valid pixel
     valid = tuple(int(mask[row].bool().any(axis).sum()) for axis in (1, 0))
     raise ValueError(
         f"{name}, item {row}: {type(processor).__name__} padded it from {valid[0]} x {valid[1]} to {mask.shape[1]} x "
@@ -237,7 +247,7 @@ def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: 
         return tensors(items)
     except Exception as error:
         shapes = []
-        for i, item in enumerate(items):
+        for i, item in enumerate(items):  # one by one: which of them fails, or comes out in another shape?
             try:
                 one = tensors([item])
             except Exception as cause:
@@ -261,6 +271,7 @@ def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any]
     """Refuse sounds that a feature extractor would cut by default; a caller who asks for truncation gets it."""
     parameters = inspect.signature(processor.__call__).parameters
     cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
+    # In samples: what the call or the extractor's window (30 seconds of Whisper) keeps.
     limit = options.get("max_length") or getattr(processor, "n_samples", None)
     for i, item in enumerate(items) if cuts and limit is not None else ():
         if len(item) > limit:

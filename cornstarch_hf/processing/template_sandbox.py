@@ -1,38 +1,186 @@
-"""Chat templates rendered within bounds of time, memory and output.  A template is a program that a checkpoint brings.
+"""Renders chat templates within bounds of time, memory and output.  A template is a program that a checkpoint brings.
 
-The sandbox of jinja keeps a template from the interpreter, not from `9 ** 9 ** 7` or endless loops.  Here operators that
-can grow are intercepted, loops, joins and slices are counted, and filters are wrapped.  What a template sees besides
+The sandbox of jinja keeps it from the interpreter, not from `9 ** 9 ** 7` or endless loops.  Here each loop, call, filter
+and test is a step of a `Budget`, and what could grow is measured before it is made.  What a template sees besides
 (filters, globals, the tags `generation`, `break`, `continue`) is what transformers gives it.
 """
 
 import contextlib
 import functools
-import inspect
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
+from contextvars import ContextVar
+from types import CodeType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
-from transformers.utils import chat_template_utils
-from transformers.utils.chat_template_utils import _compile_jinja_template, get_json_schema
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from .template_bounds import (
-    GROWING,
-    OPERATORS,
-    Budget,
-    TemplateLimit,
-    _running,
-    checked,
-    length,
-    running,
-    weight,
-)
+from ..limits import cap, check
 
 REFUSED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 REFUSED_GLOBALS = ("lipsum",)
+_BITS = 4096  # of an integer that a template computes
+_WIDTH = 10_000  # of a padded or indented string
+Spans = list[tuple[int, int]]
+
+
+class TemplateLimit(jinja2.TemplateError, ValueError):
+    """A chat template went beyond its bounds; the message names the cap."""
+
+
+class Budget:
+    """What one rendering has used: steps, characters and entries made, time."""
+
+    def __init__(self) -> None:
+        self.steps, self.work = 0, 0
+        self.began = time.thread_time()  # of computing: on a busy machine a harmless template may wait for long
+
+    def step(self) -> None:
+        """Count one pass through a loop, call, filter or test."""
+        self.steps += 1
+        _check(self.steps, "MAX_TEMPLATE_STEPS", "the chat template's steps are")
+        _check(time.thread_time() - self.began, "MAX_TEMPLATE_SECONDS", "the seconds that the chat template takes are")
+
+    def spend(self, size: int) -> None:
+        """Count characters or entries before they are made."""
+        self.work += size
+        _check(self.work, "MAX_TEMPLATE_WORK", "the characters and entries that the chat template makes are")
+
+
+_current_budget: ContextVar[Budget | None] = ContextVar("_current_budget", default=None)  # each thread has its own
+
+
+def _budget() -> Budget:
+    budget = _current_budget.get()
+    if budget is None:  # jinja tries to compute constants while it compiles, and leaves what raises
+        raise TemplateLimit("nothing is computed before a chat template is rendered")
+    return budget
+
+
+def _check(value: float, name: str, what: str) -> None:
+    try:
+        check(value, name, what)
+    except ValueError as error:
+        raise TemplateLimit(str(error)) from error
+
+
+# ---- how much an operation will make, at most
+
+
+def weight(value: Any) -> int:
+    """Characters that a value has as text, or entries of 8 characters each; stops above `MAX_TEMPLATE_WORK`."""
+    total, pending, limit = 0, [value], cap("MAX_TEMPLATE_WORK")
+    while pending and total <= limit:
+        item = pending.pop()
+        if isinstance(item, (str, bytes)):
+            total += len(item)
+        elif isinstance(item, (Mapping, list, tuple, set, frozenset, MappingView, range)):
+            total += 8 * len(item)
+            pending += [*item, *(item.values() if isinstance(item, Mapping) else ())]  # type: ignore[misc]
+        else:
+            total += 8
+    return total
+
+
+def _length(value: Any) -> int:
+    """What a value takes by itself; what a list holds was counted when that was made."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    return 8 * len(value) if isinstance(value, (list, tuple)) else 8
+
+
+def _widest(*given: Any, **named: Any) -> int:
+    """The largest number, or length of text, among arguments that say how wide something becomes."""
+    values = [v for v in (*given, *named.values()) if isinstance(v, (int, str))]
+    for number in values:
+        if isinstance(number, int) and abs(number) > _WIDTH:
+            raise TemplateLimit(
+                f"The chat template asks for a width or a number of digits of {number:,}, more than {_WIDTH:,}."
+            )
+    return max((v if isinstance(v, int) else len(v) for v in values), default=0)
+
+
+def _widened(text: Any, *given: Any, **named: Any) -> int:
+    """Of padding, or of an indent in front of each line; without a width jinja and Python take 80 at most."""
+    lines = text.count("\n") + text.count("\t") + 1 if isinstance(text, str) else 1
+    return weight(text) + lines * max(80, _widest(*given, **named))
+
+
+def _replaced(text: Any, old: Any = "", new: Any = "", *_: Any, **named: Any) -> int:
+    text, old, new = str(text), str(old), str(new)
+    return len(text) + text.count(old) * len(new)
+
+
+def _strung(separator: Any, items: Any = ()) -> int:
+    return weight(items) + len(str(separator)) * (len(items) if hasattr(items, "__len__") else 0)
+
+
+def _formatted(text: Any, *values: Any, **named: Any) -> int:
+    """Of a format of either kind, with `%` or with `{}`."""
+    plain = text.decode("latin-1") if isinstance(text, bytes) else str(text)
+    if re.search(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", plain):
+        raise TemplateLimit("The chat template formats by widths of five digits, or by widths that are computed.")
+    fields = max(plain.count("{"), plain.count("%")) + 1
+    return len(plain) + fields * (_WIDTH + weight(values) + weight(named))
+
+
+def _summed(items: Any, attribute: Any = None, start: Any = 0) -> int:
+    return weight(items) * (len(items) if isinstance(start, (list, tuple)) and hasattr(items, "__len__") else 1)
+
+
+def _integer(bits: int) -> int:
+    if bits > _BITS:
+        raise TemplateLimit(f"The chat template computes an integer of {bits:,} bits, more than {_BITS:,}.")
+    return 8
+
+
+def _power(left: Any, right: Any) -> int:
+    whole = isinstance(left, int) and isinstance(right, int)
+    return _integer(left.bit_length() * abs(right)) if whole else 8
+
+
+def _product(left: Any, right: Any) -> int:
+    if isinstance(left, int) and isinstance(right, int):
+        return _integer(left.bit_length() + right.bit_length())
+    items, times = (left, right) if isinstance(right, int) else (right, left)
+    repeats = isinstance(times, int) and isinstance(items, (str, bytes, list, tuple))
+    return weight(items) * max(times, 0) if repeats else 8
+
+
+OPERATORS: dict[str, Callable[[Any, Any], int]] = {
+    "**": _power,
+    "*": _product,
+    "+": lambda left, right: _length(left) + _length(right),
+    "%": lambda left, right: _formatted(left, right) if isinstance(left, (str, bytes)) else 8,
+}
+# What a string method or a filter of that name makes; methods of other names make no more than they are given.
+GROWING: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(("center", "ljust", "rjust", "zfill", "indent", "expandtabs"), _widened),
+    **dict.fromkeys(("batch", "slice", "round", "to_bytes"), _widened),
+    **dict.fromkeys(("format", "format_map"), _formatted),
+    **dict.fromkeys(("escape", "e", "forceescape"), lambda text: 6 * weight(text)),
+    "replace": _replaced,
+    "translate": lambda text, table: len(text) * max([1, *map(_length, getattr(table, "values", lambda: table)())]),
+    "tojson": lambda value, *given, **named: weight(value) * (6 + _widest(*given, **named)),
+    "sum": _summed,
+}
+_METHODS = GROWING | {"join": _strung, **dict.fromkeys(("index", "count"), lambda items, *_: weight(items))}
+_FILTERS = GROWING | {"join": lambda items, d="", *_, **named: _strung(d, items)}
+# Filters that hand on the items of a list; the others turn what is no text into text, or compare all of it.
+_OF_LISTS = frozenset(
+    [
+        *("attr", "count", "d", "default", "first", "items", "join", "last", "length", "list", "map", "random"),
+        *("reject", "rejectattr", "reverse", "select", "selectattr"),
+    ]
+)
+
+
+# ---- the parts of a template that are counted
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -42,211 +190,198 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator that can grow: its result is measured before it is made."""
-        budget = running()
-        budget.step()
+        (budget := _budget()).step()
         budget.spend(OPERATORS[operator](left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of a function, method or macro."""
-        budget = running()
-        budget.step()
-        method = getattr(__obj, "__wrapped__", __obj)
+        (budget := _budget()).step()
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
         owner = getattr(method, "__self__", None)
-        if isinstance(owner, (str, bytes, int)):
-            name = method.__name__ if method.__name__ != "join" else "join_method"
-            if name == "join_method" and args and not isinstance(args[0], (str, list, tuple, Mapping)):
-                args = (_listed(args[0], budget), *args[1:])
-            if name in GROWING:
-                budget.spend(GROWING[name](owner, *args, **kwargs))
+        if isinstance(owner, (str, bytes, int, list, tuple)) and method.__name__ in _METHODS:
+            args = tuple(_listed(argument) for argument in args)
+            budget.spend(_METHODS[method.__name__](owner, *args, **kwargs))
         result = super().call(__context, __obj, *args, **kwargs)
-        budget.spend(weight(result) if isinstance(result, dict) else length(result))
+        budget.spend(weight(result) if isinstance(result, dict) else _length(result))
         return result
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
         """Join the pieces of a block, macro or template."""
         parts = list(parts)
-        running().spend(sum(map(len, parts)))
+        _budget().spend(sum(map(len, parts)))
         return "".join(parts)
 
 
-def _listed(items: Any, budget: Budget) -> list[Any]:
-    found = []
+def _loop(items: Any) -> Iterator[Any]:
+    """The items of a loop, each of them a step."""
     for item in items:
-        budget.step()
-        found.append(item)
-    return found
+        _budget().step()
+        yield item
 
 
-class _Steps:
-    """The items of a loop, each of them counted."""
-
-    def __init__(self, items: Any, budget: Budget):
-        self.items = items if hasattr(items, "__len__") else _listed(items, budget)
-        self.budget = budget
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self.items:
-            self.budget.step()
-            yield item
-
-
-def _loop(items: Any) -> _Steps:
-    return _Steps(items, running())
-
-
-def _concatenated(parts: list[Any]) -> str:
-    running().spend(weight(parts))
-    return "".join(str(part) for part in parts)
-
-
-def _text(value: Any) -> Any:
-    """A value that is written out."""
-    if not isinstance(value, str):
-        running().spend(weight(value))
-    return value
-
-
-def _weighed(value: Any) -> Any:
-    """A value that is compared; containers of containers that hold one another many times take long."""
-    if isinstance(value, (list, tuple, Mapping)):
-        checked(weight(value), "MAX_TEMPLATE_WORK", "the characters and entries that the chat template compares are")
-    return value
+def _listed(value: Any) -> Any:
+    """What can be read only once as a list, that it may be measured; anything else as it is."""
+    return list(_loop(value)) if isinstance(value, Iterator) else value
 
 
 def _made(value: Any) -> Any:
-    """A list, tuple or dictionary written in the template."""
-    running().spend(weight(value))
+    """A list, tuple or dictionary written in the template, or what is written out as text."""
+    if not isinstance(value, str):
+        _budget().spend(weight(value))
     return value
 
 
-def _sliced(items: Any, start: Any, stop: Any, step: Any) -> Any:
-    made = items[slice(start, stop, step)]
-    running().spend(length(made))
-    return made
+def _strings(parts: list[Any]) -> str:
+    return "".join(str(part) for part in _made(parts))
+
+
+def _compared(value: Any) -> Any:
+    """A value that is compared; containers of containers that hold one another many times take long."""
+    if isinstance(value, (list, tuple, Mapping)):
+        _check(weight(value), "MAX_TEMPLATE_WORK", "the characters and entries that the chat template compares are")
+    return value
+
+
+def _part(items: Any, start: Any, stop: Any, step: Any) -> Any:
+    part = items[slice(start, stop, step)]
+    _budget().spend(_length(part))
+    return part
 
 
 class _Counted(NodeTransformer):
-    """Loops, joins and slices of a template, which jinja compiles to plain Python, become calls that are counted."""
+    """What jinja compiles to plain Python becomes calls of the functions above, under their names as filters."""
 
-    def _by(self, name: str, first: Any, *others: Any) -> Any:
-        return nodes.Filter(first, name, list(others), [], None, None).set_lineno(first.lineno or 1)
-
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        """A loop over what is counted."""
+    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
+        """The node with its children counted, and itself if it is one of those that loop, join, compare or make."""
         self.generic_visit(node)
-        node.iter = self._by("_loop", node.iter)
+        match node:
+            case nodes.For():  # for x in a
+                node.iter = _by(_loop, node.iter)
+            case nodes.Concat():  # a ~ b
+                return _by(_strings, nodes.List(node.nodes).set_lineno(node.lineno))
+            case nodes.Output():  # {{ a }}; text of the template itself stays
+                fixed = (nodes.TemplateData, nodes.Const)
+                node.nodes = [child if isinstance(child, fixed) else _by(_made, child) for child in node.nodes]
+            case nodes.Compare():  # a == b, a in b
+                for owner in (node, *node.ops):
+                    owner.expr = owner.expr if isinstance(owner.expr, nodes.Const) else _by(_compared, owner.expr)
+            case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load"):  # [a, b]; no targets as in {% set a, b = ... %}
+                return _by(_made, node)
+            case nodes.Getitem(arg=nodes.Slice() as ends):  # a[b:c]
+                none = nodes.Const(None).set_lineno(node.lineno)
+                return _by(_part, node.node, *(end or none for end in (ends.start, ends.stop, ends.step)))
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        """``a ~ b``."""
-        self.generic_visit(node)
-        return self._by("_concatenated", nodes.List(node.nodes).set_lineno(node.lineno))
 
-    def visit_Output(self, node: nodes.Output) -> nodes.Output:
-        """What is written out; text of the template itself stays."""
-        self.generic_visit(node)
-        plain = (nodes.TemplateData, nodes.Const)
-        node.nodes = [child if isinstance(child, plain) else self._by("_text", child) for child in node.nodes]
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        """``a == b``, ``a in b``."""
-        self.generic_visit(node)
-        for owner in (node, *node.ops):
-            if not isinstance(owner.expr, nodes.Const):
-                owner.expr = self._by("_weighed", owner.expr)
-        return node
-
-    def visit_List(self, node: Any) -> nodes.Expr:
-        """``[a, b]``, and likewise tuples that are no targets, and dictionaries."""
-        self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else self._by("_made", node)
-
-    visit_Tuple = visit_Dict = visit_List
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        """``a[b:c]``; other subscripts stay."""
-        self.generic_visit(node)
-        if not isinstance(node.arg, nodes.Slice):
-            return node
-        ends = [e or nodes.Const(None).set_lineno(node.lineno) for e in (node.arg.start, node.arg.stop, node.arg.step)]
-        return self._by("_sliced", node.node, *ends)
+def _by(function: Callable, first: Any, *others: Any) -> Any:
+    return nodes.Filter(first, function.__name__, list(others), [], None, None).set_lineno(first.lineno or 1)
 
 
-_TEST = "a test"
-
-
-def _bounded(name: str, function: Callable) -> Callable:
-    """A filter or test that is counted, and measured where it can grow."""
-    skipped = int(hasattr(function, "jinja_pass_arg"))
+def _bounded_filter(name: str, function: Callable) -> Callable:
+    skipped = int(hasattr(function, "jinja_pass_arg"))  # jinja's own argument in front
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        budget = running()
-        budget.step()
-        given = list(args)
-        if len(given) > skipped and isinstance(given[skipped], Iterator):
-            given[skipped] = _listed(given[skipped], budget)
-        if name in GROWING:
-            budget.spend(GROWING[name](*given[skipped:], **kwargs))
-        for value in given[skipped:] if name == _TEST else ():
-            _weighed(value)
+        (budget := _budget()).step()
+        given = [*args[:skipped], *map(_listed, args[skipped : skipped + 1]), *args[skipped + 1 :]]
+        if name not in _OF_LISTS:
+            _made(given[skipped])
+        if name in _FILTERS:
+            budget.spend(_FILTERS[name](*given[skipped:], **kwargs))
         result = function(*given, **kwargs)
-        budget.spend(length(result))
+        budget.spend(_length(result))
         return result
 
     return bounded
 
 
-def _of_each_thread(kind: Any) -> Any:
-    """The extension that tracks what the assistant wrote, with a state for each thread: they share the environment."""
-    if not hasattr(kind, "activate_tracker"):
-        return kind
-    state = threading.local()
+def _bounded_test(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        _budget().step()
+        return function(*map(_compared, args), **kwargs)
 
-    def kept(key: str) -> property:
-        return property(lambda self: getattr(state, key, None), lambda self, value: setattr(state, key, value))
-
-    return type(kind.__name__, (kind,), {key: kept(key) for key in ("_rendered_blocks", "_generation_indices")})
+    return bounded
 
 
-@functools.lru_cache(maxsize=1)
-def environment() -> BoundedEnvironment:
-    """The environment of transformers' chat templates, bounded."""
+@functools.cache
+def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of an environment of transformers' chat templates, and what templates find in it, bounded."""
     theirs = _compile_jinja_template("").environment
-    kinds = [_of_each_thread(type(extension)) for extension in theirs.extensions.values()]
-    mine = BoundedEnvironment(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=kinds)
-    mine.filters = {n: _bounded(n, f) for n, f in theirs.filters.items() if n not in REFUSED_FILTERS}
-    counted = (_loop, _concatenated, _sliced, _text, _weighed, _made)
-    mine.filters |= {function.__name__: function for function in counted}
-    mine.tests = {name: _bounded(_TEST, test) for name, test in theirs.tests.items()}
-    mine.globals = {name: value for name, value in theirs.globals.items() if name not in REFUSED_GLOBALS}
-    return mine
+    options = {"trim_blocks": theirs.trim_blocks, "lstrip_blocks": theirs.lstrip_blocks}
+    filters = {n: _bounded_filter(n, f) for n, f in theirs.filters.items() if n not in REFUSED_FILTERS}
+    filters |= {function.__name__: function for function in (_loop, _strings, _made, _compared, _part)}
+    tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}
+    names = {name: value for name, value in theirs.globals.items() if name not in REFUSED_GLOBALS}
+    extensions = [type(extension) for extension in theirs.extensions.values()]
+    return options | {"extensions": extensions}, {"filters": filters, "tests": tests, "globals": names}
+
+
+def environment() -> BoundedEnvironment:
+    """A new environment of transformers' chat templates, bounded; its tracker of generation marks holds a state."""
+    options, found = _tables()
+    made = BoundedEnvironment(**options)
+    vars(made).update(found)
+    return made
+
+
+# ---- rendering
 
 
 @functools.lru_cache(maxsize=64)
-def compiled(template: str) -> jinja2.Template:
-    """A template, compiled; nothing in it is computed yet.
+def _compiled(template: str) -> CodeType:
+    """A template's code; nothing in it is computed yet.
 
     Raises:
         TemplateLimit: it is longer than `MAX_TEMPLATE_CHARACTERS`, or nested too deeply to be compiled.
         jinja2.TemplateError: it is no template.
     """
-    checked(len(template), "MAX_TEMPLATE_CHARACTERS", "the characters of the chat template are")
-    outer, _running.budget = getattr(_running, "budget", None), None
+    _check(len(template), "MAX_TEMPLATE_CHARACTERS", "the characters of the chat template are")
+    outer = _current_budget.set(None)
     try:
-        tree = _Counted().visit(environment().parse(template))
-        code = environment().compile(tree)
+        made = environment()
+        return made.compile(_Counted().visit(made.parse(template)))
     except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:
         raise TemplateLimit(f"The chat template is nested too deeply ({type(error).__name__}).") from error
     finally:
-        _running.budget = outer
-    return jinja2.Template.from_code(environment(), code, environment().make_globals(None))
+        _current_budget.reset(outer)
+
+
+def render_template(
+    messages: list[dict[str, Any]], template: str, *, mark_assistant: bool = False, **variables: Any
+) -> tuple[str, Spans]:
+    """The text of one conversation, and where the template's `generation` blocks lie in it.
+
+    Args:
+        messages: dictionaries, as `conversations.render` makes them ready.
+        template: a Jinja template.
+        mark_assistant: return the spans.
+        **variables: further variables.
+
+    Raises:
+        TemplateLimit: a bound of `limits` is met.
+        jinja2.TemplateError, ValueError, TypeError: the template refuses the conversation, or fails.
+    """
+    made, code = environment(), _compiled(template)
+    program = jinja2.Template.from_code(made, code, made.make_globals(None))
+    given = plain({"messages": messages, **variables})
+    blocks: list[str] = []
+    spans: Spans = []
+    size = 0
+    outer = _current_budget.set(Budget())
+    try:
+        with made.activate_tracker(blocks, spans) if mark_assistant else contextlib.nullcontext():  # type: ignore[attr-defined]
+            for block in program.generate(given):
+                size += len(block)
+                _check(size, "MAX_TEMPLATE_OUTPUT", "the characters that the chat template writes are")
+                blocks.append(block)
+    except (RecursionError, OverflowError, MemoryError) as error:
+        raise TemplateLimit(f"The chat template goes too deep or too far ({type(error).__name__}).") from error
+    finally:
+        _current_budget.reset(outer)
+    return "".join(blocks), [tuple(span) for span in spans]
 
 
 def plain(value: Any) -> Any:
@@ -260,109 +395,6 @@ def plain(value: Any) -> Any:
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(plain, value)) if type(value) in (list, tuple) else [plain(item) for item in value]
-    return (
-        plain(value.item())
-        if type(value).__module__ == "numpy" and hasattr(value, "item") and value.ndim == 0
-        else (f"<{type(value).__name__}>")
-    )
-
-
-def render_template(
-    messages: list[dict[str, Any]],
-    template: str,
-    *,
-    tools: list[Any] | None = None,
-    documents: list[Any] | None = None,
-    add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-    mark_assistant: bool = False,
-    **variables: Any,
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of one conversation, and where the template's `generation` blocks lie in it.
-
-    Args:
-        messages: dictionaries.
-        template: a Jinja template.
-        tools: JSON schemas, or functions, of which schemas are made.
-        documents: dictionaries.
-        add_generation_prompt: a variable of the template.
-        continue_final_message: end the text where the content of the last message ends.
-        mark_assistant: return the spans.
-        **variables: further variables.
-
-    Raises:
-        TemplateLimit: a bound of `limits` is met.
-        jinja2.TemplateError, ValueError, TypeError: the template refuses the conversation, or fails.
-    """
-    schemas = None if tools is None else [_schema(tool) for tool in tools]
-    if any(not isinstance(document, Mapping) for document in documents or ()):
-        raise TypeError("Each document must be a dict with its 'title' and 'text'.")
-    chat = [_reasoning(plain(message)) for message in messages]
-    if continue_final_message:
-        _mark_end(chat)
-    given = {"messages": chat, "tools": plain(schemas), "documents": plain(documents), **plain(variables)}
-    text, spans = _rendered(
-        compiled(template), given | {"add_generation_prompt": add_generation_prompt}, mark_assistant
-    )
-    return (_cut_at_mark(text) if continue_final_message else text), spans
-
-
-def _rendered(template: jinja2.Template, variables: dict[str, Any], tracked: bool) -> tuple[str, list[tuple[int, int]]]:
-    blocks: list[str] = []
-    spans: list[tuple[int, int]] = []
-    tracker = environment().activate_tracker if tracked else None
-    outer, _running.budget = getattr(_running, "budget", None), Budget()
-    size = 0
-    try:
-        with tracker(blocks, spans) if tracker else contextlib.nullcontext():
-            for block in template.generate(**variables):
-                size += len(block)
-                checked(size, "MAX_TEMPLATE_OUTPUT", "the characters that the chat template writes are")
-                blocks.append(block)
-    except (RecursionError, OverflowError, MemoryError) as error:
-        raise TemplateLimit(f"The chat template goes too deep or too far ({type(error).__name__}).") from error
-    finally:
-        _running.budget = outer
-    return "".join(blocks), [tuple(span) for span in spans]
-
-
-def _schema(tool: Any) -> dict[str, Any]:
-    if isinstance(tool, Mapping):
-        return dict(tool)
-    if inspect.isfunction(tool) or inspect.ismethod(tool):
-        return get_json_schema(tool)
-    raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
-
-
-# A message's reasoning goes by several names; templates read the first or the second.  Older versions of transformers
-# leave messages as they are.
-_REASONING = getattr(chat_template_utils, "_REASONING_FIELDS", ())
-
-
-def _reasoning(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise TypeError(f"A message must be a dict, got {type(message).__name__}.")
-    found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
-    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
-
-
-_END = "\ue0c2"
-
-
-def _mark_end(chat: list[dict[str, Any]]) -> None:
-    """Put a mark behind the last message's content."""
-    content = chat[-1].get("content") if chat else None
-    if isinstance(content, str):
-        chat[-1]["content"] = content + _END
-        return
-    last = next((part for part in reversed(content or []) if isinstance(part, dict) and "text" in part), None)
-    if last is None:
-        raise ValueError("continue_final_message needs a last message with text to continue.")
-    last["text"] += _END
-
-
-def _cut_at_mark(text: str) -> str:
-    before, mark, _ = text.rpartition(_END)
-    if not mark:
-        raise ValueError("continue_final_message: the chat template does not write the last message's text.")
-    return before
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return plain(value.item())
+    return f"<{type(value).__name__}>"

@@ -12,24 +12,18 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
-from ..limits import check
-from ..parts.known_encoders import ANY_NUMBER
-from .media import ready_image
+from ..limits import check, check_count
+from ..parts.known_encoders import PATCH_GRIDS, encoder_type
+from .media import held, is_file, keeps_scale, ready_image
 
 FRAME_MASK = "frame_mask"
-
-
 SAMPLING = ("num_frames", "fps", "source_fps")
-_HOLDS = ("video", "frames", "videos", "array")
 
 
 def sampled_frames(
-    total: int,
-    where: str,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    source_fps: float | None = None,
+    total: int, where: str, num_frames: int | None = None, fps: float | None = None, source_fps: float | None = None
 ) -> list[int]:
     """Which frames of a video are kept: of `total` frames the ``floor(i * total / n)``-th, for ``i`` from 0 to ``n - 1``.
 
@@ -54,8 +48,8 @@ def sampled_frames(
         raise ValueError(
             f"{where}: num_frames={num_frames!r} and fps={fps!r} are two ways of sampling, give one of them."
         )
-    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1):
-        raise ValueError(f"{where}: num_frames must be a positive integer, got {num_frames!r}.")
+    if num_frames is not None:
+        check_count(num_frames, f"{where}: num_frames")
     count = total if num_frames is None else num_frames
     if fps is not None:
         if source_fps is None:
@@ -107,8 +101,8 @@ def opened_video(item: Any, where: str, source_fps: float | None = None) -> tupl
     if isinstance(item, Mapping):
         rate = item.get("fps")
         source_fps = source_fps if rate is None else rate
-        item = next((item[key] for key in _HOLDS if item.get(key) is not None), None)
-    if isinstance(item, (str, bytes)) or hasattr(item, "__fspath__"):
+        item = held(item, ("video", "frames", "videos", "array"))
+    if is_file(item):
         raise TypeError(
             f"{where}: expected the frames of a video, got a file: decode it first, for instance by "
             "transformers.video_utils.load_video, and pass the array of frames."
@@ -181,9 +175,9 @@ def run_on_frames(
     """
     options = dict(options)
     sampling = {key: options.pop(key, None) for key in SAMPLING}
-    if sampling["num_frames"] is None and sampling["fps"] is None:
+    if sampling["num_frames"] is None and sampling["fps"] is None:  # then by the processor's settings
         sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
-    rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+    rescaled = keeps_scale(processor, options)
     videos = []
     for i, item in enumerate(items):
         frames = ready_video(item, f"{name}, item {i}", channels, rescaled, sampling)
@@ -194,7 +188,7 @@ def run_on_frames(
 
 def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
     """Refuse another number of frames than the encoder of a configuration takes (ValueError with both numbers)."""
-    expected = None if getattr(config, "model_type", None) in ANY_NUMBER else getattr(config, "num_frames", None)
+    expected = None if encoder_type(config).any_number_of_frames else getattr(config, "num_frames", None)
     if isinstance(expected, int) and 0 < expected != count:
         raise ValueError(
             f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: pass {name}_kwargs="
@@ -204,9 +198,10 @@ def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
 
 def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One video's tensors, ``(frames, ...)`` each."""
+    # Some image processors take lists of frames as videos and give (1, frames, ...).
     whole = "videos" in inspect.signature(processor.preprocess).parameters
     output = processor([frames] if whole else frames, return_tensors="pt", **options)
-    if packed := [key for key in output if key.endswith(("grid_thw", "grid_hws"))]:
+    if packed := [key for key in output if key.endswith(PATCH_GRIDS)]:
         raise ValueError(
             f"{name}: {type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video: "
             "give the encoder's video processor (it needs torchvision: pip install torchvision)."
@@ -226,7 +221,7 @@ def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str,
         ValueError: frames of different sizes.
     """
     counts = [len(next(iter(video.values()))) for video in videos]
-    most, found = max(counts), {}
+    found = {}
     for key in videos[0]:
         rows = [video[key] for video in videos]
         for i, row in enumerate(rows):
@@ -235,8 +230,8 @@ def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str,
                     f"{name}: the frames of item {i} become {tuple(row.shape[1:])} and those of item 0 "
                     f"{tuple(rows[0].shape[1:])}: videos of one call must come out of their processor in one size."
                 )
-        found[key] = torch.stack([torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in rows])
-    mask = torch.arange(most)[None] < torch.tensor(counts)[:, None]
+        found[key] = pad_sequence(rows, batch_first=True)  # (videos, most frames, ...)
+    mask = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]  # (videos, most frames)
     return found | {FRAME_MASK: mask}
 
 
@@ -252,6 +247,7 @@ def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[s
         ValueError: videos of different numbers of frames, for an encoder that cannot be told which are padding.
     """
     found = dict(output)
+    # Processors and encoders of videos do not agree on one of two names.
     for emitted, taken in (("pixel_values", "pixel_values_videos"), ("pixel_values_videos", "pixel_values")):
         if emitted in found and keyword(emitted) is None and keyword(taken):
             found[taken] = found.pop(emitted)

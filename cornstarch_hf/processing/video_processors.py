@@ -1,4 +1,4 @@
-"""Videos through transformers' video processors, which need torchvision.
+"""Runs videos through transformers' video processors, which need torchvision.
 
 Frames are checked as `video` checks them for image processors, and sampled by the processor's own rule where that is asked
 for; what comes out is one row per video, or packed patches with their grids.
@@ -15,6 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.video_utils import VideoMetadata
 
 from ..parts.known_encoders import grid_of
+from .media import keeps_scale
 from .video import SAMPLING, check_frame_count, joined_videos, opened_video, ready_frames, sampled_frames
 
 
@@ -30,12 +31,9 @@ def run_video_processor(
 
     Args:
         processor: a video processor of transformers.
-        name: the modality, for messages.
-        items: videos, see `video.ready_video`.
         options: `num_frames`, `fps`, `source_fps`, `do_sample_frames`, `video_metadata` (one for each item) and further
             arguments of the processor's call.
-        encoder_config: of the encoder; `num_frames` in it is the number that it takes.
-        channels: how many the encoder takes.
+        name, items, encoder_config, channels: as of `video.run_on_frames`.
 
     Returns:
         as `video.run_on_frames`; of a processor that packs patches, those of all videos ``(patches, values)`` and their grids
@@ -52,7 +50,7 @@ def run_video_processor(
         (set(options) - set(processor.valid_kwargs.__annotations__)) | {"return_metadata"} & set(options)
     ):
         raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
-    rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+    rescaled = keeps_scale(processor, options)
     videos = []
     for i, item in enumerate(items):
         where = f"{name}, item {i}"
@@ -62,7 +60,7 @@ def run_video_processor(
         ready = ready_frames(frames, kept, where, channels, rescaled)
         check_frame_count(len(ready), encoder_config, name, i)
         videos.append(_processed(processor, ready, where, metadata, options))
-    if grid_of(videos[0]) is not None:
+    if grid_of(videos[0]) is not None:  # packed patches (patches, values) and grids (1, 3) of each video
         return {key: torch.cat([video[key] for video in videos]) for key in videos[0]}
     return joined_videos([_by_frame(video, processor, name) for video in videos], name)
 
@@ -87,7 +85,7 @@ def _metadata(given: Mapping[str, Any] | None, count: int, rate: float | None, w
         ValueError: what is stated is of another video.
     """
     values = {"total_num_frames": count, **{k: v for k, v in dict(given or {}).items() if v is not None}}
-    numbers = values.get("frames_indices")
+    numbers = values.get("frames_indices")  # of the frames that are given, among those of the whole video
     if len(numbers) != count if numbers is not None else values["total_num_frames"] != count:
         told = values["total_num_frames"] if numbers is None else len(numbers)
         raise ValueError(
@@ -150,7 +148,7 @@ def _by_own_rule(processor: Any, metadata: VideoMetadata, where: str, options: M
     if metadata.fps is None and processor.num_frames is None and processor.fps is not None:
         raise ValueError(f"{where}: {type(processor).__name__} samples {processor.fps} frames per second: {remedy}")
     settings = {key: getattr(processor, key, None) for key in processor.valid_kwargs.__annotations__} | dict(options)
-    told, count = copy.copy(metadata), metadata.total_num_frames
+    told, count = copy.copy(metadata), metadata.total_num_frames  # a processor writes its assumptions into `told`
     settings = {key: value for key, value in settings.items() if key not in ("video_metadata", "metadata")}
     try:
         indices = [int(i) for i in processor.sample_frames(metadata=told, **settings)]
@@ -174,11 +172,11 @@ def _processed(
     if all(isinstance(frame, Image.Image) for frame in frames):
         video: Any = np.stack([np.asarray(frame) for frame in frames])  # (frames, height, width[, channels])
         if video.ndim == 3:
-            video = video[..., None]
+            video = video[..., None]  # grey frames as (frames, height, width, 1)
             options.setdefault("do_convert_rgb", False)
         options["input_data_format"] = "channels_last"
     else:
-        video = torch.stack([torch.as_tensor(frame) for frame in frames])
+        video = torch.stack([torch.as_tensor(frame) for frame in frames])  # laid out as the frames are
     told = {"do_sample_frames": False, "video_metadata": [metadata]}
     try:
         output = processor(videos=[video], return_tensors="pt", **told, **options)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2CLS, ACT2FN
 
+from ..limits import check_count
+
 
 class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm` (https://arxiv.org/abs/1910.07467) computed in float32 at least, as language models do."""
@@ -32,11 +34,6 @@ HEAD_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def is_count(value: Any, least: int = 1) -> bool:
-    """Whether a value is an integer (True is none) that is not below `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def check_choice(value: Any, choices: Any, name: str) -> None:
     """ValueError that lists the choices for a value that is none of them."""
     if value not in choices:
@@ -54,8 +51,8 @@ def check_head(options: dict[str, Any]) -> None:
         check_choice(options.get(key, "none"), NORMS, key)
     check_choice(options.get("num_layers", 2), (1, 2), "num_layers")
     hidden, eps = options.get("hidden_size"), options.get("norm_eps")
-    if hidden is not None and not is_count(hidden):
-        raise ValueError(f"hidden_size must be a positive integer, got {hidden!r}.")
+    if hidden is not None:
+        check_count(hidden, "hidden_size")
     if eps is not None and not (isinstance(eps, (int, float)) and eps > 0):
         raise ValueError(f"norm_eps must be a positive number, got {eps!r}.")
     for key in ("gated", "bias"):

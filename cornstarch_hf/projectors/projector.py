@@ -1,6 +1,7 @@
 """Projectors: from an encoder's features to the language model's embedding width.
 
-Types are looked up in a registry, to which users add their own; a module made elsewhere is wrapped as it is.
+Types are looked up in a registry, to which users add their own; a module made elsewhere is wrapped as it is.  Types that
+leave fewer features lie in `reductions`, `windows` and `resampler`, which register them.
 """
 
 import copy
@@ -11,17 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..checkpoints.code_bundle import export_code
-from ..checkpoints.files import checked_files, guarded
-from ..checkpoints.manifest import staged_save
-from ..checkpoints.storage import pusher, split_options
-from ..checkpoints.trusted_code import with_shared_code
+from ..checkpoints.plain_storage import ModelStorage
 from ..configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
-from ..parts.classes import SharedCode
 from ..parts.registries import PROJECTORS, register_projector
 from ..parts.stored_modules import (
     NotStorable,
@@ -33,11 +28,9 @@ from ..parts.stored_modules import (
     torch_spec,
 )
 from ..parts.weightless import build_without_weights, initialize_weights
-from .reductions import FrameStackProjection, Grid, PixelShuffleProjection, Reduction, groups_of_items, per_item
-from .resampler import QUERY_STD, ResamplerProjection
-from .windows import AvgPoolProjection, ConvProjection
 
 TORCH_PROJECTION = "torch"
+Grid = Sequence[int]  # height and width, or frames, height and width, in which the features of an item lie
 
 
 def linear_projection(in_features: int, out_features: int) -> nn.Module:
@@ -54,11 +47,6 @@ def mlp_projection(in_features: int, out_features: int, activation: str) -> nn.M
 
 register_projector("linear", linear_projection)
 register_projector("mlp", mlp_projection)
-register_projector("pixel_shuffle", PixelShuffleProjection)
-register_projector("frame_stack", FrameStackProjection)
-register_projector("avg_pool", AvgPoolProjection)
-register_projector("conv", ConvProjection)
-register_projector("resampler", ResamplerProjection)
 register_projector(TORCH_PROJECTION, lambda module: build_torch(module))
 
 # Modules that treat the last axis only, so that features of any number and any padding go through them at once.
@@ -148,6 +136,47 @@ def reason_not_storable(projection: nn.Module) -> str:
     return "it is not what its configuration describes"
 
 
+def groups_of_items(
+    features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None
+) -> dict[tuple[int, Grid | None], list[int]]:
+    """Positions of the items of each length and grid, in order; ValueError for another number of grids."""
+    sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
+    if grids is not None and len(grids) != len(sizes):
+        raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
+    groups: dict[tuple[int, Grid | None], list[int]] = {}
+    for position, length in enumerate(sizes):
+        groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
+    return groups
+
+
+def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
+    """One ``(n_i, width)`` tensor per item.
+
+    Args:
+        features: a list of tensors, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `lengths`.
+        lengths: features of each item; of a 3-D tensor the first ones are kept.
+        name: the modality, for messages.
+
+    Raises:
+        ValueError: packed features without lengths, or lengths that do not fit.
+    """
+    if not isinstance(features, Tensor):
+        return [x.flatten(0, -2) for x in features]  # maps (height, width, channels) are read row by row
+    if features.ndim == 3:
+        if lengths is None:
+            return list(features)
+        if len(lengths) != len(features) or max(lengths, default=0) > features.shape[1]:
+            raise ValueError(f"{name}: lengths {list(lengths)} do not fit features of shape {tuple(features.shape)}.")
+        return [item[:n] for item, n in zip(features, lengths, strict=True)]
+    if features.ndim != 2 or lengths is None or sum(lengths) != len(features):
+        raise ValueError(
+            f"{name}: features of shape {tuple(features.shape)} cannot be split into items by lengths "
+            f"{None if lengths is None else list(lengths)}: return a list with one tensor per item, or set "
+            "output['feature_lens']."
+        )
+    return list(features.split([int(n) for n in lengths]))
+
+
 @dataclass
 class ProjectorOutput(BaseModelOutput):
     """What a projector gives.
@@ -161,7 +190,7 @@ class ProjectorOutput(BaseModelOutput):
     feature_lens: Tensor | None = None
 
 
-class MultimodalProjector(SharedCode, PreTrainedModel):
+class MultimodalProjector(ModelStorage, PreTrainedModel):
     """Maps features ``(..., in_features)`` to ``(..., out_features)``; some types leave fewer of each item.
 
     Args:
@@ -178,6 +207,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
     projection: Any
     gradient_checkpointing: Any
     config_class = MultimodalProjectorConfig
+    _side = "projector"
     base_model_prefix = ""
     main_input_name = "inputs_embeds"
     supports_gradient_checkpointing = True
@@ -226,8 +256,7 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
         `dims` are the axes along which items of that kind are reduced, for the built-in types that take `dims`.
         """
         target = PROJECTORS.get(self.config.projection_type)
-        reduction = isinstance(target, type) and issubclass(target, Reduction)
-        if self.projection is None and dims is not None and reduction and "dims" in target.DEFAULTS:
+        if self.projection is None and dims is not None and "dims" in getattr(target, "DEFAULTS", ()):
             self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs  # what is given stays
         self._fill_sizes(in_features, out_features)
         if self.projection is None:
@@ -343,10 +372,9 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(
-            module, ResamplerProjection
-        ):  # transformers fills layers it knows, and leaves bare parameters empty
-            init.normal_(module.queries, std=QUERY_STD)
+        # transformers fills the layers that it knows; bare parameters, such as learnt queries, would stay empty.
+        if hasattr(module, "init_own_weights"):
+            module.init_own_weights()
 
     def check_storable(self, where: str) -> None:
         """ValueError, with the place, the reason and the remedy, when the projection cannot be stored."""
@@ -359,40 +387,11 @@ class MultimodalProjector(SharedCode, PreTrainedModel):
                 "register_projector(name, cls), and keep each constructor argument in an attribute of the same name."
             )
 
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process: bool = True,
-        *args,
-        push_to_hub=False,
-        include_code=None,
-        variant=None,
-        **kwargs,
-    ):
-        """As in transformers, crash-safe, with `include_code` as of composed models; ValueError for what cannot be stored."""
+    def _before_save(self) -> bool:
         self.check_storable("the projector")
-        options, hub = split_options({"variant": variant, **kwargs})
-        if not is_main_process:
-            return super().save_pretrained(save_directory, is_main_process, *args, **options)
-        with staged_save(save_directory, variant) as staged:
-            super().save_pretrained(staged.folder, is_main_process, *args, **options)
-            staged.surplus |= export_code(staged.folder, "projector", self, save_directory, include_code=include_code)
-        if push_to_hub:
-            pusher("push_saved")(self, save_directory, {**options, **hub, "include_code": include_code})
-
-    def push_to_hub(self, repo_id: str, **options: Any):
-        """Push this projector alone, in one commit; takes what `cornstarch_hf.push_to_hub` takes, and raises the same."""
-        return pusher("push")(self, None, repo_id, **options)
+        return True
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, verify: bool = False, **kwargs):
-        """As in transformers; reads projectors of the original Cornstarch too, whose first form named its layers
-        `in_proj` and `out_proj`.  Sizes of files are checked, with `verify` their hashes."""
-        kwargs.setdefault("key_mapping", {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."})
-        source = pretrained_model_name_or_path
-        kwargs = with_shared_code(source, kwargs)
-        if source is None:
-            return super().from_pretrained(source, *args, **kwargs)
-        checked = checked_files(source, kwargs, verify)
-        with guarded(checked):
-            return super().from_pretrained(checked.files.source, *args, **checked.options)
+    def _load_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Projectors of the original Cornstarch are read too, whose first form named its layers `in_proj` and `out_proj`."""
+        return {"key_mapping": {r"^in_proj\.": "projection.0.", r"^out_proj\.": "projection.2."}} | options

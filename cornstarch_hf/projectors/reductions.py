@@ -1,7 +1,7 @@
 """Token reduction: modules that make fewer features of an item's, and project them.  Blocks and frames are joined here.
 
 Beside each reduction's arithmetic stands how many features it leaves.  Pooling, convolutions and the resampler build on
-this module; `projector` registers them all.
+this module; each file registers its own types.
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head, is_count
-
-Grid = Sequence[int]
-
+from ..limits import is_count
+from ..parts.registries import register_projector
+from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head
+from .projector import Grid
 
 # ---- pure functions
 
@@ -110,19 +110,6 @@ def divided(size: int, by: int, remainder: str, what: str) -> int:
     if not count and size:
         raise ValueError(f"{what}={by} leaves nothing of {size} features along an axis: choose a smaller one.")
     return count
-
-
-def groups_of_items(
-    features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None
-) -> dict[tuple[int, Grid | None], list[int]]:
-    """Positions of the items of each length and grid, in order; ValueError for another number of grids."""
-    sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
-    if grids is not None and len(grids) != len(sizes):
-        raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
-    groups: dict[tuple[int, Grid | None], list[int]] = {}
-    for position, length in enumerate(sizes):  # one forward pass each, instead of one per item
-        groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
-    return groups
 
 
 def per_axis(value: Any, dims: int, name: str) -> list[int]:
@@ -328,29 +315,5 @@ class FrameStackProjection(Reduction):
         return padded.reshape(len(features), count, self.reduced_width)
 
 
-def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
-    """Split features into one ``(n_i, width)`` tensor per item.
-
-    Args:
-        features: a list of tensors, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `lengths`.
-        lengths: features of each item; of a 3-D tensor the first ones are kept.
-        name: the modality, for messages.
-
-    Raises:
-        ValueError: packed features without lengths, or lengths that do not fit.
-    """
-    if not isinstance(features, Tensor):
-        return [x.flatten(0, -2) for x in features]  # maps (height, width, channels) are read row by row
-    if features.ndim == 3:
-        if lengths is None:
-            return list(features)
-        if len(lengths) != len(features) or max(lengths, default=0) > features.shape[1]:
-            raise ValueError(f"{name}: lengths {list(lengths)} do not fit features of shape {tuple(features.shape)}.")
-        return [item[:n] for item, n in zip(features, lengths, strict=True)]
-    if features.ndim != 2 or lengths is None or sum(lengths) != len(features):
-        raise ValueError(
-            f"{name}: features of shape {tuple(features.shape)} cannot be split into items by lengths "
-            f"{None if lengths is None else list(lengths)}: return a list with one tensor per item, or set "
-            "output['feature_lens']."
-        )
-    return list(features.split([int(n) for n in lengths]))
+register_projector("pixel_shuffle", PixelShuffleProjection)
+register_projector("frame_stack", FrameStackProjection)

@@ -6,9 +6,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
+from ..parts.registries import register_projector
 from .heads import HEAD_DEFAULTS, NORMS, ProjectionHead
-from .reductions import Grid, Reduction
+from .projector import Grid
+from .reductions import Reduction
 
 QUERY_STD = 0.02
 
@@ -85,6 +88,10 @@ class ResamplerProjection(Reduction):
         if chosen["num_heads"] % chosen["num_kv_heads"]:
             raise ValueError(f"num_kv_heads={chosen['num_kv_heads']} must divide num_heads={chosen['num_heads']}.")
 
+    def init_own_weights(self) -> None:
+        """Draw the queries, unless they have been loaded."""
+        init.normal_(self.queries, std=QUERY_STD)
+
     def _build(self) -> None:
         width = self.query_size or self.out_features
         self.head = self._head(self.in_features, width)
@@ -110,3 +117,6 @@ class ResamplerProjection(Reduction):
         for layer in self.layers:
             queries = layer(queries, context)
         return self.output(self.query_norm(queries))  # (items, num_queries, out_features)
+
+
+register_projector("resampler", ResamplerProjection)

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .heads import HEAD_DEFAULTS, activation_module, is_count
+from ..limits import is_count
+from ..parts.registries import register_projector
+from .heads import HEAD_DEFAULTS, activation_module
 from .reductions import Reduction, divided, from_axes, pad_after, per_axis, to_axes
 
 POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -202,3 +204,7 @@ def convolution_axes(kernel_size: Any, stride: Any, padding: Any, dims: int) -> 
     if len(values) != dims or not all(is_count(p, least=0) for p in values):
         raise ValueError(f"padding must be an integer >= 0 or a list of {dims} (one per axis), got {padding!r}.")
     return kernel, strides, values
+
+
+register_projector("avg_pool", AvgPoolProjection)
+register_projector("conv", ConvProjection)

@@ -3,11 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "BatchMetrics": "batch_metrics",
-    "MultimodalCollator": "collator",
-    "parameter_groups": "optimizer_groups",
-}
+_HOMES = {"BatchMetrics": "batch_metrics", "MultimodalCollator": "collator", "parameter_groups": "optimizer_groups"}
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the keys are texts
 
 

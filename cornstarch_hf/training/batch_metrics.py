@@ -97,12 +97,13 @@ class BatchMetrics(TrainerCallback):
         ids = given.get("input_ids")
         tokens = ids if ids is not None else given["inputs_embeds"][..., 0]
         mask = given.get("attention_mask")
+        # (batch, length), True where a position is no padding
         mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(tokens).bool()
-        counts = {"padding": (~mask).sum()}
+        counts = {"padding": (~mask).sum()}  # tensors: nothing waits for the device before the log is written
         for name in model.config.encoders:
             token_id = model.config.modality(name)["token_id"]
             found = placeholder_mask(ids, token_id) & mask if ids is not None and token_id is not None else None
             counts[name] = mask.new_zeros((), dtype=torch.long) if found is None else found.sum()
         counts["text"] = torch.tensor(tokens.numel(), device=tokens.device) - sum(counts.values())
-        for name, number in counts.items():
+        for name, number in counts.items():  # text is what is neither padding nor a placeholder
             self._counts[name] = self._counts.get(name, 0) + number

@@ -1,4 +1,4 @@
-"""Rows of conversations with media to padded batches with labels, for `transformers.Trainer`.
+"""Turns rows of conversations with media into padded batches with labels, for `transformers.Trainer`.
 
 `assistant_turns` finds what the assistant wrote, `truncation` cuts rows that are too long, `media` decodes the items.
 """
@@ -11,8 +11,10 @@ from typing import Any
 import jinja2
 import torch
 
+from ..processing.call import PLURALS
 from ..processing.media import LIST_DEPTHS, flatten
-from ..processing_multimodal import PLURALS, MultimodalProcessor
+from ..processing.placeholder_text import pad_list
+from ..processing_multimodal import MultimodalProcessor
 from .truncation import inputs_within, place_items, whole_items_within
 
 IGNORED = -100
@@ -97,7 +99,7 @@ class MultimodalCollator:
                 raise ValueError(f"row {index}: {error}") from error
         self._warn([row["cut"] for row in encoded if row["cut"] is not None])
         batch = self._batch(encoded)
-        check_labels(batch, self._placeholder_ids())
+        check_labels(batch, self.processor.placeholder_ids)
         return batch
 
     def _encode(self, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,9 +115,10 @@ class MultimodalCollator:
         rates = {"sampling_rate": rate} if rate else {}
         out = dict(self.processor(llm_inputs=llm, **rates, **{name: [items] for name, items in media.items()}))
         ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
+        # Labels: the row's own ids where the assistant wrote, never on placeholders.
         wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]
         del out["attention_mask"]
-        silent = set(self._placeholder_ids().values())
+        silent = set(self.processor.placeholder_ids.values())
         labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
         if spans is not None and all(label == IGNORED for label in labels):
             raise ValueError(
@@ -167,9 +170,6 @@ class MultimodalCollator:
         audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
         return next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
 
-    def _placeholder_ids(self) -> dict[str, int]:
-        return {name: self.processor.config.modality(name)["token_id"] for name in self.processor.tokens}
-
     def _cut(self, encoded: dict[str, Any], lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """A row as it is if it is short enough, else cut to whole items."""
         ids, labels, limit = encoded["input_ids"], encoded["labels"], self.max_length
@@ -180,7 +180,8 @@ class MultimodalCollator:
                 f"the row has {len(ids)} tokens, max_length is {limit}: shorten it, raise max_length, or choose "
                 "truncation='right' or 'left'."
             )
-        items = place_items(ids, self._placeholder_ids(), lengths)
+        # The cut moves to the edge of an item that lies across it.
+        items = place_items(ids, self.processor.placeholder_ids, lengths)
         start, stop = whole_items_within(items, len(ids), limit, self.truncation)
         if all(label == IGNORED for label in labels[start:stop]):
             raise ValueError(
@@ -205,27 +206,19 @@ class MultimodalCollator:
         )
 
     def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
         length = max(len(row["input_ids"]) for row in encoded)
-        multiple = self.pad_to_multiple_of or 1
-        length += -length % multiple
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        length += -length % (self.pad_to_multiple_of or 1)
         if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
             encoded = [row | {"labels": [IGNORED, *row["labels"][1:]]} for row in encoded]
-        columns = {"input_ids": pad, "labels": IGNORED}
-        batch = {
-            key: torch.tensor([self._padded(row[key], length, value) for row in encoded])
-            for key, value in columns.items()
+        encoded = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in encoded]
+        blanks = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED, "attention_mask": 0}
+        batch = {  # (batch, length) each
+            key: torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
+            for key, blank in blanks.items()
         }
-        masks = [self._padded([1] * len(row["input_ids"]), length, 0) for row in encoded]
-        batch["attention_mask"] = torch.tensor(masks)
-        for key in dict.fromkeys(key for row in encoded for key in row["media"]):
+        for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
             batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
         return batch
-
-    def _padded(self, values: list[int], length: int, blank: int) -> list[int]:
-        fill = [blank] * (length - len(values))
-        return fill + values if self.padding_side == "left" else values + fill
 
 
 _FORMS = {

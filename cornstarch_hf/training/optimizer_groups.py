@@ -1,4 +1,4 @@
-"""What training needs besides batches: optimizer groups by part.  What a run reports stands in `batch_metrics`."""
+"""Optimizer groups with a learning rate for each part of a model."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def parameter_groups(
     """
     covered = {pattern: _covered(model, pattern) for pattern in learning_rates}
     chosen: dict[str, str] = {}
-    for pattern in sorted(covered, key=lambda key: -len(covered[key])):
+    for pattern in sorted(covered, key=lambda key: -len(covered[key])):  # the last, smallest one counts
         for other in covered:
             if other != pattern and covered[other] == covered[pattern]:
                 raise ValueError(f"{pattern!r} and {other!r} name the same parameters: keep one of them.")

@@ -1,4 +1,4 @@
-"""Rows that are too long, cut to whole items: where items are in a row, where it may be cut, what is kept of their inputs.
+"""Cuts rows that are too long to whole items: where items are in a row, where it may be cut, what is kept of their inputs.
 
 Pure functions; `collator` decides whether a row is cut at all.
 """
@@ -42,11 +42,11 @@ def place_items(
     [(1, 3), (3, 4)]
     """
     placed = []
-    for name, sizes in lengths.items():
+    for name, sizes in lengths.items():  # an item's placeholders follow one another, those of two items may touch
         positions = [i for i, token in enumerate(ids) if token == token_ids[name]]
         used, reached = 0, 0
         for index, size in enumerate(sizes):
-            start = positions[used] if size else reached
+            start = positions[used] if size else reached  # an item without features stands behind the last one
             reached, used = start + size, used + size
             placed.append(PlacedItem(name, index, start, reached))
     return placed
@@ -66,7 +66,7 @@ def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, sid
     """
     if length <= limit:
         return 0, length
-    cut = limit if side == "right" else length - limit
+    cut = limit if side == "right" else length - limit  # behind what is kept, or in front of it
     for item in items:
         if item.start < cut < item.stop:
             cut = item.start if side == "right" else item.stop

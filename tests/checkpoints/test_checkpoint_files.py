@@ -10,7 +10,7 @@ from hub_cache import commit_of, put_into_cache
 from transformers import AutoModel
 
 from cornstarch_hf import MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
-from cornstarch_hf.checkpoints.files import CheckpointFiles
+from cornstarch_hf.checkpoints.finding import CheckpointFiles
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Checkpoints that carry their code: loaded with the package absent, installed and imported, saved again, and refused."""
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -12,10 +13,12 @@ import pytest
 import shared_parts
 import tiny
 import torch
+import typed_parts
 import user_parts
 from helpers import HERE, run_python, site_without
+from hub_cache import commit_of, put_into_cache
 from own_memory import own_memory, weights
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from cornstarch_hf import (
     ModalEncoderModule,
@@ -24,10 +27,11 @@ from cornstarch_hf import (
     MultimodalProjector,
     MultimodalProjectorConfig,
     register_callback,
+    register_encoder_type,
 )
-from cornstarch_hf.checkpoints.code_bundle import MODEL_MAP
 from cornstarch_hf.checkpoints.code_bundle import __file__ as EXPORT_FILE
-from cornstarch_hf.checkpoints.users_code import read_entry
+from cornstarch_hf.checkpoints.code_folder import MODEL_MAP, read_entry
+from cornstarch_hf.parts.known_encoders import ENCODER_TYPES
 
 IMAGE = tiny.ENCODERS["clip"][3](0)
 CALL = {"text": "<image> a b", "images": IMAGE}
@@ -114,9 +118,133 @@ def test_what_lies_in_the_folder(shared):
     text = b"".join(python_files(folder).values()).decode()
     assert "from cornstarch_hf import register" not in text and str(HERE) not in text
     assert len(text) < 800_000  # of 100 modules
+    assert len(text) < 520_000  # with those of the user
     assert carries["sides"]["model"]["registrations"] == [
         ["register_callback", "users_doubled", "shared_parts", "doubled", "shared_parts", "kept"]
     ]
+
+
+def test_a_common_checkpoint_carries_little_code(tmp_path):
+    found = python_files(save(compose(tiny.clip()), tmp_path / "checkpoint", include_code=True))
+    assert len(found) <= 60 and sum(map(len, found.values())) <= 500_000
+
+
+@pytest.mark.parametrize(
+    "projection_type, carried",
+    [
+        ("pixel_shuffle", {"projectors_reductions", "projectors_heads"}),
+        ("avg_pool", {"projectors_windows", "projectors_reductions", "projectors_heads"}),
+        ("resampler", {"projectors_resampler", "projectors_reductions", "projectors_heads"}),
+    ],
+)
+def test_reducers_are_carried_where_a_checkpoint_names_them(tmp_path, projection_type, carried):
+    made = compose(tiny.clip(), projection_type, drop_prefix=1)
+    plain = python_files(save(compose(tiny.clip()), tmp_path / "plain", include_code=True))
+    found = python_files(save(made, tmp_path / "checkpoint", include_code=True))
+    assert {name.removesuffix(".py") for name in set(found) - set(plain)} == carried
+    save(compose(tiny.clip()), tmp_path / "checkpoint", include_code=True)  # and go with it
+    assert python_files(tmp_path / "checkpoint") == plain
+
+
+REFERENCES = """
+import sys
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+where = {"cache_dir": sys.argv[2], "trust_remote_code": True}
+model = AutoModel.from_pretrained(sys.argv[1], verify=True, **where)
+assert type(model).__module__.startswith("transformers_modules")
+model.save_pretrained(sys.argv[3])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[3], verify=True, **where)
+model.save_pretrained(sys.argv[4], embed=False, cache_dir=sys.argv[2])
+once_more = AutoModel.from_pretrained(sys.argv[4], verify=True, **where)
+for other in (again, once_more):
+    left, right = model.state_dict(), other.state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+with open(sys.argv[1] + "/config.json", "a") as file:
+    file.write(" ")
+try:
+    AutoModel.from_pretrained(sys.argv[1], verify=True, **where)
+except ValueError as error:
+    assert "config.json has" in str(error), error
+else:
+    raise SystemExit("a changed file was not seen")
+"""
+
+
+def test_references_are_followed_and_verified_without_the_package(tmp_path):
+    for name, part in (("u/clip", tiny.clip()), ("u/llama", tiny.llama())):
+        part.save_pretrained(tmp_path / "parts" / name)
+        put_into_cache(tmp_path / "cache", name, tmp_path / "parts" / name, commit_of(name))
+    cache = {"cache_dir": tmp_path / "cache"}
+    encoder = AutoModel.from_pretrained("u/clip", **cache)
+    language_model = AutoModelForCausalLM.from_pretrained("u/llama", **cache)
+    model = MultimodalModel(encoders={"vision": ModalEncoderModule(encoder)}, language_model=language_model)
+    model.save_pretrained(tmp_path / "c", embed=False, include_code=True, **cache)
+    assert "checkpoints_bases.py" in python_files(tmp_path / "c")
+    folders = [tmp_path / "c", tmp_path / "cache", tmp_path / "whole", tmp_path / "again"]
+    run_bare(["-c", REFERENCES, *folders], tmp_path, ["cornstarch_hf"])
+    loaded = MultimodalModel.from_pretrained(tmp_path / "again", verify=True, **cache)
+    assert (
+        weights(loaded) == weights(MultimodalModel.from_pretrained(tmp_path / "whole", verify=True)) == weights(model)
+    )
+
+
+NOT_CARRIED = """
+import sys
+import torch
+from transformers import AutoModel, AutoProcessor
+
+trust = {"trust_remote_code": True}
+model, processor = (auto.from_pretrained(sys.argv[1], **trust) for auto in (AutoModel, AutoProcessor))
+
+
+def refused(kind, words, call, *arguments, **options):
+    try:
+        call(*arguments, **options)
+    except kind as error:
+        assert words in str(error), error
+    else:
+        raise SystemExit(f"{call} did not refuse")
+
+
+refused(ImportError, "by reference (embed=False) is not among the code", model.save_pretrained, sys.argv[2], embed=False)
+refused(ImportError, "pip install cornstarch_hf", type(model), encoders=model.encoders, language_model=model.language_model)
+refused(ImportError, "pip install cornstarch_hf", model.describe)
+refused(ValueError, "Pushing needs the package", model.push_to_hub, "a/b")
+code = sys.modules[type(model).__module__.rpartition(".")[0] + ".multimodal_code"]
+
+
+def late(inputs, output):
+    return output
+
+
+code.register_callback("late", late)
+model.vision_encoder.postprocess_module_callback = late
+refused(ValueError, "cannot be saved together with ['__main__']", model.save_pretrained, sys.argv[2])
+model.save_pretrained(sys.argv[2], include_code=False)
+chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+marked = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+found = processor.apply_chat_template(chat, chat_template=marked, **options)
+torch.save({key: torch.as_tensor(value) for key, value in found.items()}, sys.argv[3])
+plain = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+refused(ImportError, "assistant's turns", processor.apply_chat_template, chat, chat_template=plain, **options)
+"""
+
+
+def test_what_is_not_carried_says_what_to_install(tmp_path):
+    _, processor = made = compose(tiny.clip())
+    folder = save(made, tmp_path / "c", include_code=True)
+    run_bare(["-c", NOT_CARRIED, folder, tmp_path / "d", tmp_path / "found.pt"], tmp_path, ["cornstarch_hf"])
+    assert set(python_files(tmp_path / "d")) == {"load_with_cornstarch_hf.py"}
+    found, options = torch.load(tmp_path / "found.pt"), {"tokenize": True, "return_dict": True}
+    template = NOT_CARRIED.partition('marked = "')[2].partition('"')[0]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    options |= {"chat_template": template, "return_assistant_tokens_mask": True}
+    expected = processor.apply_chat_template(chat, **options)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], torch.as_tensor(expected[key])) for key in found)
 
 
 @pytest.mark.parametrize("state", ["absent", pytest.param("installed", marks=pytest.mark.slow), "imported"])
@@ -128,9 +256,62 @@ def test_the_three_states_of_the_package_load_the_same_bits_and_save_all_of_it_a
     assert found["model"].startswith("cornstarch_hf" if state == "imported" else "transformers_modules")
     assert found.get("later", True)
     assert python_files(tmp_path / "again") == python_files(folder)
+    again = AutoModel.from_pretrained(tmp_path / "again", verify=True, trust_remote_code=True)
+    assert weights(again) == weights(made[0])
     for name in ("config.json", "processor_config.json"):
         again, first = (json.loads((f / name).read_text()) for f in (tmp_path / "again", folder))
         assert again["auto_map"] == first["auto_map"]
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+    """A model whose encoder has facts of its own, registered under a name that its file does not write out."""
+    torch.manual_seed(0)
+    made = compose(typed_parts.StripEncoder(typed_parts.StripConfig()))
+    return made, save(made, tmp_path_factory.mktemp("typed") / "checkpoint", include_code=True)
+
+
+@pytest.mark.parametrize("state", ["absent", pytest.param("installed", marks=pytest.mark.slow), "imported"])
+def test_facts_of_encoder_types_travel_with_the_code(typed, tmp_path, state):
+    made, folder = typed
+    for side in read_entry(folder)["sides"].values():
+        assert side["encoder_types"] == ["users_strip_encoder"] and side["registrations"] == []
+        assert side["rows"]["users_strip_encoder"]["count"] == ["typed_parts", "strips"]
+    assert (
+        "register_encoder_type('users_strip_encoder', count=_typed_parts_strips, width_layers='all', kind='image'"
+        in (folder / "multimodal_code.py").read_text()
+    )
+    found = load(state, folder, tmp_path, tmp_path / "again")
+    check(found, *made)
+    assert python_files(tmp_path / "again") == python_files(folder)
+
+
+def test_facts_that_a_carried_file_states_are_not_stated_again(tmp_path, monkeypatch):
+    (tmp_path / "stating_parts.py").write_text(
+        "from typed_parts import StripConfig, StripEncoder, strips\nfrom cornstarch_hf import register_encoder_type\n\n\n"
+        "class StatingConfig(StripConfig):\n    model_type = 'users_stating_encoder'\n\n"
+        "    def __init__(self, hidden_size=12, **kwargs):\n        super().__init__(hidden_size, **kwargs)\n\n\n"
+        "class StatingEncoder(StripEncoder):\n    config_class = StatingConfig\n\n\n"
+        "register_encoder_type('users_stating_encoder', count=lambda inputs, config: strips(inputs, config), kind='image')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stating = importlib.import_module("stating_parts")
+    made = compose(stating.StatingEncoder(stating.StatingConfig()))
+    folder = save(made, tmp_path / "checkpoint", include_code=True)
+    carries = read_entry(folder)
+    assert carries["sides"]["model"]["rows"] == {} and "stating_parts" in carries["files"]
+    check(load("absent", folder, tmp_path), *made)
+
+
+def test_a_fact_that_no_name_leads_to_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(ENCODER_TYPES, "_entries", dict(ENCODER_TYPES._entries))
+    register_encoder_type("users_wide_encoder", count=lambda inputs, config: 4)
+    model, _ = compose(shared_parts.WideEncoder(shared_parts.WideConfig()))
+    with pytest.raises(
+        ValueError, match=r"'users_wide_encoder' \(encoder_types\).*call register_encoder_type\('users_wide_enc"
+    ):
+        model.save_pretrained(tmp_path / "a", include_code=True)
+    model.save_pretrained(tmp_path / "a")  # without code its facts are stored by name
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from cornstarch_hf import MultimodalModel
-from cornstarch_hf.checkpoints.files import CheckpointFiles, check_files, check_loaded, header_shapes, stored_shapes
+from cornstarch_hf.checkpoints.files import check_files, header_shapes, stored_shapes
+from cornstarch_hf.checkpoints.finding import CheckpointFiles
 from cornstarch_hf.checkpoints.loading import plan_load
+from cornstarch_hf.checkpoints.storage import check_loaded
 
 
 @pytest.fixture

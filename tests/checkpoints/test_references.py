@@ -17,7 +17,7 @@ from tiny import whisper_model
 from transformers import AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose
-from cornstarch_hf.checkpoints.references import chosen_components, components_of
+from cornstarch_hf.checkpoints.manifest import chosen_components, components_of
 
 OVERHEAD = 64_000
 

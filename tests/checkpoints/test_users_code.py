@@ -4,15 +4,8 @@ import pytest
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files, get_relative_imports
 
 from cornstarch_hf.checkpoints.code_bundle import ROOTS
-from cornstarch_hf.checkpoints.users_code import (
-    HERE,
-    CodeFiles,
-    bundled,
-    is_installed,
-    own_file,
-    own_modules,
-    read_entry,
-)
+from cornstarch_hf.checkpoints.code_folder import HERE, THIN_FOLDER, own_modules, read_entry
+from cornstarch_hf.checkpoints.users_code import CodeFiles, bundled, is_installed, own_file
 
 
 @pytest.fixture
@@ -46,7 +39,7 @@ def test_package_files_are_seen_by_transformers_as_python_sees_them(tmp_path):
         path = tmp_path / f"{stem}.py"
         assert set(get_relative_imports(path)) <= set(files.own), stem
         check_imports(path)
-        assert len(text.splitlines()) == len(own_file(stem).read_text().splitlines()), stem
+        assert len(text.splitlines()) == len(files.source(stem).read_text().splitlines()), stem
     found = {
         path.rpartition("/")[2][:-3] for root in ROOTS for path in get_relative_import_files(tmp_path / f"{root}.py")
     }
@@ -75,7 +68,7 @@ def test_imports_of_the_package_become_flat(module, line, carried, found):
 
 
 def test_no_two_modules_are_carried_under_one_name():
-    paths = [path for path in HERE.rglob("*.py") if path.stem != "__init__"]
+    paths = [path for path in HERE.rglob("*.py") if path.stem != "__init__" and path.parent != THIN_FOLDER]
     assert len(own_modules()) == len(paths) and {own_file(stem) for stem in own_modules()} == set(paths)
 
 
@@ -158,5 +151,6 @@ def test_installed_files_and_other_texts_are_known(tmp_path):
     assert not is_installed(tmp_path / "x.py")
     (tmp_path / "target" / "some-1.0.dist-info").mkdir(parents=True)
     assert is_installed(tmp_path / "target" / "some" / "x.py") and not is_installed(tmp_path / "x.py")
-    (tmp_path / "multimodal_code.py").write_text("raise SystemExit\nCARRIES = {'files': ['a']}\n")
-    assert read_entry(tmp_path) == {"files": ["a"]} and read_entry(tmp_path / "no") == {}
+    (tmp_path / "multimodal_code.py").write_text("raise SystemExit\nCARRIES = {'package': ['a'], 'sides': {}}\n")
+    found = {"package": ["a"], "sides": {}, "files": ["a", "multimodal_code"]}
+    assert read_entry(tmp_path) == found and read_entry(tmp_path / "no") == {}

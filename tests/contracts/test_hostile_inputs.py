@@ -19,11 +19,6 @@ from PIL import Image
 from cornstarch_hf import MultimodalProcessor, limits, register_feature_count
 
 
-@pytest.fixture(scope="module")
-def composed():
-    return compose_tiny(["clip", "whisper"])
-
-
 def png(width, height):
     """A valid PNG of one colour: a few hundred bytes per megapixel, 8 bits of grey."""
 
@@ -52,8 +47,8 @@ def flac_header(frames, rate=16_000):
     return b"fLaC\x80\x00\x00\x22" + struct.pack(">HH", 4096, 4096) + bytes(6) + bits.to_bytes(8, "big") + bytes(16)
 
 
-def test_an_image_of_many_pixels_is_refused_from_its_header(composed, tmp_path):
-    _, processor = composed
+def test_an_image_of_many_pixels_is_refused_from_its_header(pair, tmp_path):
+    _, processor = pair
     data = png(12_000, 10_000)
     assert len(data) < 200_000
     (tmp_path / "bomb.png").write_bytes(data)
@@ -68,8 +63,8 @@ def test_an_image_of_many_pixels_is_refused_from_its_header(composed, tmp_path):
         processor.apply_chat_template(message, tokenize=True, return_dict=True)
 
 
-def test_an_image_beyond_what_pillow_opens_names_the_cap_too(composed):
-    _, processor = composed
+def test_an_image_beyond_what_pillow_opens_names_the_cap_too(pair):
+    _, processor = pair
     head = png(1, 1)
     size = struct.pack(">II", 60_000, 60_000)
     kind = b"IHDR" + size + head[24:29]
@@ -79,8 +74,8 @@ def test_an_image_beyond_what_pillow_opens_names_the_cap_too(composed):
     assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
 
 
-def test_an_image_as_an_array_and_a_cap_that_a_user_sets(composed, monkeypatch):
-    _, processor = composed
+def test_an_image_as_an_array_and_a_cap_that_a_user_sets(pair, monkeypatch):
+    _, processor = pair
     monkeypatch.setattr(limits, "MAX_IMAGE_PIXELS", 99)
     for item in (np.zeros((10, 10, 3), np.uint8), tiny.image(size=(10, 10)), torch.zeros(3, 10, 10, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="MAX_IMAGE_PIXELS = 99"):
@@ -90,16 +85,16 @@ def test_an_image_as_an_array_and_a_cap_that_a_user_sets(composed, monkeypatch):
 
 
 @pytest.mark.parametrize("frames", [2**36 - 1, 0])
-def test_a_sound_that_claims_to_be_endless(composed, frames):
-    _, processor = composed
+def test_a_sound_that_claims_to_be_endless(pair, frames):
+    _, processor = pair
     with pytest.raises(
         ValueError, match="audio, item 0: the sound .* more than cornstarch_hf.limits.MAX_AUDIO_SAMPLES = 100,000,000"
     ):
         processor(text="<audio>", audio=flac_header(frames))
 
 
-def test_sounds_above_the_cap_in_every_form(composed, monkeypatch, tmp_path):
-    _, processor = composed
+def test_sounds_above_the_cap_in_every_form(pair, monkeypatch, tmp_path):
+    _, processor = pair
     monkeypatch.setattr(limits, "MAX_AUDIO_SAMPLES", 1000)
     (tmp_path / "long.wav").write_bytes(wav(600, 2))
     array = np.zeros(1001, np.float32)
@@ -117,14 +112,14 @@ def test_sounds_above_the_cap_in_every_form(composed, monkeypatch, tmp_path):
             processor(text="<audio>", audio=[item], sampling_rate=16_000)
 
 
-def test_a_sound_of_a_rate_that_resampling_makes_long(composed):
-    _, processor = composed
+def test_a_sound_of_a_rate_that_resampling_makes_long(pair):
+    _, processor = pair
     with pytest.raises(ValueError, match="resampled from 1 to 16000 Hz, has samples 160,000,000"):
         processor(text="<audio>", audio=wav(10_000, rate=1))
 
 
-def test_a_decoder_is_asked_for_its_header_before_it_decodes(composed):
-    _, processor = composed
+def test_a_decoder_is_asked_for_its_header_before_it_decodes(pair):
+    _, processor = pair
 
     class Header:
         duration_seconds, sample_rate, num_channels = float("inf"), 48_000, 2
@@ -139,8 +134,8 @@ def test_a_decoder_is_asked_for_its_header_before_it_decodes(composed):
         processor(text="<audio>", audio=[Decoder()])
 
 
-def test_an_address_that_never_ends(composed, monkeypatch):
-    _, processor = composed
+def test_an_address_that_never_ends(pair, monkeypatch):
+    _, processor = pair
 
     class Endless(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -236,6 +231,11 @@ BOMBS = {
     "slices": "{% set n = namespace(l=[]) %}{% set b = 'a' * 1000000 %}{% for i in range(100000) %}{% set n.l = n.l + [b[1:]] %}{% endfor %}",
     "batch": "{{ [1, 2] | batch(1000000000, 'x') | list }}",
     "range": "{{ range(1000000000) | list }}",
+    "join a range": "{{ range(100000) | join('b' * 1000000) }}",
+    "join keys": "{{ {'a': 1, 'b': 2, 'c': 3, 'd': 4}.keys() | join('b' * 100000000) }}",
+    "shared lists as text": "{% set n = namespace(x=[['a' * 1000] * 10000]) %}{% for i in range(14) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | upper }}",
+    "sum of lists": "{% set n = namespace(x=[['a'] * 1000]) %}{% for i in range(15) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | sum(start=[]) }}",
+    "sorted shared lists": "{% set n = namespace(x=['a' * 1000] * 10000) %}{% set m = namespace(x=[n.x]) %}{% for i in range(15) %}{% set m.x = m.x + m.x %}{% endfor %}{{ [m.x, m.x[1:]] | sort }}",
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "blocks": "{% if a %}" * 200 + "{% endif %}" * 200,
     "length": "a" * 1_000_001,
@@ -248,7 +248,7 @@ def test_templates_that_are_bombs():
     found = refusals(f"""
 import functools
 from cornstarch_hf import limits
-from cornstarch_hf.rendering import render_template
+from cornstarch_hf.processing.template_sandbox import render_template
 limits.MAX_TEMPLATE_SECONDS = 1.0
 limits.MAX_TEMPLATE_STEPS = 300_000
 attempts = {{n: functools.partial(render_template, [{{"role": "user", "content": "hi"}}], t) for n, t in {BOMBS!r}.items()}}
@@ -276,8 +276,8 @@ def test_templates_that_reach_out(template):
         render_template([{"role": "user", "content": "hi"}], template)
 
 
-def test_a_bomb_as_the_template_of_a_processor(composed):
-    _, processor = composed
+def test_a_bomb_as_the_template_of_a_processor(pair):
+    _, processor = pair
     for tokenize in (True, False):
         with pytest.raises(ValueError, match="MAX_TEMPLATE"):
             processor.apply_chat_template(
@@ -288,8 +288,8 @@ def test_a_bomb_as_the_template_of_a_processor(composed):
 # ---- placeholders
 
 
-def test_a_typed_placeholder_stays_text(composed):
-    _, processor = composed
+def test_a_typed_placeholder_stays_text(pair):
+    _, processor = pair
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": "see <image> and <audio>"}], tokenize=True, return_dict=True
     )
@@ -311,8 +311,8 @@ def test_a_typed_placeholder_stays_text(composed):
         ({"other": "<x>"}, "tokens names \\['other'\\]"),
     ],
 )  # fmt: skip
-def test_placeholders_that_collide(composed, tokens, match):
-    model, processor = composed
+def test_placeholders_that_collide(pair, tokens, match):
+    model, processor = pair
     with pytest.raises(ValueError, match=match):
         MultimodalProcessor(tiny.tokenizer(), processor.processors, config=model.config, tokens=tokens)
 
@@ -320,8 +320,8 @@ def test_placeholders_that_collide(composed, tokens, match):
 # ---- secrets, videos
 
 
-def test_an_address_is_told_without_what_may_be_secret(composed):
-    _, processor = composed
+def test_an_address_is_told_without_what_may_be_secret(pair):
+    _, processor = pair
     with pytest.raises(ValueError, match="cannot be decoded from 'http://127.0.0.1/x.png'") as caught:
         processor(text="<image>", images="http://me:hf_secret@127.0.0.1:1/x.png?token=hf_secret")
     assert "hf_secret" not in str(caught.value)

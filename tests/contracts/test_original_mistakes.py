@@ -14,11 +14,6 @@ from torch import nn
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 
 
-@pytest.fixture(scope="module")
-def pair():
-    return compose_tiny(["clip", "whisper"])
-
-
 def test_peft_wrapped_encoders_run():
     wrapped = get_peft_model(tiny.clip(), LoraConfig(r=2, target_modules=["q_proj"]))
     model = MultimodalModel(encoders={"vision": ModalEncoderModule(wrapped)}, language_model=tiny.llama()).eval()

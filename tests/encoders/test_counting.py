@@ -48,7 +48,7 @@ from cornstarch_hf.encoders import counting as feature_counts
 from cornstarch_hf.encoders.counting import FeatureCounter
 from cornstarch_hf.encoders.feature_layout import typical_item
 from cornstarch_hf.encoders.module import ModalEncoderModule
-from cornstarch_hf.parts.known_encoders import COUNT_RULES, COUNT_RULES_OF_EACH_LAYER
+from cornstarch_hf.parts.known_encoders import ALL, ENCODER_TYPES, OWN_TYPES
 from cornstarch_hf.parts.registries import CALLBACKS, FEATURE_COUNTS
 
 VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "patch_size": 4}
@@ -133,7 +133,7 @@ def registered(monkeypatch):
 
 
 def test_every_rule_has_its_cases():
-    assert CASES.keys() == COUNT_RULES.keys()
+    assert CASES.keys() == {name for name in OWN_TYPES if ENCODER_TYPES[name].count}
 
 
 @pytest.mark.parametrize("rule", CASES)
@@ -144,11 +144,11 @@ def test_rules_are_what_the_encoder_gives(rule):
             raw = module(**inputs)
             given = raw.pooler_output if rule == "qwen2_vl_vision" else raw.last_hidden_state
             assert module.config.model_type == rule
-            assert COUNT_RULES[rule](inputs, module.config) == given.shape[:-1].numel(), encoder.kind
+            assert ENCODER_TYPES[rule].count(inputs, module.config) == given.shape[:-1].numel(), encoder.kind
 
 
 @pytest.mark.parametrize("layer", [0, -2, [1, -1]])
-@pytest.mark.parametrize("rule", sorted(COUNT_RULES_OF_EACH_LAYER))
+@pytest.mark.parametrize("rule", sorted(name for name in OWN_TYPES if ENCODER_TYPES[name].count_layers == ALL))
 def test_rules_hold_at_every_layer_and_cost_no_run(rule, layer, monkeypatch):
     for module, items in CASES[rule]:
         encoder = ModalEncoderModule(module, layer=layer, drop_prefix=int(rule == "clip_vision_model"))
@@ -177,7 +177,7 @@ def test_a_run_needs_few_layers(layer, depth):
 def test_a_rule_that_does_not_hold_is_replaced_by_a_run():
     module = tiny.wav2vec2(add_adapter=True, num_adapter_layers=1, output_hidden_size=16)
     (inputs,) = waves(1777)
-    assert COUNT_RULES["wav2vec2"](inputs, module.config) is None
+    assert ENCODER_TYPES["wav2vec2"].count(inputs, module.config) is None
     model = MultimodalModel(encoders={"audio": ModalEncoderModule(module)}, language_model=tiny.llama()).eval()
     predicted, real = counts(model, "audio", waves(91, 400, 1777))
     assert predicted == real
@@ -486,7 +486,7 @@ def test_few_layers_do_where_single_ones_make_no_difference():
     for rows in (4, 8):
         item = {"hidden_states": torch.randn(4 * rows, 96), "grid_thw": torch.tensor([[1, rows, 4]])}
         assert counter.count("vision", item) == rows
-    assert not counter._needs_all_layers and counter._few_layers_suffice == {"vision"}
+    assert counter._few_layers == {"vision": True}
 
 
 def test_an_adapter_that_masks_its_own_features_is_counted_and_batches_are_as_alone():

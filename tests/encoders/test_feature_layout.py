@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from cornstarch_hf.encoders.feature_layout import RECIPES, first_positive_setting, typical_inputs
+from cornstarch_hf.encoders.towers import ITEM_INPUTS
 from cornstarch_hf.parts.signatures import forward_parameters
 
 
@@ -45,3 +46,7 @@ def test_numbers_of_a_configuration():
         and first_positive_setting(config, "d", default=3) == 5
     )
     assert torch.Size([first_positive_setting(config, "d", default=3)]) == (5,)
+
+
+def test_each_input_that_holds_items_has_its_recipe():
+    assert tuple(RECIPES) == ITEM_INPUTS

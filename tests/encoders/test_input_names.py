@@ -6,13 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cornstarch_hf.encoders.towers import (
-    OWN_INPUTS,
-    assign_input_names,
-    keyword_for,
-    named_inputs,
-    transformers_keywords,
-)
+from cornstarch_hf.encoders.building import assign_input_names
+from cornstarch_hf.encoders.towers import OWN_INPUTS, keyword_for, named_inputs, transformers_keywords
 from cornstarch_hf.parts.signatures import forward_parameters
 
 KINDS = {"vision": "image", "clip": "video", "audio": "audio", "left": "image", "right": "image"}

@@ -15,8 +15,9 @@ from transformers import (
     Sam2VisionConfig,
 )
 
-from cornstarch_hf.encoders.feature_layout import FeatureAxes, find_feature_axes, with_plain_kernels
+from cornstarch_hf.encoders.feature_layout import FeatureAxes, find_feature_axes
 from cornstarch_hf.encoders.selection import Selection
+from cornstarch_hf.parts.weightless import with_plain_kernels
 
 WIDTHS = {
     "clip": 16,

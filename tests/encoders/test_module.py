@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
 from cornstarch_hf.encoders.counting import FeatureCounter
-from cornstarch_hf.projectors.reductions import per_item
+from cornstarch_hf.projectors.projector import per_item
 
 
 def encoder(model=None, width=16, **options):

@@ -13,7 +13,7 @@ from cornstarch_hf.encoders.selection import (
     select_features,
     with_features,
 )
-from cornstarch_hf.projectors.reductions import per_item
+from cornstarch_hf.projectors.projector import per_item
 
 STATES = tuple(torch.randn(2, 5, 4) for _ in range(3))
 

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from helpers import run_python
 
-from cornstarch_hf.hub.card_licenses import find_licenses, license_fields
+from cornstarch_hf.hub.card_facts import find_licenses, license_fields
 
 COMMIT = "0a" * 20
 CARDS = {
@@ -21,7 +21,7 @@ CARDS = {
 ASK = """
 import json, os, sys
 os.environ.update(HF_ENDPOINT=sys.argv[1], HF_HUB_OFFLINE=sys.argv[2])
-from cornstarch_hf.card_licenses import find_licenses
+from cornstarch_hf.hub.card_facts import find_licenses
 token = {"none": None, "false": False}.get(sys.argv[4], sys.argv[4])
 print(json.dumps(find_licenses(json.loads(sys.argv[3]), token=token)))
 """

@@ -4,8 +4,9 @@ import re
 
 import pytest
 from flowcharts import read_flowchart
+from jinja2 import UndefinedError
 
-from cornstarch_hf.hub.card_markup import check_origin, code, commit_link, flowchart, plain, repo_link, table
+from cornstarch_hf.hub.card import ENVIRONMENT, check_origin, code, commit_link, flowchart, plain, repo_link
 
 ODD = [
     'a"b',
@@ -43,7 +44,8 @@ def test_the_grammar_of_these_tests_refuses_what_mermaid_refuses():
 
 
 def test_cells_stay_one_cell():
-    text = table(["a", "b"], [[plain(odd), code(odd)] for odd in ODD])
+    source = "| a | b |\n| --- | --- |\n{% for odd in all %}\n| {{ odd }} | {{ odd|code }} |\n{% endfor %}"
+    text = ENVIRONMENT.from_string(source).render(all=ODD).removesuffix("\n")
     lines = text.split("\n")
     assert lines[:2] == ["| a | b |", "| --- | --- |"] and len(lines) == len(ODD) + 2
     assert all(len(re.findall(r"(?<!\\)\|", line.replace("\\\\", ""))) == 3 for line in lines)
@@ -58,6 +60,15 @@ def test_code_spans(text, shown):
 
 def test_plain_text_is_no_markup():
     assert plain("<b>_x_</b>\n# y") == r"\<b\>\_x\_\</b\> \# y"
+
+
+def test_what_no_filter_made_markup_of_is_shown_as_it_is():
+    show = ENVIRONMENT.from_string(
+        "{% macro twice(x) %}{{ x }} {{ x }}{% endmacro %}{{ twice(odd) }} {{ odd|quoted }} {{ 7 }}"
+    )
+    assert show.render(odd="_<a>") == '\\_\\<a\\> \\_\\<a\\> "_<a>" 7'
+    with pytest.raises(UndefinedError, match="'unknown' is undefined"):
+        ENVIRONMENT.from_string("{{ unknown }}").render()
 
 
 def test_links():

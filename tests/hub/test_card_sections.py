@@ -10,20 +10,42 @@ from peft import LoraConfig, get_peft_model
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from cornstarch_hf.composition import summaries
-from cornstarch_hf.hub.card_sections import (
-    description,
-    licenses_table,
-    parts_table,
-    picture,
-    tokens_table,
-    training,
-    usage,
-)
+from cornstarch_hf.hub.card import card_text
 
 ORIGINS = {
     "vision_encoder": {"repo_id": "user/tiny-clip", "revision": "0a" * 20},
     "language_model": {"repo_id": "user/tiny_llama", "revision": "0b" * 20},
 }
+
+
+def section(title, *arguments, origins=None, **options):
+    """A section of a model's card, without its heading."""
+    if origins is not None:
+        arguments[0].config.origins = dict(origins)
+    return card_text(*arguments, **options).split(f"\n## {title}\n\n")[1].split("\n\n## ")[0].strip("\n")
+
+
+def table_of(title, *arguments, **options):
+    return cells(section(title, *arguments, **options).split("\n\n")[0])
+
+
+def description(model):
+    return card_text(model).split("\n\n")[2]
+
+
+def parts_table(model, origins, trainer=None):
+    return table_of("Parts", model, origins=origins, trainer=trainer)
+
+
+def tokens_table(model):
+    return table_of("Placeholders", model)
+
+
+def usage(model, processor, repo_id, include_code, references):
+    components = {"language_model", *(f"{name}_encoder" for name in model.config.encoders)}
+    origins = dict.fromkeys(references, ORIGINS["language_model"])
+    embed = sorted(components - set(references))
+    return section("Usage", model, processor, repo_id, include_code, embed, origins=origins)
 
 
 def cells(text):
@@ -33,8 +55,8 @@ def cells(text):
 
 
 def drawn(model, origins=()):
-    text = picture(model, dict(origins))
-    return read_flowchart(re.fullmatch(r"```mermaid\n(.*)\n```", text, re.S)[1])
+    model.config.origins = dict(origins)
+    return read_flowchart(re.search(r"^```mermaid\n(.*?)\n```$", card_text(model), re.S | re.M)[1])
 
 
 def test_description_names_the_encoders_and_the_language_model():
@@ -80,13 +102,13 @@ def test_names_that_are_words_of_mermaid_and_classes_with_odd_names():
         "end_encoder",
         "CLIPVisionModel",
     ] in nodes.values()
-    assert cells(parts_table(model, {}, False))[0]["class"] == '`` A"B<script>#` ``'
+    assert parts_table(model, {})[0]["class"] == '`` A"B<script>#` ``'
 
 
-def test_parts_are_listed_with_base_size_and_training():
+def test_parts_are_listed_with_base_size_and_training(tmp_path):
     model, _ = compose_tiny(["clip", "whisper"])
     model.freeze("vision_encoder.module", "language_model.lm_head")
-    rows = {row["part"].strip("`"): row for row in cells(parts_table(model, ORIGINS, False))}
+    rows = {row["part"].strip("`"): row for row in parts_table(model, ORIGINS)}
     for part in summaries(model):
         assert rows[part.where]["parameters"] == f"{part.total:,}" and rows[part.where]["dtype"] == part.dtypes
     assert rows["vision_encoder.module"]["set to train"] == "frozen"
@@ -100,24 +122,25 @@ def test_parts_are_listed_with_base_size_and_training():
     assert rows["language_model"]["revision"] == f"[0b0b0b0](https://huggingface.co/user/tiny_llama/tree/{'0b' * 20})"
     assert rows["vision_encoder.projector"]["base"] == rows["audio_encoder.module"]["base"] == ""
     assert rows["vision_encoder.projector"]["class"] == r"`MultimodalProjector` (linear, 16 -\> 32)"
-    assert "trained" in cells(parts_table(model, {}, True))[0]
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    assert "trained" in parts_table(model, {}, trainer=tmp_path)[0]
 
 
 def test_adapters_are_told_with_their_rank_and_targets():
     config = LoraConfig(r=2, target_modules=["v_proj", "q_proj"], modules_to_save=["lm_head"])
     model, _ = compose_tiny(["clip"], get_peft_model(tiny.llama(), config))
-    row = cells(parts_table(model, {}, False))[0]
+    row = parts_table(model, {})[0]
     assert row["set to train"].endswith("adapter `default` (LORA, r = 2, in `q_proj` `v_proj`, whole `lm_head`)")
     pattern = LoraConfig(r=4, target_modules=r".*\.(q|k)_proj")
     model, _ = compose_tiny(["clip"], get_peft_model(tiny.llama(), pattern))
-    assert cells(parts_table(model, {}, False))[0]["set to train"].endswith(r"r = 4, in `.*\.(q\|k)_proj`)")
+    assert parts_table(model, {})[0]["set to train"].endswith(r"r = 4, in `.*\.(q\|k)_proj`)")
 
 
 def test_placeholders_are_listed_with_their_features():
     model, processor = compose_tiny(
         ["clip", "esm"], vision={"layer": -2, "drop_prefix": 1}, protein={"output": "last_hidden_state"}
     )
-    vision, protein = cells(tokens_table(model))
+    vision, protein = tokens_table(model)
     assert vision == {
         "modality": "`vision`", "kind": "image", "token": "`<image>`", "token id": str(processor.image_token_id),
         "features per item": "4", "taken from the encoder": "layer -2, without 1 leading tokens",
@@ -132,16 +155,14 @@ def test_odd_tokens_and_reasons_of_failure_stay_out_of_the_markup(monkeypatch):
         processor.tokenizer, processor.processors, model=model, tokens={"vision": "<|image|`x`|>"}
     )
     assert made.tokens == {"vision": "<|image|`x`|>"}
-    monkeypatch.setattr(
-        "cornstarch_hf.hub.card_sections.features_per_item", lambda *_: "not known before a run (/home/alice)"
-    )
-    (row,) = cells(tokens_table(model))
+    monkeypatch.setattr("cornstarch_hf.hub.card.features_per_item", lambda *_: "not known before a run (/home/alice)")
+    (row,) = tokens_table(model)
     assert row["token"] == r"``<\|image\|`x`\|>``" and row["features per item"] == "not known before a run"
 
 
 def test_a_model_without_a_processor_has_no_tokens_yet():
     model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=tiny.llama())
-    assert cells(tokens_table(model))[0]["token"] == "none yet"
+    assert tokens_table(model)[0]["token"] == "none yet"
     assert "holds no processor" in usage(model, None, "me/x", False, [])
 
 
@@ -165,12 +186,15 @@ def test_usage_of_adapters_and_of_items_that_are_left_out():
     assert "pip install peft" in text and "The example gives no `vision`:" in text
 
 
-def test_training_and_licences():
-    assert cells(training([("seed", "1"), ("a|b", "x")])) == [
+def test_training_and_licences(monkeypatch):
+    model, _ = compose_tiny(["clip", "whisper"])
+    monkeypatch.setattr("cornstarch_hf.hub.card.training_facts", lambda _: [("seed", "1"), ("a|b", "x")])
+    assert table_of("Training", model, trainer="a run") == [
         {"what": "seed", "value": "1"},
         {"what": r"a\|b", "value": "x"},
     ]
-    found = cells(licenses_table(ORIGINS | {"audio_encoder": ORIGINS["vision_encoder"]}, {"user/tiny-clip": "mit"}))
+    origins = ORIGINS | {"audio_encoder": ORIGINS["vision_encoder"]}
+    found = table_of("Licences of the bases", model, origins=origins, licenses={"user/tiny-clip": "mit"}, token=False)
     assert [(row["parts"], row["licence"]) for row in found] == [
         ("`vision_encoder`, `audio_encoder`", "mit"),
         ("`language_model`", "unknown"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import typed_parts
 import user_parts
 from helpers import HERE, compose_tiny, run_python
 from peft import LoraConfig, get_peft_model
@@ -31,7 +32,7 @@ from cornstarch_hf import (
     compose,
 )
 from cornstarch_hf.hub.card import card_text
-from cornstarch_hf.hub.card_usage import own_parts, unaskable, usage_snippet
+from cornstarch_hf.hub.card_facts import examples, own_parts
 from cornstarch_hf.parts.registries import FEATURE_COUNTS
 
 
@@ -74,6 +75,14 @@ FAST = ["image", "image-and-audio", "protein", "two-encoders", "two-that-share",
 def snippet_of(card):
     (found,) = re.findall(r"^```python\n(.*?)\n```$", card, re.M | re.S)
     return found
+
+
+def usage_snippet(model, processor, repo_id, include_code):
+    return snippet_of(card_text(model, processor, repo_id, include_code))
+
+
+def unaskable(model, processor):
+    return examples(model, processor).left_out
 
 
 def saved_snippets(folder, names):
@@ -271,3 +280,12 @@ def test_snippets_are_formatted():
     shown = subprocess.run(command, input=code, capture_output=True, text=True, check=True).stdout
     # The formatter joins blank lines between snippets; nothing else changes.
     assert [line for line in shown.splitlines() if line] == [line for line in code.splitlines() if line]
+
+
+def test_encoder_types_of_the_user_are_needed_too():
+    encoder = ModalEncoderModule(typed_parts.StripEncoder(typed_parts.StripConfig()))
+    needed = own_parts(MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama()))
+    assert needed == {
+        "the class StripEncoder": typed_parts.StripEncoder,
+        "the encoder type 'users_strip_encoder'": typed_parts.strips,
+    }

@@ -3,7 +3,7 @@
 import pytest
 from helpers import compose_tiny
 
-from cornstarch_hf.hub.push import push, stale_files
+from cornstarch_hf.hub.push import push_to_hub, stale_files
 
 REPOSITORY = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "composition.safetensors",
               "composition.json", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.fp16.safetensors", "README.md",
@@ -25,4 +25,4 @@ def test_stale_files(with_model, variant, stale):
 def test_an_unknown_argument_is_refused_before_anything_is_saved(tmp_path):
     model, processor = compose_tiny(["clip"])
     with pytest.raises(TypeError, match=r"unknown arguments \['colour'\], expected some of \['bases', 'embed'"):
-        push(model, processor, "user/x", colour="red")
+        push_to_hub(model, processor, "user/x", colour="red")

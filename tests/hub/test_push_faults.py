@@ -1,6 +1,7 @@
 """What may go wrong between looking at a repository and committing to it, and what a push must not lose or give away."""
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -74,6 +75,11 @@ def commits(hub):
     return [status for _, path, status in hub.asked("POST") if "/commit/" in path]
 
 
+def described(hub):
+    """The descriptions that commits were sent with."""
+    return [call["header"]["description"] for call in hub.calls if "header" in call]
+
+
 def head(hub, repo, branch="main"):
     return hub.resolve(hub.repos[repo], branch)
 
@@ -132,7 +138,11 @@ def test_a_commit_that_is_made_late_is_recognised(hub, client, folder, repo):
     (folder / "config.json").write_text("[1]")
     hub.fail("POST", "/commit/", status=504)
     hub.fail("POST", "/commit/", seconds=1)
-    with When(hub, "/commit/", lambda: hub.put_folder(repo, folder), times=2):
+
+    def made_late():
+        hub.put_folder(repo, folder, description=described(hub)[0])
+
+    with When(hub, "/commit/", made_late, times=2):
         oid, _ = upload(client, folder, repo)
     assert oid == head(hub, repo).id and head(hub, repo).parent == start and commits(hub) == [504, 412]
 
@@ -151,6 +161,21 @@ def test_a_late_commit_of_somebody_else_is_an_error(hub, client, folder, repo, t
     assert hub.content(repo)["config.json"] == b"[9]"
 
 
+def test_a_commit_that_somebody_built_upon_is_not_called_lost(hub, client, folder, repo):
+    hub.put_folder(repo, folder)
+    (folder / "config.json").write_text("[1]")
+    hub.fail("POST", "/commit/", lost=True)
+    hub.fail("GET", "/commits/", seconds=1)
+    with (
+        When(hub, "/commits/", lambda: commit_file(hub, repo, "notes.md", b"theirs")),
+        pytest.raises(Failed, match="your commit .* was made, but somebody committed meanwhile on top of it") as caught,
+    ):
+        upload(client, folder, repo)
+    theirs = head(hub, repo)
+    assert theirs.parent[:8] in caught.value.message and theirs.id[:8] in caught.value.message
+    assert "ValueError" in caught.value.kinds and hub.content(repo)["config.json"] == b"[1]"
+
+
 def test_a_lost_pull_request_is_told_from_somebody_elses(hub, client, folder, repo, tmp_path):
     hub.put_folder(repo, folder)
     (folder / "config.json").write_text("[1]")
@@ -166,6 +191,17 @@ def test_a_lost_pull_request_is_told_from_somebody_elses(hub, client, folder, re
     with When(hub, "/preupload/", propose):
         oid, url = upload(client, folder, repo, create_pr=True)
     assert oid == hub.repos[repo].pulls[2] and url.endswith("/discussions/2") and commits(hub) == [200]
+
+
+def test_every_try_bears_one_mark_after_the_users_words(hub, client, folder, repo):
+    hub.fail("POST", "/commit/", status=500)
+    upload(client, folder, repo, commit_description="my words")
+    (folder / "config.json").write_text("[1]")
+    upload(client, folder, repo)
+    first, again, other = described(hub)
+    assert first == again and head(hub, repo).description == other
+    mark = re.fullmatch(r"my words\n\n(Push-Id: [0-9a-f]{32})", first)[1]
+    assert re.fullmatch(r"Push-Id: [0-9a-f]{32}", other) and other != mark
 
 
 def test_a_commit_is_no_branch(hub, client, folder, repo):

@@ -9,7 +9,8 @@ import tiny
 import torch
 from helpers import compose_tiny, uneven_inputs
 
-from cornstarch_hf.language_model.extra_inputs import COMPUTED, SCALES, embed_ids, id_inputs
+from cornstarch_hf.language_model.extra_inputs import COMPUTED, embed_ids, id_inputs
+from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES
 
 IDS = torch.tensor([[5, 311, 311, 7]])
 PLACEHOLDERS = IDS == 311
@@ -73,4 +74,4 @@ def test_every_class_that_scales_embeddings_outside_their_module_is_known():
     for model_type in catalog_llms.SUPPORTED:
         module = inspect.getmodule(catalog_llms.model_class(model_type))
         found |= {model_type} if scaled.search(inspect.getsource(module)) else set()
-    assert found == set(SCALES)
+    assert found == {name for name, row in LANGUAGE_MODEL_TYPES.items() if row.embedding_scale}

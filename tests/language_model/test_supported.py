@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
-from cornstarch_hf.language_model.supported import REFUSED, refusal
+from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES, refusal
 
 
 class Draft(LlamaForCausalLM):
@@ -15,6 +15,9 @@ class Draft(LlamaForCausalLM):
 
     def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, shared_kv_states=None):
         return None
+
+
+REFUSED = {name: row.refused for name, row in LANGUAGE_MODEL_TYPES.items() if row.refused and row.refused_if is None}
 
 
 @pytest.mark.parametrize("model_type", [*REFUSED, "cpmant", "xlstm", "musicgen", "bart", "whisper", "trocr"])

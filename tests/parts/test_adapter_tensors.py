@@ -8,7 +8,7 @@ from own_memory import check_comes_back
 from peft import FourierFTConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 
 from cornstarch_hf import MultimodalModel
-from cornstarch_hf.parts.adapter_tensors import adapter_buffers, current_name, shared_by_adapters
+from cornstarch_hf.parts.adapters import adapter_buffers, current_name, shared_by_adapters
 
 TARGETS = ["q_proj", "v_proj"]
 

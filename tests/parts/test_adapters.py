@@ -9,15 +9,8 @@ import tiny
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 
-from cornstarch_hf.parts.adapters import (
-    adapter_parameter_names,
-    check_not_injected,
-    describe_adapters,
-    is_wrapped,
-    tuner_layers,
-    unwrapped,
-    wrap_again,
-)
+from cornstarch_hf.parts.adapters import adapter_parameter_names, is_wrapped, tuner_layers, unwrapped
+from cornstarch_hf.parts.stored_adapters import check_not_injected, describe_adapters, wrap_again
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

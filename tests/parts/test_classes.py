@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel, ViTModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from cornstarch_hf.parts.classes import class_name, constructor_options, language_model_class, resolve_class
+from cornstarch_hf.parts.classes import language_model_class, resolve_class
+from cornstarch_hf.parts.constructors import class_name, constructor_options
 
 
 @pytest.mark.parametrize("key", tiny.ENCODERS)

@@ -11,7 +11,8 @@ import tiny
 import torch
 from PIL import Image
 
-from cornstarch_hf.processing.media import check_sampling_rate, flatten, ready_audio, ready_image
+from cornstarch_hf.processing.media import flatten, ready_image
+from cornstarch_hf.processing.sounds import check_sampling_rate, ready_audio
 
 WAVE = np.linspace(-1, 1, 8, dtype=np.float32)
 

@@ -1,9 +1,11 @@
 """How much an operation of a template makes, found before it is done."""
 
+import time
+
 import pytest
 
 from cornstarch_hf import limits
-from cornstarch_hf.processing.template_bounds import GROWING, OPERATORS, Budget, TemplateLimit, weight
+from cornstarch_hf.processing.template_sandbox import GROWING, OPERATORS, Budget, TemplateLimit, weight
 
 
 def test_weights_count_what_is_shared_each_time_and_stop(monkeypatch):
@@ -64,3 +66,10 @@ def test_a_budget(monkeypatch):
     monkeypatch.setattr(limits, "MAX_TEMPLATE_SECONDS", -1.0)
     with pytest.raises(TemplateLimit, match="MAX_TEMPLATE_SECONDS"):
         Budget().step()
+
+
+def test_waiting_is_no_computing(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_TEMPLATE_SECONDS", 0.2)
+    budget = Budget()
+    time.sleep(0.3)  # as on a machine where others compute
+    budget.step()

@@ -7,7 +7,8 @@ import templates
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE
-from cornstarch_hf.processing.template_sandbox import REFUSED_FILTERS, environment, plain, render_template
+from cornstarch_hf.processing.conversations import render as render_template
+from cornstarch_hf.processing.template_sandbox import REFUSED_FILTERS, environment, plain
 
 MESSAGES = [
     {"role": "system", "content": "be brief"},
@@ -33,6 +34,8 @@ FEATURES = {
     "generation": "{% for m in messages %}{{ m.role }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "reasoning": "{{ messages[2].reasoning_content }}{{ messages[2].thinking }}{% for k, v in messages[2].items() %}{{ k }}{% endfor %}",
     "tools": "{% if tools %}{% for t in tools %}{{ t.function.name }}{% endfor %}{% endif %}{{ documents }}{{ add_generation_prompt }}{{ bos_token }}",
+    "named arguments": "{{ 'a\nb' | indent(width=2, first=true) }}{{ [1, 2, 3] | batch(linecount=2) | list }}{{ messages | join(attribute='role', d='+') }}{{ 'aa' | replace(old='a', new='b', count=1) }}",
+    "what is read once": "{% set x = [1, 2] | map('string') %}{{ x is iterable }}{% for i in x %}{{ i }}{% endfor %}{{ range(3) | join('-') }}{{ messages[0].keys() | join }}",
     "filters": "{{ [3, 1, 2] | sort | first }}{{ 'a b' | title }}{{ 'x' | indent(2, true) }}{{ {'b': 1, 'a': 2} | dictsort }}{{ [1, 1] | unique | list }}{{ [1, 2, 3] | batch(2) | list }}{{ '<b>' | e }}{{ 3.14159 | round(2) }}{{ [1, 2] | sum }}{{ 'a,b'.split(',') }}{{ none | default('d', true) }}",
 }
 KNOWN = {f"known {name}": value for name, value in vars(templates).items() if isinstance(value, str) and "{%" in value}

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cornstarch_hf.projectors.heads import HEAD_DEFAULTS, NORMS, ProjectionHead, activation_module, is_count
+from cornstarch_hf.limits import is_count
+from cornstarch_hf.projectors.heads import HEAD_DEFAULTS, NORMS, ProjectionHead, activation_module
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 

@@ -54,6 +54,8 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length) if length else b""
         call = {"method": self.command, "path": unquote(parts.path), "query": parts.query, "host": self.headers["Host"],
                 "range": self.headers.get("Range"), "authorized": self.token is not None, "status": None}  # fmt: skip
+        if "/commit/" in parts.path and length:
+            call["header"] = json.loads(self.body.partition(b"\n")[0])["value"]
         self.hub.calls.append(call)
         self.fault = self.hub.fault_for(self.command, unquote(parts.path))
         if self.fault.get("seconds"):
@@ -230,8 +232,8 @@ class Handler(BaseHTTPRequestHandler):
         found = self.hub.readable(repo, self.token)
         listed, commit = [], self.hub.resolve(found, revision)
         while commit is not None:
-            listed.append({"id": commit.id, "title": commit.title, "message": "", "date": "2026-01-01T00:00:00.000Z",
-                           "authors": [{"user": commit.author}]})  # fmt: skip
+            listed.append({"id": commit.id, "title": commit.title, "message": commit.description,
+                           "date": "2026-01-01T00:00:00.000Z", "authors": [{"user": commit.author}]})  # fmt: skip
             commit = found.commits.get(commit.parent)
         self.answer(listed)
 
@@ -316,8 +318,9 @@ class Handler(BaseHTTPRequestHandler):
             files = dict(head.files)
             for line in lines:
                 self.apply(files, line["key"], line["value"])
+            words = {"title": header["summary"], "description": header["description"]}
             made, number = self.hub.add_commit(
-                found, revision, files, header["summary"], self.hub.user(self.token)[0], pull=pull
+                found, revision, files, author=self.hub.user(self.token)[0], pull=pull, **words
             )
         url = f"{self.hub.endpoint}/{repo}"
         values = {"success": True, "commitOid": made.id, "commitUrl": f"{url}/commit/{made.id}", "hookOutput": ""}

@@ -38,6 +38,7 @@ class Commit:
     files: dict
     title: str
     author: str
+    description: str = ""
 
 
 @dataclass
@@ -140,12 +141,12 @@ class HubStore:
     def is_lfs(self, path, size):
         return size >= LFS_FROM or any(fnmatch.fnmatch(path.rpartition("/")[2], pattern) for pattern in LFS_BY_NAME)
 
-    def add_commit(self, repo, branch, files, title, author, new=False, pull=False):
+    def add_commit(self, repo, branch, files, title, author, new=False, pull=False, description=""):
         """Put a commit on a branch, or on a new pull request; returns it and the pull request's number."""
         with self.lock:
             parent = None if new else self.resolve(repo, branch).id
             made = hashlib.sha1(f"{repo.id} {next(self.numbers)} {title}".encode()).hexdigest()
-            repo.commits[made] = Commit(made, parent, dict(files), title, author)
+            repo.commits[made] = Commit(made, parent, dict(files), title, author, description)
             number = None
             if pull:
                 number = len(repo.pulls) + 1
@@ -158,7 +159,7 @@ class HubStore:
 
     # ---- what tests do behind the clients' backs
 
-    def put_folder(self, repo_id, folder, title="a folder", branch="main"):
+    def put_folder(self, repo_id, folder, title="a folder", branch="main", description=""):
         """Commit all files of a folder, and no others, to a repository; makes it if need be.  Returns the commit's id."""
         repo = self.repos.get(repo_id)
         if repo is None:
@@ -169,7 +170,7 @@ class HubStore:
             if path.is_file():
                 name = str(path.relative_to(folder))
                 files[name] = self.put_blob(path.read_bytes(), self.is_lfs(name, path.stat().st_size))
-        return self.add_commit(repo, branch, files, title, repo.owner)[0].id
+        return self.add_commit(repo, branch, files, title, repo.owner, description=description)[0].id
 
     def forget(self, repo_id, commit):
         """As after a forced push: a commit is no longer there."""

@@ -9,7 +9,7 @@ import catalog_others
 import catalog_processors
 import catalog_vision
 
-from cornstarch_hf.parts.known_encoders import COUNT_RULES
+from cornstarch_hf.parts.known_encoders import ENCODER_TYPES
 
 PAGE = "docs/supported.md"
 CLASS_TEST = "test_encoder_catalog.py::test_a_class_composes"  # the test of each encoder
@@ -116,7 +116,7 @@ def fixed_parts(reports: Iterable[Any] | None = None) -> str:
 
 def rule_text(model_type: str, count: str) -> str:
     """What stands under "counted by"; `count` is "rule" where no run was needed."""
-    return str(COUNT_RULES[model_type].__doc__) if count == "rule" else count
+    return str(ENCODER_TYPES[model_type].count.__doc__) if count == "rule" else count
 
 
 def expected_encoders() -> set[str]:

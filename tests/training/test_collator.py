@@ -19,13 +19,8 @@ from cornstarch_hf import MultimodalCollator, MultimodalProcessor
 from cornstarch_hf.training.collator import check_labels
 
 
-@pytest.fixture
-def pair():
-    return compose_tiny(["clip", "whisper"])
-
-
-def test_collator_labels_only_what_is_to_be_learnt(pair):
-    _, processor = pair
+def test_collator_labels_only_what_is_to_be_learnt(fresh_pair):
+    _, processor = fresh_pair
     talk = [
         {
             "role": "user",
@@ -74,11 +69,11 @@ def test_collator_joins_sequences_of_different_lengths():
         ({"text": "long " * 50}, "row 1: the row has .* tokens, max_length is 40"),
     ],
 )
-def test_collator_names_the_row(pair, row, message):
+def test_collator_names_the_row(fresh_pair, row, message):
     with pytest.raises(ValueError, match=message):
-        MultimodalCollator(pair[1], max_length=40)([{"text": "fine"}, row])
+        MultimodalCollator(fresh_pair[1], max_length=40)([{"text": "fine"}, row])
     with pytest.raises(ValueError, match="no rows"):
-        MultimodalCollator(pair[1])([])
+        MultimodalCollator(fresh_pair[1])([])
 
 
 # ---- forms of rows
@@ -96,8 +91,8 @@ def equal(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_prompt_and_completion_as_messages_label_the_completions_turns_alone(pair):
-    _, processor = pair
+def test_prompt_and_completion_as_messages_label_the_completions_turns_alone(fresh_pair):
+    _, processor = fresh_pair
     prompt = [
         said("user", [{"type": "image"}, {"type": "text", "text": "1?"}]),
         said("assistant", "one"),
@@ -115,8 +110,8 @@ def test_prompt_and_completion_as_messages_label_the_completions_turns_alone(pai
         MultimodalCollator(processor)([{"prompt": "x", "completion": completion}])
 
 
-def test_several_items_per_turn_in_any_order_inside_and_in_columns(pair):
-    _, processor = pair
+def test_several_items_per_turn_in_any_order_inside_and_in_columns(fresh_pair):
+    _, processor = fresh_pair
     images, sounds = [tiny.image(i) for i in range(3)], [tiny.sound(i) for i in range(2)]
     kinds = ["audio", "image", "image", "text", "image", "audio"]
 
@@ -146,8 +141,8 @@ def test_several_items_per_turn_in_any_order_inside_and_in_columns(pair):
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]  # fmt: skip
 
 
-def test_tools_and_variables_of_the_template_come_from_columns(pair):
-    _, processor = pair
+def test_tools_and_variables_of_the_template_come_from_columns(fresh_pair):
+    _, processor = fresh_pair
     processor.chat_template = (
         "{{ (tools | tojson) if tools }}{{ mood }}{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
         "{% generation %}{{ m.content or (m.tool_calls | tojson) }}|{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
@@ -173,8 +168,8 @@ def test_tools_and_variables_of_the_template_come_from_columns(pair):
         MultimodalCollator(processor)([{"text": "x", "tools": TOOLS}])
 
 
-def test_plain_text_that_begins_with_bos_gets_no_second_one(pair):
-    _, processor = pair
+def test_plain_text_that_begins_with_bos_gets_no_second_one(fresh_pair):
+    _, processor = fresh_pair
     processor.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", processor.tokenizer.bos_token_id)]
     )
@@ -184,8 +179,8 @@ def test_plain_text_that_begins_with_bos_gets_no_second_one(pair):
     assert learnt(processor, batch)[2] == " fox</s>"
 
 
-def test_a_token_that_reaches_over_the_end_of_a_turn_is_split(pair):
-    _, processor = pair
+def test_a_token_that_reaches_over_the_end_of_a_turn_is_split(fresh_pair):
+    _, processor = fresh_pair
     processor.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     talk = [said("user", "the "), said("assistant", "fox"), said("user", " is five"), said("assistant", "\n")]
     for trimmed in (False, True):  # offsets without the spaces that tokens begin with
@@ -255,8 +250,8 @@ def tabled(rows, decode=True):
 
 
 @pytest.mark.parametrize("decode", [True, False])
-def test_tables_with_missing_cells_and_media_columns(pair, decode):
-    _, processor = pair
+def test_tables_with_missing_cells_and_media_columns(fresh_pair, decode):
+    _, processor = fresh_pair
     made = tabled(table(), decode)
     assert made[0]["messages"][0]["content"][0] == {"type": "text", "text": "what", "image": None}
     expected = MultimodalCollator(processor)(
@@ -267,8 +262,8 @@ def test_tables_with_missing_cells_and_media_columns(pair, decode):
     assert learnt(processor, expected) == [f"it {i}</s>" for i in range(4)]
 
 
-def test_a_sound_at_another_rate_is_resampled_from_a_file_as_from_its_bytes(pair, tmp_path):
-    _, processor = pair
+def test_a_sound_at_another_rate_is_resampled_from_a_file_as_from_its_bytes(fresh_pair, tmp_path):
+    _, processor = fresh_pair
     raw, path = wav(tiny.sound(0, 800), 8_000), tmp_path / "x.wav"
     path.write_bytes(raw)
     forms = [raw, str(path), path, {"bytes": raw, "path": "gone.wav"}, {"bytes": None, "path": str(path)}]
@@ -291,12 +286,12 @@ def broken():
 
 
 @pytest.mark.parametrize("case", range(5))
-def test_items_that_cannot_be_decoded_name_row_item_and_cause(pair, case):
+def test_items_that_cannot_be_decoded_name_row_item_and_cause(fresh_pair, case):
     columns, message = broken()[case]
     parts = [{"type": "image"}] * len(columns.get("images", ())) + [{"type": "audio"}] * ("audio" in columns)
     row = {"messages": [said("user", parts), said("assistant", "x")]} | columns
     with pytest.raises(ValueError, match="row 1: " + message) as caught:
-        MultimodalCollator(pair[1])([{"text": "fine"}, row])
+        MultimodalCollator(fresh_pair[1])([{"text": "fine"}, row])
     assert caught.value.__cause__.__cause__ is not None
 
 
@@ -305,8 +300,8 @@ def stream(count):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_rows_train(pair, tmp_path, workers):
-    model, processor = pair
+def test_streamed_rows_train(fresh_pair, tmp_path, workers):
+    model, processor = fresh_pair
     arguments = {"output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True,
                  "save_strategy": "no", "disable_tqdm": True, "remove_unused_columns": False, "logging_steps": 1}  # fmt: skip
     arguments["accelerator_config"] = {"dispatch_batches": False}  # dispatching cuts every tensor to the number of rows
@@ -327,8 +322,8 @@ def test_streamed_rows_train(pair, tmp_path, workers):
     assert all(losses == found[0] for losses in found)
 
 
-def test_a_collator_pickles(pair):
-    collator = MultimodalCollator(pair[1], max_length=60, truncation="right")
+def test_a_collator_pickles(fresh_pair):
+    collator = MultimodalCollator(fresh_pair[1], max_length=60, truncation="right")
     equal(pickle.loads(pickle.dumps(collator))(table()), collator(table()))
 
 
@@ -367,8 +362,8 @@ def test_packed_items_are_cut_whole_and_told_once():
         MultimodalCollator(processor, max_length=4, truncation="right")([{"text": "x"}, row])
 
 
-def test_padding_on_the_left_moves_nothing_else(pair):
-    _, processor = pair
+def test_padding_on_the_left_moves_nothing_else(fresh_pair):
+    _, processor = fresh_pair
     sides = {
         side: MultimodalCollator(processor, padding_side=side, pad_to_multiple_of=8)(table())
         for side in ("left", "right")
@@ -393,9 +388,9 @@ def test_padding_on_the_left_moves_nothing_else(pair):
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
     ],
 )
-def test_options_that_cannot_be(pair, options, message):
+def test_options_that_cannot_be(fresh_pair, options, message):
     with pytest.raises(ValueError, match=message):
-        MultimodalCollator(pair[1], **options)
+        MultimodalCollator(fresh_pair[1], **options)
 
 
 @pytest.mark.parametrize(
@@ -411,13 +406,13 @@ def test_options_that_cannot_be(pair, options, message):
         ({"messages": [said("user", "x")], "tools": "[{"}, ValueError, "row 0: .*column 3"),
     ],
 )  # fmt: skip
-def test_rows_that_cannot_be(pair, row, error, message):
+def test_rows_that_cannot_be(fresh_pair, row, error, message):
     with pytest.raises(error, match=message):
-        MultimodalCollator(pair[1])([row])
+        MultimodalCollator(fresh_pair[1])([row])
 
 
-def test_a_conversation_that_a_template_refuses_names_the_row(pair):
-    _, processor = pair
+def test_a_conversation_that_a_template_refuses_names_the_row(fresh_pair):
+    _, processor = fresh_pair
     processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="row 0: roles must alternate"):
         MultimodalCollator(processor)([{"messages": [said("user", "x"), said("assistant", "y")]}])
@@ -434,7 +429,7 @@ def test_labels_on_padding_placeholders_and_other_tokens_are_refused(position, l
         check_labels(batch | {"labels": labels}, {"vision": 9})
 
 
-def test_every_batch_is_checked(pair):
+def test_every_batch_is_checked(fresh_pair):
     class Wrong(MultimodalCollator):
         def _batch(self, encoded):
             batch = super()._batch(encoded)
@@ -442,13 +437,13 @@ def test_every_batch_is_checked(pair):
             return batch
 
     with pytest.raises(ValueError, match=r"row 1: the label at position \d+ is 7"):
-        Wrong(pair[1])([{"text": "the fox jumps over the lazy dog"}, {"text": "x"}])
+        Wrong(fresh_pair[1])([{"text": "the fox jumps over the lazy dog"}, {"text": "x"}])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("options", [{}, {"max_length": 9, "truncation": "left"}])
-def test_the_loss_of_a_padded_batch_is_that_of_its_rows(pair, side, options):
-    model, processor = pair
+def test_the_loss_of_a_padded_batch_is_that_of_its_rows(fresh_pair, side, options):
+    model, processor = fresh_pair
     rows = [
         {"text": "the quick brown fox <image> jumps", "images": [tiny.image()]},
         {"text": "the lazy dog is <audio>", "audio": [tiny.sound()]},

@@ -23,11 +23,6 @@ class StopAfter(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-@pytest.fixture
-def pair():
-    return compose_tiny(["clip", "whisper"])
-
-
 def test_batch_of_8_equals_2_by_4_accumulated(tmp_path):
     found = []
     for batch, steps in ((8, 1), (4, 2)):
@@ -40,8 +35,8 @@ def test_batch_of_8_equals_2_by_4_accumulated(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_default_remove_unused_columns_loses_nothing(tmp_path, pair):
-    model, processor = pair
+def test_default_remove_unused_columns_loses_nothing(tmp_path, fresh_pair):
+    model, processor = fresh_pair
     batch = MultimodalCollator(processor)([dict(r) for r in rows() if "images" in r and "audio" in r] * 2)
     table = Dataset.from_dict({key: value.tolist() for key, value in batch.items()}).with_format("torch")
     seen = []
@@ -84,8 +79,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(frozen, language_model)
         torch.testing.assert_close(plain[name], checkpointed[name], atol=1e-6, rtol=1e-4)
 
 
-def test_bf16(tmp_path, pair):
-    model, processor = pair
+def test_bf16(tmp_path, fresh_pair):
+    model, processor = fresh_pair
     made = trainer(model, processor, tmp_path, bf16=True)
     made.train()
     assert all(torch.tensor(losses(made)).isfinite())
@@ -114,8 +109,8 @@ def test_resumed_equals_uninterrupted(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_trainer_checkpoints_hold_everything_and_keep_foreign_files(tmp_path, pair):
-    model, processor = pair
+def test_trainer_checkpoints_hold_everything_and_keep_foreign_files(tmp_path, fresh_pair):
+    model, processor = fresh_pair
     made = trainer(model, processor, tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
     made.processing_class = processor
     made.train()
@@ -129,16 +124,16 @@ def test_trainer_checkpoints_hold_everything_and_keep_foreign_files(tmp_path, pa
     assert (folder / "trainer_state.json").exists() and (folder / "optimizer.pt").exists()
 
 
-def test_loss_falls_on_rows_of_mixed_modalities(tmp_path, pair):
-    model, processor = pair
+def test_loss_falls_on_rows_of_mixed_modalities(tmp_path, fresh_pair):
+    model, processor = fresh_pair
     made = trainer(model, processor, tmp_path, max_steps=30, optim="adamw_torch")
     made.train()
     assert losses(made)[-1] < 0.5 * losses(made)[0]
 
 
-def test_label_smoothing_shifts(tmp_path, pair):
+def test_label_smoothing_shifts(tmp_path, fresh_pair):
     """Trainer's label smoother shifts labels itself for causal language models, which it knows by class name."""
-    model, processor = pair
+    model, processor = fresh_pair
     made = trainer(model, processor, tmp_path, label_smoothing_factor=0.1)
     batch = MultimodalCollator(processor)(rows(4))
     smoothed = made.compute_loss(model, dict(batch))

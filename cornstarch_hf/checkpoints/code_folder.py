@@ -1,0 +1,114 @@
+"""The code files in a checkpoint's folder: which they are, what they say that they carry, which files name them.
+
+Nothing is run here.  `code_bundle` chooses the files, `trusted_code` runs those that a checkpoint brought along.
+"""
+
+import ast
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..parts.classes import CODE_ENTRY
+from .finding import CONFIG, PROCESSOR
+
+PACKAGE = "cornstarch_hf"
+# The package, or the folder of a checkpoint whose code is running: there its modules lie beside each other.
+ROOT = PACKAGE if __name__.startswith(f"{PACKAGE}.") else str(__package__)
+HERE = Path(__file__).resolve().parents[__name__.removeprefix(f"{ROOT}.").count(".")]
+# A checkpoint carries these under the names of the files that they stand for; the package itself never imports them.
+THIN_FOLDER = HERE / "checkpoints" / "thin"
+SHIM = "load_with_cornstarch_hf"
+MODEL_MAP = {
+    "AutoConfig": "MultimodalConfig",
+    "AutoModel": "MultimodalModel",
+    "AutoModelForCausalLM": "MultimodalModel",
+    "AutoModelForImageTextToText": "MultimodalModel",
+    "AutoModelForMultimodalLM": "MultimodalModel",
+}
+# Side of a checkpoint -> the file that names its classes, and the Auto classes that load it.
+SIDES: dict[str, tuple[str, dict[str, str]]] = {
+    "model": (CONFIG, MODEL_MAP),
+    "processor": (PROCESSOR, {"AutoProcessor": "MultimodalProcessor"}),
+    "projector": (CONFIG, {"AutoConfig": "MultimodalProjectorConfig", "AutoModel": "MultimodalProjector"}),
+}
+
+
+@functools.cache
+def own_modules() -> dict[str, str]:
+    """Every module of the running code: the name under which a checkpoint carries it -> its name below `ROOT`."""
+    paths = [path for path in HERE.glob("**/*.py" if ROOT == PACKAGE else "*.py") if path.parent != THIN_FOLDER]
+    names = [path.relative_to(HERE).with_suffix("").parts for path in paths]
+    return {"_".join(parts): ".".join(parts) for parts in sorted(names) if parts[-1] != "__init__"}
+
+
+def needs_package(what: str) -> ImportError:
+    """The error of a thin file whose whole one is asked for."""
+    return ImportError(
+        f"{what} is not among the code that this checkpoint carries: pip install cornstarch_hf, and import it."
+    )
+
+
+def read_entry(folder: str | os.PathLike) -> dict:
+    """What the code in a checkpoint's folder says that it carries; empty without code."""
+    path = Path(folder) / f"{CODE_ENTRY}.py"
+    if not path.is_file():
+        return {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARRIES":
+            found = ast.literal_eval(node.value)
+            if not isinstance(found, dict) or "sides" not in found:
+                return {}
+            users = {stem for side in found["sides"].values() for stem in side["files"]}
+            return found | {"files": sorted({CODE_ENTRY, *found["package"], *users})}
+    return {}
+
+
+def write_code(
+    folder: Path, target: Path, side: str, texts: Mapping[str, str] | None, classes: Mapping[str, str]
+) -> set[str]:
+    """Write code files beside a saved configuration, and name them in its ``auto_map``.
+
+    Args:
+        folder: where the configuration has been written already.
+        target: where all this shall lie in the end; may hold the other side of the checkpoint with its code.
+        side: a key of `SIDES`.
+        texts: of the files by their names, the entry among them; None for the small file that asks for the package.
+        classes: Auto class -> name of the class in the entry.
+
+    Returns:
+        names of code files in the target that nothing needs any more.
+    """
+    entry, texts = (CODE_ENTRY, texts) if texts is not None else (SHIM, {SHIM: _SHIM_TEXT})
+    file = SIDES[side][0]
+    if (path := folder / file).is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["auto_map"] = {key: f"{entry}.{name}" for key, name in classes.items()}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    others_need = {_entry_named_in(target / name) for name, _ in SIDES.values() if name != file}
+    old = read_entry(target).get("files", ())
+    surplus = set(old) - set(texts) if CODE_ENTRY in texts or CODE_ENTRY not in others_need else set()
+    if CODE_ENTRY in texts and SHIM not in others_need:
+        surplus.add(SHIM)
+    for stem, text in texts.items():
+        (folder / f"{stem}.py").write_text(text, encoding="utf-8")
+    return {f"{stem}.py" for stem in surplus}
+
+
+_SHIM_TEXT = f'''"""This checkpoint was saved without its code: it is loaded by the package cornstarch_hf.
+
+    pip install cornstarch_hf
+
+and `import cornstarch_hf` first; then `trust_remote_code` is not needed.
+"""
+
+from {PACKAGE} import {", ".join(sorted({name for _, found in SIDES.values() for name in found.values()}))}  # noqa: F401
+'''
+
+
+def _entry_named_in(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
+    return next((str(ref).partition(".")[0] for ref in found.values()), None)

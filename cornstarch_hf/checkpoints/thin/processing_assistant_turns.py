@@ -1,0 +1,18 @@
+"""Where the assistant's turns are, by the marks of the template; the package finds them without marks too."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...checkpoints.code_folder import needs_package
+from ...processing.conversations import GENERATION, render
+
+Spans = list[tuple[int, int]]
+
+
+def assistant_spans(
+    messages: list[dict], template: str, *, first: int = 0, specials: Sequence[str] = (), **variables: Any
+) -> tuple[str, Spans]:
+    """The text of a conversation and the character spans that the assistant wrote, as `generation` blocks say."""
+    if first or not GENERATION.search(template):
+        raise needs_package("What finds the assistant's turns where a chat template does not mark them")
+    return render(messages, template, mark_assistant=True, **(variables | {"add_generation_prompt": False}))

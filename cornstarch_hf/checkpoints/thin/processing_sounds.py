@@ -1,0 +1,12 @@
+"""Sounds, of which this checkpoint takes none."""
+
+from typing import Any
+
+import numpy as np
+
+from ...checkpoints.code_folder import needs_package
+
+
+def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
+    """ImportError: what to install."""
+    raise needs_package("What reads sounds")

@@ -1,0 +1,59 @@
+"""The parts of a model built again from its configuration, with fresh weights."""
+
+from typing import Any
+
+from torch import nn
+
+from ..configuration_multimodal import MultimodalConfig
+from ..language_model.supported import build_language_model
+from ..parts.classes import resolve_class
+from ..parts.known_encoders import check_facts_registered
+from ..parts.stored_adapters import wrap_again
+from ..parts.stored_modules import SLOTS, build_callback
+from ..projectors.projector import MultimodalProjector
+from .module import ModalEncoderModule
+
+
+def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
+    """Build one encoder with its projector and callbacks.
+
+    Raises:
+        ValueError: an unknown class, callback, projector or encoder type.
+    """
+    check_facts_registered(config.encoder_types)
+    entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
+    cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
+    module = wrap_again(
+        cls(encoder_config, **entry["encoder_kwargs"]), config.adapters_of(f"{name}_encoder.module"), name
+    )
+    if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
+        raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
+    callbacks: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
+    encoder = ModalEncoderModule(
+        module,
+        MultimodalProjector(getattr(config, f"{name}_projector_config")),
+        entry["additional_args"],
+        **callbacks,
+        kind=entry["kind"],
+        layer=entry["layer"],
+        output=entry["output"],
+        drop_prefix=entry["drop_prefix"],
+        data_format=entry["data_format"],
+    )
+    encoder.name = name
+    return encoder
+
+
+def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
+    """Build what a configuration describes, with fresh weights.
+
+    Raises:
+        ValueError: an empty configuration, an unknown class, callback or projector.
+    """
+    if config.text_config is None:
+        raise ValueError(
+            "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
+            "MultimodalModel(encoders=..., language_model=...) or compose(...)."
+        )
+    encoders = {name: build_encoder(config, name) for name in config.encoders}
+    return encoders, build_language_model(config)

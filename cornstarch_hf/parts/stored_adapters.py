@@ -1,0 +1,194 @@
+"""Adapters of PEFT-wrapped parts as a configuration holds them: described when a model is saved, put on again when it is built.
+
+peft is imported when adapters are made: it takes a second to import, and who has not imported it has no adapters.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from .adapters import _peft_classes, is_wrapped, tuner_layers
+from .stored_modules import NotStorable, as_json
+from .stored_values import check_pattern
+from .weightless import without_weights
+
+
+def record_adapters(config: Any, encoders: Mapping[str, Any], language_model: nn.Module) -> None:
+    """Write the adapters of PEFT-wrapped parts into the configuration."""
+    parts = {"language_model": language_model} | {f"{n}_encoder.module": e.module for n, e in encoders.items()}
+    found = {where: describe_adapters(part, where) for where, part in parts.items() if is_wrapped(part)}
+    config.adapters = found or None
+
+
+def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
+    """Describe a wrapped part's adapters in JSON values; None for a part that is not wrapped.
+
+    Raises:
+        ValueError: the adapters cannot be stored (prompt learning inside a part, values that are not JSON, adapters
+            injected without a wrapper).
+    """
+    if not is_wrapped(model):
+        check_not_injected(model, where)
+        return None
+    if not isinstance(model.base_model, _peft_classes("BaseTuner")):  # no adapters in its layers: a prompt before them
+        raise ValueError(
+            f"{where}: a checkpoint cannot hold {model.active_peft_config.peft_type} inside a part. Compose the plain "
+            "model and wrap the composed one: get_peft_model(mllm, config)."
+        )
+    if any(getattr(config, "layer_replication", None) for config in model.peft_config.values()):
+        raise ValueError(
+            f"{where}: a checkpoint cannot hold layer_replication, which changes the layers of the part itself. Use an adapter "
+            "configuration without it, or merge_and_unload() before composing."
+        )
+    try:
+        configs = {
+            name: as_json(_plain(config.to_dict()), f"{where}: the adapter {name!r}")
+            for name, config in model.peft_config.items()
+        }
+    except NotStorable as error:
+        raise ValueError(f"{error}: give the adapter configuration JSON values.") from error
+    described = {"configs": configs, "active": list(model.active_adapters), "class": type(model).__name__}
+    return described | _layer_state(model, where)
+
+
+def _held(layer: Any, names: list[str]) -> list[str]:
+    """Those of the adapters that a layer has."""
+    return [name for name in names if name in layer._get_available_adapters()]
+
+
+def _layer_state(model: Any, where: str) -> dict[str, Any]:
+    """Tell which adapters are merged into the weights at the moment, and whether they are switched off; {} for neither.
+
+    Raises:
+        ValueError: layers that differ in it, which a checkpoint cannot say.
+    """
+    layers = tuner_layers(model)
+    # Not every layer has every adapter; the longest list names all that are merged, if they are so alike everywhere.
+    merged = max((list(layer.merged_adapters) for layer in layers), key=len, default=[])
+    for layer in layers:
+        if layer.merged_adapters != _held(layer, merged):
+            raise ValueError(
+                f"{where}: some layers have the adapters {merged} merged into their weights and others "
+                f"{layer.merged_adapters}: merge or unmerge all of them."
+            )
+    if merged and any(hasattr(layer, "trainable_tokens_original") for layer in layers):
+        raise ValueError(
+            f"{where}: the adapters {merged} are merged, and a checkpoint would not hold the rows of single tokens "
+            "(trainable_token_indices) that they replaced: call unmerge_adapter() before saving, or merge_and_unload()."
+        )
+    off = [layer.disable_adapters for layer in layers]
+    if any(off) and not all(off):
+        raise ValueError(f"{where}: the adapters of {sum(off)} of {len(off)} layers are disabled: disable all or none.")
+    return ({"merged": merged} if merged else {}) | ({"disabled": True} if any(off) else {})
+
+
+def _plain(value: Any) -> Any:
+    """Options of an adapter as JSON has them: sets sorted, enumerations by value, paths of this machine left out."""
+    if isinstance(value, dict):
+        left_out = ("base_model_name_or_path", "auto_mapping")
+        return {key: _plain(item) for key, item in value.items() if key not in left_out}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value)
+
+
+def check_not_injected(model: nn.Module, where: str) -> None:
+    """Refuse to save a part with adapters but without a wrapper that knows of them (ValueError with the remedy)."""
+    if not is_wrapped(model) and tuner_layers(model):
+        raise ValueError(
+            f"{where} has adapters injected without a wrapper, which cannot be restored from a checkpoint: wrap the "
+            "part with get_peft_model(part, config) instead of add_adapter or inject_adapter_in_model."
+        )
+
+
+def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: str) -> nn.Module:
+    """Wrap a rebuilt part in the adapters that `describe_adapters` described; weights are loaded afterwards.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: an adapter type that this version of peft does not know.
+    """
+    if not described:
+        return model
+    if is_peft_available():
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING as config_classes
+    else:
+        raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
+    if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):
+        raise ValueError(f"{where}: expected adapters as {{'configs': {{name: options}}}}, got {described!r:.200}.")
+    configs = {name: _config(values, where, config_classes) for name, values in described["configs"].items()}
+    wrapped = _wrapped(model, configs, where)
+    active = described.get("active") or list(configs)[:1]
+    if active != list(wrapped.active_adapters):
+        wrapped.base_model.set_adapter(active)
+        if len(active) == 1:  # the wrapper's own method takes one name alone
+            wrapped.set_adapter(active[0])
+    for layer in tuner_layers(wrapped) if described.get("merged") else ():  # the weights that follow are merged ones
+        layer.merged_adapters.extend(_held(layer, described["merged"]))
+    if described.get("disabled"):
+        wrapped.base_model.disable_adapter_layers()
+    return wrapped
+
+
+def _wrapped(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
+    """Wrap a part; if it has no weights yet, its adapters have none either, while the tables that they compute are real."""
+    if is_peft_available():
+        from peft import get_peft_model
+    without = any(p.is_meta for p in model.parameters())
+    first, *others = configs
+    try:
+        with without_weights() if without else contextlib.nullcontext():
+            # In the part's dtype: which adapters are in another one is known by the names of their weights.
+            wrapped = get_peft_model(model, configs[first], adapter_name=first, autocast_adapter_dtype=False)
+            for name in others:
+                wrapped.add_adapter(name, configs[name], autocast_adapter_dtype=False)
+            return wrapped
+    except RuntimeError as error:
+        if not without:
+            raise
+        kinds = sorted({str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()})
+        raise ValueError(
+            f"{where}: PEFT cannot build adapters of type {kinds} before the weights are there, as loading does "
+            f"({type(error).__name__}: {str(error)[:120]}). Use merge_and_unload() on the part before saving, or wrap the "
+            "composed model: get_peft_model(mllm, config)."
+        ) from error
+
+
+def _config(values: dict[str, Any], where: str, config_classes: Mapping[Any, Any]):
+    kind = values.get("peft_type") if isinstance(values, Mapping) else None
+    if kind not in config_classes:
+        raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(config_classes)}.")
+    # From a checkpoint, so not trusted: peft would import `megatron_core`, and search by whatever pattern it is given.
+    options = {k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
+    _check_options(options, where)
+    try:
+        return config_classes[kind](**options)
+    except TypeError as error:
+        raise ValueError(f"{where}: the {kind} adapter of this peft does not take its options ({error}).") from error
+
+
+# Options of an adapter that peft takes as regular expressions over the names of all modules.
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
+
+
+def _check_options(options: Mapping[str, Any], where: str) -> None:
+    """Refuse options that import a module by name, name another base model, or could search without end (ValueError)."""
+    if options.get("megatron_config") is not None or options.get("megatron_core") not in (None, "megatron.core"):
+        raise ValueError(
+            f"{where}: the adapter asks for the module {options.get('megatron_core')!r}, which is not imported."
+        )
+    if options.get("auto_mapping") is not None:
+        raise ValueError(
+            f"{where}: the adapter names a class by auto_mapping, expected none: it is built into its part."
+        )
+    for key in _PATTERNS:
+        value = options.get(key)
+        keys = (value or ()) if key.endswith("_pattern") else ()  # dictionaries have the patterns as keys
+        for pattern in [value] if isinstance(value, str) else keys:
+            check_pattern(pattern, f"{where}: {key}")

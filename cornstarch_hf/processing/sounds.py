@@ -1,0 +1,117 @@
+"""Sounds as users hand them over, made ready for a feature extractor: files are mixed to one channel and resampled."""
+
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.audio_utils import load_audio
+from transformers.utils import is_soundfile_available
+
+from ..limits import check_sound
+from .media import _decoded, _source, held, is_file
+
+
+def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
+    """A mono waveform as float32 ``(samples,)``.
+
+    Args:
+        item: array, tensor or list of floats; path, URL or the bytes of a file (mixed and resampled on loading); dict with
+            `array` and `sampling_rate`, or with `bytes` or `path`; a decoder as `datasets.Audio` gives it.
+        where: modality and item, for messages.
+        expected: the sampling rate of the feature extractor, in Hz.
+        given: the sampling rate that the caller states for bare arrays, in Hz.
+
+    Raises:
+        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN, a file that cannot be
+            decoded.
+        TypeError: no sound.
+    """
+    if isinstance(item, Mapping):
+        rate = item.get("sampling_rate")
+        given = given if rate is None else rate
+        item = held(item, ("array", "audio", "bytes", "path", "url"))
+    if is_file(item):
+        item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
+    elif hasattr(item, "get_all_samples"):
+        _check_decoder(item, expected, where)
+        samples = _decoded(lambda x: x.get_all_samples(), item, where, "sound")
+        item, given = samples.data, int(samples.sample_rate)
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
+    if not isinstance(item, (np.ndarray, list, tuple)):
+        raise TypeError(f"{where}: expected a waveform (array, tensor, path or URL), got {type(item).__name__}.")
+    check_sound(len(item), 1, None, None, where)
+    wave = np.asarray(item)
+    check_sound(wave.size, 1, None, None, where)
+    if wave.ndim == 2 and 1 in wave.shape:
+        wave = wave.reshape(-1)  # (1, samples) or (samples, 1): one channel
+    if wave.ndim != 1 or wave.size == 0:
+        raise ValueError(
+            f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels, in a table "
+            "by cast_column(..., Audio(num_channels=1))."
+        )
+    if not np.issubdtype(wave.dtype, np.floating):
+        raise ValueError(
+            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide it by its range."
+        )
+    if not np.isfinite(wave).all():
+        raise ValueError(f"{where}: the waveform has values that are not finite.")
+    check_sampling_rate(where, expected, given)
+    return wave.astype(np.float32, copy=False)
+
+
+def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
+    """Refuse a decoder of too long a sound by what its file's header says, before it decodes."""
+    header = getattr(decoder, "metadata", None)
+    seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
+    if seconds is not None and rate:
+        channels = getattr(header, "num_channels", None) or 1
+        check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
+
+
+def _check_sound_file(source: Any, rate: int, where: str) -> None:
+    """Refuse a file of too long a sound by its header, where soundfile can read that."""
+    if is_soundfile_available():
+        import soundfile
+
+        try:
+            header = soundfile.info(source)
+        except soundfile.LibsndfileError:
+            return  # another backend may know it, or says what is wrong
+        check_sound(header.frames, header.channels, header.samplerate, rate, where)
+
+
+def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
+    source = _source(item, where)
+    if not isinstance(source, bytes):
+        if source is not None:
+            _check_sound_file(source, rate, where)
+        return load_audio(str(item), sampling_rate=rate)
+    _check_sound_file(io.BytesIO(source), rate, where)
+    # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
+    handle, path = tempfile.mkstemp()
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(source)
+        return load_audio(path, sampling_rate=rate)
+    finally:
+        os.unlink(path)
+
+
+def check_sampling_rate(where: str, expected: int | None, given: int | None) -> None:
+    """Refuse a bare array without, or with another, sampling rate (ValueError with both rates)."""
+    if expected is None:
+        return
+    if given is None:
+        raise ValueError(
+            f"{where}: pass sampling_rate= (in Hz) with bare audio arrays; the encoder expects {expected}."
+        )
+    if int(given) != int(expected):
+        raise ValueError(
+            f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first, in "
+            f"a table by cast_column(..., Audio(sampling_rate={expected}))."
+        )
