@@ -7,9 +7,11 @@ rewritten.  A module that lies in a folder of the package is carried as ``folder
 
 import ast
 import importlib.util
+import io
 import re
 import sys
 import sysconfig
+import tokenize
 from collections.abc import Collection
 from pathlib import Path
 
@@ -77,7 +79,11 @@ def own_stem(path: Path) -> str | None:
 
 
 def bundled(text: str, module: str) -> tuple[str, set[str]]:
-    """The text of a module with each relative import naming a file beside it, and the names of these files."""
+    """The text of a module as a checkpoint carries it, and the names of the files that it imports.
+
+    Each relative import names a file beside it.  Comments stay here: docstrings say what a reader who is to trust the code
+    wants to know.
+    """
     found = set()
 
     def flat(match: re.Match) -> str:
@@ -86,7 +92,13 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
         found.add(stem)
         return f"{match[1]}from .{stem} import"
 
-    return _IMPORT.sub(flat, text), found
+    lines = text.splitlines(keepends=True)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            before = lines[row - 1][:column].rstrip()
+            lines[row - 1] = f"{before}\n" if before else ""
+    return _IMPORT.sub(flat, "".join(lines)), found
 
 
 class CodeFiles:
