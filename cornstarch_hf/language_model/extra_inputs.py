@@ -37,10 +37,9 @@ def first_position(language_model: nn.Module) -> int:
     It is 0, but behind the padding token's row in models whose table of positions keeps such a row (RoBERTa, Liu et
     al. 2019, and its relatives).
     """
-    tables: list[Any] = [
-        m for m in unwrapped(language_model).modules() if hasattr(m, "create_position_ids_from_inputs_embeds")
-    ]
-    return tables[0].padding_idx + 1 if tables else 0
+    modules: Any = unwrapped(language_model).modules()
+    table = next((m for m in modules if hasattr(type(m), "create_position_ids_from_inputs_embeds")), None)
+    return 0 if table is None else table.padding_idx + 1
 
 
 def only_distances_count(language_model: nn.Module) -> bool:

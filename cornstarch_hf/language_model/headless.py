@@ -32,6 +32,7 @@ class Headless:
         Raises:
             ValueError: in training, a head with an adapter that trains: it is left out here, so it would not learn.
         """
+        # TRL's trainers multiply hidden states (batch, length, hidden) by the head's `weight` themselves.
         head = self._model.get_output_embeddings()
         trains = self._model.training and torch.is_grad_enabled()
         if trains and is_adapted(head) and any(p.requires_grad for p in head.parameters()):
@@ -59,7 +60,7 @@ def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
         ValueError: the language model has no backbone of its own.
     """
     inner = unwrapped(model.language_model)
-    backbone = inner.base_model
+    backbone = inner.base_model  # the module under `base_model_prefix`; adapters inside of it run along
     if backbone is inner:
         raise ValueError(
             f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run."

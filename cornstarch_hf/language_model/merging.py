@@ -245,7 +245,7 @@ class MergingMixin(PreTrainedModel):
         """Say which token id stands for each modality's features (a processor made with `model=` does it itself).
 
         Args:
-            token_ids: ``{modality: id}``; an id may lie outside the embedding table, which need not grow.
+            token_ids: ``{modality: id}``; an id may be outside the embedding table, which need not grow.
 
         Raises:
             ValueError: an unknown modality, an id that is no natural number or is used twice.

@@ -128,7 +128,7 @@ _WRAPPED_AS = ("original_module", "token_adapter", "base_layer")
 
 
 def current_name(model: nn.Module, name: str) -> str:
-    """Where a weight lies now that was called `name` before adapters were put in front of its module."""
+    """The present name of a weight that was called `name` before adapters were put in front of its module."""
     path, _, key = name.rpartition(".")
     try:
         module = model.get_submodule(path)

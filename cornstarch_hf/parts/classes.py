@@ -51,6 +51,8 @@ def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTr
     Raises:
         ValueError: no such class in transformers, and none or several among the imported ones.
     """
+    # Never by importing what a name says: a full path has the form of transformers' own, a bare name is looked for beside
+    # the configuration's class, and then among the classes that somebody has imported already.
     if (match := TRANSFORMERS_CLASS.fullmatch(name or "")) and (found := _attribute(match[1], match[2])) is not None:
         return found
     if name and (found := _beside(config, name)) is not None:
@@ -88,7 +90,7 @@ class SharedConfig(PreTrainedConfig):
     def __init__(self, **kwargs):
         self.stored = kwargs.pop("stored", {})
         super().__init__()
-        self.model_type = self.stored.get("model_type", "")
+        self.model_type = self.stored.get("model_type", "")  # an attribute of the class elsewhere
 
     def __getattr__(self, key: str):
         stored = self.__dict__.get("stored", {})  # not there yet while the base class is being initialised
@@ -173,6 +175,7 @@ def apply_implementations(config: PreTrainedConfig, stored: Mapping[str, Any]) -
             )
         for family, value in values.items():
             _check_names(value, key, family)
+            # What the caller asks for (attn_implementation=) is there already, and counts more.
             if getattr(part, f"_{family}_implementation_internal", None) is None:
                 setattr(part, f"_{family}_implementation", value)
 

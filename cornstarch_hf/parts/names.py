@@ -30,7 +30,7 @@ def compress(selected: Iterable[str], every: Iterable[str]) -> list[str]:
     ['l.*']
     """
     chosen = set(selected)
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}  # "layers.*.norm.weight" -> that weight of each layer
     for name in every:
         groups.setdefault(starred(name), []).append(name)
     whole = {pattern for pattern, names in groups.items() if chosen.issuperset(names)}
@@ -62,7 +62,7 @@ def matches(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     """
     patterns = list(patterns)
     if not patterns:
-        return set()
+        return set()  # an expression without alternatives would match everything
     regex = re.compile("|".join(f"(?:{as_regex(pattern)})" for pattern in patterns))
     return {name for name in names if regex.match(name)}
 

@@ -16,6 +16,7 @@ from packaging.version import Version
 from transformers import GenerationMixin
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
+# CONTRIBUTING.md says what runs with which version; a checkpoint with code is held to the range that it was saved with.
 OLDEST, BELOW = "5.20.2", "5.25"  # the oldest that is tested, and the first that is not
 _FOUND = Version(transformers.__version__)
 _RANGE = f"transformers >= {OLDEST}, < {BELOW}"
@@ -29,7 +30,8 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE: Any = next((name for name in CACHE_NAMES if name in _known), None)
 
-# Methods of transformers' classes that this package overrides, and that nobody but transformers calls.
+# Methods of transformers' classes that this package overrides, and that nobody but transformers calls: renamed there, they
+# would go on existing here, and nothing would fail.
 GENERATION_HOOKS = (
     "_expand_multimodal_outputs", "_get_logits_processor", "_maybe_prepare_encoder_kwargs_for_generation",
     "_prepare_cache_for_generation", "_prepare_position_ids_for_generation", "_supports_default_dynamic_cache",

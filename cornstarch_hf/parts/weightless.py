@@ -115,7 +115,7 @@ def initialize_weights(model: Any) -> None:
 
 
 def _initialize(module: Any, fill: Any, custom: bool) -> None:
-    for child in module.children():
+    for child in module.children():  # a child that is no model is filled by the nearest model around it
         _initialize(child, getattr(child, "_initialize_weights", fill), custom)
     fill(module, is_custom_code=custom)
 
@@ -124,7 +124,7 @@ def _initialize(module: Any, fill: Any, custom: bool) -> None:
 def without_weights() -> Iterator[None]:
     """Modules made here by this thread have parameters on the meta device, and real buffers and tables."""
     before, _current.building = is_building(), True
-    try:
+    try:  # one mode is enough: parts are built within the building of the whole
         with contextlib.nullcontext() if before else _Weightless():
             yield
     finally:
@@ -145,7 +145,7 @@ def build_without_weights(build: Callable[[], Any]) -> Any:
     with without_weights(), torch.no_grad():
         made = build()
         _fill_buffers(made, None)
-    return parameters_to_meta(made)
+    return parameters_to_meta(made)  # those that could not be swapped while they were made
 
 
 def _fill_buffers(module: nn.Module, owner: Any) -> None:

@@ -253,9 +253,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
     def complete(self, in_features: int | None, out_features: int, dims: int | None = None) -> None:
         """Fill in what the configuration lacks and build the projection if there is none yet (in place).
 
-        Args:
-            in_features, out_features: widths.
-            dims: axes along which items of that kind are reduced, for the built-in types that take `dims`.
+        `dims` are the axes along which items of that kind are reduced, for the built-in types that take `dims`.
         """
         target = PROJECTORS.get(self.config.projection_type)
         if self.projection is None and dims is not None and "dims" in getattr(target, "DEFAULTS", ()):
@@ -276,11 +274,9 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         return bool(getattr(self.projection, "needs_grid", False))
 
     def feature_count(self, length: int, grid: Grid | None = None) -> int | None:
-        """Features left of an item; None for a projection without a `feature_count` of its own, of which only a run shows it.
+        """Features left of an item of `length` features and that grid (see `forward`).
 
-        Args:
-            length: the item's features before.
-            grid: ``(height, width)`` or ``(frames, height, width)``, row by row.
+        None for a projection without a `feature_count` of its own, of which only a run shows it.
 
         Raises:
             ValueError: the reduction does not fit the item.
@@ -306,7 +302,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
                 ``(sum of lengths, in_features)``.
             return_dict: a `ProjectorOutput` (default by the configuration), or a tuple.
             lengths: features of each item, where it differs from the tensor's shape; the rest is padding.
-            grids: ``(height, width)`` or ``(frames, height, width)`` in which each item's features lie; squares when None.
+            grids: ``(height, width)`` or ``(frames, height, width)`` of each item's features, row by row; squares when None.
 
         Returns:
             `last_hidden_state` of ``(..., out_features)``; with `lengths`, or where the items end up different,
@@ -318,7 +314,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         """
         if self.projection is None:
             raise ValueError("This projector has no projection yet: give its configuration both sizes, or compose it.")
-        width = self.config.in_features
+        width = self.config.in_features  # None of a wrapped module that does not show its sizes
         if width is not None and inputs_embeds.shape[-1] != width:
             raise ValueError(f"The projector expects features of width {width}, got {inputs_embeds.shape[-1]}.")
         if self.reduces:
@@ -376,6 +372,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        # transformers fills the layers that it knows; bare parameters, such as learnt queries, would stay empty.
         if hasattr(module, "init_own_weights"):
             module.init_own_weights()
 

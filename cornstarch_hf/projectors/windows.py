@@ -25,7 +25,7 @@ def convolved(size: int, kernel: int, stride: int, padding: int, remainder: str)
     """
     padded = size + 2 * padding
     count = (padded - kernel) // stride + 1 if padded >= kernel else 0
-    # Real positions behind the end of the last window, which lies at (count - 1) * stride + kernel.
+    # Real positions behind the end of the last window, at (count - 1) * stride + kernel.
     unseen = size + padding - ((count - 1) * stride + kernel if count else 0)
     if unseen > 0 and remainder == "error":
         raise ValueError(
