@@ -8,16 +8,15 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .checkpoints.config_sync import first_dtype
+from .checkpoints.plain_storage import first_dtype
 from .checkpoints.storage import MultimodalStorageMixin
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.module import ModalEncoderModule
 from .encoders.rebuilding import build_parts
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
-from .language_model.calling import cached_length, run_language_model, text_keywords
+from .language_model.calling import EmbeddingsMixin, cached_length, run_backbone, run_language_model, text_keywords
 from .language_model.generation import MultimodalGenerationMixin
-from .language_model.headless import EmbeddingsMixin, run_backbone
 from .language_model.merging import (
     MergingMixin,
     check_lengths,

@@ -37,7 +37,7 @@ from .processing.conversations import (
     render,
 )
 from .processing.media import flatten
-from .processing.placeholder_tokens import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
+from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.subprocessors import (
     build_subprocessor,
     check_padding,

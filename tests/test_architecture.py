@@ -34,10 +34,10 @@ COVERED = {
     "encoders.rebuilding": "test_composition",
     "checkpoints.code_folder": "checkpoints/test_code_bundle",
     "checkpoints.finding": "checkpoints/test_checkpoint_files",
-    "checkpoints.plain_storage": "checkpoints/test_saving",
     "parts.constructors": "parts/test_classes",
     "parts.stored_adapters": "parts/test_adapters",
     "processing.sounds": "processing/test_media",
+    "checkpoints.plain_storage": "checkpoints/test_config_sync",
     "checkpoints.storage": "checkpoints/test_config_sync",
 }
 

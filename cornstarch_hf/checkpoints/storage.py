@@ -10,7 +10,10 @@ from ..configuration_multimodal import MultimodalConfig
 from ..parts.adapters import shared_by_adapters
 from ..parts.freezing import restore_frozen
 from ..parts.gathering import gathered_ties
-from .config_sync import (
+from .loading import write_reference
+from .manifest import StagedSave, chosen_components, embedded
+from .plain_storage import (
+    ModelStorage,
     cast_buffers,
     check_quantized,
     check_rebuildable,
@@ -18,11 +21,6 @@ from .config_sync import (
     restore_adapter_buffers,
     sync_config,
 )
-from .finding import HUB_ARGUMENTS as HUB_ARGUMENTS
-from .loading import write_reference
-from .manifest import StagedSave, chosen_components, embedded
-from .plain_storage import PUSHERS as PUSHERS
-from .plain_storage import ModelStorage
 
 logger = logging.getLogger(__name__)
 

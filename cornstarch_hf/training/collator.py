@@ -1,21 +1,114 @@
 """Turns rows of conversations with media into padded batches with labels, for `transformers.Trainer`.
 
-`assistant_turns` finds what the assistant wrote, `truncation` cuts rows that are too long, `media` decodes the items.
+`assistant_turns` finds what the assistant wrote, rows that are too long are cut to whole items here, `media` decodes the items.
 """
 
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 import torch
 
+from ..encoders.items import split_items
 from ..processing.call import PLURALS
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
-from .truncation import inputs_within, place_items, whole_items_within
+
+
+@dataclass(frozen=True)
+class PlacedItem:
+    """One item's features in a row.
+
+    Attributes:
+        modality: its name.
+        index: of the item among those of its modality.
+        start, stop: positions of its placeholders in the row.
+    """
+
+    modality: str
+    index: int
+    start: int
+    stop: int
+
+
+def place_items(
+    ids: Sequence[int], token_ids: Mapping[str, int], lengths: Mapping[str, Sequence[int]]
+) -> list[PlacedItem]:
+    """Where each item's features are.
+
+    Args:
+        ids: of one row, placeholders repeated.
+        token_ids: placeholder id by modality.
+        lengths: features of each item, in order, by modality.
+
+    >>> [(p.start, p.stop) for p in place_items([7, 9, 9, 9, 7], {"vision": 9}, {"vision": [2, 1]})]
+    [(1, 3), (3, 4)]
+    """
+    placed = []
+    for name, sizes in lengths.items():  # an item's placeholders follow one another, those of two items may touch
+        positions = [i for i, token in enumerate(ids) if token == token_ids[name]]
+        used, reached = 0, 0
+        for index, size in enumerate(sizes):
+            start = positions[used] if size else reached  # an item without features stands behind the last one
+            reached, used = start + size, used + size
+            placed.append(PlacedItem(name, index, start, reached))
+    return placed
+
+
+def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, side: str) -> tuple[int, int]:
+    """Start and stop of what is kept of a row, at most `limit` tokens, no item in part.
+
+    Args:
+        items: of the row.
+        length: of the row.
+        limit: how long it may be.
+        side: ``"right"`` cuts the end of the row, ``"left"`` its start.
+
+    >>> whole_items_within([PlacedItem("vision", 0, 2, 6)], 8, 4, "right")
+    (0, 2)
+    """
+    if length <= limit:
+        return 0, length
+    cut = limit if side == "right" else length - limit  # behind what is kept, or in front of it
+    for item in items:
+        if item.start < cut < item.stop:
+            cut = item.start if side == "right" else item.stop
+    return (0, cut) if side == "right" else (cut, length)
+
+
+def inputs_within(
+    inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Encoders' inputs of the items that lie in a part of a row, and how many items of each modality do not.
+
+    Args:
+        inputs: one row's tensors by name.
+        names: of the tensors that belong to each modality.
+        items: of the row.
+        start, stop: the part.
+
+    Raises:
+        ValueError: a tensor's rows cannot be told apart.
+    """
+    kept, dropped = dict(inputs), {}
+    for modality, keys in names.items():
+        own = {key: inputs[key] for key in keys if key in inputs}
+        placed = sorted((item for item in items if item.modality == modality), key=lambda item: item.index)
+        inside = [item.index for item in placed if start <= item.start and item.stop <= stop]
+        if len(inside) == len(placed):
+            continue
+        dropped[modality] = len(placed) - len(inside)
+        parts = split_items(own, len(placed), modality)
+        for key in own:
+            del kept[key]
+            if inside:
+                kept[key] = torch.cat([parts[index][key] for index in inside])
+    return kept, dropped
+
 
 IGNORED = -100
 TRUNCATIONS = ("raise", "right", "left")

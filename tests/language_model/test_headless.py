@@ -10,7 +10,7 @@ from tiny import Bare
 from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from cornstarch_hf.language_model.headless import Headless, run_backbone
+from cornstarch_hf.language_model.calling import Headless, run_backbone
 
 IDS = torch.tensor([[1, 5, 9, 4], [2, 8, 3, 7]])
 

@@ -10,7 +10,7 @@ from helpers import compose_tiny
 from trainers import Rows, losses, trainer
 from transformers import BatchFeature
 
-from cornstarch_hf.processing.placeholder_tokens import MultimodalBatch
+from cornstarch_hf.processing.placeholder_text import MultimodalBatch
 
 
 @pytest.fixture

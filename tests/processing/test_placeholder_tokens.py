@@ -5,7 +5,7 @@ import tiny
 from helpers import compose_tiny
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
-from cornstarch_hf.processing.placeholder_tokens import add_placeholder_tokens, placeholder_tokens
+from cornstarch_hf.processing.placeholder_text import add_placeholder_tokens, placeholder_tokens
 
 
 def config(**encoders):
