@@ -93,9 +93,7 @@ def _loading(pair: Pair, sizes: Sizes, native: Path, ours: Path) -> list[Result]
     target = Target(at_most=1.05) if sizes.judged else None
     pairs, name = sizes.pairs["load"], f"vocabulary {pair.vocabulary:,}"
     loaded = in_turn(
-        lambda: load_seconds("native", native, sizes.loads),
-        lambda: load_seconds("ours", ours, sizes.loads),
-        pairs,
+        lambda: load_seconds("native", native, sizes.loads), lambda: load_seconds("ours", ours, sizes.loads), pairs
     )
     theirs = lambda: load_and_read("native", native)  # noqa: E731
     read = in_turn(theirs, lambda: load_and_read("ours", ours), pairs)

@@ -17,10 +17,7 @@ from .encoders.rebuilding import build_parts
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import EmbeddingsMixin, cached_length, run_backbone, run_language_model, text_keywords
 from .language_model.generation import MultimodalGenerationMixin
-from .language_model.merging import (
-    MergingMixin,
-    check_lengths,
-)
+from .language_model.merging import MergingMixin, check_lengths
 from .parts.adapters import WholeAdaptersMixin
 from .parts.build_bounds import bounded_tensors, check_built
 from .parts.freezing import FreezingMixin, restore_frozen

@@ -30,15 +30,7 @@ from .items import (
     select_items,
     split_items,
 )
-from .selection import (
-    EncoderOutput,
-    Selection,
-    as_output,
-    rows_of_items,
-    select_features,
-    selected_map,
-    with_features,
-)
+from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, selected_map, with_features
 from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower, takes_images
 
 

@@ -3,9 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "push_to_hub": "push",
-}
+_HOMES = {"push_to_hub": "push"}
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the keys are texts
 
 

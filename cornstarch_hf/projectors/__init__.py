@@ -3,9 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "MultimodalProjector": "projector",
-}
+_HOMES = {"MultimodalProjector": "projector"}
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - the keys are texts
 
 

@@ -84,10 +84,7 @@ def check_cache(model, batch):
     options = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     found = model.generate(**batch, **options)
     added = torch.ones(3, STEPS, dtype=torch.long)
-    whole = batch | {
-        "input_ids": found.sequences,
-        "attention_mask": torch.cat([batch["attention_mask"], added], 1),
-    }
+    whole = batch | {"input_ids": found.sequences, "attention_mask": torch.cat([batch["attention_mask"], added], 1)}
     close(torch.stack(found.logits, 1), model(**whole, use_cache=False).logits[:, -STEPS - 1 : -1])
 
 

@@ -163,8 +163,7 @@ def test_llava_next_by_callbacks(return_dict):
         drop_prefix=1,
     )
     model = MultimodalModel(
-        encoders={"vision": encoder},
-        language_model=causal_lm(native, MistralForCausalLM, native.model.language_model),
+        encoders={"vision": encoder}, language_model=causal_lm(native, MistralForCausalLM, native.model.language_model)
     ).eval()
     image_processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": 8},

@@ -7,13 +7,7 @@ import torch
 from helpers import needs_5_23
 from hooks import METHODS
 from torch.utils import _device, _python_dispatch
-from transformers import (
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    modeling_utils,
-)
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
 from transformers.generation import utils as generation_utils
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.utils import chat_template_utils, generic

@@ -103,7 +103,4 @@ def test_counts_are_declared_with_the_callbacks_arguments():
 
 def test_empty_places_are_left_out():
     found = check_callbacks_storable({SLOTS[0]: None, SLOTS[1]: keep, SLOTS[2]: Gain(1)}, "vision")
-    assert found == {
-        SLOTS[1]: {"name": "keep", "arguments": {}},
-        SLOTS[2]: {"name": "gain", "arguments": {"size": 1}},
-    }
+    assert found == {SLOTS[1]: {"name": "keep", "arguments": {}}, SLOTS[2]: {"name": "gain", "arguments": {"size": 1}}}

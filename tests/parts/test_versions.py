@@ -123,11 +123,7 @@ def test_the_signature_names_caches_as_this_version_does(composed):
 
 @pytest.mark.parametrize(
     ("owner", "table"),
-    [
-        (GenerationMixin, "GENERATION_HOOKS"),
-        (PreTrainedModel, "MODEL_HOOKS"),
-        (ProcessorMixin, "PROCESSOR_HOOKS"),
-    ],
+    [(GenerationMixin, "GENERATION_HOOKS"), (PreTrainedModel, "MODEL_HOOKS"), (ProcessorMixin, "PROCESSOR_HOOKS")],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_a_hook_that_is_gone_stops_everything(owner, table):

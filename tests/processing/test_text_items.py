@@ -6,15 +6,7 @@ import torch
 from helpers import compose_tiny
 from own_memory import check_comes_back
 from shrunk import built, shrunk
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    BertConfig,
-    BertModel,
-    EsmTokenizer,
-    MPNetConfig,
-    XLMRobertaConfig,
-)
+from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, EsmTokenizer, MPNetConfig, XLMRobertaConfig
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from cornstarch_hf.processing.subprocessors import position_limit, run_tokenizer

@@ -7,11 +7,7 @@ import torch
 from films import WHOLE, film
 from helpers import compose_tiny
 from PIL import Image
-from transformers import (
-    ProcessorMixin,
-    VideoMAEImageProcessorPil,
-    VivitImageProcessor,
-)
+from transformers import ProcessorMixin, VideoMAEImageProcessorPil, VivitImageProcessor
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, compose, limits
 from cornstarch_hf.processing.media import flatten

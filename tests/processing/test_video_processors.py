@@ -14,14 +14,7 @@ from transformers import AutoProcessor, VideoMAEConfig, VideoMAEModel
 from transformers.utils import is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
-from cornstarch_hf import (
-    ModalEncoderModule,
-    MultimodalCollator,
-    MultimodalModel,
-    MultimodalProcessor,
-    compose,
-    limits,
-)
+from cornstarch_hf import ModalEncoderModule, MultimodalCollator, MultimodalModel, MultimodalProcessor, compose, limits
 from cornstarch_hf.processing.subprocessors import build_subprocessor, describe_subprocessor
 from cornstarch_hf.processing.video_processors import is_video_processor, run_video_processor
 

@@ -205,9 +205,7 @@ REFUSED = {
     "xlstm": "forward has no `attention_mask`",
 }  # fmt: skip
 # model_type -> words of the error that transformers itself raises when it is built
-UNBUILT = {
-    "gemma4_assistant": "hidden_size_per_layer_input must be 0, got 256",
-}
+UNBUILT = {"gemma4_assistant": "hidden_size_per_layer_input must be 0, got 256"}
 if Version(transformers.__version__) < Version("5.24"):
     UNBUILT["gemma4_unified_assistant"] = "The set of layer types producing a cache is different"
 else:

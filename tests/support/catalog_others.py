@@ -286,10 +286,7 @@ MUSE = {"patch_sizes": (4, 2), "hidden_sizes": (8, 16), "depths": (1, 1), "num_h
 VIBEVOICE = {"hidden_size": 16, "num_filters": 4, "downsampling_ratios": (2, 4), "depths": (1, 1, 1)}
 FASTCONFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "num_key_value_heads": 4, "num_mel_bins": 8}  # fmt: skip
-DIARIZATION = {
-    "audio_config": FASTCONFORMER,
-    "head_config": {"hidden_size": 16, "audio_hidden_size": 32},
-}
+DIARIZATION = {"audio_config": FASTCONFORMER, "head_config": {"hidden_size": 16, "audio_hidden_size": 32}}
 NEMOTRON = {"asr_config": FASTCONFORMER, "diarization_config": {"model_type": "nemotron3_diarization"} | DIARIZATION}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 T5GEMMA2 = {"text_config": SMALL | {"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8, "dropout_rate": 0.0},

@@ -38,10 +38,7 @@ def one_row(inputs) -> Inputs:
 def tokens_of_images(i: int) -> Inputs:
     """Squares of pixels, each of which becomes one feature, with their grid (Inkling 2)."""
     rows, columns = (n // 2 for n in PLANES[i % len(PLANES)])
-    return {
-        "pixel_values": floats(i, rows * columns, 16, 16, 3),
-        "image_grid_thw": torch.tensor([(1, rows, columns)]),
-    }
+    return {"pixel_values": floats(i, rows * columns, 16, 16, 3), "image_grid_thw": torch.tensor([(1, rows, columns)])}
 
 
 def clip(frames: int):
@@ -87,9 +84,7 @@ MORE: dict[str, Case] = {
         padding={"pixel_position_ids": -1},
     ),
     "Inkling2VisionModel": Case(
-        tokens_of_images,
-        {"posemb_grid_size": 4, "projection_hidden_dim": 48, "text_hidden_size": 40},
-        join="packed",
+        tokens_of_images, {"posemb_grid_size": 4, "projection_hidden_dim": 48, "text_hidden_size": 40}, join="packed"
     ),
     "MllamaVisionModel": Case(
         tiles,

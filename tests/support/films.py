@@ -1,14 +1,7 @@
 """Tiny encoders of videos, and videos for them."""
 
 import numpy as np
-from transformers import (
-    TimesformerConfig,
-    TimesformerModel,
-    VideoMAEConfig,
-    VideoMAEModel,
-    VJEPA2Config,
-    VJEPA2Model,
-)
+from transformers import TimesformerConfig, TimesformerModel, VideoMAEConfig, VideoMAEModel, VJEPA2Config, VJEPA2Model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}
 

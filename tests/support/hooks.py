@@ -1,10 +1,6 @@
 """Methods of transformers that composed models replace, with the parameters that they must have."""
 
-from transformers import (
-    GenerationMixin,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import GenerationMixin, PreTrainedModel, ProcessorMixin
 
 from cornstarch_hf.parts.versions import CACHE
 

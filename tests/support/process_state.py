@@ -38,10 +38,7 @@ def process_state():
     }
     state |= {name: tuple(getattr(modules, name)) for name in HOOKS}
     state |= {name: getattr(_python_dispatch, name) for name in vars(_python_dispatch) if name.startswith("_is_in")}
-    state |= {
-        "device": _device.CURRENT_DEVICE,
-        "dtype": torch.get_default_dtype(),
-    }
+    state |= {"device": _device.CURRENT_DEVICE, "dtype": torch.get_default_dtype()}
     return state
 
 

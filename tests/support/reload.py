@@ -8,12 +8,7 @@ import sys
 
 import torch
 from own_memory import own_memory, weights
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 import cornstarch_hf
 

@@ -10,8 +10,7 @@ from cornstarch_hf.training.collator import PlacedItem, inputs_within, place_ite
 TOKEN_IDS = {"vision": 9, "audio": 8}
 PARTS = st.lists(
     st.one_of(
-        st.integers(1, 4).map(lambda n: ("text", n)),
-        st.tuples(st.sampled_from(["vision", "audio"]), st.integers(0, 5)),
+        st.integers(1, 4).map(lambda n: ("text", n)), st.tuples(st.sampled_from(["vision", "audio"]), st.integers(0, 5))
     ),
     max_size=8,
 )
