@@ -120,7 +120,7 @@ def _note_commit(origin: dict[str, Any] | None, spec: Mapping[str, Any], loading
     """Write into an origin which revision was asked for and which commit that was (in place); asks nothing of the Hub."""
     if origin is None or not isinstance(spec["model"], str):
         return
-    where = {key: loading[key] for key in ("cache_dir",) if key in loading}  # of loading, what tells where the cache is
+    where = {key: loading[key] for key in ("cache_dir",) if key in loading}  # what says where the cache is
     requested = spec.get("revision")
     try:  # what was just loaded is in the cache
         commit = resolve_revision(origin["repo_id"], revision=requested, local_files_only=True, **where).resolved

@@ -141,7 +141,6 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
         check_part_dtypes(kwargs.get("part_dtypes"))
         check_names(kwargs.get("frozen") or [], "frozen")
-        # Taken out: the base class would keep them as attributes, unread.
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
         kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
@@ -163,8 +162,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
                 setattr(self, key, None)
         self.origins = check_origins(getattr(self, "origins", None))
         apply_implementations(self, stored)
-        # Last, for setting it hands it on to every part.
-        for key, value in implementations.items():
+        for key, value in implementations.items():  # last: setting it hands it on to every part
             if value is not None:
                 setattr(self, f"_{key}", value)
 

@@ -126,7 +126,7 @@ def _projection_options(projection_type: str, given: dict[str, Any] | None, kwar
         raise TypeError(
             f"The {projection_type!r} projector takes no {unknown or sorted(surplus)}, expected some of {known}."
         )
-    # so a reduction refuses bad sizes before it is built
+    # A reduction refuses bad sizes here, before it is built.
     check = getattr(PROJECTORS.get(projection_type), "check_options", None)
     if check is not None:
         check(**{key: value for key, value in options.items() if key not in _FIELDS})
@@ -136,7 +136,7 @@ def _projection_options(projection_type: str, given: dict[str, Any] | None, kwar
 def text_width(config: PreTrainedConfig) -> int:
     """Hidden size of a language model's input embeddings (ValueError if its configuration tells none)."""
     text = config.get_text_config()
-    # some models embed in another width than their layers have
+    # Some models embed in another width than their layers have.
     width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(f"{type(config).__name__} has no hidden_size, so the projector's out_features must be given.")

@@ -240,7 +240,7 @@ class MultimodalModel(
         for name in self.config.encoders:
             kind = self.config.modality(name)["kind"]
             alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
-            # another encoder may have the kind as its name
+            # Another encoder may have the kind as its name.
             alone = alone and (kind == name or kind not in self.config.encoders)
             setattr(output, f"{kind if alone else name}_outputs", outputs.get(name))
 

@@ -89,7 +89,7 @@ def weight_files_of(files: CheckpointFiles, component: str) -> dict[str, Entry]:
                 f"weights, embed=[{component!r}]."
             )
         with open(index, encoding="utf-8") as file:
-            # as text: nothing but names of shards is taken from it
+            # Read as text: nothing but names of shards is taken from it.
             names = [INDEX, *sorted(set(re.findall(SHARD_OF_MODEL, file.read())))]
     return describe_files({name: str(path) for name, path in files.find_all(names).items()})
 

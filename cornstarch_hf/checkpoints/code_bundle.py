@@ -23,7 +23,7 @@ from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from .code_folder import SIDES, own_modules, read_entry, write_code
 from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
 
-# modules that import all that each checkpoint needs
+# They import all that each checkpoint needs.
 ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector")
 NEEDS = frozenset().union(*THIN.values(), *OPTIONAL.values())  # all words by which a checkpoint asks for more than that
 _HOMES = {

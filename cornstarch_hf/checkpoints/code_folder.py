@@ -55,7 +55,7 @@ def read_entry(folder: str | os.PathLike) -> dict:
     path = Path(folder) / f"{CODE_ENTRY}.py"
     if not path.is_file():
         return {}
-    # parsed and not run: nobody has said yet that it can be trusted
+    # Parsed and not run: nobody has said yet that it can be trusted.
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARRIES":
             found = ast.literal_eval(node.value)

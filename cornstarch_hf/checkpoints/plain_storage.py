@@ -110,7 +110,7 @@ class ModelStorage(SharedCode, PreTrainedModel):
     ):
         """As in transformers; sizes of files are compared with those that were saved, with `verify` their hashes."""
         source = pretrained_model_name_or_path
-        # before the configuration is read, which may name its classes
+        # Before the configuration is read, which may name the user's classes.
         options = with_shared_code(source, cls._load_options(kwargs))
         wants_info = options.pop("output_loading_info", False)
         plan = plan_load(cls, source, options, bases, verify, wants_info)

@@ -55,7 +55,7 @@ def split_by_base(
     for component in referenced:
         part = model.get_submodule(part_path(component))
         base = read_base(component, _known_origin(model, component, bases), _dtype_of(part), options)
-        # tensors that the model still has
+        # Of the base's tensors those that the model still has, by the model's names.
         names = {key: name for key in base.tensors if (name := _name_in_model(model, component, key)) in groups}
         found[component] = names, base
         provided |= {name: base.tensors[key] for key, name in names.items()}
@@ -74,7 +74,7 @@ def _sources(
     """The names that bases provide, and those that are stored: of tensors with several names all go one way."""
     taken: set[str] = set()
     stored: list[str] = []
-    # each group once, whichever name leads to it
+    # Each group once: all names of a tensor lead to the same list.
     for names in {id(names): names for names in groups.values()}.values():
         offered = {name for name in names if name in provided}
         if offered and offered <= same:  # unchanged, under all names that the base knows
@@ -88,7 +88,7 @@ def _sources(
 def _same_tensors(model: nn.Module) -> dict[str, list[str]]:
     """Names of all saved tensors, each with all names of the same tensor."""
     groups: dict[int, list[str]] = {}
-    # without it a tensor is another object under each name
+    # Without `keep_vars` a tensor would be another object under each of its names.
     for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or set()

@@ -209,7 +209,7 @@ class CodeFiles:
                 lines = self._relative(node, path)
                 if lines is not None:
                     edits.append((node, lines))
-        # from the end, so that line numbers before stay right
+        # From the end, so that the numbers of lines before stay right.
         for node, lines in sorted(edits, key=lambda edit: -edit[0].lineno):
             text = _replaced(text, node, lines, path)
         _check_seen(text, path)

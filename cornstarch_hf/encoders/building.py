@@ -49,7 +49,7 @@ def complete_projector(
             f"{name}: the configuration of {type(unwrapped(encoder.module)).__name__} does not tell the width of its "
             "features: give projector=MultimodalProjector(MultimodalProjectorConfig(in_features=...))."
         )
-    # built below: a projection that was brought along keeps its own device and dtype
+    # One that is built below gets the encoder's device and dtype; one that was brought along keeps its own.
     fresh = projector.projection is None
     # Features of pictures lie in a plane: a reduction that takes `dims` works over height and width there.
     projector.complete(known, width, dims=2 if encoder.kind in PLANE_KINDS else 1)
@@ -84,7 +84,7 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
         the width, and whether it is certain: a configuration may speak of another one.
     """
     inner = unwrapped(encoder.module)
-    # else a field or a layout of the user's choice, of which the configuration says nothing
+    # Of a field or a layout of the user's choice the configuration says nothing.
     usual = encoder.selection.output is None and encoder.selection.data_format is None
     if usual and width_is_configured(inner.config, encoder.selection.layer):
         return encoder.feature_width(), True

@@ -63,7 +63,7 @@ class CountCache:
 
 def key_of(name: str, inputs: Mapping[str, Any]) -> tuple:
     """What an item's count depends on: of floating-point inputs the shape, of others all."""
-    # whatever the order of the keywords
+    # Sorted, for the order of the keywords makes no difference.
     return name, *sorted((key, _signature(value)) for key, value in inputs.items())
 
 
@@ -112,7 +112,7 @@ class FeatureCounter:
         self._few_layers: dict[str, bool | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # the lock, the counts and the probes are made anew where it arrives
+        # The lock, the counts and the probes are made anew where it arrives.
         return {"config": self.config, "own": self.own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class FeatureCounter:
         holds = not entry["output"] and (entry["layer"] == -1 or known.count_layers == ALL)
         if known.count is None or not holds or (dropped and packed_sizes(inputs)):
             return None  # packed features have no prefix to drop, as a run says
-        # of videos as frames: (frames, channels, height, width)
+        # A video for an encoder of images is (frames, channels, height, width): the rule counts for one frame.
         items, frames = frames_as_items(inputs, name) if by_frame else (inputs, [1])
         count = known.count(items, encoder_config)
         if count is None:

@@ -81,9 +81,9 @@ def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
     if isinstance(size, int):
         size = (size, size)
     own = [(int(size[0]), int(size[1]))] if isinstance(size, (list, tuple)) and len(size) == 2 and all(size) else []
-    # what divides into whole patches, merged squares and windows
+    # What divides into whole patches, merged squares and windows.
     unit = 2 * _patch(config) * first_positive_setting(config, "spatial_merge_size", "window_size", default=1)
-    # not only squares: axes of one length cannot be told apart
+    # Not only squares: axes of one length cannot be told apart.
     usual = [(224, 224), (256, 192), (64, 64), (4 * unit, 2 * unit), (512, 512), (384, 384)]
     return own + [sides for sides in usual if sides not in own]
 
@@ -157,7 +157,7 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
         "subsampling_conv_channels",  # Gemma 4, whose convolutions leave as many channels as there were bins
     )
     bins = list(dict.fromkeys((first_positive_setting(config, *attributes, default=default), default, 128, 64)))
-    # Whisper's convolutions halve the frames
+    # Whisper's convolutions halve the frames, so its window has twice as many as it has positions.
     window = 2 * first_positive_setting(config, "max_source_positions", default=512)
     for mels in bins:
         for frames in dict.fromkeys((window, 1024, 3000, 800)):
@@ -170,7 +170,7 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
 
 def _ids(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     for length in (16, 24):
-        # no usual id of padding, so that every position counts
+        # No usual id of padding, so that every position counts.
         token = min(5, first_positive_setting(config, "vocab_size", default=6) - 1)
         yield {"input_ids": torch.full((1, length), token)}
 
@@ -225,7 +225,7 @@ def _companions(inputs: Inputs, key: str, config: PreTrainedConfig) -> Inputs:
     x = inputs.get(key)
     if x is None:
         return {}
-    # packed spectra, (mel bins, frames)
+    # Packed spectra are (mel bins, frames), all else has its positions second.
     length = x.shape[-1] if key == "input_features" and x.ndim == 2 else x.shape[1]
     ones = torch.ones(1, length, dtype=torch.long)
     return {

@@ -174,7 +174,7 @@ def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:
     channels = getattr(config, "num_channels", None) or getattr(config, "in_chans", None) or 3
     # (items, frames, channels, height, width), or with the channels before the frames
     frames = pixels.shape[1] if pixels.shape[2] == channels else pixels.shape[2]
-    # frames that one patch takes in
+    # How many frames one patch takes in.
     tube = getattr(config, "tubelet_size", None) or getattr(config, "temporal_patch_size", None) or 1
     return (frames // int(tube[0] if isinstance(tube, (list, tuple)) else tube), *plane)
 
@@ -286,5 +286,5 @@ def frame_grids(
     per_frame = [length // count for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
     planes = grid_of(rows, per_frame)  # (height, width) of each frame
     starts = [sum(counts[:i]) for i in range(len(counts))]
-    # all frames of an item have the size of its first one
+    # All frames of an item have the size of its first one.
     return [(count, *planes[start]) for start, count in zip(starts, counts, strict=True)]

@@ -246,7 +246,7 @@ class ModalEncoderModule(nn.Module):
         wanted["return_dict"] = True
         if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
             wanted["use_cache"] = False  # a frozen encoder does not know that this is training
-        # what this class does not take would raise
+        # A class that does not take one of these would raise.
         wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())

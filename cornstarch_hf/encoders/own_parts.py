@@ -106,7 +106,7 @@ def settle_registered(config: MultimodalConfig, own: OwnParts) -> None:
         ValueError: a callback is still not registered; names the remedy.
     """
     callbacks = config.modality(own.name)["callbacks"] | check_callbacks_storable({**own.callbacks}, own.name)
-    # in the order in which they run
+    # In the order in which they run.
     config.modality(own.name)["callbacks"] = {slot: callbacks[slot] for slot in SLOTS if slot in callbacks}
     if own.projector is not None:
         _describe_projector(config, own.name, own.projector)

@@ -68,7 +68,7 @@ class PrecomputedFeatures(PreTrainedModel):
             hub = {key: kwargs[key] for key in keys if kwargs.get(key) is not None}
             config = PrecomputedFeaturesConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
         model = cls(config).eval()
-        # nothing was read, so nothing can be missing
+        # Nothing was read, so nothing can be missing.
         info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
         return (model, {key: set(value) for key, value in info.items()}) if output_loading_info else model
 

@@ -20,7 +20,7 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
     Raises:
         ValueError: an unknown class, callback, projector or encoder type.
     """
-    # first: a type that was registered for saving must be registered here too
+    # First: a type that was registered when this was saved must be registered here too.
     check_facts_registered(config.encoder_types)
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
     cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)

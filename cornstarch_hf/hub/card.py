@@ -215,7 +215,7 @@ def picture(model: Any, origins: Mapping[str, Mapping[str, Any]]) -> Markup:
     nodes = {"in text": ["text"], "merge": ["embeddings in order"], "text": text, "out": ["text"]}
     edges = [("in text", "merge"), ("merge", "text"), ("text", "out")]
     for name, encoder in model.encoders.items():
-        # encoders that share their items hang on one input
+        # Encoders that share their items hang on one input.
         group = next((group for group in model.config.share_inputs if name in group), [name])
         nodes.setdefault(f"in {group}", [encoder.kind])
         nodes[f"encoder {name}"] = component(f"{name}_encoder", parts[f"{name}_encoder.module"].class_name)

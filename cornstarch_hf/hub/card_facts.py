@@ -324,7 +324,7 @@ def own_parts(model: Any) -> dict[str, Any]:
             found[f"the projection {projection!r}"] = PROJECTORS[projection]
         for callback in filter(None, encoder.callbacks.values()):
             target = getattr(callback, "func", callback)  # of a functools.partial
-            # an object that can be called: its class is what was registered
+            # Of an object that can be called its class was registered.
             target = target if CALLBACKS.name_of(target) else type(target)
             if registered := CALLBACKS.name_of(target):
                 found[f"the callback {registered!r}"] = target

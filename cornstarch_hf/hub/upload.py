@@ -133,7 +133,7 @@ def check_no_secrets(folder: str | os.PathLike, names: list[str], token: str | b
     # Longer places first, so that the message names the whole of one; "/" alone would be in every text.
     inside = "|".join(re.escape(place) for place in sorted(_places(folder), key=len, reverse=True) if len(place) > 1)
     path = re.compile(rf"(?<![\w.])({inside})(?![\w.-])")  # whole names: /home/ann does not stand in /home/anna
-    # a short one would be found by chance
+    # A short one would be found by chance.
     secrets = {text for text in (token, get_token()) if isinstance(text, str) and len(text) > 8}
     for name in names:
         data = b"\0" if name.endswith(_BINARY) else Path(folder, name).read_bytes()  # counts as binary below

@@ -58,7 +58,7 @@ def assistant_spans(
             break  # what bookends could not tell apart is not to be guessed without them
         try:
             turns = _Turns(messages, template, variables, around)
-            # the template writes something else because of them: they tell nothing
+            # Where the template writes something else because of the bookends, they tell nothing.
             if turns.plain(turns.whole) != text:
                 continue
             undisturbed = True

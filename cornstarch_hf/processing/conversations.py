@@ -202,7 +202,7 @@ def _with_reasoning(message: Any) -> dict[str, Any]:
         raise TypeError(f"A message must be a dict, got {type(message).__name__}.")
     fields = getattr(chat_template_utils, "_REASONING_FIELDS", ())
     found = next((message[key] for key in fields if message.get(key) is not None), None)
-    # a message's own `thinking` wins
+    # A message's own `thinking` wins.
     return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 

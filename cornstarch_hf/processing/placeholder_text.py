@@ -118,7 +118,7 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
         one dict per text with ``input_ids``, perhaps ``token_type_ids``, ``offset_mapping``, ``assistant_masks``.
     """
     turns: Sequence[Spans] = [[] for _ in texts] if spans is None else spans
-    # by which tokens are told to lie in a span
+    # Offsets tell which tokens lie in a span.
     asked = options | ({} if spans is None else {"return_offsets_mapping": True})
     rows: dict[int, dict[str, list]] = {}
     # Texts as a whole, all in one call, where nothing was typed and no token reaches over the end of a span; else pieces.

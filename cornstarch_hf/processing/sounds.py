@@ -71,7 +71,7 @@ def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
     seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
     if seconds is not None and rate:
         channels = getattr(header, "num_channels", None) or 1
-        # a header may claim an endless sound
+        # A header may claim an endless sound, which is no integer.
         check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
 
 
