@@ -92,6 +92,7 @@ def compose(
     common = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     common = {key: value for key, value in common.items() if value is not None}
     text_loading = loading | ({"revision": revision} if revision else {})
+    # What needs no weights comes first: a missing tokenizer or a misspelt key is told before anything large is loaded.
     tokenizer = _tokenizer(language_model, tokenizer, text_loading)
     specs = {name: _spec(name, value) for name, value in encoders.items()}
     fields = dict(projector) if isinstance(projector, Mapping) else {"projection_type": projector}
@@ -100,7 +101,7 @@ def compose(
         modules[name] = _encoder(name, spec, fields, loading, common)
         _note_commit(modules[name].origin, spec, loading)
         found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name], loading)
-    source = language_model
+    source = language_model  # kept for `_note_commit`: below this becomes the live model
     if isinstance(language_model, (str, os.PathLike)):
         language_model = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
     check_encoders(modules, language_model)
@@ -110,7 +111,7 @@ def compose(
     if tokenizer.padding_side != "left":  # what decoder-only generation needs; the processor copies it
         tokenizer = _left_padded(tokenizer)
     processor = MultimodalProcessor(tokenizer, found, model=model, tokens=tokens, chat_template=chat_template)
-    if freeze:
+    if freeze:  # last: a name may mean a projector, which composing makes
         model.freeze(*([freeze] if isinstance(freeze, str) else freeze))
     return model.eval(), processor
 
@@ -119,12 +120,12 @@ def _note_commit(origin: dict[str, Any] | None, spec: Mapping[str, Any], loading
     """Write into an origin which revision was asked for and which commit that was (in place); asks nothing of the Hub."""
     if origin is None or not isinstance(spec["model"], str):
         return
-    where = {key: loading[key] for key in ("cache_dir",) if key in loading}
+    where = {key: loading[key] for key in ("cache_dir",) if key in loading}  # what says where the cache is
     requested = spec.get("revision")
     try:  # what was just loaded is in the cache
         commit = resolve_revision(origin["repo_id"], revision=requested, local_files_only=True, **where).resolved
     except (OSError, RevisionResolutionError):
-        commit = None
+        commit = None  # whoever needs the commit asks for it then
     origin |= {"requested_revision": requested, "revision": commit, "subfolder": spec.get("subfolder") or ""}
 
 
@@ -151,6 +152,7 @@ def _encoder(name: str, spec: dict, fields: dict, loading: dict, common: dict) -
         encoder = source
     else:
         if isinstance(source, (str, os.PathLike)):
+            # What an encoder says of itself wins over what the call says of all.
             own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
             source = AutoModel.from_pretrained(source, **{**loading, **common, **own})
         elif not isinstance(source, PreTrainedModel) and not is_wrapped(source):
@@ -160,7 +162,7 @@ def _encoder(name: str, spec: dict, fields: dict, loading: dict, common: dict) -
         encoder = ModalEncoderModule(source, given if isinstance(given, MultimodalProjector) else None, **options)
         if given is not None and not isinstance(given, MultimodalProjector):
             fields = dict(given) if isinstance(given, Mapping) else {"projection_type": given}
-    if encoder.projector is None:
+    if encoder.projector is None:  # its sizes are filled in when the model is composed
         encoder.projector = MultimodalProjector(MultimodalProjectorConfig(**fields))
     return encoder
 
@@ -170,7 +172,7 @@ def _tokenizer(language_model: Source, tokenizer: Any, loading: dict) -> PreTrai
         return tokenizer
     source = tokenizer if tokenizer is not None else language_model
     if not isinstance(source, (str, os.PathLike)):
-        source = getattr(language_model, "name_or_path", None)
+        source = getattr(language_model, "name_or_path", None)  # where it was loaded from
         if not source:
             raise ValueError("The language model is a live object that was not loaded from anywhere: pass tokenizer=.")
     return AutoTokenizer.from_pretrained(source, **loading)
@@ -180,7 +182,7 @@ def _processor(name: str, spec: dict, encoder: ModalEncoderModule, loading: dict
     kind, given = encoder.kind, spec.get("processor")
     own_kind = default_processor(kind, unwrapped(encoder.module).config)
     if given is None and own_kind is not None:
-        return own_kind
+        return own_kind  # of this package, for items that transformers has no processor for
     if given is not None and not isinstance(given, (str, os.PathLike)):
         return given
     source = given if given is not None else spec["model"]
@@ -193,6 +195,7 @@ def _processor(name: str, spec: dict, encoder: ModalEncoderModule, loading: dict
                 f"{name}: the encoder is a live object that was not loaded from anywhere: pass its processor, "
                 f"encoders={{{name!r}: {{'model': ..., 'processor': ...}}}}."
             )
+    # Processors have no dtype and no attention.
     own = {key: spec[key] for key in ("revision", "subfolder") if spec.get(key) is not None}
     if kind == "video":
         return _video_processor(source, {**loading, **own}, packs_frames(encoder.module))

@@ -36,6 +36,7 @@ def compose_config(
         TypeError: a part is of the wrong type.
         ValueError: names, widths, shared weights, or a language model that cannot be used.
     """
+    # Refusals first: from `separate_configs` on the live parts are changed.
     check_language_model(language_model)
     check_encoders(encoders, language_model)
     separate_configs(encoders, language_model)
@@ -53,10 +54,11 @@ def compose_config(
         {name: encoder.kind for name, encoder in encoders.items()},
         forward_parameters(text),
     )
+    # Names depend on all encoders at once, so they come when every entry is there.
     for name in encoders:
         values[f"{name}_modality"]["input_names"] = names[name]
     config = MultimodalConfig(text_config=text.config, encoders=list(encoders), **values)
-    if language_model_class(text.config) is not type(text):
+    if language_model_class(text.config) is not type(text):  # else the configuration alone tells the class
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
@@ -96,6 +98,7 @@ def separate_configs(encoders: Mapping[str, ModalEncoderModule], language_model:
         old = unwrapped(encoder.module).config
         if id(old) in seen:
             new = copy.deepcopy(old)
+            # Every layer holds the same configuration object, and each must see the new one.
             for module in encoder.module.modules():
                 if getattr(module, "config", None) is old:
                     setattr(module, "config", new)  # noqa: B010
@@ -180,7 +183,7 @@ def features_per_item(model: Any, name: str) -> str:
     """How many features one item gives, where the encoder's configuration fixes it, else a note."""
     encoder = model.encoders[name]
     item = typical_item(unwrapped(encoder.module).config, encoder.kind)
-    if item is None or encoder.additional_args or any(encoder.callbacks.values()):
+    if item is None or encoder.additional_args or any(encoder.callbacks.values()):  # callbacks may change any number
         return "depends on the item"
     try:
         return str(FeatureCounter(model.config, model.encoders).count(name, item))

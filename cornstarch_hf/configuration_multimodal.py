@@ -27,8 +27,9 @@ from .parts.registries import last_definition
 from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
 
 MEDIA_KINDS = ("image", "video", "audio")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # rises when older versions could no longer read what is saved
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
+# Arguments and attributes of models, processors and trainers, which an encoder of that name would hide.
 RESERVED_NAMES = frozenset(
     [
         *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs"),
@@ -133,7 +134,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             raise ValueError(f"encoders must be a list of names, got {encoders!r:.100}.")
         names = list(encoders or [])
         validate_encoder_names(names)
-        if not _checked.get():
+        if not _checked.get():  # `from_dict` has looked at all of them
             check_values({key: value for key, value in kwargs.items() if isinstance(value, dict)}, type(self).__name__)
             check_values({"text_config": text_config if isinstance(text_config, dict) else None}, type(self).__name__)
         check_types(kwargs, _TYPES, type(self).__name__)
@@ -148,7 +149,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         super().__init__(**kwargs)
         self.cornstarch_format = cornstarch_format
         self.encoders = names
-        shared = carries_code(kwargs.get("auto_map"))
+        shared = carries_code(kwargs.get("auto_map"))  # unknown classes may then come with its code
         self.text_config = _as_config(text_config, "text_config", shared) if text_config is not None else None
         for name in names:
             self._add_encoder(name, parts, kwargs.get("auto_map") if shared else None)
@@ -161,7 +162,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
                 setattr(self, key, None)
         self.origins = check_origins(getattr(self, "origins", None))
         apply_implementations(self, stored)
-        for key, value in implementations.items():
+        for key, value in implementations.items():  # last: setting it hands it on to every part
             if value is not None:
                 setattr(self, f"_{key}", value)
 
@@ -182,7 +183,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         projector = parts[f"{name}_projector_config"]
         if isinstance(projector, dict):
             projector = MultimodalProjectorConfig.from_dict(projector | ({"auto_map": auto_map} if auto_map else {}))
-            projector.__dict__.pop("auto_map", None)
+            projector.__dict__.pop("auto_map", None)  # it was only to say that the type may be defined by that code
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
         setattr(self, f"{name}_projector_config", projector)
@@ -236,7 +237,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     def __getattr__(self, key: str):
         # `image_token_id`, `vision_token_id`: what clients and chunked prefill read, derived from the entries.
         if key.endswith(("_token_id", "_token_index")) and not key.startswith("_"):
-            names = self.__dict__.get("encoders") or []
+            names = self.__dict__.get("encoders") or []  # while it is being made or unpickled there are none
             label = key.removesuffix("_token_index").removesuffix("_token_id")
             found = [label] if label in names else [n for n in names if self.modality(n)["kind"] == label]
             if len(found) == 1:
@@ -278,7 +279,7 @@ def _as_config(value, key: str, shared: bool = False) -> PreTrainedConfig:
         cls = config_class_of(value["model_type"], key)
     except ValueError:
         if shared:
-            return SharedConfig(stored=dict(value))
+            return SharedConfig(stored=dict(value))  # until the code has run, see `with_shared_parts`
         raise
     # What `from_dict` does besides is to write the values out for the log.
     plain = cls.from_dict.__func__ is PreTrainedConfig.from_dict.__func__
@@ -301,6 +302,7 @@ def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConf
     """The configuration class of a `model_type`: transformers' own, else one that is imported already (ValueError)."""
     if model_type in CONFIG_MAPPING:
         return CONFIG_MAPPING[model_type]
+    # A class counts by its own `model_type`, not by one that it inherits.
     named = {c for c in subclasses_of(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
     found = last_definition(list(named))
     if len(found) != 1:
@@ -322,7 +324,7 @@ def _modality_entry(name: str, values) -> dict[str, Any]:
             f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "
             "written by a newer version needs that version."
         )
-    entry = {key: _copied(value) for key, value in MODALITY_DEFAULTS.items()} | values
+    entry = {key: _copied(value) for key, value in MODALITY_DEFAULTS.items()} | values  # so that no two share a list
     if not isinstance(entry["drop_prefix"], int) or entry["drop_prefix"] < 0:
         raise ValueError(f"{name}: drop_prefix must be a number of tokens >= 0, got {entry['drop_prefix']!r}.")
     layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]

@@ -64,7 +64,7 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         # A type that a checkpoint's own code defines is looked up when the projection is built.
         known = projection_type == CUSTOM_PROJECTION or projection_type in BUILT_IN_PROJECTIONS
         if not known and not carries_code(kwargs.get("auto_map")):
-            PROJECTORS[projection_type]
+            PROJECTORS[projection_type]  # raises for an unknown one, with those that are known
         if activation not in ACT2CLS:
             raise ValueError(f"Unknown activation {activation!r}, expected one of {sorted(ACT2CLS)}.")
         for name, size in (("in_features", in_features), ("out_features", out_features)):
@@ -75,6 +75,7 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         self.projection_kwargs = _projection_options(projection_type, projection_kwargs, kwargs)
         self.in_features = in_features if encoder_config is None else in_features or feature_width(encoder_config)
         self.out_features = out_features if text_config is None else out_features or text_width(text_config)
+        # The stored names are taken out in any case: the base class is not to see them.
         self.encoder_model_type = getattr(encoder_config, "model_type", kwargs.pop("encoder_model_type", None))
         self.language_model_type = getattr(text_config, "model_type", kwargs.pop("language_model_type", None))
         super().__init__(**kwargs)
@@ -103,6 +104,7 @@ def options_of(projection_type: str, names: tuple[str, ...]) -> set[str]:
         return set()
     parameters = inspect.signature(PROJECTORS[projection_type]).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        # It takes any name, so all count that are no setting of every configuration.
         return {name for name in names if name not in _FIELDS and name not in _BASE_KEYS}
     return {name for name in names if name in parameters and name not in _FIELDS}
 
@@ -116,6 +118,7 @@ def _projection_options(projection_type: str, given: dict[str, Any] | None, kwar
         options[key] = kwargs.pop(key)
     unknown = sorted(k for k in kwargs if k not in _BASE_KEYS and not k.startswith("_"))
     surplus = set(options) - options_of(projection_type, tuple(options)) - _FIELDS
+    # What a type takes that is not known here cannot be judged.
     if unknown or (surplus and projection_type in PROJECTORS):
         known = []
         if projection_type in PROJECTORS:
@@ -123,6 +126,7 @@ def _projection_options(projection_type: str, given: dict[str, Any] | None, kwar
         raise TypeError(
             f"The {projection_type!r} projector takes no {unknown or sorted(surplus)}, expected some of {known}."
         )
+    # A reduction refuses bad sizes here, before it is built.
     check = getattr(PROJECTORS.get(projection_type), "check_options", None)
     if check is not None:
         check(**{key: value for key, value in options.items() if key not in _FIELDS})
@@ -132,6 +136,7 @@ def _projection_options(projection_type: str, given: dict[str, Any] | None, kwar
 def text_width(config: PreTrainedConfig) -> int:
     """Hidden size of a language model's input embeddings (ValueError if its configuration tells none)."""
     text = config.get_text_config()
+    # Some models embed in another width than their layers have.
     width = getattr(text, "embedding_size", None) or getattr(text, "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(f"{type(config).__name__} has no hidden_size, so the projector's out_features must be given.")
@@ -143,7 +148,7 @@ def feature_width(config: PreTrainedConfig) -> int | None:
     for name in _WIDTHS:
         width = getattr(config, name, None)
         if isinstance(width, (list, tuple)) and width:
-            width = width[-1]
+            width = width[-1]  # of the last stage
         if isinstance(width, int) and width > 0:
             return width
     return None

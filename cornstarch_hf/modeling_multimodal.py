@@ -107,24 +107,26 @@ class MultimodalModel(
             config = compose_config(encoders, language_model, init_projector_type, init_activation)
             parts: Any = (language_model, *encoders.values())
             for part in parts:
-                mark_initialized(part)
+                mark_initialized(part)  # else `post_init` would draw its weights anew
             supplied = True
         else:
             if not isinstance(config, MultimodalConfig):
                 raise TypeError(f"config must be a MultimodalConfig, got {type(config).__name__}.")
             parts = (getattr(config, key, None) for key in config.sub_configs)
+            # The configuration may come from a file: its sizes are bounded before tensors of those sizes are made.
             with bounded_tensors(*parts, config.adapters), WithoutInitializers():
                 encoders, language_model = build_parts(config)
             supplied = False
+        # A method that transformers has renamed would never be called, without a word.
         check_hooks(GenerationMixin, GENERATION_HOOKS)
         check_hooks(PreTrainedModel, MODEL_HOOKS)
         super().__init__(config)
         for name, encoder in encoders.items():
-            self.add_module(f"{name}_encoder", encoder)
+            self.add_module(f"{name}_encoder", encoder)  # in this order, by which optimizers number parameters
         self.language_model = language_model
-        self.loss_type = "ForCausalLM"
+        self.loss_type = "ForCausalLM"  # transformers would guess it from the name of the class
         self._inherit_from_language_model(supplied)
-        self.post_init()
+        self.post_init()  # when all parts are there: it gathers their tied weights
         if not supplied:
             check_built(self)
             restore_frozen(self, config.frozen)
@@ -180,8 +182,10 @@ class MultimodalModel(
                 number has been counted already.
         """
         return_dict = kwargs.pop("return_dict", None)
+        # A caller may use any of the cache's names; from here on there is one.
         kwargs = kwargs | {"cache": cache}
         cache = take_cache(kwargs)
+        # (batch, length) ids, or (batch, length, hidden) embeddings with the features in them
         merged = self._encode_and_merge(input_ids, inputs_embeds, mm_encoder_outputs, cache, kwargs)
         tokens: Any = merged.inputs_embeds if merged.input_ids is None else merged.input_ids
         check_lengths(tokens.shape[1], attention_mask, labels)
@@ -203,7 +207,7 @@ class MultimodalModel(
 
     def forward_headless(self, input_ids: Tensor | None = None, **kwargs: Any):
         """As `forward`, without the language-model head: the backbone's output with `last_hidden_state`."""
-        for key in ("labels", "logits_to_keep", "return_dict"):
+        for key in ("labels", "logits_to_keep", "return_dict"):  # without a head there are neither logits nor a loss
             kwargs.pop(key, None)
         cache = take_cache(kwargs)
         embeds, given, use_cache = (kwargs.pop(k, None) for k in ("inputs_embeds", "mm_encoder_outputs", "use_cache"))
@@ -236,6 +240,7 @@ class MultimodalModel(
         for name in self.config.encoders:
             kind = self.config.modality(name)["kind"]
             alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
+            # Another encoder may have the kind as its name.
             alone = alone and (kind == name or kind not in self.config.encoders)
             setattr(output, f"{kind if alone else name}_outputs", outputs.get(name))
 
@@ -260,8 +265,9 @@ class MultimodalModel(
             names = self.config.modality(name)["input_names"]
             inputs = {names[key]: text.pop(key) for key in names if key in text}
             inputs = {key: value for key, value in inputs.items() if value is not None}
-            if self._has_items(name, inputs):
+            if self._has_items(name, inputs):  # inputs without an item run no encoder
                 media[name] = inputs
+        # `shift_labels` are labels that were shifted already, for sequences that are split over devices.
         unknown = sorted(
             set(text) - set(text_keywords(self.language_model)) - transformers_keywords() - {"shift_labels"}
         )
@@ -280,7 +286,7 @@ class MultimodalModel(
             if left := [key for key, item in inputs.items() if isinstance(item, Tensor)]:
                 raise ValueError(f"{name}: got {left} without {main!r}, the input that its encoder needs.")
             return False
-        if value is None:
+        if value is None:  # a callback makes the main input of others
             return any(isinstance(item, Tensor) for item in inputs.values())
         return len(value) > 0
 

@@ -80,7 +80,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             raise ValueError(f"processors names {unknown}, the model has the encoders {config.encoders}.")
         tokenizer = copy.deepcopy(tokenizer)
         if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token  # batches need one; masks tell it from a real end
         self.tokens = placeholder_tokens(config, tokens or {})
         ids = add_placeholder_tokens(tokenizer, self.tokens)
         check_hooks(ProcessorMixin, PROCESSOR_HOOKS)
@@ -91,7 +91,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             name: resolve_subprocessor(p, config.modality(name)["kind"], name) for name, p in (processors or {}).items()
         }
         if model is not None:
-            model.set_modality_token_ids(ids)
+            model.set_modality_token_ids(ids)  # by which the model finds placeholders
             for name, token in self.tokens.items():
                 model.config.modality(name)["token"] = token
         self.counter = FeatureCounter(
@@ -129,7 +129,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         media = media_arguments(self.config, by_kind, encoder_inputs, kwargs)
         if kwargs:
             raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(self.config)}.")
-        tensors, lengths, samples = self._process_media(media)
+        tensors, lengths, samples = self._process_media(media)  # first: the text needs the numbers of features
         data: dict[str, Any] = {}
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
@@ -160,7 +160,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             if "items" in given:
                 items, samples[name] = flatten(given.pop("items"), entry["kind"])
                 if not items:
-                    continue
+                    continue  # there are samples, none with an item
                 output, count = self._run_subprocessor(name, items, given), len(items)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
@@ -182,7 +182,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
         entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
         masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
-        prepared = self.counter.has_preprocessing(name)
+        prepared = self.counter.has_preprocessing(name)  # then images may come as crops
         with self.lock if entry["kind"] == "text" else nullcontext():  # a tokenizer keeps the options of its last call
             return run_subprocessor(
                 self.processors[name], name, entry["kind"], items, options, config, masked, prepared
@@ -243,7 +243,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         spans: list[Any] = []
         media: list[dict[str, list]] = []
         for one in conversations:
-            messages, found = reader.read(one, template)
+            messages, found = reader.read(one, template)  # takes the media out, marks what users typed
             if return_assistant_tokens_mask:
                 text, turns = assistant_spans(messages, template, specials=self._specials(), **variables)
             else:
@@ -256,8 +256,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             if any(name in found for found in media):
                 if call.get(name) is not None:
                     raise ValueError(f"{name}: its items were given twice, in the messages and by name.")
-                call[name] = [found.get(name, []) for found in media]
-        call = self.bos_options(texts[0]) | call
+                call[name] = [found.get(name, []) for found in media]  # a list for each text
+        call = self.bos_options(texts[0]) | call  # what the caller says wins
         llm = {"text": texts} | ({"assistant_spans": spans} if return_assistant_tokens_mask else {})
         out = self(llm_inputs=llm, return_tensors=return_tensors, **call)
         return out if return_dict else out["input_ids"]
@@ -350,7 +350,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             [getattr(self.config, f"{name}_config") for name in self.config.encoders]
         )
         for name, own in self.counter.own.items():
-            if FEATURE_COUNTS.get(name) is None:
+            if FEATURE_COUNTS.get(name) is None:  # else that count is final, and no part is asked
                 settle_registered(self.config, own)
 
     @classmethod
@@ -362,7 +362,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
                 "there by processor.save_pretrained(...)."
             )
         subfolder = kwargs.pop("subfolder", "")
-        load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)
+        load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)  # defines what is named below
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))

@@ -28,6 +28,7 @@ from .finding import COMPOSITION, CONFIG, HUB_OPTIONS, INDEX, SHARD_OF_MODEL, WE
 from .manifest import Entry, check_hashes, check_sizes, describe_files, sha256_of, valid_entry
 
 logger = logging.getLogger(__name__)
+# The Hub's cache names large files by their SHA-256; small ones have names of 40 hex digits.
 _BLOB = re.compile(r"[0-9a-f]{64}")
 # What bases are loaded with, out of the caller's own options.
 _OPTIONS = tuple(key for key in HUB_OPTIONS if key != "revision")
@@ -88,6 +89,7 @@ def weight_files_of(files: CheckpointFiles, component: str) -> dict[str, Entry]:
                 f"weights, embed=[{component!r}]."
             )
         with open(index, encoding="utf-8") as file:
+            # Read as text: nothing but names of shards is taken from it.
             names = [INDEX, *sorted(set(re.findall(SHARD_OF_MODEL, file.read())))]
     return describe_files({name: str(path) for name, path in files.find_all(names).items()})
 
@@ -97,6 +99,7 @@ def part_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a part by its own names, loaded through the class that loads its repository."""
     check_files(files)
+    # Weights that the repository lacks are drawn at random: the caller's random state stays as it was.
     with base_errors_explained(component, origin), PrivateRandom():
         config = _base_config(component, files, bool(options.get("trust_remote_code")))
         if isinstance(config, MultimodalConfig):
@@ -110,7 +113,7 @@ def part_tensors(
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
-                attn_implementation="eager",
+                attn_implementation="eager",  # only weights are wanted: no other kernel need be installed
                 output_loading_info=True,
                 **files.options,
             )
@@ -149,6 +152,7 @@ def checked_entry(component: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         and all(isinstance(pattern, str) for pattern in patterns)
     )
     subfolder = str(entry.get("subfolder") or "")
+    # The subfolder must not lead out of the repository.
     if not fine or os.path.isabs(subfolder) or ".." in subfolder.split("/"):
         raise ValueError(
             f"{component}: {COMPOSITION} must name a repository, a commit of 40 hex digits, a dtype, weight files with hashes "
@@ -188,10 +192,11 @@ def check_base(component: str, entry: Mapping[str, Any], files: CheckpointFiles,
             f"be asked now. Load once while online, or give a folder: bases={{{component!r}: folder}}."
         )
     check_sizes(pinned, found.get, whose)
+    # A hash in the name of a cached file is enough, unless all files are to be read.
     unnamed = {n: e for n, e in pinned.items() if verify or _hash_by_name(str(found[n])) is None}
     for name in pinned.keys() - unnamed.keys():
         if _hash_by_name(str(found[name])) != pinned[name].sha256:
-            unnamed[name] = pinned[name]
+            unnamed[name] = pinned[name]  # the name says another hash: the file itself decides
     check_hashes(unnamed, found.get, whose)
     config = found[CONFIG]
     if config is None or sha256_of(config) != entry.get("config_sha256"):

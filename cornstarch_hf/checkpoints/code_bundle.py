@@ -23,8 +23,9 @@ from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from .code_folder import SIDES, own_modules, read_entry, write_code
 from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
 
+# They import all that each checkpoint needs.
 ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector")
-NEEDS = frozenset().union(*THIN.values(), *OPTIONAL.values())
+NEEDS = frozenset().union(*THIN.values(), *OPTIONAL.values())  # all words by which a checkpoint asks for more than that
 _HOMES = {
     "MultimodalConfig": "configuration_multimodal",
     "MultimodalProjectorConfig": "configuration_projector",
@@ -85,11 +86,12 @@ def export_code(
         return write_code(folder, target, side, None, classes)
     parts = [*parts_of(owner.config, side), *(_class_part(type(other)) for other in (owner, *others))]
     needs = needs_of(owner.config, side, others) | ({"references"} if references else set())
+    # Both sides share the code's folder: what the other one needs is kept.
     sides = {name: found for name, found in read_entry(target).get("sides", {}).items() if name != side}
     needed = needs.union(*(found.get("needs", ()) for found in sides.values()))
     carried = _collect(parts, needed)
     texts = _entry_texts(target, sides | {side: _side(carried, needs)}, side, carried)
-    if _is_users(_class_part(type(owner))):
+    if _is_users(_class_part(type(owner))):  # then Auto classes shall give the user's own subclass
         classes |= {key: type(owner).__name__ for key in classes if key != "AutoConfig"}
     return write_code(folder, target, side, texts, classes)
 
@@ -111,6 +113,7 @@ def needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
 def _has_code(owner: Any) -> bool:
     """Whether this was loaded from a checkpoint with code: it runs from there, or its configuration says so."""
     maps = [getattr(owner, "auto_map", None), getattr(owner.config, "auto_map", None)]
+    # "user/name--entry.Class" of a repository, "entry.Class" of a folder
     named = {str(ref).rpartition("--")[2].partition(".")[0] for m in maps if isinstance(m, dict) for ref in m.values()}
     return CODE_ENTRY in named
 
@@ -200,6 +203,7 @@ def _collect(parts: list[Part], needs: Collection[str]) -> _Carried:
         if not is_installed(path):
             homes[i] = files.add_file(path, f"it defines {part.name!r}")
         elif part.kind == "classes":
+            # Its readers install the package too: the entry imports it, so that its classes are known.
             packages.add(part.target.__module__)
         else:
             package = part.target.__module__.split(".")[0]
@@ -254,7 +258,7 @@ def _side(carried: _Carried, needs: Collection[str]) -> dict[str, Any]:
     side["encoder_types"] = sorted(carried.rows)
     side["rows"] = {}  # facts as Python writes them, functions as [file, name]
     for name, row in carried.rows.items():
-        if (_REGISTER["encoder_types"], name) not in known:
+        if (_REGISTER["encoder_types"], name) not in known:  # else the file registers it when it is imported
             facts, part = {fact: getattr(row, fact) for fact in row.facts}, Part("encoder_types", name, row)
             side["rows"][name] = {k: _place(part, v, carried) if callable(v) else repr(v) for k, v in facts.items()}
     for i, part in enumerate(carried.parts):
@@ -308,6 +312,7 @@ def _entry_text(carries: dict[str, Any]) -> str:
     imports += ["from .parts_registries import register_callback, register_feature_count, register_projector"]
     imports += ["from .parts_known_encoders import register_encoder_type"]
     for stem in sorted(set(carries["package"]) - _package_stems()):  # what not every checkpoint needs
+        # transformers copies only files that it finds in lines of the form `from .x import y`.
         imports.append(f"from .{stem} import __name__ as _{stem}")
     homes = {name: home for side in sides for name, home in side.get("homes", {}).items()}
     for stem in sorted({stem for side in sides for stem in side["files"]}):

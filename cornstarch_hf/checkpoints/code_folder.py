@@ -19,7 +19,7 @@ ROOT = PACKAGE if __name__.startswith(f"{PACKAGE}.") else str(__package__)
 HERE = Path(__file__).resolve().parents[__name__.removeprefix(f"{ROOT}.").count(".")]
 # A checkpoint carries these under the names of the files that they stand for; the package itself never imports them.
 THIN_FOLDER = HERE / "checkpoints" / "thin"
-SHIM = "load_with_cornstarch_hf"
+SHIM = "load_with_cornstarch_hf"  # stands for the code that is left out, and says what to install
 MODEL_MAP = {
     "AutoConfig": "MultimodalConfig",
     "AutoModel": "MultimodalModel",
@@ -55,6 +55,7 @@ def read_entry(folder: str | os.PathLike) -> dict:
     path = Path(folder) / f"{CODE_ENTRY}.py"
     if not path.is_file():
         return {}
+    # Parsed and not run: nobody has said yet that it can be trusted.
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARRIES":
             found = ast.literal_eval(node.value)
@@ -86,6 +87,7 @@ def write_code(
         values = json.loads(path.read_text(encoding="utf-8"))
         values["auto_map"] = {key: f"{entry}.{name}" for key, name in classes.items()}
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # The other side of the checkpoint may still name what this one needs no more.
     others_need = {_entry_named_in(target / name) for name, _ in SIDES.values() if name != file}
     old = read_entry(target).get("files", ())
     surplus = set(old) - set(texts) if CODE_ENTRY in texts or CODE_ENTRY not in others_need else set()
@@ -111,4 +113,4 @@ def _entry_named_in(path: Path) -> str | None:
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
-    return next((str(ref).partition(".")[0] for ref in found.values()), None)
+    return next((str(ref).partition(".")[0] for ref in found.values()), None)  # all entries name one file

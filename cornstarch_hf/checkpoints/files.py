@@ -72,7 +72,7 @@ def _check_weight_names(files: CheckpointFiles, variant: str | None, explicit: s
     pickled = sorted(
         name for name in inside if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json"))
     )
-    if pickled and not safe:
+    if pickled and not safe:  # beside safetensors no pickle is opened
         raise ValueError(
             f"{files.source} holds weights as {pickled[0]} only: pickled files can run code when they are read. Ask for "
             "safetensors files, or convert them where you trust their source."
@@ -138,6 +138,7 @@ def header_shapes(path: str) -> dict[str, tuple[int, ...]]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        # The length is the file's own claim: it must fit into the file, and into the cap.
         text = file.read(length) if length <= min(size - 8, cap("MAX_CONFIG_BYTES")) else b""
     try:
         header = json.loads(text)
@@ -146,7 +147,7 @@ def header_shapes(path: str) -> dict[str, tuple[int, ...]]:
         shapes = {name: tuple(map(operator.index, entry["shape"])) for name, entry in tensors.items()}
     except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({type(error).__name__}: {error!s:.100}).") from error
-    if 8 + length + end != size:
+    if 8 + length + end != size:  # its length, the header and the data, and no byte more
         raise ValueError(f"{path} is no whole safetensors file: it has {size} bytes, expected {8 + length + end}.")
     return shapes
 
@@ -196,8 +197,10 @@ def checked_files(
     composition = checked_composition(files, variant, verify, asks_what_is_missing)
     explicit = first_weights(composition, variant) if composition is not None else None
     shapes = None
+    # With references the shapes of all tensors are known only once the bases are read.
     if composition is None or not composition.references:
         shapes = stored_shapes(files, variant, explicit or values.get("transformers_weights"))
+    # Quantized, renamed or mismatched weights have other names or shapes than the model that is built.
     others = (values.get("quantization_config"), options.get("quantization_config"), options.get("key_mapping"))
     return Checked(files, options, composition, shapes, not any(others) and not options.get("ignore_mismatched_sizes"))
 

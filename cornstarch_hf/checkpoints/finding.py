@@ -44,6 +44,7 @@ def of_variant(name: str, variant: str | None) -> str:
     if not variant.replace("-", "").replace("_", "").isalnum():
         raise ValueError(f"variant must be a plain word, got {variant!r}.")
     stem, _, rest = name.partition(".safetensors")
+    # transformers puts the variant behind "index" in an index's name, and before the ending of a weight file.
     return f"{stem}.safetensors.index.{variant}.json" if "index" in rest else f"{stem}.{variant}.safetensors"
 
 

@@ -59,11 +59,11 @@ def replaced_atomically(folder: str | os.PathLike, head: str, owned: Callable[[s
     lock = _locked(staging)
     try:
         yield staging
-        _sync_tree(staging)
+        _sync_tree(staging)  # the data is on the disk before anything points to it
         with _alone(target):
             if inside != staging:
                 os.rename(staging, inside)
-            _sync_folder(target)
+            _sync_folder(target)  # and so is the folder's new name
             _point(inside, target, head)
             _put_in_place(inside, target, head, owned)
     except BaseException as error:
@@ -156,7 +156,7 @@ def report_leftovers(target: str, remove: bool) -> list[str]:
     pattern = re.compile(re.escape(f".{name}.saving-") + r"[0-9a-z_]{8,}")
     found = [entry.path for entry in _entries(parent) if pattern.fullmatch(entry.name)]
     if inside := [entry for entry in _entries(target) if _INSIDE.fullmatch(entry.name)]:
-        kept = {pointer_of(os.path.join(target, head)) for head in HEADS}
+        kept = {pointer_of(os.path.join(target, head)) for head in HEADS}  # what is valid is no leftover
         found += [entry.path for entry in inside if entry.name not in kept]
     left = []
     for path in found:
@@ -182,6 +182,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
 def _staging_folder(target: str) -> str:
     """A new folder beside the target, or inside where there is no way from there into the target."""
     parent, name = os.path.split(target)
+    # A rename needs the right to write, and both folders on one file system.
     if os.access(parent, os.W_OK) and os.stat(parent).st_dev == os.stat(target).st_dev:
         return tempfile.mkdtemp(prefix=f".{name}.saving-", dir=parent)
     return tempfile.mkdtemp(prefix=".saved-", dir=target)
@@ -235,7 +236,7 @@ def _put_in_place(inside: str, target: str, head: str, owned: Callable[[str], bo
             os.remove(os.path.join(target, name))
     for name in [*(n for n in new if n != head and n not in indexes), *indexes, head]:
         if name == head:
-            _sync_folder(target)
+            _sync_folder(target)  # the head is last: all that it stands for is in place
         _place(inside, target, name)
     _sync_folder(target)
     shutil.rmtree(inside)
@@ -267,7 +268,7 @@ def _place(inside: str, target: str, name: str) -> None:
     try:
         os.link(source, between)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # a copy would fail in the same way
             raise
         shutil.copy2(source, between)
         _sync_file(between)

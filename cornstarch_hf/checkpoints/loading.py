@@ -53,7 +53,7 @@ def plan_load(
         OSError: a repository that cannot be read.
     """
     if source is None or options.get("gguf_file") or os.path.isfile(source):
-        return LoadPlan(source, options)
+        return LoadPlan(source, options)  # a state, a GGUF or one single file: there is no folder to check
     checked = checked_files(source, options, verify, asks_what_is_missing)
     files, options, composition = checked.files, checked.options, checked.composition
     source = files.source
@@ -68,6 +68,7 @@ def plan_load(
         raise ValueError(f"bases names {sorted(bases)}, but {source} holds all of its weights itself.")
     if options.get("variant") is None and (name := first_weights(composition, None)):
         config.transformers_weights = name  # and no other file, however it came into the folder
+    # The configuration is handed over as it was checked, and not read from the file again.
     return LoadPlan(source, options | {"config": config} | _hub(files), files, guarded(checked), composition)
 
 
@@ -79,6 +80,7 @@ def _base_of_adapters(checked: Checked) -> Checked:
     base = read_json(path, f"{files.source}: {ADAPTERS}").get("base_model_name_or_path")
     if not isinstance(base, str) or base == files.source:
         return checked
+    # The subfolder and the commit were those of the adapters.
     return checked_files(base, {k: v for k, v in checked.options.items() if k not in ("subfolder", "revision")}, False)
 
 
@@ -135,6 +137,7 @@ def _by_reference(
     stored = load_file(changed)
     state = assemble_state(build, stored, composition.references, bases, options, verify)
     guard = build_guard({name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False)
+    # What is loaded lies in memory now: options about files would send transformers to look for some.
     options = {key: value for key, value in options.items() if key not in (*PLACES, "variant", "use_safetensors")}
     return LoadPlan(None, options | {"config": config, "state_dict": state}, files, guard, composition)
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "cornstarch-composition", 1
 REMEDY = "Download or copy the checkpoint again, or save it again if the file was changed on purpose."
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# A name, or one in a folder (a modality's tokenizer); neither ".." nor an absolute path.
 _FILE = re.compile(r"[\w][\w.\-]{0,199}(/[\w][\w.\-]{0,199})?")
 _COMPONENT = re.compile(r"language_model|[a-z][a-z0-9_]{0,63}_encoder")
 
@@ -292,11 +293,13 @@ def staged_save(folder: str | os.PathLike, variant: str | None = None) -> Iterat
     staged, earlier = StagedSave(""), set[str]()
 
     def owned(name: str) -> bool:
+        # Changes of an earlier reference checkpoint would be read beside the new weights.
         old = name in earlier or name in staged.surplus or (name == DELTA and not variant)
         return old or bool(pattern.fullmatch(name))
 
     with replaced_atomically(folder, CONFIG, owned) as staging:
-        staged.folder, before = staging, _earlier_save(folder)
+        staged.folder, before = staging, _earlier_save(folder)  # only here: an interrupted save has been finished now
+        # A variant is saved beside what is there.
         earlier |= set() if variant or before is None else set(before.manifest)
         yield staged
         write_composition(staging, staged.components, _staying(folder, before, pattern) if variant else None)

@@ -76,8 +76,9 @@ class ModelStorage(SharedCode, PreTrainedModel):
         """As in transformers, crash-safe, with `include_code` as of composed models; ValueError for what cannot be stored."""
         kwargs, hub = split_options(kwargs)
         own = {key: kwargs.pop(key) for key in self._save_options if key in kwargs}
-        whole = self._before_save(**own)
+        whole = self._before_save(**own)  # before anything is written, since it may refuse
         write = super().save_pretrained
+        # Adapters alone, shards of all processes, or a process that writes nothing: transformers' own way.
         if not whole or kwargs.get("distributed_checkpoint") or not writes(is_main_process):
             write(save_directory, is_main_process, state_dict, False, *args, **kwargs)
         else:
@@ -109,6 +110,7 @@ class ModelStorage(SharedCode, PreTrainedModel):
     ):
         """As in transformers; sizes of files are compared with those that were saved, with `verify` their hashes."""
         source = pretrained_model_name_or_path
+        # Before the configuration is read, which may name the user's classes.
         options = with_shared_code(source, cls._load_options(kwargs))
         wants_info = options.pop("output_loading_info", False)
         plan = plan_load(cls, source, options, bases, verify, wants_info)
@@ -170,6 +172,7 @@ class ProcessorStorage(SharedCode):
             surplus |= export_code(folder, "processor", self, save_directory, include_code=include_code, others=parts)
         if push_to_hub:
             pusher("push_saved")(self, save_directory, {**hub, "include_code": include_code})
+        # Written in the staging folder, which has become the target by now.
         return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files or ()]
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
@@ -201,6 +204,7 @@ def _sides_written(tokenizers: Iterable[PreTrainedTokenizerBase]) -> Iterator[No
     before = [(tokenizer, tokenizer.init_kwargs) for tokenizer in tokenizers]
     try:
         for tokenizer, options in before:
+            # A tokenizer writes what it was built with, not its attributes.
             sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
             tokenizer.init_kwargs = options | sides
         yield
@@ -300,7 +304,7 @@ def restore_adapter_buffers(model: PreTrainedModel) -> None:
         again = built_again(model)
         for name, made in adapter_buffers(again).items():
             if not made.is_meta:
-                empty[name].copy_(made)
+                empty[name].copy_(made)  # computed when it was built; else nothing is known of it
     restore_token_rows(model)
 
 

@@ -55,6 +55,7 @@ def split_by_base(
     for component in referenced:
         part = model.get_submodule(part_path(component))
         base = read_base(component, _known_origin(model, component, bases), _dtype_of(part), options)
+        # Of the base's tensors those that the model still has, by the model's names.
         names = {key: name for key in base.tensors if (name := _name_in_model(model, component, key)) in groups}
         found[component] = names, base
         provided |= {name: base.tensors[key] for key, name in names.items()}
@@ -73,11 +74,13 @@ def _sources(
     """The names that bases provide, and those that are stored: of tensors with several names all go one way."""
     taken: set[str] = set()
     stored: list[str] = []
+    # Each group once: all names of a tensor lead to the same list.
     for names in {id(names): names for names in groups.values()}.values():
         offered = {name for name in names if name in provided}
-        if offered and offered <= same:
+        if offered and offered <= same:  # unchanged, under all names that the base knows
             taken |= offered
         else:
+            # Under the name that loading reads: those in `ties` are filled from it.
             stored.append(next((name for name in names if name not in ties), names[0]))
     return taken, stored
 
@@ -85,6 +88,7 @@ def _sources(
 def _same_tensors(model: nn.Module) -> dict[str, list[str]]:
     """Names of all saved tensors, each with all names of the same tensor."""
     groups: dict[int, list[str]] = {}
+    # Without `keep_vars` a tensor would be another object under each of its names.
     for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or set()
@@ -97,7 +101,7 @@ def _equal(base: Tensor, live: Tensor) -> bool:
 
 def _dtype_of(part: nn.Module) -> torch.dtype:
     found = [p.dtype for p in unwrapped(part).parameters() if p.is_floating_point()]
-    return max(set(found), key=found.count) if found else torch.float32
+    return max(set(found), key=found.count) if found else torch.float32  # what most are: norms may be in float32
 
 
 def _name_in_model(model: nn.Module, component: str, key: str) -> str:
@@ -114,6 +118,7 @@ def _known_origin(model: PreTrainedModel, component: str, bases: Mapping[str, st
     if given is not None:
         part: Any = unwrapped(model.get_submodule(part_path(component)))
         repo_id, _, revision = given.partition("@")
+        # Of a base that the user names only this is known; its class is the part's.
         made = dict.fromkeys(KEYS) | {"subfolder": "", "select": "", "class": type(part).__name__}
         origin = (origin or made) | {"repo_id": repo_id, "revision": None, "requested_revision": revision or None}
     if origin is None or not is_repo_id(origin["repo_id"]):
@@ -149,7 +154,7 @@ def assemble_state(
     """
     if unknown := sorted(set(bases or {}) - set(references)):
         raise ValueError(f"bases names {unknown}, this checkpoint refers to {sorted(references)}.")
-    source = dict.fromkeys(stored, DELTA)
+    source = dict.fromkeys(stored, DELTA)  # where each tensor is from, for messages
     merged, parts = dict(stored), {}
     for component, entry in references.items():
         entry = checked_entry(component, entry)
@@ -158,6 +163,7 @@ def assemble_state(
         tensors = part_tensors(component, files, entry, getattr(torch, entry["dtype"]), options)
         parts[component] = entry, {key: tensors[key] for key in sorted(matches(entry["tensors"], tensors))}
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    # To bound what is built only shapes count; names in the model are known once it is there.
     for component, (_, tensors) in parts.items():
         shapes |= {f"{component}: {key}": tuple(tensor.shape) for key, tensor in tensors.items()}
     skeleton = build(shapes)
@@ -209,6 +215,7 @@ def write_reference(
     tensors, components = split_by_base(model, list(referenced), bases, options)
     known = {name: {key: components[name][key] for key in KEYS} for name in referenced}  # with the commits
     model.config.origins = {**(model.config.origins or {}), **known}
+    # What transformers' `save_pretrained` would write into the configuration by itself.
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -114,7 +114,7 @@ class MultimodalStorageMixin(ModelStorage):
                 "After add_adapter only the adapters are saved, but the model below them was never saved, so its projectors "
                 "would be lost: call save_pretrained before add_adapter, or wrap the parts with get_peft_model and compose."
             )
-        chosen_components(self.config, embed)
+        chosen_components(self.config, embed)  # a wrong name is refused before anything is written
         return whole
 
     def _write(
@@ -139,6 +139,7 @@ class MultimodalStorageMixin(ModelStorage):
     def _after_load(self, source: Any, info: Mapping[str, Any], wants_info: bool) -> None:
         if not wants_info:  # who asks what is missing is told
             check_loaded(info, source)
+        # In this order: casting finds the buffers of adapters filled.
         restore_adapter_buffers(self)
         cast_buffers(self, self.config.part_dtypes, self.dtype)
         if getattr(self, "_hf_peft_config_loaded", False):
@@ -151,6 +152,7 @@ class MultimodalStorageMixin(ModelStorage):
             )
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
+        # While quantized, projectors are listed to keep them as they are; that is no wish for float32.
         plan = {
             key: value for key, value in super()._get_dtype_plan(dtype).items() if key not in self._projector_names()
         }

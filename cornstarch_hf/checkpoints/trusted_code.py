@@ -79,6 +79,7 @@ def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> Non
 def _package_of(folder: Path, carries: dict) -> ModuleType:
     """A package for the user's files, in which this package's modules go by the names that the files import them under."""
     users = sorted({stem for side in carries.get("sides", {}).values() for stem in side["files"]} | {CODE_ENTRY})
+    # Named by content: the same files, found in another place, are the same package and run once.
     digest = hashlib.sha256(
         b"".join(stem.encode() + (folder / f"{stem}.py").read_bytes() for stem in users)
     ).hexdigest()
@@ -116,12 +117,14 @@ def _imported_names() -> set[str]:
 def _import(package: ModuleType, carries: dict, source: Any) -> None:
     name = package.__name__
     sys.modules[name] = package
+    # First of all: the files' imports of this package's modules are to find the running ones, not copies.
     for stem in carries["package"]:
         if stem in own_modules():
             sys.modules[f"{name}.{stem}"] = importlib.import_module(f"{ROOT}.{own_modules()[stem]}")
     try:
         importlib.import_module(f"{name}.{CODE_ENTRY}")
     except BaseException as error:
+        # What was half imported would count as imported the next time.
         for key in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
             del sys.modules[key]
         if isinstance(error, ValueError):

@@ -19,8 +19,9 @@ from ..parts.classes import CODE_ENTRY
 from .code_folder import HERE, PACKAGE, THIN_FOLDER, own_modules, read_entry
 
 _IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
+# What transformers takes for an import, in docstrings too.
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")  # an access token of the Hub
 # Calls that no definition needs: a file that makes one while it is imported is a program.
 _PROGRAM_CALLS = frozenset(
     [
@@ -174,11 +175,11 @@ class CodeFiles:
         path = path.resolve()
         if (own := own_stem(path)) is not None:
             return self.add_own(own)
-        if path.stem in read_entry(path.parent).get("package", []):
+        if path.stem in read_entry(path.parent).get("package", []):  # a copy of one of ours, in a checkpoint's folder
             return self.add_own(path.stem)
         if path not in self._stems:
             stem = self._stems[path] = self._free_stem(path)
-            self.users[stem] = ""
+            self.users[stem] = ""  # first, for its imports may lead back to it
             text = self._rewritten(path, why)
             twin = next((other for other, known in self.users.items() if known == text and other != stem), None)
             if twin is None or not text:
@@ -208,6 +209,7 @@ class CodeFiles:
                 lines = self._relative(node, path)
                 if lines is not None:
                     edits.append((node, lines))
+        # From the end, so that the numbers of lines before stay right.
         for node, lines in sorted(edits, key=lambda edit: -edit[0].lineno):
             text = _replaced(text, node, lines, path)
         _check_seen(text, path)
@@ -296,7 +298,7 @@ def _module_file(base: Path) -> Path | None:
 
 def _users_file(name: str, folder: Path) -> Path | None:
     """The user's own file that an absolute import means; None for an installed or built-in module."""
-    known = getattr(sys.modules.get(name), "__file__", None)
+    known = getattr(sys.modules.get(name), "__file__", None)  # wherever it was imported from, that is what runs
     beside = _module_file(folder / Path(*name.split(".")))
     if known is None and beside is None and name.split(".")[0] not in sys.stdlib_module_names:
         try:
@@ -312,7 +314,7 @@ def _replaced(text: str, node: ast.Import | ast.ImportFrom, new: list[str], path
     """The text with one import statement replaced by lines of the same indentation."""
     lines = text.splitlines(keepends=True)
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
-    before = lines[first].encode()[: node.col_offset].decode()
+    before = lines[first].encode()[: node.col_offset].decode()  # ast counts columns in bytes
     after = lines[last].encode()[node.end_col_offset :].decode()
     if before.strip() or after.strip()[:1] not in ("", "#"):
         raise ValueError(f"{path}:{node.lineno}: put this import on a line of its own, so that it can be carried.")
@@ -357,6 +359,7 @@ def top_calls(tree: ast.Module) -> list[ast.Call]:
 def _top_statements(body: list[ast.stmt]) -> list[ast.stmt]:
     found: list[ast.stmt] = []
     for node in body:
+        # What only a program runs is left out; its `else` is not.
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
             found += _top_statements(node.orelse)
         elif isinstance(node, (ast.If, ast.For)):

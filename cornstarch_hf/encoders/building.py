@@ -49,7 +49,9 @@ def complete_projector(
             f"{name}: the configuration of {type(unwrapped(encoder.module)).__name__} does not tell the width of its "
             "features: give projector=MultimodalProjector(MultimodalProjectorConfig(in_features=...))."
         )
+    # One that is built below gets the encoder's device and dtype; one that was brought along keeps its own.
     fresh = projector.projection is None
+    # Features of pictures lie in a plane: a reduction that takes `dims` works over height and width there.
     projector.complete(known, width, dims=2 if encoder.kind in PLANE_KINDS else 1)
     projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
     projector.config.language_model_type = unwrapped(language_model).config.model_type
@@ -58,12 +60,14 @@ def complete_projector(
         if weight is not None:
             projector.to(device=weight.device, dtype=weight.dtype)
     got = projector.config.in_features
+    # Only then are the projected features those whose width was found: a callback or an output field may have any.
     as_encoded = encoder.postprocess_module_callback is None and (found or encoder.selection.output is None)
     if as_encoded and found and known is not None and got not in (None, known):
         raise ValueError(
             f"{name}: the projector's in_features is {got}, but the encoder's features have width {known}: leave "
             "in_features out, or choose the right layer=."
         )
+    # A callback behind the projector may be what makes the embeddings' width.
     if projector.config.out_features != width and encoder.postprocess_projector_callback is None:
         raise ValueError(
             f"{name}: the projector's out_features is {projector.config.out_features}, but the language model's "
@@ -80,12 +84,14 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
         the width, and whether it is certain: a configuration may speak of another one.
     """
     inner = unwrapped(encoder.module)
+    # Of a field or a layout of the user's choice the configuration says nothing.
     usual = encoder.selection.output is None and encoder.selection.data_format is None
     if usual and width_is_configured(inner.config, encoder.selection.layer):
         return encoder.feature_width(), True
     layout = find_feature_axes(inner, encoder.kind, encoder.selection, encoder.name)
     if layout is None:
-        return encoder.feature_width(), False
+        return encoder.feature_width(), False  # the configuration's word, which may be of another field or layer
+    # An axis that the user named stays.
     if encoder.selection.data_format is None and layout.data_format is not None:
         encoder.selection = dataclasses.replace(encoder.selection, data_format=layout.data_format)
     return layout.width, True
@@ -95,6 +101,7 @@ def width_is_configured(config: Any, layer: Any) -> bool:
     """Whether the features of a layer are sequences of the width that an encoder's configuration names."""
     if getattr(config, "add_adapter", False):  # wav2vec 2.0's, which may have another width
         return False
+    # Where the last layer alone has the configured width, it says nothing of earlier ones.
     return encoder_type(config).width_layers in ((LAST, ALL) if layer == -1 else (ALL,))
 
 
@@ -106,7 +113,7 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
         "encoder_class": class_name(type(module), module.config),
         "encoder_kwargs": constructor_options(module),
         "output": selection.output,
-        "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),
+        "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),  # JSON has no tuples
         "drop_prefix": selection.drop_prefix,
         "data_format": selection.data_format,
         "additional_args": list(encoder.additional_args),
@@ -146,6 +153,7 @@ def assign_input_names(
     for name, names in emitted.items():
         assigned[name] = {}
         for parameter, key in names.items():
+            # Of two encoders that want one name both get the prefix, whichever comes first.
             keyword = f"{name}_{key}" if key in text or wanted.count(key) > 1 else key
             if keyword in taken:
                 raise ValueError(f"{name}: its input {key!r} would be named {keyword!r}, which {taken[keyword]} uses.")

@@ -30,7 +30,7 @@ from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
 from .rebuilding import build_encoder
 
-MOST = 4_096
+MOST = 4_096  # counts that are remembered: a server would else keep one for every size that it ever saw
 
 
 class CountCache:
@@ -63,18 +63,20 @@ class CountCache:
 
 def key_of(name: str, inputs: Mapping[str, Any]) -> tuple:
     """What an item's count depends on: of floating-point inputs the shape, of others all."""
+    # Sorted, for the order of the keywords makes no difference.
     return name, *sorted((key, _signature(value)) for key, value in inputs.items())
 
 
 def _signature(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return repr(value)
+    # The values of pixels and waves decide nothing; those of masks, grids and ids do.
     if value.is_floating_point():
         return tuple(value.shape), str(value.dtype)
     return tuple(value.shape), hashlib.sha256(value.numpy().tobytes()).digest()
 
 
-MODULE_CALLBACKS, PROJECTOR_CALLBACK = SLOTS[:2], SLOTS[2]
+MODULE_CALLBACKS, PROJECTOR_CALLBACK = SLOTS[:2], SLOTS[2]  # around the module, and behind the projector
 # Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
 DEPTHS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "depth")
 # Settings of single layers by their numbers; `out_indices` chooses among the outputs of backbones.
@@ -98,7 +100,7 @@ class FeatureCounter:
     """
 
     def __init__(self, config: MultimodalConfig, live: Mapping[str, ModalEncoderModule] | None = None):
-        self.config = copy.deepcopy(config) if live else config
+        self.config = copy.deepcopy(config) if live else config  # `settle` writes into it
         self.own: dict[str, OwnParts] = settle(self.config, live) if live else {}
         self._begin()
 
@@ -110,6 +112,7 @@ class FeatureCounter:
         self._few_layers: dict[str, bool | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
+        # The lock, the counts and the probes are made anew where it arrives.
         return {"config": self.config, "own": self.own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,6 +137,7 @@ class FeatureCounter:
             with self._lock:
                 known = self._cache.get(key)  # by a thread that came first
                 count = self._counted(name, inputs) if known is None else known
+            # Before it is remembered: the user may raise the cap and ask again.
             check_features(count, name)
             self._cache.put(key, count)
         return count
@@ -147,6 +151,7 @@ class FeatureCounter:
 
     def _counted(self, name: str, inputs: Mapping[str, Any]) -> int:
         encoder_config = getattr(self.config, f"{name}_config")
+        # What was registered for the modality comes before what was registered for its encoder's type.
         registered = FEATURE_COUNTS.get(name) or FEATURE_COUNTS.get(encoder_config.model_type)
         if registered is not None:
             return check_count(registered(inputs, encoder_config), f"{name}: the registered feature count", least=0)
@@ -169,6 +174,7 @@ class FeatureCounter:
         self, name: str, inputs: Mapping[str, Any], encoder: ModalEncoderModule, declared: Mapping[str, Any]
     ) -> tuple[int, Grid | None]:
         """Selected features before the callbacks that follow the module, and their grid where the projector needs it."""
+        # A callback in front of the module that declares nothing may hand it other inputs than a rule would see.
         count = None if None in declared.values() else self._by_rule(name, inputs, encoder.by_frame)
         if count is not None:
             lengths, given_grids = [count], None
@@ -191,12 +197,13 @@ class FeatureCounter:
         holds = not entry["output"] and (entry["layer"] == -1 or known.count_layers == ALL)
         if known.count is None or not holds or (dropped and packed_sizes(inputs)):
             return None  # packed features have no prefix to drop, as a run says
+        # A video for an encoder of images is (frames, channels, height, width): the rule counts for one frame.
         items, frames = frames_as_items(inputs, name) if by_frame else (inputs, [1])
         count = known.count(items, encoder_config)
         if count is None:
             return None
         check_count(count, f"{name}: the count of {encoder_config.model_type!r}", least=0)
-        return (count - dropped) * frames[0]
+        return (count - dropped) * frames[0]  # the prefix is dropped of each frame
 
     def _reduced(self, name: str, projector: Any, count: int, grid: Grid | None) -> int:
         """Features that the projector leaves, by its own count or by a dry run of it alone."""
@@ -206,6 +213,7 @@ class FeatureCounter:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if left is None:
+            # (1, count, width), without values
             features = torch.empty(1, count, projector.config.in_features, device="meta")
             run = functools.partial(projector, return_dict=True, grids=None if grid is None else [grid])
             try:
@@ -275,11 +283,12 @@ class FeatureCounter:
         """The encoder without weights, with as many layers as the selected ones need, or with all."""
         if (name, few_layers) not in self._probes:
             plain, own = without_dtypes(copy.deepcopy(self.config)), self.own.get(name)
-            plain.adapters = None
+            plain.adapters = None  # adapters change no number of features
             encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
             if few_layers:
                 _make_shallow(encoder_config, self.config.modality(name)["layer"])
             if own is not None and own.projector is not None:
+                # A stand-in of the smallest size: `put_into` replaces it by the user's own projector.
                 setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
             try:
                 encoder = build_without_weights(functools.partial(_built_encoder, plain, name))
@@ -308,7 +317,7 @@ def _names_layers(config: PreTrainedConfig) -> bool:
     """Whether a setting besides the depth speaks of single layers by their numbers."""
     for key, value in config.to_dict().items():
         numbers = value if isinstance(value, (list, tuple)) else [value]
-        if LAYER_NUMBERS.search(key) and key not in DEPTHS and any(type(n) is int for n in numbers):
+        if LAYER_NUMBERS.search(key) and key not in DEPTHS and any(type(n) is int for n in numbers):  # no bool
             return True
     return False
 
@@ -329,8 +338,10 @@ def _sizes(output: Any) -> Any:
 def _make_shallow(config: PreTrainedConfig, layer: int | list[int]) -> None:
     """Take as few layers as the selected hidden states need, the first of which is of the embeddings; one per stage."""
     if is_staged(config):
+        # The number of stages stays, and with it the factor by which they shrink a picture.
         config.depths = type(config.depths)(1 for _ in config.depths)
         return
+    # -2 needs two layers, for it counts from the end; 2, the output of the second one, gets one more than it needs.
     needed = max(-index if index < 0 else index + 1 for index in ([layer] if isinstance(layer, int) else layer))
     for depth in DEPTHS:
         if isinstance(layers := getattr(config, depth, None), int):

@@ -45,6 +45,7 @@ def typical_inputs(names: Collection[str], config: PreTrainedConfig, kind: str) 
     for key, recipe in RECIPES.items():
         if key in names:
             for inputs in recipe(names, config, kind):
+                # Recipes hold for all encoders: of what they make, this encoder gets what it takes.
                 yield {name: x for name, x in (inputs | _companions(inputs, key, config)).items() if name in names}
             return
 
@@ -80,7 +81,9 @@ def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
     if isinstance(size, int):
         size = (size, size)
     own = [(int(size[0]), int(size[1]))] if isinstance(size, (list, tuple)) and len(size) == 2 and all(size) else []
+    # What divides into whole patches, merged squares and windows.
     unit = 2 * _patch(config) * first_positive_setting(config, "spatial_merge_size", "window_size", default=1)
+    # Not only squares: axes of one length cannot be told apart.
     usual = [(224, 224), (256, 192), (64, 64), (4 * unit, 2 * unit), (512, 512), (384, 384)]
     return own + [sides for sides in usual if sides not in own]
 
@@ -94,14 +97,14 @@ def _pixels(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iter
         yield from _packed_images(key, config)
         return
     if "spatial_shapes" in names:
-        width = _channels(config) * _patch(config) ** 2
+        width = _channels(config) * _patch(config) ** 2  # values of a patch
         for rows, columns in ((4, 4), (4, 2)):  # SigLIP 2: (items, patches, values of a patch)
             yield {key: _meta(1, rows * columns, width), "spatial_shapes": torch.tensor([[rows, columns]])}
         return
     frames = first_positive_setting(config, "num_frames", "frames_per_clip", "num_frames_per_clip", default=8)
     for height, width in _sides(config):
         plane = (_channels(config), height, width)
-        image = [(1, *plane)]
+        image = [(1, *plane)]  # (items, channels, height, width)
         clips = [(1, frames, *plane), (1, plane[0], frames, *plane[1:])]  # frames before the channels, or after
         for shape in clips + image if kind == "video" else image + clips:
             yield {key: _meta(*shape)}
@@ -114,6 +117,7 @@ def _packed(key: str, names: Collection[str], config: PreTrainedConfig) -> Itera
         config, "spatial_merge_size", "merge_kernel_size", "spatial_patch_size", default=2
     )
     for rows, columns in ((unit, unit), (2 * unit, unit)):
+        # `grid_hws` has no axis for frames.
         grid = torch.tensor([[1, rows, columns] if grid_name != "grid_hws" else [rows, columns]])
         for frames in dict.fromkeys((first_positive_setting(config, "temporal_patch_size", default=1), 1, 2)):
             # (patches, values of a patch), then as they are embedded, then as small images
@@ -135,9 +139,10 @@ def _packed_images(key: str, config: PreTrainedConfig) -> Iterator[Inputs]:
 def _waves(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     key = "input_values"
     bins = first_positive_setting(config, "num_mel_bins", default=80)
-    spectrum = [(1, first_positive_setting(config, "max_length", default=1024), bins)]
-    lengths = (16_000, 24_000)
+    spectrum = [(1, first_positive_setting(config, "max_length", default=1024), bins)]  # (items, frames, mel bins)
+    lengths = (16_000, 24_000)  # 1 and 1.5 seconds at 16 kHz
     waves = [(1, n) for n in lengths]
+    # (items, channels, samples), of codecs
     channels = [(1, first_positive_setting(config, "audio_channels", default=1), n) for n in lengths]
     first = spectrum if hasattr(config, "num_mel_bins") else []
     for shape in first + waves + channels + [s for s in spectrum if s not in first]:
@@ -152,6 +157,7 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
         "subsampling_conv_channels",  # Gemma 4, whose convolutions leave as many channels as there were bins
     )
     bins = list(dict.fromkeys((first_positive_setting(config, *attributes, default=default), default, 128, 64)))
+    # Whisper's convolutions halve the frames, so its window has twice as many as it has positions.
     window = 2 * first_positive_setting(config, "max_source_positions", default=512)
     for mels in bins:
         for frames in dict.fromkeys((window, 1024, 3000, 800)):
@@ -164,6 +170,7 @@ def _spectra(names: Collection[str], config: PreTrainedConfig, kind: str) -> Ite
 
 def _ids(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     for length in (16, 24):
+        # No usual id of padding, so that every position counts.
         token = min(5, first_positive_setting(config, "vocab_size", default=6) - 1)
         yield {"input_ids": torch.full((1, length), token)}
 
@@ -177,6 +184,7 @@ def _series(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iter
 
 def _flattened(names: Collection[str], config: PreTrainedConfig, kind: str) -> Iterator[Inputs]:
     width = first_positive_setting(config, "patch_embed_hidden_size", default=_channels(config) * _patch(config) ** 2)
+    # Pix2Struct: each patch has its row and its column in front of its values.
     for size in dict.fromkeys((2 + _channels(config) * _patch(config) ** 2, 2 + width)):
         yield {"flattened_patches": _meta(1, 64, size)}
 
@@ -217,6 +225,7 @@ def _companions(inputs: Inputs, key: str, config: PreTrainedConfig) -> Inputs:
     x = inputs.get(key)
     if x is None:
         return {}
+    # Packed spectra are (mel bins, frames), all else has its positions second.
     length = x.shape[-1] if key == "input_features" and x.ndim == 2 else x.shape[1]
     ones = torch.ones(1, length, dtype=torch.long)
     return {
@@ -243,7 +252,7 @@ def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | Non
     return None
 
 
-_MOST_TRIES = 24
+_MOST_TRIES = 24  # dry runs of one encoder, before its inputs count as unknown
 
 
 class FeatureAxes(NamedTuple):
@@ -293,6 +302,7 @@ def find_feature_axes(module: nn.Module, kind: str, selection: Selection, name: 
         if layout is not None and len(features) == 1:
             return layout
         if layout is not None:
+            # Several layers: the width is that of all together.
             every = dataclasses.replace(selection, drop_prefix=0, data_format=layout.data_format)
             return layout._replace(width=select_features(as_output(output), every, name, items=1).shape[-1])
     return _assumed(shapes, feature_width(inner.config), selection)
@@ -319,7 +329,7 @@ def _layout(shapes: Sequence[tuple[int, ...]], expected_width: int | None) -> Fe
     """The layout that some shapes of one item's features leave as the only one, None while there are several."""
     shape = shapes[-1]
     if len(shape) == 2:
-        return FeatureAxes(shape[-1], None)
+        return FeatureAxes(shape[-1], None)  # packed, (tokens, width)
     if len(shape) not in (3, 4):
         return None
     if len(shape) == 4 and shape[1] == 1 < shape[0]:  # (layers, items, tokens, width), of one item
@@ -346,5 +356,5 @@ def _assumed(shapes: Sequence[tuple[int, ...]], expected_width: int | None, sele
         return None
     shape, layers = shapes[-1], len(selection.layers)
     if len(shape) == 3:
-        return FeatureAxes(shape[-1] * layers, CHANNELS_LAST)
-    return FeatureAxes(shape[1] * layers, CHANNELS_FIRST)
+        return FeatureAxes(shape[-1] * layers, CHANNELS_LAST)  # (items, tokens, width)
+    return FeatureAxes(shape[1] * layers, CHANNELS_FIRST)  # (items, width, rows, columns)

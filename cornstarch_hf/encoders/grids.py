@@ -71,6 +71,7 @@ def _packed(query: GridQuery) -> list[Grid] | None:
 
 def merged_patches(config: Any) -> tuple[int, int]:
     """Rows and columns of patches that a packed tower merges into one feature, by its configuration."""
+    # Qwen2-VL has one number for both sides, Kimi-VL's `merge_kernel_size` one for each.
     size = getattr(config, "spatial_merge_size", None) or getattr(config, "merge_kernel_size", None) or 1
     return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) else (int(size), int(size))
 
@@ -95,7 +96,7 @@ def _stated_sizes(query: GridQuery) -> list[Grid] | None:
     if not isinstance(sizes, Tensor) or sizes.ndim != 2 or patch is None or len(sizes) != len(query.lengths):
         return None
     found: list[Grid] = [(int(h) // patch[0], int(w) // patch[1]) for h, w in sizes.tolist()]
-    return found if [h * w for h, w in found] == list(query.lengths) else None
+    return found if [h * w for h, w in found] == list(query.lengths) else None  # merged further: another rule must tell
 
 
 def _per_row(query: GridQuery, rows: int) -> Sequence[int]:
@@ -104,6 +105,7 @@ def _per_row(query: GridQuery, rows: int) -> Sequence[int]:
     return query.lengths
 
 
+# In this order: what the inputs say of single items comes before what the size of the pixels suggests.
 GRID_RULES: tuple[Callable[[GridQuery], list[Grid] | None], ...] = (_packed, _stated_shapes, _stated_sizes)
 _OR_STATE = "; or set output['feature_grids'] to one (height, width) per item in postprocess_module_callback."
 
@@ -121,13 +123,14 @@ def _by_pixels(query: GridQuery, length: int) -> Grid:
     whole = math.prod(patches)
     if whole == length:
         return patches
+    # Towers without a patch size, or with stages, may have merged patches on the way.
     merges = patch_size(query.config) is None or is_staged(query.config)
     if merges and not query.changed:  # `side` x `side` patches have become one feature
         *frames, height, width = patches
         side = math.isqrt(whole // length) if length and whole % length == 0 else 0
         if side and side * side * length == whole and not height % side and not width % side:
             return (*frames, height // side, width // side)
-        if height == width:
+        if height == width:  # rounding on the way keeps a square a square
             return _square(query, length)
     raise ValueError(_mismatch(query, length, patches))
 
@@ -143,6 +146,7 @@ def _mismatch(query: GridQuery, length: int, patches: Grid) -> str:
 
 def _square(query: GridQuery, length: int) -> Grid:
     side = math.isqrt(length)
+    # A callback may leave any number of features: one that happens to be a square is no grid.
     if query.changed or side * side != length or not length:
         more = query.dropped + length - side * side
         raise ValueError(
@@ -168,7 +172,9 @@ def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:
     if pixels.ndim == 4:
         return plane
     channels = getattr(config, "num_channels", None) or getattr(config, "in_chans", None) or 3
+    # (items, frames, channels, height, width), or with the channels before the frames
     frames = pixels.shape[1] if pixels.shape[2] == channels else pixels.shape[2]
+    # How many frames one patch takes in.
     tube = getattr(config, "tubelet_size", None) or getattr(config, "temporal_patch_size", None) or 1
     return (frames // int(tube[0] if isinstance(tube, (list, tuple)) else tube), *plane)
 
@@ -206,13 +212,14 @@ def frames_as_items(inputs: Mapping[str, Any], name: str) -> tuple[dict[str, Any
         )
     shape = tuple(pixels.shape[:2])
     mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()  # (items, frames)
+    # A one behind a zero is a gap, and an item without a frame has no features to stand for it.
     if tuple(mask.shape) != shape or bool((mask[:, 1:] & ~mask[:, :-1]).any()) or not bool(mask.any(-1).all()):
         raise ValueError(
             f"{name}: frame_mask must be {shape}, ones for the frames of an item and zeros after them, got "
             f"{mask.tolist()!r:.200}."
         )
     kept = mask.flatten().nonzero()[:, 0]  # positions of frames among (items * frames)
-    whole = bool(mask.all())
+    whole = bool(mask.all())  # then there is nothing to leave out, and nothing to copy
     found: dict[str, Any] = {}
     for key, value in inputs.items():
         if key == FRAME_MASK:
@@ -246,11 +253,12 @@ def joined_frames(
         per_frame = [int(n) for n in lengths]
         packed = features
         if features.ndim == 3:
+            # (tokens of all frames, width)
             packed = torch.cat([rows[:n] for rows, n in zip(features, per_frame, strict=True)])
-    starts = [sum(counts[:i]) for i in range(len(counts))]
+    starts = [sum(counts[:i]) for i in range(len(counts))]  # each item's first frame among all frames
     totals = [sum(per_frame[start : start + n]) for start, n in zip(starts, counts, strict=True)]
     if len(set(totals)) == 1:
-        return packed.unflatten(0, (len(totals), totals[0])), None
+        return packed.unflatten(0, (len(totals), totals[0])), None  # (items, tokens of an item, width)
     return packed, totals
 
 
@@ -278,4 +286,5 @@ def frame_grids(
     per_frame = [length // count for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
     planes = grid_of(rows, per_frame)  # (height, width) of each frame
     starts = [sum(counts[:i]) for i in range(len(counts))]
+    # All frames of an item have the size of its first one.
     return [(count, *planes[start]) for start, count in zip(starts, counts, strict=True)]

@@ -46,7 +46,7 @@ def packed_sizes(inputs: Mapping[str, Any]) -> list[int] | None:
     """Patches or frames of each item where several lie along one axis; None where items are rows."""
     grid = grid_of(inputs)
     if grid is not None:
-        return grid.prod(-1).tolist()
+        return grid.prod(-1).tolist()  # (items, 2 or 3) -> patches of each item
     lengths = next((v for k, v in inputs.items() if k.endswith(LENGTHS) and isinstance(v, Tensor)), None)
     return None if lengths is None else lengths.tolist()
 
@@ -69,7 +69,7 @@ def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[
     items: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, value in inputs.items():
         if not isinstance(value, (Tensor, Sequence)) or isinstance(value, str):
-            continue
+            continue  # a setting of the call, which belongs to no item
         parts = _parts(value, count, sizes)
         if parts is None:
             remedy = (
@@ -112,9 +112,9 @@ def padding_of(inputs: Mapping[str, Any], where: str) -> Padded | None:
     for name, ones_are_valid in MASKS.items():
         mask = inputs.get(name)
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_meta:
-            continue
+            continue  # no mask of items, or one without values, in a dry run
         if not any(_axes(value, mask) for key, value in inputs.items() if key not in MASKS):
-            continue
+            continue  # a mask of something that no input has as an axis
         valid = mask.bool() if ones_are_valid else ~mask.bool()  # (items, length)
         lengths = valid.sum(-1)
         # Ones for the first `lengths` positions are the only mask of items that are padded on the right.
@@ -166,6 +166,7 @@ def select_items(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[
         if not isinstance(value, Tensor) or not value.ndim or len(value) != len(mask):
             found[key] = value
             continue
+        # (items of this length, ...); no copy where that is every item
         rows = value if len(positions) == len(value) else value[torch.tensor(positions, device=value.device)]
         axes = _axes(value, mask)
         if len(axes) > 1 and length < padded.size:
@@ -226,7 +227,8 @@ def feature_lengths(
         ValueError: an item of no more tokens than were dropped.
     """
     if features.ndim == 2:
-        return _packed(len(features), arguments, unwrapped(module).config)
+        return _packed(len(features), arguments, unwrapped(module).config)  # (sum of tokens, width)
+    # Masks and lengths count the dropped tokens too, which are taken off at the end.
     lengths = _padded(len(features), features.shape[1] + dropped, arguments, raw, module, padded)
     if dropped and lengths is not None and min(lengths) <= dropped:
         raise ValueError(f"drop_prefix={dropped} needs items of more tokens than that, got {lengths}.")
@@ -259,6 +261,7 @@ def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | 
     if grid is not None:
         merges = arguments.get("merge_sizes")
         patches = grid.prod(-1)
+        # A square of patches becomes one token: the side of it is what `merge_sizes` says.
         return (patches // merges.to(patches) ** 2 if isinstance(merges, Tensor) else patches).tolist()
     sizes, patch = arguments.get("image_sizes"), patch_size(config)
     if isinstance(sizes, Tensor) and patch is not None:
@@ -287,7 +290,7 @@ def _padded(
     if padded is None:
         return None
     if padded.size == tokens:
-        return padded.lengths if min(padded.lengths) < padded.size else None
+        return padded.lengths if min(padded.lengths) < padded.size else None  # nothing is padded: the shape tells
     # The encoder leaves fewer features than positions, and may have a method that tells how many.
     counted = counted_lengths(module, torch.tensor(padded.lengths), padded.size, tokens)
     if counted is None and min(padded.lengths) < padded.size:
@@ -296,4 +299,4 @@ def _padded(
 
 
 def _lengths_of(valid: Tensor) -> list[int] | None:
-    return None if bool(valid.all()) else valid.sum(-1).tolist()
+    return None if bool(valid.all()) else valid.sum(-1).tolist()  # None: every row is as long as the tensor

@@ -88,7 +88,7 @@ class ModalEncoderModule(nn.Module):
         super().__init__()
         given = _one_of(model=model, module=module)
         self.module = resolve_tower(given, kind)
-        self.origin = origin_of(given, self.module)
+        self.origin = origin_of(given, self.module)  # what it was loaded from, and which part of that encodes
         if projector is not None and not isinstance(projector, MultimodalProjector):
             raise TypeError(
                 f"projector must be a MultimodalProjector, got {type(projector).__name__}: wrap your module by "
@@ -112,7 +112,7 @@ class ModalEncoderModule(nn.Module):
         self.by_frame = self.kind == "video" and takes_images(self.module) and not packs_frames(self.module)
         layers = layer if isinstance(layer, int) else tuple(layer)
         self.selection = Selection(output, layers, drop_prefix, data_format)
-        self.name = self.kind
+        self.name = self.kind  # until composing gives it the modality's name
 
     @property
     def callbacks(self) -> dict[str, Callable | None]:
@@ -123,7 +123,7 @@ class ModalEncoderModule(nn.Module):
     def parameter_names(self) -> list[str]:
         """Inputs of the encoder's `forward`, then the additional arguments."""
         names = [p for p in forward_parameters(self.module) if p not in NOT_INPUTS]
-        names += [FRAME_MASK] if self.by_frame else []
+        names += [FRAME_MASK] if self.by_frame else []  # so that a composed model routes the mask here
         return names + [name for name in self.additional_args if name not in names]
 
     def feature_width(self) -> int | None:
@@ -163,6 +163,7 @@ class ModalEncoderModule(nn.Module):
         return self._selected(inputs)[2]
 
     def _selected(self, inputs: dict) -> tuple[dict, EncoderOutput, EncoderOutput]:
+        # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
             inputs = self.preprocess_callback(inputs)
@@ -177,6 +178,7 @@ class ModalEncoderModule(nn.Module):
         """
         accepted = forward_parameters(self.module)
         weight = first_weight(self.module)
+        # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
         arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
         if self.by_frame:
             # (items, frames, channels, height, width), and (items, frames) for those that are no padding
@@ -215,7 +217,7 @@ class ModalEncoderModule(nn.Module):
         for part, positions in parts.values():
             raw, selected = self._encode_batch(part, None, options)
             if len(parts) == 1:
-                return raw, selected
+                return raw, selected  # the batch was not split: the encoder's own output can be kept
             # (n_i, width) each, back at its item's place in the batch
             items |= dict(zip(positions, per_item(selected[0], selected.lengths, self.name), strict=True))
         ordered = [items[i] for i in range(len(items))]
@@ -244,6 +246,7 @@ class ModalEncoderModule(nn.Module):
         wanted["return_dict"] = True
         if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
             wanted["use_cache"] = False  # a frozen encoder does not know that this is training
+        # A class that does not take one of these would raise.
         wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
@@ -251,6 +254,7 @@ class ModalEncoderModule(nn.Module):
         # A frozen encoder keeps no activations, unless gradients pass through it to its inputs.
         with nullcontext() if trains else torch.no_grad():
             raw = as_output(self.module(**arguments, **fixed, **wanted))
+        # The width tells maps with their channels first from maps with them last.
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
         count = item_count(arguments)
         features = select_features(raw, self.selection, self.name, width, count)  # (rows, tokens, width), or packed
@@ -318,6 +322,7 @@ class ModalEncoderModule(nn.Module):
                 f"{features.shape[-1]}: set in_features={features.shape[-1]} in its MultimodalProjectorConfig."
             )
         weight = first_weight(self.projector)
+        # Encoder and projector may differ in device and dtype; autocast chooses the dtype by itself.
         if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
             features = _placed(features, weight)
         if not self.projector.reduces:
@@ -330,6 +335,7 @@ class ModalEncoderModule(nn.Module):
                 f"{self.name}: features of shape {tuple(features.shape)} do not tell which belong to which item and cannot "
                 "be reduced: set output['feature_lens'] in postprocess_module_callback."
             )
+        # Where a callback changed their number, the pixels tell no grid any more.
         grids = self.grids(inputs, lengths, output.feature_grids, changed=lengths != encoded)
         try:
             # (items, fewer, hidden), or (sum of them, hidden) where items differ in length
@@ -344,14 +350,15 @@ class ModalEncoderModule(nn.Module):
         if callback is None:
             return output
         before, lens, grids = output.last_hidden_state, output.feature_lens, output.feature_grids
+        # A callback written for an encoder with `return_dict=False` expects the features as the first of a tuple.
         as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
-        own = ("feature_lens", "feature_grids")
+        own = ("feature_lens", "feature_grids")  # fields of this package, which no encoder's tuple has
         result = callback(inputs, tuple(v for k, v in output.items() if k not in own) if as_tuple else output)
         self._check_returned(slot, result, (ModelOutput, tuple))
         result = as_output(result)
         after, given_lengths, given_grids = result.last_hidden_state, result.feature_lens, result.feature_grids
         same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]  # as many rows
-        if given_lengths is None or given_lengths is lens:
+        if given_lengths is None or given_lengths is lens:  # not stated, or handed through as it was
             given_lengths = lens if same else None
         if given_grids is None or given_grids is grids:
             given_grids = grids if same else None

@@ -44,7 +44,7 @@ class OwnParts:
             setattr(encoder, slot, copy.deepcopy(callback) if isinstance(callback, nn.Module) else callback)
 
     def __getstate__(self) -> dict[str, Any]:
-        if not _pickled_by_value():
+        if not _pickled_by_value():  # pickle's own error would not say which part it is
             self._check_picklable()
         callbacks = {slot: _without_tensors(callback) for slot, callback in self.callbacks.items()}
         return {**self.__dict__, "callbacks": callbacks, "projector": _without_tensors(self.projector)}
@@ -64,7 +64,7 @@ class OwnParts:
 
 def _pickled_by_value() -> bool:
     """Whether the pickle is being made by what can hold a lambda as well (a fingerprint of datasets), or for a copy."""
-    frame: Any = sys._getframe(1)
+    frame: Any = sys._getframe(1)  # who makes the pickle is among the callers
     while frame is not None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] in ("copy", "dill", "cloudpickle"):
             return True
@@ -106,6 +106,7 @@ def settle_registered(config: MultimodalConfig, own: OwnParts) -> None:
         ValueError: a callback is still not registered; names the remedy.
     """
     callbacks = config.modality(own.name)["callbacks"] | check_callbacks_storable({**own.callbacks}, own.name)
+    # In the order in which they run.
     config.modality(own.name)["callbacks"] = {slot: callbacks[slot] for slot in SLOTS if slot in callbacks}
     if own.projector is not None:
         _describe_projector(config, own.name, own.projector)
@@ -127,6 +128,7 @@ def _without_weights(part: Any) -> Any:
     What holds no module is given back as it is.
     """
     parameters = [p for module in _modules_in(part) for p in module.parameters()]
+    # deepcopy takes what its memo names for copied already: so the weights are replaced before they would be.
     moved: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters}
     copied = _copied(part, moved)
     for module in _modules_in(copied):
@@ -148,7 +150,7 @@ def _modules_in(part: Any, seen: set[int] | None = None) -> Iterator[nn.Module]:
     """The outermost modules that a callback is, is a method of, or holds."""
     seen = set() if seen is None else seen
     if id(part) in seen:
-        return
+        return  # objects may hold one another in a circle
     seen.add(id(part))
     held: list[Any] = []
     if isinstance(part, nn.Module):
@@ -161,7 +163,7 @@ def _modules_in(part: Any, seen: set[int] | None = None) -> Iterator[nn.Module]:
         held = list(part)
     elif isinstance(part, dict):
         held = list(part.values())
-    elif not isinstance(part, (FunctionType, type)):
+    elif not isinstance(part, (FunctionType, type)):  # any other object that can be called
         held = list(getattr(part, "__dict__", {}).values())
     for value in held:
         yield from _modules_in(value, seen)

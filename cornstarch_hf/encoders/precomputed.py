@@ -68,6 +68,7 @@ class PrecomputedFeatures(PreTrainedModel):
             hub = {key: kwargs[key] for key in keys if kwargs.get(key) is not None}
             config = PrecomputedFeaturesConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
         model = cls(config).eval()
+        # Nothing was read, so nothing can be missing.
         info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
         return (model, {key: set(value) for key, value in info.items()}) if output_loading_info else model
 
@@ -95,7 +96,7 @@ class PrecomputedFeatures(PreTrainedModel):
                     f"The attention mask of the features must be {tuple(features.shape[:2])}, got "
                     f"{tuple(attention_mask.shape)}."
                 )
-            if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+            if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # a step from 0 to 1 in some row
                 raise ValueError(
                     "Features must be padded after the last one; this attention mask has zeros before ones."
                 )

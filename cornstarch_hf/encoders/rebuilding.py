@@ -20,9 +20,11 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
     Raises:
         ValueError: an unknown class, callback, projector or encoder type.
     """
+    # First: a type that was registered when this was saved must be registered here too.
     check_facts_registered(config.encoder_types)
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
     cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
+    # Adapters go around the encoder before weights are loaded, whose names they change.
     module = wrap_again(
         cls(encoder_config, **entry["encoder_kwargs"]), config.adapters_of(f"{name}_encoder.module"), name
     )
@@ -40,7 +42,7 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
         drop_prefix=entry["drop_prefix"],
         data_format=entry["data_format"],
     )
-    encoder.name = name
+    encoder.name = name  # messages would else name it by its kind
     return encoder
 
 

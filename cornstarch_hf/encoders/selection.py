@@ -80,11 +80,12 @@ def as_output(raw: Any) -> EncoderOutput:
     if isinstance(raw, Tensor):
         return EncoderOutput(last_hidden_state=raw)
     if isinstance(raw, tuple) and raw:
-        return EncoderOutput(last_hidden_state=raw[0])
+        return EncoderOutput(last_hidden_state=raw[0])  # as with return_dict=False
     if not isinstance(raw, Mapping):
         raise TypeError(f"Expected a model output, a tuple or a tensor, got {type(raw).__name__}.")
     last = raw.get("last_hidden_state")
     if last is None:
+        # Some encoders name their features otherwise: the first field that could be features counts.
         last = next((v for k, v in raw.items() if isinstance(v, Tensor) and v.ndim >= 2 and k not in _GENERATED), None)
     return with_features(raw, last, raw.get("feature_lens"))
 
@@ -171,9 +172,9 @@ def _merged(last: Any, pooled: Any, items: int | None) -> Tensor:
     if last.ndim == 2:  # packed; a third axis holds the patches that one token is made of
         return pooled.flatten(1)  # (sum of merged tokens, width)
     if pooled.ndim == 3:
-        return pooled
+        return pooled  # (items, merged tokens, width)
     if items is None or len(pooled) == items or len(pooled) % items:
-        return last
+        return last  # one pooled vector of each item, or nothing that divides among them
     return pooled.unflatten(0, (items, -1))  # the same number of each item: they have one shape
 
 
@@ -184,6 +185,7 @@ def selected_map(
     chosen = chosen_features(output, selection, name)[0]
     if chosen.ndim != 4 or selection.drop_prefix or selection.data_format == LAYERS_FIRST:
         return None
+    # (items, rows, columns, width), or (items, width, rows, columns)
     rows, columns = chosen.shape[1:3] if _channels_last(chosen, selection, width) else chosen.shape[2:]
     return int(rows), int(columns)
 
@@ -192,7 +194,8 @@ def _channels_last(features: Tensor, selection: Selection, width: int | None) ->
     if selection.data_format is not None:
         return selection.data_format == CHANNELS_LAST
     if features.ndim == 3:
-        return True
+        return True  # a sequence
+    # A map has its channels first, unless the last axis alone has the expected width.
     return width is not None and features.shape[-1] == width and features.shape[1] != width
 
 
@@ -223,4 +226,5 @@ def rows_of_items(features: Tensor, items: int) -> Tensor:
     """
     if features.ndim != 3 or len(features) <= items or not items or len(features) % items:
         return features
+    # (rows, tokens, width) -> (items, rows / items * tokens, width)
     return features.unflatten(0, (items, -1)).flatten(1, 2)

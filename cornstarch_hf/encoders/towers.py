@@ -22,10 +22,10 @@ KIND_BY_INPUT = {
     "input_ids": "text",
     "past_values": "time",
 }
-# What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
 # The inputs of which one holds an item, in order of preference; `feature_layout.RECIPES` makes each.
 ITEM_INPUTS = ("pixel_values", "pixel_values_videos", "image", "flattened_patches", "input_values", "input_features",
                "audio_mel", "input_ids", "past_values", "hidden_states", "inputs")  # fmt: skip
+# What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
 NOT_INPUTS = frozenset(
     [
         *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
@@ -65,17 +65,19 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
 
 def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
     if model.config.is_encoder_decoder and isinstance(inner := model.get_encoder(), PreTrainedModel):
-        return inner
+        return inner  # Whisper, T5: what the decoder makes is no feature
+    # Asked for a modality, transformers' models give its tower; an image tower serves for videos, frame by frame.
     found = {
         k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
     }
+    # A model without such a tower answers with itself.
     found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
     found = {k: tower for k, tower in found.items() if set(ITEM_INPUTS) & set(forward_parameters(tower))}
-    if len({id(tower) for tower in found.values()}) > 1:
+    if len({id(tower) for tower in found.values()}) > 1:  # one tower that answers for both is no choice
         raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")
     if found:
         return next(iter(found.values()))
-    base = model.base_model
+    base = model.base_model  # below a head; the model itself where there is none
     items = set(KIND_BY_INPUT) & set(forward_parameters(model))
     # A stack of layers below may want what this model makes of an item.
     takes_items = isinstance(base, PreTrainedModel) and (not items or items & set(forward_parameters(base)))
@@ -98,7 +100,7 @@ def infer_kind(module: nn.Module) -> str:
     if kinds:  # a tower may state all that the whole model takes
         return next((kind for kind in (*kinds, "text") if kind in stated and kind in taken), kinds[0])
     if any(name.endswith(PATCH_GRIDS) for name in names):
-        return "image"
+        return "image"  # patches of images, whatever the input that holds them is called
     return next(iter(taken), model.main_input_name)
 
 
@@ -142,7 +144,7 @@ def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) 
             continue
         counted = helper(every)
         for stage in counted[::-1] if isinstance(counted, tuple) else (counted,):  # before pooling, after it
-            *found, whole = stage.tolist()
+            *found, whole = stage.tolist()  # of all positions: it must be what the encoder gave
             if whole == tokens:
                 return found
     return None
@@ -178,7 +180,7 @@ def transformers_keywords() -> frozenset[str]:
 
 def keyword_for(emitted: str, modality: str, input_names: Mapping[str, str]) -> str | None:
     """The keyword for a key that a modality's processor emits, None when its encoder takes no such input."""
-    for keyword in (f"{modality}_{emitted}", emitted):
+    for keyword in (f"{modality}_{emitted}", emitted):  # its own name first: the bare one may be another encoder's
         if keyword in input_names:
             return keyword
     keywords = {parameter: keyword for keyword, parameter in input_names.items()}
@@ -195,7 +197,7 @@ def named_inputs(emitted: Mapping[str, Any], modality: str, input_names: Mapping
     keywords = {key: keyword_for(key, modality, input_names) for key in emitted}
     own = {key for key, keyword in keywords.items() if keyword in (key, f"{modality}_{key}")}
     found: dict[str, Any] = {}
-    for key in sorted(emitted, key=lambda key: key not in own):
+    for key in sorted(emitted, key=lambda key: key not in own):  # so that an alias never takes the place of an own name
         keyword = keywords[key]
         if keyword is None or keyword in found:
             continue

@@ -86,13 +86,14 @@ def card_text(
     fields = license_fields(license, [found.get(base) for base in facts.get("bases", ())])
     more = ["generated_from_trainer"] if training and facts["kind"] == "model" else []
     marks = [LIBRARY, "multimodal", *data.get("tags", ()), *tags, *more]
+    # A modality's kind is a word of the user's, and need not be a tag.
     data = {"library_name": LIBRARY, **data, **fields, "tags": list(filter(_is_tag, dict.fromkeys(marks)))}
     head = f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
     facts |= {"repo_id": repo_id, "training": training, "licenses": found, "license": fields.get("license")}
     body = ENVIRONMENT.get_template("card_template.md").render(facts)
     # Sections that are left out leave empty lines behind.
     body = "\n" + re.sub(r"\n{3,}", "\n\n", body).strip("\n") + "\n"
-    return head + MARK.format(_digest(head + body)) + body
+    return head + MARK.format(_digest(head + body)) + body  # of all but the mark's own line
 
 
 def merged_card(existing: str | None, generated: str, overwrite: bool = False) -> str:
@@ -170,6 +171,7 @@ def _metadata(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     media = tuple(sorted({kind for kind in kinds if kind in ("image", "audio", "video")}))
     bases = list(dict.fromkeys(origin["repo_id"] for origin in facts["origins"].values()))
     peft = any(hasattr(part, "peft_config") for part in (model, *model._parts().values()))
+    # With references it adds to its bases; without, all weights are here, of several bases or of one.
     relation = "adapter" if facts["references"] else "merge" if len(bases) > 1 else "finetune"
     return {
         "base_model": bases or None,
@@ -213,6 +215,7 @@ def picture(model: Any, origins: Mapping[str, Mapping[str, Any]]) -> Markup:
     nodes = {"in text": ["text"], "merge": ["embeddings in order"], "text": text, "out": ["text"]}
     edges = [("in text", "merge"), ("merge", "text"), ("text", "out")]
     for name, encoder in model.encoders.items():
+        # Encoders that share their items hang on one input.
         group = next((group for group in model.config.share_inputs if name in group), [name])
         nodes.setdefault(f"in {group}", [encoder.kind])
         nodes[f"encoder {name}"] = component(f"{name}_encoder", parts[f"{name}_encoder.module"].class_name)
@@ -232,8 +235,9 @@ def plain(text: Any) -> Markup:
 def code(text: Any) -> Markup:
     """Text in a code span, on one line, safe in a table's cell."""
     text = _one_line(text)
+    # A fence ends a code span only where it is as long as the one that began it.
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    space = " " if text.startswith("`") or text.endswith("`") else ""
+    space = " " if text.startswith("`") or text.endswith("`") else ""  # Markdown takes one space off on both sides
     return Markup(f"{fence}{space}{text}{space}{fence}".replace("|", "\\|"))
 
 

@@ -59,7 +59,7 @@ def training_facts(trainer: Any) -> Facts:
         TypeError: neither a Trainer nor a path.
     """
     if isinstance(trainer, (str, os.PathLike)):
-        state, versions = _read_state(trainer), []
+        state, versions = _read_state(trainer), []  # a state tells no versions of what wrote it
         how = _numbers([("batch size per device", state.get("train_batch_size"))])
     elif hasattr(trainer, "args") and hasattr(trainer, "state"):
         state, versions = vars(trainer.state), _versions()
@@ -112,6 +112,7 @@ def _optimizer_facts(trainer: Any) -> Facts:
         found = _numbers([("learning rate", getattr(args, "learning_rate", None))])
     else:
         found = [("optimizer", type(optimizer).__name__), ("learning rate", _learning_rates(optimizer.param_groups))]
+    # Only of a scheduler that Trainer made itself do its arguments tell the kind.
     if getattr(trainer, "_created_lr_scheduler", False) or getattr(trainer, "lr_scheduler", None) is None:
         schedule = getattr(args, "lr_scheduler_type", None)
         schedule = getattr(schedule, "value", schedule)
@@ -124,7 +125,7 @@ def _learning_rates(groups: list[dict[str, Any]]) -> str:
     """The initial rates, by part where `parameter_groups` named them."""
     rates: dict[str, list[str]] = {}
     for group in groups:
-        rate: Any = group.get("initial_lr", group.get("lr"))
+        rate: Any = group.get("initial_lr", group.get("lr"))  # where schedulers keep the rate that they began with
         name = group.get("name")
         if _is_number(rate):
             parts = rates.setdefault(_shown(rate), [])
@@ -196,6 +197,7 @@ def _asked_license(repo_id: str, commit: str | None, token: str | bool | None) -
         logger.info("The licence of %s is not known (%s).", repo_id, type(error).__name__)
         return None
     # What others wrote in their cards becomes text of this one: identifiers only.
+    # Where the licence is "other", the name beside it says which.
     names = (data.get("license_name"), data.get("license"))
     return next((name for name in names if isinstance(name, str) and LICENSE.fullmatch(name)), None)
 
@@ -276,6 +278,7 @@ def _item(encoder: Any, processor: Any) -> dict[str, str] | None:
             return {"image": 'Image.new("RGB", (320, 240), "red")'}
         case "audio":
             rate = sampling_rate_of(processor)
+            # One second, or the extractor's window where that is shorter.
             samples = min(rate or 16_000, getattr(processor, "n_samples", None) or rate or 16_000)
             wave = {"audio": f"np.sin(np.arange({samples}, dtype=np.float32) / 10)"}
             return wave | ({"sampling_rate": str(rate)} if rate else {})
@@ -320,7 +323,8 @@ def own_parts(model: Any) -> dict[str, Any]:
         if projection in PROJECTORS:
             found[f"the projection {projection!r}"] = PROJECTORS[projection]
         for callback in filter(None, encoder.callbacks.values()):
-            target = getattr(callback, "func", callback)
+            target = getattr(callback, "func", callback)  # of a functools.partial
+            # Of an object that can be called its class was registered.
             target = target if CALLBACKS.name_of(target) else type(target)
             if registered := CALLBACKS.name_of(target):
                 found[f"the callback {registered!r}"] = target

@@ -120,12 +120,12 @@ def push_saved(part: Any, folder: str | os.PathLike, options: Mapping[str, Any])
     return push_to_hub(part, None, repo_id, **given)
 
 
-PUSHERS.update(push=push_to_hub, push_saved=push_saved)
+PUSHERS.update(push=push_to_hub, push_saved=push_saved)  # `checkpoints` lies below this room and cannot import it
 
 
 def _checked(model: Any, processor: Any, repo_id: Any) -> tuple[Any, Any, str]:
     """Model, processor and repository of a call that may have left out either of the first two (TypeError)."""
-    if isinstance(processor, str) and repo_id is None:
+    if isinstance(processor, str) and repo_id is None:  # push_to_hub(model, "user/name")
         processor, repo_id = None, processor
     if not isinstance(repo_id, str):
         raise TypeError(
@@ -165,6 +165,7 @@ def stale_files(with_model: bool, variant: str | None = None) -> Callable[[str],
     def stale(name: str) -> bool:
         if not with_model:
             return False
+        # A variant stands beside other files: it replaces its own alone.
         others = variant is None and (name in (DELTA, COMPOSITION, *ADAPTERS) or bool(PICKLES.fullmatch(name)))
         return others or bool(pattern.fullmatch(name))
 
@@ -221,4 +222,4 @@ def _write_card(path: Path, generated: str, there: str | None, repo_id: str, rep
     if text == there and text != generated:
         logger.warning("%s: the card was edited by hand and stays as it is; overwrite_card=True replaces it.", repo_id)
     else:
-        path.write_bytes(text.encode("utf-8"))
+        path.write_bytes(text.encode("utf-8"))  # to the letter: text mode may change line ends

@@ -24,11 +24,12 @@ NEVER = (
     *("scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "events.out.*", "*.log", "runs"),
     *("checkpoint-*", "global_step*", "__pycache__"),
 )
+# Not text: not searched for paths and tokens.
 _BINARY = (".safetensors", ".bin", ".pt", ".pth", ".model", ".npz", ".npy", ".onnx", ".png", ".jpg")
 # Whatever stands in a vocabulary is no path.
 _WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b")
-TRIES = 4
+TRIES = 4  # 0.5, 1 and 2 seconds apart, unless the Hub asks for another time
 PULL_REQUESTS = 10  # the newest ones, among which ours is looked for when the answer to a commit was lost
 MARK = "Push-Id: {}"  # the last line of a commit's description, by which it is known again
 # What an answer of the Hub means and what to do about it, by its status.
@@ -102,7 +103,7 @@ def upload(
     options = {
         "revision": revision,
         "create_pr": create_pr,
-        "parent_commit": info.sha,
+        "parent_commit": info.sha,  # the Hub refuses with 412 where another commit came first
         "commit_message": commit_message,
     }
     options["commit_description"] = f"{commit_description}\n\n{mark}" if commit_description else mark
@@ -129,11 +130,13 @@ def uploadable(folder: str | os.PathLike) -> list[str]:
 
 def check_no_secrets(folder: str | os.PathLike, names: list[str], token: str | bool | None) -> None:
     """Refuse text files that name a place on this machine or hold a token (ValueError that names the file, not the secret)."""
+    # Longer places first, so that the message names the whole of one; "/" alone would be in every text.
     inside = "|".join(re.escape(place) for place in sorted(_places(folder), key=len, reverse=True) if len(place) > 1)
-    path = re.compile(rf"(?<![\w.])({inside})(?![\w.-])")
+    path = re.compile(rf"(?<![\w.])({inside})(?![\w.-])")  # whole names: /home/ann does not stand in /home/anna
+    # A short one would be found by chance.
     secrets = {text for text in (token, get_token()) if isinstance(text, str) and len(text) > 8}
     for name in names:
-        data = b"\0" if name.endswith(_BINARY) else Path(folder, name).read_bytes()
+        data = b"\0" if name.endswith(_BINARY) else Path(folder, name).read_bytes()  # counts as binary below
         if b"\0" in data:
             continue
         text = data.decode("utf-8", errors="replace")
@@ -217,10 +220,11 @@ def _wait(error: BaseException, attempt: int) -> float | None:
         return None
     status = _status(error)
     if status is None:
+        # Errors of httpx, httpcore and http.client, which have no class in common.
         network = isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith("http")
         return 0.5 * 2**attempt if network else None
     if status != 429 and status < 500:
-        return None
+        return None  # the request itself is wrong, and stays so
     asks = getattr(error, "response").headers.get("Retry-After", "")  # noqa: B009 - its class is the client's own matter
     return min(float(asks), 60.0) if asks.isdigit() else 0.5 * 2**attempt
 

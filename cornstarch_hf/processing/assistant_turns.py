@@ -20,7 +20,7 @@ from typing import Any
 
 from .conversations import GENERATION, TEMPLATE_ERRORS, render
 
-_FIRST, _LAST = 0xF0000, 0xFFFFD
+_FIRST, _LAST = 0xF0000, 0xFFFFD  # a plane for private use: templates leave these as they are, and texts have none
 _BOOKEND = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."
 Spans = list[tuple[int, int]]
@@ -50,7 +50,7 @@ def assistant_spans(
     text, spans = render(messages, template, mark_assistant=marked, **variables)
     _check_tool_calls(messages, template, variables)
     if marked and first == 0:
-        return text, spans
+        return text, spans  # the template's own word, for the whole conversation
     problem: Exception | None = None
     undisturbed = False
     for around in ("all", "spoken", "none"):  # templates may treat an empty message otherwise than one with bookends
@@ -58,6 +58,7 @@ def assistant_spans(
             break  # what bookends could not tell apart is not to be guessed without them
         try:
             turns = _Turns(messages, template, variables, around)
+            # Where the template writes something else because of the bookends, they tell nothing.
             if turns.plain(turns.whole) != text:
                 continue
             undisturbed = True
@@ -74,6 +75,7 @@ def assistant_spans(
 
 def _check_tool_calls(messages: list[dict], template: str, variables: dict[str, Any]) -> None:
     """Refuse a conversation with a turn of tool calls that the template does not write."""
+    # Written behind a tool's name, a bookend shows whether the template writes that name at all.
     named = [_calls_with_bookend(message, _bookends(i)[1]) for i, message in enumerate(messages)]
     if named == messages:
         return
@@ -118,7 +120,7 @@ class _Turns:
                 continue
             start, end = self._start(index), self._end(index, specials)
             if start > end or (spans and start < spans[-1][1]):
-                raise self._lost(index)
+                raise self._lost(index)  # the template has moved text, so turns would overlap
             inside = set(_BOOKEND.findall(self.whole[start:end])) if self.has_bookends else set()
             if inside != {bookend for bookend in _bookends(index) if self.has_bookends and bookend in self.whole}:
                 raise ValueError(f"message {index} has text of another message in it, or lacks its own")
@@ -138,6 +140,7 @@ class _Turns:
         """Behind what the generation prompt writes, where the template has one, else behind the turn's header."""
         if index == 0:
             return self._first_start()
+        # Rendered up to this message, with a generation prompt and without: where they differ, the template has one.
         bookend, prompt = self._behind_last_bookend(self.messages[:index], add_generation_prompt=True)
         _, bare = self._behind_last_bookend(self.messages[:index])
         at = self._position_behind(bookend, index)
@@ -158,6 +161,7 @@ class _Turns:
     def _first_start(self) -> int:
         """The start of a conversation's first turn, by the generation prompt that would follow the whole of it."""
         lead = self._lead(0, 0)
+        # Nothing stands before it to be rendered alone: its header is looked for at the end instead.
         grown, _ = render(self.messages, self.template, **self.variables | {"add_generation_prompt": True})
         if self.whole.startswith(lead) and grown.endswith(lead):
             return len(lead)
@@ -191,7 +195,7 @@ class _Turns:
         """Where the whole text goes on behind a bookend, its start for none."""
         if bookend and self.whole.count(bookend) != 1:
             raise self._lost(index)
-        return self.whole.index(bookend) + 1 if bookend else 0
+        return self.whole.index(bookend) + 1 if bookend else 0  # a bookend is one character
 
     def _lead(self, index: int, at: int) -> str:
         """What the template writes from a position to the text of a message."""
@@ -252,5 +256,5 @@ def _calls_with_bookend(message: dict, end: str) -> dict:
 
 def _enclosed(text: str, start: str, end: str) -> str:
     before = len(text) - len(text.lstrip())
-    behind = max(before, len(text.rstrip()))
+    behind = max(before, len(text.rstrip()))  # white space alone: both bookends go to its end
     return text[:before] + start + text[before:behind] + end + text[behind:]

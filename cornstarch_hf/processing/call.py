@@ -44,10 +44,11 @@ def text_arguments(
     if text is not None and "text" in given:
         raise ValueError("text was given twice: as text= and in llm_inputs.")
     text = given.pop("text", text)
+    # From this package's own callers; no tokenizer takes them.
     internal = {key: given.pop(key, None) for key in ("assistant_spans", "item_lengths")}
     options = {key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}
     options |= kwargs.pop("text_kwargs", None) or {}
-    options |= given
+    options |= given  # `llm_inputs` win
     if unknown := sorted(set(options) - TEXT_OPTIONS):
         raise TypeError(f"Unknown arguments for the tokenizer: {unknown}, expected some of {sorted(TEXT_OPTIONS)}.")
     return text, options, internal
@@ -80,7 +81,7 @@ def media_arguments(
         if items is not None:
             _add_items(media, name, items)
     for name, given in (encoder_inputs or {}).items():
-        config.modalities_for(name)
+        config.modalities_for(name)  # raises for what the model does not have
         key = next((k for k in MEDIA_KEYS if k in given), None)
         if key is not None:
             _add_items(media, name, given[key])
@@ -94,7 +95,7 @@ def media_arguments(
                 media[name].update(options)
     for name in media:
         if rate is not None and config.modality(name)["kind"] == "audio":
-            media[name].setdefault("sampling_rate", rate)
+            media[name].setdefault("sampling_rate", rate)  # the modality's own option wins
     return media
 
 
@@ -130,10 +131,11 @@ def encode_texts(
         ValueError: truncation that would cut features.
     """
     by_token = {tokens[name]: counts for name, counts in lengths.items()}
-    taken: dict[str, int] = {}
+    taken: dict[str, int] = {}  # how many items of each token are used up; advances from text to text
     expanded = [expand(text, by_token, taken) for text in texts]
     options = dict(options)
     as_tensors = options.pop("return_tensors", None)
+    # Not for the tokenizer's call: rows are padded last, with masks and offsets, when nothing can be cut any more.
     padding = {k: options.pop(k) for k in ("padding", "pad_to_multiple_of", "padding_side") if k in options}
     with_mask = options.pop("return_attention_mask", None)
     moved = None
@@ -165,6 +167,7 @@ def check_items(
         given = samples.get(name)
         if given is not None and len(given) != len(texts):
             raise ValueError(f"{name}: items were given for {len(given)} samples, but there are {len(texts)} texts.")
+        # Without a list per sample only the sums can be compared.
         for sample, (count, items) in enumerate(zip(written, given or written, strict=True)):
             if count != items:
                 raise ValueError(

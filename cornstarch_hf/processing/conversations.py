@@ -29,7 +29,7 @@ DEFAULT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_PROBE = "cornstarchprobe"
+_PROBE = "cornstarchprobe"  # a word that no template writes by itself
 _END = "\ue0c2"  # marks where the last message's content ends, which goes on
 # What a template raises that does not know something, or refuses it.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
@@ -103,7 +103,7 @@ class ConversationReader:
                     f"A part of type 'text' must have a string as its 'text', got {part.get('text')!r:.100}."
                 )
             return {"type": "text", "text": self._marked(part["text"])}
-        kind = "image" if part["type"] == "image_url" else part["type"]
+        kind = "image" if part["type"] == "image_url" else part["type"]  # OpenAI's word for it
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
@@ -115,6 +115,7 @@ class ConversationReader:
             and template_writes_placeholder(template, kind, self.tokens[names[0]])
         ):
             return {"type": kind}
+        # Encoders that share the item: a placeholder for each, one behind the other.
         return {"type": "text", "text": "".join(self.tokens[name] for name in names)}
 
 
@@ -138,7 +139,7 @@ def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
     for key in (*kinds, "bytes", "url", "path", "base64", "data", "array"):
         value = part.get(key)
         if value is None or (isinstance(value, Mapping) and all(v is None for v in value.values())):
-            continue
+            continue  # a table's gap, or a struct of gaps
         rates = {key: part[key] for key in ("sampling_rate", "fps") if part.get(key) is not None}
         return value if not rates or isinstance(value, (str, bytes, Mapping)) else {"array": value, **rates}
     return None
@@ -201,6 +202,7 @@ def _with_reasoning(message: Any) -> dict[str, Any]:
         raise TypeError(f"A message must be a dict, got {type(message).__name__}.")
     fields = getattr(chat_template_utils, "_REASONING_FIELDS", ())
     found = next((message[key] for key in fields if message.get(key) is not None), None)
+    # A message's own `thinking` wins.
     return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
@@ -221,6 +223,7 @@ def _with_mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def handles_parts(template: str) -> bool:
     """Whether a template renders a list of content parts, rather than one string."""
     rendered = _try([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}], template)
+    # A template for strings prints the list of parts as Python does, with its keys.
     return rendered is not None and _PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
 
 
@@ -248,7 +251,7 @@ def template_writes_placeholder(template: str, kind: str, token: str) -> bool:
 def _try(messages: list[dict], template: str) -> str | None:
     try:
         return render(messages, template, bos_token="", eos_token="")[0]
-    except TemplateLimit:
+    except TemplateLimit:  # also one of the errors below, but no answer about the template
         raise
     except TEMPLATE_ERRORS:
         return None

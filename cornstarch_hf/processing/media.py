@@ -20,6 +20,7 @@ from transformers.image_utils import load_image
 
 from ..limits import cap, check, check_image
 
+# At most 8 bits per channel.
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
 
 # How deep lists of numbers are nested that are one item.
@@ -79,7 +80,7 @@ def _depth(value: Any) -> int:
         return 0
     if all(isinstance(x, (int, float, np.number)) for x in value):
         return 1
-    inner = _depth(value[0])
+    inner = _depth(value[0])  # the first entry stands for all: lists may be long
     return inner + 1 if inner else 0
 
 
@@ -129,7 +130,7 @@ def _source(item: Any, where: str) -> str | bytes | None:
         source: str | bytes | None = item
     elif str(item).startswith(("http://", "https://")):
         with urllib.request.urlopen(str(item), timeout=60) as answer:
-            source = answer.read(cap("MAX_FILE_BYTES") + 1)
+            source = answer.read(cap("MAX_FILE_BYTES") + 1)  # one byte more than allowed shows that there are too many
     elif os.path.isfile(item):
         source = os.fspath(item)
     else:
@@ -142,7 +143,7 @@ def _source(item: Any, where: str) -> str | bytes | None:
 def _from_base64(text: str) -> bytes | None:
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode("".join(encoded.split()), validate=True) or None
+        return base64.b64decode("".join(encoded.split()), validate=True) or None  # line breaks inside are usual
     except (binascii.Error, ValueError):
         return None
 
@@ -172,7 +173,7 @@ def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> 
             f"{cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
         ) from error
     except Exception as error:
-        if "cornstarch_hf.limits." in str(error):
+        if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
             raise
         what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
         raise ValueError(
@@ -216,6 +217,7 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
             values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
             raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
+        # PIL takes grey images without an axis for their channel.
         return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
     if not kind.startswith(("float", "bfloat")):
         raise ValueError(

@@ -60,16 +60,17 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         rows = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
         dtype = rows[0].dtype
         for row in rows:
-            dtype = torch.promote_types(dtype, row.dtype)
+            dtype = torch.promote_types(dtype, row.dtype)  # float16 and bfloat16 together make float32
         features = pad_sequence(
             [row.to(dtype) for row in rows], batch_first=True
         )  # (items, most features, feature_size)
+        # (items, most features), True where a row is a feature
         mask = torch.arange(features.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
         return BatchFeature({"features": features, "attention_mask": mask.long()}, return_tensors)
 
     def _ready(self, item: Any, where: str) -> torch.Tensor:
         values = _floats(item, where, ("features", "embeddings", "array"))
-        values = values[None] if values.ndim == 1 else values
+        values = values[None] if values.ndim == 1 else values  # (feature_size,) -> (1, feature_size)
         if values.ndim != 2 or values.shape[1] != self.feature_size or len(values) == 0:
             raise ValueError(
                 f"{where}: expected features of shape (n, {self.feature_size}) with n >= 1, got {tuple(values.shape)}."
@@ -149,20 +150,20 @@ class TimeSeriesProcessor(ItemProcessor):
                 f"{name}, item {i}: the series has {lengths[i]} values, item 0 has {lengths[0]}: this encoder cannot be told "
                 "which are padding, so that series of one call must have one length."
             )
-        starts = [-n % (self.patch_length or 1) for n in lengths]
+        starts = [-n % (self.patch_length or 1) for n in lengths]  # padding in front, up to whole patches
         most = max(n + start for n, start in zip(lengths, starts, strict=True))
         values, padding = [], []
         for x, start in zip(series, starts, strict=True):
             around = (start, most - len(x) - start)  # padding before and behind the series
             values.append(pad(x, (0, 0) * (x.ndim - 1) + around))  # (most,) or (most, num_channels)
-            padding.append(pad(torch.zeros(len(x), dtype=torch.long), around, value=1))
+            padding.append(pad(torch.zeros(len(x), dtype=torch.long), around, value=1))  # 1 on padding
         found = {"past_values": torch.stack(values), "past_values_padding": torch.stack(padding)}
         return BatchFeature(found | {"freq": torch.full((len(series), 1), self.frequency)}, return_tensors)
 
     def _ready(self, item: Any, where: str) -> torch.Tensor:
         values = _floats(item, where, ("past_values", "series", "array"), rounded=True)
         if self.num_channels == 1 and values.ndim == 1:
-            values = values[:, None]
+            values = values[:, None]  # (length,) -> (length, 1)
         shape = ("length",) if self.num_channels is None else ("length", self.num_channels)
         if values.ndim != len(shape) or len(values) == 0 or tuple(values.shape[1:]) != shape[1:]:
             text = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
@@ -199,6 +200,7 @@ def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False)
         raise TypeError(f"{where}: expected numbers (array, tensor, list), got {type(item).__name__}.")
     if isinstance(item, np.ndarray) and item.dtype.kind not in "fiu":
         raise TypeError(f"{where}: expected numbers, got an array of {item.dtype}.")
+    # torch takes no arrays with negative strides, such as reversed ones.
     values = torch.as_tensor(np.ascontiguousarray(item)) if isinstance(item, np.ndarray) else item.detach().cpu()
     if rounded and values.dtype is not torch.bool and not values.is_complex():
         values = values.to(torch.float32)

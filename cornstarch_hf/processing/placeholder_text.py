@@ -14,13 +14,14 @@ from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 
-MARK_START, MARK_END = "\ue0c0", "\ue0c1"
+MARK_START, MARK_END = "\ue0c0", "\ue0c1"  # private-use characters; those of a user are removed by `mark_typed`
 MARKED = re.compile(f"{MARK_START}(.*?){MARK_END}", re.DOTALL)
 
 
 def token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
     """A pattern that finds any of the tokens, longer ones first, unless it is marked as typed text."""
     ordered = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    # Marked text is tried first and leaves the group empty; `(?!)` matches nothing, where there are no tokens.
     return re.compile(f"{MARK_START}.*?{MARK_END}|({ordered or '(?!)'})", re.DOTALL)
 
 
@@ -30,7 +31,7 @@ def mark_typed(text: str, tokens: Sequence[str]) -> str:
     >>> mark_typed("see <image>", ["<image>"]) == "see " + MARK_START + "<image>" + MARK_END
     True
     """
-    clean = text.replace(MARK_START, "").replace(MARK_END, "")
+    clean = text.replace(MARK_START, "").replace(MARK_END, "")  # a mark in the user's text would end ours too early
     pattern = token_pattern(tokens)
     return pattern.sub(lambda m: f"{MARK_START}{m[0]}{MARK_END}", clean)
 
@@ -83,7 +84,7 @@ def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -
             continue
         index = taken.get(token, 0)
         taken[token] = index + 1
-        count = lengths[token][index] if index < len(lengths[token]) else 0
+        count = lengths[token][index] if index < len(lengths[token]) else 0  # `check_items` refuses texts with too many
         before, repeated = text[last : match.start()], token * count
         spans.append((match.start(), match.end(), size + len(before), size + len(before) + len(repeated)))
         pieces += [before, repeated]
@@ -117,9 +118,11 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
         one dict per text with ``input_ids``, perhaps ``token_type_ids``, ``offset_mapping``, ``assistant_masks``.
     """
     turns: Sequence[Spans] = [[] for _ in texts] if spans is None else spans
+    # Offsets tell which tokens lie in a span.
     asked = options | ({} if spans is None else {"return_offsets_mapping": True})
     rows: dict[int, dict[str, list]] = {}
     # Texts as a whole, all in one call, where nothing was typed and no token reaches over the end of a span; else pieces.
+    # Slow tokenizers give no offsets.
     whole = [i for i, text in enumerate(texts) if MARK_START not in text and (spans is None or tokenizer.is_fast)]
     batch = tokenizer([texts[i] for i in whole], padding=False, return_attention_mask=False, **asked) if whole else {}
     for k, i in enumerate(whole):
@@ -210,7 +213,7 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | 
     ends = {end for span in spans for end in span if end > 0}
     mask, reached = [], 0
     for a, b in offsets:
-        start = min(reached, a)
+        start = min(reached, a)  # white space in front that the offsets leave out
         gap_ends = any(reached <= end <= a for end in ends) if a > reached else False
         if gap_ends or any(start < end < b for end in ends):
             return None

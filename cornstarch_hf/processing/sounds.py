@@ -35,6 +35,7 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         given = given if rate is None else rate
         item = held(item, ("array", "audio", "bytes", "path", "url"))
     if is_file(item):
+        # Decoding resamples, so the sound comes out at the expected rate.
         item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
     elif hasattr(item, "get_all_samples"):
         _check_decoder(item, expected, where)
@@ -44,9 +45,9 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
     if not isinstance(item, (np.ndarray, list, tuple)):
         raise TypeError(f"{where}: expected a waveform (array, tensor, path or URL), got {type(item).__name__}.")
-    check_sound(len(item), 1, None, None, where)
+    check_sound(len(item), 1, None, None, where)  # before a long list becomes an array
     wave = np.asarray(item)
-    check_sound(wave.size, 1, None, None, where)
+    check_sound(wave.size, 1, None, None, where)  # with all channels
     if wave.ndim == 2 and 1 in wave.shape:
         wave = wave.reshape(-1)  # (1, samples) or (samples, 1): one channel
     if wave.ndim != 1 or wave.size == 0:
@@ -70,6 +71,7 @@ def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
     seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
     if seconds is not None and rate:
         channels = getattr(header, "num_channels", None) or 1
+        # A header may claim an endless sound, which is no integer.
         check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
 
 

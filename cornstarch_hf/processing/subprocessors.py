@@ -31,6 +31,7 @@ _UNBOUNDED: tuple[tuple[str, Any], ...] = (
     ("position_embedding_type", ("rotary", "relative_key", "relative_key_query")),
     ("position_biased_input", (False,)),
 )
+# Attributes of configurations whose positions are computed or relative, for texts of any length.
 _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attention_num_buckets")
 
 
@@ -81,7 +82,7 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
         return None
     if after_padding and config.pad_token_id is not None:  # RoBERTa counts from behind the padding's row
         positions -= config.pad_token_id + 1
-    return min(positions, tokenizer.model_max_length)
+    return min(positions, tokenizer.model_max_length)  # 10**30 where the tokenizer's files set no limit
 
 
 TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
@@ -154,6 +155,7 @@ def run_subprocessor(
             return run(processor, name, items, options, encoder_config, channels)
         rescaled = keeps_scale(processor, options)
         items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
+        # Of grey images transformers cannot tell by the shape where the channel stands.
         if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
             options.setdefault("input_data_format", "channels_last")
         return _run_on_images(processor, name, items, options, prepared)
@@ -168,6 +170,7 @@ def run_subprocessor(
         return _called(lambda x: processor(x, **options), processor, name, items)
     if isinstance(processor, PreTrainedTokenizerBase):
         return _tensors(run_tokenizer(processor, name, items, options, encoder_config), name)
+    # A callable of somebody's own checks nothing: the number of frames at least is bounded.
     for i, item in enumerate(items) if kind == "video" else ():
         frames = len(item) if hasattr(item, "__len__") and not isinstance(item, (str, bytes)) else 0
         check(frames, "MAX_VIDEO_FRAMES", f"{name}, item {i}: the number of frames is")
@@ -191,7 +194,7 @@ def _run_on_images(
         return found
     # All images are in one row: (1, images, channels, height, width), with tiles
     # (1, images, tiles, channels, height, width).
-    alone = [found] if len(items) == 1 else [run([item]) for item in items]
+    alone = [found] if len(items) == 1 else [run([item]) for item in items]  # each in a row of its own
     for i, one in enumerate(alone):
         crops = one["pixel_values"].shape[1]
         if crops != 1:
@@ -205,6 +208,7 @@ def _run_on_images(
     together = {key: torch.cat([one[key] for one in alone]) for key in found}
     if rank == 6:  # towers that take tiles have an axis for the images of a row
         return together
+    # (items, 1, channels, height, width) -> (items, channels, height, width)
     return {k: v.flatten(0, 1) if v.ndim >= 4 and v.shape[1] == 1 else v for k, v in together.items()}
 
 
@@ -259,7 +263,7 @@ def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: 
             shapes.append(tuple(next(iter(one.values())).shape[1:]))
         if len(set(shapes)) > 1:
             raise ValueError(_uneven(processor, name, shapes)) from error
-        raise
+        raise  # each item alone is fine: the error is the whole call's
 
 
 def _size(item: Any) -> str:
@@ -314,6 +318,7 @@ def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
             f"{name}: {type(processor).__name__} cannot be saved, it is no image processor, feature extractor, video "
             "processor or tokenizer of transformers."
         )
+    # JSON has no arrays.
     return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in described.items()}
 
 

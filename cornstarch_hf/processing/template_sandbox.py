@@ -75,12 +75,12 @@ def _check(value: float, name: str, what: str) -> None:
 def weight(value: Any) -> int:
     """Characters that a value has as text, or entries of 8 characters each; stops above `MAX_TEMPLATE_WORK`."""
     total, pending, limit = 0, [value], cap("MAX_TEMPLATE_WORK")
-    while pending and total <= limit:
+    while pending and total <= limit:  # containers that hold one another many times would never end
         item = pending.pop()
         if isinstance(item, (str, bytes)):
             total += len(item)
         elif isinstance(item, (Mapping, list, tuple, set, frozenset, MappingView, range)):
-            total += 8 * len(item)
+            total += 8 * len(item)  # a pointer each
             pending += [*item, *(item.values() if isinstance(item, Mapping) else ())]  # type: ignore[misc]
         else:
             total += 8
@@ -200,7 +200,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, (str, bytes, int, list, tuple)) and method.__name__ in _METHODS:
-            args = tuple(_listed(argument) for argument in args)
+            args = tuple(_listed(argument) for argument in args)  # an iterator can be read only once
             budget.spend(_METHODS[method.__name__](owner, *args, **kwargs))
         result = super().call(__context, __obj, *args, **kwargs)
         budget.spend(weight(result) if isinstance(result, dict) else _length(result))
@@ -228,7 +228,7 @@ def _listed(value: Any) -> Any:
 
 def _made(value: Any) -> Any:
     """A list, tuple or dictionary written in the template, or what is written out as text."""
-    if not isinstance(value, str):
+    if not isinstance(value, str):  # text that exists already costs nothing
         _budget().spend(weight(value))
     return value
 
@@ -339,7 +339,7 @@ def _compiled(template: str) -> CodeType:
         jinja2.TemplateError: it is no template.
     """
     _check(len(template), "MAX_TEMPLATE_CHARACTERS", "the characters of the chat template are")
-    outer = _current_budget.set(None)
+    outer = _current_budget.set(None)  # jinja is to compute no constants now
     try:
         made = environment()
         return made.compile(_Counted().visit(made.parse(template)))
@@ -370,7 +370,7 @@ def render_template(
     blocks: list[str] = []
     spans: Spans = []
     size = 0
-    outer = _current_budget.set(Budget())
+    outer = _current_budget.set(Budget())  # of this rendering alone
     try:
         with made.activate_tracker(blocks, spans) if mark_assistant else contextlib.nullcontext():  # type: ignore[attr-defined]
             for block in program.generate(given):
@@ -390,11 +390,11 @@ def plain(value: Any) -> Any:
         return value
     for kind in (str, int, float):
         if isinstance(value, kind):
-            return kind(value)
+            return kind(value)  # a subclass could bring methods
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(plain, value)) if type(value) in (list, tuple) else [plain(item) for item in value]
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:  # a number of numpy
         return plain(value.item())
     return f"<{type(value).__name__}>"

@@ -117,6 +117,7 @@ def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channel
         ValueError: more than `limits.MAX_VIDEO_FRAMES`, frames of different sizes, what `media.ready_image` refuses.
     """
     check(len(kept), "MAX_VIDEO_FRAMES", f"{where}: sample fewer by num_frames=; the number of frames is")
+    # Only the frames that are kept are converted.
     ready = [ready_image(frames[i], f"{where}, frame {i}", channels, rescaled) for i in kept]
     sizes = [_size(frame) for frame in ready]
     for i, size in zip(kept, sizes, strict=True):
@@ -207,7 +208,7 @@ def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, 
             "give the encoder's video processor (it needs torchvision: pip install torchvision)."
         )
     tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
-    tensors = {key: value[0] if whole else value for key, value in tensors.items()}
+    tensors = {key: value[0] if whole else value for key, value in tensors.items()}  # (1, frames, ...) -> (frames, ...)
     if not tensors or any(len(value) != len(frames) for value in tensors.values()):
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         raise ValueError(f"{name}: {type(processor).__name__} gave {shapes} for {len(frames)} frames.")
@@ -251,7 +252,7 @@ def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[s
     for emitted, taken in (("pixel_values", "pixel_values_videos"), ("pixel_values_videos", "pixel_values")):
         if emitted in found and keyword(emitted) is None and keyword(taken):
             found[taken] = found.pop(emitted)
-            break
+            break  # once: the second pair would turn it back
     if FRAME_MASK in found and keyword(FRAME_MASK) is None:
         counts = found.pop(FRAME_MASK).sum(-1).tolist()
         if len(set(counts)) > 1:

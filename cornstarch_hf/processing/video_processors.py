@@ -70,6 +70,7 @@ def _stated_metadata(given: Any, count: int, name: str) -> list[Any]:
     if given is None:
         return [None] * count
     each = list(given) if isinstance(given, (list, tuple)) else [given]
+    # Metadata may come as one list, or as a list per sample.
     each = [one for group in each for one in (group if isinstance(group, (list, tuple)) else [group])]
     if len(each) != count or not all(isinstance(one, Mapping) for one in each):
         raise ValueError(
@@ -130,15 +131,15 @@ def _kept(
         )
     chosen = copy.copy(processor)  # whose attributes stand in for what is not given
     if explicit:
-        sampled_frames(count, where, number, fps, metadata.fps)
-        chosen.num_frames, chosen.fps = number, fps
+        sampled_frames(count, where, number, fps, metadata.fps)  # for its refusals alone
+        chosen.num_frames, chosen.fps = number, fps  # one is None: the processor's own must not stand beside it
     indices = _by_own_rule(chosen, metadata, where, options)
     if number is not None and len(indices) != number:
         raise ValueError(
             f"{where}: num_frames={number} was asked for, but {type(processor).__name__} samples {len(indices)}: ask for as "
             "many, or sample yourself."
         )
-    metadata.frames_indices = indices
+    metadata.frames_indices = indices  # some processors make time stamps of them
     return indices
 
 
@@ -177,7 +178,7 @@ def _processed(
         options["input_data_format"] = "channels_last"
     else:
         video = torch.stack([torch.as_tensor(frame) for frame in frames])  # laid out as the frames are
-    told = {"do_sample_frames": False, "video_metadata": [metadata]}
+    told = {"do_sample_frames": False, "video_metadata": [metadata]}  # these frames are the samples
     try:
         output = processor(videos=[video], return_tensors="pt", **told, **options)
     except Exception as error:

@@ -40,12 +40,13 @@ class BatchMetrics(TrainerCallback):
         """Add one to a `transformers.Trainer` in front of its reporters, and return it."""
         callback = cls(prefix)
         trainer.add_callback(callback)
-        trainer.callback_handler.callbacks.remove(callback)
+        trainer.callback_handler.callbacks.remove(callback)  # it was added last, behind the reporters
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Start counting what the model is given."""
+        # The model may be inside of PEFT, or of a wrapper for several processes.
         composed = next((m for m in model.modules() if isinstance(m, MultimodalModel)), None)
         if composed is None:
             raise ValueError(f"BatchMetrics counts for composed models, got {type(model).__name__}.")
@@ -70,7 +71,7 @@ class BatchMetrics(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Add the figures to an entry about training."""
         if not self._counts or logs is None or "loss" not in logs:
-            return
+            return  # an entry about an evaluation, or the summary at the end
         found = self._summed(args)
         positions = sum(found.values())
         padding = found.pop("padding")
@@ -78,7 +79,7 @@ class BatchMetrics(TrainerCallback):
         measured |= {"padding_ratio": padding / positions, "tokens_per_second": (positions - padding) / self._seconds}
         measured = {self.prefix + key: value for key, value in measured.items()}
         logs.update(measured)
-        state.log_history[-1].update(measured)
+        state.log_history[-1].update(measured)  # Trainer has put its copy of the entry there already
         self._counts, self._seconds = {}, 0.0
 
     def _summed(self, args) -> dict[str, int]:
@@ -87,15 +88,15 @@ class BatchMetrics(TrainerCallback):
         if args.world_size > 1:
             from accelerate.utils import reduce
 
-            values = reduce(values, reduction="sum")
+            values = reduce(values, reduction="sum")  # each process has counted its own rows
         return dict(zip(names, values.tolist(), strict=True))
 
     def _count(self, model: MultimodalModel, args: tuple, kwargs: dict[str, Any]) -> None:
         if not model.training:
-            return
+            return  # an evaluation
         given = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         ids = given.get("input_ids")
-        tokens = ids if ids is not None else given["inputs_embeds"][..., 0]
+        tokens = ids if ids is not None else given["inputs_embeds"][..., 0]  # (batch, length), for its shape alone
         mask = given.get("attention_mask")
         # (batch, length), True where a position is no padding
         mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(tokens).bool()

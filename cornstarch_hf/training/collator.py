@@ -75,7 +75,7 @@ def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, sid
         return 0, length
     cut = limit if side == "right" else length - limit  # behind what is kept, or in front of it
     for item in items:
-        if item.start < cut < item.stop:
+        if item.start < cut < item.stop:  # the item lies across the cut
             cut = item.start if side == "right" else item.stop
     return (0, cut) if side == "right" else (cut, length)
 
@@ -100,17 +100,17 @@ def inputs_within(
         placed = sorted((item for item in items if item.modality == modality), key=lambda item: item.index)
         inside = [item.index for item in placed if start <= item.start and item.stop <= stop]
         if len(inside) == len(placed):
-            continue
+            continue  # its tensors stay as they are
         dropped[modality] = len(placed) - len(inside)
-        parts = split_items(own, len(placed), modality)
+        parts = split_items(own, len(placed), modality)  # of each item, (1, ...) or its own packed patches
         for key in own:
             del kept[key]
-            if inside:
+            if inside:  # else the batch has no such input
                 kept[key] = torch.cat([parts[index][key] for index in inside])
     return kept, dropped
 
 
-IGNORED = -100
+IGNORED = -100  # a label that no loss counts
 TRUNCATIONS = ("raise", "right", "left")
 Spans = list[tuple[int, int]]
 
@@ -197,11 +197,11 @@ class MultimodalCollator:
 
     def _encode(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """One row's ids, labels and encoder inputs."""
-        row = {key: value for key, value in columns.items() if value is not None}
+        row = {key: value for key, value in columns.items() if value is not None}  # None fills the gaps of a table
         rate = row.pop("sampling_rate", None) or self.sampling_rate or self._expected_rate()
         media = self._media(row)
         text, spans, media = self._text(row, media)
-        if row:
+        if row:  # each reader has taken its columns out
             raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
         llm = {"text": [text], "assistant_spans": None if spans is None else [spans], "item_lengths": True}
         llm |= {"return_token_type_ids": False} | self.processor.bos_options(text)
@@ -210,8 +210,8 @@ class MultimodalCollator:
         ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
         # Labels: the row's own ids where the assistant wrote, never on placeholders.
         wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]
-        del out["attention_mask"]
-        silent = set(self.processor.placeholder_ids.values())
+        del out["attention_mask"]  # made anew once the row is cut and padded
+        silent = set(self.processor.placeholder_ids.values())  # ids that never get a label
         labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
         if spans is not None and all(label == IGNORED for label in labels):
             raise ValueError(
@@ -233,7 +233,7 @@ class MultimodalCollator:
 
     def _pair(self, row, media, prompt, completion):
         if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
-            return self._conversation(row, media, [*prompt, *completion], len(prompt))
+            return self._conversation(row, media, [*prompt, *completion], len(prompt))  # the prompt's turns are context
         _expect_strings(prompt=prompt, completion=completion)
         return prompt + completion, [(len(prompt), len(prompt) + len(completion))], media
 
@@ -300,7 +300,7 @@ class MultimodalCollator:
 
     def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in encoded)
-        length += -length % (self.pad_to_multiple_of or 1)
+        length += -length % (self.pad_to_multiple_of or 1)  # up to the next multiple
         if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
             encoded = [row | {"labels": [IGNORED, *row["labels"][1:]]} for row in encoded]
         encoded = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in encoded]
@@ -382,7 +382,7 @@ def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
     """
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) == 1:
-        return torch.cat(list(parts))
+        return torch.cat(list(parts))  # (items of all rows, ...)
     if any(part.ndim < 2 or part.shape[2:] != parts[0].shape[2:] for part in parts):
         raise ValueError(
             f"{key}: the rows' tensors have the shapes {[tuple(p.shape) for p in parts]}, which do not join."

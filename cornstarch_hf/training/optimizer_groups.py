@@ -52,7 +52,7 @@ def parameter_groups(
         names = [name for name in trainable if chosen[name] == pattern]
         if not names:
             raise ValueError(f"{pattern!r}: nothing in it trains (frozen, or named by another part): leave it out.")
-        for decay in (True, False):
+        for decay in (True, False):  # one rate, two groups: with weight decay and without
             if params := [trainable[name] for name in names if (name in decayed) == decay]:
                 groups.append({"params": params, "lr": rate, "weight_decay": weight_decay * decay, "name": pattern})
     return groups
@@ -64,6 +64,7 @@ def _covered(model: nn.Module, pattern: str) -> set[str]:
         return select_parameters(model, [pattern])
     except ValueError:
         owners = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+        # "projector" then means every module of that name, wherever it lies.
         return select_parameters(model, fnmatch.filter(owners, f"*.{pattern}") or [pattern])
 
 
