@@ -1,7 +1,9 @@
 """The shape of the package: rooms in layers, imports to the left only, small files and functions, nothing that sharing would lose."""
 
 import ast
+import io
 import re
+import tokenize
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -81,6 +83,21 @@ def test_every_room_and_file_on_top_has_its_layer():
     assert 8 <= len(ROOMS) <= 11
     assert {room(name) for name in FILES if "." in name} == set(ROOMS)
     assert {module(path) for path in PATHS} == set(FILES) | {f"{name}.__init__" for name in ROOMS}
+
+
+def test_the_house_stays_small_enough_to_be_drawn():
+    assert len([name for name in FILES if "." not in name]) <= 10
+    assert len([name for name in FILES if name != "__init__"]) <= 76
+
+
+def test_a_twentieth_of_the_lines_have_comments():
+    lines = comments = 0
+    for path in FILES.values():
+        text = path.read_text()
+        lines += text.count("\n")
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        comments += len({token.start[0] for token in tokens if token.type == tokenize.COMMENT})
+    assert comments >= 0.05 * lines
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -46,7 +46,7 @@ def read_base(component: str, origin: Mapping[str, Any], dtype: torch.dtype, opt
 
     Args:
         component: its name, for messages.
-        origin: as `origins.origin_of` gives it; a `revision` of None means the requested one's, or main's, head.
+        origin: as `classes.origin_of` gives it; a `revision` of None means the requested one's, or main's, head.
         dtype: in which its weights are loaded.
         options: `token`, `cache_dir`, ..., `trust_remote_code`.
 

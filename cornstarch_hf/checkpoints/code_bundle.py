@@ -1,6 +1,6 @@
 """The code in a checkpoint's folder: what `trust_remote_code=True` runs where this package is not installed.
 
-`users_code` collects and rewrites the files, `trusted_code` writes them and takes them over again.
+`users_code` collects and rewrites the files, `code_folder` writes them, `trusted_code` takes them over again.
 
 All entries of ``auto_map`` name one file, the entry, which imports everything else: transformers copies each file of an
 entry with what it imports into a folder of its own, so that several entries would give several copies of each class.

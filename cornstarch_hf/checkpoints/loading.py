@@ -44,7 +44,7 @@ def plan_load(
         model_class: the class to build.
         source: folder or repository id, as given to `from_pretrained`.
         options: the other arguments of `from_pretrained`.
-        bases: see `references.joined`.
+        bases: see `references.assemble_state`.
         verify: whether hashes are compared, and not sizes alone.
         asks_what_is_missing: see `files.checked_files`.
 

@@ -1,6 +1,6 @@
 """`composition.json`: where each part's weights lie, and size and hash of every file of a checkpoint.
 
-Reading it decides nothing about a model; `references` loads what it refers to, `checkpoint_files` finds the files.
+Reading it decides nothing about a model; `references` loads what it refers to, `finding` finds the files.
 """
 
 import contextlib
@@ -282,7 +282,7 @@ def staged_save(folder: str | os.PathLike, variant: str | None = None) -> Iterat
 
     Raises:
         ValueError: adapters around a whole model lie in the folder: who loads it gets them around this model.
-        OSError: the disk is full, ...; see `folder_swap.replacing`.
+        OSError: the disk is full, ...; see `folder_swap.replaced_atomically`.
     """
     if os.path.isfile(os.path.join(folder, ADAPTERS)):
         raise ValueError(
