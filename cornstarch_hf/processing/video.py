@@ -1,7 +1,7 @@
 """Videos as users hand them over: frames checked, sampled by a stated formula, and run through an image processor.
 
-A video is its decoded frames; files are not decoded here.  `media` makes each frame ready, `encoders.grids` is what an encoder of
-images does with the result, and processors of transformers that take whole videos get these as they are.
+A video is its decoded frames; files are not decoded here.  `media` makes each frame ready, `encoders.grids` is what an encoder
+of images does with the result, and processors of transformers that take whole videos get these as they are.
 """
 
 import inspect
