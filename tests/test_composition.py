@@ -126,7 +126,7 @@ def test_configurations_that_describe_nothing_that_can_be_built():
         build_parts(MultimodalConfig(text_config=tiny.clip().config))
 
 
-def test_widths_that_no_attribute_names_are_found_by_a_dry_run():
+def test_widths_that_no_attribute_names_are_found_by_a_run_on_shapes():
     for name, width in (
         ("AlignVisionModel", 40),
         ("Glm4vVisionModel", 40),

@@ -196,7 +196,7 @@ PROBED = {
 
 @pytest.mark.parametrize("key", PROBED)
 @pytest.mark.parametrize("live", [False, True])
-def test_a_dry_run_is_what_the_encoder_gives(key, live):
+def test_a_run_on_shapes_is_what_the_encoder_gives(key, live):
     options, items = PROBED[key]
     name = tiny.ENCODERS[key][0]
     model, _ = compose_tiny([key], **{name: options})
