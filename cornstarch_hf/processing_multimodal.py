@@ -346,6 +346,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         return "\n".join([f"{type(self).__name__}:", f"- tokenizer: {type(self.tokenizer).__name__}", *parts])
 
     def _before_save(self) -> None:
+        check_facts_registered(self.config.encoder_types)  # what is not known here would be left out
         self.config.encoder_types = registered_facts(
             [getattr(self.config, f"{name}_config") for name in self.config.encoders]
         )

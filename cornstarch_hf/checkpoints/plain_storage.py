@@ -21,7 +21,7 @@ from ..parts.adapters import adapter_buffers, check_buffers_restorable, restore_
 from ..parts.classes import SharedCode
 from ..parts.freezing import frozen_patterns
 from ..parts.gathering import nearest_models
-from ..parts.known_encoders import registered_facts
+from ..parts.known_encoders import check_facts_registered, registered_facts
 from ..parts.names import as_regex, compress, matches
 from ..parts.stored_adapters import check_not_injected, record_adapters
 from ..parts.stored_modules import check_callbacks_storable
@@ -225,6 +225,7 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
         encoder.projector.check_storable(f"{name}_encoder.projector")
         config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
     record_adapters(config, encoders, language_model)
+    check_facts_registered(config.encoder_types)  # what is not known here would be left out
     config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
     config.frozen = frozen_patterns(model) or None
     config.part_dtypes = dtypes_by_pattern(model, first_dtype(language_model))

@@ -12,10 +12,10 @@ from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..checkpoints.code_folder import read_entry
 from ..checkpoints.finding import HUB_ARGUMENTS
 from ..checkpoints.manifest import COMPOSITION, DELTA, weights_pattern
 from ..checkpoints.plain_storage import PUSHERS
-from ..checkpoints.users_code import read_entry
 from .card import card_text, merged_card
 from .upload import hub_errors_explained, upload, with_retries
 

@@ -193,7 +193,8 @@ def _commit(
                 return api.create_commit(repo_id, operations(), **options)
         except Exception as error:
             # "Somebody committed meanwhile" may mean ourselves: an earlier try whose answer did not come, made late.
-            wait = 0.0 if attempt and _status(error.__cause__) == 412 else _wait(error, attempt)
+            late = attempt > 0 and _status(error.__cause__) == 412
+            wait = 0.0 if late else _wait(error, attempt)
             if wait is None:
                 raise
             last = error
@@ -201,6 +202,8 @@ def _commit(
         time.sleep(wait)
         if done := _done(api, repo_id, options, mark):
             return done
+        if late:
+            raise last  # it was somebody else
     raise OSError(
         f"{repo_id}: the Hub did not take the commit in {TRIES} tries; nothing was changed. Last: {last}"
     ) from last

@@ -18,10 +18,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .conversations import GENERATION, TEMPLATE_ERRORS, render
+from .conversations import (
+    FIRST_BOOKEND,
+    GENERATION,
+    LAST_BOOKEND,
+    TEMPLATE_ERRORS,
+    bookends,
+    call_with_bookend,
+    check_tool_calls,
+    render,
+)
 
-_FIRST, _LAST = 0xF0000, 0xFFFFD  # a plane for private use: templates leave these as they are, and texts have none
-_BOOKEND = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
+_BOOKEND = re.compile(f"[{chr(FIRST_BOOKEND)}-{chr(LAST_BOOKEND)}]")
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."
 Spans = list[tuple[int, int]]
 
@@ -48,7 +56,7 @@ def assistant_spans(
     variables = variables | {"add_generation_prompt": False}
     marked = bool(GENERATION.search(template))
     text, spans = render(messages, template, mark_assistant=marked, **variables)
-    _check_tool_calls(messages, template, variables)
+    check_tool_calls(messages, template, variables)
     if marked and first == 0:
         return text, spans  # the template's own word, for the whole conversation
     problem: Exception | None = None
@@ -73,21 +81,6 @@ def assistant_spans(
     ) from problem
 
 
-def _check_tool_calls(messages: list[dict], template: str, variables: dict[str, Any]) -> None:
-    """Refuse a conversation with a turn of tool calls that the template does not write."""
-    # Written behind a tool's name, a bookend shows whether the template writes that name at all.
-    named = [_calls_with_bookend(message, _bookends(i)[1]) for i, message in enumerate(messages)]
-    if named == messages:
-        return
-    text, _ = render(named, template, **variables)
-    for index, message in enumerate(messages):
-        if named[index] != message and _bookends(index)[1] not in text:
-            raise ValueError(
-                f"Message {index} calls a tool, but the chat template does not write that: use a template that knows "
-                "'tool_calls', or write the call into 'content'."
-            )
-
-
 class _Turns:
     """One conversation rendered with bookends, and the assistant's turns in that text.
 
@@ -101,7 +94,7 @@ class _Turns:
         self.template, self.variables, self.messages = template, variables, messages
         self.has_bookends = around != "none"
         if self.has_bookends:
-            self.messages = [_with_bookends(m, *_bookends(i), around == "all") for i, m in enumerate(messages)]
+            self.messages = [_with_bookends(m, *bookends(i), around == "all") for i, m in enumerate(messages)]
         self.whole, self.generated = render(self.messages, template, mark_assistant=True, **variables)
 
     def plain(self, text: str) -> str:
@@ -122,18 +115,18 @@ class _Turns:
             if start > end or (spans and start < spans[-1][1]):
                 raise self._lost(index)  # the template has moved text, so turns would overlap
             inside = set(_BOOKEND.findall(self.whole[start:end])) if self.has_bookends else set()
-            if inside != {bookend for bookend in _bookends(index) if self.has_bookends and bookend in self.whole}:
+            if inside != {bookend for bookend in bookends(index) if self.has_bookends and bookend in self.whole}:
                 raise ValueError(f"message {index} has text of another message in it, or lacks its own")
             spans.append((start, end))
         return spans
 
     def by_generation_marks(self, first: int) -> Spans:
         """Spans that the template marks, of the messages from `first` on; ValueError where that is unclear."""
-        written = [i for i in range(first) if self.whole.count(_bookends(i)[1]) == 1]
+        written = [i for i in range(first) if self.whole.count(bookends(i)[1]) == 1]
         last = written[-1] if written else -1  # behind it begins what may be the completion's
         if any(message.get("role") == "assistant" for message in self.messages[last + 1 : first]):
             raise ValueError("the prompt's last turn says nothing")
-        start = self.whole.index(_bookends(last)[1]) if written else 0
+        start = self.whole.index(bookends(last)[1]) if written else 0
         return [span for span in self.generated if span[0] >= start]
 
     def _start(self, index: int) -> int:
@@ -181,7 +174,7 @@ class _Turns:
         # The template ends a conversation otherwise than a turn; a special token that both have ends the turn.
         shared = _shared(tail, self.whole[at:])
         closed = [m.end() for token in specials if token for m in re.finditer(re.escape(token), shared)]
-        if closed and bookend == _bookends(index)[1]:
+        if closed and bookend == bookends(index)[1]:
             return at + max(closed)
         raise self._lost(index)
 
@@ -199,7 +192,7 @@ class _Turns:
 
     def _lead(self, index: int, at: int) -> str:
         """What the template writes from a position to the text of a message."""
-        bookend, text = _bookends(index)[0], self.whole
+        bookend, text = bookends(index)[0], self.whole
         if not self.has_bookends or text.count(bookend) != 1:  # it says nothing: where would its text be?
             probe = {"role": self.messages[index]["role"], "content": bookend + "probe"}
             others = [*self.messages[:index], probe, *self.messages[index + 1 :]]
@@ -217,10 +210,6 @@ def _shared(a: str, b: str) -> str:
     return a[: next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
-def _bookends(index: int) -> tuple[str, str]:
-    return chr(_FIRST + 2 * index), chr(_FIRST + 2 * index + 1)
-
-
 def _with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
     """A message with bookends around what it says, inside of white space that templates strip.
 
@@ -230,7 +219,7 @@ def _with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
     if isinstance(content, str) and (content.strip() or (silent and not message.get("tool_calls"))):
         return message | {"content": _enclosed(content, start, end)}
     if not content or isinstance(content, str):
-        return _calls_with_bookend(message, end)
+        return call_with_bookend(message, end)
     parts = list(content)
     spoken = [k for k, part in enumerate(parts) if part.get("type") == "text" and part["text"].strip()]
     if spoken:
@@ -239,19 +228,6 @@ def _with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
     elif silent:
         parts.append({"type": "text", "text": start + end})
     return message | {"content": parts}
-
-
-def _calls_with_bookend(message: dict, end: str) -> dict:
-    """A message with a bookend behind the name of the last tool that it calls; without calls as it is."""
-    calls = list(message.get("tool_calls") or ())
-    if not calls or not isinstance(calls[-1], dict):
-        return message
-    call = calls[-1].get("function") or calls[-1]
-    if not isinstance(call.get("name"), str):
-        return message
-    named = call | {"name": call["name"] + end}
-    calls[-1] = calls[-1] | {"function": named} if calls[-1].get("function") else named
-    return message | {"tool_calls": calls}
 
 
 def _enclosed(text: str, start: str, end: str) -> str:

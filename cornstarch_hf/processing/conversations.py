@@ -288,3 +288,42 @@ def chosen_template(own: str | Mapping[str, str] | None, chosen: str | None) -> 
     if template is None:
         raise ValueError(f"There is no default chat template, name one by chat_template=, of {sorted(named)}.")
     return template
+
+
+# ---- bookends
+
+# A plane for private use: templates leave these characters as they are, and texts have none.
+FIRST_BOOKEND, LAST_BOOKEND = 0xF0000, 0xFFFFD
+
+
+def bookends(index: int) -> tuple[str, str]:
+    """The two characters that stand around what a message says: they show where it is in the rendered text."""
+    return chr(FIRST_BOOKEND + 2 * index), chr(FIRST_BOOKEND + 2 * index + 1)
+
+
+def check_tool_calls(messages: list[dict], template: str, variables: dict[str, Any]) -> None:
+    """Refuse a conversation with a turn of tool calls that the template does not write."""
+    # Written behind a tool's name, a bookend shows whether the template writes that name at all.
+    named = [call_with_bookend(message, bookends(i)[1]) for i, message in enumerate(messages)]
+    if named == messages:
+        return
+    text, _ = render(named, template, **variables)
+    for index, message in enumerate(messages):
+        if named[index] != message and bookends(index)[1] not in text:
+            raise ValueError(
+                f"Message {index} calls a tool, but the chat template does not write that: use a template that knows "
+                "'tool_calls', or write the call into 'content'."
+            )
+
+
+def call_with_bookend(message: dict, end: str) -> dict:
+    """A message with a bookend behind the name of the last tool that it calls; without calls as it is."""
+    calls = list(message.get("tool_calls") or ())
+    if not calls or not isinstance(calls[-1], dict):
+        return message
+    call = calls[-1].get("function") or calls[-1]
+    if not isinstance(call.get("name"), str):
+        return message
+    named = call | {"name": call["name"] + end}
+    calls[-1] = calls[-1] | {"function": named} if calls[-1].get("function") else named
+    return message | {"tool_calls": calls}

@@ -122,11 +122,10 @@ def _strung(separator: Any, items: Any = ()) -> int:
 
 def _formatted(text: Any, *values: Any, **named: Any) -> int:
     """Of a format of either kind, with `%` or with `{}`."""
-    plain = text.decode("latin-1") if isinstance(text, bytes) else str(text)
+    plain = str(text, "latin-1") if isinstance(text, bytes) else str(text)
     if re.search(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", plain):
         raise TemplateLimit("The chat template formats by widths of five digits, or by widths that are computed.")
-    fields = max(plain.count("{"), plain.count("%")) + 1
-    return len(plain) + fields * (_WIDTH + weight(values) + weight(named))
+    return len(plain) + (max(plain.count("{"), plain.count("%")) + 1) * (_WIDTH + weight(values) + weight(named))
 
 
 def _summed(items: Any, attribute: Any = None, start: Any = 0) -> int:
@@ -201,7 +200,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
         if isinstance(owner, (str, bytes, int, list, tuple)) and method.__name__ in _METHODS:
             args = tuple(_listed(argument) for argument in args)  # an iterator can be read only once
-            budget.spend(_METHODS[method.__name__](owner, *args, **kwargs))
+            named = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}  # jinja's own
+            budget.spend(_METHODS[method.__name__](owner, *args, **named))
         result = super().call(__context, __obj, *args, **kwargs)
         budget.spend(weight(result) if isinstance(result, dict) else _length(result))
         return result

@@ -86,3 +86,13 @@ def test_constants_of_thin_files_are_those_of_whole_ones():
         for name, value in vars(thin).items():
             if name.isupper() and name in vars(whole):
                 assert getattr(whole, name) == value, (stem, name)
+
+
+def test_the_thin_search_for_turns_refuses_calls_that_the_template_does_not_write():
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "w"}]
+    called = [*messages[:1], messages[1] | {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+    for part in modules("processing_assistant_turns"):
+        assert part.assistant_spans(messages, template)[0] == "qw"
+        with pytest.raises(ValueError, match="Message 1 calls a tool, but the chat template does not write that"):
+            part.assistant_spans(called, template)

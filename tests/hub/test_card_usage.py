@@ -276,7 +276,18 @@ def test_items_of_further_kinds(capsys):
 
 def test_snippets_are_formatted():
     code = "\n".join(usage_snippet(*MADE[name](), "me/x", code) + "\n" for name in FAST for code in (False, True))
-    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "128", "-", "--stdin-filename", "x.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "format",
+        "--isolated",
+        "--line-length",
+        "128",
+        "-",
+        "--stdin-filename",
+        "x.py",
+    ]
     shown = subprocess.run(command, input=code, capture_output=True, text=True, check=True).stdout
     # The formatter joins blank lines between snippets; nothing else changes.
     assert [line for line in shown.splitlines() if line] == [line for line in code.splitlines() if line]

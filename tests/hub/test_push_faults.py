@@ -193,6 +193,16 @@ def test_a_lost_pull_request_is_told_from_somebody_elses(hub, client, folder, re
     assert oid == hub.repos[repo].pulls[2] and url.endswith("/discussions/2") and commits(hub) == [200]
 
 
+def test_a_pull_request_that_somebody_else_came_before_is_not_tried_for_ever(hub, client, folder, repo):
+    hub.put_folder(repo, folder)
+    (folder / "config.json").write_text("[1]")
+    hub.fail("POST", "/commit/", status=504)
+    hub.fail("POST", "/commit/", status=412, times=9)
+    with pytest.raises(Failed, match="somebody committed meanwhile") as caught:
+        upload(client, folder, repo, create_pr=True)
+    assert "ValueError" in caught.value.kinds and commits(hub) == [504, 412]
+
+
 def test_every_try_bears_one_mark_after_the_users_words(hub, client, folder, repo):
     hub.fail("POST", "/commit/", status=500)
     upload(client, folder, repo, commit_description="my words")

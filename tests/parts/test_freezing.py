@@ -37,7 +37,7 @@ def test_freeze_by_names_and_globs_survives_save_and_load(tmp_path, caplog, mode
         expected = {n for n, _ in model.named_parameters() if n.startswith(left)} - fixed
         assert set(names) == expected
     model.save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING, "cornstarch_hf.modeling_multimodal"):
+    with caplog.at_level(logging.WARNING, "cornstarch_hf.checkpoints.storage"):
         again = MultimodalModel.from_pretrained(tmp_path)
     assert trainable(again) == names
     assert sum("frozen" in record.message for record in caplog.records) == 1

@@ -263,8 +263,12 @@ def test_a_checkpoint_names_the_facts_and_is_refused_without_them(registered, tm
     assert json.loads((tmp_path / "processor_config.json").read_text())["model_config"]["encoder_types"] == facts
     assert AutoModel.from_pretrained(tmp_path).config.encoder_types == facts
     assert AutoProcessor.from_pretrained(tmp_path).config.encoder_types == facts
+    model, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     entries = dict(ENCODER_TYPES._entries)
     del ENCODER_TYPES._entries[TYPE]
+    for part in (model, processor):  # saving would leave out what is not known here
+        with pytest.raises(ValueError, match=rf"relies on .* of its encoder type '{TYPE}'"):
+            part.save_pretrained(tmp_path / "again")
     for auto in (AutoModel, AutoProcessor):
         with pytest.raises(
             ValueError, match=rf"relies on \['count', .*\] of its encoder type '{TYPE}'.*{CALL} before you load"

@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE
 from cornstarch_hf.processing.conversations import render as render_template
-from cornstarch_hf.processing.template_sandbox import REFUSED_FILTERS, environment, plain
+from cornstarch_hf.processing.template_sandbox import _METHODS, REFUSED_FILTERS, environment, plain
 
 MESSAGES = [
     {"role": "system", "content": "be brief"},
@@ -39,6 +39,21 @@ FEATURES = {
     "filters": "{{ [3, 1, 2] | sort | first }}{{ 'a b' | title }}{{ 'x' | indent(2, true) }}{{ {'b': 1, 'a': 2} | dictsort }}{{ [1, 1] | unique | list }}{{ [1, 2, 3] | batch(2) | list }}{{ '<b>' | e }}{{ 3.14159 | round(2) }}{{ [1, 2] | sum }}{{ 'a,b'.split(',') }}{{ none | default('d', true) }}",
 }
 KNOWN = {f"known {name}": value for name, value in vars(templates).items() if isinstance(value, str) and "{%" in value}
+
+
+# A call of each method that is measured; jinja hands names of its own along where it stands in a loop or a block.
+CALLS = {
+    "center": "'a'.center(9)", "ljust": "'a'.ljust(9)", "rjust": "'a'.rjust(9)", "zfill": "'7'.zfill(3)",
+    "expandtabs": "'a\tb'.expandtabs(4)", "to_bytes": "(7).to_bytes(2, 'big')", "format": "'{}-{x}'.format(1, x=2)",
+    "format_map": "'{x}'.format_map({'x': 2})", "replace": "'aa'.replace('a', 'b', 1)", "join": "', '.join(['a', m.role])",
+    "translate": "'abc'.translate({97: 'x'})", "index": "'abc'.index('c')", "count": "m.content.count('e')",
+}  # fmt: skip
+PLACES = {
+    "loop": "{% for m in messages %}{{ CALL }}{% endfor %}",
+    "block": "{% for m in messages %}{% block b scoped %}{{ CALL }}{% endblock %}{% endfor %}",
+    "macro": "{% macro f(m) %}{{ CALL }}{% endmacro %}{% for m in messages %}{{ f(m) }}{% endfor %}",
+    "nowhere": "{% set m = messages[0] %}{{ CALL }}",
+}
 
 
 def tool(a: int) -> int:
@@ -110,3 +125,16 @@ def test_threads_mark_what_the_assistant_wrote_each_for_itself():
         worker.join()
         assert (blocks, spans) == ([], [])
     assert found == [("yes", [(0, 3)])]
+
+
+def test_every_method_that_is_measured_is_called():
+    methods = {name for name in _METHODS if any(hasattr(kind, name) for kind in (str, bytes, int, list, tuple))}
+    assert set(CALLS) == methods
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", CALLS)
+def test_methods_are_those_of_python_wherever_they_are_called(name, place):
+    template = PLACES[place].replace("CALL", CALLS[name])
+    expected = render_jinja_template(conversations=[MESSAGES], chat_template=template)[0][0]
+    assert render_template(MESSAGES, template)[0] == expected != ""

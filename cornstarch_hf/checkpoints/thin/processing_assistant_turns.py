@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...checkpoints.code_folder import needs_package
-from ...processing.conversations import GENERATION, render
+from ...processing.conversations import GENERATION, check_tool_calls, render
 
 Spans = list[tuple[int, int]]
 
@@ -15,4 +15,7 @@ def assistant_spans(
     """The text of a conversation and the character spans that the assistant wrote, as `generation` blocks say."""
     if first or not GENERATION.search(template):
         raise needs_package("What finds the assistant's turns where a chat template does not mark them")
-    return render(messages, template, mark_assistant=True, **(variables | {"add_generation_prompt": False}))
+    variables = variables | {"add_generation_prompt": False}
+    found = render(messages, template, mark_assistant=True, **variables)
+    check_tool_calls(messages, template, variables)
+    return found
