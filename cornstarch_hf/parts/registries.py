@@ -27,10 +27,13 @@ class Registry:
     def add(self, name: str, entry: Any) -> None:
         """Register `entry`; a name that another entry holds is refused (ValueError)."""
         if not isinstance(name, str) or not name:
-            raise TypeError(f"The name of a {self.what} must be a non-empty string, got {name!r}.")
+            article = "an" if self.what[0] in "aeiou" else "a"
+            raise TypeError(f"The name of {article} {self.what} must be a non-empty string, got {name!r}.")
         registered = self._entries.get(name)
         if registered is not None and not _same_definition(registered, entry):
-            raise ValueError(f"The {self.what} {name!r} is registered already, choose another name.")
+            raise ValueError(
+                f"The {self.what} {name!r} is registered already, as something else: register it once, or choose another name."
+            )
         self._entries[name] = entry
 
     def get(self, name: Any, default: Any = None) -> Any:

@@ -243,7 +243,7 @@ def test_what_is_no_fact_is_refused(registered, facts, error, message):
     with pytest.raises(error, match=rf"register_encoder_type\('mine', .*{message}"):
         register_encoder_type("mine", **facts)
     assert "mine" not in ENCODER_TYPES
-    with pytest.raises(TypeError, match="name of a encoder type must be a non-empty string, got 3"):
+    with pytest.raises(TypeError, match="name of an encoder type must be a non-empty string, got 3"):
         register_encoder_type(3, kind="image")
 
 
