@@ -137,9 +137,8 @@ class FeatureCounter:
             with self._lock:
                 known = self._cache.get(key)  # by a thread that came first
                 count = self._counted(name, inputs) if known is None else known
-            # Before it is remembered: the user may raise the cap and ask again.
-            check_features(count, name)
             self._cache.put(key, count)
+        check_features(count, name)  # each time: a user may lower the cap, or raise it and ask again
         return count
 
     def has_preprocessing(self, name: str) -> bool:

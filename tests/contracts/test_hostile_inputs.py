@@ -174,6 +174,11 @@ def test_an_item_that_would_be_a_billion_features(monkeypatch):
     monkeypatch.setattr(limits, "MAX_ITEM_FEATURES", 4)
     with pytest.raises(ValueError, match="vision: .* is 5, more than .*MAX_ITEM_FEATURES = 4"):
         processor(text="<image>", images=tiny.image())
+    monkeypatch.setattr(limits, "MAX_ITEM_FEATURES", 5)
+    assert len(processor(text="<image>", images=tiny.image())["input_ids"][0]) >= 5
+    monkeypatch.setattr(limits, "MAX_ITEM_FEATURES", 4)  # a count that is remembered meets the cap of the moment
+    with pytest.raises(ValueError, match="vision: .* is 5, more than .*MAX_ITEM_FEATURES = 4"):
+        processor(text="<image>", images=tiny.image())
 
 
 @pytest.mark.slow
