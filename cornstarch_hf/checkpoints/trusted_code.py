@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_cached_module_file
 
-from ..parts.classes import CODE_ENTRY, _source
+from ..parts.classes import CODE_ENTRY, code_source
 from ..parts.known_encoders import ENCODER_TYPES
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from ..parts.threads import TravellingLock
@@ -62,7 +62,7 @@ def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> Non
         ValueError: a name is taken by another definition.
         ImportError: a package that the files import is not installed; names it.
     """
-    repo = _source(auto_map)
+    repo = code_source(auto_map)
     if repo is None or not options.get("trust_remote_code"):
         return
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}

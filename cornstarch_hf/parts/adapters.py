@@ -4,7 +4,6 @@ peft is looked up and never imported: who has not imported it has no adapters.  
 """
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,20 +14,16 @@ from .names import modules_by_name
 from .versions import check_peft
 
 
-def _peft_classes(*names: str) -> tuple[type, ...]:
-    """Those of some classes of peft that are there; none, of which nothing is an instance, while peft is not imported.
-
-    Looked up and not imported: another thread may be importing peft at the moment, and importing a part of it then would
-    break both.
-    """
-    files = ("peft.peft_model", "peft.tuners.tuners_utils", "peft.utils.other")
-    modules = [sys.modules.get(file) for file in files]
+def peft_classes(*names: str) -> tuple[type, ...]:
+    """Those of some classes of peft that are there; none, of which nothing is an instance, while peft is not imported."""
+    # Another thread may be importing peft at the moment, and importing a part of it then would break both.
+    modules = [sys.modules.get(file) for file in ("peft.peft_model", "peft.tuners.tuners_utils", "peft.utils.other")]
     return tuple(getattr(module, name) for name in names for module in modules if hasattr(module, name))
 
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a model is a `peft.PeftModel`."""
-    return isinstance(model, _peft_classes("PeftModel"))
+    return isinstance(model, peft_classes("PeftModel"))
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
@@ -38,23 +33,23 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 def is_adapted(layer: nn.Module | None) -> bool:
     """Whether a layer computes with adapters, so that its `weight` is not all of it."""
-    return isinstance(layer, _peft_classes("BaseTunerLayer"))
+    return isinstance(layer, peft_classes("BaseTunerLayer"))
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:
     """The layers of a model that hold adapters."""
-    kinds = _peft_classes("BaseTunerLayer")
+    kinds = peft_classes("BaseTunerLayer")
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def adapter_layers() -> tuple[type, ...]:
     """Classes of layers that hold adapters beside what they wrap; none while peft is not imported."""
-    return _peft_classes("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+    return peft_classes("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 
 
 def adapter_containers() -> tuple[type, ...]:
     """Classes of what PEFT wraps whole models in."""
-    return _peft_classes("BaseTuner", "PeftModel")
+    return peft_classes("BaseTuner", "PeftModel")
 
 
 def base_children(layer: nn.Module) -> list[nn.Module]:
@@ -63,36 +58,16 @@ def base_children(layer: nn.Module) -> list[nn.Module]:
     return [child for child in layer.children() if any(module is wrapped for module in child.modules())]
 
 
-def check_no_wrapped_part(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
-    """Refuse adapters around a model whose parts have their own: PEFT would then leave the rest trainable.
-
-    Raises:
-        ValueError: names the wrapped parts and both remedies.
-    """
-
-    if wrapped := sorted(name for name, part in parts.items() if is_wrapped(part)):
-        raise ValueError(
-            f"{wrapped} of this {type(model).__name__} are wrapped by PEFT already, and adapters around the whole would leave "
-            "the rest trainable without saving it. Build the model again, and either add an adapter to a part, "
-            "model.language_model.add_adapter(name, config), or merge the parts first, "
-            "model.language_model = model.language_model.merge_and_unload()."
-        )
-
-
 def check_all_kept(model: nn.Module) -> None:
-    """Refuse to train, under adapters around the whole model (if it has any), what would not be saved with them.
+    """Refuse to train, under adapters around the whole model (if it has any), what would not be saved with them (ValueError).
 
-    PEFT saves the adapters, and modules in `modules_to_save`; whatever else trains would be lost on reload, a projector
-    above all.
-
-    Raises:
-        ValueError: with the first of the parameters and their number.
+    PEFT saves the adapters, and modules in `modules_to_save`; whatever else trains would be lost, a projector above all.
     """
     configs = getattr(model, "peft_config", None)
     if not configs or "peft" not in sys.modules:
         return
     # Inside an adapter layer is what PEFT saves, but for the weights that it stands in front of.
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, adapter_layers())]
+    layers = [module for module in model.modules() if isinstance(module, adapter_layers())]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
     biases = any(getattr(config, "bias", "none") != "none" for config in configs.values())  # PEFT saves these then
@@ -123,8 +98,7 @@ def adapter_parameter_names(model: nn.Module) -> set[str]:
 # ---- tensors that adapters bring along or stand in front of: names, ties, buffers that no checkpoint holds
 
 _TOKEN_ROWS = "trainable_tokens_original"
-# Where PEFT keeps the module that an adapter stands in front of.
-_WRAPPED_AS = ("original_module", "token_adapter", "base_layer")
+_WRAPPED_AS = ("original_module", "token_adapter", "base_layer")  # where PEFT keeps what an adapter stands in front of
 
 
 def current_name(model: nn.Module, name: str) -> str:
@@ -146,16 +120,13 @@ def current_name(model: nn.Module, name: str) -> str:
 def shared_by_adapters(model: nn.Module) -> dict[str, str]:
     """Tensors that several layers of wrapped parts share (VeRA's projections, tied layers): ``{name: first name}``."""
     shared: dict[str, str] = {}
-    if "peft" not in sys.modules:
-        return shared
-    for prefix, part in modules_by_name(model):
-        if is_wrapped(part):
-            first: dict[int, str] = {}
-            # The tensors themselves and no views of them: they are told apart by identity.
-            for name, tensor in part.state_dict(keep_vars=True).items():
-                full = f"{prefix}.{name}" if prefix else name
-                if first.setdefault(id(tensor), full) != full:
-                    shared[full] = first[id(tensor)]
+    kinds = peft_classes("PeftModel")
+    for prefix, part in [(name, module) for name, module in modules_by_name(model) if isinstance(module, kinds)]:
+        first: dict[int, str] = {}
+        # The tensors themselves and no views of them: they are told apart by identity.
+        for name, tensor in part.state_dict(prefix=f"{prefix}." if prefix else "", keep_vars=True).items():
+            if first.setdefault(id(tensor), name) != name:
+                shared[name] = first[id(tensor)]
     return shared
 
 
@@ -170,18 +141,20 @@ def adapter_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def _of_an_adapter(part: Any, name: str) -> bool:
+    # PEFT keeps an adapter's tensors under its name: `lora_A.default.weight`.
+    owner, *_ = name.rpartition(".")
+    return is_adapted(part.get_submodule(owner)) or not set(part.peft_config).isdisjoint(name.split("."))
+
+
 def check_buffers_restorable(made: nn.Module) -> None:
-    """Refuse adapters whose unsaved buffers cannot be made again (VeRA and others with `save_projection=False`).
+    """Refuse adapters whose unsaved buffers cannot be made again (VeRA and others with `save_projection=False`; ValueError).
 
     Args:
         made: the model as its configuration builds it, without weights.
-
-    Raises:
-        ValueError: names the first of the buffers.
     """
     # A buffer that is real was computed while its adapter was made, as loading will; `restore_token_rows` fills the rest.
-    lost = [n for n, b in adapter_buffers(made).items() if b.is_meta and _TOKEN_ROWS not in n.split(".")]
-    if lost:
+    if lost := [n for n, b in adapter_buffers(made).items() if b.is_meta and _TOKEN_ROWS not in n.split(".")]:
         raise ValueError(
             f"A checkpoint would not hold the buffers {lost[:2]} ({len(lost)}) that adapters need, and loading cannot make "
             "them again: use save_projection=True in the adapter configuration, or merge_and_unload() the part before saving."
@@ -194,12 +167,6 @@ def restore_token_rows(model: nn.Module) -> None:
         for name, rows in getattr(layer, _TOKEN_ROWS, {}).items():
             if name not in layer.merged_adapters:
                 rows.copy_(layer.get_base_layer().weight.data[layer.token_indices[name]])
-
-
-def _of_an_adapter(part: Any, name: str) -> bool:
-    owner, _, _ = name.rpartition(".")
-    # PEFT keeps an adapter's tensors under its name: `lora_A.default.weight`.
-    return is_adapted(part.get_submodule(owner)) or bool(set(part.peft_config) & set(name.split(".")))
 
 
 class WholeAdaptersMixin(PreTrainedModel):
@@ -216,7 +183,7 @@ class WholeAdaptersMixin(PreTrainedModel):
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        check_no_wrapped_part(self, self._parts())
+        self._check_no_wrapped_part()
         self.__dict__["_whole_peft_config"] = configs
 
     @peft_config.deleter
@@ -225,12 +192,22 @@ class WholeAdaptersMixin(PreTrainedModel):
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
-        check_no_wrapped_part(self, self._parts())
+        self._check_no_wrapped_part()
         check_peft("add_adapter")
         super().add_adapter(*args, **kwargs)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
-        check_no_wrapped_part(self, self._parts())
+        self._check_no_wrapped_part()
         check_peft("load_adapter")
         return super().load_adapter(*args, **kwargs)
+
+    def _check_no_wrapped_part(self) -> None:
+        # PEFT would leave trainable what its adapters around the whole do not hold, those around a part too.
+        if wrapped := sorted(name for name, part in self._parts().items() if is_wrapped(part)):
+            raise ValueError(
+                f"{wrapped} of this {type(self).__name__} are wrapped by PEFT already, and adapters around the whole would "
+                "leave the rest trainable without saving it. Build the model again, and either add an adapter to a part, "
+                "model.language_model.add_adapter(name, config), or merge the parts first, "
+                "model.language_model = model.language_model.merge_and_unload()."
+            )

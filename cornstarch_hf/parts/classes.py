@@ -1,7 +1,6 @@
-"""Model classes by name: how a checkpoint names the class of a part, and how that name is found again safely.
+"""What a checkpoint says of a part by name: its class, found again safely, its implementations of attention, its origin.
 
-Beside it what else a checkpoint says of a part by name: its implementations of attention, and where it came from.  Only
-transformers' own modules are imported; any other class must have been imported by the user already.
+Only transformers' own modules are imported; any other class must have been imported by the user already.
 """
 
 import copy
@@ -18,56 +17,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .adapters import unwrapped
-from .registries import last_definition
+from .registries import OR_TRUST, last_definition
 
 CODE_ENTRY = "multimodal_code"  # the module in a checkpoint's own code that an `auto_map` names
 TRANSFORMERS_CLASS = re.compile(r"(transformers\.models\.\w+\.modeling_\w+)\.(\w+)")
 
 
 def subclasses_of(cls: type) -> Iterator[Any]:
-    """All classes below one, however deep, as far as they have been imported; those with two bases below it twice."""
+    """All imported classes below one, however deep; those with two bases below it twice."""
     sub: Any
     for sub in cls.__subclasses__():
         yield sub
         yield from subclasses_of(sub)
 
 
-def _beside(config: PreTrainedConfig, name: str) -> type[PreTrainedModel] | None:
+def class_beside(config: PreTrainedConfig, name: str) -> type[PreTrainedModel] | None:
     """The class of that name in the modeling module of a configuration of transformers."""
-    module = type(config).__module__
-    if not module.startswith("transformers.models."):
-        return None
-    return _attribute(module.replace(".configuration_", ".modeling_"), name)
-
-
-def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
-    """The model class of that name.
-
-    Args:
-        name: as `class_name` gave it.
-        config: of the part; transformers keeps the class in a module beside its own.
-        where: the part, for the message.
-
-    Raises:
-        ValueError: no such class in transformers, and none or several among the imported ones.
-    """
-    # Never by importing what a name says: a full path has the form of transformers' own, a bare name is looked for beside
-    # the configuration's class, and then among the classes that somebody has imported already.
-    if (match := TRANSFORMERS_CLASS.fullmatch(name or "")) and (found := _attribute(match[1], match[2])) is not None:
-        return found
-    if name and (found := _beside(config, name)) is not None:
-        return found
-    # Classes without a `forward` are bases, made to be inherited from.
-    named = {c for c in subclasses_of(PreTrainedModel) if c.__name__ == name and c.forward is not nn.Module.forward}
-    exact = [cls for cls in named if cls.config_class is type(config)]
-    imported = last_definition(exact or list(named))
-    if len(imported) == 1:
-        return imported[0]
-    raise ValueError(
-        f"{where}: the model class {name!r} is not in transformers; expected one imported class of that name for "
-        f"{type(config).__name__}, found {len(imported)}. Import the file that defines it before you load, or pass "
-        "trust_remote_code=True for a checkpoint that carries it."
-    )
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    return _attribute(module, name) if module.startswith("transformers.models.") else None
 
 
 def _attribute(module: str, name: str) -> type[PreTrainedModel] | None:
@@ -78,6 +45,29 @@ def _attribute(module: str, name: str) -> type[PreTrainedModel] | None:
     return found if inspect.isclass(found) and issubclass(found, PreTrainedModel) else None
 
 
+def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
+    """The model class of that name, as `class_name` gave it; `where` names the part in messages.
+
+    Raises:
+        ValueError: no such class in transformers, and none or several among the imported ones.
+    """
+    # Never by importing what a name says: a full path has the form of transformers' own, a bare name is looked for beside
+    # the configuration's class, and then among the classes that somebody has imported already.
+    match = TRANSFORMERS_CLASS.fullmatch(name or "")
+    found = _attribute(match[1], match[2]) if match else None
+    if found := found or (class_beside(config, name) if name else None):
+        return found
+    # Classes without a `forward` are bases, made to be inherited from.
+    named = {c for c in subclasses_of(PreTrainedModel) if c.__name__ == name and c.forward is not nn.Module.forward}
+    imported = last_definition([cls for cls in named if cls.config_class is type(config)] or list(named))
+    if len(imported) == 1:
+        return imported[0]
+    raise ValueError(
+        f"{where}: the model class {name!r} is not in transformers; expected one imported class of that name for "
+        f"{type(config).__name__}, found {len(imported)}. Import the file that defines it {OR_TRUST}"
+    )
+
+
 def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The causal language model class that transformers' Auto classes choose for a configuration, or None."""
     found = AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -85,18 +75,13 @@ def language_model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | No
 
 
 class SharedConfig(PreTrainedConfig):
-    """A configuration whose class is part of a checkpoint's own code, which has not been run: its values as stored."""
+    """The stored values of a configuration whose class is part of a checkpoint's own code, which has not been run."""
 
     def __init__(self, **kwargs):
         self.stored = kwargs.pop("stored", {})
         super().__init__()
         self.model_type = self.stored.get("model_type", "")  # an attribute of the class elsewhere
-
-    def __getattr__(self, key: str):
-        stored = self.__dict__.get("stored", {})  # not there yet while the base class is being initialised
-        if key in stored:
-            return stored[key]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
+        self.__dict__.update({key: value for key, value in self.stored.items() if not hasattr(self, key)})
 
     def to_dict(self) -> dict[str, Any]:
         """The stored values."""
@@ -104,23 +89,21 @@ class SharedConfig(PreTrainedConfig):
 
 
 class SharedCode:
-    """Base of the classes that a checkpoint's code holds.
-
-    transformers marks a class that it loaded as remote code, and then copies files on its own whenever an object of it is
-    saved; `code_bundle` does that here, completely, so the mark is not set.
-    """
+    """Base of the classes that a checkpoint's code holds."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing: `save_pretrained(..., include_code=True)` carries the code, for every Auto class."""
+        # transformers marks a class that it loaded as remote code, and then copies files on its own whenever an object of
+        # it is saved; `code_bundle` does that here, completely, so the mark is not set.
 
 
 def carries_code(auto_map: Any) -> bool:
     """Whether an ``auto_map`` names the code of a checkpoint that was saved with ``include_code=True``."""
-    return _source(auto_map) is not None
+    return code_source(auto_map) is not None
 
 
-def _source(auto_map: Any) -> str | None:
+def code_source(auto_map: Any) -> str | None:
     """The repository that the code is taken from, "" for the checkpoint's own; None where no code is named."""
     references = [x for x in auto_map.values() if isinstance(x, str)] if isinstance(auto_map, dict) else []
     # "multimodal_code.Class", or "user/name--multimodal_code.Class" for the code of another repository.
@@ -134,20 +117,16 @@ FAMILIES = ("attn", "experts")
 
 
 def part_implementations(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Read the implementations of each part, for its own configuration and for those below that differ.
+    """Implementations of each part, ``{part: {"attn": value, "experts": value}}``.
 
-    Returns:
-        ``{part: {"attn": value, "experts": value}}``; a value is a name, or ``{"": name, part below: value}``, the form
-        in which transformers takes several.
+    A value is a name, or ``{"": name, part below: value}`` where parts below differ, as transformers takes several.
     """
     found = {}
     for key in config.sub_configs:
-        part = getattr(config, key, None)
-        values = {family: _implementation(part, family) for family in FAMILIES}
-        kept = {family: value for family, value in values.items() if value}
-        if kept and not key.endswith("_projector_config"):
-            found[key] = kept
-    return found
+        if not key.endswith("_projector_config"):
+            values = {family: _implementation(getattr(config, key, None), family) for family in FAMILIES}
+            found[key] = {family: value for family, value in values.items() if value}
+    return {key: values for key, values in found.items() if values}
 
 
 def _implementation(part: Any, family: str) -> Any:
@@ -162,7 +141,7 @@ def _implementation(part: Any, family: str) -> Any:
 
 
 def apply_implementations(config: PreTrainedConfig, stored: Mapping[str, Any]) -> None:
-    """Give parts the implementations that were stored, where they have none yet (in place).
+    """Give parts the stored implementations, where they have none yet (in place).
 
     Raises:
         ValueError: no such part, no name of an implementation, or a repository of kernels.
@@ -170,9 +149,8 @@ def apply_implementations(config: PreTrainedConfig, stored: Mapping[str, Any]) -
     for key, values in stored.items():
         part = getattr(config, key, None) if key in config.sub_configs else None
         if not isinstance(values, dict) or not isinstance(part, PreTrainedConfig) or not set(values) <= set(FAMILIES):
-            raise ValueError(
-                f"part_implementations names {key!r}: {values!r}, expected some of {list(config.sub_configs)}."
-            )
+            names = list(config.sub_configs)
+            raise ValueError(f"part_implementations names {key!r}: {values!r}, expected some of {names}.")
         for family, value in values.items():
             _check_names(value, key, family)
             # What the caller asks for (attn_implementation=) is there already, and counts more.
@@ -211,15 +189,9 @@ def is_repo_id(name: Any) -> bool:
 
 
 def origin_of(given: Any, part: nn.Module) -> dict[str, Any] | None:
-    """Say what a part was loaded from; None if that was not the Hub.
+    """What a model `given`, of which a `part` or all is used, was loaded from, by `KEYS`; None if that was not the Hub.
 
-    Args:
-        given: the model that was loaded.
-        part: the module inside it that is used, or the model itself; either may be wrapped by PEFT.
-
-    Returns:
-        ``{"repo_id", "revision", "requested_revision", "subfolder", "class", "select"}``; `revision` is None, since a
-        loaded model does not know its commit: whoever loads it may fill that in, and `references` looks it up.
+    `revision` is None, since a loaded model does not know its commit: who loads it may tell, and `references` looks it up.
     """
     root, inner = unwrapped(given), unwrapped(part)
     if not isinstance(root, PreTrainedModel) or not is_repo_id(root.name_or_path):
@@ -233,18 +205,13 @@ def origin_of(given: Any, part: nn.Module) -> dict[str, Any] | None:
 
 
 def check_origins(origins: Any) -> dict[str, dict[str, Any]] | None:
-    """Check the `origins` of a configuration.
-
-    Raises:
-        ValueError: not ``{component: {key: text or None}}`` with the keys of `origin_of`.
-    """
+    """The `origins` of a configuration; ValueError if not ``{component: {key: text or None}}`` with the keys of `origin_of`."""
     if not origins:
         return None
-    entries = list(origins.items()) if isinstance(origins, dict) else [("origins", origins)]
-    for name, entry in entries:
+    entries = origins if isinstance(origins, dict) else {"origins": origins}
+    for name, entry in entries.items():
         texts = isinstance(entry, dict) and all(value is None or isinstance(value, str) for value in entry.values())
         if not texts or set(entry) - set(KEYS) or not names_repository(entry.get("repo_id")):
-            raise ValueError(
-                f"origins[{name!r}] must be texts under some of {KEYS}, with a repo_id, got {entry!r:.200}."
-            )
-    return {name: dict(entry) for name, entry in entries}
+            expected = f"texts under some of {KEYS}, with a repo_id"
+            raise ValueError(f"origins[{name!r}] must be {expected}, got {entry!r:.200}.")
+    return {name: dict(entry) for name, entry in entries.items()}

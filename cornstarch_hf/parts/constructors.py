@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .classes import TRANSFORMERS_CLASS, _beside, resolve_class
+from .classes import TRANSFORMERS_CLASS, class_beside, resolve_class
 from .weightless import build_without_weights, without_dtypes
 
 
@@ -21,7 +21,7 @@ def class_name(cls: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """
     path = f"{cls.__module__}.{cls.__qualname__}"
     if TRANSFORMERS_CLASS.fullmatch(path):  # a bare name must lead back to it whatever else is imported
-        return cls.__name__ if _beside(config, cls.__name__) is cls else path
+        return cls.__name__ if class_beside(config, cls.__name__) is cls else path
     try:
         found = resolve_class(cls.__name__, config, cls.__name__)
     except ValueError:
@@ -37,26 +37,21 @@ def class_name(cls: type[PreTrainedModel], config: PreTrainedConfig) -> str:
 def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
     """Constructor arguments that a model was built with and its configuration does not hold.
 
-    transformers does not keep them, so a model is built on the meta device with each combination of its boolean
-    arguments until the parameters' names are those of the given one, e.g. ``{"add_pooling_layer": False}``.
+    transformers does not keep them, so a model without weights is built with each combination of its boolean arguments until
+    the parameters' names are those of the given one, e.g. ``{"add_pooling_layer": False}``.
     Empty when the defaults fit, or when nothing does (saving then says so).
     """
     parameters = list(inspect.signature(type(model).__init__).parameters.values())[2:]  # behind `self` and `config`
-    defaults = {p.name: p.default for p in parameters if isinstance(p.default, bool)}
-    if not defaults:
+    flipped = [(p.name, not p.default) for p in parameters if isinstance(p.default, bool)]
+    if not flipped:
         return {}
-    expected = _base_keys(model)
+    # Names as they were before adapters were put around layers.
+    keys = [key for key in model.state_dict() if not re.search(r"\.(lora_\w+|ia3_\w+|modules_to_save)\.", key)]
+    expected = {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in keys}
     config = without_dtypes(copy.deepcopy(model.config))
-    for flips in sorted(itertools.product((False, True), repeat=len(defaults)), key=sum):  # the fewest changes first
-        options = {name: not value for (name, value), flip in zip(defaults.items(), flips, strict=True) if flip}
+    for chosen in sorted(itertools.product((False, True), repeat=len(flipped)), key=sum):  # the fewest changes first
+        options = dict(itertools.compress(flipped, chosen))
         candidate = build_without_weights(functools.partial(type(model), config, **options))
         if set(candidate.state_dict()) == expected:
             return options
     return {}
-
-
-def _base_keys(model: PreTrainedModel) -> set[str]:
-    """Names of a model's weights as they were before adapters were put around its layers."""
-    from_adapters = re.compile(r"\.(lora_\w+|ia3_\w+|modules_to_save)\.")
-    keys = [key for key in model.state_dict() if not from_adapters.search(key)]
-    return {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in keys}

@@ -23,11 +23,7 @@ from .names import at_or_above, compress, matches, parameters_by_name
 
 
 def select_parameters(model: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """The names of the parameters at or below the modules and parameters that dotted names or globs name.
-
-    Args:
-        model: any module.
-        patterns: e.g. ``"language_model"``, ``"vision_encoder.module"``, ``"*.projector"``, ``"*.layers.0.*"``.
+    """Names of the parameters at or below the modules and parameters that names or globs such as ``"*.projector"`` name.
 
     Raises:
         ValueError: a pattern names nothing; lists the model's parts.
@@ -38,10 +34,8 @@ def select_parameters(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     for pattern in patterns:
         named = set(fnmatch.filter([*modules, *parameters], pattern))
         if not named:  # a part without parameters may be named, and has nothing to choose
-            parts = [name for name in modules if name.count(".") <= 1]
-            raise ValueError(
-                f"{pattern!r} names no part with parameters, expected names or globs such as {parts[:12]}."
-            )
+            parts = [name for name in modules if name.count(".") <= 1][:12]
+            raise ValueError(f"{pattern!r} names no part with parameters, expected names or globs such as {parts}.")
         chosen |= {name for name in parameters if not named.isdisjoint(at_or_above(name))}
     return chosen
 
@@ -61,7 +55,7 @@ def frozen_patterns(model: nn.Module) -> list[str]:
 
 
 def restore_frozen(model: nn.Module, patterns: Iterable[str] | None) -> int:
-    """Make exactly the parameters that match the patterns frozen and all others trainable; returns how many are frozen."""
+    """Freeze exactly the parameters that match the patterns, and no others; returns how many are frozen."""
     if patterns is None:
         return 0
     names = [name for name, _ in parameters_by_name(model)]
@@ -74,11 +68,13 @@ def restore_frozen(model: nn.Module, patterns: Iterable[str] | None) -> int:
 
 def set_part_trainable(part: nn.Module, trainable: bool) -> None:
     """Train or freeze a part; of a PEFT-wrapped one only the adapters are ever trained."""
-    names = {name for name, _ in part.named_parameters()}
     # As `get_peft_model` leaves it: whoever wraps a part wants its base weights to stay.
-    chosen = adapter_parameter_names(part) if trainable and is_wrapped(part) else names
+    only_adapters = trainable and is_wrapped(part)
+    chosen = adapter_parameter_names(part) if only_adapters else (name for name, _ in part.named_parameters())
     set_trainable(part, chosen, trainable)
 
+
+_Modes = Mapping[str, tuple[bool, bool]]
 
 # Three things follow from what is frozen: `requires_grad` (set here), `config.frozen` (patterns of names, kept by a
 # checkpoint), and the mode of each module (set by `train`, see `frozen_modes`).
@@ -92,13 +88,10 @@ class FreezingMixin(PreTrainedModel):
     language_model: Any
 
     def freeze(self, *patterns: str):
-        """Exclude parts from training: ``freeze("vision_encoder.module", "language_model")``.
+        """Exclude parts from training: ``freeze("vision_encoder.module", "language_model")``; the choice survives saving.
 
         Args:
             *patterns: dotted names of modules or parameters, or globs such as ``"*.projector"``.
-
-        Returns:
-            the model; the choice is kept in its configuration and survives saving.
 
         Raises:
             ValueError: no pattern, or one that names nothing.
@@ -126,22 +119,7 @@ class FreezingMixin(PreTrainedModel):
             parts |= {f"{name}_encoder.module": encoder.module, f"{name}_encoder.projector": encoder.projector}
         return parts
 
-    def _callback_modules(self) -> dict[str, nn.Module]:
-        """Callbacks that are modules, by the names that they have in this model."""
-        return {
-            f"{name}_encoder.{slot}": callback
-            for name, encoder in self.encoders.items()
-            for slot, callback in encoder.callbacks.items()
-            if isinstance(callback, nn.Module)
-        }
-
-    def train(
-        self,
-        mode: bool = True,
-        *,
-        encoders_mode: Mapping[str, tuple[bool, bool]] | None = None,
-        llm_mode: bool | None = None,
-    ):
+    def train(self, mode: bool = True, *, encoders_mode: _Modes | None = None, llm_mode: bool | None = None):
         """Set the training mode; frozen parts keep their dropout and norm statistics off.
 
         Args:
@@ -149,9 +127,6 @@ class FreezingMixin(PreTrainedModel):
             encoders_mode: Cornstarch's form of freezing: ``{name: (encoder trains, projector trains)}`` sets
                 `requires_grad` and mode together.  Left out, all encoders follow `llm_mode`.
             llm_mode: likewise for the language model.
-
-        Returns:
-            the model.
 
         Raises:
             ValueError: an encoder that the model does not have, or a value that is no pair; parameters that train but
@@ -162,12 +137,13 @@ class FreezingMixin(PreTrainedModel):
         super().train(mode)
         if mode:  # torch has put every module into training mode; frozen ones go back
             check_all_kept(self)
-            keep_frozen_in_eval(self._parts() | self._callback_modules())
+            callbacks = {f"{n}.{slot}": c for n, e in self.encoders.items() for slot, c in e.callbacks.items()}
+            keep_frozen_in_eval(self._parts() | {n: c for n, c in callbacks.items() if isinstance(c, nn.Module)})
             keep_strided_layers(self._parts())
         checkpoint_frozen_layers(self)
         return self
 
-    def _set_modes(self, encoders_mode: Mapping[str, tuple[bool, bool]] | None, llm_mode: bool | None) -> None:
+    def _set_modes(self, encoders_mode: _Modes | None, llm_mode: bool | None) -> None:
         if encoders_mode is None:
             encoders_mode = dict.fromkeys(self.config.encoders, (bool(llm_mode),) * 2)
         if unknown := sorted(set(encoders_mode) - set(self.config.encoders)):

@@ -1,7 +1,7 @@
 """What transformers wants to know of a whole model and only its parts know: ties, plans, layers not to split.
 
-transformers gathers these from direct children; encoders sit one level deeper and PEFT wrappers shift names, so they
-are gathered here from the nearest `PreTrainedModel` of every branch, with full dotted prefixes.
+transformers gathers these from direct children; encoders sit one level deeper and PEFT wrappers shift names, so here they
+come from the nearest `PreTrainedModel` of every branch, with full dotted prefixes.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,11 @@ from .adapters import current_name, shared_by_adapters, unwrapped
 from .names import modules_by_name, parameters_by_name, starred
 from .weightless import KeepsInitialized
 
-SETS = ("_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-PATTERN_SETS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+# Class names and regular expressions, which need no prefix.
+SETS = (
+    *("_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
+    *("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"),
+)
 PLANS = ("_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan")
 
 
@@ -32,30 +35,22 @@ def nearest_models(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, P
 
 def gathered_sets(module: nn.Module) -> dict[str, set[str]]:
     """Union of the parts' sets of module and key names, by attribute."""
-    found: dict[str, set[str]] = {key: set() for key in (*SETS, *PATTERN_SETS, "_keys_to_ignore_on_save")}
-    for prefix, model in nearest_models(module):
-        for key in (*SETS, *PATTERN_SETS):  # class names and regular expressions: they need no prefix
-            found[key] |= set(getattr(model, key, None) or ())
-        found["_keys_to_ignore_on_save"] |= {f"{prefix}.{k}" for k in model._keys_to_ignore_on_save or ()}
-    return found
+    parts = list(nearest_models(module))
+    found = {key: {value for _, model in parts for value in getattr(model, key, None) or ()} for key in SETS}
+    ignored = {f"{prefix}.{key}" for prefix, model in parts for key in model._keys_to_ignore_on_save or ()}
+    return found | {"_keys_to_ignore_on_save": ignored}
 
 
 def gathered_ties(module: nn.Module) -> dict[str, str]:
     """Tied weights of all parts, ``{target: source}``, by names that the whole model has."""
-    shared = shared_by_adapters(module)
-    tied = [
-        (current_name(module, f"{prefix}.{target}"), current_name(module, f"{prefix}.{source}"))
-        for prefix, model in nearest_models(module)
-        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
-    ]
-    if not shared and not tied:
-        return {}
     # PEFT forwards its model's ties with a wrong prefix, and transformers fails on a name that nothing has.
     names = {name for name, _ in parameters_by_name(module)}
-    ties = {to: of for to, of in shared.items() if to in names}
-    for to, of in tied:
-        if {to, of} <= names and ties.get(of) != to:  # never a circle of two
-            ties[to] = of
+    ties = {to: of for to, of in shared_by_adapters(module).items() if to in names}
+    for prefix, model in nearest_models(module):
+        for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            to, of = (current_name(module, f"{prefix}.{key}") for key in pair)
+            if {to, of} <= names and ties.get(of) != to:  # never a circle of two
+                ties[to] = of
     return ties
 
 
@@ -69,7 +64,7 @@ def gathered_plans(module: nn.Module) -> dict[str, dict[Any, Any]]:
         # CLIP and Whisper inherit FSDP rules for modules that they do not have: one rule per kind of block replaces them.
         kinds = set(model._no_split_modules or ())
         blocks = [name for name, module in modules_by_name(model) if name and type(module).__name__ in kinds]
-        by_kind = {prefix + starred(f".{name}"): "free_full_weight" for name in blocks}
+        by_kind = dict.fromkeys((prefix + starred(f".{name}") for name in blocks), "free_full_weight")
         plans["_fsdp_plan"] = by_kind | plans["_fsdp_plan"]
     return plans
 
@@ -115,11 +110,9 @@ class GatheringMixin(PreTrainedModel):
         return gathered_ties(self) if all_submodels else {}
 
     def initialize_weights(self) -> None:
-        """Initialise what was not loaded, each part as its own class does.
-
-        transformers treats models from outside as custom code and then leaves out modules without parameters of their
-        own, among them those that fill the buffers of transformers' own parts.
-        """
+        """Initialise what was not loaded, each part as its own class does."""
+        # transformers treats models from outside as custom code and then leaves out modules without parameters of their
+        # own, among them those that fill the buffers of transformers' own parts.
         parts = [part for _, part in nearest_models(self)]
         for part in parts:  # a supplied part is marked as initialised from top to bottom, and is skipped
             if not all(getattr(module, "_is_hf_initialized", False) for module in part.modules()):

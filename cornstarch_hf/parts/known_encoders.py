@@ -1,7 +1,6 @@
 """What is known of encoders that neither their classes nor their configurations tell: one row per type, in one table.
 
-Users add rows by `register_encoder_type`.  `encoder_type` finds the row of an encoder; all rooms ask it, none has a table of
-its own.
+Users add rows by `register_encoder_type`.  `encoder_type` finds the row of an encoder; no other file has a table of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .registries import Registry
+from .registries import OR_TRUST, Registry
+from .stored_values import check_names
 
 Count = Callable[[Mapping[str, Any], PreTrainedConfig], int | None]
 LAST, ALL = "last", "all"  # of an encoder's hidden states
@@ -20,14 +20,7 @@ LAST, ALL = "last", "all"  # of an encoder's hidden states
 
 @dataclass(frozen=True)
 class EncoderType:
-    """What is known of the encoders of one type.  The defaults are those of an encoder of which nothing is known.
-
-    The fields are the keyword arguments of `register_encoder_type`, which explains them.
-
-    Raises:
-        TypeError: a field of another kind.
-        ValueError: one of `random_input` and `fixed_input` without the other.
-    """
+    """What is known of the encoders of one type, as `register_encoder_type` explains; by default nothing."""
 
     # How many features an item gives
     count: Count | None = None
@@ -60,10 +53,7 @@ class EncoderType:
             if not fits:
                 raise TypeError(f"{field.name} of an encoder type must be {expected}, got {value!r:.100}.")
         if (self.random_input is None) != (self.fixed_input is None):
-            raise ValueError(
-                "random_input of an encoder type names an input, and fixed_input computes it so that items stay as they are: "
-                "give both or neither."
-            )
+            raise ValueError("random_input of an encoder type is what fixed_input computes: give both or neither.")
 
     @property
     def facts(self) -> list[str]:
@@ -88,7 +78,7 @@ def encoder_type(config: Any, class_name: str | None = None) -> EncoderType:
 def register_encoder_type(model_type: str, **facts: Any) -> None:
     """State what this package cannot find out about the encoders of a type, e.g. of a class of your own.
 
-    A checkpoint of a model with such an encoder names the facts.  Loading it needs the same registration: import the module
+    A checkpoint of a model with such an encoder names the facts, and loading it needs the same registration: import the module
     that makes it first, or save with ``include_code=True`` and load with ``trust_remote_code=True``.
 
         register_encoder_type("my_encoder", count=lambda inputs, config: inputs["pixel_values"].shape[-1] // config.patch_size)
@@ -97,20 +87,17 @@ def register_encoder_type(model_type: str, **facts: Any) -> None:
         model_type: of the encoder's configuration.
         **facts: one or more of
 
-            - count: ``fn(inputs, config) -> int | None``, features of one item before `drop_prefix`, callbacks and projector;
-              `inputs` are the encoder's, axis 0 has one item.  None where it cannot tell: then, as without it, a dry run
-              counts.  What `register_feature_count` states wins.
+            - count: ``fn(inputs, config) -> int | None``, features of one item (axis 0 of the encoder's `inputs`) before
+              `drop_prefix`, callbacks and projector.  Where it gives None a dry run counts; `register_feature_count` wins.
             - count_layers: ``"all"`` where each hidden state has as many; by default ``"last"``.
-            - width_layers: which hidden states are sequences ``(items, tokens, width)`` of the width that the configuration
-              names, ``"all"`` or ``"last"``; where it is not given, a dry run finds axes and width.
-            - padding_changes_features: True where features of an item change with its padding in spite of a mask, so
-              that items of each length have to be encoded apart.
+            - width_layers: which hidden states, ``"all"`` or ``"last"``, are sequences ``(items, tokens, width)`` of the width
+              that the configuration names; where it is not given, a dry run finds axes and width.
+            - padding_changes_features: True where it does in spite of a mask: items of each length are encoded apart then.
             - random_input: name of an input that the encoder draws unless it is given, in evaluation too.
             - fixed_input: ``fn(inputs, config) -> Tensor``, the value for `random_input` that keeps items as they are.
-            - random_loss: ``fn(config) -> str | None``, what items lose by chance, in evaluation too, and what to do about it;
-              None where they lose nothing.  Such an encoder is refused, unless `random_input` is in its `additional_args`.
-            - kind: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ..., where the class states another one.  A tower of
-              images takes videos frame by frame.
+            - random_loss: ``fn(config) -> str | None``, what items lose by chance, in evaluation too, and what to do about it,
+              or None.  Such an encoder is refused, unless `random_input` is in its `additional_args`.
+            - kind: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ..., where the class states another one.
             - any_number_of_frames: True where `num_frames` of the configuration limits no video.
             - positions_after_padding: True where positions begin after the padding token's id, as in RoBERTa.
             - example_text: of the kind that it reads, for the usage snippet of a model card.
@@ -118,7 +105,7 @@ def register_encoder_type(model_type: str, **facts: Any) -> None:
 
     Raises:
         TypeError: an unknown fact, or one of another kind; names what was expected.
-        ValueError: no facts, or other ones are known of that type already.
+        ValueError: no facts, `random_input` without `fixed_input`, or other facts are known of that type already.
     """
     names = [field.name for field in fields(EncoderType)]
     call = f"register_encoder_type({model_type!r}, ...)"
@@ -139,29 +126,20 @@ def register_encoder_type(model_type: str, **facts: Any) -> None:
 
 
 def registered_facts(configs: Sequence[PreTrainedConfig]) -> dict[str, list[str]] | None:
-    """What users' rows say of encoders, as a checkpoint names it: ``{model_type: [names of facts]}``; None if nothing."""
+    """Facts from users' rows, as a checkpoint names them: ``{model_type: [names of facts]}``; None if there are none."""
     types = {config.model_type for config in configs} - OWN_TYPES
     return {name: ENCODER_TYPES[name].facts for name in sorted(types) if name in ENCODER_TYPES} or None
 
 
 def check_facts_registered(stored: Mapping[str, Any] | None) -> None:
-    """Refuse a configuration that relies on facts which are not known here.
-
-    Args:
-        stored: as `registered_facts` gives it.
-
-    Raises:
-        ValueError: a type is not registered, or without one of the facts; names the call.
-    """
+    """Refuse `registered_facts` of a configuration that are not known here (ValueError with the missing call)."""
     for name, facts in (stored or {}).items():
-        if not isinstance(facts, (list, tuple)) or not all(isinstance(fact, str) for fact in facts):
-            raise ValueError(f"encoder_types[{name!r}] must be a list of names, got {facts!r:.100}.")
+        check_names(facts, f"encoder_types[{name!r}]")
         known = ENCODER_TYPES.get(name, _UNKNOWN).facts
         if missing := [fact for fact in facts if fact not in known]:
             raise ValueError(
                 f"The model relies on {missing} of its encoder type {name!r}, which nothing here states: import the module "
-                f"that calls register_encoder_type({name!r}, {', '.join(f'{fact}=...' for fact in facts)}) before you load or "
-                "build, or pass trust_remote_code=True for a checkpoint that carries it."
+                f"that calls register_encoder_type({name!r}, {', '.join(f'{fact}=...' for fact in facts)}) {OR_TRUST}"
             )
 
 
@@ -177,20 +155,10 @@ def deterministic_inputs(inputs: Mapping[str, Any], config: PreTrainedConfig) ->
 
 
 def refuse_random_encoder(config: PreTrainedConfig, additional_args: Sequence[str], who: str) -> None:
-    """Refuse an encoder that leaves out a part of each item at random, unless it is given what it would draw.
-
-    Args:
-        config: of the encoder.
-        additional_args: names of inputs that it will be given besides its own.
-        who: the name of its class.
-
-    Raises:
-        ValueError: it does; says what to do.
-    """
+    """Refuse an encoder of the class `who` that leaves out parts of items at random, unless `additional_args` give its draw."""
     row = encoder_type(config, who)
-    if row.random_loss is None or row.random_input in additional_args:
-        return
-    if reason := row.random_loss(config):
+    reason = row.random_loss(config) if row.random_loss and row.random_input not in additional_args else None
+    if reason:
         raise ValueError(f"{who} {reason}.")
 
 
@@ -203,31 +171,22 @@ def _patches_in_order(inputs: Mapping[str, Any], config: PreTrainedConfig) -> Te
 
 
 def _masked_patches(config: PreTrainedConfig) -> str | None:
-    if not config.mask_ratio:
-        return None
-    return (
-        f"leaves out {config.mask_ratio:.0%} of an image's patches, drawn at random, in evaluation as well: set its "
-        "config.mask_ratio = 0, or pass `noise` with the images and name it in additional_args"
-    )
+    remedy = "set its config.mask_ratio = 0, or pass `noise` with the images and name it in additional_args"
+    return _drawn(f"leaves out {config.mask_ratio:.0%} of an image's patches,", remedy) if config.mask_ratio else None
 
 
 def _dropped_values(config: PreTrainedConfig) -> str | None:
-    share = config.speech_decoder_prenet_dropout
-    if not share:
-        return None
-    return (
-        f"drops {share:.0%} of the values in its prenet, drawn at random, in evaluation as well: set its "
-        "config.speech_decoder_prenet_dropout = 0"
-    )
+    share, remedy = config.speech_decoder_prenet_dropout, "set its config.speech_decoder_prenet_dropout = 0"
+    return _drawn(f"drops {share:.0%} of the values in its prenet,", remedy) if share else None
 
 
 def _drawn_keys(config: PreTrainedConfig) -> str | None:
-    if config.attention_type != "prob":
-        return None
-    return (
-        "attends to keys that are drawn at random, in evaluation as well: set attention_type='full' in its "
-        "configuration before it is built"
-    )
+    remedy = "set attention_type='full' in its configuration before it is built"
+    return _drawn("attends to keys that are", remedy) if config.attention_type == "prob" else None
+
+
+def _drawn(what: str, remedy: str) -> str:
+    return f"{what} drawn at random, in evaluation as well: {remedy}"
 
 
 # ---- counts: features of one item; each is tested against the encoder, and its docstring stands in the documents
@@ -252,19 +211,15 @@ def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
 
 def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
     """`max_source_positions`; with a mask by a dry run"""
-    if inputs.get("attention_mask") is not None:
-        return None
-    return config.max_source_positions
+    return config.max_source_positions if inputs.get("attention_mask") is None else None
 
 
 def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
     """`(samples - kernel) // stride + 1`, once per convolution; with an adapter by a dry run"""
-    if config.add_adapter:
-        return None
     length = inputs["input_values"].shape[-1]
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         length = (length - kernel) // stride + 1
-    return length
+    return None if config.add_adapter else length
 
 
 def _rows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
@@ -287,10 +242,8 @@ def _series(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
 
 # ---- reading inputs and configurations
 
-# Numbers of patches of packed items along their axes, ``(items, 2 or 3)``.
-PATCH_GRIDS = ("grid_thw", "grid_hws")
-# The same and that of MiniCPM-V, whose items may have a slice each.
-GRIDS = (*PATCH_GRIDS, "target_sizes")
+PATCH_GRIDS = ("grid_thw", "grid_hws")  # numbers of patches of packed items along their axes, ``(items, 2 or 3)``
+GRIDS = (*PATCH_GRIDS, "target_sizes")  # the same and that of MiniCPM-V, whose items may have a slice each
 
 
 def grid_of(inputs: Mapping[str, Any], names: tuple[str, ...] = GRIDS) -> Tensor | None:
@@ -299,11 +252,9 @@ def grid_of(inputs: Mapping[str, Any], names: tuple[str, ...] = GRIDS) -> Tensor
 
 
 def unpadded_patches(inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
-    """Tokens of each time series, where an input tells which values are padding; None without padding at the end.
+    """Tokens of each time series of `tokens` equal patches, None without padding.
 
-    Args:
-        inputs: of the encoder; `past_values_padding` ``(items, length)`` is 1 where a value is padding.
-        tokens: of the longest series, each of equally many values.
+    `past_values_padding` ``(items, length)`` among the encoder's inputs is 1 where a value is padding.
     """
     padding = inputs.get("past_values_padding")
     if not isinstance(padding, Tensor) or padding.ndim != 2 or padding.shape[1] % tokens:
@@ -313,10 +264,10 @@ def unpadded_patches(inputs: Mapping[str, Any], tokens: int) -> list[int] | None
 
 
 def patch_size(config: Any) -> tuple[int, int] | None:
-    """Height and width of a patch by an encoder's configuration, which may name those of frames before; None if it does not."""
+    """Height and width of a patch by an encoder's configuration, None if it does not name them."""
     size = getattr(config, "patch_size", None)
-    if isinstance(size, (list, tuple)):
-        return (int(size[-2]), int(size[-1])) if len(size) > 1 else (int(size[0]), int(size[0]))
+    if isinstance(size, (list, tuple)):  # of one number, of two, or with that of frames before them
+        return int(size[-2:][0]), int(size[-1])
     return (size, size) if isinstance(size, int) else None
 
 
@@ -327,7 +278,8 @@ _TEXT = EncoderType(count=_tokens, count_layers=ALL)
 _ROBERTA = EncoderType(count=_tokens, count_layers=ALL, positions_after_padding=True)
 _AFTER_PADDING = EncoderType(positions_after_padding=True)
 _PADDING_MATTERS = EncoderType(padding_changes_features=True)
-_CODES = EncoderType(no_features="codes and sounds made of them: take an encoder of audio features")
+_SOUNDS = "take an encoder of audio features"
+_CODES = EncoderType(no_features=f"codes and sounds made of them: {_SOUNDS}")
 
 # By model type, or by class where one type has several kinds of encoders.
 ENCODER_TYPES = Registry(
@@ -335,10 +287,8 @@ ENCODER_TYPES = Registry(
     "Add one with register_encoder_type(model_type, ...).",
     {
         # images
-        "clip_vision_model": _VIT,
-        "dinov2": _VIT,
+        **dict.fromkeys(("clip_vision_model", "dinov2", "vit"), _VIT),
         "siglip_vision_model": EncoderType(count=_patches, count_layers=ALL, width_layers=ALL),
-        "vit": _VIT,
         "vit_mae": EncoderType(random_input="noise", fixed_input=_patches_in_order, random_loss=_masked_patches),
         # Layers before the last one have patches that are not merged, of another width.
         "qwen2_vl_vision": EncoderType(count=_merged_patches, width_layers=LAST),
@@ -350,41 +300,29 @@ ENCODER_TYPES = Registry(
         # sounds
         "wav2vec2": EncoderType(count=_waveform, count_layers=ALL, width_layers=ALL),
         "whisper": EncoderType(count=_window, count_layers=ALL, width_layers=ALL),
-        "pe_audio_encoder": _PADDING_MATTERS,
-        "phi4_multimodal_audio": _PADDING_MATTERS,
-        "seamless_m4t": _PADDING_MATTERS,
-        "seamless_m4t_v2": _PADDING_MATTERS,
-        "speech_to_text": _PADDING_MATTERS,
+        **dict.fromkeys(("pe_audio_encoder", "phi4_multimodal_audio", "seamless_m4t"), _PADDING_MATTERS),
+        **dict.fromkeys(("seamless_m4t_v2", "speech_to_text"), _PADDING_MATTERS),
         "SpeechT5DecoderWithSpeechPrenet": EncoderType(random_loss=_dropped_values),
-        "EncodecModel": _CODES,
+        **dict.fromkeys(("EncodecModel", "Xcodec2Model", "XcodecModel"), _CODES),
         "MimiModel": EncoderType(no_features="codes and sounds made of them: take MimiEncoderModel"),
-        "NeuCodecModel": EncoderType(no_features="sounds: take an encoder of audio features"),
-        "UnivNetModel": EncoderType(no_features="sounds made of spectra: take an encoder of audio features"),
-        "WavTokenizerEncoderModel": EncoderType(no_features="codes of sounds: take an encoder of audio features"),
-        "WavTokenizerModel": EncoderType(
-            no_features="codes of sounds and sounds made of them: take an encoder of audio features"
-        ),
-        "Xcodec2Model": _CODES,
-        "XcodecModel": _CODES,
+        "NeuCodecModel": EncoderType(no_features=f"sounds: {_SOUNDS}"),
+        "UnivNetModel": EncoderType(no_features=f"sounds made of spectra: {_SOUNDS}"),
+        "WavTokenizerEncoderModel": EncoderType(no_features=f"codes of sounds: {_SOUNDS}"),
+        "WavTokenizerModel": EncoderType(no_features=f"codes of sounds and sounds made of them: {_SOUNDS}"),
         # texts
         "bert": EncoderType(count=_tokens, count_layers=ALL, width_layers=ALL),
-        "deberta-v2": _TEXT,
-        "distilbert": _TEXT,
+        **dict.fromkeys(("deberta-v2", "distilbert", "modernbert"), _TEXT),
         "esm": EncoderType(
             count=_tokens, count_layers=ALL, width_layers=ALL, positions_after_padding=True, example_text="MKTAYIAKQR"
         ),
-        "modernbert": _TEXT,
-        "mpnet": _ROBERTA,
-        "xlm-roberta": _ROBERTA,
-        **dict.fromkeys(
-            ("altclip_text_model", "bridgetower_text_model", "camembert", "clap_text_model"), _AFTER_PADDING
-        ),
-        **dict.fromkeys(("data2vec-text", "ibert", "layoutlmv3", "lilt", "longformer", "luke"), _AFTER_PADDING),
-        **dict.fromkeys(("markuplm", "roberta", "roberta-prelayernorm", "xlm-roberta-xl", "xmod"), _AFTER_PADDING),
+        **dict.fromkeys(("mpnet", "xlm-roberta"), _ROBERTA),
+        **dict.fromkeys(("altclip_text_model", "bridgetower_text_model", "camembert", "ibert"), _AFTER_PADDING),
+        **dict.fromkeys(("clap_text_model", "data2vec-text", "layoutlmv3", "lilt", "longformer"), _AFTER_PADDING),
+        **dict.fromkeys(("luke", "markuplm", "roberta", "roberta-prelayernorm"), _AFTER_PADDING),
+        **dict.fromkeys(("xlm-roberta-xl", "xmod"), _AFTER_PADDING),
         # series, and features from elsewhere
         "informer": EncoderType(random_loss=_drawn_keys),
-        "timesfm": EncoderType(count=_series),
-        "timesfm2_5": EncoderType(count=_series),
+        **dict.fromkeys(("timesfm", "timesfm2_5"), EncoderType(count=_series)),
         "precomputed_features": EncoderType(count=_rows, width_layers=ALL),
     },
 )

@@ -10,19 +10,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+OR_TRUST = "before you load or build, or pass trust_remote_code=True for a checkpoint that carries it."
+
 
 class Registry:
-    """A mapping from names to objects whose lookup error lists the valid names.
+    """A mapping from names to objects whose lookup error lists the valid names and tells a remedy.
 
-    Args:
-        what: how an error calls an entry, e.g. ``"projection type"``.
-        remedy: what an error tells the user to do about a missing name.
-        entries: that are there from the start.
+    `what` is how an error calls an entry, e.g. ``"projection type"``.
     """
 
     def __init__(self, what: str, remedy: str, entries: Mapping[str, Any] | None = None):
         self.what, self.remedy = what, remedy
-        self._entries: dict[str, Any] = dict(entries or {})
+        self._entries = dict(entries or {})
 
     def add(self, name: str, entry: Any) -> None:
         """Register `entry`; a name that another entry holds is refused (ValueError)."""
@@ -53,13 +52,11 @@ class Registry:
 
     def name_of(self, entry: Any) -> str | None:
         """The name under which this very object was registered, or None."""
-        entries = list(self._entries.items())  # another thread may register something meanwhile
-        same = (name for name, value in entries if _target(value) is entry)
-        found = next(same, None)
-        if found is None and not isinstance(entry, functools.partial):  # a file may be imported twice, once as a copy
-            again = (name for name, value in entries if same_text(_target(value), entry))
-            found = next(again, None)
-        return found
+        targets = [(name, _target(value)) for name, value in list(self._entries.items())]  # threads may add meanwhile
+        found = [name for name, target in targets if target is entry]
+        if not found and not isinstance(entry, functools.partial):  # a file may be imported twice, once as a copy
+            found = [name for name, target in targets if same_text(target, entry)]
+        return found[0] if found else None
 
 
 class Callback(NamedTuple):
@@ -74,20 +71,18 @@ def _same_definition(registered: Any, entry: Any) -> bool:
     if registered == entry:
         return True
     if dataclasses.is_dataclass(registered) and type(registered) is type(entry):  # a row: each of its fields
-        pairs = zip(vars(registered).values(), vars(entry).values(), strict=True)
-        return all(_same_definition(a, b) for a, b in pairs)
-    places = [
-        (getattr(_target(e), "__module__", None), getattr(_target(e), "__qualname__", "<")) for e in (registered, entry)
-    ]
-    return (places[0] == places[1] and "<" not in places[0][1]) or same_text(_target(registered), _target(entry))
+        return all(map(_same_definition, vars(registered).values(), vars(entry).values()))
+    return same_text(_target(registered), _target(entry), again=True)
 
 
-def same_text(registered: Any, entry: Any) -> bool:
-    """Whether two functions or classes of different modules are one definition: a file and its copy in a checkpoint."""
-    names = [getattr(target, "__qualname__", "<") for target in (registered, entry)]
-    modules = [getattr(target, "__module__", None) for target in (registered, entry)]
-    if names[0] != names[1] or "<" in names[0] or modules[0] == modules[1] or None in modules:
+def same_text(registered: Any, entry: Any, again: bool = False) -> bool:
+    """Whether two functions or classes are one definition: a file and its copy in a checkpoint, or a module run `again`."""
+    name = getattr(registered, "__qualname__", "<")
+    if "<" in name or name != getattr(entry, "__qualname__", "<"):
         return False
+    modules = [getattr(target, "__module__", None) for target in (registered, entry)]
+    if modules[0] == modules[1] or None in modules:
+        return again and modules[0] == modules[1]
     try:
         return inspect.getsource(registered) == inspect.getsource(entry)
     except (OSError, TypeError):
@@ -106,31 +101,21 @@ def last_definition(classes: list) -> list:
     return classes
 
 
-PROJECTORS = Registry(
-    "projection type",
-    "Add your own with register_projector(name, cls) before you load or build, or pass "
-    "trust_remote_code=True for a checkpoint that carries it.",
-)
-CALLBACKS = Registry(
-    "callback",
-    "Import the module that calls register_callback(name, fn) before you load or build, or "
-    "pass trust_remote_code=True for a checkpoint that carries it.",
-)
+PROJECTORS = Registry("projection type", f"Add your own with register_projector(name, cls) {OR_TRUST}")
+CALLBACKS = Registry("callback", f"Import the module that calls register_callback(name, fn) {OR_TRUST}")
 FEATURE_COUNTS = Registry("feature count", "Add one with register_feature_count(modality_or_encoder_type, fn).")
 
 
 def register_projector(name: str, cls: Callable) -> None:
     """Make a projector class known under a name, for `projection_type=name` and for wrapped instances of the class.
 
-    The constructor's arguments are found by name: ``config`` receives the `MultimodalProjectorConfig`; any other
-    argument its field of that name (``in_features``, ``out_features``, ``activation``) or an entry of
-    ``config.projection_kwargs``.  An instance that is wrapped by hand is stored with the values of its attributes
-    named like the arguments.
+    The constructor's arguments are found by name: ``config`` receives the `MultimodalProjectorConfig`; any other its field of
+    that name (``in_features``, ``out_features``, ``activation``) or an entry of ``config.projection_kwargs``.  Of an instance
+    that is wrapped by hand, the attributes named like the arguments are stored.
 
     A class may leave fewer features: it then gets ``(items, length, in_features)``, only items of equal length together,
-    and returns ``(items, fewer, out_features)``.  With the class attribute ``needs_grid = True`` its `forward` also gets
-    ``grid``, ``(height, width)`` or ``(frames, height, width)``.  How many are left is found by a dry run, or by a
-    method ``feature_count(length, grid) -> int`` of the class.
+    and returns ``(items, fewer, out_features)``, how many is found by a dry run or its method ``feature_count(length, grid)``.
+    With the class attribute ``needs_grid = True`` `forward` also gets ``grid``, ``(height, width)`` or with frames before them.
 
     Args:
         name: the projection type.
@@ -153,9 +138,8 @@ def register_callback(name: str, fn: Callable, feature_count: Callable | None = 
         fn: a function, used as it is or bound by `functools.partial(fn, **json_arguments)`; or a `torch.nn.Module`
             class whose instances keep each constructor argument in an attribute of the same name (their parameters
             are saved with the checkpoint).
-        feature_count: ``feature_count(inputs, num_features, **arguments) -> int``, the number of features that one
-            item has after the callback.  `inputs` holds the item's encoder inputs (leading axis of one item) and
-            `num_features` what it had before.  Without it the number is found by a dry run alone.
+        feature_count: ``feature_count(inputs, num_features, **arguments) -> int``, features of one item after the callback,
+            by the encoder's inputs (leading axis of one item) and their number before it.  Without it a dry run counts.
 
     Raises:
         ValueError: another callback has that name.
@@ -171,8 +155,8 @@ def register_feature_count(modality_or_encoder_type: str, fn: Callable) -> None:
 
     Args:
         modality_or_encoder_type: e.g. ``"vision"`` or ``"clip_vision_model"``.
-        fn: ``fn(inputs, encoder_config) -> int`` for one item: `inputs` holds what its processor made of it (leading
-            axis of one item).  The answer is final: callbacks and token reduction are included in it.
+        fn: ``fn(inputs, encoder_config) -> int`` for what its processor made of one item (leading axis of one item).  The
+            answer is final: it includes callbacks and token reduction.
 
     Raises:
         ValueError: another function is registered for it.

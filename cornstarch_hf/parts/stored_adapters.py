@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
-from .adapters import _peft_classes, is_wrapped, tuner_layers
+from .adapters import is_wrapped, peft_classes, tuner_layers
 from .stored_modules import NotStorable, as_json
 from .stored_values import check_pattern
 from .weightless import without_weights
@@ -28,13 +28,12 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
     """Describe a wrapped part's adapters in JSON values; None for a part that is not wrapped.
 
     Raises:
-        ValueError: the adapters cannot be stored (prompt learning inside a part, values that are not JSON, adapters
-            injected without a wrapper).
+        ValueError: prompt learning inside a part, values that are not JSON, adapters injected without a wrapper.
     """
     if not is_wrapped(model):
         check_not_injected(model, where)
         return None
-    if not isinstance(model.base_model, _peft_classes("BaseTuner")):  # no adapters in its layers: a prompt before them
+    if not isinstance(model.base_model, peft_classes("BaseTuner")):  # no adapters in its layers: a prompt before them
         raise ValueError(
             f"{where}: a checkpoint cannot hold {model.active_peft_config.peft_type} inside a part. Compose the plain "
             "model and wrap the composed one: get_peft_model(mllm, config)."
@@ -45,36 +44,25 @@ def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
             "configuration without it, or merge_and_unload() before composing."
         )
     try:
-        configs = {
-            name: as_json(_plain(config.to_dict()), f"{where}: the adapter {name!r}")
-            for name, config in model.peft_config.items()
-        }
+        options = {name: _plain(config.to_dict()) for name, config in model.peft_config.items()}
+        configs = {name: as_json(value, f"{where}: the adapter {name!r}") for name, value in options.items()}
     except NotStorable as error:
         raise ValueError(f"{error}: give the adapter configuration JSON values.") from error
     described = {"configs": configs, "active": list(model.active_adapters), "class": type(model).__name__}
     return described | _layer_state(model, where)
 
 
-def _held(layer: Any, names: list[str]) -> list[str]:
-    """Those of the adapters that a layer has."""
-    return [name for name in names if name in layer._get_available_adapters()]
-
-
 def _layer_state(model: Any, where: str) -> dict[str, Any]:
-    """Tell which adapters are merged into the weights at the moment, and whether they are switched off; {} for neither.
-
-    Raises:
-        ValueError: layers that differ in it, which a checkpoint cannot say.
-    """
+    """Which adapters are merged into the weights at the moment, and whether they are disabled; ValueError if layers differ."""
     layers = tuner_layers(model)
     # Not every layer has every adapter; the longest list names all that are merged, if they are so alike everywhere.
     merged = max((list(layer.merged_adapters) for layer in layers), key=len, default=[])
     for layer in layers:
-        if layer.merged_adapters != _held(layer, merged):
-            raise ValueError(
-                f"{where}: some layers have the adapters {merged} merged into their weights and others "
-                f"{layer.merged_adapters}: merge or unmerge all of them."
+        if layer.merged_adapters != [name for name in merged if name in layer._get_available_adapters()]:
+            found = (
+                f"some layers have the adapters {merged} merged into their weights and others {layer.merged_adapters}"
             )
+            raise ValueError(f"{where}: {found}: merge or unmerge all of them.")
     if merged and any(hasattr(layer, "trainable_tokens_original") for layer in layers):
         raise ValueError(
             f"{where}: the adapters {merged} are merged, and a checkpoint would not hold the rows of single tokens "
@@ -91,10 +79,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         left_out = ("base_model_name_or_path", "auto_mapping")
         return {key: _plain(item) for key, item in value.items() if key not in left_out}
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset, list, tuple)):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, (list, tuple)) else sorted(items)
     return getattr(value, "value", value)
 
 
@@ -112,7 +99,7 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: an adapter type that this version of peft does not know.
+        ValueError: an adapter type that this version of peft does not know, options that are refused.
     """
     if not described:
         return model
@@ -122,7 +109,7 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
         raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
     if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):
         raise ValueError(f"{where}: expected adapters as {{'configs': {{name: options}}}}, got {described!r:.200}.")
-    configs = {name: _config(values, where, config_classes) for name, values in described["configs"].items()}
+    configs = {name: _adapter_config(values, where, config_classes) for name, values in described["configs"].items()}
     wrapped = _wrapped(model, configs, where)
     active = described.get("active") or list(configs)[:1]
     if active != list(wrapped.active_adapters):
@@ -130,7 +117,8 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
         if len(active) == 1:  # the wrapper's own method takes one name alone
             wrapped.set_adapter(active[0])
     for layer in tuner_layers(wrapped) if described.get("merged") else ():  # the weights that follow are merged ones
-        layer.merged_adapters.extend(_held(layer, described["merged"]))
+        available = layer._get_available_adapters()
+        layer.merged_adapters.extend(name for name in described["merged"] if name in available)
     if described.get("disabled"):
         wrapped.base_model.disable_adapter_layers()
     return wrapped
@@ -160,35 +148,28 @@ def _wrapped(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any
         ) from error
 
 
-def _config(values: dict[str, Any], where: str, config_classes: Mapping[Any, Any]):
+# Options of an adapter that peft takes as regular expressions over the names of all modules.
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
+
+
+def _adapter_config(values: Any, where: str, config_classes: Mapping[Any, Any]) -> Any:
+    """A configuration of peft, without options that import by name, name another base or search without end (ValueError)."""
     kind = values.get("peft_type") if isinstance(values, Mapping) else None
     if kind not in config_classes:
         raise ValueError(f"{where}: unknown adapter type {kind!r}, this peft knows {sorted(config_classes)}.")
     # From a checkpoint, so not trusted: peft would import `megatron_core`, and search by whatever pattern it is given.
     options = {k: v for k, v in values.items() if k not in ("peft_type", "peft_version")}
-    _check_options(options, where)
-    try:
-        return config_classes[kind](**options)
-    except TypeError as error:
-        raise ValueError(f"{where}: the {kind} adapter of this peft does not take its options ({error}).") from error
-
-
-# Options of an adapter that peft takes as regular expressions over the names of all modules.
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
-
-
-def _check_options(options: Mapping[str, Any], where: str) -> None:
-    """Refuse options that import a module by name, name another base model, or could search without end (ValueError)."""
-    if options.get("megatron_config") is not None or options.get("megatron_core") not in (None, "megatron.core"):
-        raise ValueError(
-            f"{where}: the adapter asks for the module {options.get('megatron_core')!r}, which is not imported."
-        )
+    core = options.get("megatron_core")
+    if options.get("megatron_config") is not None or core not in (None, "megatron.core"):
+        raise ValueError(f"{where}: the adapter asks for the module {core!r}, which is not imported.")
     if options.get("auto_mapping") is not None:
-        raise ValueError(
-            f"{where}: the adapter names a class by auto_mapping, expected none: it is built into its part."
-        )
+        raise ValueError(f"{where}: the adapter names a class by auto_mapping, expected none: its part has one.")
     for key in _PATTERNS:
         value = options.get(key)
         keys = (value or ()) if key.endswith("_pattern") else ()  # dictionaries have the patterns as keys
         for pattern in [value] if isinstance(value, str) else keys:
             check_pattern(pattern, f"{where}: {key}")
+    try:
+        return config_classes[kind](**options)
+    except TypeError as error:
+        raise ValueError(f"{where}: the {kind} adapter of this peft does not take its options ({error}).") from error

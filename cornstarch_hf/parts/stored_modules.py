@@ -1,7 +1,7 @@
-"""Describe a user's module by name and JSON arguments, and build it again.  Used for projections and callbacks.
+"""Describe a user's projection or callback by name and JSON arguments, and build it again.
 
-A module can be described when its class is registered, or is one of `torch.nn`'s own, and every constructor
-argument is found on the instance under its own name (the convention of `sklearn`'s estimators).
+A module can be described when its class is registered, or is one of `torch.nn`'s own, and every constructor argument is found
+on the instance under its own name (the convention of `sklearn`'s estimators).
 """
 
 import functools
@@ -29,16 +29,17 @@ def constructor_arguments(module: nn.Module) -> dict[str, Any]:
     Raises:
         NotStorable: an argument without a default has no such attribute, or a value is not JSON.
     """
-    arguments = {}
+    who, arguments = type(module).__name__, dict[str, Any]()
     for parameter in _parameters(type(module)):
-        value = _attribute(module, parameter.name)
-        if value is _MISSING and parameter.default is _MISSING:
-            raise NotStorable(
-                f"{type(module).__name__} takes {parameter.name!r} but keeps no attribute of that name: set "
-                f"self.{parameter.name} in its __init__"
-            )
-        if value is not _MISSING and value != parameter.default:
-            arguments[parameter.name] = as_json(value, f"{type(module).__name__}.{parameter.name}")
+        name, default = parameter.name, parameter.default
+        if name in module._parameters:  # a layer's `bias=True` is kept as the parameter that it made
+            value: Any = module._parameters[name] is not None
+        else:  # `config` comes from the builder
+            value = _MISSING if name == "config" else getattr(module, name, _MISSING)
+        if value is _MISSING and default is _MISSING:
+            raise NotStorable(f"{who} takes {name!r} but keeps no attribute of that name: set self.{name} in __init__")
+        if value is not _MISSING and value != default:
+            arguments[name] = as_json(value, f"{who}.{name}")
     return arguments
 
 
@@ -57,18 +58,8 @@ def _parameters(cls: Callable) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(cls).parameters.values() if p.kind not in kinds and p.name not in _PLACEMENT]
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
-    if name in module._parameters:  # a layer's `bias=True` is kept as the parameter that it made
-        return module._parameters[name] is not None
-    return _MISSING if name == "config" else getattr(module, name, _MISSING)  # `config` comes from the builder
-
-
 def torch_spec(module: nn.Module) -> dict[str, Any]:
-    """Describe a module made of `torch.nn`'s own classes alone: ``{"class", "arguments"}`` or ``{"class", "modules"}``.
-
-    Raises:
-        NotStorable: a class is not torch's own, or its arguments cannot be read back.
-    """
+    """``{"class", "arguments"}`` or ``{"class", "modules"}`` of a module of `torch.nn`'s own classes, else NotStorable."""
     cls = type(module)
     if getattr(nn, cls.__name__, None) is not cls:
         raise NotStorable(f"{cls.__module__}.{cls.__qualname__} is not registered")
@@ -94,9 +85,7 @@ def build_torch(spec: Mapping[str, Any]) -> nn.Module:
         return nn.Sequential(*modules) if issubclass(cls, nn.Sequential) else cls(modules)
     arguments = spec.get("arguments", {})
     if not isinstance(arguments, Mapping) or set(arguments) & _PLACEMENT:
-        raise ValueError(
-            f"torch.nn.{name} is described by the arguments {arguments!r:.200}, expected JSON values of its own."
-        )
+        raise ValueError(f"torch.nn.{name} has the arguments {arguments!r:.200}, expected JSON values of its own.")
     try:
         return cls(**arguments)
     except TypeError as error:
@@ -104,11 +93,7 @@ def build_torch(spec: Mapping[str, Any]) -> nn.Module:
 
 
 def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:
-    """Call a constructor with those of the `available` values whose names it takes.
-
-    Raises:
-        ValueError: an argument without a default is not available (None counts as missing).
-    """
+    """Call a constructor with those of the `available` values whose names it takes (ValueError where one lacks or is None)."""
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
     arguments = dict(available.get("projection_kwargs") or {}) if takes_any else {}
     for parameter in _parameters(cls):
@@ -124,20 +109,17 @@ def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:
 
 
 def same_structure(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two modules have the same class tree and parameter shapes."""
-
+    """Whether two modules have the same class tree, settings and parameter shapes."""
     # `extra_repr` holds what shapes do not show: an epsilon, a dropout, a stride.
-    def shape(module: nn.Module):
-        kinds = [(name, type(child), child.extra_repr()) for name, child in module.named_modules()]
-        return kinds, {key: value.shape for key, value in module.state_dict().items()}
-
-    return shape(a) == shape(b)
+    kinds = [[(name, type(child), child.extra_repr()) for name, child in x.named_modules()] for x in (a, b)]
+    shapes = [{key: value.shape for key, value in x.state_dict().items()} for x in (a, b)]
+    return kinds[0] == kinds[1] and shapes[0] == shapes[1]
 
 
 def mark_initialized(module: nn.Module) -> None:
     """Mark a module's weights as made already: transformers' `post_init` would fill them with noise otherwise."""
-    marked: tuple[Any, ...] = (*module.modules(), *module.parameters(), *module.buffers())
-    for each in marked:
+    each: Any
+    for each in (*module.modules(), *module.parameters(), *module.buffers()):
         each._is_hf_initialized = True
 
 
@@ -146,19 +128,14 @@ SLOTS = ("preprocess_callback", "postprocess_module_callback", "postprocess_proj
 
 
 def describe_callback(callback: Any) -> dict[str, Any]:
-    """``{"name", "arguments"}`` of a registered callback.
-
-    Raises:
-        NotStorable: it is not registered, or an argument is no JSON value.
-    """
+    """``{"name", "arguments"}`` of a callback; NotStorable if it is not registered, or an argument is no JSON value."""
     # What is registered: a module itself or else its class, the function that a partial binds, or a plain function.
     is_module, is_bound = isinstance(callback, nn.Module), isinstance(callback, functools.partial)
     is_made = is_module and CALLBACKS.name_of(callback) is None
     target = type(callback) if is_made else callback.func if is_bound else callback
     name = CALLBACKS.name_of(target)
     if name is None:
-        what = getattr(target, "func", target)
-        raise NotStorable(f"{getattr(what, '__qualname__', what)} is not registered")
+        raise NotStorable(f"{getattr(target, '__qualname__', target)} is not registered")
     if is_made:
         return {"name": name, "arguments": constructor_arguments(callback)}
     if is_bound and callback.args:
@@ -168,11 +145,7 @@ def describe_callback(callback: Any) -> dict[str, Any]:
 
 
 def build_callback(described: dict[str, Any], where: str) -> Callable:
-    """The callback that `describe_callback` described.
-
-    Raises:
-        ValueError: the description is malformed or names nothing that is registered.
-    """
+    """The callback that `describe_callback` described (ValueError where nothing registered is described)."""
     if not isinstance(described, dict) or set(described) - {"name", "arguments"} or "name" not in described:
         raise ValueError(f"{where} must be {{'name': ..., 'arguments': ...}}, got {described!r:.200}.")
     try:
@@ -196,11 +169,7 @@ def declared_count(callback: Callable) -> Callable | None:
 
 
 def check_callbacks_storable(callbacks: dict[str, Callable | None], name: str) -> dict[str, Any]:
-    """Describe an encoder's callbacks, by slot.
-
-    Raises:
-        ValueError: one cannot be stored; names its place and the remedy.
-    """
+    """Describe an encoder's callbacks, by slot; ValueError for one that cannot be stored names its place and the remedy."""
     described: dict[str, Any] = {}
     for slot, callback in callbacks.items():
         try:
