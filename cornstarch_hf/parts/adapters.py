@@ -38,8 +38,7 @@ def is_adapted(layer: nn.Module | None) -> bool:
 
 def tuner_layers(model: nn.Module) -> list[Any]:
     """The layers of a model that hold adapters."""
-    kinds = peft_classes("BaseTunerLayer")
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in model.modules() if is_adapted(module)]
 
 
 def adapter_layers() -> tuple[type, ...]:
@@ -109,11 +108,11 @@ def current_name(model: nn.Module, name: str) -> str:
     except AttributeError:
         return name
     # "head.weight" is "head.base_layer.weight" behind LoRA, and one level deeper behind each further wrapper.
-    while not hasattr(module, "_parameters") or module._parameters.get(key) is None:
-        inner = next((w for w in _WRAPPED_AS if isinstance(module._modules.get(w), nn.Module)), None)
+    while module._parameters.get(key) is None:
+        inner = next((w for w in _WRAPPED_AS if module._modules.get(w) is not None), None)
         if inner is None:
             return name
-        module, path = getattr(module, inner), f"{path}.{inner}"
+        module, path = module.get_submodule(inner), f"{path}.{inner}"
     return f"{path}.{key}"
 
 
@@ -148,11 +147,7 @@ def _of_an_adapter(part: Any, name: str) -> bool:
 
 
 def check_buffers_restorable(made: nn.Module) -> None:
-    """Refuse adapters whose unsaved buffers cannot be made again (VeRA and others with `save_projection=False`; ValueError).
-
-    Args:
-        made: the model as its configuration builds it, without weights.
-    """
+    """Refuse adapters of a model built without weights whose unsaved buffers cannot be made again (VeRA; ValueError)."""
     # A buffer that is real was computed while its adapter was made, as loading will; `restore_token_rows` fills the rest.
     if lost := [n for n, b in adapter_buffers(made).items() if b.is_meta and _TOKEN_ROWS not in n.split(".")]:
         raise ValueError(

@@ -46,11 +46,7 @@ def _attribute(module: str, name: str) -> type[PreTrainedModel] | None:
 
 
 def resolve_class(name: str, config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
-    """The model class of that name, as `class_name` gave it; `where` names the part in messages.
-
-    Raises:
-        ValueError: no such class in transformers, and none or several among the imported ones.
-    """
+    """The model class that `class_name` named (ValueError: none in transformers, and none or several among imported ones)."""
     # Never by importing what a name says: a full path has the form of transformers' own, a bare name is looked for beside
     # the configuration's class, and then among the classes that somebody has imported already.
     match = TRANSFORMERS_CLASS.fullmatch(name or "")
@@ -117,10 +113,7 @@ FAMILIES = ("attn", "experts")
 
 
 def part_implementations(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Implementations of each part, ``{part: {"attn": value, "experts": value}}``.
-
-    A value is a name, or ``{"": name, part below: value}`` where parts below differ, as transformers takes several.
-    """
+    """``{part: {"attn": value, "experts": value}}``: names, or ``{"": name, part below: name}`` as in transformers."""
     found = {}
     for key in config.sub_configs:
         if not key.endswith("_projector_config"):
@@ -141,16 +134,12 @@ def _implementation(part: Any, family: str) -> Any:
 
 
 def apply_implementations(config: PreTrainedConfig, stored: Mapping[str, Any]) -> None:
-    """Give parts the stored implementations, where they have none yet (in place).
-
-    Raises:
-        ValueError: no such part, no name of an implementation, or a repository of kernels.
-    """
+    """Give parts that have none yet their stored implementations (in place); ValueError for what is no name of one."""
     for key, values in stored.items():
         part = getattr(config, key, None) if key in config.sub_configs else None
         if not isinstance(values, dict) or not isinstance(part, PreTrainedConfig) or not set(values) <= set(FAMILIES):
-            names = list(config.sub_configs)
-            raise ValueError(f"part_implementations names {key!r}: {values!r}, expected some of {names}.")
+            parts = list(config.sub_configs)
+            raise ValueError(f"part_implementations names {key!r}: {values!r}, expected some of {parts}.")
         for family, value in values.items():
             _check_names(value, key, family)
             # What the caller asks for (attn_implementation=) is there already, and counts more.

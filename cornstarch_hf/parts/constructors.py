@@ -14,11 +14,7 @@ from .weightless import build_without_weights, without_dtypes
 
 
 def class_name(cls: type[PreTrainedModel], config: PreTrainedConfig) -> str:
-    """The name to store: the class's own where that leads back to it, else the full path of a transformers class.
-
-    Raises:
-        ValueError: the class cannot be found by any name, e.g. because it was made inside a function.
-    """
+    """The name to store: the class's own where it leads back to it, else a path in transformers; ValueError if none does."""
     path = f"{cls.__module__}.{cls.__qualname__}"
     if TRANSFORMERS_CLASS.fullmatch(path):  # a bare name must lead back to it whatever else is imported
         return cls.__name__ if class_beside(config, cls.__name__) is cls else path
@@ -28,19 +24,18 @@ def class_name(cls: type[PreTrainedModel], config: PreTrainedConfig) -> str:
         found = None
     if found is not cls:
         raise ValueError(
-            f"{path} cannot be found by its name: define it at the top of a module, under a name that no other model class "
-            "of that configuration has."
+            f"{path} cannot be found by its name: define it at the top of a module, by a name that no other model class has."
         )
     return cls.__name__
 
 
 def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
-    """Constructor arguments that a model was built with and its configuration does not hold.
+    """Constructor arguments of a model that its configuration does not hold, e.g. ``{"add_pooling_layer": False}``.
 
-    transformers does not keep them, so a model without weights is built with each combination of its boolean arguments until
-    the parameters' names are those of the given one, e.g. ``{"add_pooling_layer": False}``.
     Empty when the defaults fit, or when nothing does (saving then says so).
     """
+    # transformers does not keep them, so a model without weights is built with each combination of boolean arguments until
+    # the parameters' names are those of the given one.
     parameters = list(inspect.signature(type(model).__init__).parameters.values())[2:]  # behind `self` and `config`
     flipped = [(p.name, not p.default) for p in parameters if isinstance(p.default, bool)]
     if not flipped:

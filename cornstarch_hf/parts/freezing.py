@@ -23,11 +23,7 @@ from .names import at_or_above, compress, matches, parameters_by_name
 
 
 def select_parameters(model: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """Names of the parameters at or below the modules and parameters that names or globs such as ``"*.projector"`` name.
-
-    Raises:
-        ValueError: a pattern names nothing; lists the model's parts.
-    """
+    """Parameters at or below what names or globs such as ``"*.projector"`` name; ValueError lists parts if one names none."""
     parameters = [name for name, _ in parameters_by_name(model)]
     modules = [name for name, _ in model.named_modules() if name]
     chosen: set[str] = set()

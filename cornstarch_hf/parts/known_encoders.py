@@ -4,7 +4,7 @@ Users add rows by `register_encoder_type`.  `encoder_type` finds the row of an e
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -78,8 +78,8 @@ def encoder_type(config: Any, class_name: str | None = None) -> EncoderType:
 def register_encoder_type(model_type: str, **facts: Any) -> None:
     """State what this package cannot find out about the encoders of a type, e.g. of a class of your own.
 
-    A checkpoint of a model with such an encoder names the facts, and loading it needs the same registration: import the module
-    that makes it first, or save with ``include_code=True`` and load with ``trust_remote_code=True``.
+    A checkpoint names the facts, and loading it needs the same registration: import the module that makes it first, or save
+    with ``include_code=True`` and load with ``trust_remote_code=True``.
 
         register_encoder_type("my_encoder", count=lambda inputs, config: inputs["pixel_values"].shape[-1] // config.patch_size)
 
@@ -95,8 +95,8 @@ def register_encoder_type(model_type: str, **facts: Any) -> None:
             - padding_changes_features: True where it does in spite of a mask: items of each length are encoded apart then.
             - random_input: name of an input that the encoder draws unless it is given, in evaluation too.
             - fixed_input: ``fn(inputs, config) -> Tensor``, the value for `random_input` that keeps items as they are.
-            - random_loss: ``fn(config) -> str | None``, what items lose by chance, in evaluation too, and what to do about it,
-              or None.  Such an encoder is refused, unless `random_input` is in its `additional_args`.
+            - random_loss: ``fn(config) -> str | None``, what items lose by chance, in evaluation too, and what to do about it.
+              Such an encoder is refused, unless `random_input` is in its `additional_args`.
             - kind: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ..., where the class states another one.
             - any_number_of_frames: True where `num_frames` of the configuration limits no video.
             - positions_after_padding: True where positions begin after the padding token's id, as in RoBERTa.
@@ -104,7 +104,7 @@ def register_encoder_type(model_type: str, **facts: Any) -> None:
             - no_features: what it gives instead of features, and what to take; such an encoder is refused.
 
     Raises:
-        TypeError: an unknown fact, or one of another kind; names what was expected.
+        TypeError: an unknown fact, or one of another kind.
         ValueError: no facts, `random_input` without `fixed_input`, or other facts are known of that type already.
     """
     names = [field.name for field in fields(EncoderType)]
@@ -120,9 +120,8 @@ def register_encoder_type(model_type: str, **facts: Any) -> None:
     try:
         ENCODER_TYPES.add(model_type, row)
     except ValueError as error:
-        raise ValueError(
-            f"{error} It is the model_type of the configuration's class; another count is stated by register_feature_count."
-        ) from error
+        hint = "It is the model_type of the configuration's class; another count is stated by register_feature_count."
+        raise ValueError(f"{error} {hint}") from error
 
 
 def registered_facts(configs: Sequence[PreTrainedConfig]) -> dict[str, list[str]] | None:
@@ -252,11 +251,8 @@ def grid_of(inputs: Mapping[str, Any], names: tuple[str, ...] = GRIDS) -> Tensor
 
 
 def unpadded_patches(inputs: Mapping[str, Any], tokens: int) -> list[int] | None:
-    """Tokens of each time series of `tokens` equal patches, None without padding.
-
-    `past_values_padding` ``(items, length)`` among the encoder's inputs is 1 where a value is padding.
-    """
-    padding = inputs.get("past_values_padding")
+    """Tokens of each time series of `tokens` equal patches, None without padding."""
+    padding = inputs.get("past_values_padding")  # (items, length), 1 where a value is padding
     if not isinstance(padding, Tensor) or padding.ndim != 2 or padding.shape[1] % tokens:
         return None
     patches = (padding == 0).unflatten(1, (tokens, -1)).any(-1)  # (items, tokens)
@@ -274,7 +270,6 @@ def patch_size(config: Any) -> tuple[int, int] | None:
 # ---- the table
 
 _VIT = EncoderType(count=_patches_and_class, count_layers=ALL, width_layers=ALL)
-_TEXT = EncoderType(count=_tokens, count_layers=ALL)
 _ROBERTA = EncoderType(count=_tokens, count_layers=ALL, positions_after_padding=True)
 _AFTER_PADDING = EncoderType(positions_after_padding=True)
 _PADDING_MATTERS = EncoderType(padding_changes_features=True)
@@ -311,10 +306,8 @@ ENCODER_TYPES = Registry(
         "WavTokenizerModel": EncoderType(no_features=f"codes of sounds and sounds made of them: {_SOUNDS}"),
         # texts
         "bert": EncoderType(count=_tokens, count_layers=ALL, width_layers=ALL),
-        **dict.fromkeys(("deberta-v2", "distilbert", "modernbert"), _TEXT),
-        "esm": EncoderType(
-            count=_tokens, count_layers=ALL, width_layers=ALL, positions_after_padding=True, example_text="MKTAYIAKQR"
-        ),
+        **dict.fromkeys(("deberta-v2", "distilbert", "modernbert"), EncoderType(count=_tokens, count_layers=ALL)),
+        "esm": replace(_ROBERTA, width_layers=ALL, example_text="MKTAYIAKQR"),
         **dict.fromkeys(("mpnet", "xlm-roberta"), _ROBERTA),
         **dict.fromkeys(("altclip_text_model", "bridgetower_text_model", "camembert", "ibert"), _AFTER_PADDING),
         **dict.fromkeys(("clap_text_model", "data2vec-text", "layoutlmv3", "lilt", "longformer"), _AFTER_PADDING),

@@ -14,10 +14,7 @@ OR_TRUST = "before you load or build, or pass trust_remote_code=True for a check
 
 
 class Registry:
-    """A mapping from names to objects whose lookup error lists the valid names and tells a remedy.
-
-    `what` is how an error calls an entry, e.g. ``"projection type"``.
-    """
+    """A mapping from names to objects; its errors call an entry `what`, list the valid names and tell the `remedy`."""
 
     def __init__(self, what: str, remedy: str, entries: Mapping[str, Any] | None = None):
         self.what, self.remedy = what, remedy
@@ -31,7 +28,7 @@ class Registry:
         registered = self._entries.get(name)
         if registered is not None and not _same_definition(registered, entry):
             raise ValueError(
-                f"The {self.what} {name!r} is registered already, as something else: register it once, or choose another name."
+                f"Another {self.what} {name!r} is registered already: choose another name, or register it once."
             )
         self._entries[name] = entry
 
@@ -135,9 +132,8 @@ def register_callback(name: str, fn: Callable, feature_count: Callable | None = 
 
     Args:
         name: the name that a checkpoint holds.
-        fn: a function, used as it is or bound by `functools.partial(fn, **json_arguments)`; or a `torch.nn.Module`
-            class whose instances keep each constructor argument in an attribute of the same name (their parameters
-            are saved with the checkpoint).
+        fn: a function, used as it is or bound by `functools.partial(fn, **json_arguments)`; or a `torch.nn.Module` class whose
+            instances keep each constructor argument in an attribute of its name (parameters are saved with the checkpoint).
         feature_count: ``feature_count(inputs, num_features, **arguments) -> int``, features of one item after the callback,
             by the encoder's inputs (leading axis of one item) and their number before it.  Without it a dry run counts.
 

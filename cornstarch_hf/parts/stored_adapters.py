@@ -4,7 +4,7 @@ peft is imported when adapters are made: it takes a second to import, and who ha
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,16 +20,11 @@ from .weightless import without_weights
 def record_adapters(config: Any, encoders: Mapping[str, Any], language_model: nn.Module) -> None:
     """Write the adapters of PEFT-wrapped parts into the configuration."""
     parts = {"language_model": language_model} | {f"{n}_encoder.module": e.module for n, e in encoders.items()}
-    found = {where: describe_adapters(part, where) for where, part in parts.items() if is_wrapped(part)}
-    config.adapters = found or None
+    config.adapters = {name: describe_adapters(part, name) for name, part in parts.items() if is_wrapped(part)} or None
 
 
 def describe_adapters(model: Any, where: str) -> dict[str, Any] | None:
-    """Describe a wrapped part's adapters in JSON values; None for a part that is not wrapped.
-
-    Raises:
-        ValueError: prompt learning inside a part, values that are not JSON, adapters injected without a wrapper.
-    """
+    """A wrapped part's adapters in JSON values, None if it is not wrapped; ValueError for what a checkpoint cannot hold."""
     if not is_wrapped(model):
         check_not_injected(model, where)
         return None
@@ -59,10 +54,8 @@ def _layer_state(model: Any, where: str) -> dict[str, Any]:
     merged = max((list(layer.merged_adapters) for layer in layers), key=len, default=[])
     for layer in layers:
         if layer.merged_adapters != [name for name in merged if name in layer._get_available_adapters()]:
-            found = (
-                f"some layers have the adapters {merged} merged into their weights and others {layer.merged_adapters}"
-            )
-            raise ValueError(f"{where}: {found}: merge or unmerge all of them.")
+            others = f"have the adapters {merged} merged into their weights and others {layer.merged_adapters}"
+            raise ValueError(f"{where}: some layers {others}: merge or unmerge all of them.")
     if merged and any(hasattr(layer, "trainable_tokens_original") for layer in layers):
         raise ValueError(
             f"{where}: the adapters {merged} are merged, and a checkpoint would not hold the rows of single tokens "
@@ -77,12 +70,10 @@ def _layer_state(model: Any, where: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Options of an adapter as JSON has them: sets sorted, enumerations by value, paths of this machine left out."""
     if isinstance(value, dict):
-        left_out = ("base_model_name_or_path", "auto_mapping")
-        return {key: _plain(item) for key, item in value.items() if key not in left_out}
-    if isinstance(value, (set, frozenset, list, tuple)):
-        items = [_plain(item) for item in value]
-        return items if isinstance(value, (list, tuple)) else sorted(items)
-    return getattr(value, "value", value)
+        return {k: _plain(v) for k, v in value.items() if k not in ("base_model_name_or_path", "auto_mapping")}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value))
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else getattr(value, "value", value)
 
 
 def check_not_injected(model: nn.Module, where: str) -> None:
@@ -97,20 +88,19 @@ def check_not_injected(model: nn.Module, where: str) -> None:
 def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: str) -> nn.Module:
     """Wrap a rebuilt part in the adapters that `describe_adapters` described; weights are loaded afterwards.
 
-    Raises:
-        ImportError: peft is not installed.
-        ValueError: an adapter type that this version of peft does not know, options that are refused.
+    ImportError without peft, ValueError for an adapter type that this peft does not know, or options that are refused.
     """
     if not described:
         return model
     if is_peft_available():
-        from peft import PEFT_TYPE_TO_CONFIG_MAPPING as config_classes
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
     else:
         raise ImportError(f"{where} was saved with PEFT adapters: pip install peft")
     if not isinstance(described, Mapping) or not isinstance(described.get("configs"), Mapping):
         raise ValueError(f"{where}: expected adapters as {{'configs': {{name: options}}}}, got {described!r:.200}.")
-    configs = {name: _adapter_config(values, where, config_classes) for name, values in described["configs"].items()}
-    wrapped = _wrapped(model, configs, where)
+    stored = described["configs"].items()
+    configs = {name: _adapter_config(values, where, PEFT_TYPE_TO_CONFIG_MAPPING) for name, values in stored}
+    wrapped = _wrapped(get_peft_model, model, configs, where)
     active = described.get("active") or list(configs)[:1]
     if active != list(wrapped.active_adapters):
         wrapped.base_model.set_adapter(active)
@@ -124,10 +114,8 @@ def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: 
     return wrapped
 
 
-def _wrapped(model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
+def _wrapped(get_peft_model: Callable, model: PreTrainedModel, configs: dict[str, Any], where: str) -> Any:
     """Wrap a part; if it has no weights yet, its adapters have none either, while the tables that they compute are real."""
-    if is_peft_available():
-        from peft import get_peft_model
     without = any(p.is_meta for p in model.parameters())
     first, *others = configs
     try:

@@ -1,7 +1,7 @@
 """Describe a user's projection or callback by name and JSON arguments, and build it again.
 
-A module can be described when its class is registered, or is one of `torch.nn`'s own, and every constructor argument is found
-on the instance under its own name (the convention of `sklearn`'s estimators).
+A module's class must be registered, or be one of `torch.nn`'s own, and every constructor argument is found on the instance
+under its own name (the convention of `sklearn`'s estimators).
 """
 
 import functools
@@ -24,11 +24,7 @@ class NotStorable(ValueError):
 
 
 def constructor_arguments(module: nn.Module) -> dict[str, Any]:
-    """Read the constructor arguments of a module from its attributes of the same names; defaults are left out.
-
-    Raises:
-        NotStorable: an argument without a default has no such attribute, or a value is not JSON.
-    """
+    """Constructor arguments of a module from attributes of their names, without defaults; NotStorable where one lacks."""
     who, arguments = type(module).__name__, dict[str, Any]()
     for parameter in _parameters(type(module)):
         name, default = parameter.name, parameter.default
