@@ -50,8 +50,8 @@ def as_json(value: Any, where: str) -> Any:
 
 def _parameters(cls: Callable) -> list[inspect.Parameter]:
     """The named parameters of a constructor, without those of placement."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p for p in inspect.signature(cls).parameters.values() if p.kind not in kinds and p.name not in _PLACEMENT]
+    named = [p for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [parameter for parameter in named if parameter.name not in _PLACEMENT]
 
 
 def torch_spec(module: nn.Module) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def build_torch(spec: Mapping[str, Any]) -> nn.Module:
 
 def build_by_name(cls: Callable, available: Mapping[str, Any]) -> Any:
     """Call a constructor with those of the `available` values whose names it takes (ValueError where one lacks or is None)."""
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
     arguments = dict(available.get("projection_kwargs") or {}) if takes_any else {}
     for parameter in _parameters(cls):
         value = available.get(parameter.name)
