@@ -33,8 +33,8 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
     Args:
         encoder_config: configuration to read `in_features` from, when that is not given.
         text_config: configuration to read `out_features` from, when that is not given.
-        projection_type: a registered type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``,
-            ``"conv"`` or ``"resampler"``, which leave fewer features; or a name given to `register_projector`.
+        projection_type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``, ``"conv"`` or
+            ``"resampler"``, which leave fewer features; or a name given to `register_projector`.
         activation: a key of `transformers.activations.ACT2CLS`, used by all but ``"linear"``.
         in_features: width of the encoder's features; None leaves it to the composition.
         out_features: hidden size of the language model; None leaves it to the composition.
@@ -51,16 +51,9 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
 
     def __init__(
-        self,
-        encoder_config=None,
-        text_config=None,
-        projection_type="linear",
-        activation="gelu",
-        in_features=None,
-        out_features=None,
-        projection_kwargs=None,
-        **kwargs,
-    ):
+        self, encoder_config=None, text_config=None, projection_type="linear", activation="gelu", in_features=None,
+        out_features=None, projection_kwargs=None, **kwargs,
+    ):  # fmt: skip
         # A type that a checkpoint's own code defines is looked up when the projection is built.
         known = projection_type == CUSTOM_PROJECTION or projection_type in BUILT_IN_PROJECTIONS
         if not known and not carries_code(kwargs.get("auto_map")):
@@ -89,9 +82,8 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         extras = {k: v for k, v in config_dict.items() if k not in known | options and not k.startswith("_")}
         own = {k: v for k, v in config_dict.items() if k not in extras}
         loaded = super().from_dict(own, **kwargs) if kwargs else cls(**own)  # the former also writes it out for the log
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
         for key, value in extras.items():
-            setattr(config, key, value)
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, key, value)
         return loaded
 
     def __eq__(self, other):
@@ -104,9 +96,8 @@ def options_of(projection_type: str, names: tuple[str, ...]) -> set[str]:
         return set()
     parameters = inspect.signature(PROJECTORS[projection_type]).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        # It takes any name, so all count that are no setting of every configuration.
-        return {name for name in names if name not in _FIELDS and name not in _BASE_KEYS}
-    return {name for name in names if name in parameters and name not in _FIELDS}
+        return set(names) - _FIELDS - _BASE_KEYS  # it takes any name but those of settings of every configuration
+    return set(names) & set(parameters) - _FIELDS
 
 
 def _projection_options(projection_type: str, given: dict[str, Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -118,17 +109,15 @@ def _projection_options(projection_type: str, given: dict[str, Any] | None, kwar
         options[key] = kwargs.pop(key)
     unknown = sorted(k for k in kwargs if k not in _BASE_KEYS and not k.startswith("_"))
     surplus = set(options) - options_of(projection_type, tuple(options)) - _FIELDS
+    known = inspect.signature(PROJECTORS[projection_type]).parameters if projection_type in PROJECTORS else ()
     # What a type takes that is not known here cannot be judged.
     if unknown or (surplus and projection_type in PROJECTORS):
-        known = []
-        if projection_type in PROJECTORS:
-            known = sorted(set(inspect.signature(PROJECTORS[projection_type]).parameters) - _FIELDS)
         raise TypeError(
-            f"The {projection_type!r} projector takes no {unknown or sorted(surplus)}, expected some of {known}."
+            f"The {projection_type!r} projector takes no {unknown or sorted(surplus)}, expected some of "
+            f"{sorted(set(known) - _FIELDS)}."
         )
-    # A reduction refuses bad sizes here, before it is built.
     check = getattr(PROJECTORS.get(projection_type), "check_options", None)
-    if check is not None:
+    if check is not None:  # a reduction refuses bad sizes here, before it is built
         check(**{key: value for key, value in options.items() if key not in _FIELDS})
     return as_json(options, "projection_kwargs")
 
