@@ -1,7 +1,7 @@
 """The processor of a composed model: raw inputs to tensors, each placeholder repeated for its item's features.
 
-Arguments are sorted (`processing.call`), items run through the processor of their modality, their features counted as the
-encoder and the projector would make them, and texts encoded with as many placeholders.
+`processing.call` sorts the arguments; items run through the processor of their modality and are counted, and texts get as
+many placeholders as the encoder and the projector will make features.
 """
 
 import copy
@@ -132,12 +132,11 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         tensors, lengths, samples = self._process_media(media)  # first: the text needs the numbers of features
         data: dict[str, Any] = {}
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
+            texts, ids = [text] if isinstance(text, str) else list(text), self.placeholder_ids
             check_items(texts, self.tokens, {name: len(found) for name, found in lengths.items()}, samples)
             with self.lock:  # a tokenizer keeps the options of its last call
-                data = encode_texts(
-                    self.tokenizer, texts, self.tokens, self.placeholder_ids, lengths, options, llm["assistant_spans"]
-                )
+                spans = llm["assistant_spans"]
+                data = encode_texts(self.tokenizer, texts, self.tokens, ids, lengths, options, spans)
         if llm["item_lengths"]:  # the collator asks how many features each item has
             data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
@@ -173,7 +172,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             if not used:
                 raise ValueError(f"{name}: its encoder takes {sorted(names)}, but got only {sorted(output)}.")
             check_padding(output, used, self.processors.get(name), name)
-            lengths[name] = self._count(name, used, count)
+            split = split_items({names[keyword]: value for keyword, value in used.items()}, count, name)
+            lengths[name] = [self.counter.count(name, without_padding(item)) for item in split]  # of each item alone
             tensors |= used
         return tensors, lengths, samples
 
@@ -184,31 +184,15 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
         with self.lock if entry["kind"] == "text" else nullcontext():  # a tokenizer keeps the options of its last call
-            return run_subprocessor(
-                self.processors[name], name, entry["kind"], items, options, config, masked, prepared
-            )
-
-    def _count(self, name: str, output: dict[str, Any], count: int) -> list[int]:
-        """Features of each item, alone and unpadded."""
-        names = self.config.modality(name)["input_names"]
-        items = split_items({names[keyword]: value for keyword, value in output.items()}, count, name)
-        return [self.counter.count(name, without_padding(item)) for item in items]
+            own = self.processors[name]
+            return run_subprocessor(own, name, entry["kind"], items, options, config, masked, prepared)
 
     def apply_chat_template(
-        self,
-        conversation,
-        chat_template: str | None = None,
-        tools=None,
-        documents=None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        return_assistant_tokens_mask: bool = False,
-        tokenize: bool = False,
-        return_tensors=None,
-        return_dict: bool = False,
-        processor_kwargs: dict | None = None,
-        **kwargs: Any,
-    ):
+        self, conversation, chat_template: str | None = None, tools=None, documents=None,
+        add_generation_prompt: bool = False, continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False, tokenize: bool = False, return_tensors=None,
+        return_dict: bool = False, processor_kwargs: dict | None = None, **kwargs: Any,
+    ):  # fmt: skip
         """Turn a conversation, or a batch of them, into text or into inputs.
 
         A part's type is ``"text"``, a kind (``"image"``, ``"audio"``, ``"video"``) or a modality's name.  A placeholder
@@ -218,11 +202,10 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             conversation: a list of messages, or a list of such lists.
             chat_template: a template, or the name of one; this processor's by default.
             return_assistant_tokens_mask: adds `assistant_masks`, 1 on tokens that the assistant wrote.
-            tokenize: return inputs instead of text.
-            return_tensors, return_dict, add_generation_prompt, continue_final_message, tools, documents: as in
+            tokenize, return_tensors, return_dict, add_generation_prompt, continue_final_message, tools, documents: as in
                 transformers.
-            processor_kwargs: arguments of this processor's call; may also be given directly.
-            **kwargs: those, and variables of the template.
+            processor_kwargs: arguments of this processor's call.
+            **kwargs: those too, and variables of the template.
 
         Returns:
             text or a list of texts; with `tokenize` `input_ids`, or with `return_dict` a `BatchFeature`.
@@ -236,14 +219,13 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         own = call_arguments(self.config)
         call = {k: kwargs.pop(k) for k in list(kwargs) if k in own or k.endswith("_kwargs")}
         call |= processor_kwargs or {}
-        reader, variables = self._reader(), self._variables(tools=tools, documents=documents, **kwargs)
-        ending: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
-        ending["continue_final_message"] = continue_final_message
+        variables: Any = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
+        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         texts: list[str] = []
         spans: list[Any] = []
         media: list[dict[str, list]] = []
         for one in conversations:
-            messages, found = reader.read(one, template)  # takes the media out, marks what users typed
+            messages, found = self._reader().read(one, template)  # takes the media out, marks what users typed
             if return_assistant_tokens_mask:
                 text, turns = assistant_spans(messages, template, specials=self._specials(), **variables)
             else:
@@ -263,14 +245,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         return out if return_dict else out["input_ids"]
 
     def read_labelled(
-        self,
-        conversation,
-        *,
-        given: Mapping[str, Any] | None = None,
-        first: int = 0,
-        chat_template: str | None = None,
-        tools=None,
-        **variables: Any,
+        self, conversation, *, given: Mapping[str, Any] | None = None, first: int = 0, **variables: Any
     ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
         """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
 
@@ -278,14 +253,14 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             conversation: messages.
             given: items by modality for the parts that hold none.
             first: the first message whose turn counts.
-            chat_template, tools, **variables: as in `apply_chat_template`.
+            **variables: of the template, `tools` among them.
 
         Raises:
             ValueError: parts and items that do not fit, turns that cannot be told apart.
         """
-        template = chosen_template(self.chat_template, chat_template)
+        template = chosen_template(self.chat_template, None)
         messages, media = self._reader().read(conversation, template, given)
-        variables = self._variables(tools=tools, documents=None, **variables)
+        variables = {**self.tokenizer.special_tokens_map, **variables}
         text, spans = assistant_spans(messages, template, first=first, specials=self._specials(), **variables)
         return text, spans, media
 
@@ -297,9 +272,6 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     def _reader(self) -> ConversationReader:
         kinds = {name: self.config.modality(name)["kind"] for name in self.tokens}
         return ConversationReader(self.tokens, self.config.modalities_for, kinds)
-
-    def _variables(self, **variables: Any) -> dict[str, Any]:
-        return {**self.tokenizer.special_tokens_map, **variables}
 
     def _specials(self) -> list[str]:
         return list(dict.fromkeys([*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()]))
