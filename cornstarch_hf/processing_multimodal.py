@@ -87,16 +87,14 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_TEMPLATE
         super().__init__(tokenizer, chat_template=template)
         tokenizer._set_processor_class(type(self).__name__)  # as saving does, which would change a fingerprint
-        self.processors = {
-            name: resolve_subprocessor(p, config.modality(name)["kind"], name) for name, p in (processors or {}).items()
-        }
+        kinds = {name: config.modality(name)["kind"] for name in config.encoders}
+        self.processors = {name: resolve_subprocessor(p, kinds[name], name) for name, p in (processors or {}).items()}
         if model is not None:
             model.set_modality_token_ids(ids)  # by which the model finds placeholders
             for name, token in self.tokens.items():
                 model.config.modality(name)["token"] = token
-        self.counter = FeatureCounter(
-            _for_processing(config, self.tokens, ids), None if model is None else model.encoders
-        )
+        encoders = None if model is None else model.encoders
+        self.counter = FeatureCounter(_for_processing(config, self.tokens, ids), encoders)
         self.config = self.counter.config
         self.lock = TravellingLock()  # for what holds a state while it is called
 
@@ -111,9 +109,9 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             encoder_inputs: ``{modality: {argument: value}}``, the items under any of their usual names, or tensors
                 that are processed already under the names that the encoder takes.
             llm_inputs: ``{"text": ..., further arguments of the tokenizer}``.
-            **kwargs: items by modality name (``protein=[...]``); ``sampling_rate`` of bare audio arrays in Hz;
-                arguments of the tokenizer (`padding`, `truncation`, `max_length`, `return_tensors`, ...); arguments of
-                single processors in ``{modality}_kwargs``, ``images_kwargs``, ``audio_kwargs``, ``text_kwargs``.
+            **kwargs: items by modality name (``protein=[...]``); ``sampling_rate`` of bare audio arrays in Hz; arguments of
+                the tokenizer (`padding`, `truncation`, `max_length`, `return_tensors`, ...), and of single processors in
+                ``{modality}_kwargs``, ``images_kwargs``, ``audio_kwargs``, ``text_kwargs``.
 
         Returns:
             `BatchFeature` with `input_ids`, `attention_mask` ``(batch, length)`` and each encoder's inputs; `labels` put
@@ -121,8 +119,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: placeholders and items that differ in number, items that cannot be used, truncation that would
-                cut features.
+            ValueError: placeholders and items that differ in number, unusable items, truncation that would cut features.
         """
         text, options, llm = text_arguments(text, llm_inputs, kwargs)
         by_kind = {"images": images, "videos": videos, "audio": audio}
@@ -183,9 +180,9 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
         masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
-        with self.lock if entry["kind"] == "text" else nullcontext():  # a tokenizer keeps the options of its last call
-            own = self.processors[name]
-            return run_subprocessor(own, name, entry["kind"], items, options, config, masked, prepared)
+        own, kind = self.processors[name], entry["kind"]
+        with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
+            return run_subprocessor(own, name, kind, items, options, config, masked, prepared)
 
     def apply_chat_template(
         self, conversation, chat_template: str | None = None, tools=None, documents=None,
@@ -245,7 +242,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         return out if return_dict else out["input_ids"]
 
     def read_labelled(
-        self, conversation, *, given: Mapping[str, Any] | None = None, first: int = 0, **variables: Any
+        self, conversation, *, given=None, first: int = 0, chat_template: str | None = None, **variables: Any
     ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
         """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
 
@@ -253,12 +250,12 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             conversation: messages.
             given: items by modality for the parts that hold none.
             first: the first message whose turn counts.
-            **variables: of the template, `tools` among them.
+            chat_template, **variables: as in `apply_chat_template`.
 
         Raises:
             ValueError: parts and items that do not fit, turns that cannot be told apart.
         """
-        template = chosen_template(self.chat_template, None)
+        template = chosen_template(self.chat_template, chat_template)
         messages, media = self._reader().read(conversation, template, given)
         variables = {**self.tokenizer.special_tokens_map, **variables}
         text, spans = assistant_spans(messages, template, first=first, specials=self._specials(), **variables)
@@ -307,11 +304,9 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary: every sub-processor, and the configuration by which features are counted."""
         described = {name: describe_subprocessor(processor, name) for name, processor in self.processors.items()}
-        found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict()}
-        found["processors"] = {name: values for name, values in described.items() if values is not None}
-        if getattr(self, "auto_map", None):
-            found["auto_map"] = self.auto_map
-        return found
+        described = {name: values for name, values in described.items() if values is not None}
+        found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict(), "processors": described}
+        return found | ({"auto_map": self.auto_map} if getattr(self, "auto_map", None) else {})
 
     def __repr__(self) -> str:
         parts = [f"- {name}: {self.tokens[name]} {type(p).__name__}" for name, p in self.processors.items()]
@@ -319,9 +314,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
 
     def _before_save(self) -> None:
         check_facts_registered(self.config.encoder_types)  # what is not known here would be left out
-        self.config.encoder_types = registered_facts(
-            [getattr(self.config, f"{name}_config") for name in self.config.encoders]
-        )
+        configs = [getattr(self.config, f"{name}_config") for name in self.config.encoders]
+        self.config.encoder_types = registered_facts(configs)
         for name, own in self.counter.own.items():
             if FEATURE_COUNTS.get(name) is None:  # else that count is final, and no part is asked
                 settle_registered(self.config, own)
@@ -330,10 +324,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         values = processor_dict or {}
         if "model_config" not in values:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor: save the processor "
-                "there by processor.save_pretrained(...)."
-            )
+            where = f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor"
+            raise ValueError(f"{where}: save the processor there by processor.save_pretrained(...).")
         subfolder = kwargs.pop("subfolder", "")
         load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)  # defines what is named below
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
@@ -343,10 +335,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         processors = {name: build_subprocessor(d, name) for name, d in values.get("processors", {}).items()}
         for name in config.encoders:
             if name not in processors and config.modality(name)["kind"] == "text":
-                folder = os.path.join(subfolder, tokenizer_folder(name))
-                processors[name] = AutoTokenizer.from_pretrained(
-                    pretrained_model_name_or_path, subfolder=folder, **kwargs
-                )
+                kwargs["subfolder"] = os.path.join(subfolder, tokenizer_folder(name))
+                processors[name] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [tokenizer, processors, config]
 
     @classmethod

@@ -32,8 +32,6 @@ class BatchMetrics(TrainerCallback):
     def __init__(self, prefix: str = ""):
         self.prefix = prefix
         self._counts: dict[str, Tensor] = {}
-        self._seconds, self._mark = 0.0, 0.0
-        self._hook: Any = None
 
     @classmethod
     def add_to(cls, trainer, prefix: str = "") -> "BatchMetrics":
@@ -72,7 +70,13 @@ class BatchMetrics(TrainerCallback):
         """Add the figures to an entry about training."""
         if not self._counts or logs is None or "loss" not in logs:
             return  # an entry about an evaluation, or the summary at the end
-        found = self._summed(args)
+        names = sorted(self._counts)
+        values = torch.stack([self._counts[name] for name in names])
+        if args.world_size > 1:
+            from accelerate.utils import reduce
+
+            values = reduce(values, reduction="sum")  # each process has counted its own rows
+        found = dict(zip(names, values.tolist(), strict=True))
         positions = sum(found.values())
         padding = found.pop("padding")
         measured: dict[str, float] = {f"tokens/{name}": number for name, number in found.items()}
@@ -81,15 +85,6 @@ class BatchMetrics(TrainerCallback):
         logs.update(measured)
         state.log_history[-1].update(measured)  # Trainer has put its copy of the entry there already
         self._counts, self._seconds = {}, 0.0
-
-    def _summed(self, args) -> dict[str, int]:
-        names = sorted(self._counts)
-        values = torch.stack([self._counts[name] for name in names])
-        if args.world_size > 1:
-            from accelerate.utils import reduce
-
-            values = reduce(values, reduction="sum")  # each process has counted its own rows
-        return dict(zip(names, values.tolist(), strict=True))
 
     def _count(self, model: MultimodalModel, args: tuple, kwargs: dict[str, Any]) -> None:
         if not model.training:

@@ -1,6 +1,6 @@
 """Turns rows of conversations with media into padded batches with labels, for `transformers.Trainer`.
 
-`assistant_turns` finds what the assistant wrote, rows that are too long are cut to whole items here, `media` decodes the items.
+`assistant_turns` finds what the assistant wrote, `media` decodes the items; rows that are too long are cut here.
 """
 
 import json
@@ -18,16 +18,14 @@ from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
 
+IGNORED = -100  # a label that no loss counts
+TRUNCATIONS = ("raise", "right", "left")
+Spans = list[tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class PlacedItem:
-    """One item's features in a row.
-
-    Attributes:
-        modality: its name.
-        index: of the item among those of its modality.
-        start, stop: positions of its placeholders in the row.
-    """
+    """One item's features in a row: the `index`-th item of its modality, from position `start` to before `stop`."""
 
     modality: str
     index: int
@@ -38,10 +36,10 @@ class PlacedItem:
 def place_items(
     ids: Sequence[int], token_ids: Mapping[str, int], lengths: Mapping[str, Sequence[int]]
 ) -> list[PlacedItem]:
-    """Where each item's features are.
+    """Where each item's features are in a row of ids with repeated placeholders.
 
     Args:
-        ids: of one row, placeholders repeated.
+        ids: of one row.
         token_ids: placeholder id by modality.
         lengths: features of each item, in order, by modality.
 
@@ -60,13 +58,9 @@ def place_items(
 
 
 def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, side: str) -> tuple[int, int]:
-    """Start and stop of what is kept of a row, at most `limit` tokens, no item in part.
+    """Start and stop of what is kept of a row: at most `limit` of its `length` tokens, no item in part.
 
-    Args:
-        items: of the row.
-        length: of the row.
-        limit: how long it may be.
-        side: ``"right"`` cuts the end of the row, ``"left"`` its start.
+    `side` ``"right"`` cuts the end of the row, ``"left"`` its start.
 
     >>> whole_items_within([PlacedItem("vision", 0, 2, 6)], 8, 4, "right")
     (0, 2)
@@ -83,7 +77,7 @@ def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, sid
 def inputs_within(
     inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Encoders' inputs of the items that lie in a part of a row, and how many items of each modality do not.
+    """Encoders' inputs of the items in a part of a row, and how many items of each modality do not lie in it.
 
     Args:
         inputs: one row's tensors by name.
@@ -110,11 +104,6 @@ def inputs_within(
     return kept, dropped
 
 
-IGNORED = -100  # a label that no loss counts
-TRUNCATIONS = ("raise", "right", "left")
-Spans = list[tuple[int, int]]
-
-
 class MultimodalCollator:
     """Rows of text or messages with media, to a padded batch with labels.
 
@@ -135,8 +124,8 @@ class MultimodalCollator:
 
     Args:
         processor: of the composed model.
-        padding_side: where rows are padded, ``"right"`` or ``"left"``; right suits training. On the left a row's first token
-            has no label: no token stands before it that could predict it.
+        padding_side: ``"right"``, which suits training, or ``"left"``, where no token could predict a row's first one,
+            which therefore has no label.
         max_length: longest row in tokens, features included.
         sampling_rate: of bare audio arrays, in Hz; by default what the feature extractor expects.
         pad_to_multiple_of: round the padded length up.
@@ -172,11 +161,9 @@ class MultimodalCollator:
         self.truncation, self._warned = truncation, False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate rows.
+        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, and the encoders' inputs.
 
-        Returns:
-            `input_ids`, `attention_mask`, `labels` ``(batch, length)``, and the encoders' inputs; labels are -100 on
-            placeholders, padding and everything that the assistant did not write.
+        Labels are -100 on placeholders, padding and everything that the assistant did not write.
         """
         if not rows:
             raise ValueError("The collator got no rows.")
@@ -198,9 +185,10 @@ class MultimodalCollator:
     def _encode(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """One row's ids, labels and encoder inputs."""
         row = {key: value for key, value in columns.items() if value is not None}  # None fills the gaps of a table
-        rate = row.pop("sampling_rate", None) or self.sampling_rate or self._expected_rate()
-        media = self._media(row)
-        text, spans, media = self._text(row, media)
+        audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
+        expected = next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
+        rate = row.pop("sampling_rate", None) or self.sampling_rate or expected
+        text, spans, media = self._text(row, self._media(row))
         if row:  # each reader has taken its columns out
             raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
         llm = {"text": [text], "assistant_spans": None if spans is None else [spans], "item_lengths": True}
@@ -211,7 +199,7 @@ class MultimodalCollator:
         # Labels: the row's own ids where the assistant wrote, never on placeholders.
         wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]
         del out["attention_mask"]  # made anew once the row is cut and padded
-        silent = set(self.processor.placeholder_ids.values())  # ids that never get a label
+        silent = set(self.processor.placeholder_ids.values())
         labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
         if spans is not None and all(label == IGNORED for label in labels):
             raise ValueError(
@@ -222,20 +210,18 @@ class MultimodalCollator:
 
     def _text(self, row: dict[str, Any], media: dict[str, list]) -> tuple[str, Spans | None, dict[str, list]]:
         """A row's text, the spans to learn (None for all of it) and its media; takes their columns out of the row."""
-        for columns, read in _FORMS.items():
-            if all(column in row for column in columns):
-                return read(self, row, media, *(row.pop(column) for column in columns))
+        if "messages" in row:
+            return self._conversation(row, media, row.pop("messages"))
+        if "prompt" in row and "completion" in row:
+            prompt, completion = row.pop("prompt"), row.pop("completion")
+            if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
+                return self._conversation(row, media, [*prompt, *completion], len(prompt))  # its turns are context
+            what = "a string, or lists of messages for both"
+            text = _string("prompt", prompt, what) + _string("completion", completion, what)
+            return text, [(len(prompt), len(text))], media
+        if "text" in row:
+            return _string("text", row.pop("text"), "a string"), None, media
         raise ValueError(f"expected 'messages', 'text', or 'prompt' and 'completion', got the columns {sorted(row)}.")
-
-    def _plain(self, row, media, text):
-        _expect_strings(text=text)
-        return text, None, media
-
-    def _pair(self, row, media, prompt, completion):
-        if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
-            return self._conversation(row, media, [*prompt, *completion], len(prompt))  # the prompt's turns are context
-        _expect_strings(prompt=prompt, completion=completion)
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], media
 
     def _conversation(self, row, media, messages, first=0):
         if not isinstance(messages, (list, tuple)) or not messages:
@@ -243,7 +229,11 @@ class MultimodalCollator:
         tools = row.pop("tools", None)
         variables = {"tools": _present(json.loads(tools) if isinstance(tools, str) else tools) or None}
         variables |= _present(row.pop("chat_template_kwargs", None) or {})
-        return self.processor.read_labelled([_message(m) for m in messages], given=media, first=first, **variables)
+        read = []
+        for message in messages:  # a table fills keys in that tool calls of other rows have
+            calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+            read.append({**message, "tool_calls": _present(calls)} if calls else message)
+        return self.processor.read_labelled(read, given=media, first=first, **variables)
 
     def _media(self, row: dict[str, Any]) -> dict[str, list]:
         """Items by modality; takes their columns out of the row."""
@@ -253,15 +243,11 @@ class MultimodalCollator:
             value = row.pop(key, None)
             if value is None or (isinstance(value, (list, tuple)) and not value):
                 continue
-            for name in self.processor.config.modalities_for(kinds.get(key, key)):
+            for name in config.modalities_for(kinds.get(key, key)):
                 if name in media:
                     raise ValueError(f"{name}: its items were given twice, by kind and by name.")
                 media[name] = _items(value, config.modality(name)["kind"])
         return {name: items for name, items in media.items() if items}
-
-    def _expected_rate(self) -> int | None:
-        audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
-        return next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
 
     def _cut(self, encoded: dict[str, Any], lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """A row as it is if it is short enough, else cut to whole items."""
@@ -305,41 +291,24 @@ class MultimodalCollator:
             encoded = [row | {"labels": [IGNORED, *row["labels"][1:]]} for row in encoded]
         encoded = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in encoded]
         blanks = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED, "attention_mask": 0}
-        batch = {  # (batch, length) each
-            key: torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
-            for key, blank in blanks.items()
-        }
+        batch = {}
+        for key, blank in blanks.items():  # (batch, length) each
+            batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
         for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
             batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
         return batch
 
 
-_FORMS = {
-    ("messages",): MultimodalCollator._conversation,
-    ("prompt", "completion"): MultimodalCollator._pair,
-    ("text",): MultimodalCollator._plain,
-}
-
-
-def _expect_strings(**columns: Any) -> None:
-    for name, value in columns.items():
-        if not isinstance(value, str):
-            what = "a string, or lists of messages for both" if len(columns) > 1 else "a string"
-            raise TypeError(f"expected {name!r} to be {what}, got {type(value).__name__}.")
+def _string(name: str, value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected {name!r} to be {what}, got {type(value).__name__}.")
+    return value
 
 
 def _items(value: Any, kind: str) -> list:
     """A cell's items in order; the missing ones of a table are left out."""
-    if kind in LIST_DEPTHS:
-        return [item for item in flatten(value, kind)[0] if item is not None]
-    return [item for item in value if item is not None] if isinstance(value, (list, tuple)) else [value]
-
-
-def _message(message: Any) -> Any:
-    """A message whose tool calls are without the keys that a table filled with None."""
-    if not isinstance(message, Mapping) or not message.get("tool_calls"):
-        return message
-    return {**message, "tool_calls": _present(message["tool_calls"])}
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in (flatten(value, kind)[0] if kind in LIST_DEPTHS else listed) if item is not None]
 
 
 def _present(value: Any) -> Any:
@@ -350,14 +319,11 @@ def _present(value: Any) -> Any:
 
 
 def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, int]) -> None:
-    """Refuse a batch with a label that is not its own token, or on padding or a placeholder.
+    """Refuse a batch with a label that is not its own token, or on padding or a placeholder (ValueError with the position).
 
     Args:
         batch: `input_ids`, `attention_mask`, `labels` ``(batch, length)``.
         placeholders: token id by modality.
-
-    Raises:
-        ValueError: such a label; names the row and the position.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     silent = torch.tensor(list(placeholders.values()), dtype=ids.dtype)
@@ -371,14 +337,10 @@ def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, i
 
 
 def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
-    """Rows' tensors as one, in order; sequences of different lengths are padded on the right.
-
-    Args:
-        parts: tensors ``(items, ...)`` whose shapes may differ in axis 1, and for packed patches in axis 0 only.
-        key: the input's name, for the message.
+    """Rows' tensors ``(items, ...)`` as one, in order; sequences of different lengths (axis 1) are padded on the right.
 
     Raises:
-        ValueError: shapes that differ elsewhere.
+        ValueError: shapes that differ elsewhere, other than in axis 0; names the input, `key`.
     """
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) == 1:

@@ -46,8 +46,9 @@ def parameter_groups(
         raise ValueError(
             f"{len(missed)} trainable parameters have no learning rate, {missed[0]} first: name their part too, or freeze it."
         )
-    groups = []
-    decayed = _decayed(model)
+    from transformers.trainer_pt_utils import get_parameter_names  # slow to import
+
+    groups, decayed = [], set(get_parameter_names(model, [nn.LayerNorm], UNDECAYED))
     for pattern, rate in learning_rates.items():
         names = [name for name in trainable if chosen[name] == pattern]
         if not names:
@@ -66,9 +67,3 @@ def _covered(model: nn.Module, pattern: str) -> set[str]:
         owners = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
         # "projector" then means every module of that name, wherever it lies.
         return select_parameters(model, fnmatch.filter(owners, f"*.{pattern}") or [pattern])
-
-
-def _decayed(model: nn.Module) -> set[str]:
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    return set(get_parameter_names(model, [nn.LayerNorm], UNDECAYED))
