@@ -1,5 +1,6 @@
 """compose(): from Hub ids, paths or live objects to a model and its processor in one call."""
 
+import contextlib
 import copy
 import os
 from collections.abc import Mapping, Sequence
@@ -192,20 +193,13 @@ def _processor(name: str, spec: dict, encoder: ModalEncoderModule, loading: dict
     source = _source(source, f"{name}: the encoder", remedy)
     own = {key: spec[key] for key in ("revision", "subfolder") if spec.get(key) is not None}
     options = loading | own  # processors have no dtype and no attention
+    if kind == "video" and not packs_frames(encoder.module):
+        with contextlib.suppress(OSError, ValueError, ImportError):  # there may be a video processor beside the encoder
+            return AutoImageProcessor.from_pretrained(source, **options)  # it is run frame by frame
     if kind == "video":
-        return _video_processor(source, options, packs_frames(encoder.module))
+        try:
+            return AutoVideoProcessor.from_pretrained(source, **options)
+        except (OSError, ValueError, ImportError) as error:
+            raise video_processor_missing(source, error) from error
     auto = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoProcessor)
     return auto.from_pretrained(source, **options)
-
-
-def _video_processor(source: Any, loading: dict, packed: bool) -> Any:
-    """An image processor, which is run frame by frame, where there is one; else, and for packed frames, the video processor."""
-    try:
-        if not packed:
-            return AutoImageProcessor.from_pretrained(source, **loading)
-    except (OSError, ValueError, ImportError):
-        pass  # there may be a video processor beside the encoder
-    try:
-        return AutoVideoProcessor.from_pretrained(source, **loading)
-    except (OSError, ValueError, ImportError) as error:
-        raise video_processor_missing(source, error) from error

@@ -47,19 +47,9 @@ OPTIONAL_KEYS = (
 )
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
-    "kind": None,
-    "token": None,
-    "token_id": None,
-    "encoder_class": None,
-    "encoder_kwargs": {},
-    "output": None,
-    "layer": -1,
-    "drop_prefix": 0,
-    "data_format": None,
-    "additional_args": [],
-    "input_names": {},
-    "callbacks": {},
-}
+    "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
+    "layer": -1, "drop_prefix": 0, "data_format": None, "additional_args": [], "input_names": {}, "callbacks": {},
+}  # fmt: skip
 
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
@@ -259,17 +249,23 @@ def _as_config(value, key: str, shared: bool = False) -> PreTrainedConfig:
         return value
     if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
         raise ValueError(f"{key} must be a configuration or a dict with its `model_type`, got {value!r:.200}.")
+    # transformers' own, else one that is imported already: a class counts by its own `model_type`, not by an inherited one.
+    named = {cls for cls in subclasses_of(PreTrainedConfig) if vars(cls).get("model_type") == value["model_type"]}
+    known = value["model_type"] in CONFIG_MAPPING
+    found: Any = [CONFIG_MAPPING[value["model_type"]]] if known else last_definition(list(named))
+    if len(found) != 1 and shared:
+        return SharedConfig(stored=dict(value))  # until the code has run, see `with_shared_parts`
+    if len(found) != 1:
+        raise ValueError(
+            f"{key} has the model_type {value['model_type']!r}, which transformers does not know: expected one imported "
+            f"configuration class of that type, found {sorted(map(str, found))}. Import the file that defines it first, or "
+            "pass trust_remote_code=True for a checkpoint that carries it."
+        )
     values = {k: v for k, v in value.items() if k != "model_type"}
-    try:
-        cls = config_class_of(value["model_type"], key)
-    except ValueError:
-        if shared:
-            return SharedConfig(stored=dict(value))  # until the code has run, see `with_shared_parts`
-        raise
     # What `from_dict` does besides is to write the values out for the log.
-    plain = cls.from_dict.__func__ is PreTrainedConfig.from_dict.__func__
+    plain = found[0].from_dict.__func__ is PreTrainedConfig.from_dict.__func__
     with _stored_values(key):
-        return cls(**values) if plain else cls.from_dict(values)
+        return found[0](**values) if plain else found[0].from_dict(values)
 
 
 @contextmanager
@@ -283,22 +279,6 @@ def _stored_values(where: str) -> Iterator[None]:
         raise ValueError(
             f"{where} does not take its stored values ({type(error).__name__}: {error!s:.300})."
         ) from error
-
-
-def config_class_of(model_type: str, key: str) -> type[PreTrainedConfig]:
-    """The configuration class of a `model_type`: transformers' own, else one that is imported already (ValueError)."""
-    if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type]
-    # A class counts by its own `model_type`, not by one that it inherits.
-    named = {cls for cls in subclasses_of(PreTrainedConfig) if vars(cls).get("model_type") == model_type}
-    found = last_definition(list(named))
-    if len(found) != 1:
-        raise ValueError(
-            f"{key} has the model_type {model_type!r}, which transformers does not know: expected one imported "
-            f"configuration class of that type, found {sorted(map(str, found))}. Import the file that defines it first, or "
-            "pass trust_remote_code=True for a checkpoint that carries it."
-        )
-    return found[0]
 
 
 def _modality_entry(name: str, values) -> dict[str, Any]:

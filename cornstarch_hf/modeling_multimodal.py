@@ -1,6 +1,7 @@
 """The composed model: encode → merge → language model → output; what else it can do comes from the rooms, as mixins."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,15 +34,9 @@ EncoderOutputs = dict[str, Any]
 
 
 class MultimodalModel(
-    MultimodalGenerationMixin,
-    FreezingMixin,
-    WholeAdaptersMixin,
-    GatheringMixin,
-    EmbeddingsMixin,
-    MergingMixin,
-    MultimodalStorageMixin,
-    GenerationMixin,
-):
+    MultimodalGenerationMixin, FreezingMixin, WholeAdaptersMixin, GatheringMixin, EmbeddingsMixin, MergingMixin,
+    MultimodalStorageMixin, GenerationMixin,
+):  # fmt: skip
     """A multimodal language model composed of named encoders, projectors and a causal language model.
 
     Args:
@@ -150,14 +145,13 @@ class MultimodalModel(
             **kwargs: the encoders' inputs by their keywords, and what the language model's `forward` takes.
 
         Returns:
-            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)``, `cache` (before transformers
-            5.24 `past_key_values`), ..., with the encoders' outputs as the attributes `image_outputs`, `audio_outputs`, ...
-            With `config.loss_at_labels`, in training mode and with labels, `logits` is None.
+            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)`` (None in training with labels
+            and `config.loss_at_labels`), `cache` (before transformers 5.24 `past_key_values`), ..., with the encoders'
+            outputs as the attributes `image_outputs`, `audio_outputs`, ...
 
         Raises:
             TypeError: an unknown keyword.
-            ValueError: placeholders and features that do not match in number; labelled placeholders where their
-                number has been counted already.
+            ValueError: placeholders and features that do not match in number; labelled placeholders that were counted.
         """
         return_dict = kwargs.pop("return_dict", None)
         kwargs = kwargs | {"cache": cache}
@@ -211,9 +205,8 @@ class MultimodalModel(
         for name in self.config.encoders:
             kind = self.config.modality(name)["kind"]
             alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
-            by_kind = alone and (
-                kind == name or kind not in self.config.encoders
-            )  # another may have the kind as its name
+            # Another encoder may have the kind as its name.
+            by_kind = alone and (kind == name or kind not in self.config.encoders)
             setattr(output, f"{kind if by_kind else name}_outputs", outputs.get(name))
 
     def _caching(self, use_cache: bool | None, cache: Any) -> bool | None:
@@ -237,7 +230,15 @@ class MultimodalModel(
             names = self.config.modality(name)["input_names"]
             inputs = {names[key]: text.pop(key) for key in names if key in text}
             inputs = {key: value for key, value in inputs.items() if value is not None}
-            if self._has_items(name, inputs):  # inputs without an item run no encoder
+            main, given = (
+                main_input(self.encoders[name].module),
+                [k for k, v in inputs.items() if isinstance(v, Tensor)],
+            )
+            has_main = inputs.get(main) is not None
+            if given and not has_main and self.encoders[name].preprocess_callback is None:  # which makes it of others
+                raise ValueError(f"{name}: got {given} without {main!r}, the input that its encoder needs.")
+            has_items = len(inputs[main]) > 0 if has_main else bool(given)
+            if has_items:  # inputs without one run no encoder
                 media[name] = inputs
         # `shift_labels` are labels that were shifted already, for sequences that are split over devices.
         taken = sorted(text_keywords(self.language_model))
@@ -249,15 +250,6 @@ class MultimodalModel(
             )
         return media, text
 
-    def _has_items(self, name: str, inputs: dict[str, Any]) -> bool:
-        main = main_input(self.encoders[name].module)
-        if (value := inputs.get(main)) is not None:
-            return len(value) > 0
-        tensors = [key for key, item in inputs.items() if isinstance(item, Tensor)]
-        if tensors and self.encoders[name].preprocess_callback is None:  # which makes the main input of others
-            raise ValueError(f"{name}: got {tensors} without {main!r}, the input that its encoder needs.")
-        return bool(tensors)
-
     def _encode(self, media: dict[str, dict[str, Any]], given: dict[str, Any] | None) -> EncoderOutputs:
         outputs: EncoderOutputs = {self._named(key): value for key, value in (given or {}).items() if value is not None}
         for name, inputs in media.items():
@@ -268,18 +260,12 @@ class MultimodalModel(
 
     @PerInstanceSignature
     def get_image_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
-        """Features of images.
+        """Features of images: the encoder's output, with one ``(n_i, hidden)`` projected tensor per image as `pooler_output`.
 
         Args:
-            modality: which encoder, where several take images.
+            modality: which encoder, where several take images (else ValueError).
             return_dict: a model output (default), or a tuple.
             **kwargs: the encoder's inputs by their keywords, e.g. ``pixel_values``.
-
-        Returns:
-            the encoder's output, with one ``(n_i, hidden)`` projected tensor per image as `pooler_output`.
-
-        Raises:
-            ValueError: several encoders take images and none is named.
         """
         return self._features("image", modality, return_dict, kwargs)
 
@@ -288,11 +274,10 @@ class MultimodalModel(
         """Features of sounds; see `get_image_features`."""
         return self._features("audio", modality, return_dict, kwargs)
 
+    @partial(PerInstanceSignature, on_class=False)
     def get_video_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
         """Features of videos; see `get_image_features`."""
         return self._features("video", modality, return_dict, kwargs)
-
-    get_video_features = PerInstanceSignature(get_video_features, on_class=False)  # type: ignore[assignment]
 
     def _features(self, kind: str, modality: str | None, return_dict: bool | None, kwargs: dict[str, Any]):
         names = self.config.modalities_of_kind(kind) if modality is None else [self._named(modality)]

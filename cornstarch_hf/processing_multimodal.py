@@ -6,7 +6,6 @@ many placeholders as the encoder and the projector will make features.
 
 import copy
 import os
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -54,7 +53,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     Args:
         tokenizer: of the language model; copied, placeholder tokens are added to the copy.
         processors: an image processor, feature extractor or tokenizer by modality name.
-        model: a composed model; its configuration is read, and the placeholder ids are written into it.
+        model: a composed model, into whose configuration the placeholder ids are written.
         config: a `MultimodalConfig` instead of a model.
         tokens: placeholder tokens by modality name; by default ``<image>``, ``<audio>``, ``<video>`` where one
             modality has that kind, else ``<{name}>``.
@@ -92,9 +91,14 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         if model is not None:
             model.set_modality_token_ids(ids)  # by which the model finds placeholders
             for name, token in self.tokens.items():
-                model.config.modality(name)["token"] = token
-        encoders = None if model is None else model.encoders
-        self.counter = FeatureCounter(_for_processing(config, self.tokens, ids), encoders)
+                config.modality(name)["token"] = token  # the model's own
+        config = copy.deepcopy(config)
+        for name in config.encoders:
+            config.modality(name).update(token=self.tokens[name], token_id=ids[name])
+        for key in ("adapters", "frozen", "part_dtypes", "origins"):  # what only the weights need
+            setattr(config, key, None)
+        config.__dict__.pop("auto_map", None)
+        self.counter = FeatureCounter(config, None if model is None else model.encoders)
         self.config = self.counter.config
         self.lock = TravellingLock()  # for what holds a state while it is called
 
@@ -217,7 +221,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         call = {k: kwargs.pop(k) for k in list(kwargs) if k in own or k.endswith("_kwargs")}
         call |= processor_kwargs or {}
         variables: Any = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
-        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        ending: Any = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         texts: list[str] = []
         spans: list[Any] = []
         media: list[dict[str, list]] = []
@@ -246,14 +250,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
         """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
 
-        Args:
-            conversation: messages.
-            given: items by modality for the parts that hold none.
-            first: the first message whose turn counts.
-            chat_template, **variables: as in `apply_chat_template`.
-
-        Raises:
-            ValueError: parts and items that do not fit, turns that cannot be told apart.
+        Parts without an item take those `given` by modality; turns count from the message `first` on.
         """
         template = chosen_template(self.chat_template, chat_template)
         messages, media = self._reader().read(conversation, template, given)
@@ -349,14 +346,3 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         if auto_map := processor_dict.get("auto_map"):
             processor.auto_map = auto_map
         return (processor, kwargs) if return_unused else processor
-
-
-def _for_processing(config: MultimodalConfig, tokens: Mapping[str, str], ids: Mapping[str, int]) -> MultimodalConfig:
-    """A copy of the configuration with the tokens in it and without what only the weights need."""
-    config = copy.deepcopy(config)
-    for name in config.encoders:
-        config.modality(name).update(token=tokens[name], token_id=ids[name])
-    for key in ("adapters", "frozen", "part_dtypes", "origins"):
-        setattr(config, key, None)
-    config.__dict__.pop("auto_map", None)
-    return config

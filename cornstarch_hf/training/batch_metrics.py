@@ -19,8 +19,8 @@ class BatchMetrics(TrainerCallback):
 
     Adds to each training entry ``tokens/text`` and ``tokens/{modality}`` (since the last entry, over all processes),
     ``padding_ratio`` (padding positions among all), and ``tokens_per_second`` (positions that are no padding; evaluating
-    and saving not counted).  They stand in `trainer.state.log_history`.  So that TensorBoard and other reporters get
-    them too, this callback must come before theirs: `BatchMetrics.add_to(trainer)` does that.
+    and saving not counted).  They stand in `trainer.state.log_history`; for TensorBoard and other reporters this callback
+    must come before theirs, as `BatchMetrics.add_to(trainer)` places it.
 
     Args:
         prefix: in front of the four names.
@@ -38,8 +38,8 @@ class BatchMetrics(TrainerCallback):
         """Add one to a `transformers.Trainer` in front of its reporters, and return it."""
         callback = cls(prefix)
         trainer.add_callback(callback)
-        trainer.callback_handler.callbacks.remove(callback)  # it was added last, behind the reporters
-        trainer.callback_handler.callbacks.insert(0, callback)
+        handler = trainer.callback_handler
+        handler.callbacks.insert(0, handler.callbacks.pop())  # it was added last, behind the reporters
         return callback
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:

@@ -36,12 +36,9 @@ class PlacedItem:
 def place_items(
     ids: Sequence[int], token_ids: Mapping[str, int], lengths: Mapping[str, Sequence[int]]
 ) -> list[PlacedItem]:
-    """Where each item's features are in a row of ids with repeated placeholders.
+    """Where each item's features are in one row's ids, whose placeholders are repeated for them.
 
-    Args:
-        ids: of one row.
-        token_ids: placeholder id by modality.
-        lengths: features of each item, in order, by modality.
+    `token_ids` are the placeholders by modality, `lengths` the features of each item, in order.
 
     >>> [(p.start, p.stop) for p in place_items([7, 9, 9, 9, 7], {"vision": 9}, {"vision": [2, 1]})]
     [(1, 3), (3, 4)]
@@ -77,16 +74,10 @@ def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, sid
 def inputs_within(
     inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Encoders' inputs of the items in a part of a row, and how many items of each modality do not lie in it.
+    """Encoders' inputs of the items between `start` and `stop` of a row, and how many items of each modality lie elsewhere.
 
-    Args:
-        inputs: one row's tensors by name.
-        names: of the tensors that belong to each modality.
-        items: of the row.
-        start, stop: the part.
-
-    Raises:
-        ValueError: a tensor's rows cannot be told apart.
+    `inputs` are the row's tensors, `names` those that belong to each modality (ValueError for rows of a tensor that cannot
+    be told apart).
     """
     kept, dropped = dict(inputs), {}
     for modality, keys in names.items():
@@ -118,20 +109,18 @@ class MultimodalCollator:
 
     Conversations may have ``tools`` (a list, or JSON) and ``chat_template_kwargs``.  Media stand inside the parts of
     messages, or in columns under modality names, kinds, or ``images``, ``videos``, ``audio``, from which parts without an
-    item, like ``{"type": "image"}``, are filled in order.  In strings of messages a placeholder is text; in ``text``,
-    ``prompt`` and ``completion`` it is a placeholder.  Rows may have different modalities, or none.  None counts as
-    missing everywhere, as tables fill it in.
+    item, like ``{"type": "image"}``, are filled in order.  A placeholder is one in ``text``, ``prompt`` and ``completion``,
+    and mere text in messages.  Rows may have different modalities, or none; None counts as missing, as in tables.
 
     Args:
         processor: of the composed model.
-        padding_side: ``"right"``, which suits training, or ``"left"``, where no token could predict a row's first one,
-            which therefore has no label.
+        padding_side: ``"right"``, which suits training, or ``"left"``, where a row's first token has no label: no token
+            stands before it that could predict it.
         max_length: longest row in tokens, features included.
         sampling_rate: of bare audio arrays, in Hz; by default what the feature extractor expects.
         pad_to_multiple_of: round the padded length up.
-        truncation: what becomes of longer rows.  ``"raise"``: an error.  ``"right"`` or ``"left"``: the row is cut on that
-            side, and an item that does not fit whole goes with its placeholders, its tensors and what is beyond it; a
-            warning tells once how much was cut.
+        truncation: of longer rows.  ``"raise"``: an error.  ``"right"`` or ``"left"``: a cut on that side, where an item that
+            does not fit whole goes with its placeholders, its tensors and what is beyond it; a warning tells once how much.
 
     Raises:
         ValueError: an unknown option; when called: a row without text, with unknown columns, too long, with media that do
@@ -180,6 +169,21 @@ class MultimodalCollator:
         self._warn([row["cut"] for row in encoded if row["cut"] is not None])
         batch = self._batch(encoded)
         check_labels(batch, self.processor.placeholder_ids)
+        return batch
+
+    def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for row in encoded:
+            row["attention_mask"] = [1] * len(row["input_ids"])
+            if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
+                row["labels"][:1] = [IGNORED]
+        length = max(len(row["input_ids"]) for row in encoded)
+        length += -length % (self.pad_to_multiple_of or 1)  # up to the next multiple
+        blanks = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED, "attention_mask": 0}
+        batch = {}
+        for key, blank in blanks.items():  # (batch, length) each
+            batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
+        for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
+            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
         return batch
 
     def _encode(self, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,20 +287,6 @@ class MultimodalCollator:
             f"by {sum(cut['tokens'] for cut in cuts)} tokens; items dropped: {counts or 'none'}. Later batches tell nothing.",
             stacklevel=3,
         )
-
-    def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in encoded)
-        length += -length % (self.pad_to_multiple_of or 1)  # up to the next multiple
-        if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
-            encoded = [row | {"labels": [IGNORED, *row["labels"][1:]]} for row in encoded]
-        encoded = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in encoded]
-        blanks = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED, "attention_mask": 0}
-        batch = {}
-        for key, blank in blanks.items():  # (batch, length) each
-            batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
-        for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
-            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
-        return batch
 
 
 def _string(name: str, value: Any, what: str) -> str:

@@ -17,7 +17,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups with a learning rate for each named part.
 
-    Norms and biases get no weight decay, as in `transformers.Trainer`.  Pass an optimizer with these groups to it:
+    Norms and biases get no weight decay, as in `transformers.Trainer`, which takes an optimizer with these groups:
     ``Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, rates)), None))``.
 
     Args:
@@ -27,8 +27,7 @@ def parameter_groups(
         weight_decay: of everything that is no norm or bias.
 
     Returns:
-        groups for any `torch.optim` optimizer: `params`, `lr`, `weight_decay` and the part's `name`.  Frozen parameters
-        are left out.
+        groups of what trains, for any `torch.optim` optimizer: `params`, `lr`, `weight_decay` and the part's `name`.
 
     Raises:
         ValueError: a name that fits nothing, or in which nothing trains; two names for the same parameters; trainable
