@@ -36,20 +36,8 @@ from .projectors.projector import MultimodalProjector
 
 LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
 # What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
-ENCODER_KEYS = frozenset(
-    [
-        "model",
-        "processor",
-        "projector",
-        "kind",
-        "layer",
-        "output",
-        "drop_prefix",
-        "additional_args",
-        *SLOTS,
-        *LOADING_KEYS,
-    ]
-)
+_OPTIONS = ("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "additional_args")
+ENCODER_KEYS = frozenset([*_OPTIONS, *SLOTS, *LOADING_KEYS])
 Source = str | os.PathLike | PreTrainedModel
 
 

@@ -58,9 +58,9 @@ def compose_config(
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
     config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
-    origins: dict[str, Any] = {f"{name}_encoder": encoder.origin for name, encoder in encoders.items()}
-    origins |= {"language_model": origin_of(language_model, language_model)}
-    config.origins = {name: origin for name, origin in origins.items() if origin} or None
+    origins = [(f"{name}_encoder", encoder.origin) for name, encoder in encoders.items()]
+    origins.append(("language_model", origin_of(language_model, language_model)))
+    config.origins = {name: origin for name, origin in origins if origin} or None
     return config
 
 
@@ -70,9 +70,8 @@ def check_encoders(encoders: Any, language_model: nn.Module) -> None:
         raise TypeError(f"encoders must be a dict of ModalEncoderModule by name, got {type(encoders).__name__}.")
     for name, encoder in encoders.items():
         if not isinstance(encoder, ModalEncoderModule):
-            given = type(encoder).__name__
             raise TypeError(
-                f"{name!r} must be a ModalEncoderModule, got {given}: wrap it by ModalEncoderModule(model)."
+                f"{name!r} must be a ModalEncoderModule, got {type(encoder).__name__}: wrap it by ModalEncoderModule(model)."
             )
     validate_encoder_names(list(encoders))
     owners = {id(p): "the language model" for p in language_model.parameters()}
@@ -143,15 +142,10 @@ def summary(where: str, part: Any) -> PartSummary:
     parameters, projection = list(part.parameters()), ""
     if where.endswith("projector"):
         projection = f"{part.config.projection_type}, {part.config.in_features} -> {part.config.out_features}"
-    return PartSummary(
-        where,
-        type(unwrapped(part)).__name__,
-        projection,
-        dict(part.peft_config) if is_wrapped(part) else {},
-        sum(map(_size, parameters)),
-        sum(_size(p) for p in parameters if p.requires_grad),
-        "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
-    )
+    adapters = dict(part.peft_config) if is_wrapped(part) else {}
+    total, trainable = sum(map(_size, parameters)), sum(_size(p) for p in parameters if p.requires_grad)
+    dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    return PartSummary(where, type(unwrapped(part)).__name__, projection, adapters, total, trainable, dtypes)
 
 
 def _size(parameter: Any) -> int:

@@ -32,15 +32,13 @@ MEDIA_KINDS = ("image", "video", "audio")
 FORMAT_VERSION = 1  # rises when older versions could no longer read what is saved
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # Arguments and attributes of models, processors and trainers, which an encoder of that name would hide.
-RESERVED_NAMES = frozenset(
-    [
-        *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs"),
-        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs"),
-        *("kernel_config", "labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages"),
-        *("model", "name_or_path", "padding", "processor", "processors", "return_tensors", "sampling_rate", "text"),
-        *("tokenizer", "training", "truncation", "video_processor", "videos"),
-    ]
-)
+RESERVED_NAMES = frozenset([
+    "add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs", "encoders",
+    "feature_extractor", "generation_config", "image_processor", "images", "inputs", "kernel_config", "labels",
+    "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages", "model", "name_or_path", "padding",
+    "processor", "processors", "return_tensors", "sampling_rate", "text", "tokenizer", "training", "truncation",
+    "video_processor", "videos",
+])  # fmt: skip
 # Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = (
     *("language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "part_dtypes", "origins"),
@@ -129,7 +127,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
         stored = kwargs.pop("part_implementations", None) or {}
         # The parts come after the base class: its initialiser would reset their attention settings.
-        super().__init__(**kwargs)
+        super().__init__(**{**dict.fromkeys(OPTIONAL_KEYS), **kwargs})  # type: ignore[arg-type]
         self.cornstarch_format = cornstarch_format
         self.encoders = names
         shared = carries_code(kwargs.get("auto_map"))  # unknown classes may then come with its code
@@ -140,10 +138,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not isinstance(loss_at_labels, bool):
             raise ValueError(f"loss_at_labels must be True or False, got {loss_at_labels!r}.")
         self.loss_at_labels = loss_at_labels
-        for key in OPTIONAL_KEYS:
-            if not hasattr(self, key):
-                setattr(self, key, None)
-        self.origins = check_origins(getattr(self, "origins", None))
+        self.origins = check_origins(kwargs.get("origins"))
         apply_implementations(self, stored)
         for key, value in implementations.items():  # last: setting it hands it on to every part
             if value is not None:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 
+from .limits import check_count
 from .parts.classes import SharedCode, carries_code
 from .parts.registries import PROJECTORS
 from .parts.stored_modules import as_json
@@ -14,14 +15,11 @@ from .parts.stored_values import check_values
 BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
 CUSTOM_PROJECTION = "custom"
 # What any configuration may be given, besides what its class declares.
-_BASE_KEYS = frozenset(
-    [
-        *vars(PreTrainedConfig()),
-        *("attn_implementation", "auto_map", "encoder_model_type", "experts_implementation", "language_model_type"),
-        *("model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config", "torch_dtype"),
-        *("use_cache", "tie_word_embeddings", "use_return_dict", "trust_remote_code"),
-    ]
-)
+_BASE_KEYS = frozenset([
+    *vars(PreTrainedConfig()), "attn_implementation", "auto_map", "encoder_model_type", "experts_implementation",
+    "language_model_type", "model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config",
+    "torch_dtype", "use_cache", "tie_word_embeddings", "use_return_dict", "trust_remote_code",
+])  # fmt: skip
 # Where encoders' configurations tell their width, the first that is there; of a list the last counts.
 _WIDTHS = ("output_proj_dims", "hidden_sizes", "hidden_size", "out_hidden_size", "output_dim", "embed_dims", "d_model")
 _FIELDS = frozenset(["in_features", "out_features", "activation", "config", "projection_kwargs"])
@@ -31,8 +29,7 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
     """Configuration of a projector from an encoder's width to the language model's.
 
     Args:
-        encoder_config: configuration to read `in_features` from, when that is not given.
-        text_config: configuration to read `out_features` from, when that is not given.
+        encoder_config, text_config: to read `in_features` and `out_features` from, when these are not given.
         projection_type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``, ``"conv"`` or
             ``"resampler"``, which leave fewer features; or a name given to `register_projector`.
         activation: a key of `transformers.activations.ACT2CLS`, used by all but ``"linear"``.
@@ -43,8 +40,7 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
 
     Raises:
         TypeError: a keyword that neither the projection nor `PreTrainedConfig` takes.
-        ValueError: unknown projection type or activation, sizes that are not positive, options of the projection that
-            make no sense.
+        ValueError: unknown projection type or activation, sizes that are not positive, options that make no sense.
     """
 
     model_type = "multimodal-projector"
@@ -61,8 +57,8 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         if activation not in ACT2CLS:
             raise ValueError(f"Unknown activation {activation!r}, expected one of {sorted(ACT2CLS)}.")
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise ValueError(f"The projector's {name} must be a positive integer, got {size!r}.")
+            if size is not None:
+                check_count(size, f"The projector's {name}")
         self.projection_type = projection_type
         self.activation = activation
         self.projection_kwargs = _projection_options(projection_type, projection_kwargs, kwargs)
@@ -136,8 +132,7 @@ def feature_width(config: PreTrainedConfig) -> int | None:
     """Width of an encoder's last hidden state by its configuration's attributes, or None."""
     for name in _WIDTHS:
         width = getattr(config, name, None)
-        if isinstance(width, (list, tuple)) and width:
-            width = width[-1]  # of the last stage
+        width = width[-1] if isinstance(width, (list, tuple)) and width else width  # of the last stage
         if isinstance(width, int) and width > 0:
             return width
     return None

@@ -1,7 +1,6 @@
 """The processor of a composed model: raw inputs to tensors, each placeholder repeated for its item's features.
 
-`processing.call` sorts the arguments; items run through the processor of their modality and are counted, and texts get as
-many placeholders as the encoder and the projector will make features.
+`processing.call` sorts the arguments; `encoders.counting` tells how many features the encoder and the projector will make.
 """
 
 import copy

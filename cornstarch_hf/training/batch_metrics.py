@@ -1,7 +1,4 @@
-"""What batches hold, in the log of `transformers.Trainer`.
-
-Kept apart from the rest of training, since importing Trainer's callbacks takes as long as importing much of torch.
-"""
+"""What batches hold, in the log of `transformers.Trainer`; apart from the rest, as Trainer's callbacks are slow to import."""
 
 import time
 from typing import Any

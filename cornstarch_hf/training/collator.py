@@ -1,7 +1,4 @@
-"""Turns rows of conversations with media into padded batches with labels, for `transformers.Trainer`.
-
-`assistant_turns` finds what the assistant wrote, `media` decodes the items; rows that are too long are cut here.
-"""
+"""Turns rows of conversations with media into padded batches with labels, for Trainer; rows that are too long are cut."""
 
 import json
 import warnings
