@@ -49,19 +49,11 @@ MODALITY_DEFAULTS: dict[str, Any] = {
     "layer": -1, "drop_prefix": 0, "data_format": None, "additional_args": [], "input_names": {}, "callbacks": {},
 }  # fmt: skip
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(
-        ("language_model_kwargs", "adapters", "encoder_types", "part_dtypes", "part_implementations"), (dict,)
-    ),
-    "language_model_class": (str,),
-    "frozen": (list, tuple),
-}
-_ENTRY_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,)),
-    **dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,)),
-    "token_id": (int,),
-    "additional_args": (list, tuple),
-}
+_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
+_TYPES |= {"language_model_class": (str,), "frozen": (list, tuple)}
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
+_ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
+_ENTRY_TYPES |= {"token_id": (int,), "additional_args": (list, tuple)}
 # What transformers has on every configuration and every model, and names of usual tokens.
 _KEYS_OF_ALL = {*dir(PreTrainedConfig), *dir(PreTrainedModel), *dir(GenerationMixin)}
 _KEYS_OF_ALL |= {"quantization_config", "generation_config", "language_model_class"}
@@ -166,7 +158,21 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
         setattr(self, f"{name}_projector_config", projector)
-        setattr(self, f"{name}_modality", _modality_entry(name, parts[f"{name}_modality"]))
+        check_types({"modality": parts[f"{name}_modality"]}, {"modality": (dict,)}, name)
+        values = dict(parts[f"{name}_modality"] or {})
+        check_types(values, _ENTRY_TYPES, f"{name}_modality")
+        check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
+        if unknown := sorted(set(values) - set(MODALITY_DEFAULTS)):
+            raise ValueError(
+                f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "
+                "written by a newer version needs that version."
+            )
+        entry = copy.deepcopy(MODALITY_DEFAULTS) | values  # so that no two share a list
+        check_count(entry["drop_prefix"], f"{name}: drop_prefix (a number of tokens)", least=0)
+        layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
+        if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+            raise ValueError(f"{name}: layer must be an integer or a list of integers, got {entry['layer']!r}.")
+        setattr(self, f"{name}_modality", entry)
 
     def modality(self, name: str) -> dict[str, Any]:
         """The entry of one modality; ValueError that lists the names for an unknown one."""
@@ -274,24 +280,6 @@ def _stored_values(where: str) -> Iterator[None]:
         raise ValueError(
             f"{where} does not take its stored values ({type(error).__name__}: {error!s:.300})."
         ) from error
-
-
-def _modality_entry(name: str, values) -> dict[str, Any]:
-    check_types({"modality": values}, {"modality": (dict,)}, name)
-    values = dict(values or {})
-    check_types(values, _ENTRY_TYPES, f"{name}_modality")
-    check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
-    if unknown := sorted(set(values) - set(MODALITY_DEFAULTS)):
-        raise ValueError(
-            f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "
-            "written by a newer version needs that version."
-        )
-    entry = copy.deepcopy(MODALITY_DEFAULTS) | values  # so that no two share a list
-    check_count(entry["drop_prefix"], f"{name}: drop_prefix (a number of tokens)", least=0)
-    layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
-    if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-        raise ValueError(f"{name}: layer must be an integer or a list of integers, got {entry['layer']!r}.")
-    return entry
 
 
 def valid_groups(groups, names: list[str]) -> list[list[str]]:

@@ -134,10 +134,10 @@ class MultimodalModel(
         """Encode, merge, run the language model.
 
         Args:
-            input_ids: ``(batch, length)`` with one placeholder id per feature.
+            input_ids, inputs_embeds: ``(batch, length)`` with one placeholder id per feature; or ``(batch, length, hidden)``,
+                placeholders embedded by their id.
             attention_mask, position_ids: ``(batch, length)``, or what the language model takes; used as they are.
             cache: the language model's cache; also by the names that older versions have for it.
-            inputs_embeds: ``(batch, length, hidden)`` instead of `input_ids`, placeholders embedded by their id.
             labels: ``(batch, length)``, -100 where no loss is wanted; placeholders are never labelled.
             use_cache: whether the language model returns a cache.
             logits_to_keep: how many last positions get logits, 0 for all.

@@ -196,7 +196,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         """Turn a conversation, or a batch of them, into text or into inputs.
 
         A part's type is ``"text"``, a kind (``"image"``, ``"audio"``, ``"video"``) or a modality's name.  A placeholder
-        that a user typed in a message stays text when tokenized; as a string it is refused.
+        that a user typed in a message stays text when tokenized; where text is returned it is refused (ValueError).
 
         Args:
             conversation: a list of messages, or a list of such lists.
@@ -209,9 +209,6 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
 
         Returns:
             text or a list of texts; with `tokenize` `input_ids`, or with `return_dict` a `BatchFeature`.
-
-        Raises:
-            ValueError: as the call does; a typed placeholder where text is returned.
         """
         template = chosen_template(self.chat_template, chat_template)
         batched = is_batch(conversation)
