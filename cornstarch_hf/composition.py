@@ -28,11 +28,9 @@ def compose_config(
     init_projector_type: str = "linear",
     init_activation: str = "gelu",
 ) -> MultimodalConfig:
-    """Describe live parts; their configurations become sub-configurations as they are, missing projectors are created.
+    """Describe live parts, whose configurations become sub-configurations as they are; missing projectors are created.
 
-    Raises:
-        TypeError: a part is of the wrong type.
-        ValueError: names, widths, shared weights, or a language model that cannot be used.
+    Raises TypeError for parts of wrong types, ValueError for names, widths, shared weights or an unusable language model.
     """
     # Refusals first: from `separate_configs` on the live parts are changed.
     check_language_model(language_model)

@@ -197,11 +197,9 @@ class MultimodalModel(
         return {"input_ids": ids, "inputs_embeds": embeds, **text}, masks, outputs
 
     def _attach_features(self, output: ModelOutput, outputs: EncoderOutputs) -> None:
-        """Say what each encoder gave (in place), None without items: `output.image_outputs`, ...; by names where kinds clash.
-
-        They are attributes and no keys: Trainer would gather keys as predictions, and DistributedDataParallel would wait
-        for gradients of all that they were computed with.
-        """
+        """Say what each encoder gave (in place), None without items: `output.image_outputs`, ..., by name where kinds clash."""
+        # Attributes and no keys: Trainer would gather keys as predictions, and DistributedDataParallel would wait for
+        # gradients of all that they were computed with.
         for name in self.config.encoders:
             kind = self.config.modality(name)["kind"]
             alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
@@ -210,10 +208,8 @@ class MultimodalModel(
             setattr(output, f"{kind if by_kind else name}_outputs", outputs.get(name))
 
     def _caching(self, use_cache: bool | None, cache: Any) -> bool | None:
-        """Whether the language model is to return a cache; never while it checkpoints, as in transformers.
-
-        Its own modules find that out by their training mode, which frozen ones are not in.
-        """
+        """Whether the language model is to return a cache; never while it checkpoints, as in transformers."""
+        # Its own modules find that out by their training mode, which frozen ones are not in.
         if use_cache is False or cache is not None or not self.training or not is_checkpointing(self.language_model):
             return use_cache
         if use_cache:

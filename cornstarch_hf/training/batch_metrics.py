@@ -40,7 +40,6 @@ class BatchMetrics(TrainerCallback):
         return callback
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Start counting what the model is given."""
         # The model may be inside of PEFT, or of a wrapper for several processes.
         composed = next((m for m in model.modules() if isinstance(m, MultimodalModel)), None)
         if composed is None:
@@ -49,7 +48,6 @@ class BatchMetrics(TrainerCallback):
         self._hook = composed.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Stop counting."""
         self._hook.remove()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

@@ -73,8 +73,7 @@ def inputs_within(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Encoders' inputs of the items between `start` and `stop` of a row, and how many items of each modality lie elsewhere.
 
-    `inputs` are the row's tensors, `names` those that belong to each modality (ValueError for rows of a tensor that cannot
-    be told apart).
+    `names` are those of each modality's tensors among the `inputs`, whose rows must tell the items apart (ValueError).
     """
     kept, dropped = dict(inputs), {}
     for modality, keys in names.items():
@@ -147,10 +146,7 @@ class MultimodalCollator:
         self.truncation, self._warned = truncation, False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, and the encoders' inputs.
-
-        Labels are -100 on placeholders, padding and everything that the assistant did not write.
-        """
+        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, and encoders' inputs."""
         if not rows:
             raise ValueError("The collator got no rows.")
         encoded = []
@@ -306,12 +302,7 @@ def _present(value: Any) -> Any:
 
 
 def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, int]) -> None:
-    """Refuse a batch with a label that is not its own token, or on padding or a placeholder (ValueError with the position).
-
-    Args:
-        batch: `input_ids`, `attention_mask`, `labels` ``(batch, length)``.
-        placeholders: token id by modality.
-    """
+    """Refuse a batch with a label that is not its own token, or on padding or a placeholder (ValueError with the position)."""
     ids, labels = batch["input_ids"], batch["labels"]
     silent = torch.tensor(list(placeholders.values()), dtype=ids.dtype)
     wrong = (labels != IGNORED) & ((labels != ids) | (batch["attention_mask"] == 0) | torch.isin(ids, silent))
@@ -324,11 +315,7 @@ def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, i
 
 
 def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
-    """Rows' tensors ``(items, ...)`` as one, in order; sequences of different lengths (axis 1) are padded on the right.
-
-    Raises:
-        ValueError: shapes that differ elsewhere, other than in axis 0; names the input, `key`.
-    """
+    """Rows' tensors ``(items, ...)`` as one; where axis 1 alone differs they are padded on the right, else ValueError."""
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) == 1:
         return torch.cat(list(parts))  # (items of all rows, ...)

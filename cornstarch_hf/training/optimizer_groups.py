@@ -30,8 +30,7 @@ def parameter_groups(
         groups of what trains, for any `torch.optim` optimizer: `params`, `lr`, `weight_decay` and the part's `name`.
 
     Raises:
-        ValueError: a name that fits nothing, or in which nothing trains; two names for the same parameters; trainable
-            parameters that no name covers.
+        ValueError: a name that fits or trains nothing, two for the same parameters, trainable parameters without one.
     """
     covered = {pattern: _covered(model, pattern) for pattern in learning_rates}
     chosen: dict[str, str] = {}
