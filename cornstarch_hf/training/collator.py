@@ -146,7 +146,7 @@ class MultimodalCollator:
         self.truncation, self._warned = truncation, False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, and encoders' inputs."""
+        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, encoders' inputs."""
         if not rows:
             raise ValueError("The collator got no rows.")
         encoded = []
