@@ -33,47 +33,29 @@ from .training.collator import MultimodalCollator
 from .training.optimizer_groups import parameter_groups
 
 __all__ = [
-    "BatchMetrics",
-    "ModalEncoderModule",
-    "MultimodalCollator",
-    "MultimodalConfig",
-    "MultimodalModel",
-    "MultimodalProcessor",
-    "MultimodalProjector",
-    "MultimodalProjectorConfig",
-    "PrecomputedFeatures",
-    "PrecomputedFeaturesConfig",
-    "PrecomputedFeaturesProcessor",
-    "TimeSeriesProcessor",
-    "compose",
-    "parameter_groups",
-    "push_to_hub",
-    "register_callback",
-    "register_encoder_type",
-    "register_feature_count",
-    "register_projector",
-]
+    "BatchMetrics", "ModalEncoderModule", "MultimodalCollator", "MultimodalConfig", "MultimodalModel",
+    "MultimodalProcessor", "MultimodalProjector", "MultimodalProjectorConfig", "PrecomputedFeatures",
+    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TimeSeriesProcessor", "compose", "parameter_groups",
+    "push_to_hub", "register_callback", "register_encoder_type", "register_feature_count", "register_projector",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 # Their files register them as projection types.
 REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 # `register` does not fill these: Trainer, pipelines and `transformers serve` read the names alone.
-STATIC_TABLES = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+STATIC_TABLES = tuple(
+    f"MODEL_FOR_{task}_MAPPING_NAMES" for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 )
 
 
 def register_auto_classes() -> None:
     """Make the Auto classes know composed models and projectors; calling it again changes nothing."""
-    AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig, exist_ok=True)
-    AutoConfig.register(MultimodalProjectorConfig.model_type, MultimodalProjectorConfig, exist_ok=True)
+    for config_class in (MultimodalConfig, MultimodalProjectorConfig, PrecomputedFeaturesConfig):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class in MODEL_CLASSES:
         auto_class.register(MultimodalConfig, MultimodalModel, exist_ok=True)
     AutoModel.register(MultimodalProjectorConfig, MultimodalProjector, exist_ok=True)
-    AutoConfig.register(PrecomputedFeaturesConfig.model_type, PrecomputedFeaturesConfig, exist_ok=True)
     AutoModel.register(PrecomputedFeaturesConfig, PrecomputedFeatures, exist_ok=True)
     AutoFeatureExtractor.register(PrecomputedFeaturesConfig, PrecomputedFeaturesProcessor, exist_ok=True)
     AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)

@@ -1,5 +1,6 @@
 """compose(): from Hub ids, paths or live objects to a model and its processor in one call."""
 
+import contextlib
 import copy
 import os
 from collections.abc import Mapping, Sequence
@@ -35,12 +36,8 @@ from .projectors.projector import MultimodalProjector
 
 LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
 # What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
-ENCODER_KEYS = frozenset(
-    [
-        *("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "additional_args", *SLOTS),
-        *LOADING_KEYS,
-    ]
-)
+_OPTIONS = ("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "additional_args")
+ENCODER_KEYS = frozenset([*_OPTIONS, *SLOTS, *LOADING_KEYS])
 Source = str | os.PathLike | PreTrainedModel
 
 
@@ -69,11 +66,9 @@ def compose(
         encoders: by name: a Hub id, a path, a live model, a `ModalEncoderModule`, or a dict with `model` and any of
             `processor`, `projector`, `kind`, `layer`, `output`, `drop_prefix`, `additional_args`, the callbacks, and
             for loading `revision`, `dtype`, `attn_implementation`, `subfolder`.
-        projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), or a dict of
-            `MultimodalProjectorConfig` fields.
+        projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), or fields of `MultimodalProjectorConfig`.
         tokens: placeholder tokens by encoder name.
-        tokenizer: of the language model; found beside it when it is an id or path.
-        processors: of encoders that are live objects; found beside those that are ids or paths.
+        tokenizer, processors: of the language model, and by encoder name; found beside what is loaded by id or path.
         dtype, device_map, attn_implementation, revision: for loading; `revision` is the language model's.
         freeze: names of parts that shall not train, as in `MultimodalModel.freeze`.
         share_inputs: groups of encoders that see the same items.
@@ -93,7 +88,9 @@ def compose(
     common = {key: value for key, value in common.items() if value is not None}
     text_loading = loading | ({"revision": revision} if revision else {})
     # What needs no weights comes first: a missing tokenizer or a misspelt key is told before anything large is loaded.
-    tokenizer = _tokenizer(language_model, tokenizer, text_loading)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        who, given = ("The language model", language_model) if tokenizer is None else ("The tokenizer", tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(_source(given, who, "tokenizer="), **text_loading)
     specs = {name: _spec(name, value) for name, value in encoders.items()}
     fields = dict(projector) if isinstance(projector, Mapping) else {"projection_type": projector}
     modules, found = {}, {}
@@ -101,15 +98,17 @@ def compose(
         modules[name] = _encoder(name, spec, fields, loading, common)
         _note_commit(modules[name].origin, spec, loading)
         found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name], loading)
-    source = language_model  # kept for `_note_commit`: below this becomes the live model
+    live: Any = language_model
     if isinstance(language_model, (str, os.PathLike)):
-        language_model = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
-    check_encoders(modules, language_model)
-    model = MultimodalModel(encoders=modules, language_model=language_model)
-    _note_commit((model.config.origins or {}).get("language_model"), {"model": source, "revision": revision}, loading)
+        live = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
+    check_encoders(modules, live)
+    model = MultimodalModel(encoders=modules, language_model=live)
+    asked_for = {"model": language_model, "revision": revision}
+    _note_commit((model.config.origins or {}).get("language_model"), asked_for, loading)
     model.config.share_inputs = valid_groups(share_inputs, model.config.encoders)
     if tokenizer.padding_side != "left":  # what decoder-only generation needs; the processor copies it
-        tokenizer = _left_padded(tokenizer)
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.padding_side = "left"
     processor = MultimodalProcessor(tokenizer, found, model=model, tokens=tokens, chat_template=chat_template)
     if freeze:  # last: a name may mean a projector, which composing makes
         model.freeze(*([freeze] if isinstance(freeze, str) else freeze))
@@ -120,19 +119,22 @@ def _note_commit(origin: dict[str, Any] | None, spec: Mapping[str, Any], loading
     """Write into an origin which revision was asked for and which commit that was (in place); asks nothing of the Hub."""
     if origin is None or not isinstance(spec["model"], str):
         return
-    where = {key: loading[key] for key in ("cache_dir",) if key in loading}  # what says where the cache is
-    requested = spec.get("revision")
+    requested, cache = spec.get("revision"), loading.get("cache_dir")
     try:  # what was just loaded is in the cache
-        commit = resolve_revision(origin["repo_id"], revision=requested, local_files_only=True, **where).resolved
+        commit = resolve_revision(
+            origin["repo_id"], revision=requested, local_files_only=True, cache_dir=cache
+        ).resolved
     except (OSError, RevisionResolutionError):
         commit = None  # whoever needs the commit asks for it then
     origin |= {"requested_revision": requested, "revision": commit, "subfolder": spec.get("subfolder") or ""}
 
 
-def _left_padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "left"
-    return tokenizer
+def _source(given: Any, who: str, remedy: str) -> str | os.PathLike:
+    """The id or path that was given, or that a live model was loaded from (ValueError where there is none)."""
+    source = given if isinstance(given, (str, os.PathLike)) else getattr(given, "name_or_path", None)
+    if not source:
+        raise ValueError(f"{who} is a live object that was not loaded from anywhere: pass {remedy}.")
+    return source
 
 
 def _spec(name: str, value: Any) -> dict[str, Any]:
@@ -167,50 +169,25 @@ def _encoder(name: str, spec: dict, fields: dict, loading: dict, common: dict) -
     return encoder
 
 
-def _tokenizer(language_model: Source, tokenizer: Any, loading: dict) -> PreTrainedTokenizerBase:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        return tokenizer
-    source = tokenizer if tokenizer is not None else language_model
-    if not isinstance(source, (str, os.PathLike)):
-        source = getattr(language_model, "name_or_path", None)  # where it was loaded from
-        if not source:
-            raise ValueError("The language model is a live object that was not loaded from anywhere: pass tokenizer=.")
-    return AutoTokenizer.from_pretrained(source, **loading)
-
-
 def _processor(name: str, spec: dict, encoder: ModalEncoderModule, loading: dict) -> Any:
     kind, given = encoder.kind, spec.get("processor")
-    own_kind = default_processor(kind, unwrapped(encoder.module).config)
-    if given is None and own_kind is not None:
-        return own_kind  # of this package, for items that transformers has no processor for
+    if given is None and (ours := default_processor(kind, unwrapped(encoder.module).config)) is not None:
+        return ours  # for items that transformers has no processor for
     if given is not None and not isinstance(given, (str, os.PathLike)):
         return given
-    source = given if given is not None else spec["model"]
-    if isinstance(source, ModalEncoderModule):
-        source = source.module
-    if not isinstance(source, (str, os.PathLike)):
-        source = getattr(source, "name_or_path", None)
-        if not source:
-            raise ValueError(
-                f"{name}: the encoder is a live object that was not loaded from anywhere: pass its processor, "
-                f"encoders={{{name!r}: {{'model': ..., 'processor': ...}}}}."
-            )
-    # Processors have no dtype and no attention.
+    source = spec["model"] if given is None else given
+    source = source.module if isinstance(source, ModalEncoderModule) else source
+    remedy = f"its processor, encoders={{{name!r}: {{'model': ..., 'processor': ...}}}}"
+    source = _source(source, f"{name}: the encoder", remedy)
     own = {key: spec[key] for key in ("revision", "subfolder") if spec.get(key) is not None}
+    options = loading | own  # processors have no dtype and no attention
+    if kind == "video" and not packs_frames(encoder.module):
+        with contextlib.suppress(OSError, ValueError, ImportError):  # there may be a video processor beside the encoder
+            return AutoImageProcessor.from_pretrained(source, **options)  # it is run frame by frame
     if kind == "video":
-        return _video_processor(source, {**loading, **own}, packs_frames(encoder.module))
+        try:
+            return AutoVideoProcessor.from_pretrained(source, **options)
+        except (OSError, ValueError, ImportError) as error:
+            raise video_processor_missing(source, error) from error
     auto = {"image": AutoImageProcessor, "audio": AutoFeatureExtractor, "text": AutoTokenizer}.get(kind, AutoProcessor)
-    return auto.from_pretrained(source, **loading, **own)
-
-
-def _video_processor(source: Any, loading: dict, packed: bool) -> Any:
-    """An image processor, which is run frame by frame, where there is one; else, and for packed frames, the video processor."""
-    try:
-        if not packed:
-            return AutoImageProcessor.from_pretrained(source, **loading)
-    except (OSError, ValueError, ImportError):
-        pass  # there may be a video processor beside the encoder
-    try:
-        return AutoVideoProcessor.from_pretrained(source, **loading)
-    except (OSError, ValueError, ImportError) as error:
-        raise video_processor_missing(source, error) from error
+    return auto.from_pretrained(source, **options)

@@ -28,44 +28,37 @@ def compose_config(
     init_projector_type: str = "linear",
     init_activation: str = "gelu",
 ) -> MultimodalConfig:
-    """Describe live parts; creates the projectors that are missing or lack their sizes.
+    """Describe live parts, whose configurations become sub-configurations as they are; missing projectors are created.
 
-    The parts' configurations become sub-configurations as they are, not copies.
-
-    Raises:
-        TypeError: a part is of the wrong type.
-        ValueError: names, widths, shared weights, or a language model that cannot be used.
+    Raises TypeError for parts of wrong types, ValueError for names, widths, shared weights or an unusable language model.
     """
     # Refusals first: from `separate_configs` on the live parts are changed.
     check_language_model(language_model)
     check_encoders(encoders, language_model)
     separate_configs(encoders, language_model)
     width = embedding_width(language_model)
-    values: dict[str, Any] = {}
-    for name, encoder in encoders.items():
-        encoder.name = name
-        complete_projector(encoder, language_model, width, init_projector_type, init_activation)
-        values[f"{name}_config"] = unwrapped(encoder.module).config
-        values[f"{name}_projector_config"] = encoder.projector.config
-        values[f"{name}_modality"] = modality_entry(encoder)
     text = unwrapped(language_model)
     names = assign_input_names(
         {name: encoder.parameter_names for name, encoder in encoders.items()},
         {name: encoder.kind for name, encoder in encoders.items()},
         forward_parameters(text),
     )
-    # Names depend on all encoders at once, so they come when every entry is there.
-    for name in encoders:
-        values[f"{name}_modality"]["input_names"] = names[name]
+    values: dict[str, Any] = {}
+    for name, encoder in encoders.items():
+        encoder.name = name
+        complete_projector(encoder, language_model, width, init_projector_type, init_activation)
+        values[f"{name}_config"] = unwrapped(encoder.module).config
+        values[f"{name}_projector_config"] = encoder.projector.config
+        values[f"{name}_modality"] = modality_entry(encoder) | {"input_names": names[name]}
     config = MultimodalConfig(text_config=text.config, encoders=list(encoders), **values)
     if language_model_class(text.config) is not type(text):  # else the configuration alone tells the class
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
     config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
-    origins = {f"{name}_encoder": encoder.origin for name, encoder in encoders.items()}
-    origins["language_model"] = origin_of(language_model, language_model)
-    config.origins = {name: origin for name, origin in origins.items() if origin} or None
+    origins = [(f"{name}_encoder", encoder.origin) for name, encoder in encoders.items()]
+    origins.append(("language_model", origin_of(language_model, language_model)))
+    config.origins = {name: origin for name, origin in origins if origin} or None
     return config
 
 
@@ -76,8 +69,7 @@ def check_encoders(encoders: Any, language_model: nn.Module) -> None:
     for name, encoder in encoders.items():
         if not isinstance(encoder, ModalEncoderModule):
             raise TypeError(
-                f"The encoder {name!r} must be a ModalEncoderModule, got {type(encoder).__name__}: wrap it by "
-                "ModalEncoderModule(model)."
+                f"{name!r} must be a ModalEncoderModule, got {type(encoder).__name__}: wrap it by ModalEncoderModule(model)."
             )
     validate_encoder_names(list(encoders))
     owners = {id(p): "the language model" for p in language_model.parameters()}
@@ -96,13 +88,11 @@ def separate_configs(encoders: Mapping[str, ModalEncoderModule], language_model:
     seen = {id(unwrapped(language_model).config)}
     for encoder in encoders.values():
         old = unwrapped(encoder.module).config
-        if id(old) in seen:
-            new = copy.deepcopy(old)
-            # Every layer holds the same configuration object, and each must see the new one.
-            for module in encoder.module.modules():
-                if getattr(module, "config", None) is old:
-                    setattr(module, "config", new)  # noqa: B010
-        seen.add(id(unwrapped(encoder.module).config))
+        new = copy.deepcopy(old) if id(old) in seen else old
+        seen.add(id(new))
+        for module in encoder.module.modules() if new is not old else ():  # every layer holds the same object
+            if getattr(module, "config", None) is old:
+                setattr(module, "config", new)  # noqa: B010
 
 
 UNKNOWN_COUNT = "not known before a run"
@@ -123,11 +113,21 @@ class PartSummary(NamedTuple):
 def describe_model(model: Any) -> str:
     """One line per part of a composed model, and one per modality's token and selection."""
     rows = [("part", "class", "parameters", "trainable", "dtype")]
-    rows += [_row(summary) for summary in summaries(model)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for part in summaries(model):
+        name = part.class_name + (f" + {'/'.join(part.adapters)}" if part.adapters else "")
+        name += f" ({part.projection})" if part.projection else ""
+        rows.append((part.where, name, f"{part.total:,}", f"{part.trainable:,}", part.dtypes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines + [_modality(model, name) for name in model.config.encoders])
+    for name in model.config.encoders:
+        entry = model.config.modality(name)
+        lines.append(
+            f"{name}: {entry['kind']}, token {entry['token'] or '-'} (id {entry['token_id']}), layer {entry['layer']}"
+            f"{', output ' + entry['output'] if entry['output'] else ''}, drop_prefix {entry['drop_prefix']}, "
+            f"features per item {features_per_item(model, name)}, inputs {list(entry['input_names'])}"
+        )
+    return "\n".join(lines)
 
 
 def summaries(model: Any) -> list[PartSummary]:
@@ -136,47 +136,20 @@ def summaries(model: Any) -> list[PartSummary]:
 
 
 def summary(where: str, part: Any) -> PartSummary:
-    """Of one part.
-
-    Args:
-        where: its dotted name; one that ends in ``.projector`` is a projector.
-        part: the module, PEFT-wrapped or not.
-    """
-    parameters = list(part.parameters())
-    config, projection = getattr(part, "config", None), ""
+    """Of one part, PEFT-wrapped or not; a dotted name `where` that ends in ``.projector`` is a projector's."""
+    parameters, projection = list(part.parameters()), ""
     if where.endswith("projector"):
-        projection = f"{config.projection_type}, {config.in_features} -> {config.out_features}"
-    return PartSummary(
-        where,
-        type(unwrapped(part)).__name__,
-        projection,
-        dict(part.peft_config) if is_wrapped(part) else {},
-        sum(map(_size, parameters)),
-        sum(_size(p) for p in parameters if p.requires_grad),
-        "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
-    )
+        projection = f"{part.config.projection_type}, {part.config.in_features} -> {part.config.out_features}"
+    adapters = dict(part.peft_config) if is_wrapped(part) else {}
+    total, trainable = sum(map(_size, parameters)), sum(_size(p) for p in parameters if p.requires_grad)
+    dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    return PartSummary(where, type(unwrapped(part)).__name__, projection, adapters, total, trainable, dtypes)
 
 
 def _size(parameter: Any) -> int:
     """How many weights a parameter stands for: 4-bit ones are packed, sharded ones lie elsewhere."""
     packed = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return math.prod(packed) if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
-
-
-def _row(part: PartSummary) -> tuple[str, str, str, str, str]:
-    name = part.class_name + (f" + {'/'.join(part.adapters)}" if part.adapters else "")
-    name += f" ({part.projection})" if part.projection else ""
-    return part.where, name, f"{part.total:,}", f"{part.trainable:,}", part.dtypes
-
-
-def _modality(model: Any, name: str) -> str:
-    entry = model.config.modality(name)
-    count = features_per_item(model, name)
-    return (
-        f"{name}: {entry['kind']}, token {entry['token'] or '-'} (id {entry['token_id']}), layer {entry['layer']}"
-        f"{', output ' + entry['output'] if entry['output'] else ''}, drop_prefix {entry['drop_prefix']}, "
-        f"features per item {count}, inputs {list(entry['input_names'])}"
-    )
 
 
 def features_per_item(model: Any, name: str) -> str:

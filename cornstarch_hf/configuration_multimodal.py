@@ -4,15 +4,17 @@ Sub-configurations are flat attributes (`text_config`, `vision_config`, `vision_
 that other software looks for; `encoders` keeps their order, and `{name}_modality` holds what belongs to one modality.
 """
 
-import functools
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .configuration_projector import MultimodalProjectorConfig
+from .limits import check_count
 from .parts.classes import (
     SharedCode,
     SharedConfig,
@@ -30,50 +32,32 @@ MEDIA_KINDS = ("image", "video", "audio")
 FORMAT_VERSION = 1  # rises when older versions could no longer read what is saved
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # Arguments and attributes of models, processors and trainers, which an encoder of that name would hide.
-RESERVED_NAMES = frozenset(
-    [
-        *("add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs"),
-        *("encoders", "feature_extractor", "generation_config", "image_processor", "images", "inputs"),
-        *("kernel_config", "labels", "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages"),
-        *("model", "name_or_path", "padding", "processor", "processors", "return_tensors", "sampling_rate", "text"),
-        *("tokenizer", "training", "truncation", "video_processor", "videos"),
-    ]
-)
+RESERVED_NAMES = frozenset([
+    "add_special_tokens", "audios", "base_model", "config", "conversation", "encoder", "encoder_inputs", "encoders",
+    "feature_extractor", "generation_config", "image_processor", "images", "inputs", "kernel_config", "labels",
+    "language_model", "llm", "llm_inputs", "loss_type", "max_length", "messages", "model", "name_or_path", "padding",
+    "processor", "processors", "return_tensors", "sampling_rate", "text", "tokenizer", "training", "truncation",
+    "video_processor", "videos",
+])  # fmt: skip
 # Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = (
     *("language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "part_dtypes", "origins"),
 )
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
-    "kind": None,
-    "token": None,
-    "token_id": None,
-    "encoder_class": None,
-    "encoder_kwargs": {},
-    "output": None,
-    "layer": -1,
-    "drop_prefix": 0,
-    "data_format": None,
-    "additional_args": [],
-    "input_names": {},
-    "callbacks": {},
-}
+    "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
+    "layer": -1, "drop_prefix": 0, "data_format": None, "additional_args": [], "input_names": {}, "callbacks": {},
+}  # fmt: skip
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "language_model_class": (str,),
-    "language_model_kwargs": (dict,),
-    "adapters": (dict,),
-    "encoder_types": (dict,),
-    "frozen": (list, tuple),
-    "part_dtypes": (dict,),
-    "part_implementations": (dict,),
-}
-_ENTRY_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,)),
-    **dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,)),
-    "token_id": (int,),
-    "additional_args": (list, tuple),
-}
+_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
+_TYPES |= {"language_model_class": (str,), "frozen": (list, tuple)}
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
+_ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
+_ENTRY_TYPES |= {"token_id": (int,), "additional_args": (list, tuple)}
+# What transformers has on every configuration and every model, and names of usual tokens.
+_KEYS_OF_ALL = {*dir(PreTrainedConfig), *dir(PreTrainedModel), *dir(GenerationMixin)}
+_KEYS_OF_ALL |= {"quantization_config", "generation_config", "language_model_class"}
+_TOKEN_KEYS = {f"{k}_token_id" for k in ("bos", "eos", "pad", "sep", "unk", "mask", "decoder_start")}
 
 # Whether the values from which a configuration is being made have been looked at already, all of them.
 _checked: ContextVar[bool] = ContextVar("_checked", default=False)
@@ -83,27 +67,21 @@ class _SubConfigs:
     """`sub_configs`, which transformers reads on the class and on instances: the encoders differ per instance."""
 
     def __get__(self, config, owner=None):
-        keys = ["text_config"]
-        for name in () if config is None else config.__dict__.get("encoders") or ():
-            keys += [f"{name}_config", f"{name}_projector_config"]
-        return dict.fromkeys(keys, AutoConfig)
+        names = [] if config is None else config.__dict__.get("encoders") or []
+        return dict.fromkeys(["text_config", *(key for name in names for key in _own_keys(name)[:2])], AutoConfig)
 
 
 class MultimodalConfig(SharedCode, PreTrainedConfig):
-    """Configuration of a composed multimodal language model.
-
-    Without arguments it is an empty configuration, from which no model can be built.
+    """Configuration of a composed multimodal language model; without arguments an empty one, which builds no model.
 
     Args:
         text_config: the language model's configuration (an object, kept as it is, or a dict with `model_type`).
         encoders: the encoders' names, in order; each matches ``[a-z][a-z0-9_]{0,63}`` and brings
             ``{name}_config``, ``{name}_projector_config`` and ``{name}_modality`` (see `MODALITY_DEFAULTS`).
         share_inputs: groups of modality names that see the same items.
-        loss_at_labels: in training mode, run the language model's head at labelled positions only; the output then
-            has no `logits`.
-        **kwargs: those three for each encoder, settings that a checkpoint keeps (`frozen`, `adapters`, `encoder_types`,
-            `part_dtypes`, `part_implementations`, `language_model_class`, `language_model_kwargs`, `origins`: from which
-            repository each part came), and whatever `transformers.PreTrainedConfig` takes.
+        loss_at_labels: in training mode, run the head at labelled positions only; the output then has no `logits`.
+        **kwargs: those three for each encoder, settings that a checkpoint keeps (`OPTIONAL_KEYS`; `origins` says from
+            which repository each part came), and whatever `transformers.PreTrainedConfig` takes.
 
     Raises:
         ValueError: a newer `cornstarch_format`; a name that is invalid, reserved or collides; an unknown key
@@ -117,14 +95,9 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     auto_map: ClassVar[dict[str, str]] = {}
 
     def __init__(
-        self,
-        text_config=None,
-        encoders=None,
-        share_inputs=None,
-        cornstarch_format=FORMAT_VERSION,
-        loss_at_labels=False,
+        self, text_config=None, encoders=None, share_inputs=None, cornstarch_format=FORMAT_VERSION, loss_at_labels=False,
         **kwargs,
-    ):
+    ):  # fmt: skip
         if not isinstance(cornstarch_format, int) or not 1 <= cornstarch_format <= FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has cornstarch_format {cornstarch_format!r}, this version of cornstarch_hf reads up "
@@ -135,8 +108,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         names = list(encoders or [])
         validate_encoder_names(names)
         if not _checked.get():  # `from_dict` has looked at all of them
-            check_values({key: value for key, value in kwargs.items() if isinstance(value, dict)}, type(self).__name__)
-            check_values({"text_config": text_config if isinstance(text_config, dict) else None}, type(self).__name__)
+            given = {"text_config": text_config, **kwargs}
+            check_values({key: value for key, value in given.items() if isinstance(value, dict)}, type(self).__name__)
         check_types(kwargs, _TYPES, type(self).__name__)
         check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
         check_part_dtypes(kwargs.get("part_dtypes"))
@@ -146,7 +119,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
         stored = kwargs.pop("part_implementations", None) or {}
         # The parts come after the base class: its initialiser would reset their attention settings.
-        super().__init__(**kwargs)
+        super().__init__(**{**dict.fromkeys(OPTIONAL_KEYS), **kwargs})  # type: ignore[arg-type]
         self.cornstarch_format = cornstarch_format
         self.encoders = names
         shared = carries_code(kwargs.get("auto_map"))  # unknown classes may then come with its code
@@ -157,10 +130,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not isinstance(loss_at_labels, bool):
             raise ValueError(f"loss_at_labels must be True or False, got {loss_at_labels!r}.")
         self.loss_at_labels = loss_at_labels
-        for key in OPTIONAL_KEYS:
-            if not hasattr(self, key):
-                setattr(self, key, None)
-        self.origins = check_origins(getattr(self, "origins", None))
+        self.origins = check_origins(kwargs.get("origins"))
         apply_implementations(self, stored)
         for key, value in implementations.items():  # last: setting it hands it on to every part
             if value is not None:
@@ -172,7 +142,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         check_values(config_dict, cls.__name__)
         token = _checked.set(True)
         try:
-            return _built(super().from_dict, cls.__name__, config_dict, **kwargs)
+            with _stored_values(cls.__name__):
+                return super().from_dict(config_dict, **kwargs)
         finally:
             _checked.reset(token)
 
@@ -187,7 +158,21 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
         setattr(self, f"{name}_projector_config", projector)
-        setattr(self, f"{name}_modality", _modality_entry(name, parts[f"{name}_modality"]))
+        check_types({"modality": parts[f"{name}_modality"]}, {"modality": (dict,)}, name)
+        values = dict(parts[f"{name}_modality"] or {})
+        check_types(values, _ENTRY_TYPES, f"{name}_modality")
+        check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
+        if unknown := sorted(set(values) - set(MODALITY_DEFAULTS)):
+            raise ValueError(
+                f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "
+                "written by a newer version needs that version."
+            )
+        entry = copy.deepcopy(MODALITY_DEFAULTS) | values  # so that no two share a list
+        check_count(entry["drop_prefix"], f"{name}: drop_prefix (a number of tokens)", least=0)
+        layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
+        if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+            raise ValueError(f"{name}: layer must be an integer or a list of integers, got {entry['layer']!r}.")
+        setattr(self, f"{name}_modality", entry)
 
     def modality(self, name: str) -> dict[str, Any]:
         """The entry of one modality; ValueError that lists the names for an unknown one."""
@@ -200,11 +185,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         return [name for name in self.encoders if self.modality(name)["kind"] == kind]
 
     def modalities_for(self, what: str) -> list[str]:
-        """The modalities that a name, or a kind (``"image"``), means.
-
-        Raises:
-            ValueError: none, or several that do not share their inputs; names them.
-        """
+        """The modalities that a name, or a kind (``"image"``), means; ValueError for none, or several with other inputs."""
         if what in self.encoders:
             return [what]
         names = self.modalities_of_kind(what)
@@ -222,11 +203,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         return (self.adapters or {}).get(part)
 
     def with_shared_parts(self) -> "MultimodalConfig":
-        """Itself, or a configuration whose parts have the classes that were not known when it was read.
-
-        Raises:
-            ValueError: a class is still not known.
-        """
+        """Itself, or with the classes of parts that were not known when it was read (ValueError for one still unknown)."""
         if not any(isinstance(getattr(self, key, None), SharedConfig) for key in self.sub_configs):
             return self
         values = {key: value for key, value in self.to_dict().items() if key != "auto_map"}
@@ -256,8 +233,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             source = (output.get(key) or {}).get("_name_or_path")
             if source and not is_repo_id(source):  # where a part lay on this machine is nobody else's business
                 del output[key]["_name_or_path"]
-        implementations = part_implementations(self)
-        if implementations:
+        if implementations := part_implementations(self):
             output["part_implementations"] = implementations
         for key in OPTIONAL_KEYS:
             if not output.get(key):
@@ -274,67 +250,36 @@ def _as_config(value, key: str, shared: bool = False) -> PreTrainedConfig:
         return value
     if not isinstance(value, dict) or not isinstance(value.get("model_type"), str):
         raise ValueError(f"{key} must be a configuration or a dict with its `model_type`, got {value!r:.200}.")
+    # transformers' own, else one that is imported already: a class counts by its own `model_type`, not by an inherited one.
+    named = {cls for cls in subclasses_of(PreTrainedConfig) if vars(cls).get("model_type") == value["model_type"]}
+    known = value["model_type"] in CONFIG_MAPPING
+    found: Any = [CONFIG_MAPPING[value["model_type"]]] if known else last_definition(list(named))
+    if len(found) != 1 and shared:
+        return SharedConfig(stored=dict(value))  # until the code has run, see `with_shared_parts`
+    if len(found) != 1:
+        raise ValueError(
+            f"{key} has the model_type {value['model_type']!r}, which transformers does not know: expected one imported "
+            f"configuration class of that type, found {sorted(map(str, found))}. Import the file that defines it first, or "
+            "pass trust_remote_code=True for a checkpoint that carries it."
+        )
     values = {k: v for k, v in value.items() if k != "model_type"}
-    try:
-        cls = config_class_of(value["model_type"], key)
-    except ValueError:
-        if shared:
-            return SharedConfig(stored=dict(value))  # until the code has run, see `with_shared_parts`
-        raise
     # What `from_dict` does besides is to write the values out for the log.
-    plain = cls.from_dict.__func__ is PreTrainedConfig.from_dict.__func__
-    return _built(lambda values: cls(**values) if plain else cls.from_dict(values), key, values)
+    plain = found[0].from_dict.__func__ is PreTrainedConfig.from_dict.__func__
+    with _stored_values(key):
+        return found[0](**values) if plain else found[0].from_dict(values)
 
 
-def _built(build: Callable[..., Any], where: str, values: dict[str, Any], **kwargs: Any) -> Any:
-    """What a constructor makes of stored values; ValueError for whatever else it raises on values of wrong types."""
+@contextmanager
+def _stored_values(where: str) -> Iterator[None]:
+    """ValueError for whatever else a constructor raises on stored values of wrong types."""
     try:
-        return build(values, **kwargs)
+        yield
     except (ValueError, ImportError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(
             f"{where} does not take its stored values ({type(error).__name__}: {error!s:.300})."
         ) from error
-
-
-def config_class_of(model_type: str, key: str = "config") -> type[PreTrainedConfig]:
-    """The configuration class of a `model_type`: transformers' own, else one that is imported already (ValueError)."""
-    if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type]
-    # A class counts by its own `model_type`, not by one that it inherits.
-    named = {c for c in subclasses_of(PreTrainedConfig) if c.__dict__.get("model_type") == model_type}
-    found = last_definition(list(named))
-    if len(found) != 1:
-        raise ValueError(
-            f"{key} has the model_type {model_type!r}, which transformers does not know: expected one imported "
-            f"configuration class of that type, found {sorted(map(str, found))}. Import the file that defines it first, or "
-            "pass trust_remote_code=True for a checkpoint that carries it."
-        )
-    return found[0]
-
-
-def _modality_entry(name: str, values) -> dict[str, Any]:
-    check_types({"modality": values}, {"modality": (dict,)}, name)
-    values = dict(values or {})
-    check_types(values, _ENTRY_TYPES, f"{name}_modality")
-    check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
-    if unknown := sorted(set(values) - set(MODALITY_DEFAULTS)):
-        raise ValueError(
-            f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "
-            "written by a newer version needs that version."
-        )
-    entry = {key: _copied(value) for key, value in MODALITY_DEFAULTS.items()} | values  # so that no two share a list
-    if not isinstance(entry["drop_prefix"], int) or entry["drop_prefix"] < 0:
-        raise ValueError(f"{name}: drop_prefix must be a number of tokens >= 0, got {entry['drop_prefix']!r}.")
-    layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
-    if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-        raise ValueError(f"{name}: layer must be an integer or a list of integers, got {entry['layer']!r}.")
-    return entry
-
-
-def _copied(value):
-    return type(value)(value) if isinstance(value, (list, dict)) else value
 
 
 def valid_groups(groups, names: list[str]) -> list[list[str]]:
@@ -346,27 +291,15 @@ def valid_groups(groups, names: list[str]) -> list[list[str]]:
     return groups
 
 
-@functools.cache
-def _keys_of_others() -> tuple[set[str], set[str], set[str]]:
-    """What transformers has on every configuration and every model, and names of usual tokens."""
-    from transformers import GenerationMixin, PreTrainedModel
-
-    config_keys = set(dir(PreTrainedConfig)) | {"quantization_config", "generation_config", "language_model_class"}
-    model_keys = set(dir(PreTrainedModel)) | set(dir(GenerationMixin))
-    token_keys = {f"{k}_token_id" for k in ("bos", "eos", "pad", "sep", "unk", "mask", "decoder_start")}
-    return config_keys, model_keys, token_keys
-
-
 def validate_encoder_names(names: list[str]) -> None:
     """Refuse names that are malformed, reserved, or whose derived keys collide with anything (ValueError)."""
     taken = {"text_config": "the language model", "language_model": "the language model"}
-    config_keys, model_keys, token_keys = _keys_of_others()
     for name in names:
         if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
             raise ValueError(f"The encoder name {name!r} is invalid: it must match {NAME_PATTERN.pattern!r}.")
         derived = {*_own_keys(name), f"{name}_encoder", f"{name}_token_id"}
-        clash = derived & (config_keys | model_keys | token_keys)
-        if name in RESERVED_NAMES or name in model_keys or name in config_keys or clash:
+        clash = derived & (_KEYS_OF_ALL | _TOKEN_KEYS)
+        if name in RESERVED_NAMES | _KEYS_OF_ALL or clash:
             raise ValueError(f"The encoder name {name!r} is reserved ({sorted(clash) or name}): choose another one.")
         for key in sorted(derived):
             if key in taken:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 
+from .limits import check_count
 from .parts.classes import SharedCode, carries_code
 from .parts.registries import PROJECTORS
 from .parts.stored_modules import as_json
@@ -14,14 +15,11 @@ from .parts.stored_values import check_values
 BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
 CUSTOM_PROJECTION = "custom"
 # What any configuration may be given, besides what its class declares.
-_BASE_KEYS = frozenset(
-    [
-        *vars(PreTrainedConfig()),
-        *("attn_implementation", "auto_map", "encoder_model_type", "experts_implementation", "language_model_type"),
-        *("model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config", "torch_dtype"),
-        *("use_cache", "tie_word_embeddings", "use_return_dict", "trust_remote_code"),
-    ]
-)
+_BASE_KEYS = frozenset([
+    *vars(PreTrainedConfig()), "attn_implementation", "auto_map", "encoder_model_type", "experts_implementation",
+    "language_model_type", "model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config",
+    "torch_dtype", "use_cache", "tie_word_embeddings", "use_return_dict", "trust_remote_code",
+])  # fmt: skip
 # Where encoders' configurations tell their width, the first that is there; of a list the last counts.
 _WIDTHS = ("output_proj_dims", "hidden_sizes", "hidden_size", "out_hidden_size", "output_dim", "embed_dims", "d_model")
 _FIELDS = frozenset(["in_features", "out_features", "activation", "config", "projection_kwargs"])
@@ -31,10 +29,9 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
     """Configuration of a projector from an encoder's width to the language model's.
 
     Args:
-        encoder_config: configuration to read `in_features` from, when that is not given.
-        text_config: configuration to read `out_features` from, when that is not given.
-        projection_type: a registered type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``,
-            ``"conv"`` or ``"resampler"``, which leave fewer features; or a name given to `register_projector`.
+        encoder_config, text_config: to read `in_features` and `out_features` from, when these are not given.
+        projection_type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``, ``"conv"`` or
+            ``"resampler"``, which leave fewer features; or a name given to `register_projector`.
         activation: a key of `transformers.activations.ACT2CLS`, used by all but ``"linear"``.
         in_features: width of the encoder's features; None leaves it to the composition.
         out_features: hidden size of the language model; None leaves it to the composition.
@@ -43,24 +40,16 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
 
     Raises:
         TypeError: a keyword that neither the projection nor `PreTrainedConfig` takes.
-        ValueError: unknown projection type or activation, sizes that are not positive, options of the projection that
-            make no sense.
+        ValueError: unknown projection type or activation, sizes that are not positive, options that make no sense.
     """
 
     model_type = "multimodal-projector"
     base_model_fsdp_plan: ClassVar[dict[str, str]] = {}
 
     def __init__(
-        self,
-        encoder_config=None,
-        text_config=None,
-        projection_type="linear",
-        activation="gelu",
-        in_features=None,
-        out_features=None,
-        projection_kwargs=None,
-        **kwargs,
-    ):
+        self, encoder_config=None, text_config=None, projection_type="linear", activation="gelu", in_features=None,
+        out_features=None, projection_kwargs=None, **kwargs,
+    ):  # fmt: skip
         # A type that a checkpoint's own code defines is looked up when the projection is built.
         known = projection_type == CUSTOM_PROJECTION or projection_type in BUILT_IN_PROJECTIONS
         if not known and not carries_code(kwargs.get("auto_map")):
@@ -68,8 +57,8 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         if activation not in ACT2CLS:
             raise ValueError(f"Unknown activation {activation!r}, expected one of {sorted(ACT2CLS)}.")
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise ValueError(f"The projector's {name} must be a positive integer, got {size!r}.")
+            if size is not None:
+                check_count(size, f"The projector's {name}")
         self.projection_type = projection_type
         self.activation = activation
         self.projection_kwargs = _projection_options(projection_type, projection_kwargs, kwargs)
@@ -89,9 +78,8 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         extras = {k: v for k, v in config_dict.items() if k not in known | options and not k.startswith("_")}
         own = {k: v for k, v in config_dict.items() if k not in extras}
         loaded = super().from_dict(own, **kwargs) if kwargs else cls(**own)  # the former also writes it out for the log
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
         for key, value in extras.items():
-            setattr(config, key, value)
+            setattr(loaded[0] if isinstance(loaded, tuple) else loaded, key, value)
         return loaded
 
     def __eq__(self, other):
@@ -104,9 +92,8 @@ def options_of(projection_type: str, names: tuple[str, ...]) -> set[str]:
         return set()
     parameters = inspect.signature(PROJECTORS[projection_type]).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        # It takes any name, so all count that are no setting of every configuration.
-        return {name for name in names if name not in _FIELDS and name not in _BASE_KEYS}
-    return {name for name in names if name in parameters and name not in _FIELDS}
+        return set(names) - _FIELDS - _BASE_KEYS  # it takes any name but those of settings of every configuration
+    return set(names) & set(parameters) - _FIELDS
 
 
 def _projection_options(projection_type: str, given: dict[str, Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -118,17 +105,15 @@ def _projection_options(projection_type: str, given: dict[str, Any] | None, kwar
         options[key] = kwargs.pop(key)
     unknown = sorted(k for k in kwargs if k not in _BASE_KEYS and not k.startswith("_"))
     surplus = set(options) - options_of(projection_type, tuple(options)) - _FIELDS
+    known = inspect.signature(PROJECTORS[projection_type]).parameters if projection_type in PROJECTORS else ()
     # What a type takes that is not known here cannot be judged.
     if unknown or (surplus and projection_type in PROJECTORS):
-        known = []
-        if projection_type in PROJECTORS:
-            known = sorted(set(inspect.signature(PROJECTORS[projection_type]).parameters) - _FIELDS)
         raise TypeError(
-            f"The {projection_type!r} projector takes no {unknown or sorted(surplus)}, expected some of {known}."
+            f"The {projection_type!r} projector takes no {unknown or sorted(surplus)}, expected some of "
+            f"{sorted(set(known) - _FIELDS)}."
         )
-    # A reduction refuses bad sizes here, before it is built.
     check = getattr(PROJECTORS.get(projection_type), "check_options", None)
-    if check is not None:
+    if check is not None:  # a reduction refuses bad sizes here, before it is built
         check(**{key: value for key, value in options.items() if key not in _FIELDS})
     return as_json(options, "projection_kwargs")
 
@@ -147,8 +132,7 @@ def feature_width(config: PreTrainedConfig) -> int | None:
     """Width of an encoder's last hidden state by its configuration's attributes, or None."""
     for name in _WIDTHS:
         width = getattr(config, name, None)
-        if isinstance(width, (list, tuple)) and width:
-            width = width[-1]  # of the last stage
+        width = width[-1] if isinstance(width, (list, tuple)) and width else width  # of the last stage
         if isinstance(width, int) and width > 0:
             return width
     return None

@@ -1,7 +1,6 @@
 """How much an untrusted checkpoint, file or message may make this machine do: named caps, and the checks against them.
 
-Each cap is an attribute of this module that a user may set: ``cornstarch_hf.limits.MAX_IMAGE_PIXELS = 400_000_000``.
-Every error names the cap that it met.  Pure arithmetic; every other module may look a cap up here.
+A user may set each of them, ``cornstarch_hf.limits.MAX_IMAGE_PIXELS = 400_000_000``; errors name the cap that they met.
 """
 
 from typing import Any
@@ -34,21 +33,12 @@ MAX_TEMPLATE_SECONDS = 5.0  # of computing
 
 
 def check(value: float, cap: str, what: str) -> None:
-    """Refuse a value above the cap of that name.
-
-    Args:
-        value: in the unit of the cap.
-        cap: the name of an attribute of this module.
-        what: who and what has that value, the beginning of the message.
-
-    Raises:
-        ValueError: with both numbers and the remedy.
-    """
+    """Refuse a value above the cap of that name (ValueError with both numbers and the remedy, beginning with `what`)."""
     limit = globals()[cap]
     if value > limit:
         raise ValueError(
-            f"{what} {value:,}, more than cornstarch_hf.limits.{cap} = {limit:,}: if that is meant, set "
-            "the attribute higher before."
+            f"{what} {value:,}, more than cornstarch_hf.limits.{cap} = {limit:,}: if that is meant, set the attribute "
+            "higher before."
         )
 
 

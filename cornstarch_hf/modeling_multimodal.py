@@ -1,7 +1,8 @@
 """The composed model: encode → merge → language model → output; what else it can do comes from the rooms, as mixins."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,41 +33,16 @@ logger = logging.get_logger(__name__)
 EncoderOutputs = dict[str, Any]
 
 
-class Merged(NamedTuple):
-    """What goes into the language model.
-
-    Attributes:
-        input_ids: ``(batch, length)`` of text alone, else None.
-        inputs_embeds: ``(batch, length, hidden)`` with the features in them, else None.
-        text: the language model's other inputs.
-        masks: ``(batch, length)`` by modality, True where its placeholders stand.
-        outputs: what the encoders gave, by modality.
-    """
-
-    input_ids: Tensor | None
-    inputs_embeds: Tensor | None
-    text: dict[str, Any]
-    masks: dict[str, Tensor]
-    outputs: EncoderOutputs
-
-
 class MultimodalModel(
-    MultimodalGenerationMixin,
-    FreezingMixin,
-    WholeAdaptersMixin,
-    GatheringMixin,
-    EmbeddingsMixin,
-    MergingMixin,
-    MultimodalStorageMixin,
-    GenerationMixin,
-):
+    MultimodalGenerationMixin, FreezingMixin, WholeAdaptersMixin, GatheringMixin, EmbeddingsMixin, MergingMixin,
+    MultimodalStorageMixin, GenerationMixin,
+):  # fmt: skip
     """A multimodal language model composed of named encoders, projectors and a causal language model.
 
     Args:
         config: a `MultimodalConfig` to build with fresh weights; a dict given here means `encoders`.
         language_model: a causal language model of transformers, PEFT-wrapped or not.
-        init_projector_type: type of the projectors that encoders lack.
-        init_activation: activation of those projectors.
+        init_projector_type, init_activation: of the projectors that encoders lack.
         encoders: `ModalEncoderModule`s by name; `vision` becomes `model.vision_encoder`.
 
     Raises:
@@ -102,21 +78,19 @@ class MultimodalModel(
             config, encoders = None, config
         if (config is None) == (language_model is None and encoders is None):
             raise TypeError("MultimodalModel takes either a config, or encoders= and language_model=.")
+        supplied = config is None
         if config is None:
             encoders = {} if encoders is None else encoders
             config = compose_config(encoders, language_model, init_projector_type, init_activation)
-            parts: Any = (language_model, *encoders.values())
-            for part in parts:
+            for part in (language_model, *encoders.values()):
                 mark_initialized(part)  # else `post_init` would draw its weights anew
-            supplied = True
         else:
             if not isinstance(config, MultimodalConfig):
                 raise TypeError(f"config must be a MultimodalConfig, got {type(config).__name__}.")
-            parts = (getattr(config, key, None) for key in config.sub_configs)
+            sizes = [getattr(config, key, None) for key in config.sub_configs]
             # The configuration may come from a file: its sizes are bounded before tensors of those sizes are made.
-            with bounded_tensors(*parts, config.adapters), WithoutInitializers():
+            with bounded_tensors(*sizes, config.adapters), WithoutInitializers():
                 encoders, language_model = build_parts(config)
-            supplied = False
         # A method that transformers has renamed would never be called, without a word.
         check_hooks(GenerationMixin, GENERATION_HOOKS)
         check_hooks(PreTrainedModel, MODEL_HOOKS)
@@ -160,11 +134,10 @@ class MultimodalModel(
         """Encode, merge, run the language model.
 
         Args:
-            input_ids: ``(batch, length)`` with one placeholder id per feature.
-            attention_mask: ``(batch, length)``, or what the language model takes; used as it is.
-            position_ids: ``(batch, length)``; used as they are.
+            input_ids, inputs_embeds: ``(batch, length)`` with one placeholder id per feature; or ``(batch, length, hidden)``,
+                placeholders embedded by their id.
+            attention_mask, position_ids: ``(batch, length)``, or what the language model takes; used as they are.
             cache: the language model's cache; also by the names that older versions have for it.
-            inputs_embeds: ``(batch, length, hidden)`` instead of `input_ids`, placeholders embedded by their id.
             labels: ``(batch, length)``, -100 where no loss is wanted; placeholders are never labelled.
             use_cache: whether the language model returns a cache.
             logits_to_keep: how many last positions get logits, 0 for all.
@@ -172,36 +145,26 @@ class MultimodalModel(
             **kwargs: the encoders' inputs by their keywords, and what the language model's `forward` takes.
 
         Returns:
-            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)``, `cache` (before transformers
-            5.24 `past_key_values`), ..., with the encoders' outputs as the attributes `image_outputs`, `audio_outputs`, ...
-            With `config.loss_at_labels`, in training mode and with labels, `logits` is None.
+            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)`` (None in training with labels
+            and `config.loss_at_labels`), `cache` (before transformers 5.24 `past_key_values`), ..., with the encoders'
+            outputs as the attributes `image_outputs`, `audio_outputs`, ...
 
         Raises:
             TypeError: an unknown keyword.
-            ValueError: placeholders and features that do not match in number; labelled placeholders where their
-                number has been counted already.
+            ValueError: placeholders and features that do not match in number; labelled placeholders that were counted.
         """
         return_dict = kwargs.pop("return_dict", None)
-        # A caller may use any of the cache's names; from here on there is one.
         kwargs = kwargs | {"cache": cache}
-        cache = take_cache(kwargs)
+        cache = take_cache(kwargs)  # a caller may use any of the cache's names; from here on there is one
         # (batch, length) ids, or (batch, length, hidden) embeddings with the features in them
-        merged = self._encode_and_merge(input_ids, inputs_embeds, mm_encoder_outputs, cache, kwargs)
-        tokens: Any = merged.inputs_embeds if merged.input_ids is None else merged.input_ids
+        inputs, masks, outputs = self._encode_and_merge(input_ids, inputs_embeds, mm_encoder_outputs, cache, kwargs)
+        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         check_lengths(tokens.shape[1], attention_mask, labels)
-        output = run_language_model(
-            self,
-            input_ids=merged.input_ids,
-            inputs_embeds=merged.inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            labels=self._without_placeholder_labels(labels, merged.masks, merged.text),
-            use_cache=self._caching(use_cache, cache),
-            logits_to_keep=logits_to_keep,
-            **merged.text,
-        )
-        self._attach_features(output, merged.outputs)
+        own = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
+        own |= {"use_cache": self._caching(use_cache, cache), "logits_to_keep": logits_to_keep}
+        labels = self._without_placeholder_labels(labels, masks, inputs)
+        output = run_language_model(self, labels=labels, **own, **inputs)
+        self._attach_features(output, outputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -212,43 +175,41 @@ class MultimodalModel(
         cache = take_cache(kwargs)
         embeds, given, use_cache = (kwargs.pop(k, None) for k in ("inputs_embeds", "mm_encoder_outputs", "use_cache"))
         own = {key: kwargs.pop(key, None) for key in ("attention_mask", "position_ids")}
-        merged = self._encode_and_merge(input_ids, embeds, given, cache, kwargs)
-        own |= {"input_ids": merged.input_ids, "inputs_embeds": merged.inputs_embeds, "cache": cache}
-        output = run_backbone(self, {**own, "use_cache": self._caching(use_cache, cache), **merged.text})
-        self._attach_features(output, merged.outputs)
+        inputs, _, outputs = self._encode_and_merge(input_ids, embeds, given, cache, kwargs)
+        output = run_backbone(self, {**own, "cache": cache, "use_cache": self._caching(use_cache, cache), **inputs})
+        self._attach_features(output, outputs)
         return output
 
     def _encode_and_merge(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, given: Any, cache: Any, kwargs: dict[str, Any]
-    ) -> Merged:
-        """The corridor up to the language model: route, encode, find the placeholders, count, merge."""
+    ) -> tuple[dict[str, Any], dict[str, Tensor], EncoderOutputs]:
+        """The corridor up to the language model: its inputs, ``(batch, length)`` masks of placeholders, features by modality.
+
+        The inputs are `input_ids` ``(batch, length)`` of text alone, or `inputs_embeds` ``(batch, length, hidden)`` with the
+        features in them; the other one is None.
+        """
         media, text = self._route(kwargs)  # each encoder's tensors, and what is the language model's
         outputs = self._encode(media, given)  # pooler_output: per item (n_i, hidden)
         masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)  # (batch, length) by modality
         self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(cache) == 0)
         # Text alone stays ids (batch, length); with features it becomes embeddings (batch, length, hidden).
         ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text)
-        return Merged(ids, embeds, text, masks, outputs)
+        return {"input_ids": ids, "inputs_embeds": embeds, **text}, masks, outputs
 
     def _attach_features(self, output: ModelOutput, outputs: EncoderOutputs) -> None:
-        """Say what each encoder gave (in place), None without items: `output.image_outputs`, ...
-
-        Where a kind has several encoders, or one of another kind bears its name, it is by their names.  They are
-        attributes and no keys: Trainer would gather keys as predictions, and DistributedDataParallel would wait for
-        gradients of all that they were computed with.
-        """
+        """Say what each encoder gave (in place), None without items: `output.image_outputs`, ..., by name where kinds clash."""
+        # Attributes and no keys: Trainer would gather keys as predictions, and DistributedDataParallel would wait for
+        # gradients of all that they were computed with.
         for name in self.config.encoders:
             kind = self.config.modality(name)["kind"]
             alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
             # Another encoder may have the kind as its name.
-            alone = alone and (kind == name or kind not in self.config.encoders)
-            setattr(output, f"{kind if alone else name}_outputs", outputs.get(name))
+            by_kind = alone and (kind == name or kind not in self.config.encoders)
+            setattr(output, f"{kind if by_kind else name}_outputs", outputs.get(name))
 
     def _caching(self, use_cache: bool | None, cache: Any) -> bool | None:
-        """Whether the language model is to return a cache; never while it checkpoints, as in transformers.
-
-        Its own modules find that out by their training mode, which frozen ones are not in.
-        """
+        """Whether the language model is to return a cache; never while it checkpoints, as in transformers."""
+        # Its own modules find that out by their training mode, which frozen ones are not in.
         if use_cache is False or cache is not None or not self.training or not is_checkpointing(self.language_model):
             return use_cache
         if use_cache:
@@ -265,30 +226,25 @@ class MultimodalModel(
             names = self.config.modality(name)["input_names"]
             inputs = {names[key]: text.pop(key) for key in names if key in text}
             inputs = {key: value for key, value in inputs.items() if value is not None}
-            if self._has_items(name, inputs):  # inputs without an item run no encoder
+            main, given = (
+                main_input(self.encoders[name].module),
+                [k for k, v in inputs.items() if isinstance(v, Tensor)],
+            )
+            has_main = inputs.get(main) is not None
+            if given and not has_main and self.encoders[name].preprocess_callback is None:  # which makes it of others
+                raise ValueError(f"{name}: got {given} without {main!r}, the input that its encoder needs.")
+            has_items = len(inputs[main]) > 0 if has_main else bool(given)
+            if has_items:  # inputs without one run no encoder
                 media[name] = inputs
         # `shift_labels` are labels that were shifted already, for sequences that are split over devices.
-        unknown = sorted(
-            set(text) - set(text_keywords(self.language_model)) - transformers_keywords() - {"shift_labels"}
-        )
-        if unknown:
+        taken = sorted(text_keywords(self.language_model))
+        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels"}):
             known = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             raise TypeError(
                 f"forward() got unexpected keyword arguments {unknown}: the encoders take {known}, the language model "
-                f"takes {sorted(text_keywords(self.language_model))}."
+                f"takes {taken}."
             )
         return media, text
-
-    def _has_items(self, name: str, inputs: dict[str, Any]) -> bool:
-        main = main_input(self.encoders[name].module)
-        value = inputs.get(main)
-        if value is None and self.encoders[name].preprocess_callback is None:
-            if left := [key for key, item in inputs.items() if isinstance(item, Tensor)]:
-                raise ValueError(f"{name}: got {left} without {main!r}, the input that its encoder needs.")
-            return False
-        if value is None:  # a callback makes the main input of others
-            return any(isinstance(item, Tensor) for item in inputs.values())
-        return len(value) > 0
 
     def _encode(self, media: dict[str, dict[str, Any]], given: dict[str, Any] | None) -> EncoderOutputs:
         outputs: EncoderOutputs = {self._named(key): value for key, value in (given or {}).items() if value is not None}
@@ -300,18 +256,12 @@ class MultimodalModel(
 
     @PerInstanceSignature
     def get_image_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
-        """Features of images.
+        """Features of images: the encoder's output, with one ``(n_i, hidden)`` projected tensor per image as `pooler_output`.
 
         Args:
-            modality: which encoder, where several take images.
+            modality: which encoder, where several take images (else ValueError).
             return_dict: a model output (default), or a tuple.
             **kwargs: the encoder's inputs by their keywords, e.g. ``pixel_values``.
-
-        Returns:
-            the encoder's output, with one ``(n_i, hidden)`` projected tensor per image as `pooler_output`.
-
-        Raises:
-            ValueError: several encoders take images and none is named.
         """
         return self._features("image", modality, return_dict, kwargs)
 
@@ -320,11 +270,10 @@ class MultimodalModel(
         """Features of sounds; see `get_image_features`."""
         return self._features("audio", modality, return_dict, kwargs)
 
+    @partial(PerInstanceSignature, on_class=False)
     def get_video_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
         """Features of videos; see `get_image_features`."""
         return self._features("video", modality, return_dict, kwargs)
-
-    get_video_features = PerInstanceSignature(get_video_features, on_class=False)  # type: ignore[assignment]
 
     def _features(self, kind: str, modality: str | None, return_dict: bool | None, kwargs: dict[str, Any]):
         names = self.config.modalities_of_kind(kind) if modality is None else [self._named(modality)]
@@ -334,8 +283,7 @@ class MultimodalModel(
         inputs = {keywords[key]: value for key, value in kwargs.items() if key in keywords and value is not None}
         options = ("output_attentions", "output_hidden_states")
         inputs |= {key: value for key, value in kwargs.items() if key in options}
-        known = {*keywords, *options, *transformers_keywords()}
-        if unknown := sorted(set(kwargs) - known):
+        if unknown := sorted(set(kwargs) - {*keywords, *options, *transformers_keywords()}):
             raise TypeError(
                 f"get_{kind}_features() got unexpected keyword arguments {unknown}, expected {sorted(keywords)}."
             )

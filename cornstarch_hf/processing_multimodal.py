@@ -1,12 +1,10 @@
 """The processor of a composed model: raw inputs to tensors, each placeholder repeated for its item's features.
 
-Arguments are sorted (`processing.call`), items run through the processor of their modality, their features counted as the
-encoder and the projector would make them, and texts encoded with as many placeholders.
+`processing.call` sorts the arguments; `encoders.counting` tells how many features the encoder and the projector will make.
 """
 
 import copy
 import os
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -54,7 +52,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     Args:
         tokenizer: of the language model; copied, placeholder tokens are added to the copy.
         processors: an image processor, feature extractor or tokenizer by modality name.
-        model: a composed model; its configuration is read, and the placeholder ids are written into it.
+        model: a composed model, into whose configuration the placeholder ids are written.
         config: a `MultimodalConfig` instead of a model.
         tokens: placeholder tokens by modality name; by default ``<image>``, ``<audio>``, ``<video>`` where one
             modality has that kind, else ``<{name}>``.
@@ -87,16 +85,19 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_TEMPLATE
         super().__init__(tokenizer, chat_template=template)
         tokenizer._set_processor_class(type(self).__name__)  # as saving does, which would change a fingerprint
-        self.processors = {
-            name: resolve_subprocessor(p, config.modality(name)["kind"], name) for name, p in (processors or {}).items()
-        }
+        kinds = {name: config.modality(name)["kind"] for name in config.encoders}
+        self.processors = {name: resolve_subprocessor(p, kinds[name], name) for name, p in (processors or {}).items()}
         if model is not None:
             model.set_modality_token_ids(ids)  # by which the model finds placeholders
             for name, token in self.tokens.items():
-                model.config.modality(name)["token"] = token
-        self.counter = FeatureCounter(
-            _for_processing(config, self.tokens, ids), None if model is None else model.encoders
-        )
+                config.modality(name)["token"] = token  # the model's own
+        config = copy.deepcopy(config)
+        for name in config.encoders:
+            config.modality(name).update(token=self.tokens[name], token_id=ids[name])
+        for key in ("adapters", "frozen", "part_dtypes", "origins"):  # what only the weights need
+            setattr(config, key, None)
+        config.__dict__.pop("auto_map", None)
+        self.counter = FeatureCounter(config, None if model is None else model.encoders)
         self.config = self.counter.config
         self.lock = TravellingLock()  # for what holds a state while it is called
 
@@ -111,9 +112,9 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             encoder_inputs: ``{modality: {argument: value}}``, the items under any of their usual names, or tensors
                 that are processed already under the names that the encoder takes.
             llm_inputs: ``{"text": ..., further arguments of the tokenizer}``.
-            **kwargs: items by modality name (``protein=[...]``); ``sampling_rate`` of bare audio arrays in Hz;
-                arguments of the tokenizer (`padding`, `truncation`, `max_length`, `return_tensors`, ...); arguments of
-                single processors in ``{modality}_kwargs``, ``images_kwargs``, ``audio_kwargs``, ``text_kwargs``.
+            **kwargs: items by modality name (``protein=[...]``); ``sampling_rate`` of bare audio arrays in Hz; arguments of
+                the tokenizer (`padding`, `truncation`, `max_length`, `return_tensors`, ...), and of single processors in
+                ``{modality}_kwargs``, ``images_kwargs``, ``audio_kwargs``, ``text_kwargs``.
 
         Returns:
             `BatchFeature` with `input_ids`, `attention_mask` ``(batch, length)`` and each encoder's inputs; `labels` put
@@ -121,8 +122,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: placeholders and items that differ in number, items that cannot be used, truncation that would
-                cut features.
+            ValueError: placeholders and items that differ in number, unusable items, truncation that would cut features.
         """
         text, options, llm = text_arguments(text, llm_inputs, kwargs)
         by_kind = {"images": images, "videos": videos, "audio": audio}
@@ -132,12 +132,11 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         tensors, lengths, samples = self._process_media(media)  # first: the text needs the numbers of features
         data: dict[str, Any] = {}
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
+            texts, ids = [text] if isinstance(text, str) else list(text), self.placeholder_ids
             check_items(texts, self.tokens, {name: len(found) for name, found in lengths.items()}, samples)
             with self.lock:  # a tokenizer keeps the options of its last call
-                data = encode_texts(
-                    self.tokenizer, texts, self.tokens, self.placeholder_ids, lengths, options, llm["assistant_spans"]
-                )
+                spans = llm["assistant_spans"]
+                data = encode_texts(self.tokenizer, texts, self.tokens, ids, lengths, options, spans)
         if llm["item_lengths"]:  # the collator asks how many features each item has
             data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
@@ -173,7 +172,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             if not used:
                 raise ValueError(f"{name}: its encoder takes {sorted(names)}, but got only {sorted(output)}.")
             check_padding(output, used, self.processors.get(name), name)
-            lengths[name] = self._count(name, used, count)
+            split = split_items({names[keyword]: value for keyword, value in used.items()}, count, name)
+            lengths[name] = [self.counter.count(name, without_padding(item)) for item in split]  # of each item alone
             tensors |= used
         return tensors, lengths, samples
 
@@ -183,52 +183,32 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
         masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
-        with self.lock if entry["kind"] == "text" else nullcontext():  # a tokenizer keeps the options of its last call
-            return run_subprocessor(
-                self.processors[name], name, entry["kind"], items, options, config, masked, prepared
-            )
-
-    def _count(self, name: str, output: dict[str, Any], count: int) -> list[int]:
-        """Features of each item, alone and unpadded."""
-        names = self.config.modality(name)["input_names"]
-        items = split_items({names[keyword]: value for keyword, value in output.items()}, count, name)
-        return [self.counter.count(name, without_padding(item)) for item in items]
+        own, kind = self.processors[name], entry["kind"]
+        with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
+            return run_subprocessor(own, name, kind, items, options, config, masked, prepared)
 
     def apply_chat_template(
-        self,
-        conversation,
-        chat_template: str | None = None,
-        tools=None,
-        documents=None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        return_assistant_tokens_mask: bool = False,
-        tokenize: bool = False,
-        return_tensors=None,
-        return_dict: bool = False,
-        processor_kwargs: dict | None = None,
-        **kwargs: Any,
-    ):
+        self, conversation, chat_template: str | None = None, tools=None, documents=None,
+        add_generation_prompt: bool = False, continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False, tokenize: bool = False, return_tensors=None,
+        return_dict: bool = False, processor_kwargs: dict | None = None, **kwargs: Any,
+    ):  # fmt: skip
         """Turn a conversation, or a batch of them, into text or into inputs.
 
         A part's type is ``"text"``, a kind (``"image"``, ``"audio"``, ``"video"``) or a modality's name.  A placeholder
-        that a user typed in a message stays text when tokenized; as a string it is refused.
+        that a user typed in a message stays text when tokenized; where text is returned it is refused (ValueError).
 
         Args:
             conversation: a list of messages, or a list of such lists.
             chat_template: a template, or the name of one; this processor's by default.
             return_assistant_tokens_mask: adds `assistant_masks`, 1 on tokens that the assistant wrote.
-            tokenize: return inputs instead of text.
-            return_tensors, return_dict, add_generation_prompt, continue_final_message, tools, documents: as in
+            tokenize, return_tensors, return_dict, add_generation_prompt, continue_final_message, tools, documents: as in
                 transformers.
-            processor_kwargs: arguments of this processor's call; may also be given directly.
-            **kwargs: those, and variables of the template.
+            processor_kwargs: arguments of this processor's call.
+            **kwargs: those too, and variables of the template.
 
         Returns:
             text or a list of texts; with `tokenize` `input_ids`, or with `return_dict` a `BatchFeature`.
-
-        Raises:
-            ValueError: as the call does; a typed placeholder where text is returned.
         """
         template = chosen_template(self.chat_template, chat_template)
         batched = is_batch(conversation)
@@ -236,14 +216,13 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         own = call_arguments(self.config)
         call = {k: kwargs.pop(k) for k in list(kwargs) if k in own or k.endswith("_kwargs")}
         call |= processor_kwargs or {}
-        reader, variables = self._reader(), self._variables(tools=tools, documents=documents, **kwargs)
-        ending: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
-        ending["continue_final_message"] = continue_final_message
+        variables: Any = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
+        ending: Any = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         texts: list[str] = []
         spans: list[Any] = []
         media: list[dict[str, list]] = []
         for one in conversations:
-            messages, found = reader.read(one, template)  # takes the media out, marks what users typed
+            messages, found = self._reader().read(one, template)  # takes the media out, marks what users typed
             if return_assistant_tokens_mask:
                 text, turns = assistant_spans(messages, template, specials=self._specials(), **variables)
             else:
@@ -263,29 +242,15 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         return out if return_dict else out["input_ids"]
 
     def read_labelled(
-        self,
-        conversation,
-        *,
-        given: Mapping[str, Any] | None = None,
-        first: int = 0,
-        chat_template: str | None = None,
-        tools=None,
-        **variables: Any,
+        self, conversation, *, given=None, first: int = 0, chat_template: str | None = None, **variables: Any
     ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
         """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
 
-        Args:
-            conversation: messages.
-            given: items by modality for the parts that hold none.
-            first: the first message whose turn counts.
-            chat_template, tools, **variables: as in `apply_chat_template`.
-
-        Raises:
-            ValueError: parts and items that do not fit, turns that cannot be told apart.
+        Parts without an item take those `given` by modality; turns count from the message `first` on.
         """
         template = chosen_template(self.chat_template, chat_template)
         messages, media = self._reader().read(conversation, template, given)
-        variables = self._variables(tools=tools, documents=None, **variables)
+        variables = {**self.tokenizer.special_tokens_map, **variables}
         text, spans = assistant_spans(messages, template, first=first, specials=self._specials(), **variables)
         return text, spans, media
 
@@ -297,9 +262,6 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     def _reader(self) -> ConversationReader:
         kinds = {name: self.config.modality(name)["kind"] for name in self.tokens}
         return ConversationReader(self.tokens, self.config.modalities_for, kinds)
-
-    def _variables(self, **variables: Any) -> dict[str, Any]:
-        return {**self.tokenizer.special_tokens_map, **variables}
 
     def _specials(self) -> list[str]:
         return list(dict.fromkeys([*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()]))
@@ -335,11 +297,9 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary: every sub-processor, and the configuration by which features are counted."""
         described = {name: describe_subprocessor(processor, name) for name, processor in self.processors.items()}
-        found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict()}
-        found["processors"] = {name: values for name, values in described.items() if values is not None}
-        if getattr(self, "auto_map", None):
-            found["auto_map"] = self.auto_map
-        return found
+        described = {name: values for name, values in described.items() if values is not None}
+        found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict(), "processors": described}
+        return found | ({"auto_map": self.auto_map} if getattr(self, "auto_map", None) else {})
 
     def __repr__(self) -> str:
         parts = [f"- {name}: {self.tokens[name]} {type(p).__name__}" for name, p in self.processors.items()]
@@ -347,9 +307,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
 
     def _before_save(self) -> None:
         check_facts_registered(self.config.encoder_types)  # what is not known here would be left out
-        self.config.encoder_types = registered_facts(
-            [getattr(self.config, f"{name}_config") for name in self.config.encoders]
-        )
+        configs = [getattr(self.config, f"{name}_config") for name in self.config.encoders]
+        self.config.encoder_types = registered_facts(configs)
         for name, own in self.counter.own.items():
             if FEATURE_COUNTS.get(name) is None:  # else that count is final, and no part is asked
                 settle_registered(self.config, own)
@@ -358,10 +317,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         values = processor_dict or {}
         if "model_config" not in values:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor: save the processor "
-                "there by processor.save_pretrained(...)."
-            )
+            where = f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor"
+            raise ValueError(f"{where}: save the processor there by processor.save_pretrained(...).")
         subfolder = kwargs.pop("subfolder", "")
         load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)  # defines what is named below
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
@@ -371,10 +328,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         processors = {name: build_subprocessor(d, name) for name, d in values.get("processors", {}).items()}
         for name in config.encoders:
             if name not in processors and config.modality(name)["kind"] == "text":
-                folder = os.path.join(subfolder, tokenizer_folder(name))
-                processors[name] = AutoTokenizer.from_pretrained(
-                    pretrained_model_name_or_path, subfolder=folder, **kwargs
-                )
+                kwargs["subfolder"] = os.path.join(subfolder, tokenizer_folder(name))
+                processors[name] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return [tokenizer, processors, config]
 
     @classmethod
@@ -387,14 +342,3 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         if auto_map := processor_dict.get("auto_map"):
             processor.auto_map = auto_map
         return (processor, kwargs) if return_unused else processor
-
-
-def _for_processing(config: MultimodalConfig, tokens: Mapping[str, str], ids: Mapping[str, int]) -> MultimodalConfig:
-    """A copy of the configuration with the tokens in it and without what only the weights need."""
-    config = copy.deepcopy(config)
-    for name in config.encoders:
-        config.modality(name).update(token=tokens[name], token_id=ids[name])
-    for key in ("adapters", "frozen", "part_dtypes", "origins"):
-        setattr(config, key, None)
-    config.__dict__.pop("auto_map", None)
-    return config

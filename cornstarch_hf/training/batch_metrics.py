@@ -1,7 +1,4 @@
-"""What batches hold, in the log of `transformers.Trainer`.
-
-Kept apart from the rest of training, since importing Trainer's callbacks takes as long as importing much of torch.
-"""
+"""What batches hold, in the log of `transformers.Trainer`; apart from the rest, as Trainer's callbacks are slow to import."""
 
 import time
 from typing import Any
@@ -19,8 +16,8 @@ class BatchMetrics(TrainerCallback):
 
     Adds to each training entry ``tokens/text`` and ``tokens/{modality}`` (since the last entry, over all processes),
     ``padding_ratio`` (padding positions among all), and ``tokens_per_second`` (positions that are no padding; evaluating
-    and saving not counted).  They stand in `trainer.state.log_history`.  So that TensorBoard and other reporters get
-    them too, this callback must come before theirs: `BatchMetrics.add_to(trainer)` does that.
+    and saving not counted).  They stand in `trainer.state.log_history`; for TensorBoard and other reporters this callback
+    must come before theirs, as `BatchMetrics.add_to(trainer)` places it.
 
     Args:
         prefix: in front of the four names.
@@ -32,20 +29,17 @@ class BatchMetrics(TrainerCallback):
     def __init__(self, prefix: str = ""):
         self.prefix = prefix
         self._counts: dict[str, Tensor] = {}
-        self._seconds, self._mark = 0.0, 0.0
-        self._hook: Any = None
 
     @classmethod
     def add_to(cls, trainer, prefix: str = "") -> "BatchMetrics":
         """Add one to a `transformers.Trainer` in front of its reporters, and return it."""
         callback = cls(prefix)
         trainer.add_callback(callback)
-        trainer.callback_handler.callbacks.remove(callback)  # it was added last, behind the reporters
-        trainer.callback_handler.callbacks.insert(0, callback)
+        handler = trainer.callback_handler
+        handler.callbacks.insert(0, handler.callbacks.pop())  # it was added last, behind the reporters
         return callback
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Start counting what the model is given."""
         # The model may be inside of PEFT, or of a wrapper for several processes.
         composed = next((m for m in model.modules() if isinstance(m, MultimodalModel)), None)
         if composed is None:
@@ -54,7 +48,6 @@ class BatchMetrics(TrainerCallback):
         self._hook = composed.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Stop counting."""
         self._hook.remove()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -72,7 +65,13 @@ class BatchMetrics(TrainerCallback):
         """Add the figures to an entry about training."""
         if not self._counts or logs is None or "loss" not in logs:
             return  # an entry about an evaluation, or the summary at the end
-        found = self._summed(args)
+        names = sorted(self._counts)
+        values = torch.stack([self._counts[name] for name in names])
+        if args.world_size > 1:
+            from accelerate.utils import reduce
+
+            values = reduce(values, reduction="sum")  # each process has counted its own rows
+        found = dict(zip(names, values.tolist(), strict=True))
         positions = sum(found.values())
         padding = found.pop("padding")
         measured: dict[str, float] = {f"tokens/{name}": number for name, number in found.items()}
@@ -81,15 +80,6 @@ class BatchMetrics(TrainerCallback):
         logs.update(measured)
         state.log_history[-1].update(measured)  # Trainer has put its copy of the entry there already
         self._counts, self._seconds = {}, 0.0
-
-    def _summed(self, args) -> dict[str, int]:
-        names = sorted(self._counts)
-        values = torch.stack([self._counts[name] for name in names])
-        if args.world_size > 1:
-            from accelerate.utils import reduce
-
-            values = reduce(values, reduction="sum")  # each process has counted its own rows
-        return dict(zip(names, values.tolist(), strict=True))
 
     def _count(self, model: MultimodalModel, args: tuple, kwargs: dict[str, Any]) -> None:
         if not model.training:

@@ -1,7 +1,4 @@
-"""Turns rows of conversations with media into padded batches with labels, for `transformers.Trainer`.
-
-`assistant_turns` finds what the assistant wrote, rows that are too long are cut to whole items here, `media` decodes the items.
-"""
+"""Turns rows of conversations with media into padded batches with labels, for Trainer; rows that are too long are cut."""
 
 import json
 import warnings
@@ -18,16 +15,14 @@ from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
 
+IGNORED = -100  # a label that no loss counts
+TRUNCATIONS = ("raise", "right", "left")
+Spans = list[tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class PlacedItem:
-    """One item's features in a row.
-
-    Attributes:
-        modality: its name.
-        index: of the item among those of its modality.
-        start, stop: positions of its placeholders in the row.
-    """
+    """One item's features in a row: the `index`-th item of its modality, from position `start` to before `stop`."""
 
     modality: str
     index: int
@@ -38,12 +33,9 @@ class PlacedItem:
 def place_items(
     ids: Sequence[int], token_ids: Mapping[str, int], lengths: Mapping[str, Sequence[int]]
 ) -> list[PlacedItem]:
-    """Where each item's features are.
+    """Where each item's features are in one row's ids, whose placeholders are repeated for them.
 
-    Args:
-        ids: of one row, placeholders repeated.
-        token_ids: placeholder id by modality.
-        lengths: features of each item, in order, by modality.
+    `token_ids` are the placeholders by modality, `lengths` the features of each item, in order.
 
     >>> [(p.start, p.stop) for p in place_items([7, 9, 9, 9, 7], {"vision": 9}, {"vision": [2, 1]})]
     [(1, 3), (3, 4)]
@@ -60,13 +52,9 @@ def place_items(
 
 
 def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, side: str) -> tuple[int, int]:
-    """Start and stop of what is kept of a row, at most `limit` tokens, no item in part.
+    """Start and stop of what is kept of a row: at most `limit` of its `length` tokens, no item in part.
 
-    Args:
-        items: of the row.
-        length: of the row.
-        limit: how long it may be.
-        side: ``"right"`` cuts the end of the row, ``"left"`` its start.
+    `side` ``"right"`` cuts the end of the row, ``"left"`` its start.
 
     >>> whole_items_within([PlacedItem("vision", 0, 2, 6)], 8, 4, "right")
     (0, 2)
@@ -83,16 +71,9 @@ def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, sid
 def inputs_within(
     inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Encoders' inputs of the items that lie in a part of a row, and how many items of each modality do not.
+    """Encoders' inputs of the items between `start` and `stop` of a row, and how many items of each modality lie elsewhere.
 
-    Args:
-        inputs: one row's tensors by name.
-        names: of the tensors that belong to each modality.
-        items: of the row.
-        start, stop: the part.
-
-    Raises:
-        ValueError: a tensor's rows cannot be told apart.
+    `names` are those of each modality's tensors among the `inputs`, whose rows must tell the items apart (ValueError).
     """
     kept, dropped = dict(inputs), {}
     for modality, keys in names.items():
@@ -110,11 +91,6 @@ def inputs_within(
     return kept, dropped
 
 
-IGNORED = -100  # a label that no loss counts
-TRUNCATIONS = ("raise", "right", "left")
-Spans = list[tuple[int, int]]
-
-
 class MultimodalCollator:
     """Rows of text or messages with media, to a padded batch with labels.
 
@@ -129,20 +105,18 @@ class MultimodalCollator:
 
     Conversations may have ``tools`` (a list, or JSON) and ``chat_template_kwargs``.  Media stand inside the parts of
     messages, or in columns under modality names, kinds, or ``images``, ``videos``, ``audio``, from which parts without an
-    item, like ``{"type": "image"}``, are filled in order.  In strings of messages a placeholder is text; in ``text``,
-    ``prompt`` and ``completion`` it is a placeholder.  Rows may have different modalities, or none.  None counts as
-    missing everywhere, as tables fill it in.
+    item, like ``{"type": "image"}``, are filled in order.  A placeholder is one in ``text``, ``prompt`` and ``completion``,
+    and mere text in messages.  Rows may have different modalities, or none; None counts as missing, as in tables.
 
     Args:
         processor: of the composed model.
-        padding_side: where rows are padded, ``"right"`` or ``"left"``; right suits training. On the left a row's first token
-            has no label: no token stands before it that could predict it.
+        padding_side: ``"right"``, which suits training, or ``"left"``, where a row's first token has no label: no token
+            stands before it that could predict it.
         max_length: longest row in tokens, features included.
         sampling_rate: of bare audio arrays, in Hz; by default what the feature extractor expects.
         pad_to_multiple_of: round the padded length up.
-        truncation: what becomes of longer rows.  ``"raise"``: an error.  ``"right"`` or ``"left"``: the row is cut on that
-            side, and an item that does not fit whole goes with its placeholders, its tensors and what is beyond it; a
-            warning tells once how much was cut.
+        truncation: of longer rows.  ``"raise"``: an error.  ``"right"`` or ``"left"``: a cut on that side, where an item that
+            does not fit whole goes with its placeholders, its tensors and what is beyond it; a warning tells once how much.
 
     Raises:
         ValueError: an unknown option; when called: a row without text, with unknown columns, too long, with media that do
@@ -172,12 +146,7 @@ class MultimodalCollator:
         self.truncation, self._warned = truncation, False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate rows.
-
-        Returns:
-            `input_ids`, `attention_mask`, `labels` ``(batch, length)``, and the encoders' inputs; labels are -100 on
-            placeholders, padding and everything that the assistant did not write.
-        """
+        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, encoders' inputs."""
         if not rows:
             raise ValueError("The collator got no rows.")
         encoded = []
@@ -195,12 +164,28 @@ class MultimodalCollator:
         check_labels(batch, self.processor.placeholder_ids)
         return batch
 
+    def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for row in encoded:
+            row["attention_mask"] = [1] * len(row["input_ids"])
+            if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
+                row["labels"][:1] = [IGNORED]
+        length = max(len(row["input_ids"]) for row in encoded)
+        length += -length % (self.pad_to_multiple_of or 1)  # up to the next multiple
+        blanks = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED, "attention_mask": 0}
+        batch = {}
+        for key, blank in blanks.items():  # (batch, length) each
+            batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
+        for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
+            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
+        return batch
+
     def _encode(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """One row's ids, labels and encoder inputs."""
         row = {key: value for key, value in columns.items() if value is not None}  # None fills the gaps of a table
-        rate = row.pop("sampling_rate", None) or self.sampling_rate or self._expected_rate()
-        media = self._media(row)
-        text, spans, media = self._text(row, media)
+        audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
+        expected = next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
+        rate = row.pop("sampling_rate", None) or self.sampling_rate or expected
+        text, spans, media = self._text(row, self._media(row))
         if row:  # each reader has taken its columns out
             raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
         llm = {"text": [text], "assistant_spans": None if spans is None else [spans], "item_lengths": True}
@@ -211,7 +196,7 @@ class MultimodalCollator:
         # Labels: the row's own ids where the assistant wrote, never on placeholders.
         wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]
         del out["attention_mask"]  # made anew once the row is cut and padded
-        silent = set(self.processor.placeholder_ids.values())  # ids that never get a label
+        silent = set(self.processor.placeholder_ids.values())
         labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
         if spans is not None and all(label == IGNORED for label in labels):
             raise ValueError(
@@ -222,20 +207,18 @@ class MultimodalCollator:
 
     def _text(self, row: dict[str, Any], media: dict[str, list]) -> tuple[str, Spans | None, dict[str, list]]:
         """A row's text, the spans to learn (None for all of it) and its media; takes their columns out of the row."""
-        for columns, read in _FORMS.items():
-            if all(column in row for column in columns):
-                return read(self, row, media, *(row.pop(column) for column in columns))
+        if "messages" in row:
+            return self._conversation(row, media, row.pop("messages"))
+        if "prompt" in row and "completion" in row:
+            prompt, completion = row.pop("prompt"), row.pop("completion")
+            if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
+                return self._conversation(row, media, [*prompt, *completion], len(prompt))  # its turns are context
+            what = "a string, or lists of messages for both"
+            text = _string("prompt", prompt, what) + _string("completion", completion, what)
+            return text, [(len(prompt), len(text))], media
+        if "text" in row:
+            return _string("text", row.pop("text"), "a string"), None, media
         raise ValueError(f"expected 'messages', 'text', or 'prompt' and 'completion', got the columns {sorted(row)}.")
-
-    def _plain(self, row, media, text):
-        _expect_strings(text=text)
-        return text, None, media
-
-    def _pair(self, row, media, prompt, completion):
-        if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
-            return self._conversation(row, media, [*prompt, *completion], len(prompt))  # the prompt's turns are context
-        _expect_strings(prompt=prompt, completion=completion)
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], media
 
     def _conversation(self, row, media, messages, first=0):
         if not isinstance(messages, (list, tuple)) or not messages:
@@ -243,7 +226,11 @@ class MultimodalCollator:
         tools = row.pop("tools", None)
         variables = {"tools": _present(json.loads(tools) if isinstance(tools, str) else tools) or None}
         variables |= _present(row.pop("chat_template_kwargs", None) or {})
-        return self.processor.read_labelled([_message(m) for m in messages], given=media, first=first, **variables)
+        read = []
+        for message in messages:  # a table fills keys in that tool calls of other rows have
+            calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+            read.append({**message, "tool_calls": _present(calls)} if calls else message)
+        return self.processor.read_labelled(read, given=media, first=first, **variables)
 
     def _media(self, row: dict[str, Any]) -> dict[str, list]:
         """Items by modality; takes their columns out of the row."""
@@ -253,15 +240,11 @@ class MultimodalCollator:
             value = row.pop(key, None)
             if value is None or (isinstance(value, (list, tuple)) and not value):
                 continue
-            for name in self.processor.config.modalities_for(kinds.get(key, key)):
+            for name in config.modalities_for(kinds.get(key, key)):
                 if name in media:
                     raise ValueError(f"{name}: its items were given twice, by kind and by name.")
                 media[name] = _items(value, config.modality(name)["kind"])
         return {name: items for name, items in media.items() if items}
-
-    def _expected_rate(self) -> int | None:
-        audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
-        return next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
 
     def _cut(self, encoded: dict[str, Any], lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """A row as it is if it is short enough, else cut to whole items."""
@@ -298,48 +281,17 @@ class MultimodalCollator:
             stacklevel=3,
         )
 
-    def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in encoded)
-        length += -length % (self.pad_to_multiple_of or 1)  # up to the next multiple
-        if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
-            encoded = [row | {"labels": [IGNORED, *row["labels"][1:]]} for row in encoded]
-        encoded = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in encoded]
-        blanks = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED, "attention_mask": 0}
-        batch = {  # (batch, length) each
-            key: torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
-            for key, blank in blanks.items()
-        }
-        for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
-            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
-        return batch
 
-
-_FORMS = {
-    ("messages",): MultimodalCollator._conversation,
-    ("prompt", "completion"): MultimodalCollator._pair,
-    ("text",): MultimodalCollator._plain,
-}
-
-
-def _expect_strings(**columns: Any) -> None:
-    for name, value in columns.items():
-        if not isinstance(value, str):
-            what = "a string, or lists of messages for both" if len(columns) > 1 else "a string"
-            raise TypeError(f"expected {name!r} to be {what}, got {type(value).__name__}.")
+def _string(name: str, value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected {name!r} to be {what}, got {type(value).__name__}.")
+    return value
 
 
 def _items(value: Any, kind: str) -> list:
     """A cell's items in order; the missing ones of a table are left out."""
-    if kind in LIST_DEPTHS:
-        return [item for item in flatten(value, kind)[0] if item is not None]
-    return [item for item in value if item is not None] if isinstance(value, (list, tuple)) else [value]
-
-
-def _message(message: Any) -> Any:
-    """A message whose tool calls are without the keys that a table filled with None."""
-    if not isinstance(message, Mapping) or not message.get("tool_calls"):
-        return message
-    return {**message, "tool_calls": _present(message["tool_calls"])}
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in (flatten(value, kind)[0] if kind in LIST_DEPTHS else listed) if item is not None]
 
 
 def _present(value: Any) -> Any:
@@ -350,15 +302,7 @@ def _present(value: Any) -> Any:
 
 
 def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, int]) -> None:
-    """Refuse a batch with a label that is not its own token, or on padding or a placeholder.
-
-    Args:
-        batch: `input_ids`, `attention_mask`, `labels` ``(batch, length)``.
-        placeholders: token id by modality.
-
-    Raises:
-        ValueError: such a label; names the row and the position.
-    """
+    """Refuse a batch with a label that is not its own token, or on padding or a placeholder (ValueError with the position)."""
     ids, labels = batch["input_ids"], batch["labels"]
     silent = torch.tensor(list(placeholders.values()), dtype=ids.dtype)
     wrong = (labels != IGNORED) & ((labels != ids) | (batch["attention_mask"] == 0) | torch.isin(ids, silent))
@@ -371,15 +315,7 @@ def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, i
 
 
 def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
-    """Rows' tensors as one, in order; sequences of different lengths are padded on the right.
-
-    Args:
-        parts: tensors ``(items, ...)`` whose shapes may differ in axis 1, and for packed patches in axis 0 only.
-        key: the input's name, for the message.
-
-    Raises:
-        ValueError: shapes that differ elsewhere.
-    """
+    """Rows' tensors ``(items, ...)`` as one; where axis 1 alone differs they are padded on the right, else ValueError."""
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) == 1:
         return torch.cat(list(parts))  # (items of all rows, ...)

@@ -17,7 +17,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups with a learning rate for each named part.
 
-    Norms and biases get no weight decay, as in `transformers.Trainer`.  Pass an optimizer with these groups to it:
+    Norms and biases get no weight decay, as in `transformers.Trainer`, which takes an optimizer with these groups:
     ``Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, rates)), None))``.
 
     Args:
@@ -27,12 +27,10 @@ def parameter_groups(
         weight_decay: of everything that is no norm or bias.
 
     Returns:
-        groups for any `torch.optim` optimizer: `params`, `lr`, `weight_decay` and the part's `name`.  Frozen parameters
-        are left out.
+        groups of what trains, for any `torch.optim` optimizer: `params`, `lr`, `weight_decay` and the part's `name`.
 
     Raises:
-        ValueError: a name that fits nothing, or in which nothing trains; two names for the same parameters; trainable
-            parameters that no name covers.
+        ValueError: a name that fits or trains nothing, two for the same parameters, trainable parameters without one.
     """
     covered = {pattern: _covered(model, pattern) for pattern in learning_rates}
     chosen: dict[str, str] = {}
@@ -46,8 +44,9 @@ def parameter_groups(
         raise ValueError(
             f"{len(missed)} trainable parameters have no learning rate, {missed[0]} first: name their part too, or freeze it."
         )
-    groups = []
-    decayed = _decayed(model)
+    from transformers.trainer_pt_utils import get_parameter_names  # slow to import
+
+    groups, decayed = [], set(get_parameter_names(model, [nn.LayerNorm], UNDECAYED))
     for pattern, rate in learning_rates.items():
         names = [name for name in trainable if chosen[name] == pattern]
         if not names:
@@ -66,9 +65,3 @@ def _covered(model: nn.Module, pattern: str) -> set[str]:
         owners = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
         # "projector" then means every module of that name, wherever it lies.
         return select_parameters(model, fnmatch.filter(owners, f"*.{pattern}") or [pattern])
-
-
-def _decayed(model: nn.Module) -> set[str]:
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    return set(get_parameter_names(model, [nn.LayerNorm], UNDECAYED))
