@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,7 @@ from .adapters import adapter_containers, adapter_layers, base_children
 
 
 def whole_gradients(checkpoint: Callable) -> Callable:
-    """A checkpoint function of the same signature under which all gradients flow; any other than a reentrant one as it is.
-
-    Args:
-        checkpoint: `torch.utils.checkpoint.checkpoint` with its options, as `gradient_checkpointing_enable` makes it.
-    """
+    """A checkpoint function of the same signature under which all gradients flow; any but a reentrant one as it is."""
     reentrant = isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant")
     return functools.partial(_checkpoint, checkpoint) if reentrant else checkpoint
 
@@ -33,9 +29,11 @@ def _checkpoint(checkpoint: Callable, function: Callable, *args: Any, **options:
     Raises:
         ValueError: the function leaves tensors for later layers in a dictionary or list, beside what it returns.
     """
+    layer: nn.Module | None = None
     keywords: dict[str, Any] = {}
-    layer = _layer_of(function)
-    if isinstance(function, functools.partial):  # as transformers' layers give it
+    if isinstance(function, functools.partial):  # of a layer's `forward` or bound method, as transformers gives it
+        owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
+        layer = owner if isinstance(owner, nn.Module) else None
         function, keywords = functools.partial(function.func, *function.args), function.keywords
     leaves, structure = tree_flatten((args, tuple(keywords.values())), is_leaf=_stays)
     places = _places(leaves, layer)
@@ -70,19 +68,10 @@ def _places(leaves: list[Any], layer: nn.Module | None) -> dict[int, Tensor]:
     return {i: tensor.detach().requires_grad_()}  # without any, torch would not run the layer backward at all
 
 
-def _layer_of(function: Callable) -> nn.Module | None:
-    """The layer whose `forward`, or bound method, a partial function calls."""
-    if not isinstance(function, functools.partial):
-        return None
-    owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None
-
-
 def _stays(value: Any) -> bool:
     """Whether a value is passed on as the object that it is: a layer may write into dictionaries and lists."""
-    if isinstance(value, dict):
-        return True
-    return isinstance(value, list) and not any(isinstance(x, Tensor) and x.requires_grad for x in value)
+    tracked = isinstance(value, list) and any(isinstance(x, Tensor) and x.requires_grad for x in value)
+    return isinstance(value, (dict, list)) and not tracked
 
 
 def _held(values: Iterable[Any]) -> list[list[int]]:
@@ -95,6 +84,14 @@ def _held(values: Iterable[Any]) -> list[list[int]]:
 # draw, and norm statistics still move, as long as a module is in training mode.
 
 
+class _Trains(NamedTuple):
+    """What a module holds, at or below it: parameters; such that train; such that train and are no adapter's."""
+
+    holds: bool
+    trains: bool
+    base: bool
+
+
 def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
     """Put the frozen regions of parts into evaluation mode: nothing drops, no norm statistics change.
 
@@ -104,48 +101,35 @@ def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
 
     Quantized linear layers stay in training mode: they take evaluation for inference and change to a form without gradients.
     """
+    layers = adapter_layers()
+    wrappers = (*layers, *adapter_containers())
+    found: dict[nn.Module, _Trains] = {}
+
+    def survey(module: nn.Module) -> _Trains:
+        own = [p.requires_grad for p in module.parameters(recurse=False)]
+        below = {child: survey(child) for child in module.children()}
+        adapter = isinstance(module, layers)
+        based = base_children(module) if adapter else below  # of an adapter layer, what it wraps counts alone
+        found[module] = _Trains(
+            bool(own) or any(child.holds for child in below.values()),
+            any(own) or any(child.trains for child in below.values()),
+            (any(own) and not adapter) or any(below[child].base for child in based),
+        )
+        return found[module]
+
+    def set_mode(module: nn.Module, around: bool) -> None:
+        mode = around
+        if isinstance(module, wrappers):
+            mode = found[module].trains
+        elif found[module].holds:
+            mode = found[module].base and all(found[x].base for x in layers_in_lists(module) if found[x].holds)
+        module.training = mode or _is_quantized(module)
+        for child in module.children():
+            set_mode(child, mode)
+
     for part in parts.values():
-        _set_modes(part, True, _Trains(part))
-
-
-class _Trains:
-    """What trains in a part, found in one walk: its base weights and its adapters apart, by module."""
-
-    def __init__(self, part: nn.Module):
-        self.adapters, self.containers = adapter_layers(), adapter_containers()
-        self.holding: set[nn.Module] = set()  # modules with a parameter at or below them
-        self.base: set[nn.Module] = set()  # ... one that trains and is no adapter's
-        self.any: set[nn.Module] = set()  # ... one that trains
-        self._survey(part)
-
-    def _survey(self, module: nn.Module) -> None:
-        own, children = list(module.parameters(recurse=False)), list(module.children())
-        for child in children:
-            self._survey(child)
-        trains = any(p.requires_grad for p in own)
-        found = [(self.holding, bool(own), children), (self.any, trains, children)]
-        # Of an adapter layer, what it wraps counts alone.
-        adapter = isinstance(module, self.adapters)
-        found.append((self.base, trains and not adapter, base_children(module) if adapter else children))
-        for modules, here, below in found:
-            if here or not modules.isdisjoint(below):
-                modules.add(module)
-
-    def mode(self, module: nn.Module, around: bool) -> bool:
-        """Whether a module is to be in training mode, given the mode of the one around it."""
-        if isinstance(module, (*self.adapters, *self.containers)):
-            return module in self.any
-        if module not in self.holding:
-            return around
-        frozen = self.holding - self.base
-        return module in self.base and frozen.isdisjoint(layers_in_lists(module))
-
-
-def _set_modes(module: nn.Module, around: bool, trains: _Trains) -> None:
-    mode = trains.mode(module, around)
-    module.training = mode or _is_quantized(module)
-    for child in module.children():
-        _set_modes(child, mode, trains)
+        survey(part)
+        set_mode(part, True)
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -160,10 +144,9 @@ def layers_in_lists(module: nn.Module) -> list[nn.Module]:
 
 
 def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
-    """Have adapters that shorten what an encoder gives run all of their layers (in place).
+    """Have adapters that shorten what an encoder gives run all of their layers (in place), which stay in training mode.
 
-    In training mode wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has
-    placeholders.  Their layers stay in training mode.
+    wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has placeholders.
     """
     for part in parts.values():
         for module in part.modules():
@@ -177,10 +160,9 @@ def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
 
 
 def checkpoint_frozen_layers(model: nn.Module) -> None:
-    """Have the frozen layers of a model checkpoint where gradients flow through them, if all layers do (in place).
+    """Have the frozen layers of a model in training checkpoint where gradients flow through them, if all layers do (in place).
 
-    In evaluation mode of the whole nothing does.  A layer without gradients runs as it is, one that is given a cache too,
-    since a cache would be written once more when the layer is computed again.
+    A layer that is given a cache runs as it is: a cache would be written once more when the layer is computed again.
     """
     layers = _checkpointing_layers(model) if model.training else ()
     wanted = {layer: owner for layer, owner in layers if not owner.training}

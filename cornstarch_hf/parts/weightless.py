@@ -34,6 +34,8 @@ _INITIALIZERS = frozenset(
 # `torch.nn.Module.register_parameter` looks at a parameter's `grad_fn`: where a mode sees that it becomes a module's.
 _GRAD_FN = Tensor.grad_fn.__get__
 _FACTORIES = _device_constructors()
+# Functions of `torch.nn.init` that a mode sees, and the methods that the others use.
+_FILLS = frozenset(["uniform_", "normal_", "constant_", "trunc_normal_", "kaiming_uniform_", "zero_", "fill_"])
 _current = threading.local()
 
 
@@ -43,8 +45,7 @@ def _filled(args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class WithoutInitializers(ThreadFunctionMode):
-    """Within this mode layers do not initialise meta tensors: there are no values to draw, and the attempt takes much of
-    the time in which a model is built on the meta device (by those of `torch.nn.init` that torch lets a mode see)."""
+    """Within this mode layers do not initialise meta tensors, which have no values: to try takes much of a build's time."""
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call a function of torch, or give an initialiser's meta tensor back as it is."""
@@ -79,17 +80,13 @@ def _to_meta(parameter: Any) -> None:
 
 
 def _transformers_asks(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether transformers makes an empty tensor to see on which device a model is built; it initialises none on meta."""
+    """Whether transformers makes an empty tensor to see where a model is built; on meta it initialises nothing."""
     if len(args) != 1 or not isinstance(args[0], list) or args[0] or set(kwargs) - {"device"}:
         return False
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_name in ("__torch_function__", "call"):
         frame = frame.f_back  # up through the modes, to whoever called `torch.tensor([])`
     return frame.f_code is get_torch_context_manager_or_global_device.__code__
-
-
-# Functions of `torch.nn.init` that a mode sees, and the methods that the others use.
-_FILLS = frozenset(["uniform_", "normal_", "constant_", "trunc_normal_", "kaiming_uniform_", "zero_", "fill_"])
 
 
 class KeepsInitialized(ThreadFunctionMode):
@@ -106,18 +103,16 @@ class KeepsInitialized(ThreadFunctionMode):
 
 
 def initialize_weights(model: Any) -> None:
-    """Initialise what of a model is not yet, children first, models in it as their own classes do.
+    """Initialise what of a model is not yet, as transformers' method of that name does, for this thread alone."""
+    custom = model.is_custom_code()
 
-    As transformers' method of that name, for this thread alone.
-    """
+    def initialize(module: Any, fill: Any) -> None:  # children first, models in it as their own classes do
+        for child in module.children():  # a child that is no model is filled by the nearest model around it
+            initialize(child, getattr(child, "_initialize_weights", fill))
+        fill(module, is_custom_code=custom)
+
     with torch.no_grad(), KeepsInitialized():
-        _initialize(model, model._initialize_weights, model.is_custom_code())
-
-
-def _initialize(module: Any, fill: Any, custom: bool) -> None:
-    for child in module.children():  # a child that is no model is filled by the nearest model around it
-        _initialize(child, getattr(child, "_initialize_weights", fill), custom)
-    fill(module, is_custom_code=custom)
+        initialize(model, model._initialize_weights)
 
 
 @contextlib.contextmanager
@@ -137,11 +132,7 @@ def is_building() -> bool:
 
 
 def build_without_weights(build: Callable[[], Any]) -> Any:
-    """Build a module with its parameters on the meta device; its buffers and tables are real and filled.
-
-    Raises:
-        whatever `build` raises.
-    """
+    """Build a module with its parameters on the meta device; its buffers and tables are real and filled."""
     with without_weights(), torch.no_grad():
         made = build()
         _fill_buffers(made, None)
@@ -186,12 +177,11 @@ def with_plain_kernels(config: Any) -> Any:
 
 
 def without_dtypes(config: Any) -> Any:
-    """A configuration whose parts name no dtype (in place): transformers makes a part's dtype the default one of the whole
-    process while it builds the part."""
+    """A configuration whose parts name no dtype (in place): one of a part would be the whole process's while it is built."""
     pending, seen = [config], set()
     while pending:
         part = pending.pop()
-        if id(part) not in seen and isinstance(part, PreTrainedConfig):
+        if isinstance(part, PreTrainedConfig) and id(part) not in seen:
             seen.add(id(part))
             part.dtype = None
             pending += vars(part).values()
@@ -205,8 +195,7 @@ def without_dtypes(config: Any) -> Any:
 class ShapesOnly(ThreadDispatchMode):
     """Within this mode an operation on any meta tensor gives a meta tensor, and one on real tensors is computed.
 
-    Tensors made from nothing (`torch.arange(n, device=features.device)`) are made real, on the CPU: they hold
-    positions and lengths.  Random numbers come from a generator of the mode's own.
+    Tensors made from nothing (`torch.arange(n, device=features.device)`) are real: they hold positions and lengths.
     """
 
     def __init__(self) -> None:
@@ -242,9 +231,8 @@ def _real(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _as_positions(index: Tensor | None) -> Tensor | None:
     # A boolean index selects as many rows as it has true entries, which only real data can tell.
-    if isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta:
-        return index.nonzero(as_tuple=True)[0] if index.ndim == 1 else index
-    return index
+    is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == 1 and not index.is_meta
+    return index.nonzero()[:, 0] if is_mask else index
 
 
 def to_shapes(value: Any) -> Any:
@@ -255,8 +243,7 @@ def to_shapes(value: Any) -> Any:
 def weights_to_meta(module: nn.Module) -> nn.Module:
     """Move a module's parameters and persistent buffers to the meta device (in place); other buffers stay real.
 
-    Floating-point parameters become float32, as `to_shapes` leaves most inputs: shapes do not depend on it, and mixed
-    dtypes could not be computed with.
+    Floating-point parameters become float32, as most inputs are: mixed dtypes could not be computed with.
     """
     for child in module.modules():
         for name, buffer in child._buffers.items():
@@ -268,10 +255,7 @@ def weights_to_meta(module: nn.Module) -> nn.Module:
 def dry_run(module: Callable, inputs: dict[str, Any]) -> Any:
     """Call a module, or a method of it, whose weights are on the meta device; floating-point results are on meta too.
 
-    This thread alone is touched, and random numbers that the module draws leave those drawn elsewhere the same.
-
-    Raises:
-        whatever the module raises, e.g. where it reads a feature's value.
+    Raises what the module raises, e.g. where it reads a feature's value.  Only this thread is touched, no random state.
     """
     shapes = to_shapes(inputs)  # before the modes begin: within them a move of real data to meta stays real
     with torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
