@@ -1,8 +1,7 @@
 """While parts are built from a checkpoint's configuration: no endless number of layers, no huge tensor made.
 
-A configuration may ask for anything, and is only asked for what the checkpoint beside it holds.  Parameters are built
-on the meta device and cost nothing; tables and masks that a constructor computes are real, so the size of each is
-found on the meta device first.
+Parameters are built on the meta device and cost nothing; tables and masks that a constructor computes are real, so the
+size of each is found on the meta device first.
 """
 
 import contextlib
@@ -27,10 +26,7 @@ _FACTORIES = _device_constructors()
 
 
 class BoundedTensors(ThreadDispatchMode):
-    """Within this mode operations make no more than `MAX_BUILD_BYTES` of real tensors in all (ValueError before that).
-
-    Memory that is only reserved (`torch.empty`) does not count, and views take none.
-    """
+    """Within this mode operations make no more than `MAX_BUILD_BYTES` of real tensors in all (ValueError before that)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,12 +68,8 @@ def _bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
 
 
 def bounded_tensors(*configs: Any) -> Any:
-    """A context of `BoundedTensors` within `build_guard`, where a configuration holds numbers that could need it.
-
-    Args:
-        *configs: from which will be built; without them it is bounded in any case.  Numbers up to `MAX_PLAIN_SIZE`, and
-            sizes of stored tensors, need no bound.
-    """
+    """A context of `BoundedTensors` within `build_guard`, where what is built from holds a number that could need it, or
+    is not given.  Numbers up to `MAX_PLAIN_SIZE`, and sizes of stored tensors, need no bound."""
     expected = getattr(_active, "expected", None)
     if expected is None:
         return contextlib.nullcontext()
@@ -138,8 +130,6 @@ def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[No
 
 def check_built(model: nn.Module) -> None:
     """Compare a model that was just built, its parameters named as in the checkpoint, with what `build_guard` was given.
-
-    Outside of `build_guard`, or where nothing is known of the checkpoint, nothing is compared.
 
     Raises:
         ValueError: tensors of other shapes than stored, or more elements without stored values than are plausible.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,7 @@ def whole_gradients(checkpoint: Callable) -> Callable:
 
 
 def _checkpoint(checkpoint: Callable, function: Callable, *args: Any, **options: Any) -> Any:
-    """Run a checkpoint of a function that takes its tensors flat, wherever they were.
-
-    Raises:
-        ValueError: the function leaves tensors for later layers in a dictionary or list, beside what it returns.
-    """
+    """Run a checkpoint of a function that takes its tensors flat, wherever they were (ValueError if it hands on others)."""
     layer: nn.Module | None = None
     keywords: dict[str, Any] = {}
     if isinstance(function, functools.partial):  # of a layer's `forward` or bound method, as transformers gives it
@@ -84,46 +80,42 @@ def _held(values: Iterable[Any]) -> list[list[int]]:
 # draw, and norm statistics still move, as long as a module is in training mode.
 
 
-class _Trains(NamedTuple):
-    """What a module holds, at or below it: parameters; such that train; such that train and are no adapter's."""
-
-    holds: bool
-    trains: bool
-    base: bool
-
-
 def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
     """Put the frozen regions of parts into evaluation mode: nothing drops, no norm statistics change.
 
     A module trains when a parameter in it does, those of adapters not counted; adapter layers follow the adapters that
     they hold.  What has no parameters (dropout) is as the module around it.  A module that holds a list of layers, some
     of them frozen, does not train: it could not skip the others alone.
-
-    Quantized linear layers stay in training mode: they take evaluation for inference and change to a form without gradients.
     """
     layers = adapter_layers()
     wrappers = (*layers, *adapter_containers())
-    found: dict[nn.Module, _Trains] = {}
+    holding: set[nn.Module] = set()  # modules with a parameter at or below them
+    training: set[nn.Module] = set()  # ... one that trains
+    base: set[nn.Module] = set()  # ... one that trains and is no adapter's
 
-    def survey(module: nn.Module) -> _Trains:
-        own = [p.requires_grad for p in module.parameters(recurse=False)]
-        below = {child: survey(child) for child in module.children()}
+    def survey(module: nn.Module) -> None:
+        own, below = [p.requires_grad for p in module.parameters(recurse=False)], list(module.children())
+        for child in below:
+            survey(child)
         adapter = isinstance(module, layers)
-        based = base_children(module) if adapter else below  # of an adapter layer, what it wraps counts alone
-        found[module] = _Trains(
-            bool(own) or any(child.holds for child in below.values()),
-            any(own) or any(child.trains for child in below.values()),
-            (any(own) and not adapter) or any(below[child].base for child in based),
-        )
-        return found[module]
+        wrapped = base_children(module) if adapter else below  # of an adapter layer, what it wraps counts alone
+        found = [(holding, bool(own), below), (training, any(own), below), (base, any(own) and not adapter, wrapped)]
+        for modules, here, inner in found:
+            if here or not modules.isdisjoint(inner):
+                modules.add(module)
 
     def set_mode(module: nn.Module, around: bool) -> None:
-        mode = around
         if isinstance(module, wrappers):
-            mode = found[module].trains
-        elif found[module].holds:
-            mode = found[module].base and all(found[x].base for x in layers_in_lists(module) if found[x].holds)
-        module.training = mode or _is_quantized(module)
+            mode = module in training
+        elif module in holding:
+            mode = module in base and not any(x in holding and x not in base for x in layers_in_lists(module))
+        else:
+            mode = around
+        # Quantized linear layers take evaluation for inference, and change to a form without gradients.  Routers of experts,
+        # which draw, are linear layers of plain numbers.
+        weight = module.weight if isinstance(module, nn.Linear) else None
+        plain = weight is None or (type(weight) is nn.Parameter and weight.is_floating_point())
+        module.training = mode or not plain
         for child in module.children():
             set_mode(child, mode)
 
@@ -132,22 +124,14 @@ def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
         set_mode(part, True)
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether a linear layer holds something else than plain numbers; routers of experts are linear layers too, and draw."""
-    weight = module.weight if isinstance(module, nn.Linear) else None
-    return weight is not None and not (type(weight) is nn.Parameter and weight.is_floating_point())
-
-
 def layers_in_lists(module: nn.Module) -> list[nn.Module]:
     """The layers that a module holds in its lists of modules."""
     return [layer for child in module.children() if isinstance(child, nn.ModuleList) for layer in child]
 
 
 def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
-    """Have adapters that shorten what an encoder gives run all of their layers (in place), which stay in training mode.
-
-    wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has placeholders.
-    """
+    """Have adapters that shorten what an encoder gives run all of their layers (in place), which stay in training mode."""
+    # wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has placeholders.
     for part in parts.values():
         for module in part.modules():
             if type(module).__name__.endswith("Adapter") and hasattr(module, "layerdrop"):

@@ -1,7 +1,4 @@
-"""A `forward` whose signature names the inputs of the encoders that an instance has.
-
-Trainer drops columns that are not in the signature, and `generate` and PEFT read it too.
-"""
+"""A `forward` whose signature names the inputs of an instance's encoders: Trainer drops others, `generate` and PEFT read it."""
 
 import functools
 import inspect

@@ -30,12 +30,8 @@ SHARD = re.compile(r"[^/\\]+\.safetensors")
 
 
 def check_values(values: Any, where: str) -> None:
-    """Refuse what no configuration needs, at any depth of what JSON gave; `where` begins a message.
-
-    Raises:
-        ValueError: keys that would replace methods, kernels from a repository, data types that do not exist, numbers of
-            layers or labels above the caps, NaN, integers beyond 64 bits, nesting or size above the caps.
-    """
+    """Refuse, at any depth of what JSON gave, keys that would replace methods, kernels from a repository, data types that do
+    not exist, layers, labels, nesting or size above the caps, NaN, and integers beyond 64 bits (ValueError)."""
     pending, seen = [(values, where, "", 0)], 0  # value, path to it, its key, depth
     deepest, most = cap("MAX_CONFIG_DEPTH"), cap("MAX_CONFIG_VALUES")
     while pending:

@@ -52,17 +52,6 @@ class TravellingLock:
 # pushes itself on the stack and leaves the flags alone.
 
 
-class ThreadFunctionMode(TorchFunctionMode):
-    """A mode that sees each function of torch that this thread calls, by its method `call`."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.call(func, args, dict(kwargs or {}))
-
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch; `kwargs` may be changed."""
-        return func(*args, **kwargs)
-
-
 class ThreadDispatchMode(TorchDispatchMode):
     """A dispatch mode that is known to its own thread alone."""
 
@@ -74,29 +63,26 @@ class ThreadDispatchMode(TorchDispatchMode):
         _pop_mode()
 
 
-class PrivateRandom(ThreadFunctionMode):
+class PrivateRandom(TorchFunctionMode):
     """Within this mode random numbers come from a generator of its own: those that anybody else draws stay the same."""
 
     def __init__(self) -> None:
         super().__init__()
         self.generator = torch.Generator()
 
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch; a random one with the generator, if nobody gave one."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
         draws = func in _DRAWS or func in DRAWS_IN_PLACE or func in _LIKE
+        draws = draws and kwargs.get("generator") is None
+        devices = [*(x.device for x in args if isinstance(x, Tensor)), kwargs.get("device")] if draws else []
         # The generator is the CPU's, and does not draw on other devices.
-        if draws and kwargs.get("generator") is None and _on_cpu(args, kwargs):
+        if draws and all(device is None or torch.device(device).type == "cpu" for device in devices):
             if func in _LIKE:
                 bounds = [*args[1:], *(kwargs.pop(key) for key in ("low", "high") if key in kwargs)]
                 bounds = [0, *bounds] if len(bounds) == 1 else bounds  # `randint_like(x, 7)` draws from 0 on
                 return _LIKE[func](torch.empty_like(*args[:1], **kwargs), *bounds, generator=self.generator)
             kwargs["generator"] = self.generator
         return func(*args, **kwargs)
-
-
-def _on_cpu(args: Any, kwargs: dict[str, Any]) -> bool:
-    devices = [*(x.device for x in args if isinstance(x, Tensor)), kwargs.get("device")]
-    return all(device is None or torch.device(device).type == "cpu" for device in devices)
 
 
 def run_privately(func: Any, args: Any, kwargs: dict[str, Any], generator: torch.Generator) -> Any:

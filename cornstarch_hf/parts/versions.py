@@ -45,19 +45,16 @@ PROCESSOR_HOOKS = ("_get_arguments_from_pretrained", "from_args_and_dict")
 def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> Any:
     """Take the cache out of keyword arguments (in place), whatever its name among `names`; None where there is none.
 
-    Raises:
-        TypeError: what is no cache, such as a tuple of tensors.
-        ValueError: two caches, or a cache and a version of transformers whose name for it is unknown.
+    TypeError for what is no cache, ValueError for two, or in a version of transformers whose name for it is unknown.
     """
-    found = {name: keywords.pop(name) for name in names if name in keywords}
-    caches = [(name, cache) for name, cache in found.items() if cache is not None]
-    if not caches:
+    given = [(name, keywords.pop(name)) for name in names if name in keywords]
+    given = [(name, cache) for name, cache in given if cache is not None]
+    if not given:
         return None
-    if len(caches) > 1:
-        given = sorted(name for name, _ in caches)
-        raise ValueError(f"A cache was given {len(caches)} times, as {given}: give it once, as {CACHE}=.")
+    if len(given) > 1:
+        raise ValueError(f"A cache was given {len(given)} times, as {sorted(dict(given))}: give it once, as {CACHE}=.")
     check_caches_known()
-    name, cache = caches[0]
+    name, cache = given[0]
     if not hasattr(cache, "get_seq_length"):
         raise TypeError(f"{name} must be a cache of transformers, e.g. DynamicCache(), got {type(cache).__name__}.")
     if name != CACHE == "cache" and not torch.compiler.is_compiling():  # a tracer cannot follow a warning
