@@ -166,8 +166,11 @@ def with_retries(repo_id: str, call: Callable, revision: str | None = None, made
                 return commit
         if late:  # it was somebody else
             _explain(last, repo_id, revision)
-    failed = "take the commit in {} tries; nothing was changed" if made else "answer in {} tries"
-    raise OSError(f"{repo_id}: the Hub did not {failed.format(TRIES)}. Last: {last}") from last
+            raise last
+    failed = f"the Hub did not answer in {TRIES} tries"
+    if made is not None:
+        failed = f"the Hub did not take the commit in {TRIES} tries; nothing was changed"
+    raise OSError(f"{repo_id}: {failed}. Last: {last}") from last
 
 
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> None:
