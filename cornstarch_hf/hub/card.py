@@ -1,7 +1,4 @@
-"""The model card of a composed model: metadata, a body from `card_template.md`, and a mark that tells whether it was edited.
-
-The facts come from `card_facts`; what is not known is said to be unknown.  Here they become text that breaks no markup.
-"""
+"""The model card: what is known of a model, also by `card_facts`, as text that breaks no markup; a mark tells of edits."""
 
 import hashlib
 import itertools
@@ -25,19 +22,14 @@ HUB = "https://huggingface.co"
 MARK = "<!-- Written by cornstarch_hf. As long as nobody edits this file it is kept up to date. sha256: {} -->\n"
 _MARK_LINE = re.compile(re.escape(MARK).replace(r"\{\}", "([0-9a-f]{64})"))
 # The Hub's tasks by the media that are taken; it has none for other kinds of input.
-TASKS = {
-    (): "text-generation",
-    ("image",): "image-text-to-text",
-    ("audio",): "audio-text-to-text",
-    ("video",): "video-text-to-text",
-    ("image", "video"): "image-text-to-text",
-}
+TASKS = {(): "text-generation", ("image",): "image-text-to-text", ("audio",): "audio-text-to-text",
+         ("video",): "video-text-to-text", ("image", "video"): "image-text-to-text"}  # fmt: skip
 SEVERAL_MEDIA = "any-to-any"
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 # What Markdown, HTML or a table's cell would read as markup.
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 # A flowchart shows what stands in quotes as it is, but for its own entities and HTML.
-_ENTITIES = {'"': "#quot;", "#": "#35;", "<": "#lt;", ">": "#gt;", "&": "#amp;", "`": "#96;", "\\": "#92;"}
+_ESCAPE = str.maketrans({'"': "#quot;", "#": "#35;", "<": "#lt;", ">": "#gt;", "&": "#amp;", "`": "#96;", "\\": "#92;"})
 
 
 def card_text(
@@ -53,11 +45,10 @@ def card_text(
     licenses: Mapping[str, str] | None = None,
     tags: Sequence[str] = (),
 ) -> str:
-    """The text of a README.md for the Hub.
+    """The text of a README.md for the Hub: metadata, Markdown, and a mark by which `merged_card` sees whether it was edited.
 
     Args:
-        model: a composed model.  A short card is made of a composed model inside PEFT adapters, of a standalone projector,
-            and, with None, of a processor alone.
+        model: a composed model; one inside PEFT adapters, a projector, or None for the processor alone get a short card.
         processor: the processor that is shared with it; without it the example only loads the model.
         repo_id: ``user/name``; without it the example loads the folder in which it is run.
         include_code: whether the checkpoint carries its code.
@@ -67,9 +58,6 @@ def card_text(
         license: of this model; else the one that all parts have, where it is known of all.
         licenses: of bases by their repository, instead of asking the Hub.
         tags: further tags of the repository, after the model's own (`model.add_model_tags`).
-
-    Returns:
-        YAML metadata and Markdown, with a mark by which `merged_card` sees whether someone edited it.
 
     Raises:
         TypeError: a model of another kind, a trainer that is none.
@@ -81,13 +69,13 @@ def card_text(
     if wrong := [tag for tag in tags if not _is_tag(tag)]:
         raise ValueError(f"tags must be words such as 'chemistry', got {wrong}.")
     training = training_facts(trainer) if trainer is not None else []
-    data, facts = _known(model, processor, include_code, embed)
+    data, facts = _described(model, processor, include_code, embed)
     found = find_licenses({o["repo_id"]: o.get("revision") for o in facts["origins"].values()}, licenses, token)
     fields = license_fields(license, [found.get(base) for base in facts.get("bases", ())])
     more = ["generated_from_trainer"] if training and facts["kind"] == "model" else []
-    marks = [LIBRARY, "multimodal", *data.get("tags", ()), *tags, *more]
+    marks = dict.fromkeys([LIBRARY, "multimodal", *data.get("tags", ()), *tags, *more])
     # A modality's kind is a word of the user's, and need not be a tag.
-    data = {"library_name": LIBRARY, **data, **fields, "tags": list(filter(_is_tag, dict.fromkeys(marks)))}
+    data = {"library_name": LIBRARY, **data, **fields, "tags": list(filter(_is_tag, marks))}
     head = f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
     facts |= {"repo_id": repo_id, "training": training, "licenses": found, "license": fields.get("license")}
     body = ENVIRONMENT.get_template("card_template.md").render(facts)
@@ -97,16 +85,7 @@ def card_text(
 
 
 def merged_card(existing: str | None, generated: str, overwrite: bool = False) -> str:
-    """Which of two cards a repository or folder gets.
-
-    Args:
-        existing: the README.md that is there; None if there is none.
-        generated: a text of `card_text`.
-        overwrite: replace whatever is there.
-
-    Returns:
-        `generated`, unless the existing card is somebody's: then `existing`, to the letter.
-    """
+    """The card of a repository: `generated` by `card_text`, unless the `existing` one is somebody's and not to be replaced."""
     return existing if existing is not None and not overwrite and is_edited(existing) else generated
 
 
@@ -130,13 +109,20 @@ def _normalised(text: str) -> str:
 # ---- what is known of each kind: metadata, and what the template tells
 
 
-def _known(model: Any, processor: Any, include_code: bool, embed: bool | Collection[str]) -> tuple[dict, dict]:
+def _described(model: Any, processor: Any, include_code: bool, embed: bool | Collection[str]) -> tuple[dict, dict]:
     inner = unwrapped(model)
-    if hasattr(inner, "language_model") and hasattr(getattr(inner, "config", None), "share_inputs"):
-        if inner is not model or getattr(model, "_hf_peft_config_loaded", False):  # only the adapters are saved then
-            return _adapters(model)
-        return _composition(model, processor, include_code, embed)
-    if getattr(getattr(inner, "config", None), "projection_type", None) is not None:
+    config = getattr(inner, "config", None)
+    if hasattr(inner, "language_model") and hasattr(config, "share_inputs"):
+        if inner is model and not getattr(model, "_hf_peft_config_loaded", False):
+            return _composition(model, processor, include_code, embed)
+        # Adapters alone are saved then, and the model around which they are lies elsewhere.  A name alone could be a folder
+        # of this machine: a commit is known of what came from the Hub, or from its cache.
+        on_hub = getattr(config, "_commit_hash", None) and names_repository(config.name_or_path)
+        base = {"base_model": config.name_or_path, "base_model_relation": "adapter"} if on_hub else {}
+        # Trainer asks a model for PEFT's card where one says "peft"; only a PeftModel can answer.
+        data = {"library_name": "peft" if is_wrapped(model) else LIBRARY, "tags": ["peft"], **base}
+        return data, {"kind": "adapters", "base": base.get("base_model"), "adapters": model.peft_config, "origins": {}}
+    if getattr(config, "projection_type", None) is not None:
         return {}, {"kind": "projector", "part": summary("projector", inner), "origins": {}}
     if model is None and processor is not None:
         return {}, {"kind": "processor", "tokens": processor.tokens, "origins": {}}
@@ -144,81 +130,58 @@ def _known(model: Any, processor: Any, include_code: bool, embed: bool | Collect
 
 
 def _composition(model: Any, processor: Any, include_code: bool, embed: bool | Collection[str]) -> tuple[dict, dict]:
-    origins = getattr(model.config, "origins", None) or {}
+    origins, names = getattr(model.config, "origins", None) or {}, model.config.encoders
     for component, origin in origins.items():
         check_origin(component, origin)
-    components = ["language_model", *(f"{name}_encoder" for name in model.config.encoders)]
+    components = ["language_model", *(f"{name}_encoder" for name in names)]
     embedded = components if embed is True else embed or ()
+    references = [name for name in components if name in origins and name not in embedded]
+    counts = {name: features_per_item(model, name) for name in names}
     facts = {
         "kind": "model",
-        "encoders": {name: model.config.modality(name) for name in model.config.encoders},
-        "features": {name: _features(model, name) for name in model.config.encoders},
+        "encoders": {name: model.config.modality(name) for name in names},
+        # The reason why a count is not known may quote a user's code.
+        "features": {name: UNKNOWN_COUNT if UNKNOWN_COUNT in text else text for name, text in counts.items()},
         "parts": summaries(model),
-        "picture": picture(model, origins),
+        "picture": _picture(model, origins),
         "origins": origins,
         "bases": [origins[name]["repo_id"] if name in origins else None for name in components],
-        "references": [name for name in components if name in origins and name not in embedded],
+        "references": references,
         "adapters": getattr(model, "peft_config", {}),
         "include_code": include_code,
         "own_imports": own_imports(model),
         "example": None if processor is None else examples(model, processor),
     }
-    return _metadata(model, facts), facts
-
-
-def _metadata(model: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     kinds = [encoder.kind for encoder in model.encoders.values()]
-    media = tuple(sorted({kind for kind in kinds if kind in ("image", "audio", "video")}))
-    bases = list(dict.fromkeys(origin["repo_id"] for origin in facts["origins"].values()))
+    bases = list(dict.fromkeys(origin["repo_id"] for origin in origins.values()))
     peft = any(hasattr(part, "peft_config") for part in (model, *model._parts().values()))
     # With references it adds to its bases; without, all weights are here, of several bases or of one.
-    relation = "adapter" if facts["references"] else "merge" if len(bases) > 1 else "finetune"
+    relation = "adapter" if references else "merge" if len(bases) > 1 else "finetune"
     return {
         "base_model": bases or None,
         "base_model_relation": relation if bases else None,
         # What the Hub offers under "Use this model" must run: plain transformers loads it only with its code.
-        "library_name": "transformers" if facts["include_code"] else LIBRARY,
-        "pipeline_tag": TASKS.get(media, SEVERAL_MEDIA),
+        "library_name": "transformers" if include_code else LIBRARY,
+        "pipeline_tag": TASKS.get(tuple(sorted({"image", "audio", "video"} & set(kinds))), SEVERAL_MEDIA),
         "tags": [*kinds, *(["peft"] if peft else []), *(getattr(model, "model_tags", None) or [])],
-    }
+    }, facts
 
 
-def _adapters(model: Any) -> tuple[dict, dict]:
-    """Of PEFT adapters around a composed model, which lies elsewhere."""
-    config = unwrapped(model).config
-    # A name alone could be a folder of this machine: a commit is known of what came from the Hub, or from its cache.
-    known = getattr(config, "_commit_hash", None) and names_repository(config.name_or_path)
-    facts = {
-        "kind": "adapters",
-        "base": config.name_or_path if known else None,
-        "adapters": model.peft_config,
-        "origins": {},
-    }
-    # Trainer asks a model for PEFT's card where one says "peft"; only a PeftModel can answer.
-    data = {"library_name": "peft" if is_wrapped(model) else LIBRARY, "tags": ["peft"]}
-    return data | ({"base_model": facts["base"], "base_model_relation": "adapter"} if known else {}), facts
-
-
-def _features(model: Any, name: str) -> str:
-    count = features_per_item(model, name)
-    return UNKNOWN_COUNT if count.startswith(UNKNOWN_COUNT) else count  # the reason may quote a user's code
-
-
-def picture(model: Any, origins: Mapping[str, Mapping[str, Any]]) -> Markup:
+def _picture(model: Any, origins: Mapping[str, Mapping[str, Any]]) -> Markup:
     """The composition as a mermaid flowchart, from inputs through encoders and projectors to the language model."""
     parts = {part.where: part for part in summaries(model)}
 
-    def component(name: str, class_name: str) -> list[str]:
-        return [name, class_name, *([origins[name]["repo_id"]] if name in origins else [])]
+    def component(name: str, where: str) -> list[str]:
+        return [name, parts[where].class_name, *([origins[name]["repo_id"]] if name in origins else [])]
 
-    text = component("language_model", parts["language_model"].class_name)
+    text = component("language_model", "language_model")
     nodes = {"in text": ["text"], "merge": ["embeddings in order"], "text": text, "out": ["text"]}
     edges = [("in text", "merge"), ("merge", "text"), ("text", "out")]
     for name, encoder in model.encoders.items():
         # Encoders that share their items hang on one input.
         group = next((group for group in model.config.share_inputs if name in group), [name])
         nodes.setdefault(f"in {group}", [encoder.kind])
-        nodes[f"encoder {name}"] = component(f"{name}_encoder", parts[f"{name}_encoder.module"].class_name)
+        nodes[f"encoder {name}"] = component(f"{name}_encoder", f"{name}_encoder.module")
         nodes[f"projector {name}"] = ["projector", parts[f"{name}_encoder.projector"].projection]
         edges += itertools.pairwise([f"in {group}", f"encoder {name}", f"projector {name}", "merge"])
     return flowchart(nodes, edges)
@@ -252,21 +215,14 @@ def commit_link(repo_id: str, revision: str | None) -> Markup:
 
 
 def flowchart(nodes: Mapping[str, Sequence[str]], edges: Sequence[tuple[str, str]]) -> Markup:
-    """A mermaid flowchart from left to right.
-
-    Args:
-        nodes: the lines of each node's label, by a key of any text.
-        edges: pairs of keys.
-    """
+    """A mermaid flowchart from left to right: the lines of each node's label by a key of any text, and pairs of keys."""
     ids = {key: f"n{i}" for i, key in enumerate(nodes)}  # a name of the user's could be a word of mermaid ("end")
     lines = ["flowchart LR"]
-    lines += [f'    {ids[key]}["{"<br/>".join(map(_label, label))}"]' for key, label in nodes.items()]
+    for key, label in nodes.items():
+        shown = "<br/>".join(_one_line(text).translate(_ESCAPE) for text in label)
+        lines.append(f'    {ids[key]}["{shown}"]')
     lines += [f"    {ids[a]} --> {ids[b]}" for a, b in edges]
     return Markup("\n".join(lines))
-
-
-def _label(text: str) -> str:
-    return "".join(_ENTITIES.get(letter, letter) for letter in _one_line(text))
 
 
 def _one_line(text: Any) -> str:
@@ -307,9 +263,7 @@ def check_origin(component: str, origin: Mapping[str, Any]) -> None:
     _check_repo_id(origin.get("repo_id"), f"{component}: the origin")
     revision = origin.get("revision")
     if revision is not None and not (isinstance(revision, str) and COMMIT.fullmatch(revision)):
-        raise ValueError(
-            f"{component}: the origin's revision must be a commit of 40 hexadecimal digits, got {revision!r:.100}."
-        )
+        raise ValueError(f"{component}: the origin must name a commit of 40 hexadecimal digits, got {revision!r:.100}.")
 
 
 def _is_tag(tag: Any) -> bool:

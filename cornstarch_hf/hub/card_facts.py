@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
@@ -44,41 +45,41 @@ Facts = list[tuple[str, str]]
 
 
 def training_facts(trainer: Any) -> Facts:
-    """Facts of a run as ``(what, value)``.
+    """Facts of a run as ``(what, value)``, in plain text: how long it trained and by what, and what it measured last.
 
     Args:
-        trainer: a `transformers.Trainer` (or a subclass of it, as in TRL); or the path of a checkpoint folder of one or
-            of its `trainer_state.json`.
-
-    Returns:
-        how long, in which batches, by which optimizer it was trained, and what it measured last; plain text.  Of a run
-        without a step, nothing.
+        trainer: a `transformers.Trainer` (or a subclass of it, as in TRL), or the path of its `trainer_state.json` or of a
+            checkpoint folder that holds one.  Of a run without a step there are no facts.
 
     Raises:
         ValueError: a path without a readable `trainer_state.json`.
         TypeError: neither a Trainer nor a path.
     """
-    if isinstance(trainer, (str, os.PathLike)):
-        state, versions = _read_state(trainer), []  # a state tells no versions of what wrote it
-        how = _numbers([("batch size per device", state.get("train_batch_size"))])
+    versions: list[str] = []
+    if isinstance(trainer, (str, os.PathLike)):  # a state tells no versions of what wrote it
+        state = _read_state(trainer)
+        how = _numbers({"batch size per device": state.get("train_batch_size")})
     elif hasattr(trainer, "args") and hasattr(trainer, "state"):
-        state, versions = vars(trainer.state), _versions()
+        state = vars(trainer.state)
         how = _argument_facts(trainer.args) + _optimizer_facts(trainer)
+        for name in FRAMEWORKS:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions.append(f"{name} {importlib.metadata.version(name)}")
     else:
         raise TypeError(
             f"trainer must be a transformers.Trainer or the path of a trainer_state.json, got {type(trainer).__name__}."
         )
     if not state.get("global_step"):
         return []
-    length = _numbers([("epochs", state.get("epoch")), ("optimizer steps", state.get("global_step"))])
-    return length + how + _measured(state.get("log_history")) + versions
+    length = _numbers({"epochs": state.get("epoch"), "optimizer steps": state.get("global_step")})
+    measured = _measured(state.get("log_history"))
+    return length + how + measured + ([("versions", ", ".join(versions))] if versions else [])
 
 
 def _read_state(path: str | os.PathLike) -> Mapping[str, Any]:
     file = os.path.join(path, "trainer_state.json") if os.path.isdir(path) else path
     try:
-        with open(file, encoding="utf-8") as opened:
-            state = json.load(opened)
+        state = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"trainer: {file} cannot be read ({error}): pass the Trainer itself, or a checkpoint folder that it wrote."
@@ -89,47 +90,42 @@ def _read_state(path: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def _argument_facts(args: Any) -> Facts:
-    keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
-    found, sizes = [], [getattr(args, key, 1) for key in keys]
-    if all(_is_number(size) for size in sizes):
-        each = f"{sizes[0]} per device x {sizes[1]} accumulated x {sizes[2]} processes"
-        found.append(("batch size", f"{math.prod(map(int, sizes))} ({each})"))
-    precision = [name for name in ("bf16", "fp16", "tf32") if getattr(args, name, None) is True]
-    found.append(("mixed precision", precision[0] if precision else "none"))
-    found += _numbers([(label, getattr(args, key, None) or None) for key, label in _ARGUMENTS.items()])
-    if getattr(args, "gradient_checkpointing", False) is True:
+    sizes = (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size)
+    each = "{} per device x {} accumulated x {} processes".format(*sizes)
+    precision = next((name for name in ("bf16", "fp16", "tf32") if getattr(args, name) is True), "none")
+    found = [("batch size", f"{math.prod(sizes)} ({each})"), ("mixed precision", precision)]
+    found += _numbers({label: getattr(args, key) or None for key, label in _ARGUMENTS.items()})
+    if args.gradient_checkpointing is True:
         found.append(("gradient checkpointing", "yes"))
-    return found + _numbers([("seed", getattr(args, "seed", None)), ("data seed", getattr(args, "data_seed", None))])
+    return found + _numbers({"seed": args.seed, "data seed": args.data_seed})
 
 
 def _optimizer_facts(trainer: Any) -> Facts:
     """Of the optimizer that ran, which need not be the one that the arguments name."""
     from transformers.trainer_utils import SchedulerType  # slow to import, and few programs need it
 
-    args, optimizer = trainer.args, getattr(trainer, "optimizer", None)
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    args = trainer.args
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's wrapper
     if optimizer is None:
-        found = _numbers([("learning rate", getattr(args, "learning_rate", None))])
+        found = _numbers({"learning rate": args.learning_rate})
     else:
         found = [("optimizer", type(optimizer).__name__), ("learning rate", _learning_rates(optimizer.param_groups))]
     # Only of a scheduler that Trainer made itself do its arguments tell the kind.
-    if getattr(trainer, "_created_lr_scheduler", False) or getattr(trainer, "lr_scheduler", None) is None:
-        schedule = getattr(args, "lr_scheduler_type", None)
-        schedule = getattr(schedule, "value", schedule)
-        if schedule in {known.value for known in SchedulerType}:  # a word of transformers' own list
+    if getattr(trainer, "_created_lr_scheduler", False) or trainer.lr_scheduler is None:
+        schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        if schedule in {kind.value for kind in SchedulerType}:  # a word of transformers' own list
             found.append(("learning rate schedule", schedule))
     return [fact for fact in found if fact[1]]
 
 
 def _learning_rates(groups: list[dict[str, Any]]) -> str:
     """The initial rates, by part where `parameter_groups` named them."""
-    rates: dict[str, list[str]] = {}
+    rates: dict[str, dict[str, None]] = {}
     for group in groups:
         rate: Any = group.get("initial_lr", group.get("lr"))  # where schedulers keep the rate that they began with
-        name = group.get("name")
         if _is_number(rate):
-            parts = rates.setdefault(_shown(rate), [])
-            parts += [name] if isinstance(name, str) and _GROUP.fullmatch(name) and name not in parts else []
+            parts, name = rates.setdefault(_shown(rate), {}), group.get("name")
+            parts |= {name: None} if isinstance(name, str) and _GROUP.fullmatch(name) else {}
     if len(rates) == 1:
         return next(iter(rates))
     return ", ".join(f"{rate} ({', '.join(parts)})" if parts else rate for rate, parts in rates.items())
@@ -138,26 +134,16 @@ def _learning_rates(groups: list[dict[str, Any]]) -> str:
 def _measured(history: Any) -> Facts:
     """The last losses and the last evaluation."""
     entries = [entry for entry in history or [] if isinstance(entry, Mapping)]
-    found: list[tuple[str, Any]] = []
+    found: dict[str, Any] = {}
     for key, label in (("loss", "last training loss"), ("train_loss", "mean training loss")):
-        found += [(label, entry[key]) for entry in entries if _is_number(entry.get(key))][-1:]
-    evaluations: dict[str, Any] = {}
+        found[label] = next((entry[key] for entry in reversed(entries) if _is_number(entry.get(key))), None)
     for entry in entries:
-        evaluations |= {key: value for key, value in entry.items() if isinstance(key, str) and METRIC.fullmatch(key)}
-    found += [(key, value) for key, value in evaluations.items() if not _SPEED.fullmatch(key)]
-    return _numbers(found)
+        found |= {key: value for key, value in entry.items() if isinstance(key, str) and METRIC.fullmatch(key)}
+    return _numbers({key: value for key, value in found.items() if not _SPEED.fullmatch(key)})
 
 
-def _versions() -> Facts:
-    found = []
-    for name in FRAMEWORKS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return [("versions", ", ".join(found))]
-
-
-def _numbers(found: list[tuple[str, Any]]) -> Facts:
-    return [(label, _shown(value)) for label, value in found if _is_number(value)]
+def _numbers(found: Mapping[str, Any]) -> Facts:
+    return [(label, _shown(value)) for label, value in found.items() if _is_number(value)]
 
 
 def _is_number(value: Any) -> bool:
@@ -177,20 +163,20 @@ def find_licenses(
     """The licence of each base, None where it is not known: a push does not stop for one.
 
     Args:
-        commits: the bases' repositories, with the commit of each, None where that is not known.
-        given: licences by repository, which are taken as they are.
-        token: of the Hub, which is asked for the others; False asks nothing.
-
-    Raises:
-        ValueError: a given licence that is no identifier such as ``apache-2.0``.
+        commits: of the bases by repository, None where that is not known.
+        given: licences by repository, for which the Hub is not asked (ValueError where one is no identifier).
+        token: of the Hub; False asks nothing.
     """
-    given = {repo_id: _identifier(name, f"licenses[{repo_id!r}]") for repo_id, name in (given or {}).items()}
-    asked = {} if token is False else {repo_id: commit for repo_id, commit in commits.items() if repo_id not in given}
-    found = given | {repo_id: _asked_license(repo_id, commit, token) for repo_id, commit in asked.items()}
-    return {repo_id: found.get(repo_id) for repo_id in commits}
+    found: dict[str, Any] = {base: _identifier(name, f"licenses[{base!r}]") for base, name in (given or {}).items()}
+    for base, commit in commits.items():
+        if base not in found:
+            found[base] = _asked_license(base, commit, token)
+    return {base: found[base] for base in commits}
 
 
 def _asked_license(repo_id: str, commit: str | None, token: str | bool | None) -> str | None:
+    if token is False:
+        return None
     try:
         data: Any = HfApi().model_info(repo_id, revision=commit, token=token, timeout=TIMEOUT).card_data or {}
     except Exception as error:  # offline, private, gone, a proxy in between: the reason is not the card's business
@@ -209,39 +195,25 @@ def _identifier(name: Any, where: str) -> str:
 
 
 def license_fields(own: str | None, bases: Iterable[str | None]) -> dict[str, str]:
-    """The metadata of a card that tells its licence.
-
-    Args:
-        own: what the user said.
-        bases: of every part; None where it is not known.
+    """The metadata of a card that tells its licence, given those of all bases; None for one that is not known.
 
     Returns:
-        the user's word; else the one that all bases have; ``other`` where known ones differ; nothing where one is
-        unknown, since an unknown licence allows no promise.
-
-    Raises:
-        ValueError: `own` is no licence identifier.
+        the user's `own` word (ValueError where it is no identifier); else the one that all bases have; ``other`` where
+        known ones differ; nothing where one is unknown, since an unknown licence allows no promise.
     """
     if own is not None:
         return {"license": _identifier(own, "license")}
-    found = list(bases)
-    known = {name for name in found if name is not None}
-    if len(known) > 1:
+    found = set(bases)
+    if len(found - {None}) > 1:
         return {"license": "other", "license_name": "those-of-its-parts"}
-    return {"license": known.pop()} if known and None not in found else {}
+    return {"license": str(found.pop())} if found and None not in found else {}
 
 
 # ---- the example: items that it makes itself, and imports
 
 
 class Examples(NamedTuple):
-    """Python for a message about one item of each kind.
-
-    Attributes:
-        imports: lines that the parts need.
-        parts: of the message's content.
-        left_out: modalities of which no item can be made: no processor, arguments of their own, an unknown kind.
-    """
+    """Python for a message about one item of each kind: imports, parts of its content; modalities of which none can be made."""
 
     imports: list[str]
     parts: list[str]
@@ -252,20 +224,20 @@ def examples(model: Any, processor: Any) -> Examples:
     """Items for a composed model and its processor; by kind where one modality, or a group that shares its items, has it."""
     items = {name: _item(encoder, processor.processors.get(name)) for name, encoder in model.encoders.items()}
     left_out = [name for name, item in items.items() if item is None]
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, str] = {}
     for name, item in items.items():
         kind = model.encoders[name].kind
-        same = model.config.modalities_of_kind(kind)
-        together = len(same) == 1 or any(set(same) <= set(group) for group in model.config.share_inputs)
+        same = set(model.config.modalities_of_kind(kind))
+        together = len(same) == 1 or any(same <= set(group) for group in model.config.share_inputs)
         # A part of the type "text" is the message's own.
-        by_kind = together and kind != "text" and not set(same) & set(left_out)
+        by_kind = together and kind != "text" and same.isdisjoint(left_out)
         if item is not None:
-            found.setdefault(kind if by_kind else name, item)
-    parts = [
-        ", ".join(f'"{key}": {value}' for key, value in {"type": f'"{type}"', **found[type]}.items()) for type in found
-    ]
+            type = kind if by_kind else name
+            values = ", ".join(f'"{key}": {value}' for key, value in {"type": f'"{type}"', **item}.items())
+            found.setdefault(type, f"{{{values}}}")
+    parts = list(found.values())
     imports = [line for use, line in _IMPORTS.items() if any(use in part for part in parts)]
-    return Examples(imports, [f"{{{part}}}" for part in parts], left_out)
+    return Examples(imports, parts, left_out)
 
 
 def _item(encoder: Any, processor: Any) -> dict[str, str] | None:
@@ -308,7 +280,7 @@ def own_imports(model: Any) -> list[str]:
     for module, parts in needed.items():
         remark = f"defines {', '.join(parts)}; not part of this repository"
         words = module.split(".")
-        importable = all(word.isidentifier() for word in words) and words[0] not in ("__main__", "transformers_modules")
+        importable = all(map(str.isidentifier, words)) and words[0] not in ("__main__", "transformers_modules")
         lines.append(f"import {module}  # {remark}" if importable else f"# First run the code that {remark}.")
     return lines
 

@@ -1,5 +1,6 @@
 """push_to_hub(): a composed model, its processor and a card, saved to a temporary folder and uploaded in one commit."""
 
+import functools
 import logging
 import os
 import re
@@ -13,18 +14,17 @@ from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundEr
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..checkpoints.code_folder import read_entry
-from ..checkpoints.finding import HUB_ARGUMENTS
-from ..checkpoints.manifest import COMPOSITION, DELTA, weights_pattern
+from ..checkpoints.finding import COMPOSITION, DELTA, HUB_ARGUMENTS, weights_pattern
 from ..checkpoints.plain_storage import PUSHERS
 from .card import card_text, merged_card
-from .upload import hub_errors_explained, upload, with_retries
+from .upload import upload, with_retries
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
 # What transformers' `save_pretrained` takes about how weights are written, and what ours takes.
 WRITING = ("max_shard_size", "variant", "state_dict", "save_peft_format", "save_original_format")
 SAVING = ("embed", "bases", "include_code", *WRITING)
-ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+OTHER_WEIGHTS = (DELTA, COMPOSITION, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLES = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json")
 
 
@@ -59,8 +59,7 @@ def push_to_hub(
         model: a composed model, or a projector alone; None for the processor alone.
         processor: its processor, or None.
         repo_id: ``"user/name"``, or ``"name"`` in one's own namespace; made if it does not exist.
-        embed, bases: as in `MultimodalModel.save_pretrained`; ``embed=False`` shares what was trained only.
-        include_code: let the checkpoint carry its code, see `MultimodalModel.save_pretrained`.
+        embed, bases, include_code: as in `MultimodalModel.save_pretrained`; ``embed=False`` shares what was trained only.
         private: whether a new repository is private.
         token: of the Hub; by default the one that is stored.
         revision: branch; made if it does not exist.
@@ -74,9 +73,6 @@ def push_to_hub(
         trainer: the Trainer that trained the model, or the path of its `trainer_state.json`: facts for the card.
         **writing: what else transformers' `save_pretrained` takes about weights, such as `state_dict`.
 
-    Returns:
-        huggingface_hub's `CommitInfo`.
-
     Raises:
         TypeError: nothing to push, or something of a wrong type.
         ValueError: what cannot be saved; somebody committed meanwhile; a file with a path of this machine or a token.
@@ -87,9 +83,8 @@ def push_to_hub(
     model, processor, repo_id = _checked(model, processor, repo_id)
     if unknown := sorted(set(writing) - set(WRITING)):
         raise TypeError(f"push_to_hub got unknown arguments {unknown}, expected some of {sorted(SAVING)}.")
-    writing |= {"embed": embed, "bases": bases, "include_code": include_code}
-    writing |= {"max_shard_size": max_shard_size, "variant": variant}
-    saving = {key: value for key, value in writing.items() if value is not None}
+    writing |= {"max_shard_size": max_shard_size, "variant": variant, "include_code": include_code}
+    saving = {k: v for k, v in {**writing, "embed": embed, "bases": bases}.items() if v is not None}
     repo_id = _full_name(repo_id, token)
     with tempfile.TemporaryDirectory() as root:
         folder = os.path.join(root, "checkpoint")
@@ -99,8 +94,8 @@ def push_to_hub(
             parent_commit = parent_commit or head  # the card that is judged here is the one that is replaced
             replace = overwrite_card or isinstance(card, str)
             if model is not None or there is None or replace:  # a processor that joins a model: the card is the model's
-                code, tags = bool(read_entry(folder)), [tags] if isinstance(tags, str) else tags or []
-                facts = (code, saving.get("embed", True), trainer, token)
+                facts = (bool(read_entry(folder)), saving.get("embed", True), trainer, token)
+                tags = [tags] if isinstance(tags, str) else tags or []
                 text = card if isinstance(card, str) else card_text(model, processor, repo_id, *facts, tags=tags)
                 _write_card(Path(folder, CARD), text, there, repo_id, replace)
         what = " and ".join(type(part).__name__ for part in (model, processor) if part is not None)
@@ -128,46 +123,39 @@ def _checked(model: Any, processor: Any, repo_id: Any) -> tuple[Any, Any, str]:
     if isinstance(processor, str) and repo_id is None:  # push_to_hub(model, "user/name")
         processor, repo_id = None, processor
     if not isinstance(repo_id, str):
-        raise TypeError(
-            f"push_to_hub needs a repo_id, e.g. push_to_hub(model, processor, 'user/name'), got {repo_id!r}."
-        )
+        raise TypeError(f"push_to_hub needs a repo_id: push_to_hub(model, processor, 'user/name'), got {repo_id!r}.")
     if isinstance(model, ProcessorMixin) and processor is None:
         model, processor = None, model
     if model is None and processor is None:
         raise TypeError("push_to_hub needs a model, a processor, or both.")
-    if model is not None and not isinstance(model, PreTrainedModel):
+    if not isinstance(model, (PreTrainedModel, type(None))):
         raise TypeError(f"model must be a composed model or a projector, got {type(model).__name__}.")
-    if processor is not None and not isinstance(processor, ProcessorMixin):
+    if not isinstance(processor, (ProcessorMixin, type(None))):
         raise TypeError(f"processor must be a MultimodalProcessor, got {type(processor).__name__}.")
     return model, processor, repo_id
 
 
-def _save(model: Any, processor: Any, folder: str, written: Mapping[str, Any], token: str | bool | None) -> None:
-    code = {key: written[key] for key in ("include_code",) if key in written}
+def _save(model: Any, processor: Any, folder: str, saving: Mapping[str, Any], token: str | bool | None) -> None:
+    code = {key: saving[key] for key in ("include_code",) if key in saving}
     if model is not None:
-        options = dict(written)
-        if not hasattr(model, "encoders"):  # a projector has no components to refer to
-            options = {key: written[key] for key in (*WRITING, *code) if key in written}
-        elif token is not None:
-            options["token"] = token  # to read the bases
+        if hasattr(model, "encoders"):
+            options = {**saving, **({} if token is None else {"token": token})}  # the token reads the bases
+        else:  # a projector has no components to refer to
+            options = code | {key: saving[key] for key in WRITING if key in saving}
         model.save_pretrained(folder, **options)
     if processor is not None:
         processor.save_pretrained(folder, **code)
 
 
 def stale_files(with_model: bool, variant: str | None = None) -> Callable[[str], bool]:
-    """Which files of a repository a push replaces, if it does not hold them: weights in any other form, and their list.
-
-    Adapters too: who loads the repository would get them around the model that was pushed.
-    """
-    pattern = weights_pattern(variant)
+    """Which files of a repository a push replaces, if it does not hold them: weights in any other form, their list, and
+    adapters, which who loads the repository would get around the model that was pushed."""
+    weights = weights_pattern(variant)
 
     def stale(name: str) -> bool:
-        if not with_model:
-            return False
         # A variant stands beside other files: it replaces its own alone.
-        others = variant is None and (name in (DELTA, COMPOSITION, *ADAPTERS) or bool(PICKLES.fullmatch(name)))
-        return others or bool(pattern.fullmatch(name))
+        others = variant is None and (name in OTHER_WEIGHTS or bool(PICKLES.fullmatch(name)))
+        return with_model and (others or bool(weights.fullmatch(name)))
 
     return stale
 
@@ -176,18 +164,15 @@ def _full_name(repo_id: str, token: str | bool | None) -> str:
     """``user/name`` of a repository in one's own namespace: a name alone means another one to readers."""
     if "/" in repo_id:
         return repo_id
-    lost = PermissionError(
-        f"{repo_id}: not logged in, so it is not known whose it is to be: run `hf auth login`, pass token=, or give "
-        f"'user/{repo_id}'."
-    )
-    if token is False:
-        raise lost
-    api = HfApi(token=token)
-    with hub_errors_explained(repo_id):
-        try:
-            return f"{with_retries(repo_id, api.whoami)['name']}/{repo_id}"
-        except LocalTokenNotFoundError as error:
-            raise lost from error
+    try:
+        if token is False:  # `whoami` would take the one that is stored
+            raise LocalTokenNotFoundError
+        return f"{with_retries(repo_id, HfApi(token=token).whoami)['name']}/{repo_id}"
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(
+            f"{repo_id}: not logged in, so it is not known whose it is to be: run `hf auth login`, pass token=, or give "
+            f"'user/{repo_id}'."
+        ) from error
 
 
 def _head_and_card(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[str | None, str | None]:
@@ -198,8 +183,7 @@ def _head_and_card(repo_id: str, revision: str | None, token: str | bool | None)
     api = HfApi(token=token)
     for name in dict.fromkeys((revision, None)):  # a new branch starts from main
         try:
-            with hub_errors_explained(repo_id, name):
-                info = with_retries(repo_id, lambda name=name: api.model_info(repo_id, revision=name))
+            info = with_retries(repo_id, functools.partial(api.model_info, repo_id, revision=name), name)
         except FileNotFoundError:
             continue
         except PermissionError as error:
@@ -208,10 +192,8 @@ def _head_and_card(repo_id: str, revision: str | None, token: str | bool | None)
             raise
         if not any(sibling.rfilename == CARD for sibling in info.siblings or ()):
             return info.sha, None
-        with hub_errors_explained(repo_id, info.sha):
-            there = with_retries(
-                repo_id, lambda sha=info.sha: hf_hub_download(repo_id, CARD, revision=sha, token=token)
-            )
+        download = functools.partial(hf_hub_download, repo_id, CARD, revision=info.sha, token=token)
+        there = with_retries(repo_id, download, info.sha)
         return info.sha, Path(there).read_bytes().decode("utf-8")
     return None, None
 

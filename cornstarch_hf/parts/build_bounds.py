@@ -1,11 +1,11 @@
 """While parts are built from a checkpoint's configuration: no endless number of layers, no huge tensor made.
 
-A configuration may ask for anything, and is only asked for what the checkpoint beside it holds.  Parameters are built
-on the meta device and cost nothing; tables and masks that a constructor computes are real, so the size of each is
-found on the meta device first.
+Parameters are built on the meta device and cost nothing; tables and masks that a constructor computes are real, so the
+size of each is found on the meta device first.
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..limits import cap, check
 from .names import parameters_by_name
-from .threads import ThreadDispatchMode
+from .threads import ThreadDispatchMode, on_meta
 
 Shapes = Mapping[str, tuple[int, ...]]
 _active = threading.local()
@@ -26,10 +26,7 @@ _FACTORIES = _device_constructors()
 
 
 class BoundedTensors(ThreadDispatchMode):
-    """Within this mode operations make no more than `MAX_BUILD_BYTES` of real tensors in all (ValueError before that).
-
-    Memory that is only reserved (`torch.empty`) does not count, and views take none.
-    """
+    """Within this mode operations make no more than `MAX_BUILD_BYTES` of real tensors in all (ValueError before that)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,14 +43,12 @@ class BoundedTensors(ThreadDispatchMode):
 
 def _makes_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether an operation fills new memory: it works on no meta tensor, reserves nothing and returns no view."""
-    device = kwargs.get("device")
-    if device is not None and torch.device(device).type == "meta":
-        return False
     if any(isinstance(x, Tensor) and x.is_meta for x in args):  # nearly all of them: a quick look first
         return False
-    if func._schema.name.startswith(("aten::empty", "aten::detach")):
-        return False
-    if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+    device = kwargs.get("device")
+    asks_meta = device is not None and torch.device(device).type == "meta"
+    reserves = func._schema.name.startswith(("aten::empty", "aten::detach"))
+    if asks_meta or reserves or any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
         return False
     return not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs)))
 
@@ -61,10 +56,10 @@ def _makes_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 def _bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
     """Bytes of an operation's outputs, found by running it on the meta device; 0 where it cannot run there."""
     # The same operation without memory tells shapes and data types of its outputs.
-    on_meta, options = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
-    takes_device = any(argument.name == "device" for argument in func._schema.arguments)
+    args, kwargs = tree_map(on_meta, (args, kwargs))
+    device = {"device": "meta"} if any(argument.name == "device" for argument in func._schema.arguments) else {}
     try:
-        outputs = func(*on_meta, **options | ({"device": "meta"} if takes_device else {}))
+        outputs = func(*args, **kwargs | device)
     except ValueError:
         raise
     except Exception:  # what depends on values has no meta form; it is bounded by its inputs
@@ -73,12 +68,8 @@ def _bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
 
 
 def bounded_tensors(*configs: Any) -> Any:
-    """A context of `BoundedTensors` within `build_guard`, where a configuration holds numbers that could need it.
-
-    Args:
-        *configs: from which will be built; without them it is bounded in any case.  Numbers up to `MAX_PLAIN_SIZE`, and
-            sizes of stored tensors, need no bound.
-    """
+    """A context of `BoundedTensors` within `build_guard`, where what is built from holds a number that could need it, or
+    is not given.  Numbers up to `MAX_PLAIN_SIZE`, and sizes of stored tensors, need no bound."""
     expected = getattr(_active, "expected", None)
     if expected is None:
         return contextlib.nullcontext()
@@ -93,12 +84,10 @@ def _has_large(values: Any, sizes: set[int]) -> bool:
         key, value = pending.pop()
         if isinstance(value, int) and value > most and value not in sizes and not key.endswith(("_id", "_theta")):
             return True
-        if isinstance(value, Mapping):
-            pending += value.items()
-        elif isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)):
             pending += [(key, item) for item in value]
-        elif hasattr(value, "model_type"):
-            pending += vars(value).items()
+        elif isinstance(value, Mapping) or hasattr(value, "model_type"):
+            pending += (value if isinstance(value, Mapping) else vars(value)).items()
     return False
 
 
@@ -124,16 +113,11 @@ class _CountedTensors(TorchFunctionMode):
 
 @contextlib.contextmanager
 def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[None]:
-    """Bound what is built within: layers by what is stored, computed tensors by `MAX_BUILD_BYTES`.
-
-    Only the thread that enters is bounded, and only it is touched.  `check_built` compares the result with the same shapes.
+    """Bound what this thread builds within: layers by what is stored, computed tensors by `MAX_BUILD_BYTES` (ValueError).
 
     Args:
         shapes: of everything that will be loaded, by name; None where that is not known (nothing is compared then).
         sized: whether `check_built` compares shapes, not only names and numbers (not for quantized weights).
-
-    Raises:
-        ValueError: within, as soon as a bound is met; with both numbers.
     """
     before = getattr(_active, "expected", None)
     _active.expected = (shapes, sized)
@@ -145,12 +129,7 @@ def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[No
 
 
 def check_built(model: nn.Module) -> None:
-    """Compare a model that was just built with what the checkpoint holds, before anything is allocated for it.
-
-    Outside of `build_guard`, or where nothing is known of the checkpoint, nothing is compared.
-
-    Args:
-        model: with its parameters named as in the checkpoint.
+    """Compare a model that was just built, its parameters named as in the checkpoint, with what `build_guard` was given.
 
     Raises:
         ValueError: tensors of other shapes than stored, or more elements without stored values than are plausible.
@@ -168,17 +147,11 @@ def check_built(model: nn.Module) -> None:
         )
     # What is not stored may be tied to something that is, or be new, and then small.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = {n: _numel(s) for n, s in built.items() if n not in shapes and n not in tied}
-    stored = sum(map(_numel, shapes.values()))
-    allowed = 8 * stored + cap("MAX_UNSTORED_ELEMENTS")
-    if sum(missing.values()) > allowed:
+    missing = {n: math.prod(shape) for n, shape in built.items() if n not in shapes and n not in tied}
+    stored, unstored = sum(map(math.prod, shapes.values())), sum(missing.values())
+    if unstored > 8 * stored + cap("MAX_UNSTORED_ELEMENTS"):
         largest = max(missing, key=missing.__getitem__)
         raise ValueError(
-            f"The configuration describes {len(missing)} tensors of {sum(missing.values()):,} elements that the checkpoint "
-            f"does not hold (it holds {stored:,} elements), largest {largest} {tuple(built[largest])}: they do not belong "
-            "together."
+            f"The configuration describes {len(missing)} tensors of {unstored:,} elements that the checkpoint does not hold "
+            f"(it holds {stored:,} elements), largest {largest} {tuple(built[largest])}: they do not belong together."
         )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

@@ -18,24 +18,18 @@ from .adapters import adapter_containers, adapter_layers, base_children
 
 
 def whole_gradients(checkpoint: Callable) -> Callable:
-    """A checkpoint function of the same signature under which all gradients flow; any other than a reentrant one as it is.
-
-    Args:
-        checkpoint: `torch.utils.checkpoint.checkpoint` with its options, as `gradient_checkpointing_enable` makes it.
-    """
+    """A checkpoint function of the same signature under which all gradients flow; any but a reentrant one as it is."""
     reentrant = isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant")
     return functools.partial(_checkpoint, checkpoint) if reentrant else checkpoint
 
 
 def _checkpoint(checkpoint: Callable, function: Callable, *args: Any, **options: Any) -> Any:
-    """Run a checkpoint of a function that takes its tensors flat, wherever they were.
-
-    Raises:
-        ValueError: the function leaves tensors for later layers in a dictionary or list, beside what it returns.
-    """
+    """Run a checkpoint of a function that takes its tensors flat, wherever they were (ValueError if it hands on others)."""
+    layer: nn.Module | None = None
     keywords: dict[str, Any] = {}
-    layer = _layer_of(function)
-    if isinstance(function, functools.partial):  # as transformers' layers give it
+    if isinstance(function, functools.partial):  # of a layer's `forward` or bound method, as transformers gives it
+        owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
+        layer = owner if isinstance(owner, nn.Module) else None
         function, keywords = functools.partial(function.func, *function.args), function.keywords
     leaves, structure = tree_flatten((args, tuple(keywords.values())), is_leaf=_stays)
     places = _places(leaves, layer)
@@ -70,19 +64,10 @@ def _places(leaves: list[Any], layer: nn.Module | None) -> dict[int, Tensor]:
     return {i: tensor.detach().requires_grad_()}  # without any, torch would not run the layer backward at all
 
 
-def _layer_of(function: Callable) -> nn.Module | None:
-    """The layer whose `forward`, or bound method, a partial function calls."""
-    if not isinstance(function, functools.partial):
-        return None
-    owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None
-
-
 def _stays(value: Any) -> bool:
     """Whether a value is passed on as the object that it is: a layer may write into dictionaries and lists."""
-    if isinstance(value, dict):
-        return True
-    return isinstance(value, list) and not any(isinstance(x, Tensor) and x.requires_grad for x in value)
+    tracked = isinstance(value, list) and any(isinstance(x, Tensor) and x.requires_grad for x in value)
+    return isinstance(value, (dict, list)) and not tracked
 
 
 def _held(values: Iterable[Any]) -> list[list[int]]:
@@ -101,57 +86,42 @@ def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
     A module trains when a parameter in it does, those of adapters not counted; adapter layers follow the adapters that
     they hold.  What has no parameters (dropout) is as the module around it.  A module that holds a list of layers, some
     of them frozen, does not train: it could not skip the others alone.
-
-    Quantized linear layers stay in training mode: they take evaluation for inference and change to a form without gradients.
     """
-    for part in parts.values():
-        _set_modes(part, True, _Trains(part))
+    layers = adapter_layers()
+    wrappers = (*layers, *adapter_containers())
+    holding: set[nn.Module] = set()  # modules with a parameter at or below them
+    training: set[nn.Module] = set()  # ... one that trains
+    base: set[nn.Module] = set()  # ... one that trains and is no adapter's
 
-
-class _Trains:
-    """What trains in a part, found in one walk: its base weights and its adapters apart, by module."""
-
-    def __init__(self, part: nn.Module):
-        self.adapters, self.containers = adapter_layers(), adapter_containers()
-        self.holding: set[nn.Module] = set()  # modules with a parameter at or below them
-        self.base: set[nn.Module] = set()  # ... one that trains and is no adapter's
-        self.any: set[nn.Module] = set()  # ... one that trains
-        self._survey(part)
-
-    def _survey(self, module: nn.Module) -> None:
-        own, children = list(module.parameters(recurse=False)), list(module.children())
-        for child in children:
-            self._survey(child)
-        trains = any(p.requires_grad for p in own)
-        found = [(self.holding, bool(own), children), (self.any, trains, children)]
-        # Of an adapter layer, what it wraps counts alone.
-        adapter = isinstance(module, self.adapters)
-        found.append((self.base, trains and not adapter, base_children(module) if adapter else children))
-        for modules, here, below in found:
-            if here or not modules.isdisjoint(below):
+    def survey(module: nn.Module) -> None:
+        own, below = [p.requires_grad for p in module.parameters(recurse=False)], list(module.children())
+        for child in below:
+            survey(child)
+        adapter = isinstance(module, layers)
+        wrapped = base_children(module) if adapter else below  # of an adapter layer, what it wraps counts alone
+        found = [(holding, bool(own), below), (training, any(own), below), (base, any(own) and not adapter, wrapped)]
+        for modules, here, inner in found:
+            if here or not modules.isdisjoint(inner):
                 modules.add(module)
 
-    def mode(self, module: nn.Module, around: bool) -> bool:
-        """Whether a module is to be in training mode, given the mode of the one around it."""
-        if isinstance(module, (*self.adapters, *self.containers)):
-            return module in self.any
-        if module not in self.holding:
-            return around
-        frozen = self.holding - self.base
-        return module in self.base and frozen.isdisjoint(layers_in_lists(module))
+    def set_mode(module: nn.Module, around: bool) -> None:
+        if isinstance(module, wrappers):
+            mode = module in training
+        elif module in holding:
+            mode = module in base and not any(x in holding and x not in base for x in layers_in_lists(module))
+        else:
+            mode = around
+        # Quantized linear layers take evaluation for inference, and change to a form without gradients.  Routers of experts,
+        # which draw, are linear layers of plain numbers.
+        weight = module.weight if isinstance(module, nn.Linear) else None
+        plain = weight is None or (type(weight) is nn.Parameter and weight.is_floating_point())
+        module.training = mode or not plain
+        for child in module.children():
+            set_mode(child, mode)
 
-
-def _set_modes(module: nn.Module, around: bool, trains: _Trains) -> None:
-    mode = trains.mode(module, around)
-    module.training = mode or _is_quantized(module)
-    for child in module.children():
-        _set_modes(child, mode, trains)
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether a linear layer holds something else than plain numbers; routers of experts are linear layers too, and draw."""
-    weight = module.weight if isinstance(module, nn.Linear) else None
-    return weight is not None and not (type(weight) is nn.Parameter and weight.is_floating_point())
+    for part in parts.values():
+        survey(part)
+        set_mode(part, True)
 
 
 def layers_in_lists(module: nn.Module) -> list[nn.Module]:
@@ -160,11 +130,8 @@ def layers_in_lists(module: nn.Module) -> list[nn.Module]:
 
 
 def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
-    """Have adapters that shorten what an encoder gives run all of their layers (in place).
-
-    In training mode wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has
-    placeholders.  Their layers stay in training mode.
-    """
+    """Have adapters that shorten what an encoder gives run all of their layers (in place), which stay in training mode."""
+    # wav2vec 2.0's skip each at random (`layerdrop`), and an item then gives more features than it has placeholders.
     for part in parts.values():
         for module in part.modules():
             if type(module).__name__.endswith("Adapter") and hasattr(module, "layerdrop"):
@@ -177,10 +144,9 @@ def keep_strided_layers(parts: Mapping[str, nn.Module]) -> None:
 
 
 def checkpoint_frozen_layers(model: nn.Module) -> None:
-    """Have the frozen layers of a model checkpoint where gradients flow through them, if all layers do (in place).
+    """Have the frozen layers of a model in training checkpoint where gradients flow through them, if all layers do (in place).
 
-    In evaluation mode of the whole nothing does.  A layer without gradients runs as it is, one that is given a cache too,
-    since a cache would be written once more when the layer is computed again.
+    A layer that is given a cache runs as it is: a cache would be written once more when the layer is computed again.
     """
     layers = _checkpointing_layers(model) if model.training else ()
     wanted = {layer: owner for layer, owner in layers if not owner.training}

@@ -33,11 +33,11 @@ def compress(selected: Iterable[str], every: Iterable[str]) -> list[str]:
     groups: dict[str, list[str]] = {}  # "layers.*.norm.weight" -> that weight of each layer
     for name in every:
         groups.setdefault(starred(name), []).append(name)
-    whole = {pattern for pattern, names in groups.items() if chosen.issuperset(names)}
-    short = {name for pattern in set(groups) - whole for name in groups[pattern] if name in chosen}
+    mixed = {pattern for pattern, names in groups.items() if not chosen.issuperset(names)}
+    short = {name for pattern in mixed for name in groups[pattern] if name in chosen}
     # Names above something that is not selected: no pattern may stand so high.
-    partial = {parent for pattern in set(groups) - whole for parent in at_or_above(pattern)}
-    for pattern in whole:
+    partial = {parent for pattern in mixed for parent in at_or_above(pattern)}
+    for pattern in groups.keys() - mixed:
         # The highest name at or above the pattern below which everything is selected.
         free = [parent for parent in at_or_above(pattern) if parent not in partial]
         short |= {free[0]} if free else set(groups[pattern])
@@ -60,11 +60,9 @@ def matches(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     >>> sorted(matches(["a.*.w"], ["a.0.w", "a.10.w", "a.0.b"]))
     ['a.0.w', 'a.10.w']
     """
-    patterns = list(patterns)
-    if not patterns:
-        return set()  # an expression without alternatives would match everything
-    regex = re.compile("|".join(f"(?:{as_regex(pattern)})" for pattern in patterns))
-    return {name for name in names if regex.match(name)}
+    regex = "|".join(f"(?:{as_regex(pattern)})" for pattern in patterns)
+    # An expression without alternatives would match everything.
+    return set(filter(re.compile(regex).match, names)) if regex else set()
 
 
 def as_regex(pattern: str) -> str:
@@ -73,10 +71,7 @@ def as_regex(pattern: str) -> str:
 
 
 def modules_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its dotted name, parents first, one that stands in two places under both names.
-
-    As `root.named_modules(remove_duplicate=False)`.
-    """
+    """Every module by its dotted names, parents first, as `root.named_modules(remove_duplicate=False)` gives them."""
     pending = [("", root)]
     while pending:  # a stack of what is still to visit: recursive generators cost a frame per level for each name
         name, module = pending.pop()
@@ -86,12 +81,7 @@ def modules_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parameters_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter with its dotted name, shared ones under each of their names.
-
-    As `root.named_parameters(remove_duplicate=False)`.
-    """
+    """Every parameter by its dotted names, as `root.named_parameters(remove_duplicate=False)` gives them."""
     for name, module in modules_by_name(root):
         prefix = f"{name}." if name else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                yield prefix + key, parameter
+        yield from ((prefix + key, value) for key, value in module._parameters.items() if value is not None)

@@ -1,7 +1,4 @@
-"""A `forward` whose signature names the inputs of the encoders that an instance has.
-
-Trainer drops columns that are not in the signature, and `generate` and PEFT read it too.
-"""
+"""A `forward` whose signature names the inputs of an instance's encoders: Trainer drops others, `generate` and PEFT read it."""
 
 import functools
 import inspect
@@ -18,29 +15,24 @@ from .adapters import unwrapped
 def with_signature(function: Callable, removed: tuple[str, ...], added: tuple[str, ...]) -> Callable:
     """A copy of a function whose signature lacks some parameters and has further keyword parameters (default None)."""
     # A function of its own and no wrapper: `torch.compile` traces it whole, and it costs no call.
-    copied = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    functools.update_wrapper(copied, function)
+    parts = (function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copied = functools.update_wrapper(types.FunctionType(*parts), function)
     del copied.__wrapped__  # `inspect.signature` would follow it to the original
     copied.__kwdefaults__ = function.__kwdefaults__
     parameters = {p.name: p for p in inspect.signature(function).parameters.values() if p.name not in removed}
     new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in added if n not in parameters]
     # Stable, so that only ``**kwargs`` moves, behind the new ones.
-    ordered = sorted([*parameters.values(), *new], key=lambda p: p.kind)
-    copied.__signature__ = inspect.Signature(ordered)
+    copied.__signature__ = inspect.Signature(sorted([*parameters.values(), *new], key=lambda p: p.kind))
     return copied
 
 
 class PerInstanceSignature:
     """Descriptor for a method whose signature an instance completes.
 
-    The instance's ``signature_changes(method_name)`` gives the parameters to remove and to add, or None if it does
-    not have the method at all.  Nothing is stored on the instance, so it can be pickled and copied, and may still
-    hold a `forward` of its own (as compiling or dispatching it does).
+    The instance's ``signature_changes(method_name)`` gives the parameters to remove and to add, or None if it does not
+    have the method at all.  Nothing is stored on the instance: it pickles, and may hold a `forward` of its own.
 
     Args:
-        function: the method.
         on_class: whether the class itself shows the method; transformers looks at classes to learn what models do.
     """
 
@@ -69,14 +61,12 @@ def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Named parameters of a module's `forward`; of a PEFT wrapper, of the model inside."""
     # PEFT's own `forward` is ``(*args, **kwargs)``, which would take anything.
     parameters = inspect.signature(unwrapped(module).forward).parameters
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: p for name, p in parameters.items() if p.kind not in kinds}
+    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def takes_any_keyword(module: nn.Module) -> bool:
     """Whether a module's `forward` has ``**kwargs``."""
-    parameters = inspect.signature(unwrapped(module).forward).parameters.values()
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(unwrapped(module).forward).parameters.values())
 
 
 def accepts(module: nn.Module, name: str) -> bool:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
@@ -29,16 +30,8 @@ SHARD = re.compile(r"[^/\\]+\.safetensors")
 
 
 def check_values(values: Any, where: str) -> None:
-    """Refuse what no configuration needs, at any depth.
-
-    Args:
-        values: what JSON gave: dictionaries, lists, strings, numbers.
-        where: the file or the class, for messages.
-
-    Raises:
-        ValueError: keys that would replace methods, kernels from a repository, data types that do not exist, numbers of
-            layers or labels above the caps, NaN, integers beyond 64 bits, nesting or size above the caps.
-    """
+    """Refuse, at any depth of what JSON gave, keys that would replace methods, kernels from a repository, data types that do
+    not exist, layers, labels, nesting or size above the caps, NaN, and integers beyond 64 bits (ValueError)."""
     pending, seen = [(values, where, "", 0)], 0  # value, path to it, its key, depth
     deepest, most = cap("MAX_CONFIG_DEPTH"), cap("MAX_CONFIG_VALUES")
     while pending:
@@ -59,9 +52,8 @@ def check_values(values: Any, where: str) -> None:
 
 def _check_keys(values: Mapping[Any, Any], path: str, is_config: bool) -> None:
     names = {name for name in values if isinstance(name, str)}
-    for name in names:
-        if name.startswith("__"):
-            raise ValueError(f"{path} has the key {name!r}, which is no setting: remove it.")
+    if private := sorted(name for name in names if name.startswith("__")):
+        raise ValueError(f"{path} has the key {private[0]!r}, which is no setting: remove it.")
     if not is_config:
         return
     if taken := sorted(_TAKEN & names):
@@ -85,30 +77,23 @@ def _check_leaf(value: Any, path: str, key: str) -> None:
     elif isinstance(value, int) and not isinstance(value, bool):
         if abs(value) >= 2**63:
             raise ValueError(f"{path} is an integer of {value.bit_length()} bits, expected at most 63.")
-        if key == "num_labels":
-            check(value, "MAX_LABELS", f"{path} is")
-        elif _LAYERS.search(key):
-            check(value, "MAX_LAYERS", f"{path} is")
+        if key == "num_labels" or _LAYERS.search(key):
+            check(value, "MAX_LABELS" if key == "num_labels" else "MAX_LAYERS", f"{path} is")
 
 
 def check_dtype(name: Any, where: str) -> None:
     """Refuse what is not the name of a data type of torch (ValueError)."""
-    bare = name.removeprefix("torch.") if isinstance(name, str) else ""
-    if not isinstance(getattr(torch, bare, None) if bare.isidentifier() else None, torch.dtype):
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
         raise ValueError(f"{where} is {name!r:.100}, expected the name of a torch data type such as 'bfloat16'.")
 
 
 def check_auto_map(entries: Any, where: str, repo_id: str | None = None, here_only: bool = False) -> None:
-    """Refuse entries of an `auto_map` that are no ``module.Class`` beside the file.
+    """Refuse entries of an `auto_map` (or None) that are no ``module.Class`` beside the file (ValueError).
 
     Args:
-        entries: the map; None passes.
-        where: for messages.
         repo_id: the repository being loaded, whose name may stand in front (``user/repo--module.Class``).
         here_only: whether other repositories are refused.
-
-    Raises:
-        ValueError: names the entry.
     """
     if not isinstance(entries, (Mapping, type(None))):
         raise ValueError(f"{where}: auto_map must be a dictionary, got {entries!r:.100}.")
@@ -140,76 +125,10 @@ def check_switches(values: Mapping[str, Any] | None, where: str) -> None:
             raise ValueError(f"{where}: the argument {key!r} must be True or False, got {value!r:.100}.")
 
 
-def read_json(path: str | os.PathLike, what: str) -> Any:
-    """A JSON file, read strictly.
-
-    Raises:
-        ValueError: too large, no JSON, nested too deeply, a key that stands twice in one object.
-    """
-    check(os.path.getsize(path), "MAX_CONFIG_BYTES", f"{what}: its size in bytes is")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file, object_pairs_hook=lambda pairs: _unique(pairs, what))
-    except RecursionError as error:
-        raise ValueError(f"{what} is nested too deeply to be read.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} is no JSON file ({error}).") from error
-
-
-def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(
-                f"{what} has the key {key!r} twice in one object: readers would differ in which they take."
-            )
-        found[key] = value
-    return found
-
-
-def check_pattern(pattern: Any, where: str) -> None:
-    """Refuse a regular expression that could take time without end on names of modules.
-
-    At most four open-ended repeats, none within another, eight alternatives, no back references and 1,000 characters.
-
-    Raises:
-        ValueError: names the pattern.
-    """
-    if not isinstance(pattern, str):
-        raise ValueError(f"{where}: expected a pattern, got {pattern!r:.100}.")
-    try:
-        found = list(_operators(_parser.parse(pattern))) if len(pattern) <= 1000 else []
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{where}: {pattern!r:.100} is no regular expression ({error}).") from error
-    # Nested repeats, and alternatives within one, can be tried in exponentially many ways.
-    endless = any(
-        name.startswith("GROUPREF") or (inside and (most > 1 or name == "BRANCH")) for name, most, inside in found
-    )
-    repeats = sum(most > 16 for _, most, _ in found)
-    branches = sum(name == "BRANCH" for name, _, _ in found)
-    if endless or len(pattern) > 1000 or repeats > 4 or branches > 8:
-        raise ValueError(
-            f"{where}: the pattern {pattern!r:.100} could take time without end (repeats within repeats, "
-            f"{repeats} open-ended repeats of at most 4, {branches} alternatives of at most 8, or more than 1,000 "
-            "characters): list the names of the modules instead."
-        )
-
-
-def _operators(tree: Any, inside: bool = False) -> Iterator[tuple[str, int, bool]]:
-    """Each operator of a parsed pattern: its name, how often it repeats at most, whether it stands within a repeat."""
-    for operator, argument in tree:
-        name = str(operator)
-        most = int(argument[1]) if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") else 1
-        yield name, most, inside
-        for part in _subpatterns(argument):
-            yield from _operators(part, inside or most > 1)
-
-
-def _subpatterns(argument: Any) -> list[Any]:
-    """Patterns within an operator's argument, at any depth."""
-    if hasattr(argument, "data"):
-        return [argument]
-    return [found for part in argument for found in _subpatterns(part)] if isinstance(argument, (list, tuple)) else []
+def check_names(names: Any, where: str) -> None:
+    """Refuse what is no list of names (ValueError)."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where} must be a list of names, got {names!r:.100}.")
 
 
 def check_part_dtypes(stored: Any) -> None:
@@ -225,7 +144,58 @@ def check_part_dtypes(stored: Any) -> None:
             check_names(patterns, f"part_dtypes[{dtype!r}]")
 
 
-def check_names(names: Any, where: str) -> None:
-    """Refuse what is no list of names (ValueError)."""
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where} must be a list of names, got {names!r:.100}.")
+def check_pattern(pattern: Any, where: str) -> None:
+    """Refuse a regular expression that could take time without end on names of modules (ValueError).
+
+    At most four open-ended repeats, none within another, eight alternatives, no back references and 1,000 characters.
+    """
+    if not isinstance(pattern, str):
+        raise ValueError(f"{where}: expected a pattern, got {pattern!r:.100}.")
+    try:
+        found = list(_operators(_parser.parse(pattern))) if len(pattern) <= 1000 else []
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{where}: {pattern!r:.100} is no regular expression ({error}).") from error
+    # Nested repeats, and alternatives within one, can be tried in exponentially many ways.
+    endless = any(inside and (most > 1 or name == "BRANCH") for name, most, inside in found)
+    refers = any(name.startswith("GROUPREF") for name, _, _ in found)
+    repeats = sum(most > 16 for _, most, _ in found)
+    branches = sum(name == "BRANCH" for name, _, _ in found)
+    if endless or refers or len(pattern) > 1000 or repeats > 4 or branches > 8:
+        raise ValueError(
+            f"{where}: the pattern {pattern!r:.100} could take time without end (repeats within repeats, "
+            f"{repeats} open-ended repeats of at most 4, {branches} alternatives of at most 8, or more than 1,000 "
+            "characters): list the names of the modules instead."
+        )
+
+
+def _operators(parsed: Any, inside: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """Each operator of a parsed pattern: its name, how often it repeats at most, whether it stands within a repeat."""
+    if isinstance(parsed, _parser.SubPattern):
+        for operator, argument in parsed:
+            name = str(operator)
+            most = int(argument[1]) if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") else 1
+            yield name, most, inside
+            yield from _operators(argument, inside or most > 1)
+    elif isinstance(parsed, (list, tuple)):  # arguments of an operator: patterns among other things
+        for part in parsed:
+            yield from _operators(part, inside)
+
+
+def read_json(path: str | os.PathLike, what: str) -> Any:
+    """A JSON file; ValueError where it is too large, no JSON, nested too deeply, or has a key twice in one object."""
+    check(os.path.getsize(path), "MAX_CONFIG_BYTES", f"{what}: its size in bytes is")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"{what} has the key {twice!r} twice in one object: readers would take different ones.")
+        return found
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError(f"{what} is nested too deeply to be read.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} is no JSON file ({error}).") from error

@@ -26,10 +26,7 @@ _RENEWING = threading.Lock()
 
 
 class TravellingLock:
-    """A lock for what threads share, entered by ``with``, again by the thread that holds it.
-
-    It may be pickled, copied and hashed with its owner, and the process may fork: each copy is a free lock of its own.
-    """
+    """A lock entered by ``with``, again by the thread that holds it; pickled, copied or forked it is a free one of its own."""
 
     def __init__(self) -> None:
         self._lock, self._process = threading.RLock(), os.getpid()
@@ -55,17 +52,6 @@ class TravellingLock:
 # pushes itself on the stack and leaves the flags alone.
 
 
-class ThreadFunctionMode(TorchFunctionMode):
-    """A mode that sees each function of torch that this thread calls, by its method `call`."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.call(func, args, dict(kwargs or {}))
-
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch; `kwargs` may be changed."""
-        return func(*args, **kwargs)
-
-
 class ThreadDispatchMode(TorchDispatchMode):
     """A dispatch mode that is known to its own thread alone."""
 
@@ -77,41 +63,37 @@ class ThreadDispatchMode(TorchDispatchMode):
         _pop_mode()
 
 
-class PrivateRandom(ThreadFunctionMode):
+class PrivateRandom(TorchFunctionMode):
     """Within this mode random numbers come from a generator of its own: those that anybody else draws stay the same."""
 
     def __init__(self) -> None:
         super().__init__()
         self.generator = torch.Generator()
 
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch; a random one with the generator, if nobody gave one."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
         draws = func in _DRAWS or func in DRAWS_IN_PLACE or func in _LIKE
+        draws = draws and kwargs.get("generator") is None
+        devices = [*(x.device for x in args if isinstance(x, Tensor)), kwargs.get("device")] if draws else []
         # The generator is the CPU's, and does not draw on other devices.
-        if not draws or kwargs.get("generator") is not None or not _on_cpu(args, kwargs):
-            return func(*args, **kwargs)
-        if func not in _LIKE:
-            return func(*args, **kwargs | {"generator": self.generator})
-        bounds = [*args[1:], *(kwargs.pop(key) for key in ("low", "high") if key in kwargs)]
-        bounds = [0, *bounds] if len(bounds) == 1 else bounds  # `randint_like(x, 7)` draws from 0 on
-        return _LIKE[func](torch.empty_like(*args[:1], **kwargs), *bounds, generator=self.generator)
-
-
-def _on_cpu(args: Any, kwargs: dict[str, Any]) -> bool:
-    devices = [x.device for x in args if isinstance(x, Tensor)]
-    device = kwargs.get("device")
-    return all(torch.device(x).type == "cpu" for x in ([*devices, device] if device is not None else devices))
+        if draws and all(device is None or torch.device(device).type == "cpu" for device in devices):
+            if func in _LIKE:
+                bounds = [*args[1:], *(kwargs.pop(key) for key in ("low", "high") if key in kwargs)]
+                bounds = [0, *bounds] if len(bounds) == 1 else bounds  # `randint_like(x, 7)` draws from 0 on
+                return _LIKE[func](torch.empty_like(*args[:1], **kwargs), *bounds, generator=self.generator)
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
 
 
 def run_privately(func: Any, args: Any, kwargs: dict[str, Any], generator: torch.Generator) -> Any:
-    """Run an operation on tensors of the CPU; what it draws comes from the generator.
+    """Run an operation (an overload, as dispatch modes get it) on tensors of the CPU; what it draws is the generator's.
 
-    The few that take none (dropout) give a meta tensor: nobody can tell its values beforehand.  `func` is an overload, as
-    a dispatch mode gets it.
+    The few that take none (dropout) give a meta tensor: nobody can tell its values beforehand.
     """
     if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
         return func(*args, **kwargs)
-    if not any(argument.name == "generator" for argument in func._schema.arguments):
+    taken = {argument.name for argument in func._schema.arguments}
+    if "generator" not in taken:
         # An overload without a generator may have a twin with one: `rand` has `rand.generator`, `randint.low` has
         # `randint.low_generator`, others have it in the middle of their name.
         own = func._overloadname
@@ -119,9 +101,8 @@ def run_privately(func: Any, args: Any, kwargs: dict[str, Any], generator: torch
         twins = ("generator",) if own == "default" else (f"{own}_generator", f"{first}_generator_{rest}")
         found = [name for name in twins if name in func.overloadpacket.overloads()]
         if not found:
-            if any(argument.name == "device" for argument in func._schema.arguments):
-                kwargs = kwargs | {"device": torch.device("meta")}
-            return func(*map(on_meta, args), **kwargs)
+            device = {"device": torch.device("meta")} if "device" in taken else {}
+            return func(*map(on_meta, args), **kwargs | device)
         func = getattr(func.overloadpacket, found[0])
     return func(*args, **kwargs | {"generator": generator})
 

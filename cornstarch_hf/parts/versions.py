@@ -20,12 +20,10 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 OLDEST, BELOW = "5.20.2", "5.25"  # the oldest that is tested, and the first that is not
 _FOUND = Version(transformers.__version__)
 _RANGE = f"transformers >= {OLDEST}, < {BELOW}"
-_REMEDY = f'pip install "transformers>={OLDEST},<{BELOW}"'
+_REMEDY = f'Remedy: pip install "transformers>={OLDEST},<{BELOW}"'
 
 # Keywords of a cache, the newest first: from 5.24 on one name stands for all; before it running states had one of their own.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-
-
 # The keyword by which `generate` of this version hands a cache from step to step, None for an unknown one.
 _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE: Any = next((name for name in CACHE_NAMES if name in _known), None)
@@ -47,18 +45,16 @@ PROCESSOR_HOOKS = ("_get_arguments_from_pretrained", "from_args_and_dict")
 def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> Any:
     """Take the cache out of keyword arguments (in place), whatever its name among `names`; None where there is none.
 
-    Raises:
-        TypeError: what is no cache, such as a tuple of tensors.
-        ValueError: two caches, or a cache and a version of transformers whose name for it is unknown.
+    TypeError for what is no cache, ValueError for two, or in a version of transformers whose name for it is unknown.
     """
-    found = {name: keywords.pop(name) for name in names if name in keywords}
-    caches = {name: cache for name, cache in found.items() if cache is not None}
-    if not caches:
+    given = [(name, keywords.pop(name)) for name in names if name in keywords]
+    given = [(name, cache) for name, cache in given if cache is not None]
+    if not given:
         return None
-    if len(caches) > 1:
-        raise ValueError(f"A cache was given {len(caches)} times, as {sorted(caches)}: give it once, as {CACHE}=.")
+    if len(given) > 1:
+        raise ValueError(f"A cache was given {len(given)} times, as {sorted(dict(given))}: give it once, as {CACHE}=.")
     check_caches_known()
-    ((name, cache),) = caches.items()
+    name, cache = given[0]
     if not hasattr(cache, "get_seq_length"):
         raise TypeError(f"{name} must be a cache of transformers, e.g. DynamicCache(), got {type(cache).__name__}.")
     if name != CACHE == "cache" and not torch.compiler.is_compiling():  # a tracer cannot follow a warning
@@ -67,29 +63,21 @@ def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> 
 
 
 def check_caches_known() -> None:
-    """Refuse to work with a cache whose name is unknown: it would be dropped in silence, or continued wrongly.
-
-    Raises:
-        ValueError: a version of transformers that names caches in a new way.
-    """
+    """Refuse to work with a cache whose name is unknown (ValueError): it would be dropped, or continued wrongly."""
     if CACHE is None:
         raise ValueError(
             f"Composed models cannot generate, or take a cache, with transformers {_FOUND}: it names caches in a way that "
-            f"is not known, they are tested with {_RANGE}. Remedy: {_REMEDY}"
+            f"is not known, they are tested with {_RANGE}. {_REMEDY}"
         )
 
 
 @functools.cache
 def check_hooks(owner: type, names: tuple[str, ...]) -> None:
-    """Refuse to go on where a class of transformers lacks a method that is overridden: nobody would call the override.
-
-    Raises:
-        ValueError: names the methods that are missing.
-    """
+    """Refuse to go on where a class of transformers lacks overridden methods (ValueError): nobody would call the override."""
     if missing := [name for name in names if not hasattr(owner, name)]:
         raise ValueError(
             f"transformers {_FOUND} has no {owner.__name__}.{', '.join(missing)}, which composed models replace; they are "
-            f"tested with {_RANGE}. Remedy: {_REMEDY}"
+            f"tested with {_RANGE}. {_REMEDY}"
         )
 
 
@@ -103,11 +91,7 @@ def peft_is_behind() -> bool:
 
 
 def check_peft(method: str) -> None:
-    """Refuse a method of transformers that needs a newer PEFT than there is.
-
-    Raises:
-        ValueError: names both versions and the way around.
-    """
+    """Refuse a method of transformers that needs a newer PEFT than there is (ValueError)."""
     if peft_is_behind():
         raise ValueError(
             f"{method}() of transformers {_FOUND} needs peft >= {MIN_PEFT_VERSION}, but peft "
@@ -119,10 +103,8 @@ def check_peft(method: str) -> None:
 def _warn_if_untested() -> None:
     # Compared by numbers alone: a development version of 5.25 is outside, a release candidate of the oldest inside.
     if not Version(OLDEST).release <= _FOUND.release < Version(BELOW).release:
-        warnings.warn(
-            f"cornstarch_hf is tested with {_RANGE}, but transformers {_FOUND} is installed. Remedy: {_REMEDY}",
-            stacklevel=2,
-        )
+        told = f"cornstarch_hf is tested with {_RANGE}, but transformers {_FOUND} is installed. {_REMEDY}"
+        warnings.warn(told, stacklevel=2)
 
 
 _warn_if_untested()

@@ -1,7 +1,4 @@
-"""Build modules without weights and run them dry, for this thread alone: parameters on the meta device, tables real.
-
-Saving, loading and counting features build a model only to learn its names, shapes and tables.  Knows no model.
-"""
+"""Build modules without weights, to learn names, shapes and tables, and run them dry: seen by this thread alone."""
 
 import contextlib
 import sys
@@ -11,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_utils import get_torch_context_manager_or_global_device
 
 from .build_bounds import BoundedTensors
-from .threads import DRAWS_IN_PLACE, PrivateRandom, ThreadDispatchMode, ThreadFunctionMode, on_meta, run_privately
+from .threads import DRAWS_IN_PLACE, PrivateRandom, ThreadDispatchMode, on_meta, run_privately
 
 # transformers builds on meta too (`init_empty_weights`, `torch.device("meta")`), but then computed tables (rotary
 # frequencies, masks) are lost, and while it builds it replaces the functions of `torch.nn.init` and the default dtype of
@@ -34,6 +32,8 @@ _INITIALIZERS = frozenset(
 # `torch.nn.Module.register_parameter` looks at a parameter's `grad_fn`: where a mode sees that it becomes a module's.
 _GRAD_FN = Tensor.grad_fn.__get__
 _FACTORIES = _device_constructors()
+# Functions of `torch.nn.init` that a mode sees, and the methods that the others use.
+_FILLS = frozenset(["uniform_", "normal_", "constant_", "trunc_normal_", "kaiming_uniform_", "zero_", "fill_"])
 _current = threading.local()
 
 
@@ -42,20 +42,30 @@ def _filled(args: Any, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("tensor")
 
 
-class WithoutInitializers(ThreadFunctionMode):
-    """Within this mode layers do not initialise meta tensors: there are no values to draw, and the attempt takes much of
-    the time in which a model is built on the meta device (by those of `torch.nn.init` that torch lets a mode see)."""
+class WithoutInitializers(TorchFunctionMode):
+    """Within this mode layers do not initialise meta tensors, which have no values: to try takes much of a build's time."""
 
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch, or give an initialiser's meta tensor back as it is."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         tensor = _filled(args, kwargs) if func in _INITIALIZERS else None
-        return tensor if isinstance(tensor, Tensor) and tensor.is_meta else super().call(func, args, kwargs)
+        return tensor if isinstance(tensor, Tensor) and tensor.is_meta else func(*args, **kwargs)
+
+
+class KeepsInitialized(TorchFunctionMode):
+    """Within this mode tensors that are marked as initialised keep their values: as in transformers'
+    `guard_torch_init_functions`, which replaces functions of torch for all threads."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensor = _filled(args, kwargs) if getattr(func, "__name__", "") in _FILLS else None
+        return tensor if getattr(tensor, "_is_hf_initialized", False) else func(*args, **kwargs)
 
 
 class _Weightless(PrivateRandom):
     """Within this mode parameters are on meta as soon as a module has them, and nothing is initialised."""
 
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
         if func == _GRAD_FN:
             _to_meta(args[0])
         elif func in _INITIALIZERS or func in DRAWS_IN_PLACE:
@@ -65,7 +75,7 @@ class _Weightless(PrivateRandom):
         elif func in _FACTORIES and kwargs.get("device") is None and not (args and isinstance(args[0], Tensor)):
             # Made from nothing, whatever device is the default one; memory that is never touched costs nothing.
             kwargs["device"] = "meta" if func is torch.tensor and _transformers_asks(args, kwargs) else "cpu"
-        return super().call(func, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _to_meta(parameter: Any) -> None:
@@ -79,45 +89,26 @@ def _to_meta(parameter: Any) -> None:
 
 
 def _transformers_asks(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether transformers makes an empty tensor to see on which device a model is built; it initialises none on meta."""
+    """Whether transformers makes an empty tensor to see where a model is built; on meta it initialises nothing."""
     if len(args) != 1 or not isinstance(args[0], list) or args[0] or set(kwargs) - {"device"}:
         return False
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_name in ("__torch_function__", "call"):
+    while frame.f_back is not None and frame.f_code.co_name == "__torch_function__":
         frame = frame.f_back  # up through the modes, to whoever called `torch.tensor([])`
     return frame.f_code is get_torch_context_manager_or_global_device.__code__
 
 
-# Functions of `torch.nn.init` that a mode sees, and the methods that the others use.
-_FILLS = frozenset(["uniform_", "normal_", "constant_", "trunc_normal_", "kaiming_uniform_", "zero_", "fill_"])
-
-
-class KeepsInitialized(ThreadFunctionMode):
-    """Within this mode tensors that are marked as initialised keep their values.
-
-    As `transformers.initialization.guard_torch_init_functions`, which replaces functions of torch for all threads.
-    """
-
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch, or give a tensor back that is not to be filled again."""
-        if getattr(func, "__name__", "") in _FILLS and getattr(_filled(args, kwargs), "_is_hf_initialized", False):
-            return _filled(args, kwargs)
-        return super().call(func, args, kwargs)
-
-
 def initialize_weights(model: Any) -> None:
-    """Initialise what of a model is not yet, children first, models in it as their own classes do.
+    """Initialise what of a model is not yet, as transformers' method of that name does, for this thread alone."""
+    custom = model.is_custom_code()
 
-    As transformers' method of that name, for this thread alone.
-    """
+    def initialize(module: Any, fill: Any) -> None:  # children first, models in it as their own classes do
+        for child in module.children():  # a child that is no model is filled by the nearest model around it
+            initialize(child, getattr(child, "_initialize_weights", fill))
+        fill(module, is_custom_code=custom)
+
     with torch.no_grad(), KeepsInitialized():
-        _initialize(model, model._initialize_weights, model.is_custom_code())
-
-
-def _initialize(module: Any, fill: Any, custom: bool) -> None:
-    for child in module.children():  # a child that is no model is filled by the nearest model around it
-        _initialize(child, getattr(child, "_initialize_weights", fill), custom)
-    fill(module, is_custom_code=custom)
+        initialize(model, model._initialize_weights)
 
 
 @contextlib.contextmanager
@@ -137,11 +128,7 @@ def is_building() -> bool:
 
 
 def build_without_weights(build: Callable[[], Any]) -> Any:
-    """Build a module with its parameters on the meta device; its buffers and tables are real and filled.
-
-    Raises:
-        whatever `build` raises.
-    """
+    """Build a module with its parameters on the meta device; its buffers and tables are real and filled."""
     with without_weights(), torch.no_grad():
         made = build()
         _fill_buffers(made, None)
@@ -159,10 +146,8 @@ def _fill_buffers(module: nn.Module, owner: Any) -> None:
 
 
 def parameters_to_meta(module: nn.Module, compute_dtype: torch.dtype | None = None) -> Any:
-    """Move a module's parameters to the meta device (in place), shared ones shared; returns the module.
-
-    With `compute_dtype` all floating-point parameters get that dtype and need no gradients.
-    """
+    """Move a module's parameters to the meta device (in place), shared ones shared; with `compute_dtype` floating-point ones
+    get that dtype, and none needs gradients."""
     moved: dict[int, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in child._parameters.items():
@@ -186,12 +171,11 @@ def with_plain_kernels(config: Any) -> Any:
 
 
 def without_dtypes(config: Any) -> Any:
-    """A configuration whose parts name no dtype (in place): transformers makes a part's dtype the default one of the whole
-    process while it builds the part."""
+    """A configuration whose parts name no dtype (in place): one of a part would be the whole process's while it is built."""
     pending, seen = [config], set()
     while pending:
         part = pending.pop()
-        if id(part) not in seen and isinstance(part, PreTrainedConfig):
+        if isinstance(part, PreTrainedConfig) and id(part) not in seen:
             seen.add(id(part))
             part.dtype = None
             pending += vars(part).values()
@@ -205,8 +189,7 @@ def without_dtypes(config: Any) -> Any:
 class ShapesOnly(ThreadDispatchMode):
     """Within this mode an operation on any meta tensor gives a meta tensor, and one on real tensors is computed.
 
-    Tensors made from nothing (`torch.arange(n, device=features.device)`) are made real, on the CPU: they hold
-    positions and lengths.  Random numbers come from a generator of the mode's own.
+    Tensors made from nothing (`torch.arange(n, device=features.device)`) are real: they hold positions and lengths.
     """
 
     def __init__(self) -> None:
@@ -225,13 +208,12 @@ class ShapesOnly(ThreadDispatchMode):
         return func(*args, **kwargs)
 
 
-class RealConstants(ThreadFunctionMode):
-    """Within this mode tensors made from Python numbers are real, whatever device they are asked for."""
+class RealConstants(TorchFunctionMode):
+    """Within this mode tensors made from Python numbers are real, on the CPU, whatever device they are asked for."""
 
-    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch; one that makes constants makes them on the CPU."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         constants = func in (torch.tensor, torch.as_tensor, torch.asarray)
-        return super().call(func, args, _real(kwargs) if constants else kwargs)
+        return func(*args, **_real(kwargs or {}) if constants else kwargs or {})
 
 
 def _real(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -242,9 +224,8 @@ def _real(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _as_positions(index: Tensor | None) -> Tensor | None:
     # A boolean index selects as many rows as it has true entries, which only real data can tell.
-    if isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta:
-        return index.nonzero(as_tuple=True)[0] if index.ndim == 1 else index
-    return index
+    is_mask = isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == 1 and not index.is_meta
+    return index.nonzero()[:, 0] if is_mask else index
 
 
 def to_shapes(value: Any) -> Any:
@@ -253,11 +234,8 @@ def to_shapes(value: Any) -> Any:
 
 
 def weights_to_meta(module: nn.Module) -> nn.Module:
-    """Move a module's parameters and persistent buffers to the meta device (in place); other buffers stay real.
-
-    Floating-point parameters become float32, as `to_shapes` leaves most inputs: shapes do not depend on it, and mixed
-    dtypes could not be computed with.
-    """
+    """Move a module's parameters, as float32, and persistent buffers to the meta device (in place); other buffers stay real."""
+    # As most inputs are: shapes do not depend on the dtype, and mixed ones could not be computed with.
     for child in module.modules():
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:
@@ -266,12 +244,9 @@ def weights_to_meta(module: nn.Module) -> nn.Module:
 
 
 def dry_run(module: Callable, inputs: dict[str, Any]) -> Any:
-    """Call a module, or a method of it, whose weights are on the meta device; floating-point results are on meta too.
+    """Call a module, or a method of it, whose weights are on meta; floating-point results are on meta too.
 
-    This thread alone is touched, and random numbers that the module draws leave those drawn elsewhere the same.
-
-    Raises:
-        whatever the module raises, e.g. where it reads a feature's value.
+    Raises what the module raises, e.g. where it reads a feature's value.
     """
     shapes = to_shapes(inputs)  # before the modes begin: within them a move of real data to meta stays real
     with torch.no_grad(), BoundedTensors(), RealConstants(), ShapesOnly():
