@@ -4,6 +4,7 @@ Types are looked up in a registry, to which users add their own; a module made e
 leave fewer features lie in `reductions`, `windows` and `resampler`, which register them.
 """
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,9 +41,8 @@ def linear_projection(in_features: int, out_features: int) -> nn.Module:
 
 def mlp_projection(in_features: int, out_features: int, activation: str) -> nn.Module:
     """Two linear layers with an activation between, as in LLaVA-1.5 (https://arxiv.org/abs/2310.03744)."""
-    return nn.Sequential(
-        nn.Linear(in_features, out_features), copy.deepcopy(ACT2FN[activation]), nn.Linear(out_features, out_features)
-    )
+    first, last = nn.Linear(in_features, out_features), nn.Linear(out_features, out_features)
+    return nn.Sequential(first, copy.deepcopy(ACT2FN[activation]), last)
 
 
 register_projector("linear", linear_projection)
@@ -55,11 +55,7 @@ _FEATUREWISE = (nn.Linear, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn
 
 
 def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
-    """The module that a configuration with both sizes describes.
-
-    Raises:
-        ValueError: a size is missing, or the type cannot be built from a configuration.
-    """
+    """The module that a configuration describes; ValueError for a size that it lacks, or a type that it cannot tell."""
     if config.projection_type == CUSTOM_PROJECTION:
         raise ValueError(
             "This projector holds a module of an unregistered class, so it cannot be built from its configuration: "
@@ -76,31 +72,26 @@ def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
 def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig) -> tuple[str, dict]:
     """The `projection_type` and `projection_kwargs` under which a wrapped module can be stored.
 
-    ``("custom", {})`` means that it cannot: its class is not registered, or an argument is not found on it.
+    Raises:
+        NotStorable: its class is not registered, or an argument is not found on it.
     """
-    name = PROJECTORS.name_of(type(projection))
-    try:
-        if name is not None:  # first: the module says what it is, which a configuration may not know in full
-            extra = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
+    name, reason = PROJECTORS.name_of(type(projection)), None
+    if name is not None:  # first: the module says what it is, which a configuration may not know in full
+        extra = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
+        try:
             return name, (extra if name == config.projection_type else {}) | constructor_arguments(projection)
-    except NotStorable:
-        pass  # a class that keeps no attributes of its arguments: perhaps the configuration it was built from has them
-    if config.projection_type != CUSTOM_PROJECTION and _is_what_config_says(projection, config):
-        return config.projection_type, config.projection_kwargs
-    try:
-        return (CUSTOM_PROJECTION, {}) if name else (TORCH_PROJECTION, {"module": torch_spec(projection)})
-    except NotStorable:
-        return CUSTOM_PROJECTION, {}
-
-
-def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfig) -> bool:
-    """Whether the configuration would build a module of the same classes, texts and shapes."""
-    if PROJECTORS.name_of(type(projection)) not in (None, config.projection_type):
-        return False
-    try:
-        return same_structure(build_without_weights(lambda: build_projection(config)), projection)
-    except (TypeError, ValueError):  # sizes that are still missing, or a constructor that wants more: not the same
-        return False
+        except (
+            NotStorable
+        ) as error:  # no attributes of its arguments: perhaps the configuration it was built from has them
+            reason = error
+    if config.projection_type != CUSTOM_PROJECTION and name in (None, config.projection_type):
+        # Sizes that are still missing, or a constructor that wants more: then it is not what the configuration says.
+        with contextlib.suppress(TypeError, ValueError):
+            if same_structure(build_without_weights(lambda: build_projection(config)), projection):
+                return config.projection_type, config.projection_kwargs
+    if reason is not None:
+        raise reason
+    return TORCH_PROJECTION, {"module": torch_spec(projection)}
 
 
 def acts_on_single_features(projection: nn.Module) -> bool:
@@ -116,39 +107,6 @@ def acts_on_single_features(projection: nn.Module) -> bool:
     return all(single(module) for module in projection.modules())
 
 
-def projection_sizes(projection: nn.Module) -> tuple[int | None, int | None]:
-    """Input and output width of a module that has them as attributes, or of whose first and last layer; else None."""
-    layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
-    first, last = (layers[0], layers[-1]) if layers else (None, None)
-    sizes = getattr(first, "in_features", None), getattr(last, "out_features", None)
-    return sizes[0] if isinstance(sizes[0], int) else None, sizes[1] if isinstance(sizes[1], int) else None
-
-
-def reason_not_storable(projection: nn.Module) -> str:
-    """Why a module that is not of a registered type cannot be written into a checkpoint."""
-    try:
-        if PROJECTORS.name_of(type(projection)):
-            constructor_arguments(projection)
-        else:
-            torch_spec(projection)
-    except NotStorable as error:
-        return str(error)
-    return "it is not what its configuration describes"
-
-
-def groups_of_items(
-    features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None
-) -> dict[tuple[int, Grid | None], list[int]]:
-    """Positions of the items of each length and grid, in order; ValueError for another number of grids."""
-    sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
-    if grids is not None and len(grids) != len(sizes):
-        raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
-    groups: dict[tuple[int, Grid | None], list[int]] = {}
-    for position, length in enumerate(sizes):
-        groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
-    return groups
-
-
 def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
     """One ``(n_i, width)`` tensor per item.
 
@@ -162,17 +120,17 @@ def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None,
     """
     if not isinstance(features, Tensor):
         return [x.flatten(0, -2) for x in features]  # maps (height, width, channels) are read row by row
+    shape, given = tuple(features.shape), None if lengths is None else list(lengths)
     if features.ndim == 3:
         if lengths is None:
             return list(features)
         if len(lengths) != len(features) or max(lengths, default=0) > features.shape[1]:
-            raise ValueError(f"{name}: lengths {list(lengths)} do not fit features of shape {tuple(features.shape)}.")
+            raise ValueError(f"{name}: lengths {given} do not fit features of shape {shape}.")
         return [item[:n] for item, n in zip(features, lengths, strict=True)]
     if features.ndim != 2 or lengths is None or sum(lengths) != len(features):
         raise ValueError(
-            f"{name}: features of shape {tuple(features.shape)} cannot be split into items by lengths "
-            f"{None if lengths is None else list(lengths)}: return a list with one tensor per item, or set "
-            "output['feature_lens']."
+            f"{name}: features of shape {shape} cannot be split into items by lengths {given}: return a list with one "
+            "tensor per item, or set output['feature_lens']."
         )
     return list(features.split([int(n) for n in lengths]))
 
@@ -222,19 +180,14 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         super().__init__(copy.deepcopy(config) if projection is not None else config)
         self.gradient_checkpointing = False
         self.projection = None
+        sized = self.config.in_features is not None and self.config.out_features is not None
         if projection is not None:
             if not isinstance(projection, nn.Module):
                 raise TypeError(f"projection must be a torch.nn.Module, got {type(projection).__name__}.")
             self._wrap(projection)
-        elif self.has_sizes:
+        elif sized or self.config.projection_type == TORCH_PROJECTION:
             self.projection = build_projection(self.config)
         self.post_init()
-
-    @property
-    def has_sizes(self) -> bool:
-        """Whether the configuration is complete enough to build the projection."""
-        sized = self.config.in_features is not None and self.config.out_features is not None
-        return sized or self.config.projection_type == TORCH_PROJECTION
 
     def _wrap(self, projection: nn.Module) -> None:
         mark_initialized(projection)
@@ -242,8 +195,15 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         # The configuration is to describe what is wrapped, as if the module had been built from it.
         if isinstance(activation := getattr(projection, "activation", None), str) and activation in ACT2CLS:
             self.config.activation = activation
-        self._fill_sizes(*projection_sizes(projection))
-        self.config.projection_type, self.config.projection_kwargs = describe_projection(projection, self.config)
+        # Widths are attributes of the module, or of its first and last layer, or not known.
+        layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
+        first, last = (layers[0], layers[-1]) if layers else (None, None)
+        sizes = getattr(first, "in_features", None), getattr(last, "out_features", None)
+        self._fill_sizes(*(size if isinstance(size, int) else None for size in sizes))
+        described: tuple[str, dict] = (CUSTOM_PROJECTION, {})
+        with contextlib.suppress(NotStorable):  # it can be used all the same; `check_storable` tells why
+            described = describe_projection(projection, self.config)
+        self.config.projection_type, self.config.projection_kwargs = described
 
     def _fill_sizes(self, *sizes: int | None) -> None:
         for key, size in zip(("in_features", "out_features"), sizes, strict=True):
@@ -274,12 +234,9 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         return bool(getattr(self.projection, "needs_grid", False))
 
     def feature_count(self, length: int, grid: Grid | None = None) -> int | None:
-        """Features left of an item of `length` features and that grid (see `forward`).
+        """Features left of an item of `length` features and that grid; ValueError where the reduction does not fit it.
 
         None for a projection without a `feature_count` of its own, of which only a run shows it.
-
-        Raises:
-            ValueError: the reduction does not fit the item.
         """
         if not self.reduces:
             return length
@@ -342,7 +299,12 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             features = features.flatten(1, 2)
         if features.ndim == 2 and lengths is None:  # one item
             return ProjectorOutput(last_hidden_state=self._reduce(features[None], None, grids)[0][0])
-        groups = groups_of_items(features, lengths, grids)
+        sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
+        if grids is not None and len(grids) != len(sizes):
+            raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
+        groups: dict[tuple[int, Grid | None], list[int]] = {}  # positions of the items of each length and grid
+        for position, length in enumerate(sizes):
+            groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
         if len(groups) == 1 and lengths is None:  # nothing to sort: the batch as it is
             (_, grid), *_ = groups
             return ProjectorOutput(last_hidden_state=self._reduce_group(features, grid))
@@ -378,14 +340,16 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
 
     def check_storable(self, where: str) -> None:
         """ValueError, with the place, the reason and the remedy, when the projection cannot be stored."""
-        config = self.config
-        if self.projection is not None and config.projection_type == CUSTOM_PROJECTION:
-            config.projection_type, config.projection_kwargs = describe_projection(self.projection, config)
-        if config.projection_type == CUSTOM_PROJECTION:
+        if self.config.projection_type != CUSTOM_PROJECTION:
+            return
+        try:
+            described = describe_projection(self.projection, self.config)  # its class may be registered by now
+        except NotStorable as error:
             raise ValueError(
-                f"{where} cannot be saved: {reason_not_storable(self.projection)}. Register the class with "
-                "register_projector(name, cls), and keep each constructor argument in an attribute of the same name."
-            )
+                f"{where} cannot be saved: {error}. Register the class with register_projector(name, cls), and keep each "
+                "constructor argument in an attribute of the same name."
+            ) from error
+        self.config.projection_type, self.config.projection_kwargs = described
 
     def _before_save(self) -> bool:
         self.check_storable("the projector")

@@ -6,8 +6,8 @@ this module; each file registers its own types.
 
 import math
 from collections.abc import Sequence
-from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any, ClassVar
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,19 +17,14 @@ from ..parts.registries import register_projector
 from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head
 from .projector import Grid
 
-# ---- pure functions
-
 
 def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int, ...]]:
-    """Into which parts, of which axes, the features of one item fall.
+    """How many parts of an item's features are reduced alone, and the `dims` sizes of one.
 
     Args:
         length: features of the item.
         grid: ``(height, width)`` or ``(frames, height, width)``; None takes a square, where `dims` is 2 or 3.
         dims: axes that are reduced: 1 for a sequence, 2 for each frame alone, 3 for frames too.
-
-    Returns:
-        how many parts are reduced alone, and the `dims` sizes of one.
 
     Raises:
         ValueError: no square, or a grid of another number of features.
@@ -46,9 +41,8 @@ def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int
         grid = (side, side)
     frames, height, width = (1, *grid) if len(grid) == 2 else grid  # an image is one frame
     if frames * height * width != length or not length:
-        raise ValueError(
-            f"A grid of {' x '.join(map(str, grid))} = {frames * height * width} does not hold {length} features."
-        )
+        shown = f"{' x '.join(map(str, grid))} = {frames * height * width}"
+        raise ValueError(f"A grid of {shown} does not hold {length} features.")
     return (frames, (height, width)) if dims == 2 else (1, (frames, height, width))
 
 
@@ -81,7 +75,6 @@ def blocks_to_channels(features: Tensor, axes: Sequence[int], factor: int, chann
     Args:
         features: ``(items, rows * columns, width)``.
         axes: rows and columns, multiples of `factor`.
-        factor: side of a block.
         channel_order: ``"block"``: the block's features one after the other, row by row; ``"channel"``: for each
             channel its values in the block.
 
@@ -116,34 +109,31 @@ def per_axis(value: Any, dims: int, name: str) -> list[int]:
     """One positive integer per axis, from one for all or a list; ValueError for anything else."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * dims
     if len(values) != dims or not all(is_count(v) for v in values):
-        raise ValueError(
-            f"{name} must be a positive integer or a list of {dims} (one per axis, dims={dims}), got {value!r}."
-        )
+        expected = f"a positive integer or a list of {dims} (one per axis, dims={dims})"
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
     return values
-
-
-# ---- modules
 
 
 class Reduction(nn.Module):
     """What a token-reducing projection has in common: options by name, a count, and a head.
 
-    Its options are keywords with the defaults of `DEFAULTS`; each is kept in an attribute of its name.
+    A subclass gives ``reduced_axes(axes)``, the sizes of the axes after the reduction (ValueError where it does not fit
+    them), and ``reduce(features, parts, axes)``, from ``(items, parts * axes, in_features)`` to ``(items, fewer,
+    reduced_width)``.
 
     Args:
-        in_features: width of the features before.
-        out_features: width after.
+        in_features, out_features: width of the features before and after.
         activation: a key of `transformers.activations.ACT2CLS`.
-        **options: see the class.
+        **options: keywords with the defaults of `DEFAULTS`; each is kept in an attribute of its name.
 
     Raises:
         TypeError: an unknown option.
         ValueError: a value that makes no sense.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {}
-    REMAINDERS: ClassVar[tuple[str, ...]] = ()  # choices of `remainder`
-    COUNTS: ClassVar[tuple[str, ...]] = ()  # options that are positive integers, or None where that is their default
+    DEFAULTS: dict[str, Any] = HEAD_DEFAULTS
+    CHOICES: dict[str, tuple] = {}  # of options that have few values
+    COUNTS: tuple[str, ...] = ()  # options that are positive integers, or None where that is their default
     dims: int = 1
     if TYPE_CHECKING:  # each option is an attribute of its name
 
@@ -152,10 +142,9 @@ class Reduction(nn.Module):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         # `options_of` and `constructor_arguments` read signatures: they are to name the options, not ``**options``.
-        sizes = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("in_features", "out_features")]
-        activation = Parameter("activation", Parameter.POSITIONAL_OR_KEYWORD, default="gelu")
+        _, *fixed, _ = signature(Reduction.__init__).parameters.values()  # sizes and activation
         options = [Parameter(key, Parameter.KEYWORD_ONLY, default=value) for key, value in cls.DEFAULTS.items()]
-        cls.__signature__ = Signature([*sizes, activation, *options])  # type: ignore[attr-defined]
+        cls.__signature__ = Signature([*fixed, *options])  # type: ignore[attr-defined]
 
     def __init__(self, in_features: int, out_features: int, activation: str = "gelu", **options: Any):
         super().__init__()
@@ -172,9 +161,8 @@ class Reduction(nn.Module):
             raise TypeError(f"{cls.__name__} has no options {unknown}, expected some of {sorted(cls.DEFAULTS)}.")
         chosen = cls.DEFAULTS | options
         check_head(chosen)
-        for key, choices in (("remainder", cls.REMAINDERS), ("dims", (1, 2, 3))):
-            if key in chosen:
-                check_choice(chosen[key], choices, key)
+        for key, choices in cls.CHOICES.items():
+            check_choice(chosen[key], choices, key)
         for key in cls.COUNTS:
             if not is_count(chosen[key]) and (chosen[key] is not None or cls.DEFAULTS[key] is not None):
                 raise ValueError(f"{key} must be an integer >= 1, got {chosen[key]!r}.")
@@ -188,7 +176,7 @@ class Reduction(nn.Module):
         self.head = self._head(self.reduced_width, self.out_features)
 
     def _head(self, in_features: int, out_features: int) -> ProjectionHead:
-        chosen = {key: getattr(self, key) for key in HEAD_DEFAULTS if key in self.DEFAULTS}
+        chosen = {key: getattr(self, key) for key in HEAD_DEFAULTS}
         return ProjectionHead(in_features, out_features, self.activation, **chosen)
 
     @property
@@ -201,16 +189,8 @@ class Reduction(nn.Module):
         """Whether it must be given the grid of an item's features."""
         return self.dims > 1
 
-    def reduced_axes(self, axes: Sequence[int]) -> list[int]:
-        """Sizes of the axes after the reduction; ValueError where it does not fit them."""
-        raise ValueError(f"{type(self).__name__} does not say what it makes of {list(axes)}.")
-
     def feature_count(self, length: int, grid: Grid | None = None) -> int:
-        """How many of an item's `length` features, of that grid (see `forward`), are left.
-
-        Raises:
-            ValueError: what `forward` would raise for such an item.
-        """
+        """How many of an item's `length` features, of that grid, are left; ValueError where `forward` would raise it."""
         parts, axes = item_axes(length, grid, self.dims)
         return parts * math.prod(self.reduced_axes(axes))
 
@@ -228,14 +208,10 @@ class Reduction(nn.Module):
         reduced = self.reduce(features, parts, axes)  # (items, fewer, reduced_width)
         return self.head(reduced)  # (items, fewer, out_features)
 
-    def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
-        """``(items, parts * axes, in_features)`` to ``(items, fewer, reduced_width)``."""
-        return features
-
     def extra_repr(self) -> str:
         """Every argument: two modules of equal text and equal weights compute the same."""
-        shown = {key: getattr(self, key) for key in ("in_features", "out_features", "activation", *self.DEFAULTS)}
-        return ", ".join(f"{key}={value!r}" for key, value in shown.items())
+        keys = ("in_features", "out_features", "activation", *self.DEFAULTS)
+        return ", ".join(f"{key}={getattr(self, key)!r}" for key in keys)
 
 
 class PixelShuffleProjection(Reduction):
@@ -252,11 +228,10 @@ class PixelShuffleProjection(Reduction):
         num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "scale_factor": 2, "channel_order": "block", "remainder": "error",
-        **HEAD_DEFAULTS, "norm": "layer_norm",
+    DEFAULTS = {
+        "scale_factor": 2, "channel_order": "block", "remainder": "error", **HEAD_DEFAULTS, "norm": "layer_norm",
     }  # fmt: skip
-    REMAINDERS = ("error", "pad")
+    CHOICES = {"remainder": ("error", "pad"), "channel_order": ("block", "channel")}
     dims = 2
 
     @classmethod
@@ -265,7 +240,6 @@ class PixelShuffleProjection(Reduction):
             raise ValueError(
                 f"scale_factor must be an integer >= 1, got {factor!r}: a downsample_ratio of 0.5 is scale_factor=2."
             )
-        check_choice(chosen["channel_order"], ("block", "channel"), "channel_order")
 
     @property
     def reduced_width(self) -> int:
@@ -296,8 +270,8 @@ class FrameStackProjection(Reduction):
         num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"stack_factor": 4, "remainder": "pad", **HEAD_DEFAULTS, "bias": False}
-    REMAINDERS = ("pad", "error", "drop")
+    DEFAULTS = {"stack_factor": 4, "remainder": "pad", **HEAD_DEFAULTS, "bias": False}
+    CHOICES = {"remainder": ("pad", "error", "drop")}
     COUNTS = ("stack_factor",)
 
     @property

@@ -1,7 +1,7 @@
 """Token reduction by learnt queries: a Perceiver resampler.  Its base is in `reductions`."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,7 @@ QUERY_STD = 0.02
 
 
 class PerceiverAttention(nn.Module):
-    """Queries attend to the context and to themselves; grouped key and value heads, no biases.
-
-    Args:
-        width: of queries and context.
-        num_heads, num_kv_heads, head_dim: `num_kv_heads` divides `num_heads`.
-    """
+    """Queries attend to the context and to themselves; grouped key and value heads, no biases."""
 
     def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
@@ -73,11 +68,11 @@ class ResamplerProjection(Reduction):
         depth: layers.
         num_heads, num_kv_heads, head_dim: of the attention.
         query_size: width of the queries; `out_features` when None, else a linear layer follows.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: of the projection before the
-            queries, see `ProjectionHead`; `norm_eps` of all norms.
+        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: of the projection before the queries, see
+            `ProjectionHead`; `norm_eps` of all norms.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
+    DEFAULTS = {
         "num_queries": 64, "depth": 3, "num_heads": 16, "num_kv_heads": 4, "head_dim": 96, "query_size": None,
         **HEAD_DEFAULTS, "gated": True, "bias": False,
     }  # fmt: skip
@@ -98,7 +93,7 @@ class ResamplerProjection(Reduction):
         self.queries = nn.Parameter(torch.empty(self.num_queries, width))
         nn.init.normal_(self.queries, std=QUERY_STD)
         heads = {key: getattr(self, key) for key in ("num_heads", "num_kv_heads", "head_dim")}
-        layers = [PerceiverLayer(width, self.activation, self.norm_eps, **heads) for _ in range(self.depth)]
+        layers = (PerceiverLayer(width, self.activation, self.norm_eps, **heads) for _ in range(self.depth))
         self.layers = nn.ModuleList(layers)
         self.query_norm = NORMS["rms_norm"](width, self.norm_eps)
         same = width == self.out_features

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,11 +58,11 @@ class AvgPoolProjection(Reduction):
         num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "pool_size": None, "num_tokens": None, "dims": 2, "remainder": "partial",
-        **HEAD_DEFAULTS, "num_layers": 1, "norm": "rms_norm", "bias": False,
+    DEFAULTS = {
+        "pool_size": None, "num_tokens": None, "dims": 2, "remainder": "partial", **HEAD_DEFAULTS, "num_layers": 1,
+        "norm": "rms_norm", "bias": False,
     }  # fmt: skip
-    REMAINDERS = ("partial", "error", "drop")
+    CHOICES = {"remainder": ("partial", "error", "drop"), "dims": (1, 2, 3)}
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
@@ -84,17 +84,17 @@ class AvgPoolProjection(Reduction):
             return [divided(size, window, self.remainder, "pool_size") for size, window in pairs]
         wanted = tokens_per_axis(self.num_tokens, self.dims)
         if any(size < want for size, want in zip(axes, wanted, strict=True)):
+            asked_for, there = (" x ".join(map(str, sizes)) for sizes in (wanted, axes))
             raise ValueError(
-                f"num_tokens asks for {' x '.join(map(str, wanted))} features, but the item has {' x '.join(map(str, axes))}: "
-                "choose fewer, or give pool_size instead."
+                f"num_tokens asks for {asked_for} features, but the item has {there}: choose fewer, or give pool_size instead."
             )
         return wanted
 
     def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
-        maps = to_axes(features, parts, axes).contiguous()  # (items * parts, in_features, *axes)
         sizes = list(zip(axes, self.reduced_axes(axes), strict=True))  # before and after, of each axis
-        if not maps.numel():
+        if not features.numel():
             return features
+        maps = to_axes(features, parts, axes).contiguous()  # (items * parts, in_features, *axes)
         if self.num_tokens is None:
             # No window is larger than its axis: of three axes torch demands it.
             windows = [min(size, window) for size, window in zip(axes, self.windows, strict=True)]
@@ -102,24 +102,20 @@ class AvgPoolProjection(Reduction):
             windows = [size // want for size, want in sizes]  # equal ones; torch sums them as Gemma 3 does
         else:
             return from_axes(ADAPTIVE_POOLS[self.dims](maps, [want for _, want in sizes]), parts)
-        pooled = POOLS[self.dims](maps, windows, ceil_mode=self.remainder == "partial")
-        return from_axes(pooled, parts)  # (items, parts * windows, in_features)
+        maps = POOLS[self.dims](maps, windows, ceil_mode=self.remainder == "partial")
+        return from_axes(maps, parts)  # (items, parts * windows, in_features)
 
 
 def tokens_per_axis(num_tokens: int | list[int], dims: int) -> list[int]:
-    """`num_tokens` along each axis.
-
-    Raises:
-        ValueError: not a positive integer or a list of `dims`; a number that is no square or cube.
-    """
+    """`num_tokens` along each axis; ValueError for what is no positive integer or list, or no square or cube."""
     values = per_axis(num_tokens, dims, "num_tokens")
     if not isinstance(num_tokens, int):
         return values
     side = round(num_tokens ** (1 / dims))  # a number is that of all features: 256 in a plane are 16 x 16
     if side**dims != num_tokens:
+        form = f"{'square' if dims == 2 else 'cube'} ({side}**{dims} = {side**dims})"
         raise ValueError(
-            f"num_tokens={num_tokens} is no {'square' if dims == 2 else 'cube'} ({side}**{dims} = {side**dims}), so it says "
-            f"nothing about {dims} axes: give a list of {dims} numbers."
+            f"num_tokens={num_tokens} is no {form}, so it says nothing about {dims} axes: give a list of {dims} numbers."
         )
     return [side] * dims
 
@@ -127,25 +123,23 @@ def tokens_per_axis(num_tokens: int | list[int], dims: int) -> list[int]:
 class ConvProjection(Reduction):
     """Strided convolutions, then a projection.
 
-    As in GOT-OCR 2.0 (https://arxiv.org/abs/2409.01704), with ``num_convs=2, activation="linear"`` and `conv_sizes`
-    of its widths.
+    As in GOT-OCR 2.0 (https://arxiv.org/abs/2409.01704): ``num_convs=2, activation="linear"``, `conv_sizes` of its widths.
 
     Args:
         kernel_size, stride: of each convolution, along each axis (one number or a list of `dims`).
         padding: zeros around the item along each axis; ``(kernel_size - 1) // 2`` when None.
         num_convs: how many convolutions, each followed by the activation.
         conv_sizes: widths after each; `out_features` for all when None.
-        conv_bias: of the convolutions.
         dims: as in `AvgPoolProjection`; weights depend on it.
         remainder: where positions at the end are in no window: ``"error"``, ``"pad"`` with zeros, or ``"drop"``.
         num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
+    DEFAULTS = {
         "kernel_size": 3, "stride": 2, "padding": None, "num_convs": 1, "conv_sizes": None, "conv_bias": False, "dims": 2,
         "remainder": "error", **HEAD_DEFAULTS, "num_layers": 1,
     }  # fmt: skip
-    REMAINDERS = ("error", "pad", "drop")
+    CHOICES = {"remainder": ("error", "pad", "drop"), "dims": (1, 2, 3)}
     COUNTS = ("num_convs",)
 
     @classmethod
@@ -162,8 +156,8 @@ class ConvProjection(Reduction):
 
     def _build(self) -> None:
         widths = itertools.pairwise([self.in_features, *(self.conv_sizes or [self.out_features] * self.num_convs)])
-        make = CONVOLUTIONS[self.dims]
-        self.convs = nn.ModuleList(make(a, b, *self._axes_options, bias=self.conv_bias) for a, b in widths)
+        make, options = CONVOLUTIONS[self.dims], self._axes_options
+        self.convs = nn.ModuleList(make(a, b, *options, bias=self.conv_bias) for a, b in widths)
         self.act = activation_module(self.activation)
         super()._build()
 
