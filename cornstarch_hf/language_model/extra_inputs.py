@@ -75,7 +75,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: int) -> dict[str, Any]:
-    """Add `position_ids` where the caller gave none and the language model would count otherwise.
+    """The arguments with `position_ids` ``(batch, length)`` where there are none and the language model would count otherwise.
 
     That is where rows are padded on the left and more than distances count, or where the first position is not 0: such
     models number embeddings anew at every call, cached tokens or not.
@@ -84,9 +84,6 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
         language_model: takes `position_ids`, or is left alone.
         arguments: of its `forward`; `attention_mask` ``(batch, past + length)`` or absent.
         past: tokens in the cache.
-
-    Returns:
-        `arguments`, or a new dictionary with `position_ids` ``(batch, length)``.
     """
     if arguments.get("position_ids") is not None or "position_ids" not in forward_parameters(language_model):
         return arguments
@@ -110,13 +107,10 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
 
 
 def embed_ids(language_model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The input of a language model's first layer, ``(batch, length, hidden)``, for ids ``(batch, length)`` in its table.
-
-    For most that is what their embedding module returns.
-    """
+    """The input of a language model's first layer, ``(batch, length, hidden)``, for ids ``(batch, length)`` in its table."""
     inner: Any = unwrapped(language_model)
     embeds = language_model.get_input_embeddings()(input_ids)  # type: ignore[operator]  # (batch, length, hidden)
-    scale = language_model_type(inner.config).embedding_scale
+    scale = language_model_type(inner.config).embedding_scale  # None for most
     return embeds if scale is None else embeds * getattr(inner.base_model, scale)
 
 
@@ -129,7 +123,7 @@ def id_input_names(language_model: nn.Module) -> list[str]:
 
 
 def id_inputs(language_model: nn.Module, input_ids: Tensor | None, placeholders: Tensor, given: set[str]) -> dict:
-    """Compute those arguments of a language model's `forward` that go with merged embeddings.
+    """Compute those arguments of a language model's `forward` that go with merged embeddings; none for most.
 
     Args:
         language_model: with adapters around it or without.
@@ -137,22 +131,17 @@ def id_inputs(language_model: nn.Module, input_ids: Tensor | None, placeholders:
         placeholders: bool ``(batch, length)``, where features stand.
         given: arguments that the caller gave already.
 
-    Returns:
-        the arguments by name, none for most language models.
-
     Raises:
         ValueError: it needs one, and there are no ids to compute it from.
     """
     missing = [name for name in id_input_names(language_model) if name not in given]
-    if not missing:
-        return {}
-    if input_ids is None:
+    inner = unwrapped(language_model)
+    if missing and input_ids is None:
         raise ValueError(
-            f"{type(unwrapped(language_model)).__name__} computes {missing[0]} from token ids, but it was given "
-            f"inputs_embeds in which features replace some: pass input_ids instead, or {missing[0]}= as well."
+            f"{type(inner).__name__} computes {missing[0]} from token ids, but it was given inputs_embeds in which features "
+            f"replace some: pass input_ids instead, or {missing[0]}= as well."
         )
-    backbone = unwrapped(language_model).base_model
-    return {name: COMPUTED[name][1](backbone, input_ids, placeholders) for name in missing}
+    return {name: COMPUTED[name][1](inner.base_model, input_ids, placeholders) for name in missing}
 
 
 def _per_layer_inputs(backbone: Any, input_ids: Tensor, placeholders: Tensor) -> Tensor:

@@ -40,26 +40,19 @@ class MultimodalGenerationMixin:
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; features also reach an assistant's prefill, which is no "first iteration" there.
-
-        Where the keys in the cache are of no use any more, the whole row is run again, features included.
-        """
+        """As in transformers; where the keys in the cache are of no use any more, the whole row is run again."""
         cache = take_cache(kwargs | {"cache": cache}, _HANDED_ON)
         kwargs = {key: value for key, value in kwargs.items() if key not in _HANDED_ON}
         past = cached_length(cache)
         if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):
             # transformers then gives all of input_ids (batch, length) to the model, not the last one alone.
             cache = next_sequence_length = None
+        kwargs |= {CACHE: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            **{CACHE: cache},
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
-        # transformers leaves features out of every iteration but the first; an assistant's prefill is none in its eyes.
+        # transformers leaves features out of every iteration but the first; an assistant's prefill is none in its eyes, and
+        # nor is a row that is run again.
         features = kwargs.get("mm_encoder_outputs")
         if features is not None and (anew or (cache is not None and past == 0)):
             inputs.setdefault("mm_encoder_outputs", features)
@@ -72,10 +65,8 @@ class MultimodalGenerationMixin:
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As in transformers; the encoders' inputs are known even where `forward` was replaced.
-
-        Trainers that put their own `forward` on the instance copy the class's signature, which names no encoder.
-        """
+        """As in transformers; the encoders' inputs are known even where `forward` was replaced."""
+        # Trainers that put their own `forward` on the instance copy the class's signature, which names no encoder.
         _, known = self.signature_changes("forward")
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
@@ -83,21 +74,16 @@ class MultimodalGenerationMixin:
         """Whether the language model works with transformers' cache, or makes one of its own (MiniMax)."""
         return unwrapped(self.language_model)._supports_default_dynamic_cache()
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """As in transformers, by the name that the language model has for a cache; none where it has no cache.
-
-        Raises:
-            ValueError: embeddings to go on from, and a language model that would need them at every step.
-        """
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, by the name that the language model has for a cache; none where it has no cache."""
         keyword = cache_keyword(self.language_model)
         if keyword is None:
             generation_config.use_cache = False  # transformers would make one, which `forward` does not take
             if model_kwargs.get("inputs_embeds") is not None:
+                name = type(unwrapped(self.language_model)).__name__
                 raise ValueError(
-                    f"{type(unwrapped(self.language_model)).__name__} has no cache, so each step needs the whole prompt, "
-                    "which inputs_embeds give to the first one alone: generate from input_ids."
+                    f"{name} has no cache, so each step needs the whole prompt, which inputs_embeds give to the first one "
+                    "alone: generate from input_ids."
                 )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if keyword == "cache_params" != CACHE != "cache" and CACHE in model_kwargs:
@@ -106,8 +92,8 @@ class MultimodalGenerationMixin:
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """As in transformers, from the language model's first position on."""
-        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        return positions + first_position(self.language_model)
+        first = first_position(self.language_model)
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + first
 
     def create_masks_for_generate(self, config, **kwargs: Any) -> Any:
         """As in transformers, or as the language model's class does it; for caches of a fixed size."""
