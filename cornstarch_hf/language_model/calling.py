@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from ..parts.versions import CACHE, CACHE_NAMES, take_cache
 from .extra_inputs import id_input_names, with_positions
 from .merging import shifted_left
 
-LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
-
 
 def text_keywords(language_model: nn.Module) -> list[str]:
     """Names that the language model's `forward` takes, or passes on to its backbone, which needs them."""
@@ -27,30 +26,22 @@ def text_keywords(language_model: nn.Module) -> list[str]:
 def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any) -> ModelOutput:
     """Run the language model on ids or merged embeddings.
 
-    Args:
-        model: the composed model, whose configuration may set `use_cache`, `output_attentions`, `loss_at_labels`, ...
-        labels: ``(batch, length)`` or None.
-        logits_to_keep: 0 for all positions.
-        **inputs: keyword arguments, None ones are left out.
-
-    Returns:
-        the language model's output; without `logits` where `loss_at_labels` holds (training mode, with labels).
+    The configuration of `model`, the composed one, may set `use_cache`, `output_attentions`, `loss_at_labels`, ...; without
+    `logits` where the latter holds (in training mode, with labels ``(batch, length)``).  None among the `inputs` is left out.
     """
     language_model, config = model.language_model, model.config
     settings = {key: getattr(config, key, None) for key in ("use_cache", "output_attentions", "output_hidden_states")}
     settings = {key: value for key, value in settings.items() if value or (key == "use_cache" and value is not None)}
     arguments = settings | with_cache(language_model, inputs)
-
     # Who computes the loss?  The language model, unless its `forward` lacks a parameter that the loss needs (`labels`,
     # `num_items_in_batch`, `shift_labels`): then it runs without them, and the loss is computed here from its logits.
-    loss_arguments = {key: arguments.pop(key) for key in LOSS_KEYWORDS if key in arguments}
+    loss_arguments = {key: arguments.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in arguments}
     if labels is not None:
         loss_arguments["labels"] = labels  # (batch, length)
     wants_loss = "labels" in loss_arguments or "shift_labels" in loss_arguments
     model_computes_loss = wants_loss and all(accepts(language_model, key) for key in loss_arguments)
     if model_computes_loss:
         arguments |= loss_arguments
-
     # Where does the head run?  At all positions; at the last ones (`logits_to_keep`), which are cut out afterwards where
     # the language model does not know that parameter; or, in training with `loss_at_labels`, at labelled ones alone.
     keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -60,8 +51,11 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
         arguments |= _head_at_labels(language_model, arguments)
     elif not keep_all and not slice_afterwards:
         arguments["logits_to_keep"] = logits_to_keep
-
-    output = language_model(**_accepted(language_model, arguments), return_dict=True)
+    refused = {key for key in arguments if not accepts(language_model, key)}
+    if wrong := sorted(key for key in refused if key != "use_cache" and arguments[key] is not False):
+        raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
+    arguments = {key: value for key, value in arguments.items() if key not in refused}
+    output = language_model(**arguments, return_dict=True)
     if wants_loss and not model_computes_loss:
         given = loss_arguments.pop("labels", None)
         output["loss"] = model.loss_function(output.logits, given, output.logits.shape[-1], **loss_arguments)
@@ -97,7 +91,7 @@ def cache_keyword(language_model: nn.Module) -> str | None:
 
 
 def with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are not None, with the cache by the language model's own name and positions where it needs them."""
+    """The inputs that are not None, with the cache by the language model's own name and positions where it needs them."""
     arguments = {key: value for key, value in inputs.items() if value is not None}
     cache = take_cache(arguments)
     arguments = with_positions(language_model, arguments, cached_length(cache))
@@ -120,11 +114,9 @@ def _names_used(language_model: nn.Module) -> tuple[str, ...]:
 
 
 def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Positions for the head (`logits_to_keep`), and the labels that are to be predicted there (`shift_labels`).
-
-    `labels` stay as they are: a language model that did not pass `shift_labels` on to its loss would meet other sizes
-    there and fail, rather than compute another loss.
-    """
+    """Positions for the head (`logits_to_keep`), and the labels that are to be predicted there (`shift_labels`)."""
+    # `labels` stay as they are: a language model that did not pass `shift_labels` on to its loss would meet other sizes
+    # there and fail, rather than compute another loss.
     targets = arguments.get("shift_labels")
     if targets is None:
         targets = shifted_left(arguments["labels"], -100)  # (batch, length): what each position is to predict
@@ -137,21 +129,13 @@ def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> dic
     return {"logits_to_keep": wanted, "shift_labels": targets[wanted]}  # (labelled,), of all rows one behind the other
 
 
-def _accepted(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the language model takes; TypeError for others, but `use_cache=False` to one without a cache."""
-    refused = {key: value for key, value in arguments.items() if not accepts(language_model, key)}
-    if wrong := sorted(key for key, value in refused.items() if not (key == "use_cache" or value is False)):
-        raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
-    return {key: value for key, value in arguments.items() if key not in refused}
-
-
+@dataclass(
+    repr=False, unsafe_hash=True
+)  # two of one model are equal, as a submodule is the same object at every access
 class Headless:
     """A composed model without its head: trainers call it for `last_hidden_state`; in all else it is the model."""
 
-    # No `nn.Module`: the model would hold itself as a part, with every parameter twice.  Two of one model are equal, as a
-    # submodule is the same object at every access.
-    def __init__(self, model):
-        self._model = model
+    _model: Any  # and this is no `nn.Module`: the model would hold itself as a part, with every parameter twice
 
     def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         """As `forward` without labels: the backbone's output, with `last_hidden_state` ``(batch, length, hidden)``.
@@ -173,19 +157,12 @@ class Headless:
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_model"), name)  # not `self._model`: a copy has none at first
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Headless) and other._model is self._model
-
-    def __hash__(self) -> int:
-        return hash(("headless", id(self._model)))
-
 
 def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
     """Run the language model's backbone, adapters included, on ids or merged embeddings (ValueError if it has none)."""
     inner = unwrapped(model.language_model)
-    backbone = inner.base_model  # the module under `base_model_prefix`; adapters inside of it run along
+    name, backbone = type(inner).__name__, inner.base_model  # by its `base_model_prefix`; adapters in it run along
     if backbone is inner:
-        name = type(inner).__name__
         raise ValueError(f"{name} has no backbone apart from its head, so there is no base_model to run.")
     # What its head's `forward` takes and the backbone does not (`logits_to_keep`) has nothing to do here.
     arguments = {key: value for key, value in with_cache(backbone, inputs).items() if accepts(backbone, key)}
@@ -212,9 +189,7 @@ class EmbeddingsMixin(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         unwrapped(self.language_model).set_input_embeddings(value)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
         """As in transformers, done by the language model's class: it may keep the size in more places than one."""
         unwrapped(self.language_model).resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         # With neither argument transformers resizes nothing and just returns the embeddings.

@@ -16,8 +16,6 @@ from .calling import cache_keyword, cached_length, is_running_state
 from .extra_inputs import crosses_longrope_limit, first_position
 from .merging import cached_columns, group_by_sample, items_behind_cache
 
-# Names under which `generate` hands a cache to `prepare_inputs_for_generation`: this version's own, and ours.
-_HANDED_ON = tuple(dict.fromkeys(["cache", CACHE or "cache"]))
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")  # among the chunks of a prefill; from 5.23 on
 
 
@@ -41,8 +39,8 @@ class MultimodalGenerationMixin:
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers; where the keys in the cache are of no use any more, the whole row is run again."""
-        cache = take_cache(kwargs | {"cache": cache}, _HANDED_ON)
-        kwargs = {key: value for key, value in kwargs.items() if key not in _HANDED_ON}
+        kwargs["cache"] = cache
+        cache = take_cache(kwargs, ("cache", CACHE or "cache"))  # `generate` hands it on by this version's own name, or ours
         past = cached_length(cache)
         if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):
             # transformers then gives all of input_ids (batch, length) to the model, not the last one alone.
@@ -109,8 +107,7 @@ class MultimodalGenerationMixin:
         Where a cache is continued, features belong to the tokens behind it; those of whole rows are cut to these.
         """
         keywords = [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
-        given = {key: model_kwargs.pop(key) for key in keywords if key in model_kwargs}
-        media, _ = self._route(given)
+        media, _ = self._route({key: model_kwargs.pop(key) for key in keywords if key in model_kwargs})
         outputs = self._encode(media, model_kwargs.get("mm_encoder_outputs"))  # by name, items of (n_i, hidden) each
         is_ids = model_input_name != "inputs_embeds"
         ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
@@ -132,30 +129,24 @@ class MultimodalGenerationMixin:
                 "prefill_chunk_size, or upgrade transformers to 5.23."
             )
         model_kwargs.pop("mm_encoder_outputs", None)
-        if outputs:
-            model_kwargs["mm_encoder_outputs"] = outputs
-        return model_kwargs
+        return model_kwargs | ({"mm_encoder_outputs": outputs} if outputs else {})
 
     def _expand_multimodal_outputs(
-        self,
-        input_ids: Tensor | None,
-        mm_encoder_output: dict[str, Any],
-        expand_size: int = 1,
-        inputs_embeds: Tensor | None = None,
+        self, input_ids: Any, mm_encoder_output: dict[str, Any], expand_size: int = 1, inputs_embeds: Any = None
     ) -> dict[str, Any]:
         """Repeat the items of each sample together: beams of one sample stand side by side.
 
         transformers repeats each image by itself, which mixes up samples that have several: of rows with the items
         ``[a, b], [c]`` two beams need ``a b a b c c``, not ``a a b b c c``.
         """
-        no_ids = input_ids is None or input_ids.numel() == 0
-        ids, embeds = (None, inputs_embeds) if no_ids else (input_ids, None)
+        ids, embeds = (None, inputs_embeds) if input_ids is None or input_ids.numel() == 0 else (input_ids, None)
         masks = self._placeholder_masks(ids, embeds, text_only=False)  # (batch, length), before rows are repeated
         expanded = {}
         for name, output in mm_encoder_output.items():
             name = self._named(name)
-            counts = masks[name].sum(-1).tolist()  # of each row
-            groups = group_by_sample(output.pooler_output, counts)  # batch x items of (n_i, hidden)
+            groups = group_by_sample(
+                output.pooler_output, masks[name].sum(-1).tolist()
+            )  # batch x items of (n_i, hidden)
             items = list(chain.from_iterable(group * expand_size for group in groups))  # of batch * expand_size rows
             expanded[name] = type(output)(pooler_output=items)
         return expanded
@@ -166,7 +157,6 @@ class MultimodalGenerationMixin:
         head = self.get_output_embeddings()
         size = head.weight.shape[0] if head is not None else self.config.get_text_config().vocab_size  # of the logits
         text_only = not (kwargs.get("model_kwargs") or {}).get("mm_encoder_outputs")
-        ids = [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]
-        if ids:
+        if ids := [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]:
             processors.append(SuppressTokensLogitsProcessor(ids, device=str(self.device)))
         return processors

@@ -39,8 +39,8 @@ def without_placeholders(input_ids: Tensor, mask: Tensor) -> Tensor:
 def items_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[range]:
     """Positions of each sample's items: the next ones in order, until they have as many features as it has placeholders.
 
-    `lengths` are the features of each item, `counts` the placeholders of each sample.  Lazy, since a sample whose items
-    have more leaves too few for those behind it: check each before taking the next.
+    From features of each item and placeholders of each sample; lazy, since a sample whose items have more leaves too few for
+    those behind it: check each before taking the next.
 
     >>> list(items_of_samples([2, 3, 4], [5, 0, 4]))
     [range(0, 2), range(2, 2), range(2, 3)]
@@ -102,11 +102,8 @@ def check_labels(
 
     Masking them in the model would be too late then: the loss would be divided by too much.  Shifted labels that are
     a copy of the ids, placeholders included, are refused too: whoever shifted them has counted them.
-
-    Args:
-        placeholders: bool ``(batch, length)``, where tokens with one of `token_ids` stand.
-        shift_labels: labels aligned with the logits; they replace `labels`.
-        counted: whether the caller passes the number of labels (`num_items_in_batch`).
+    `placeholders`, bool ``(batch, length)``, says where `token_ids` stand; `counted`, whether the caller passes the number of
+    labels (`num_items_in_batch`).
     """
     if shift_labels is not None and shift_labels.shape == placeholders.shape:
         where, given = shifted_left(placeholders), shift_labels
@@ -151,11 +148,10 @@ def group_by_sample(items: Sequence[Tensor], counts: Sequence[int]) -> list[list
 def cached_columns(length: int, mask_length: int, past: int) -> int:
     """How many of the `length` columns of a prompt stand for the `past` tokens in the cache.
 
-    transformers takes whole rows, or new tokens alone: the attention mask, which covers the cache too, is longer then.
-
     >>> cached_columns(length=9, mask_length=9, past=6), cached_columns(length=3, mask_length=9, past=6)
     (6, 0)
     """
+    # transformers takes whole rows, or new tokens alone: the attention mask, which covers the cache too, is longer then.
     return min(past, length) if mask_length == length else 0
 
 
@@ -199,7 +195,6 @@ class MergingMixin(PreTrainedModel):
     """How a composed model puts features in the places of its placeholders."""
 
     config: Any
-    encoders: Any
     language_model: Any
     # Whether a placeholder without input is refused although no processor has named its token.
     _strict_placeholders = False
@@ -207,8 +202,7 @@ class MergingMixin(PreTrainedModel):
     def set_modality_token_ids(self, token_ids: Mapping[str, int]) -> None:
         """Say which token id stands for each modality's features (a processor made with `model=` does it itself).
 
-        An id may be outside the embedding table, which need not grow; ValueError for an unknown modality, and for an id
-        that is no natural number or is used twice.
+        An id may be outside the embedding table; ValueError for one that is used twice, and for an unknown modality.
         """
         used = {self.config.modality(n)["token_id"]: n for n in self.config.encoders if n not in token_ids}
         for name, token_id in token_ids.items():
@@ -246,12 +240,11 @@ class MergingMixin(PreTrainedModel):
 
     def _check_merge(self, masks: dict, outputs: dict[str, Any], encoded_here: set[str], prefill: bool) -> None:
         """Refuse features without placeholders, placeholders without features, and other numbers of them (ValueError)."""
-        for name in outputs:
-            if name not in masks:
-                raise ValueError(
-                    f"{name}: there are features but no placeholder token: build the processor with model=, or call "
-                    f"set_modality_token_ids({{{name!r}: token_id}})."
-                )
+        for name in (name for name in outputs if name not in masks):
+            raise ValueError(
+                f"{name}: there are features but no placeholder token: build the processor with model=, or call "
+                f"set_modality_token_ids({{{name!r}: token_id}})."
+            )
         if torch.compiler.is_compiling():  # the numbers are known on the device only; `scatter_features` checks the sum
             return
         for name, mask in masks.items():
@@ -270,8 +263,8 @@ class MergingMixin(PreTrainedModel):
         if not outputs:
             return input_ids, inputs_embeds, text
         every = torch.stack(list(masks.values())).any(0)  # (modalities, batch, length) -> (batch, length)
-        given = {key for key, value in text.items() if value is not None}
         # The language model's other inputs get those that it computes from the ids, which are gone then.
+        given = {key for key, value in text.items() if value is not None}
         text = text | id_inputs(self.language_model, input_ids, every, given)
         if inputs_embeds is None:  # a placeholder's id may have no row in the embedding table
             inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, every))
@@ -280,8 +273,7 @@ class MergingMixin(PreTrainedModel):
             features = output.pooler_output  # items of (n_i, hidden), or (items, n, hidden)
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
             # features: (all of the modality's, hidden), in the order of their placeholders
-            mask = masks[name].to(inputs_embeds.device)  # (batch, length)
-            inputs_embeds = scatter_features(inputs_embeds, mask, features)  # (batch, length, hidden)
+            inputs_embeds = scatter_features(inputs_embeds, masks[name].to(inputs_embeds.device), features)
         return None, inputs_embeds, text
 
     def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:

@@ -1,7 +1,4 @@
-"""What is known of language models: which cannot be one of a composition, and why, and a row for each type that is unusual.
-
-What a class's own `forward` and configuration tell is asked first; rows are left for what they do not tell.
-"""
+"""What is known of language models: which cannot be one of a composition, and why, and a row for each type that is unusual."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +17,8 @@ OTHER = "Choose another language model."
 
 
 @dataclass(frozen=True)
-class LanguageModelType:
-    """What is known of the language models of one `model_type` that neither their `forward` nor their configuration tells.
+class Facts:
+    """What neither the `forward` nor the configuration of the language models of one `model_type` tells.
 
     Attributes:
         refused: why features among its tokens, left padding or generation step by step would go wrong; such a model is refused.
@@ -37,41 +34,35 @@ class LanguageModelType:
     embedding_scale: str | None = None
 
 
-_USUAL = LanguageModelType()
-_READS_POSITIONS = LanguageModelType(reads_positions=True)
-LANGUAGE_MODEL_TYPES: dict[str, LanguageModelType] = {
+_USUAL = Facts()
+_READS_POSITIONS = Facts(reads_positions=True)
+LANGUAGE_MODEL_TYPES: dict[str, Facts] = {
     **dict.fromkeys(("beam", "inkling2_text", "llama4_text", "minimax_m3_vl_text"), _READS_POSITIONS),
     **dict.fromkeys(("ministral3", "recurrent_gemma"), _READS_POSITIONS),
-    "blt": LanguageModelType("it cuts bytes into patches by the ids themselves, which features do not have"),
-    "deepseek_v4": LanguageModelType("it routes tokens to experts by a hash of their ids, which features do not have"),
+    "blt": Facts("it cuts bytes into patches by the ids themselves, which features do not have"),
+    "deepseek_v4": Facts("it routes tokens to experts by a hash of their ids, which features do not have"),
     # transformers keeps a split of its router that mixes the tokens of a whole batch.
-    "doge": LanguageModelType(
+    "doge": Facts(
         "it chooses the experts of a token by other tokens of the batch, those behind it included (its configuration has "
         "is_moe=True), so a batch differs from its single samples, and a prompt from the same prompt run token by token",
         refused_if="is_moe",
     ),
-    "falcon_h1": LanguageModelType(embedding_scale="embedding_multiplier"),
-    "git": LanguageModelType("it puts its own image before the text and widens every mask by it"),
-    "reformer": LanguageModelType(
-        "it attends within random hash buckets, which change with padding and from step to step"
-    ),
+    "falcon_h1": Facts(embedding_scale="embedding_multiplier"),
+    "git": Facts("it puts its own image before the text and widens every mask by it"),
+    "reformer": Facts("it attends within random hash buckets, which change with padding and from step to step"),
     # Where it turns values too, what a token gives depends on where it stands, not on the distance alone.
-    "roformer": LanguageModelType(
+    "roformer": Facts(
         "it counts positions from the start of a row, padding included, takes no `position_ids`, and turns values by them (its "
         "configuration has rotary_value=True), so a left-padded batch would differ from its single samples",
         refused_if="rotary_value",
     ),
-    "rwkv": LanguageModelType(
-        "it ignores the attention mask, so padding enters its state, and its state cannot be trained through"
-    ),
-    "xlm": LanguageModelType("it reads an attention mask as lengths, so padding on the left counts as text"),
-    "xlnet": LanguageModelType(
-        "it is trained on permutations of the text and does not predict the next token from those before"
-    ),
+    "rwkv": Facts("it ignores the attention mask, so padding enters its state, which cannot be trained through"),
+    "xlm": Facts("it reads an attention mask as lengths, so padding on the left counts as text"),
+    "xlnet": Facts("it is trained on permutations of the text and does not predict the next token from those before"),
 }
 
 
-def language_model_type(config: Any) -> LanguageModelType:
+def language_model_type(config: Any) -> Facts:
     """The row of a language model, by its configuration; one of defaults where there is none."""
     return LANGUAGE_MODEL_TYPES.get(config.model_type, _USUAL)
 
@@ -123,12 +114,7 @@ def _faults(model: Any) -> Iterator[str]:
 
 
 def check_language_model(model: Any) -> None:
-    """Refuse what cannot be the language model of a composition.
-
-    Raises:
-        TypeError: not an instance of a transformers model.
-        ValueError: an encoder-decoder, no language-model head, no `inputs_embeds`, and what else `supported` tells.
-    """
+    """TypeError for what is no instance of a transformers model, ValueError for one with a `refusal`."""
     if isinstance(model, type) or not isinstance(unwrapped(model), PreTrainedModel):
         raise TypeError(f"language_model must be a transformers.PreTrainedModel instance, got {model!r:.100}.")
     if reason := refusal(unwrapped(model)):
@@ -143,10 +129,8 @@ def embedding_width(language_model: Any) -> int:
 
 def build_language_model(config: MultimodalConfig) -> nn.Module:
     """Build the language model, its adapters wrapped again."""
-    text: Any = config.text_config
-    cls: Any = language_model_class(text)
-    if config.language_model_class is not None:
-        cls = resolve_class(config.language_model_class, text, "language_model")
+    text, name = config.text_config, config.language_model_class
+    cls: Any = language_model_class(text) if name is None else resolve_class(name, text, "language_model")
     if cls is None:
         raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
     model = cls(text, **(config.language_model_kwargs or {}))

@@ -63,11 +63,9 @@ class ProjectionHead(nn.Module):
 
     Args:
         activation: a key of `transformers.activations.ACT2CLS`; used by two layers.
-        num_layers: 1 or 2.
         hidden_size: width between the two layers; `out_features` when None.
         gated: `linear_1` gives twice the hidden width, values and gates, and ``values * act(gates)`` goes on
             (SwiGLU with ``activation="silu"``, https://arxiv.org/abs/2002.05202).
-        bias: of the linear layers.
         norm, norm_mid, norm_post: ``"none"``, ``"layer_norm"`` or ``"rms_norm"`` before, between and after the layers.
         norm_eps: of the norms; by default 1e-5 for LayerNorm, 1e-6 for RMSNorm.
 

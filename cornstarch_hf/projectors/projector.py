@@ -1,7 +1,6 @@
-"""Projectors: from an encoder's features to the language model's embedding width.
+"""Projectors: from an encoder's features to the language model's embedding width, by a registered type or a module as it is.
 
-Types are looked up in a registry, to which users add their own; a module made elsewhere is wrapped as it is.  Types that
-leave fewer features lie in `reductions`, `windows` and `resampler`, which register them.
+Types that leave fewer features lie in `reductions`, `windows` and `resampler`, which register them.
 """
 
 import contextlib
@@ -32,6 +31,8 @@ from ..parts.weightless import build_without_weights, initialize_weights
 
 TORCH_PROJECTION = "torch"
 Grid = Sequence[int]  # height and width, or frames, height and width, in which the features of an item lie
+Grids = Sequence[Grid] | None
+Lengths = Sequence[int] | None  # features of each item
 
 
 def linear_projection(in_features: int, out_features: int) -> nn.Module:
@@ -100,23 +101,18 @@ def acts_on_single_features(projection: nn.Module) -> bool:
     def single(module: nn.Module) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return len(module.normalized_shape) == 1
-        elementwise = type(module).__module__ in _ACTIVATIONS and not any(True for _ in module.parameters())
+        elementwise = type(module).__module__ in _ACTIVATIONS and not list(module.parameters())
         across = hasattr(module, "dim") or isinstance(module, nn.Softmax2d)  # softmax and gates along some other axis
         return type(module) in _FEATUREWISE or (elementwise and not across)
 
     return all(single(module) for module in projection.modules())
 
 
-def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
-    """One ``(n_i, width)`` tensor per item.
+def per_item(features: Tensor | Sequence[Tensor], lengths: Lengths, name: str) -> list[Tensor]:
+    """One ``(n_i, width)`` tensor per item of a list, of ``(items, tokens, width)`` or of ``(sum of tokens, width)``.
 
-    Args:
-        features: a list of tensors, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `lengths`.
-        lengths: features of each item; of a 3-D tensor the first ones are kept.
-        name: the modality, for messages.
-
-    Raises:
-        ValueError: packed features without lengths, or lengths that do not fit.
+    `lengths` are the features of each item, of which a 3-D tensor's first ones are kept; ValueError for packed features
+    without lengths, or lengths that do not fit.
     """
     if not isinstance(features, Tensor):
         return [x.flatten(0, -2) for x in features]  # maps (height, width, channels) are read row by row
@@ -137,13 +133,8 @@ def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None,
 
 @dataclass
 class ProjectorOutput(BaseModelOutput):
-    """What a projector gives.
-
-    Attributes:
-        last_hidden_state: projected features, ``(items, fewer, out_features)``, or ``(sum, out_features)`` with
-            `feature_lens` where the items have different numbers of them.
-        feature_lens: ``(items,)`` features of each item.
-    """
+    """Projected features: `last_hidden_state` ``(items, fewer, out_features)``, or ``(sum, out_features)`` with
+    `feature_lens` ``(items,)`` where the items have different numbers of them."""
 
     feature_lens: Tensor | None = None
 
@@ -153,8 +144,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
 
     Args:
         config: copied; a size that it lacks is filled in when a model is composed.
-        projection: a module to wrap as it is, weights untouched.  None builds what the configuration describes, or
-            leaves that to the composition while a size is missing.
+        projection: a module to wrap as it is.  None builds what the configuration describes, while composing if a size lacks.
 
     Raises:
         TypeError: `projection` is no module.
@@ -211,10 +201,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
                 setattr(self.config, key, size)
 
     def complete(self, in_features: int | None, out_features: int, dims: int | None = None) -> None:
-        """Fill in what the configuration lacks and build the projection if there is none yet (in place).
-
-        `dims` are the axes along which items of that kind are reduced, for the built-in types that take `dims`.
-        """
+        """Fill in what the configuration lacks, `dims` for types that take them, and build the projection (in place)."""
         target = PROJECTORS.get(self.config.projection_type)
         if self.projection is None and dims is not None and "dims" in getattr(target, "DEFAULTS", ()):
             self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs  # what is given stays
@@ -234,50 +221,35 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         return bool(getattr(self.projection, "needs_grid", False))
 
     def feature_count(self, length: int, grid: Grid | None = None) -> int | None:
-        """Features left of an item of `length` features and that grid; ValueError where the reduction does not fit it.
-
-        None for a projection without a `feature_count` of its own, of which only a run shows it.
-        """
+        """Features left of an item (ValueError where it does not fit); None if the projection has no such method."""
         if not self.reduces:
             return length
         count = getattr(self.projection, "feature_count", None)
         return None if count is None else count(length, grid)
 
     def forward(
-        self,
-        inputs_embeds: Tensor,
-        return_dict: bool | None = None,
-        *,
-        lengths: Sequence[int] | None = None,
-        grids: Sequence[Grid] | None = None,
+        self, inputs_embeds: Tensor, return_dict: bool | None = None, *, lengths: Lengths = None, grids: Grids = None
     ) -> ProjectorOutput | tuple:
-        """Project.
+        """Project features.
 
         Args:
             inputs_embeds: ``(..., in_features)``; where the type reduces, ``(items, length, in_features)``, one item
                 ``(length, in_features)``, maps ``(items, height, width, in_features)``, or with `lengths` packed items
                 ``(sum of lengths, in_features)``.
             return_dict: a `ProjectorOutput` (default by the configuration), or a tuple.
-            lengths: features of each item, where it differs from the tensor's shape; the rest is padding.
+            lengths: features of each item, where it differs from the tensor's shape; the result is packed then.
             grids: ``(height, width)`` or ``(frames, height, width)`` of each item's features, row by row; squares when None.
 
-        Returns:
-            `last_hidden_state` of ``(..., out_features)``; with `lengths`, or where the items end up different,
-            ``(sum, out_features)`` and `feature_lens`.
-
         Raises:
-            ValueError: no projection has been built, the width differs from `in_features`, or the reduction does not fit
-                an item.
+            ValueError: no projection has been built; the width or the reduction does not fit.
         """
         if self.projection is None:
             raise ValueError("This projector has no projection yet: give its configuration both sizes, or compose it.")
         width = self.config.in_features  # None of a wrapped module that does not show its sizes
         if width is not None and inputs_embeds.shape[-1] != width:
             raise ValueError(f"The projector expects features of width {width}, got {inputs_embeds.shape[-1]}.")
-        if self.reduces:
-            output = self._reduce(inputs_embeds, lengths, grids)
-        else:
-            output = ProjectorOutput(last_hidden_state=self._project(inputs_embeds))
+        reduced = self._reduce(inputs_embeds, lengths, grids) if self.reduces else (self._project(inputs_embeds), None)
+        output = ProjectorOutput(last_hidden_state=reduced[0], feature_lens=reduced[1])
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -288,17 +260,17 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             return self._gradient_checkpointing_func(self.projection, features, *inputs[1:])
         return self.projection(*inputs)  # (..., in_features) to (..., out_features)
 
-    def _reduce(self, features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None) -> ProjectorOutput:
-        """Reduce and project each item alone, those of one length and grid together."""
+    def _reduce(self, features: Tensor, lengths: Lengths, grids: Grids) -> tuple[Tensor, Tensor | None]:
+        """Reduce and project each item alone, those of one length and grid together; features and their numbers."""
         maps = features.ndim == 4 and (self.needs_grid or hasattr(self.projection, "feature_count"))
         # Without items: a class that is not known to reduce takes any leading axes.
         if features.ndim not in (2, 3) and not maps:
-            return ProjectorOutput(last_hidden_state=self._project(features))
+            return self._project(features), None
         if maps:  # (items, height, width, in_features) to (items, height * width, in_features)
             grids = [tuple(features.shape[1:3])] * len(features) if grids is None else grids
             features = features.flatten(1, 2)
         if features.ndim == 2 and lengths is None:  # one item
-            return ProjectorOutput(last_hidden_state=self._reduce(features[None], None, grids)[0][0])
+            return self._reduce(features[None], None, grids)[0][0], None
         sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
         if grids is not None and len(grids) != len(sizes):
             raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
@@ -307,7 +279,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
         if len(groups) == 1 and lengths is None:  # nothing to sort: the batch as it is
             (_, grid), *_ = groups
-            return ProjectorOutput(last_hidden_state=self._reduce_group(features, grid))
+            return self._reduce_group(features, grid), None
         split = per_item(features, lengths, "the projector")  # items of (n_i, in_features)
         done: dict[int, Tensor] = {}
         for (_, grid), positions in groups.items():  # padding would enter windows and attention, so equal lengths only
@@ -315,16 +287,15 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             done |= dict(zip(positions, reduced, strict=True))
         items = [done[i] for i in range(len(split))]  # of (fewer_i, out_features), in their order again
         if lengths is None and len({len(item) for item in items}) == 1:
-            return ProjectorOutput(last_hidden_state=torch.stack(items))
+            return torch.stack(items), None
         packed = torch.cat(items) if items else features.new_zeros(0, self.config.out_features)  # (sum, out_features)
-        return ProjectorOutput(last_hidden_state=packed, feature_lens=torch.tensor([len(item) for item in items]))
+        return packed, torch.tensor([len(item) for item in items])
 
     def _reduce_group(self, features: Tensor, grid: Grid | None) -> Tensor:
         """``(items, length, in_features)`` to ``(items, fewer, out_features)``."""
         reduced = self._project(features, grid) if self.needs_grid else self._project(features)
         expected = self.feature_count(features.shape[1], grid)
-        wrong = reduced.ndim != 3 or len(reduced) != len(features)
-        if wrong or (expected is not None and reduced.shape[1] != expected):
+        if reduced.ndim != 3 or len(reduced) != len(features) or expected not in (None, reduced.shape[1]):
             wanted = "fewer" if expected is None else expected
             raise ValueError(
                 f"The projection {type(self.projection).__name__} must map features of shape {tuple(features.shape)} to "

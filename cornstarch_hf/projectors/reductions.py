@@ -1,7 +1,6 @@
 """Token reduction: modules that make fewer features of an item's, and project them.  Blocks and frames are joined here.
 
-Beside each reduction's arithmetic stands how many features it leaves.  Pooling, convolutions and the resampler build on
-this module; each file registers its own types.
+Pooling, convolutions (`windows`) and the `resampler` build on this module; each file registers its own types.
 """
 
 import math
@@ -19,15 +18,12 @@ from .projector import Grid
 
 
 def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int, ...]]:
-    """How many parts of an item's features are reduced alone, and the `dims` sizes of one.
+    """How many parts of an item's `length` features are reduced alone, and the `dims` sizes of one.
 
     Args:
-        length: features of the item.
-        grid: ``(height, width)`` or ``(frames, height, width)``; None takes a square, where `dims` is 2 or 3.
+        grid: ``(height, width)`` or ``(frames, height, width)``; None takes a square, where `dims` is 2 or 3 (ValueError
+            for no square, or a grid of another number of features).
         dims: axes that are reduced: 1 for a sequence, 2 for each frame alone, 3 for frames too.
-
-    Raises:
-        ValueError: no square, or a grid of another number of features.
     """
     if dims == 1:  # a sequence, whatever grid there is
         return 1, (length,)
@@ -70,16 +66,10 @@ def pad_after(sizes: Sequence[int]) -> list[int]:
 
 
 def blocks_to_channels(features: Tensor, axes: Sequence[int], factor: int, channel_order: str) -> Tensor:
-    """Join each ``factor x factor`` block of a map into one feature (space to depth).
+    """Join each ``factor x factor`` block of maps ``(items, rows * columns, width)`` into one feature (space to depth).
 
-    Args:
-        features: ``(items, rows * columns, width)``.
-        axes: rows and columns, multiples of `factor`.
-        channel_order: ``"block"``: the block's features one after the other, row by row; ``"channel"``: for each
-            channel its values in the block.
-
-    Returns:
-        ``(items, rows * columns / factor**2, width * factor**2)``.
+    `axes` are rows and columns, multiples of `factor`.  In the `channel_order` ``"block"`` the block's features stand one
+    after the other, row by row; in ``"channel"`` for each channel its values in the block.
     """
     rows, columns = (size // factor for size in axes)  # of blocks
     blocks = features.reshape(len(features), rows, factor, columns, factor, features.shape[-1])
@@ -89,11 +79,7 @@ def blocks_to_channels(features: Tensor, axes: Sequence[int], factor: int, chann
 
 
 def divided(size: int, by: int, remainder: str, what: str) -> int:
-    """How many windows of `by` there are along an axis of `size`.
-
-    Raises:
-        ValueError: `remainder` is ``"error"`` and one is left, or ``"drop"`` and nothing is left.
-    """
+    """How many windows of `by` an axis of `size` has; ValueError for a rest (``"error"``), or nothing else (``"drop"``)."""
     if remainder == "error" and size % by:
         raise ValueError(
             f"{what}={by} does not divide {size} features along an axis ({size % by} would be left): give items of other "
@@ -119,16 +105,7 @@ class Reduction(nn.Module):
 
     A subclass gives ``reduced_axes(axes)``, the sizes of the axes after the reduction (ValueError where it does not fit
     them), and ``reduce(features, parts, axes)``, from ``(items, parts * axes, in_features)`` to ``(items, fewer,
-    reduced_width)``.
-
-    Args:
-        in_features, out_features: width of the features before and after.
-        activation: a key of `transformers.activations.ACT2CLS`.
-        **options: keywords with the defaults of `DEFAULTS`; each is kept in an attribute of its name.
-
-    Raises:
-        TypeError: an unknown option.
-        ValueError: a value that makes no sense.
+    reduced_width)``.  Its options are keywords with the defaults of `DEFAULTS`, each kept in an attribute of its name.
     """
 
     DEFAULTS: dict[str, Any] = HEAD_DEFAULTS
@@ -172,12 +149,9 @@ class Reduction(nn.Module):
     def _check(cls, chosen: dict[str, Any]) -> None:
         """Check what only this class has."""
 
-    def _build(self) -> None:
-        self.head = self._head(self.reduced_width, self.out_features)
-
-    def _head(self, in_features: int, out_features: int) -> ProjectionHead:
+    def _build(self, head_width: int | None = None) -> None:
         chosen = {key: getattr(self, key) for key in HEAD_DEFAULTS}
-        return ProjectionHead(in_features, out_features, self.activation, **chosen)
+        self.head = ProjectionHead(self.reduced_width, head_width or self.out_features, self.activation, **chosen)
 
     @property
     def reduced_width(self) -> int:
@@ -195,14 +169,9 @@ class Reduction(nn.Module):
         return parts * math.prod(self.reduced_axes(axes))
 
     def forward(self, features: Tensor, grid: Grid | None = None) -> Tensor:
-        """Reduce and project items of one length and one grid.
+        """``(items, length, in_features)`` of one grid to ``(items, feature_count(length, grid), out_features)``.
 
-        Args:
-            features: ``(items, length, in_features)``.
-            grid: ``(height, width)`` or ``(frames, height, width)``, row by row; None takes a square where one is needed.
-
-        Returns:
-            ``(items, feature_count(length, grid), out_features)``.
+        The grid is ``(height, width)`` or ``(frames, height, width)``, row by row; None takes a square where one is needed.
         """
         parts, axes = item_axes(features.shape[1], grid, self.dims)
         reduced = self.reduce(features, parts, axes)  # (items, fewer, reduced_width)
@@ -215,7 +184,7 @@ class Reduction(nn.Module):
 
 
 class PixelShuffleProjection(Reduction):
-    """Joins each square block of an image's features into one, then projects it.
+    """Joins each square block of an image's features into one, then projects it; takes a `ProjectionHead`'s options too.
 
     As in InternVL (https://arxiv.org/abs/2404.16821; its ``downsample_ratio=0.5`` is ``scale_factor=2``) and Idefics3
     (https://arxiv.org/abs/2408.12637; ``num_layers=1, norm="none", bias=False``), whose channel order is the same.
@@ -225,7 +194,6 @@ class PixelShuffleProjection(Reduction):
         channel_order: ``"block"`` as in those, Llama 4, Aya Vision and LFM2-VL; ``"channel"`` as `torch.nn.Unfold` and
             `torch.nn.PixelUnshuffle` order them, e.g. in Mistral 3's patch merger.
         remainder: where the grid does not divide: ``"error"``, or ``"pad"`` with zeros at the right and the bottom.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
     """
 
     DEFAULTS = {
@@ -257,7 +225,7 @@ class PixelShuffleProjection(Reduction):
 
 
 class FrameStackProjection(Reduction):
-    """Joins consecutive features of a sequence into one, then projects it.
+    """Joins consecutive features of a sequence into one, then projects it; takes a `ProjectionHead`'s options too.
 
     As in SLAM-ASR (https://arxiv.org/abs/2402.08846), Voxtral (https://arxiv.org/abs/2507.13264; ``remainder="error"``)
     and Ultravox (https://github.com/fixie-ai/ultravox; ``stack_factor=8, gated=True, activation="silu",
@@ -265,9 +233,7 @@ class FrameStackProjection(Reduction):
 
     Args:
         stack_factor: how many are joined.
-        remainder: where the length does not divide: ``"pad"`` with zeros, as in Ultravox; ``"error"``; ``"drop"`` the
-            rest, as in SLAM-ASR.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
+        remainder: where it does not divide: ``"pad"`` with zeros, as in Ultravox; ``"error"``; ``"drop"``, as in SLAM-ASR.
     """
 
     DEFAULTS = {"stack_factor": 4, "remainder": "pad", **HEAD_DEFAULTS, "bias": False}

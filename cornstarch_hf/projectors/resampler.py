@@ -43,10 +43,10 @@ class PerceiverAttention(nn.Module):
 class PerceiverLayer(nn.Module):
     """Attention and a gated MLP of four times the width, each after an RMSNorm and with a residual connection."""
 
-    def __init__(self, width: int, activation: str, eps: float | None, **attention: int):
+    def __init__(self, width: int, activation: str, eps: float | None, *heads: int):
         super().__init__()
         self.query_norm, self.context_norm, self.mlp_norm = (NORMS["rms_norm"](width, eps) for _ in range(3))
-        self.attention = PerceiverAttention(width, **attention)
+        self.attention = PerceiverAttention(width, *heads)
         self.mlp = ProjectionHead(width, width, activation, hidden_size=4 * width, gated=True, bias=False)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
@@ -68,8 +68,7 @@ class ResamplerProjection(Reduction):
         depth: layers.
         num_heads, num_kv_heads, head_dim: of the attention.
         query_size: width of the queries; `out_features` when None, else a linear layer follows.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: of the projection before the queries, see
-            `ProjectionHead`; `norm_eps` of all norms.
+        **options: of the `ProjectionHead` before the queries; `norm_eps` of all norms.
     """
 
     DEFAULTS = {
@@ -87,17 +86,16 @@ class ResamplerProjection(Reduction):
         """Draw the queries, unless they have been loaded."""
         init.normal_(self.queries, std=QUERY_STD)
 
-    def _build(self) -> None:
-        width = self.query_size or self.out_features
-        self.head = self._head(self.in_features, width)
+    def _build(self, head_width: int | None = None) -> None:
+        width, out = self.query_size or self.out_features, self.out_features
+        super()._build(width)
         self.queries = nn.Parameter(torch.empty(self.num_queries, width))
         nn.init.normal_(self.queries, std=QUERY_STD)
-        heads = {key: getattr(self, key) for key in ("num_heads", "num_kv_heads", "head_dim")}
-        layers = (PerceiverLayer(width, self.activation, self.norm_eps, **heads) for _ in range(self.depth))
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        layers = (PerceiverLayer(width, self.activation, self.norm_eps, *heads) for _ in range(self.depth))
         self.layers = nn.ModuleList(layers)
         self.query_norm = NORMS["rms_norm"](width, self.norm_eps)
-        same = width == self.out_features
-        self.output = nn.Identity() if same else nn.Linear(width, self.out_features, bias=self.bias)
+        self.output = nn.Identity() if width == out else nn.Linear(width, out, bias=self.bias)
 
     def reduced_axes(self, axes: Sequence[int]) -> list[int]:
         if not axes[0]:
