@@ -35,7 +35,8 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     arguments = settings | with_cache(language_model, inputs)
     # Who computes the loss?  The language model, unless its `forward` lacks a parameter that the loss needs (`labels`,
     # `num_items_in_batch`, `shift_labels`): then it runs without them, and the loss is computed here from its logits.
-    loss_arguments = {key: arguments.pop(key) for key in ("num_items_in_batch", "shift_labels") if key in arguments}
+    needed = ("num_items_in_batch", "shift_labels")
+    loss_arguments = {key: arguments.pop(key) for key in needed if key in arguments}
     if labels is not None:
         loss_arguments["labels"] = labels  # (batch, length)
     wants_loss = "labels" in loss_arguments or "shift_labels" in loss_arguments

@@ -117,7 +117,9 @@ def id_inputs(language_model: nn.Module, input_ids: Tensor | None, placeholders:
     """
     missing = [name for name in id_input_names(language_model) if name not in given]
     inner = unwrapped(language_model)
-    if missing and input_ids is None:
+    if not missing:
+        return {}
+    if input_ids is None:
         raise ValueError(
             f"{type(inner).__name__} computes {missing[0]} from token ids, but it was given inputs_embeds in which features "
             f"replace some: pass input_ids instead, or {missing[0]}= as well."

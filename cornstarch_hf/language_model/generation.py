@@ -40,7 +40,7 @@ class MultimodalGenerationMixin:
     ) -> dict[str, Any]:
         """As in transformers; where the keys in the cache are of no use any more, the whole row is run again."""
         kwargs["cache"] = cache
-        cache = take_cache(kwargs, ("cache", CACHE or "cache"))  # `generate` hands it on by this version's own name, or ours
+        cache = take_cache(kwargs, ("cache", CACHE or "cache"))  # by this version's name, or by ours
         past = cached_length(cache)
         if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):
             # transformers then gives all of input_ids (batch, length) to the model, not the last one alone.

@@ -240,11 +240,12 @@ class MergingMixin(PreTrainedModel):
 
     def _check_merge(self, masks: dict, outputs: dict[str, Any], encoded_here: set[str], prefill: bool) -> None:
         """Refuse features without placeholders, placeholders without features, and other numbers of them (ValueError)."""
-        for name in (name for name in outputs if name not in masks):
-            raise ValueError(
-                f"{name}: there are features but no placeholder token: build the processor with model=, or call "
-                f"set_modality_token_ids({{{name!r}: token_id}})."
-            )
+        for name in outputs:
+            if name not in masks:
+                raise ValueError(
+                    f"{name}: there are features but no placeholder token: build the processor with model=, or call "
+                    f"set_modality_token_ids({{{name!r}: token_id}})."
+                )
         if torch.compiler.is_compiling():  # the numbers are known on the device only; `scatter_features` checks the sum
             return
         for name, mask in masks.items():

@@ -129,7 +129,8 @@ def embedding_width(language_model: Any) -> int:
 
 def build_language_model(config: MultimodalConfig) -> nn.Module:
     """Build the language model, its adapters wrapped again."""
-    text, name = config.text_config, config.language_model_class
+    text: Any = config.text_config
+    name = config.language_model_class
     cls: Any = language_model_class(text) if name is None else resolve_class(name, text, "language_model")
     if cls is None:
         raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
