@@ -139,11 +139,7 @@ class Headless:
     _model: Any  # and this is no `nn.Module`: the model would hold itself as a part, with every parameter twice
 
     def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """As `forward` without labels: the backbone's output, with `last_hidden_state` ``(batch, length, hidden)``.
-
-        Raises:
-            ValueError: in training, a head with an adapter that trains: it is left out here, so it would not learn.
-        """
+        """As `forward`, up to `last_hidden_state`; ValueError for a head with an adapter that trains: it would not learn."""
         # TRL's trainers multiply hidden states (batch, length, hidden) by the head's `weight` themselves.
         head = self._model.get_output_embeddings()
         trains = self._model.training and torch.is_grad_enabled()

@@ -102,10 +102,7 @@ class MultimodalGenerationMixin:
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config
     ) -> dict[str, Any]:
-        """Run the encoders and hand their outputs on, so that no step and no beam runs them again.
-
-        Where a cache is continued, features belong to the tokens behind it; those of whole rows are cut to these.
-        """
+        """Run the encoders and hand their outputs on, so that no step and no beam runs them again."""
         keywords = [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
         media, _ = self._route({key: model_kwargs.pop(key) for key in keywords if key in model_kwargs})
         outputs = self._encode(media, model_kwargs.get("mm_encoder_outputs"))  # by name, items of (n_i, hidden) each
@@ -116,7 +113,7 @@ class MultimodalGenerationMixin:
         whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[-1]
         # Embeddings are always whole rows, ids may be the new tokens alone.
         cached = cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get(CACHE)))
-        if cached:
+        if cached:  # features belong to the tokens behind the cache; those of whole rows are cut to these
             for name in media:
                 items = items_behind_cache(name, outputs[name].pooler_output, masks.get(name), cached)
                 outputs[name] = type(outputs[name])(pooler_output=items)

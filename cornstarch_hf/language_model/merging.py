@@ -54,11 +54,8 @@ def items_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[
 
 
 def check_counts(name: str, token: str, mask: Tensor, lengths: Sequence[int]) -> None:
-    """ValueError unless the placeholders of each sample are as many as the features of the next whole items.
-
-    `mask`, bool ``(batch, length)``, says where placeholders stand, `lengths` how many features each item has.
-    """
-    needed = mask.sum(-1).tolist()  # per sample
+    """ValueError unless each sample has as many placeholders as the next whole items, of these lengths, have features."""
+    needed = mask.sum(-1).tolist()  # (batch, length) to one number per sample
     if sum(needed) != sum(lengths):
         raise ValueError(
             f"{name}: the text has {sum(needed)} placeholder tokens ({token}), but the encoder gave {sum(lengths)} features "
@@ -216,10 +213,7 @@ class MergingMixin(PreTrainedModel):
         self._strict_placeholders = True
 
     def placeholder_ids(self, text_only: bool = False) -> dict[str, int]:
-        """Token id of each modality's placeholder.
-
-        A checkpoint may hold ids that no processor ever named; in text alone such an id is an ordinary word.
-        """
+        """Token id of each modality's placeholder; in text alone an id that no processor named is an ordinary word."""
         entries = {name: self.config.modality(name) for name in self.config.encoders}
         if text_only and not self._strict_placeholders:
             entries = {name: entry for name, entry in entries.items() if entry["token"] is not None}

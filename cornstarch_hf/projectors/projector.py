@@ -71,11 +71,7 @@ def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
 
 
 def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig) -> tuple[str, dict]:
-    """The `projection_type` and `projection_kwargs` under which a wrapped module can be stored.
-
-    Raises:
-        NotStorable: its class is not registered, or an argument is not found on it.
-    """
+    """The `projection_type` and `projection_kwargs` under which a module can be stored, or NotStorable with the reason."""
     name, reason = PROJECTORS.name_of(type(projection)), None
     if name is not None:  # first: the module says what it is, which a configuration may not know in full
         extra = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
