@@ -117,9 +117,12 @@ def _describe_projector(config: MultimodalConfig, name: str, projector: Any) -> 
     described: Any = getattr(config, f"{name}_projector_config")
     if projector.projection is None or described.projection_type != CUSTOM_PROJECTION:
         return True  # of a type that it was built by, or found to be when it was wrapped
-    kind, options = describe_projection(projector.projection, projector.config)
+    try:
+        kind, options = describe_projection(projector.projection, projector.config)
+    except NotStorable:
+        return False
     described.projection_type, described.projection_kwargs = kind, copy.deepcopy(options)
-    return kind != CUSTOM_PROJECTION
+    return True
 
 
 def _without_weights(part: Any) -> Any:

@@ -1,4 +1,1 @@
-"""Features into the language model's embeddings, the call of any causal language model, and generation.
-
-Knows configurations and tensors; knows no encoder.
-"""
+"""Features into the language model's embeddings, its call, and generation; knows configurations and tensors, no encoder."""

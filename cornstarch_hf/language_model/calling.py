@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,6 @@ from ..parts.versions import CACHE, CACHE_NAMES, take_cache
 from .extra_inputs import id_input_names, with_positions
 from .merging import shifted_left
 
-LOSS_KEYWORDS = ("num_items_in_batch", "shift_labels")
-
 
 def text_keywords(language_model: nn.Module) -> list[str]:
     """Names that the language model's `forward` takes, or passes on to its backbone, which needs them."""
@@ -27,41 +26,37 @@ def text_keywords(language_model: nn.Module) -> list[str]:
 def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any) -> ModelOutput:
     """Run the language model on ids or merged embeddings.
 
-    The loss is the language model's own, unless its `forward` cannot take what the loss needs.
-
-    Args:
-        model: the composed model, whose configuration may set `use_cache`, `output_attentions`, `loss_at_labels`, ...
-        labels: ``(batch, length)`` or None.
-        logits_to_keep: 0 for all positions.
-        **inputs: keyword arguments, None ones are left out.
-
-    Returns:
-        the language model's output; without `logits` where `loss_at_labels` holds (training mode, with labels).
+    The configuration of `model`, the composed one, may set `use_cache`, `output_attentions`, `loss_at_labels`, ...; without
+    `logits` where the latter holds (in training mode, with labels ``(batch, length)``).  None among the `inputs` is left out.
     """
-    language_model = model.language_model
-    arguments = _settings(model.config) | with_cache(language_model, inputs)
-
+    language_model, config = model.language_model, model.config
+    settings = {key: getattr(config, key, None) for key in ("use_cache", "output_attentions", "output_hidden_states")}
+    settings = {key: value for key, value in settings.items() if value or (key == "use_cache" and value is not None)}
+    arguments = settings | with_cache(language_model, inputs)
     # Who computes the loss?  The language model, unless its `forward` lacks a parameter that the loss needs (`labels`,
     # `num_items_in_batch`, `shift_labels`): then it runs without them, and the loss is computed here from its logits.
-    loss_arguments = {key: arguments.pop(key) for key in LOSS_KEYWORDS if key in arguments}
+    needed = ("num_items_in_batch", "shift_labels")
+    loss_arguments = {key: arguments.pop(key) for key in needed if key in arguments}
     if labels is not None:
         loss_arguments["labels"] = labels  # (batch, length)
     wants_loss = "labels" in loss_arguments or "shift_labels" in loss_arguments
     model_computes_loss = wants_loss and all(accepts(language_model, key) for key in loss_arguments)
     if model_computes_loss:
         arguments |= loss_arguments
-
     # Where does the head run?  At all positions; at the last ones (`logits_to_keep`), which are cut out afterwards where
     # the language model does not know that parameter; or, in training with `loss_at_labels`, at labelled ones alone.
-    at_labels = labels is not None and getattr(model.config, "loss_at_labels", False) and model.training
-    at_labels = at_labels and _is_zero(logits_to_keep)
+    keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    at_labels = labels is not None and getattr(config, "loss_at_labels", False) and model.training and keep_all
+    slice_afterwards = not keep_all and not accepts(language_model, "logits_to_keep")
     if at_labels and model_computes_loss and takes_positions(language_model):
-        logits_to_keep, arguments = _head_at_labels(language_model, arguments)
-    slice_afterwards = not accepts(language_model, "logits_to_keep") and not _is_zero(logits_to_keep)
-    if not slice_afterwards and not _is_zero(logits_to_keep):
+        arguments |= _head_at_labels(language_model, arguments)
+    elif not keep_all and not slice_afterwards:
         arguments["logits_to_keep"] = logits_to_keep
-
-    output = language_model(**_accepted(language_model, arguments), return_dict=True)
+    refused = {key for key in arguments if not accepts(language_model, key)}
+    if wrong := sorted(key for key in refused if key != "use_cache" and arguments[key] is not False):
+        raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
+    arguments = {key: value for key, value in arguments.items() if key not in refused}
+    output = language_model(**arguments, return_dict=True)
     if wants_loss and not model_computes_loss:
         given = loss_arguments.pop("labels", None)
         output["loss"] = model.loss_function(output.logits, given, output.logits.shape[-1], **loss_arguments)
@@ -71,12 +66,6 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     if at_labels:  # logits of some positions alone would be taken for those of all
         output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
     return output
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """Settings of a composed model's configuration, for a call that gives none: cache, attentions, hidden states."""
-    found = {key: getattr(config, key, None) for key in ("use_cache", "output_attentions", "output_hidden_states")}
-    return {key: value for key, value in found.items() if value or (key == "use_cache" and value is not None)}
 
 
 def cached_length(cache: Any) -> int:
@@ -96,16 +85,14 @@ def is_running_state(cache: Any) -> bool:
 
 
 def cache_keyword(language_model: nn.Module) -> str | None:
-    """The parameter through which a language model takes its cache between steps, None where it has no cache.
-
-    It is transformers' own name for caches, or that of an older version, which code from elsewhere may keep.
-    """
+    """The parameter through which a language model takes its cache between steps, None where it has no cache."""
+    # transformers' own name for caches, or that of an older version, which code from elsewhere may keep
     known = forward_parameters(language_model)
     return next((name for name in CACHE_NAMES if name in known), None)
 
 
 def with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are not None, with the cache by the language model's own name and positions where it needs them."""
+    """The inputs that are not None, with the cache by the language model's own name and positions where it needs them."""
     arguments = {key: value for key, value in inputs.items() if value is not None}
     cache = take_cache(arguments)
     arguments = with_positions(language_model, arguments, cached_length(cache))
@@ -113,11 +100,9 @@ def with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str
 
 
 def takes_positions(language_model: nn.Module) -> bool:
-    """Whether a language model's head can run at chosen positions and its loss at the labels of these.
-
-    It needs the parameter `logits_to_keep`, and a loss that is transformers' own (`loss_function`) and knows
-    `shift_labels`, which reach it by ``**kwargs``.
-    """
+    """Whether a language model's head can run at chosen positions and its loss at the labels of these."""
+    # By the parameter `logits_to_keep`, and a loss that is transformers' own (`loss_function`) and knows `shift_labels`,
+    # which reach it by ``**kwargs``.
     if "logits_to_keep" not in forward_parameters(language_model) or not takes_any_keyword(language_model):
         return False
     loss: Any = getattr(unwrapped(language_model), "loss_function", None)
@@ -129,12 +114,10 @@ def _names_used(language_model: nn.Module) -> tuple[str, ...]:
     return inspect.unwrap(type(unwrapped(language_model)).forward).__code__.co_names
 
 
-def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Positions for the head, and the arguments with the labels that are to be predicted there.
-
-    `labels` stay as they are: a language model that did not pass `shift_labels` on to its loss would meet other sizes
-    there and fail, rather than compute another loss.
-    """
+def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Positions for the head (`logits_to_keep`), and the labels that are to be predicted there (`shift_labels`)."""
+    # `labels` stay as they are: a language model that did not pass `shift_labels` on to its loss would meet other sizes
+    # there and fail, rather than compute another loss.
     targets = arguments.get("shift_labels")
     if targets is None:
         targets = shifted_left(arguments["labels"], -100)  # (batch, length): what each position is to predict
@@ -143,42 +126,20 @@ def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> tup
         wanted[:1, -1:] = True  # the loss is that of no label at all, as it would be with all logits
     if "slice_logits_to_keep" not in _names_used(language_model):  # it takes the same positions in all rows
         columns = wanted.any(0).nonzero().flatten()  # (kept,)
-        return columns, arguments | {"shift_labels": targets[:, columns]}  # (batch, kept)
-    return wanted, arguments | {"shift_labels": targets[wanted]}  # (labelled,), of all rows one behind the other
+        return {"logits_to_keep": columns, "shift_labels": targets[:, columns]}  # (batch, kept)
+    return {"logits_to_keep": wanted, "shift_labels": targets[wanted]}  # (labelled,), of all rows one behind the other
 
 
-def _is_zero(value: int | Tensor) -> bool:
-    return isinstance(value, int) and value == 0
-
-
-def _accepted(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the language model takes; TypeError for others, but `use_cache=False` to one without a cache."""
-    refused = {key: value for key, value in arguments.items() if not accepts(language_model, key)}
-    if wrong := sorted(key for key, value in refused.items() if not (key == "use_cache" or value is False)):
-        raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
-    return {key: value for key, value in arguments.items() if key not in refused}
-
-
+@dataclass(
+    repr=False, unsafe_hash=True
+)  # two of one model are equal, as a submodule is the same object at every access
 class Headless:
-    """A composed model without its head: call it for `last_hidden_state`, use it as the model for all else.
+    """A composed model without its head: trainers call it for `last_hidden_state`; in all else it is the model."""
 
-    Trainers that compute a loss of their own call `model.base_model(...)`.
-    """
-
-    # No `nn.Module`: the model would hold itself as a part, with every parameter twice.  Two of one model are equal, as a
-    # submodule is the same object at every access.
-    def __init__(self, model):
-        self._model = model
+    _model: Any  # and this is no `nn.Module`: the model would hold itself as a part, with every parameter twice
 
     def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """As the model's `forward`, without labels.
-
-        Returns:
-            the language model's backbone output: `last_hidden_state` ``(batch, length, hidden)``, ...
-
-        Raises:
-            ValueError: in training, a head with an adapter that trains: it is left out here, so it would not learn.
-        """
+        """As `forward`, up to `last_hidden_state`; ValueError for a head with an adapter that trains: it would not learn."""
         # TRL's trainers multiply hidden states (batch, length, hidden) by the head's `weight` themselves.
         head = self._model.get_output_embeddings()
         trains = self._model.training and torch.is_grad_enabled()
@@ -193,32 +154,20 @@ class Headless:
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_model"), name)  # not `self._model`: a copy has none at first
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Headless) and other._model is self._model
-
-    def __hash__(self) -> int:
-        return hash(("headless", id(self._model)))
-
 
 def run_backbone(model, inputs: dict[str, Any]) -> BaseModelOutputWithPast:
-    """Run the language model's backbone, adapters included, on ids or merged embeddings.
-
-    Raises:
-        ValueError: the language model has no backbone of its own.
-    """
+    """Run the language model's backbone, adapters included, on ids or merged embeddings (ValueError if it has none)."""
     inner = unwrapped(model.language_model)
-    backbone = inner.base_model  # the module under `base_model_prefix`; adapters inside of it run along
+    name, backbone = type(inner).__name__, inner.base_model  # by its `base_model_prefix`; adapters in it run along
     if backbone is inner:
-        raise ValueError(
-            f"{type(inner).__name__} has no backbone apart from its head, so there is no base_model to run."
-        )
+        raise ValueError(f"{name} has no backbone apart from its head, so there is no base_model to run.")
     # What its head's `forward` takes and the backbone does not (`logits_to_keep`) has nothing to do here.
     arguments = {key: value for key, value in with_cache(backbone, inputs).items() if accepts(backbone, key)}
     return backbone(**arguments, return_dict=True)
 
 
 class EmbeddingsMixin(PreTrainedModel):
-    """The embeddings and the head of a composed model: its language model's."""
+    """The embeddings, the head and the decoder of a composed model: its language model's."""
 
     config: Any
     language_model: Any
@@ -229,25 +178,16 @@ class EmbeddingsMixin(PreTrainedModel):
         return Headless(self)
 
     def get_decoder(self):
-        """The language model without its head."""
         return unwrapped(self.language_model).get_decoder()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's input embeddings."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's input embeddings."""
         unwrapped(self.language_model).set_input_embeddings(value)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        """As in transformers, done by the language model's class: it may keep the size in more places than one.
-
-        Returns:
-            the language model's input embeddings.
-        """
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
+        """As in transformers, done by the language model's class: it may keep the size in more places than one."""
         unwrapped(self.language_model).resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         # With neither argument transformers resizes nothing and just returns the embeddings.
         if new_num_tokens is not None or pad_to_multiple_of is not None:
@@ -256,9 +196,7 @@ class EmbeddingsMixin(PreTrainedModel):
         return self.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The language model's head."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the language model's head."""
         unwrapped(self.language_model).set_output_embeddings(new_embeddings)

@@ -1,7 +1,4 @@
-"""What some language models need beside tokens or embeddings: positions in padded rows, and inputs made of ids.
-
-`generate` gives positions to every language model that takes them; this module does the same for a plain forward pass.
-"""
+"""What some language models need beside tokens or embeddings: positions (`generate` gives its own), inputs made of ids."""
 
 import inspect
 from collections.abc import Callable
@@ -15,8 +12,6 @@ from ..parts.adapters import unwrapped
 from ..parts.signatures import forward_parameters
 from .supported import language_model_type
 
-# Rotary, but their frequencies follow the largest position of a batch.
-STRETCHED_BY_LENGTH = {"dynamic", "longrope"}
 # (only distances count, first position) of each language model: its modules are searched once, not at every token.
 _counting: WeakKeyDictionary[Any, tuple[bool, int]] = WeakKeyDictionary()
 
@@ -32,24 +27,19 @@ def mask_positions(attention_mask: Tensor, first: int = 0) -> Tensor:
 
 
 def first_position(language_model: nn.Module) -> int:
-    """The position that a language model gives to its first token.
-
-    It is 0, but behind the padding token's row in models whose table of positions keeps such a row (RoBERTa, Liu et
-    al. 2019, and its relatives).
-    """
+    """The position that a language model gives to its first token: 0, but behind the padding token's row in models whose
+    table of positions keeps such a row (RoBERTa, Liu et al. 2019, and its relatives)."""
     modules: Any = unwrapped(language_model).modules()
     table = next((m for m in modules if hasattr(type(m), "create_position_ids_from_inputs_embeds")), None)
     return 0 if table is None else table.padding_idx + 1
 
 
 def only_distances_count(language_model: nn.Module) -> bool:
-    """Whether a shift of all positions of a row changes nothing, as with rotary embeddings (Su et al. 2021).
-
-    Such a language model is right as it is, and is left alone: it gives the same bits as it does on its own.
-    """
+    """Whether a shift of all positions of a row changes nothing, as with rotary embeddings (Su et al. 2021)."""
     inner: Any = unwrapped(language_model)
     rotary = any("Rotary" in type(module).__name__ for module in inner.modules())
-    stretched = _rope_types(getattr(inner.config, "rope_parameters", None)) & STRETCHED_BY_LENGTH
+    # Frequencies of these follow the largest position of a batch.
+    stretched = _rope_types(inner.config) & {"dynamic", "longrope"}
     return rotary and not stretched and not language_model_type(inner.config).reads_positions
 
 
@@ -60,33 +50,25 @@ def crosses_longrope_limit(language_model: nn.Module, past: int, length: int) ->
     new ones included, have to be run again.
     """
     config: Any = unwrapped(language_model).config
-    rope = getattr(config, "rope_parameters", None)
-    if "longrope" not in _rope_types(rope):
+    if "longrope" not in _rope_types(config):
         return False
-    limit = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    name = "original_max_position_embeddings"
+    limit = getattr(config, name, None) or config.rope_parameters.get(name)
     return limit is not None and past <= limit < length
 
 
-def _rope_types(parameters: Any) -> set[str]:
+def _rope_types(config: Any) -> set[str]:
     """Kinds of rotary embeddings of a configuration, which may hold one for each type of layers."""
-    if not isinstance(parameters, dict):
-        return set()
-    return {parameters.get("rope_type", "default")}.union(*map(_rope_types, parameters.values()))
+    found = getattr(config, "rope_parameters", None) or {}
+    return {rope.get("rope_type", "default") for rope in (found, *found.values()) if isinstance(rope, dict)}
 
 
 def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: int) -> dict[str, Any]:
-    """Add `position_ids` where the caller gave none and the language model would count otherwise.
+    """The arguments with `position_ids` ``(batch, length)`` where there are none and the language model would count otherwise.
 
     That is where rows are padded on the left and more than distances count, or where the first position is not 0: such
-    models number embeddings anew at every call, cached tokens or not.
-
-    Args:
-        language_model: takes `position_ids`, or is left alone.
-        arguments: of its `forward`; `attention_mask` ``(batch, past + length)`` or absent.
-        past: tokens in the cache.
-
-    Returns:
-        `arguments`, or a new dictionary with `position_ids` ``(batch, length)``.
+    models number embeddings anew at every call, cached tokens or not.  With `past` tokens in the cache an `attention_mask` is
+    ``(batch, past + length)``.
     """
     if arguments.get("position_ids") is not None or "position_ids" not in forward_parameters(language_model):
         return arguments
@@ -94,7 +76,7 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
     if inner not in _counting:
         _counting[inner] = only_distances_count(inner), first_position(inner)
     distances, first = _counting[inner]
-    if distances:
+    if distances:  # it is right as it is, and gives the same bits as it does on its own
         return arguments
     embeds = arguments.get("inputs_embeds")
     tokens = arguments["input_ids"] if embeds is None else embeds  # (batch, length), or (batch, length, hidden)
@@ -110,13 +92,10 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
 
 
 def embed_ids(language_model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The input of a language model's first layer, ``(batch, length, hidden)``, for ids ``(batch, length)`` in its table.
-
-    For most that is what their embedding module returns.
-    """
+    """The input of a language model's first layer, ``(batch, length, hidden)``, for ids ``(batch, length)`` in its table."""
     inner: Any = unwrapped(language_model)
     embeds = language_model.get_input_embeddings()(input_ids)  # type: ignore[operator]  # (batch, length, hidden)
-    scale = language_model_type(inner.config).embedding_scale
+    scale = language_model_type(inner.config).embedding_scale  # None for most
     return embeds if scale is None else embeds * getattr(inner.base_model, scale)
 
 
@@ -129,43 +108,34 @@ def id_input_names(language_model: nn.Module) -> list[str]:
 
 
 def id_inputs(language_model: nn.Module, input_ids: Tensor | None, placeholders: Tensor, given: set[str]) -> dict:
-    """Compute those arguments of a language model's `forward` that go with merged embeddings.
+    """Compute those arguments of a language model's `forward` that go with merged embeddings; none for most.
 
     Args:
-        language_model: with adapters around it or without.
-        input_ids: ``(batch, length)``, None where the caller gave embeddings.
+        input_ids: ``(batch, length)``, None where the caller gave embeddings (ValueError, if it needs any).
         placeholders: bool ``(batch, length)``, where features stand.
         given: arguments that the caller gave already.
-
-    Returns:
-        the arguments by name, none for most language models.
-
-    Raises:
-        ValueError: it needs one, and there are no ids to compute it from.
     """
     missing = [name for name in id_input_names(language_model) if name not in given]
+    inner = unwrapped(language_model)
     if not missing:
         return {}
     if input_ids is None:
         raise ValueError(
-            f"{type(unwrapped(language_model)).__name__} computes {missing[0]} from token ids, but it was given "
-            f"inputs_embeds in which features replace some: pass input_ids instead, or {missing[0]}= as well."
+            f"{type(inner).__name__} computes {missing[0]} from token ids, but it was given inputs_embeds in which features "
+            f"replace some: pass input_ids instead, or {missing[0]}= as well."
         )
-    backbone = unwrapped(language_model).base_model
-    return {name: COMPUTED[name][1](backbone, input_ids, placeholders) for name in missing}
+    return {name: COMPUTED[name][1](inner.base_model, input_ids, placeholders) for name in missing}
 
 
 def _per_layer_inputs(backbone: Any, input_ids: Tensor, placeholders: Tensor) -> Tensor:
-    """``(batch, length, layers, width)``: per-layer embeddings, of the padding token where a feature stands.
-
-    Gemma 3n's own image tokens lie outside the table, and what does is read as token 0, its padding; Gemma 4 takes the
-    padding token.
-    """
+    """``(batch, length, layers, width)``: per-layer embeddings, of the padding token where a feature stands."""
+    # Gemma 3n's own image tokens lie outside the table, and what does is read as token 0, its padding; Gemma 4 takes the
+    # padding token.
     padding = getattr(backbone.config, "pad_token_id", None) or 0
     words = input_ids.masked_fill(placeholders, padding)  # (batch, length)
     # Gemma 4 takes ids and embeddings, of which one is None.
     both = "inputs_embeds" in inspect.signature(backbone.get_per_layer_inputs).parameters
-    return backbone.get_per_layer_inputs(words, None) if both else backbone.get_per_layer_inputs(words)
+    return backbone.get_per_layer_inputs(words, *([None] if both else []))
 
 
 # argument -> (setting of the configuration that asks for it, how it is computed)

@@ -16,8 +16,6 @@ from .calling import cache_keyword, cached_length, is_running_state
 from .extra_inputs import crosses_longrope_limit, first_position
 from .merging import cached_columns, group_by_sample, items_behind_cache
 
-# Names under which `generate` hands a cache to `prepare_inputs_for_generation`: this version's own, and ours.
-_HANDED_ON = tuple(dict.fromkeys(["cache", CACHE or "cache"]))
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")  # among the chunks of a prefill; from 5.23 on
 
 
@@ -40,26 +38,19 @@ class MultimodalGenerationMixin:
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; features also reach an assistant's prefill, which is no "first iteration" there.
-
-        Where the keys in the cache are of no use any more, the whole row is run again, features included.
-        """
-        cache = take_cache(kwargs | {"cache": cache}, _HANDED_ON)
-        kwargs = {key: value for key, value in kwargs.items() if key not in _HANDED_ON}
+        """As in transformers; where the keys in the cache are of no use any more, the whole row is run again."""
+        kwargs["cache"] = cache
+        cache = take_cache(kwargs, ("cache", CACHE or "cache"))  # by this version's name, or by ours
         past = cached_length(cache)
         if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):
             # transformers then gives all of input_ids (batch, length) to the model, not the last one alone.
             cache = next_sequence_length = None
+        kwargs |= {CACHE: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            **{CACHE: cache},
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
+            input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
-        # transformers leaves features out of every iteration but the first; an assistant's prefill is none in its eyes.
+        # transformers leaves features out of every iteration but the first; an assistant's prefill is none in its eyes, and
+        # nor is a row that is run again.
         features = kwargs.get("mm_encoder_outputs")
         if features is not None and (anew or (cache is not None and past == 0)):
             inputs.setdefault("mm_encoder_outputs", features)
@@ -72,10 +63,8 @@ class MultimodalGenerationMixin:
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As in transformers; the encoders' inputs are known even where `forward` was replaced.
-
-        Trainers that put their own `forward` on the instance copy the class's signature, which names no encoder.
-        """
+        """As in transformers; the encoders' inputs are known even where `forward` was replaced."""
+        # Trainers that put their own `forward` on the instance copy the class's signature, which names no encoder.
         _, known = self.signature_changes("forward")
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 
@@ -83,21 +72,16 @@ class MultimodalGenerationMixin:
         """Whether the language model works with transformers' cache, or makes one of its own (MiniMax)."""
         return unwrapped(self.language_model)._supports_default_dynamic_cache()
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """As in transformers, by the name that the language model has for a cache; none where it has no cache.
-
-        Raises:
-            ValueError: embeddings to go on from, and a language model that would need them at every step.
-        """
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, by the name that the language model has for a cache; none where it has no cache."""
         keyword = cache_keyword(self.language_model)
         if keyword is None:
             generation_config.use_cache = False  # transformers would make one, which `forward` does not take
             if model_kwargs.get("inputs_embeds") is not None:
+                name = type(unwrapped(self.language_model)).__name__
                 raise ValueError(
-                    f"{type(unwrapped(self.language_model)).__name__} has no cache, so each step needs the whole prompt, "
-                    "which inputs_embeds give to the first one alone: generate from input_ids."
+                    f"{name} has no cache, so each step needs the whole prompt, which inputs_embeds give to the first one "
+                    "alone: generate from input_ids."
                 )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if keyword == "cache_params" != CACHE != "cache" and CACHE in model_kwargs:
@@ -106,8 +90,8 @@ class MultimodalGenerationMixin:
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """As in transformers, from the language model's first position on."""
-        positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        return positions + first_position(self.language_model)
+        first = first_position(self.language_model)
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + first
 
     def create_masks_for_generate(self, config, **kwargs: Any) -> Any:
         """As in transformers, or as the language model's class does it; for caches of a fixed size."""
@@ -118,13 +102,9 @@ class MultimodalGenerationMixin:
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config
     ) -> dict[str, Any]:
-        """Run the encoders and hand their outputs on, so that no step and no beam runs them again.
-
-        Where a cache is continued, features belong to the tokens behind it; those of whole rows are cut to these.
-        """
+        """Run the encoders and hand their outputs on, so that no step and no beam runs them again."""
         keywords = [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
-        given = {key: model_kwargs.pop(key) for key in keywords if key in model_kwargs}
-        media, _ = self._route(given)
+        media, _ = self._route({key: model_kwargs.pop(key) for key in keywords if key in model_kwargs})
         outputs = self._encode(media, model_kwargs.get("mm_encoder_outputs"))  # by name, items of (n_i, hidden) each
         is_ids = model_input_name != "inputs_embeds"
         ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
@@ -133,7 +113,7 @@ class MultimodalGenerationMixin:
         whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[-1]
         # Embeddings are always whole rows, ids may be the new tokens alone.
         cached = cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get(CACHE)))
-        if cached:
+        if cached:  # features belong to the tokens behind the cache; those of whole rows are cut to these
             for name in media:
                 items = items_behind_cache(name, outputs[name].pooler_output, masks.get(name), cached)
                 outputs[name] = type(outputs[name])(pooler_output=items)
@@ -146,30 +126,24 @@ class MultimodalGenerationMixin:
                 "prefill_chunk_size, or upgrade transformers to 5.23."
             )
         model_kwargs.pop("mm_encoder_outputs", None)
-        if outputs:
-            model_kwargs["mm_encoder_outputs"] = outputs
-        return model_kwargs
+        return model_kwargs | ({"mm_encoder_outputs": outputs} if outputs else {})
 
     def _expand_multimodal_outputs(
-        self,
-        input_ids: Tensor | None,
-        mm_encoder_output: dict[str, Any],
-        expand_size: int = 1,
-        inputs_embeds: Tensor | None = None,
+        self, input_ids: Any, mm_encoder_output: dict[str, Any], expand_size: int = 1, inputs_embeds: Any = None
     ) -> dict[str, Any]:
         """Repeat the items of each sample together: beams of one sample stand side by side.
 
         transformers repeats each image by itself, which mixes up samples that have several: of rows with the items
         ``[a, b], [c]`` two beams need ``a b a b c c``, not ``a a b b c c``.
         """
-        no_ids = input_ids is None or input_ids.numel() == 0
-        ids, embeds = (None, inputs_embeds) if no_ids else (input_ids, None)
+        ids, embeds = (None, inputs_embeds) if input_ids is None or input_ids.numel() == 0 else (input_ids, None)
         masks = self._placeholder_masks(ids, embeds, text_only=False)  # (batch, length), before rows are repeated
         expanded = {}
         for name, output in mm_encoder_output.items():
             name = self._named(name)
-            counts = masks[name].sum(-1).tolist()  # of each row
-            groups = group_by_sample(output.pooler_output, counts)  # batch x items of (n_i, hidden)
+            groups = group_by_sample(
+                output.pooler_output, masks[name].sum(-1).tolist()
+            )  # batch x items of (n_i, hidden)
             items = list(chain.from_iterable(group * expand_size for group in groups))  # of batch * expand_size rows
             expanded[name] = type(output)(pooler_output=items)
         return expanded
@@ -180,7 +154,6 @@ class MultimodalGenerationMixin:
         head = self.get_output_embeddings()
         size = head.weight.shape[0] if head is not None else self.config.get_text_config().vocab_size  # of the logits
         text_only = not (kwargs.get("model_kwargs") or {}).get("mm_encoder_outputs")
-        ids = [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]
-        if ids:
+        if ids := [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]:
             processors.append(SuppressTokensLogitsProcessor(ids, device=str(self.device)))
         return processors

@@ -11,9 +11,14 @@ from transformers.utils import torch_compilable_check
 from ..limits import check_count
 from .extra_inputs import embed_ids, id_inputs
 
+_COUNT_REMEDY = (
+    "Let the processor of this model expand the placeholders; if a callback changes the number of features, declare "
+    "it with register_callback(name, fn, feature_count=...)."
+)
+
 
 def placeholder_mask(input_ids: Tensor, token_id: int) -> Tensor:
-    """Where a placeholder token stands: bool ``(batch, length)``, as the ids.
+    """Where a placeholder token stands among ids ``(batch, length)``, in bool.
 
     >>> placeholder_mask(torch.tensor([[1, 9, 9, 2]]), 9).tolist()
     [[False, True, True, False]]
@@ -26,19 +31,16 @@ def embedded_placeholder_mask(inputs_embeds: Tensor, embedding: Tensor) -> Tenso
     return (inputs_embeds == embedding).all(-1)
 
 
-def without_placeholders(input_ids: Tensor, mask: Tensor, safe_id: int = 0) -> Tensor:
-    """`input_ids` in which masked positions hold an id that every embedding table has; the input is not changed."""
-    return input_ids.masked_fill(mask, safe_id)
+def without_placeholders(input_ids: Tensor, mask: Tensor) -> Tensor:
+    """A copy of `input_ids` in which masked positions hold 0, an id that every embedding table has."""
+    return input_ids.masked_fill(mask, 0)
 
 
 def items_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[range]:
     """Positions of each sample's items: the next ones in order, until they have as many features as it has placeholders.
 
-    Lazy, since a sample whose items have more leaves too few for those behind it: check each before taking the next.
-
-    Args:
-        lengths: features of each item.
-        counts: placeholders of each sample.
+    From features of each item and placeholders of each sample; lazy, since a sample whose items have more leaves too few for
+    those behind it: check each before taking the next.
 
     >>> list(items_of_samples([2, 3, 4], [5, 0, 4]))
     [range(0, 2), range(2, 2), range(2, 3)]
@@ -52,24 +54,12 @@ def items_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[
 
 
 def check_counts(name: str, token: str, mask: Tensor, lengths: Sequence[int]) -> None:
-    """Raise unless each sample has as many placeholders as its items have features.
-
-    Items belong to samples in order, so every sample's placeholders must be the sum of the next whole items.
-
-    Args:
-        name, token: the modality and its placeholder token, for the message.
-        mask: bool ``(batch, length)``, where placeholders stand.
-        lengths: features of each item, in order.
-
-    Raises:
-        ValueError: with the modality, the sample and both numbers.
-    """
-    needed = mask.sum(-1).tolist()  # per sample
+    """ValueError unless each sample has as many placeholders as the next whole items, of these lengths, have features."""
+    needed = mask.sum(-1).tolist()  # (batch, length) to one number per sample
     if sum(needed) != sum(lengths):
         raise ValueError(
-            f"{name}: the text has {sum(needed)} placeholder tokens ({token}), but the encoder gave {sum(lengths)} "
-            f"features for {len(lengths)} item(s) {_short(lengths)}; placeholders per sample: {_short(needed)}. "
-            f"{_COUNT_REMEDY}"
+            f"{name}: the text has {sum(needed)} placeholder tokens ({token}), but the encoder gave {sum(lengths)} features "
+            f"for {len(lengths)} item(s) {_short(lengths)}; placeholders per sample: {_short(needed)}. {_COUNT_REMEDY}"
         )
     for sample, (count, items) in enumerate(zip(needed, items_of_samples(lengths, needed), strict=True)):
         own = lengths[items.start : items.stop]
@@ -80,22 +70,12 @@ def check_counts(name: str, token: str, mask: Tensor, lengths: Sequence[int]) ->
             )
 
 
-_COUNT_REMEDY = (
-    "Let the processor of this model expand the placeholders; if a callback changes the number of features, declare "
-    "it with register_callback(name, fn, feature_count=...)."
-)
-
-
 def _short(values: Sequence[int]) -> str:
     return f"[{', '.join(map(str, values[:12]))}{', ...' if len(values) > 12 else ''}]"
 
 
 def shifted_left(values: Tensor, blank: bool | int = False) -> Tensor:
-    """A mask or labels ``(batch, length)`` aligned with the predictions: position t holds what t + 1 held.
-
-    Args:
-        values: ``(batch, length)``.
-        blank: what the last position holds: False for masks, -100 for labels.
+    """A mask or labels ``(batch, length)`` aligned with the predictions: position t holds what t + 1 held, the last `blank`.
 
     >>> shifted_left(torch.tensor([[False, True, False]])).tolist()
     [[True, False, False]]
@@ -115,19 +95,12 @@ def mask_labels(placeholders: Tensor, labels: Tensor | None) -> Tensor | None:
 def check_labels(
     placeholders: Tensor, token_ids: Sequence[int], labels: Tensor | None, shift_labels: Tensor | None, counted: bool
 ) -> None:
-    """Refuse labelled placeholders whose number has gone into the loss's denominator already.
+    """Refuse labelled placeholders whose number has gone into the loss's denominator already (ValueError).
 
     Masking them in the model would be too late then: the loss would be divided by too much.  Shifted labels that are
     a copy of the ids, placeholders included, are refused too: whoever shifted them has counted them.
-
-    Args:
-        placeholders: bool ``(batch, length)``, where tokens with one of `token_ids` stand.
-        labels: ``(batch, length)`` or None.
-        shift_labels: labels aligned with the logits, or None; they replace `labels`.
-        counted: whether the caller passes the number of labels (`num_items_in_batch`).
-
-    Raises:
-        ValueError: with the number of labelled placeholders.
+    `placeholders`, bool ``(batch, length)``, says where `token_ids` stand; `counted`, whether the caller passes the number of
+    labels (`num_items_in_batch`).
     """
     if shift_labels is not None and shift_labels.shape == placeholders.shape:
         where, given = shifted_left(placeholders), shift_labels
@@ -140,23 +113,17 @@ def check_labels(
     # Where most placeholders are labelled with a placeholder's id, the labels are a copy of the ids.
     copied = int((where & torch.isin(given, torch.tensor(list(token_ids), device=given.device))).sum())
     if wrong and (counted or 2 * copied > int(where.sum())):
+        name = "labels" if given is labels else "shift_labels"
         raise ValueError(
-            f"{wrong} of {int(where.sum())} placeholder tokens are labelled in "
-            f"{'labels' if given is labels else 'shift_labels'}, which were counted already, and features give no loss: set "
-            "those labels to -100 before the batch is counted (MultimodalCollator does)."
+            f"{wrong} of {int(where.sum())} placeholder tokens are labelled in {name}, which were counted already, and "
+            "features give no loss: set those labels to -100 before the batch is counted (MultimodalCollator does)."
         )
 
 
 def scatter_features(inputs_embeds: Tensor, mask: Tensor, features: Tensor) -> Tensor:
-    """Replace the masked rows of `inputs_embeds` by `features`, in reading order.
+    """A copy of embeddings ``(batch, length, hidden)`` with features ``(num_features, hidden)`` where the mask is set.
 
-    Args:
-        inputs_embeds: ``(batch, length, hidden)``; not changed.
-        mask: bool ``(batch, length)`` with as many set positions as there are features.
-        features: ``(num_features, hidden)``.
-
-    Returns:
-        ``(batch, length, hidden)``.
+    The mask, bool ``(batch, length)``, has as many set positions, which are filled in reading order.
 
     >>> x = torch.zeros(1, 3, 2)
     >>> scatter_features(x, torch.tensor([[False, True, True]]), torch.tensor([[1., 2.], [3., 4.]])).tolist()
@@ -172,35 +139,27 @@ def scatter_features(inputs_embeds: Tensor, mask: Tensor, features: Tensor) -> T
 
 def group_by_sample(items: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
     """The items, tensors ``(n_i, hidden)``, of each sample, by the samples' placeholders; they fit (`check_counts`)."""
-    own = items_of_samples([len(item) for item in items], counts)
-    return [[items[i] for i in positions] for positions in own]
+    return [[items[i] for i in own] for own in items_of_samples([len(item) for item in items], counts)]
 
 
 def cached_columns(length: int, mask_length: int, past: int) -> int:
     """How many of the `length` columns of a prompt stand for the `past` tokens in the cache.
 
-    transformers takes whole rows, or new tokens alone: the attention mask, which covers the cache too, is longer then.
-
     >>> cached_columns(length=9, mask_length=9, past=6), cached_columns(length=3, mask_length=9, past=6)
     (6, 0)
     """
+    # transformers takes whole rows, or new tokens alone: the attention mask, which covers the cache too, is longer then.
     return min(past, length) if mask_length == length else 0
 
 
 def items_behind_cache(name: str, items: Sequence[Tensor], mask: Tensor | None, cached: int) -> list[Tensor]:
-    """Of the items of whole rows those whose placeholders are not in the cache; of other rows all items.
+    """Of the items ``(n_i, hidden)`` of whole rows those whose placeholders are not in the cache; of other rows all items.
 
-    Args:
-        name: the modality, for the message.
-        items: one ``(n_i, hidden)`` tensor per item, in order.
-        mask: bool ``(batch, length)``, where the rows' placeholders stand; None where no token stands for the modality.
-        cached: columns of the rows that are in the cache.
-
-    Raises:
-        ValueError: an item that is in the cache in part.
+    `mask` says where the rows' placeholders stand, None if no token stands for the modality; the first `cached` columns of
+    the rows are in the cache.  ValueError for an item that is there in part.
     """
     # Items of new turns alone are fewer than the placeholders of whole rows: none of them is in the cache.
-    if mask is None or cached == 0 or sum(len(item) for item in items) != int(mask.sum()):
+    if mask is None or cached == 0 or sum(map(len, items)) != int(mask.sum()):
         return list(items)
     left = []
     counts, done = mask.sum(-1).tolist(), mask[:, :cached].sum(-1).tolist()  # placeholders per sample: all, cached ones
@@ -221,22 +180,18 @@ def check_lengths(length: int, attention_mask: Any, labels: Tensor | None) -> No
     """Refuse labels of another length than the tokens, and a two-dimensional mask that is shorter (ValueError)."""
     # A longer mask covers the cache too; masks of more dimensions are made by hand, and theirs to answer for.
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask has the length {attention_mask.shape[1]}, but there are {length} tokens in a row: pass the mask "
-            "that the processor made with them."
-        )
-    if labels is not None and labels.shape[-1] != length:
-        raise ValueError(
-            f"labels have the length {labels.shape[-1]}, but there are {length} tokens in a row: give each token a label, "
-            "-100 where no loss is wanted."
-        )
+        name, given, remedy = "attention_mask has", attention_mask, "pass the mask that the processor made with them"
+    elif labels is not None and labels.shape[-1] != length:
+        name, given, remedy = "labels have", labels, "give each token a label, -100 where no loss is wanted"
+    else:
+        return
+    raise ValueError(f"{name} the length {given.shape[-1]}, but there are {length} tokens in a row: {remedy}.")
 
 
 class MergingMixin(PreTrainedModel):
     """How a composed model puts features in the places of its placeholders."""
 
     config: Any
-    encoders: Any
     language_model: Any
     # Whether a placeholder without input is refused although no processor has named its token.
     _strict_placeholders = False
@@ -244,11 +199,7 @@ class MergingMixin(PreTrainedModel):
     def set_modality_token_ids(self, token_ids: Mapping[str, int]) -> None:
         """Say which token id stands for each modality's features (a processor made with `model=` does it itself).
 
-        Args:
-            token_ids: ``{modality: id}``; an id may be outside the embedding table, which need not grow.
-
-        Raises:
-            ValueError: an unknown modality, an id that is no natural number or is used twice.
+        An id may be outside the embedding table; ValueError for one that is used twice, and for an unknown modality.
         """
         used = {self.config.modality(n)["token_id"]: n for n in self.config.encoders if n not in token_ids}
         for name, token_id in token_ids.items():
@@ -262,15 +213,11 @@ class MergingMixin(PreTrainedModel):
         self._strict_placeholders = True
 
     def placeholder_ids(self, text_only: bool = False) -> dict[str, int]:
-        """Token id of each modality's placeholder.
-
-        A checkpoint may hold ids that no processor ever named; in text alone such an id is an ordinary word.
-        """
+        """Token id of each modality's placeholder; in text alone an id that no processor named is an ordinary word."""
         entries = {name: self.config.modality(name) for name in self.config.encoders}
-        ids = {name: entry["token_id"] for name, entry in entries.items() if entry["token_id"] is not None}
         if text_only and not self._strict_placeholders:
-            return {name: token_id for name, token_id in ids.items() if entries[name]["token"] is not None}
-        return ids
+            entries = {name: entry for name, entry in entries.items() if entry["token"] is not None}
+        return {name: entry["token_id"] for name, entry in entries.items() if entry["token_id"] is not None}
 
     def _placeholder_masks(self, input_ids, inputs_embeds, text_only: bool) -> dict[str, Tensor]:
         """Where each modality's placeholders stand, by name: bool ``(batch, length)``."""
@@ -296,23 +243,22 @@ class MergingMixin(PreTrainedModel):
         if torch.compiler.is_compiling():  # the numbers are known on the device only; `scatter_features` checks the sum
             return
         for name, mask in masks.items():
-            token = self.config.modality(name)["token"] or f"id {self.config.modality(name)['token_id']}"
+            entry = self.config.modality(name)
+            token = entry["token"] or f"id {entry['token_id']}"
             if name in encoded_here:  # else features come ready, of one chunk of the prompt perhaps: the sum is checked
                 check_counts(name, token, mask, [len(item) for item in outputs[name].pooler_output])
             elif name not in outputs and prefill and bool(mask.any()):
                 raise ValueError(
                     f"{name}: the text has {int(mask.sum())} placeholder tokens ({token}) but there is no input for the "
-                    f"encoder (0 features): pass {list(self.config.modality(name)['input_names'])}."
+                    f"encoder (0 features): pass {list(entry['input_names'])}."
                 )
 
     def _merge(self, input_ids, inputs_embeds, outputs: dict[str, Any], masks: dict[str, Tensor], text: dict[str, Any]):
-        """``(input_ids, None, text)`` for text alone, else ``(None, embeddings with the features in them, text)``.
-
-        `text`, the language model's other inputs, gets those that it computes from the ids that are gone now.
-        """
+        """``(input_ids, None, text)`` for text alone, else ``(None, embeddings with the features in them, text)``."""
         if not outputs:
             return input_ids, inputs_embeds, text
         every = torch.stack(list(masks.values())).any(0)  # (modalities, batch, length) -> (batch, length)
+        # The language model's other inputs get those that it computes from the ids, which are gone then.
         given = {key for key, value in text.items() if value is not None}
         text = text | id_inputs(self.language_model, input_ids, every, given)
         if inputs_embeds is None:  # a placeholder's id may have no row in the embedding table
@@ -322,8 +268,7 @@ class MergingMixin(PreTrainedModel):
             features = output.pooler_output  # items of (n_i, hidden), or (items, n, hidden)
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
             # features: (all of the modality's, hidden), in the order of their placeholders
-            mask = masks[name].to(inputs_embeds.device)  # (batch, length)
-            inputs_embeds = scatter_features(inputs_embeds, mask, features)  # (batch, length, hidden)
+            inputs_embeds = scatter_features(inputs_embeds, masks[name].to(inputs_embeds.device), features)
         return None, inputs_embeds, text
 
     def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:

@@ -16,7 +16,6 @@ class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm` (https://arxiv.org/abs/1910.07467) computed in float32 at least, as language models do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
         # torch's own norm computes in the dtype of its input: in bfloat16 the sum of squares would lose digits.
         precise = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(precise), self.normalized_shape, self.weight.to(precise), self.eps).to(x.dtype)
@@ -40,24 +39,19 @@ def check_choice(value: Any, choices: Any, name: str) -> None:
         raise ValueError(f"{name}={value!r} is unknown, expected one of {sorted(choices)}.")
 
 
-def check_head(options: dict[str, Any]) -> None:
-    """Check those options of a `ProjectionHead` that are given.
-
-    Raises:
-        ValueError: an unknown norm, a number of layers other than 1 and 2, a width that is no positive integer, a
-            switch that is no bool.
-    """
+def check_head(chosen: dict[str, Any]) -> None:
+    """ValueError for options of a `ProjectionHead`, all of them given, that make no sense."""
     for key in ("norm", "norm_mid", "norm_post"):
-        check_choice(options.get(key, "none"), NORMS, key)
-    check_choice(options.get("num_layers", 2), (1, 2), "num_layers")
-    hidden, eps = options.get("hidden_size"), options.get("norm_eps")
-    if hidden is not None:
-        check_count(hidden, "hidden_size")
+        check_choice(chosen[key], NORMS, key)
+    check_choice(chosen["num_layers"], (1, 2), "num_layers")
+    if chosen["hidden_size"] is not None:
+        check_count(chosen["hidden_size"], "hidden_size")
+    eps = chosen["norm_eps"]
     if eps is not None and not (isinstance(eps, (int, float)) and eps > 0):
         raise ValueError(f"norm_eps must be a positive number, got {eps!r}.")
     for key in ("gated", "bias"):
-        if not isinstance(options.get(key, False), bool):
-            raise ValueError(f"{key} must be True or False, got {options[key]!r}.")
+        if not isinstance(chosen[key], bool):
+            raise ValueError(f"{key} must be True or False, got {chosen[key]!r}.")
 
 
 class ProjectionHead(nn.Module):
@@ -68,19 +62,15 @@ class ProjectionHead(nn.Module):
     ``norm_post(linear_2(norm_mid(act(linear_1(norm(x))))))``.
 
     Args:
-        in_features, out_features: widths.
         activation: a key of `transformers.activations.ACT2CLS`; used by two layers.
-        num_layers: 1 or 2.
         hidden_size: width between the two layers; `out_features` when None.
         gated: `linear_1` gives twice the hidden width, values and gates, and ``values * act(gates)`` goes on
             (SwiGLU with ``activation="silu"``, https://arxiv.org/abs/2002.05202).
-        bias: of the linear layers.
-        norm, norm_mid, norm_post: ``"none"``, ``"layer_norm"`` or ``"rms_norm"`` before the first layer, between the
-            layers, after the last.
+        norm, norm_mid, norm_post: ``"none"``, ``"layer_norm"`` or ``"rms_norm"`` before, between and after the layers.
         norm_eps: of the norms; by default 1e-5 for LayerNorm, 1e-6 for RMSNorm.
 
     Raises:
-        ValueError: an option that does not exist, see `check_head`; an unknown activation.
+        ValueError: an option that does not exist or makes no sense; an unknown activation.
     """
 
     def __init__(self, in_features: int, out_features: int, activation: str = "gelu", **options: Any):
@@ -103,7 +93,6 @@ class ProjectionHead(nn.Module):
         self.norm_post = NORMS[chosen["norm_post"]](out_features, eps)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Project ``(..., in_features)`` to ``(..., out_features)``."""
         hidden = self.linear_1(self.norm(features))
         if self.linear_2 is None:
             return self.norm_post(hidden)  # (..., out_features)

@@ -1,9 +1,9 @@
-"""Projectors: from an encoder's features to the language model's embedding width.
+"""Projectors: from an encoder's features to the language model's embedding width, by a registered type or a module as it is.
 
-Types are looked up in a registry, to which users add their own; a module made elsewhere is wrapped as it is.  Types that
-leave fewer features lie in `reductions`, `windows` and `resampler`, which register them.
+Types that leave fewer features lie in `reductions`, `windows` and `resampler`, which register them.
 """
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +31,8 @@ from ..parts.weightless import build_without_weights, initialize_weights
 
 TORCH_PROJECTION = "torch"
 Grid = Sequence[int]  # height and width, or frames, height and width, in which the features of an item lie
+Grids = Sequence[Grid] | None
+Lengths = Sequence[int] | None  # features of each item
 
 
 def linear_projection(in_features: int, out_features: int) -> nn.Module:
@@ -40,9 +42,8 @@ def linear_projection(in_features: int, out_features: int) -> nn.Module:
 
 def mlp_projection(in_features: int, out_features: int, activation: str) -> nn.Module:
     """Two linear layers with an activation between, as in LLaVA-1.5 (https://arxiv.org/abs/2310.03744)."""
-    return nn.Sequential(
-        nn.Linear(in_features, out_features), copy.deepcopy(ACT2FN[activation]), nn.Linear(out_features, out_features)
-    )
+    first, last = nn.Linear(in_features, out_features), nn.Linear(out_features, out_features)
+    return nn.Sequential(first, copy.deepcopy(ACT2FN[activation]), last)
 
 
 register_projector("linear", linear_projection)
@@ -55,11 +56,7 @@ _FEATUREWISE = (nn.Linear, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn
 
 
 def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
-    """The module that a configuration with both sizes describes.
-
-    Raises:
-        ValueError: a size is missing, or the type cannot be built from a configuration.
-    """
+    """The module that a configuration describes; ValueError for a size that it lacks, or a type that it cannot tell."""
     if config.projection_type == CUSTOM_PROJECTION:
         raise ValueError(
             "This projector holds a module of an unregistered class, so it cannot be built from its configuration: "
@@ -74,33 +71,24 @@ def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
 
 
 def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig) -> tuple[str, dict]:
-    """The `projection_type` and `projection_kwargs` under which a wrapped module can be stored.
-
-    ``("custom", {})`` means that it cannot: its class is not registered, or an argument is not found on it.
-    """
-    name = PROJECTORS.name_of(type(projection))
-    try:
-        if name is not None:  # first: the module says what it is, which a configuration may not know in full
-            extra = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
+    """The `projection_type` and `projection_kwargs` under which a module can be stored, or NotStorable with the reason."""
+    name, reason = PROJECTORS.name_of(type(projection)), None
+    if name is not None:  # first: the module says what it is, which a configuration may not know in full
+        extra = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
+        try:
             return name, (extra if name == config.projection_type else {}) | constructor_arguments(projection)
-    except NotStorable:
-        pass  # a class that keeps no attributes of its arguments: perhaps the configuration it was built from has them
-    if config.projection_type != CUSTOM_PROJECTION and _is_what_config_says(projection, config):
-        return config.projection_type, config.projection_kwargs
-    try:
-        return (CUSTOM_PROJECTION, {}) if name else (TORCH_PROJECTION, {"module": torch_spec(projection)})
-    except NotStorable:
-        return CUSTOM_PROJECTION, {}
-
-
-def _is_what_config_says(projection: nn.Module, config: MultimodalProjectorConfig) -> bool:
-    """Whether the configuration would build a module of the same classes, texts and shapes."""
-    if PROJECTORS.name_of(type(projection)) not in (None, config.projection_type):
-        return False
-    try:
-        return same_structure(build_without_weights(lambda: build_projection(config)), projection)
-    except (TypeError, ValueError):  # sizes that are still missing, or a constructor that wants more: not the same
-        return False
+        except (
+            NotStorable
+        ) as error:  # no attributes of its arguments: perhaps the configuration it was built from has them
+            reason = error
+    if config.projection_type != CUSTOM_PROJECTION and name in (None, config.projection_type):
+        # Sizes that are still missing, or a constructor that wants more: then it is not what the configuration says.
+        with contextlib.suppress(TypeError, ValueError):
+            if same_structure(build_without_weights(lambda: build_projection(config)), projection):
+                return config.projection_type, config.projection_kwargs
+    if reason is not None:
+        raise reason
+    return TORCH_PROJECTION, {"module": torch_spec(projection)}
 
 
 def acts_on_single_features(projection: nn.Module) -> bool:
@@ -109,83 +97,40 @@ def acts_on_single_features(projection: nn.Module) -> bool:
     def single(module: nn.Module) -> bool:
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             return len(module.normalized_shape) == 1
-        elementwise = type(module).__module__ in _ACTIVATIONS and not any(True for _ in module.parameters())
+        elementwise = type(module).__module__ in _ACTIVATIONS and not list(module.parameters())
         across = hasattr(module, "dim") or isinstance(module, nn.Softmax2d)  # softmax and gates along some other axis
         return type(module) in _FEATUREWISE or (elementwise and not across)
 
     return all(single(module) for module in projection.modules())
 
 
-def projection_sizes(projection: nn.Module) -> tuple[int | None, int | None]:
-    """Input and output width of a module that has them as attributes, or of whose first and last layer; else None."""
-    layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
-    first, last = (layers[0], layers[-1]) if layers else (None, None)
-    sizes = getattr(first, "in_features", None), getattr(last, "out_features", None)
-    return sizes[0] if isinstance(sizes[0], int) else None, sizes[1] if isinstance(sizes[1], int) else None
+def per_item(features: Tensor | Sequence[Tensor], lengths: Lengths, name: str) -> list[Tensor]:
+    """One ``(n_i, width)`` tensor per item of a list, of ``(items, tokens, width)`` or of ``(sum of tokens, width)``.
 
-
-def reason_not_storable(projection: nn.Module) -> str:
-    """Why a module that is not of a registered type cannot be written into a checkpoint."""
-    try:
-        if PROJECTORS.name_of(type(projection)):
-            constructor_arguments(projection)
-        else:
-            torch_spec(projection)
-    except NotStorable as error:
-        return str(error)
-    return "it is not what its configuration describes"
-
-
-def groups_of_items(
-    features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None
-) -> dict[tuple[int, Grid | None], list[int]]:
-    """Positions of the items of each length and grid, in order; ValueError for another number of grids."""
-    sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
-    if grids is not None and len(grids) != len(sizes):
-        raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
-    groups: dict[tuple[int, Grid | None], list[int]] = {}
-    for position, length in enumerate(sizes):
-        groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
-    return groups
-
-
-def per_item(features: Tensor | Sequence[Tensor], lengths: Sequence[int] | None, name: str) -> list[Tensor]:
-    """One ``(n_i, width)`` tensor per item.
-
-    Args:
-        features: a list of tensors, ``(items, tokens, width)``, or ``(sum of tokens, width)`` with `lengths`.
-        lengths: features of each item; of a 3-D tensor the first ones are kept.
-        name: the modality, for messages.
-
-    Raises:
-        ValueError: packed features without lengths, or lengths that do not fit.
+    `lengths` are the features of each item, of which a 3-D tensor's first ones are kept; ValueError for packed features
+    without lengths, or lengths that do not fit.
     """
     if not isinstance(features, Tensor):
         return [x.flatten(0, -2) for x in features]  # maps (height, width, channels) are read row by row
+    shape, given = tuple(features.shape), None if lengths is None else list(lengths)
     if features.ndim == 3:
         if lengths is None:
             return list(features)
         if len(lengths) != len(features) or max(lengths, default=0) > features.shape[1]:
-            raise ValueError(f"{name}: lengths {list(lengths)} do not fit features of shape {tuple(features.shape)}.")
+            raise ValueError(f"{name}: lengths {given} do not fit features of shape {shape}.")
         return [item[:n] for item, n in zip(features, lengths, strict=True)]
     if features.ndim != 2 or lengths is None or sum(lengths) != len(features):
         raise ValueError(
-            f"{name}: features of shape {tuple(features.shape)} cannot be split into items by lengths "
-            f"{None if lengths is None else list(lengths)}: return a list with one tensor per item, or set "
-            "output['feature_lens']."
+            f"{name}: features of shape {shape} cannot be split into items by lengths {given}: return a list with one "
+            "tensor per item, or set output['feature_lens']."
         )
     return list(features.split([int(n) for n in lengths]))
 
 
 @dataclass
 class ProjectorOutput(BaseModelOutput):
-    """What a projector gives.
-
-    Attributes:
-        last_hidden_state: projected features, ``(items, fewer, out_features)``, or ``(sum, out_features)`` with
-            `feature_lens` where the items have different numbers of them.
-        feature_lens: ``(items,)`` features of each item.
-    """
+    """Projected features: `last_hidden_state` ``(items, fewer, out_features)``, or ``(sum, out_features)`` with
+    `feature_lens` ``(items,)`` where the items have different numbers of them."""
 
     feature_lens: Tensor | None = None
 
@@ -195,8 +140,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
 
     Args:
         config: copied; a size that it lacks is filled in when a model is composed.
-        projection: a module to wrap as it is, weights untouched.  None builds what the configuration describes, or
-            leaves that to the composition while a size is missing.
+        projection: a module to wrap as it is.  None builds what the configuration describes, while composing if a size lacks.
 
     Raises:
         TypeError: `projection` is no module.
@@ -222,19 +166,14 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         super().__init__(copy.deepcopy(config) if projection is not None else config)
         self.gradient_checkpointing = False
         self.projection = None
+        sized = self.config.in_features is not None and self.config.out_features is not None
         if projection is not None:
             if not isinstance(projection, nn.Module):
                 raise TypeError(f"projection must be a torch.nn.Module, got {type(projection).__name__}.")
             self._wrap(projection)
-        elif self.has_sizes:
+        elif sized or self.config.projection_type == TORCH_PROJECTION:
             self.projection = build_projection(self.config)
         self.post_init()
-
-    @property
-    def has_sizes(self) -> bool:
-        """Whether the configuration is complete enough to build the projection."""
-        sized = self.config.in_features is not None and self.config.out_features is not None
-        return sized or self.config.projection_type == TORCH_PROJECTION
 
     def _wrap(self, projection: nn.Module) -> None:
         mark_initialized(projection)
@@ -242,8 +181,15 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         # The configuration is to describe what is wrapped, as if the module had been built from it.
         if isinstance(activation := getattr(projection, "activation", None), str) and activation in ACT2CLS:
             self.config.activation = activation
-        self._fill_sizes(*projection_sizes(projection))
-        self.config.projection_type, self.config.projection_kwargs = describe_projection(projection, self.config)
+        # Widths are attributes of the module, or of its first and last layer, or not known.
+        layers = list(projection) if isinstance(projection, nn.Sequential) else [projection]
+        first, last = (layers[0], layers[-1]) if layers else (None, None)
+        sizes = getattr(first, "in_features", None), getattr(last, "out_features", None)
+        self._fill_sizes(*(size if isinstance(size, int) else None for size in sizes))
+        described: tuple[str, dict] = (CUSTOM_PROJECTION, {})
+        with contextlib.suppress(NotStorable):  # it can be used all the same; `check_storable` tells why
+            described = describe_projection(projection, self.config)
+        self.config.projection_type, self.config.projection_kwargs = described
 
     def _fill_sizes(self, *sizes: int | None) -> None:
         for key, size in zip(("in_features", "out_features"), sizes, strict=True):
@@ -251,10 +197,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
                 setattr(self.config, key, size)
 
     def complete(self, in_features: int | None, out_features: int, dims: int | None = None) -> None:
-        """Fill in what the configuration lacks and build the projection if there is none yet (in place).
-
-        `dims` are the axes along which items of that kind are reduced, for the built-in types that take `dims`.
-        """
+        """Fill in what the configuration lacks, `dims` for types that take them, and build the projection (in place)."""
         target = PROJECTORS.get(self.config.projection_type)
         if self.projection is None and dims is not None and "dims" in getattr(target, "DEFAULTS", ()):
             self.config.projection_kwargs = {"dims": dims} | self.config.projection_kwargs  # what is given stays
@@ -274,53 +217,35 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         return bool(getattr(self.projection, "needs_grid", False))
 
     def feature_count(self, length: int, grid: Grid | None = None) -> int | None:
-        """Features left of an item of `length` features and that grid (see `forward`).
-
-        None for a projection without a `feature_count` of its own, of which only a run shows it.
-
-        Raises:
-            ValueError: the reduction does not fit the item.
-        """
+        """Features left of an item (ValueError where it does not fit); None if the projection has no such method."""
         if not self.reduces:
             return length
         count = getattr(self.projection, "feature_count", None)
         return None if count is None else count(length, grid)
 
     def forward(
-        self,
-        inputs_embeds: Tensor,
-        return_dict: bool | None = None,
-        *,
-        lengths: Sequence[int] | None = None,
-        grids: Sequence[Grid] | None = None,
+        self, inputs_embeds: Tensor, return_dict: bool | None = None, *, lengths: Lengths = None, grids: Grids = None
     ) -> ProjectorOutput | tuple:
-        """Project.
+        """Project features.
 
         Args:
             inputs_embeds: ``(..., in_features)``; where the type reduces, ``(items, length, in_features)``, one item
                 ``(length, in_features)``, maps ``(items, height, width, in_features)``, or with `lengths` packed items
                 ``(sum of lengths, in_features)``.
             return_dict: a `ProjectorOutput` (default by the configuration), or a tuple.
-            lengths: features of each item, where it differs from the tensor's shape; the rest is padding.
+            lengths: features of each item, where it differs from the tensor's shape; the result is packed then.
             grids: ``(height, width)`` or ``(frames, height, width)`` of each item's features, row by row; squares when None.
 
-        Returns:
-            `last_hidden_state` of ``(..., out_features)``; with `lengths`, or where the items end up different,
-            ``(sum, out_features)`` and `feature_lens`.
-
         Raises:
-            ValueError: no projection has been built, the width differs from `in_features`, or the reduction does not fit
-                an item.
+            ValueError: no projection has been built; the width or the reduction does not fit.
         """
         if self.projection is None:
             raise ValueError("This projector has no projection yet: give its configuration both sizes, or compose it.")
         width = self.config.in_features  # None of a wrapped module that does not show its sizes
         if width is not None and inputs_embeds.shape[-1] != width:
             raise ValueError(f"The projector expects features of width {width}, got {inputs_embeds.shape[-1]}.")
-        if self.reduces:
-            output = self._reduce(inputs_embeds, lengths, grids)
-        else:
-            output = ProjectorOutput(last_hidden_state=self._project(inputs_embeds))
+        reduced = self._reduce(inputs_embeds, lengths, grids) if self.reduces else (self._project(inputs_embeds), None)
+        output = ProjectorOutput(last_hidden_state=reduced[0], feature_lens=reduced[1])
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -331,21 +256,26 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             return self._gradient_checkpointing_func(self.projection, features, *inputs[1:])
         return self.projection(*inputs)  # (..., in_features) to (..., out_features)
 
-    def _reduce(self, features: Tensor, lengths: Sequence[int] | None, grids: Sequence[Grid] | None) -> ProjectorOutput:
-        """Reduce and project each item alone, those of one length and grid together."""
+    def _reduce(self, features: Tensor, lengths: Lengths, grids: Grids) -> tuple[Tensor, Tensor | None]:
+        """Reduce and project each item alone, those of one length and grid together; features and their numbers."""
         maps = features.ndim == 4 and (self.needs_grid or hasattr(self.projection, "feature_count"))
         # Without items: a class that is not known to reduce takes any leading axes.
         if features.ndim not in (2, 3) and not maps:
-            return ProjectorOutput(last_hidden_state=self._project(features))
+            return self._project(features), None
         if maps:  # (items, height, width, in_features) to (items, height * width, in_features)
             grids = [tuple(features.shape[1:3])] * len(features) if grids is None else grids
             features = features.flatten(1, 2)
         if features.ndim == 2 and lengths is None:  # one item
-            return ProjectorOutput(last_hidden_state=self._reduce(features[None], None, grids)[0][0])
-        groups = groups_of_items(features, lengths, grids)
+            return self._reduce(features[None], None, grids)[0][0], None
+        sizes = [features.shape[1]] * len(features) if lengths is None else [int(n) for n in lengths]
+        if grids is not None and len(grids) != len(sizes):
+            raise ValueError(f"The projector got {len(grids)} grids for {len(sizes)} items.")
+        groups: dict[tuple[int, Grid | None], list[int]] = {}  # positions of the items of each length and grid
+        for position, length in enumerate(sizes):
+            groups.setdefault((length, None if grids is None else tuple(grids[position])), []).append(position)
         if len(groups) == 1 and lengths is None:  # nothing to sort: the batch as it is
             (_, grid), *_ = groups
-            return ProjectorOutput(last_hidden_state=self._reduce_group(features, grid))
+            return self._reduce_group(features, grid), None
         split = per_item(features, lengths, "the projector")  # items of (n_i, in_features)
         done: dict[int, Tensor] = {}
         for (_, grid), positions in groups.items():  # padding would enter windows and attention, so equal lengths only
@@ -353,16 +283,15 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             done |= dict(zip(positions, reduced, strict=True))
         items = [done[i] for i in range(len(split))]  # of (fewer_i, out_features), in their order again
         if lengths is None and len({len(item) for item in items}) == 1:
-            return ProjectorOutput(last_hidden_state=torch.stack(items))
+            return torch.stack(items), None
         packed = torch.cat(items) if items else features.new_zeros(0, self.config.out_features)  # (sum, out_features)
-        return ProjectorOutput(last_hidden_state=packed, feature_lens=torch.tensor([len(item) for item in items]))
+        return packed, torch.tensor([len(item) for item in items])
 
     def _reduce_group(self, features: Tensor, grid: Grid | None) -> Tensor:
         """``(items, length, in_features)`` to ``(items, fewer, out_features)``."""
         reduced = self._project(features, grid) if self.needs_grid else self._project(features)
         expected = self.feature_count(features.shape[1], grid)
-        wrong = reduced.ndim != 3 or len(reduced) != len(features)
-        if wrong or (expected is not None and reduced.shape[1] != expected):
+        if reduced.ndim != 3 or len(reduced) != len(features) or expected not in (None, reduced.shape[1]):
             wanted = "fewer" if expected is None else expected
             raise ValueError(
                 f"The projection {type(self.projection).__name__} must map features of shape {tuple(features.shape)} to "
@@ -378,14 +307,16 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
 
     def check_storable(self, where: str) -> None:
         """ValueError, with the place, the reason and the remedy, when the projection cannot be stored."""
-        config = self.config
-        if self.projection is not None and config.projection_type == CUSTOM_PROJECTION:
-            config.projection_type, config.projection_kwargs = describe_projection(self.projection, config)
-        if config.projection_type == CUSTOM_PROJECTION:
+        if self.config.projection_type != CUSTOM_PROJECTION:
+            return
+        try:
+            described = describe_projection(self.projection, self.config)  # its class may be registered by now
+        except NotStorable as error:
             raise ValueError(
-                f"{where} cannot be saved: {reason_not_storable(self.projection)}. Register the class with "
-                "register_projector(name, cls), and keep each constructor argument in an attribute of the same name."
-            )
+                f"{where} cannot be saved: {error}. Register the class with register_projector(name, cls), and keep each "
+                "constructor argument in an attribute of the same name."
+            ) from error
+        self.config.projection_type, self.config.projection_kwargs = described
 
     def _before_save(self) -> bool:
         self.check_storable("the projector")

@@ -1,13 +1,12 @@
 """Token reduction: modules that make fewer features of an item's, and project them.  Blocks and frames are joined here.
 
-Beside each reduction's arithmetic stands how many features it leaves.  Pooling, convolutions and the resampler build on
-this module; each file registers its own types.
+Pooling, convolutions (`windows`) and the `resampler` build on this module; each file registers its own types.
 """
 
 import math
 from collections.abc import Sequence
-from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any, ClassVar
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,22 +16,14 @@ from ..parts.registries import register_projector
 from .heads import HEAD_DEFAULTS, ProjectionHead, check_choice, check_head
 from .projector import Grid
 
-# ---- pure functions
-
 
 def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int, ...]]:
-    """Into which parts, of which axes, the features of one item fall.
+    """How many parts of an item's `length` features are reduced alone, and the `dims` sizes of one.
 
     Args:
-        length: features of the item.
-        grid: ``(height, width)`` or ``(frames, height, width)``; None takes a square, where `dims` is 2 or 3.
+        grid: ``(height, width)`` or ``(frames, height, width)``; None takes a square, where `dims` is 2 or 3 (ValueError
+            for no square, or a grid of another number of features).
         dims: axes that are reduced: 1 for a sequence, 2 for each frame alone, 3 for frames too.
-
-    Returns:
-        how many parts are reduced alone, and the `dims` sizes of one.
-
-    Raises:
-        ValueError: no square, or a grid of another number of features.
     """
     if dims == 1:  # a sequence, whatever grid there is
         return 1, (length,)
@@ -46,9 +37,8 @@ def item_axes(length: int, grid: Grid | None, dims: int) -> tuple[int, tuple[int
         grid = (side, side)
     frames, height, width = (1, *grid) if len(grid) == 2 else grid  # an image is one frame
     if frames * height * width != length or not length:
-        raise ValueError(
-            f"A grid of {' x '.join(map(str, grid))} = {frames * height * width} does not hold {length} features."
-        )
+        shown = f"{' x '.join(map(str, grid))} = {frames * height * width}"
+        raise ValueError(f"A grid of {shown} does not hold {length} features.")
     return (frames, (height, width)) if dims == 2 else (1, (frames, height, width))
 
 
@@ -76,17 +66,10 @@ def pad_after(sizes: Sequence[int]) -> list[int]:
 
 
 def blocks_to_channels(features: Tensor, axes: Sequence[int], factor: int, channel_order: str) -> Tensor:
-    """Join each ``factor x factor`` block of a map into one feature (space to depth).
+    """Join each ``factor x factor`` block of maps ``(items, rows * columns, width)`` into one feature (space to depth).
 
-    Args:
-        features: ``(items, rows * columns, width)``.
-        axes: rows and columns, multiples of `factor`.
-        factor: side of a block.
-        channel_order: ``"block"``: the block's features one after the other, row by row; ``"channel"``: for each
-            channel its values in the block.
-
-    Returns:
-        ``(items, rows * columns / factor**2, width * factor**2)``.
+    `axes` are rows and columns, multiples of `factor`.  In the `channel_order` ``"block"`` the block's features stand one
+    after the other, row by row; in ``"channel"`` for each channel its values in the block.
     """
     rows, columns = (size // factor for size in axes)  # of blocks
     blocks = features.reshape(len(features), rows, factor, columns, factor, features.shape[-1])
@@ -96,11 +79,7 @@ def blocks_to_channels(features: Tensor, axes: Sequence[int], factor: int, chann
 
 
 def divided(size: int, by: int, remainder: str, what: str) -> int:
-    """How many windows of `by` there are along an axis of `size`.
-
-    Raises:
-        ValueError: `remainder` is ``"error"`` and one is left, or ``"drop"`` and nothing is left.
-    """
+    """How many windows of `by` an axis of `size` has; ValueError for a rest (``"error"``), or nothing else (``"drop"``)."""
     if remainder == "error" and size % by:
         raise ValueError(
             f"{what}={by} does not divide {size} features along an axis ({size % by} would be left): give items of other "
@@ -116,34 +95,22 @@ def per_axis(value: Any, dims: int, name: str) -> list[int]:
     """One positive integer per axis, from one for all or a list; ValueError for anything else."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * dims
     if len(values) != dims or not all(is_count(v) for v in values):
-        raise ValueError(
-            f"{name} must be a positive integer or a list of {dims} (one per axis, dims={dims}), got {value!r}."
-        )
+        expected = f"a positive integer or a list of {dims} (one per axis, dims={dims})"
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
     return values
-
-
-# ---- modules
 
 
 class Reduction(nn.Module):
     """What a token-reducing projection has in common: options by name, a count, and a head.
 
-    Its options are keywords with the defaults of `DEFAULTS`; each is kept in an attribute of its name.
-
-    Args:
-        in_features: width of the features before.
-        out_features: width after.
-        activation: a key of `transformers.activations.ACT2CLS`.
-        **options: see the class.
-
-    Raises:
-        TypeError: an unknown option.
-        ValueError: a value that makes no sense.
+    A subclass gives ``reduced_axes(axes)``, the sizes of the axes after the reduction (ValueError where it does not fit
+    them), and ``reduce(features, parts, axes)``, from ``(items, parts * axes, in_features)`` to ``(items, fewer,
+    reduced_width)``.  Its options are keywords with the defaults of `DEFAULTS`, each kept in an attribute of its name.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {}
-    REMAINDERS: ClassVar[tuple[str, ...]] = ()  # choices of `remainder`
-    COUNTS: ClassVar[tuple[str, ...]] = ()  # options that are positive integers, or None where that is their default
+    DEFAULTS: dict[str, Any] = HEAD_DEFAULTS
+    CHOICES: dict[str, tuple] = {}  # of options that have few values
+    COUNTS: tuple[str, ...] = ()  # options that are positive integers, or None where that is their default
     dims: int = 1
     if TYPE_CHECKING:  # each option is an attribute of its name
 
@@ -152,10 +119,9 @@ class Reduction(nn.Module):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         # `options_of` and `constructor_arguments` read signatures: they are to name the options, not ``**options``.
-        sizes = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("in_features", "out_features")]
-        activation = Parameter("activation", Parameter.POSITIONAL_OR_KEYWORD, default="gelu")
+        _, *fixed, _ = signature(Reduction.__init__).parameters.values()  # sizes and activation
         options = [Parameter(key, Parameter.KEYWORD_ONLY, default=value) for key, value in cls.DEFAULTS.items()]
-        cls.__signature__ = Signature([*sizes, activation, *options])  # type: ignore[attr-defined]
+        cls.__signature__ = Signature([*fixed, *options])  # type: ignore[attr-defined]
 
     def __init__(self, in_features: int, out_features: int, activation: str = "gelu", **options: Any):
         super().__init__()
@@ -172,9 +138,8 @@ class Reduction(nn.Module):
             raise TypeError(f"{cls.__name__} has no options {unknown}, expected some of {sorted(cls.DEFAULTS)}.")
         chosen = cls.DEFAULTS | options
         check_head(chosen)
-        for key, choices in (("remainder", cls.REMAINDERS), ("dims", (1, 2, 3))):
-            if key in chosen:
-                check_choice(chosen[key], choices, key)
+        for key, choices in cls.CHOICES.items():
+            check_choice(chosen[key], choices, key)
         for key in cls.COUNTS:
             if not is_count(chosen[key]) and (chosen[key] is not None or cls.DEFAULTS[key] is not None):
                 raise ValueError(f"{key} must be an integer >= 1, got {chosen[key]!r}.")
@@ -184,12 +149,9 @@ class Reduction(nn.Module):
     def _check(cls, chosen: dict[str, Any]) -> None:
         """Check what only this class has."""
 
-    def _build(self) -> None:
-        self.head = self._head(self.reduced_width, self.out_features)
-
-    def _head(self, in_features: int, out_features: int) -> ProjectionHead:
-        chosen = {key: getattr(self, key) for key in HEAD_DEFAULTS if key in self.DEFAULTS}
-        return ProjectionHead(in_features, out_features, self.activation, **chosen)
+    def _build(self, head_width: int | None = None) -> None:
+        chosen = {key: getattr(self, key) for key in HEAD_DEFAULTS}
+        self.head = ProjectionHead(self.reduced_width, head_width or self.out_features, self.activation, **chosen)
 
     @property
     def reduced_width(self) -> int:
@@ -201,45 +163,28 @@ class Reduction(nn.Module):
         """Whether it must be given the grid of an item's features."""
         return self.dims > 1
 
-    def reduced_axes(self, axes: Sequence[int]) -> list[int]:
-        """Sizes of the axes after the reduction; ValueError where it does not fit them."""
-        raise ValueError(f"{type(self).__name__} does not say what it makes of {list(axes)}.")
-
     def feature_count(self, length: int, grid: Grid | None = None) -> int:
-        """How many of an item's `length` features, of that grid (see `forward`), are left.
-
-        Raises:
-            ValueError: what `forward` would raise for such an item.
-        """
+        """How many of an item's `length` features, of that grid, are left; ValueError where `forward` would raise it."""
         parts, axes = item_axes(length, grid, self.dims)
         return parts * math.prod(self.reduced_axes(axes))
 
     def forward(self, features: Tensor, grid: Grid | None = None) -> Tensor:
-        """Reduce and project items of one length and one grid.
+        """``(items, length, in_features)`` of one grid to ``(items, feature_count(length, grid), out_features)``.
 
-        Args:
-            features: ``(items, length, in_features)``.
-            grid: ``(height, width)`` or ``(frames, height, width)``, row by row; None takes a square where one is needed.
-
-        Returns:
-            ``(items, feature_count(length, grid), out_features)``.
+        The grid is ``(height, width)`` or ``(frames, height, width)``, row by row; None takes a square where one is needed.
         """
         parts, axes = item_axes(features.shape[1], grid, self.dims)
         reduced = self.reduce(features, parts, axes)  # (items, fewer, reduced_width)
         return self.head(reduced)  # (items, fewer, out_features)
 
-    def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
-        """``(items, parts * axes, in_features)`` to ``(items, fewer, reduced_width)``."""
-        return features
-
     def extra_repr(self) -> str:
         """Every argument: two modules of equal text and equal weights compute the same."""
-        shown = {key: getattr(self, key) for key in ("in_features", "out_features", "activation", *self.DEFAULTS)}
-        return ", ".join(f"{key}={value!r}" for key, value in shown.items())
+        keys = ("in_features", "out_features", "activation", *self.DEFAULTS)
+        return ", ".join(f"{key}={getattr(self, key)!r}" for key in keys)
 
 
 class PixelShuffleProjection(Reduction):
-    """Joins each square block of an image's features into one, then projects it.
+    """Joins each square block of an image's features into one, then projects it; takes a `ProjectionHead`'s options too.
 
     As in InternVL (https://arxiv.org/abs/2404.16821; its ``downsample_ratio=0.5`` is ``scale_factor=2``) and Idefics3
     (https://arxiv.org/abs/2408.12637; ``num_layers=1, norm="none", bias=False``), whose channel order is the same.
@@ -249,14 +194,12 @@ class PixelShuffleProjection(Reduction):
         channel_order: ``"block"`` as in those, Llama 4, Aya Vision and LFM2-VL; ``"channel"`` as `torch.nn.Unfold` and
             `torch.nn.PixelUnshuffle` order them, e.g. in Mistral 3's patch merger.
         remainder: where the grid does not divide: ``"error"``, or ``"pad"`` with zeros at the right and the bottom.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "scale_factor": 2, "channel_order": "block", "remainder": "error",
-        **HEAD_DEFAULTS, "norm": "layer_norm",
+    DEFAULTS = {
+        "scale_factor": 2, "channel_order": "block", "remainder": "error", **HEAD_DEFAULTS, "norm": "layer_norm",
     }  # fmt: skip
-    REMAINDERS = ("error", "pad")
+    CHOICES = {"remainder": ("error", "pad"), "channel_order": ("block", "channel")}
     dims = 2
 
     @classmethod
@@ -265,7 +208,6 @@ class PixelShuffleProjection(Reduction):
             raise ValueError(
                 f"scale_factor must be an integer >= 1, got {factor!r}: a downsample_ratio of 0.5 is scale_factor=2."
             )
-        check_choice(chosen["channel_order"], ("block", "channel"), "channel_order")
 
     @property
     def reduced_width(self) -> int:
@@ -283,7 +225,7 @@ class PixelShuffleProjection(Reduction):
 
 
 class FrameStackProjection(Reduction):
-    """Joins consecutive features of a sequence into one, then projects it.
+    """Joins consecutive features of a sequence into one, then projects it; takes a `ProjectionHead`'s options too.
 
     As in SLAM-ASR (https://arxiv.org/abs/2402.08846), Voxtral (https://arxiv.org/abs/2507.13264; ``remainder="error"``)
     and Ultravox (https://github.com/fixie-ai/ultravox; ``stack_factor=8, gated=True, activation="silu",
@@ -291,13 +233,11 @@ class FrameStackProjection(Reduction):
 
     Args:
         stack_factor: how many are joined.
-        remainder: where the length does not divide: ``"pad"`` with zeros, as in Ultravox; ``"error"``; ``"drop"`` the
-            rest, as in SLAM-ASR.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
+        remainder: where it does not divide: ``"pad"`` with zeros, as in Ultravox; ``"error"``; ``"drop"``, as in SLAM-ASR.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"stack_factor": 4, "remainder": "pad", **HEAD_DEFAULTS, "bias": False}
-    REMAINDERS = ("pad", "error", "drop")
+    DEFAULTS = {"stack_factor": 4, "remainder": "pad", **HEAD_DEFAULTS, "bias": False}
+    CHOICES = {"remainder": ("pad", "error", "drop")}
     COUNTS = ("stack_factor",)
 
     @property

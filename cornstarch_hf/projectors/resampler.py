@@ -1,7 +1,7 @@
 """Token reduction by learnt queries: a Perceiver resampler.  Its base is in `reductions`."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,7 @@ QUERY_STD = 0.02
 
 
 class PerceiverAttention(nn.Module):
-    """Queries attend to the context and to themselves; grouped key and value heads, no biases.
-
-    Args:
-        width: of queries and context.
-        num_heads, num_kv_heads, head_dim: `num_kv_heads` divides `num_heads`.
-    """
+    """Queries attend to the context and to themselves; grouped key and value heads, no biases."""
 
     def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
@@ -48,10 +43,10 @@ class PerceiverAttention(nn.Module):
 class PerceiverLayer(nn.Module):
     """Attention and a gated MLP of four times the width, each after an RMSNorm and with a residual connection."""
 
-    def __init__(self, width: int, activation: str, eps: float | None, **attention: int):
+    def __init__(self, width: int, activation: str, eps: float | None, *heads: int):
         super().__init__()
         self.query_norm, self.context_norm, self.mlp_norm = (NORMS["rms_norm"](width, eps) for _ in range(3))
-        self.attention = PerceiverAttention(width, **attention)
+        self.attention = PerceiverAttention(width, *heads)
         self.mlp = ProjectionHead(width, width, activation, hidden_size=4 * width, gated=True, bias=False)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
@@ -73,11 +68,10 @@ class ResamplerProjection(Reduction):
         depth: layers.
         num_heads, num_kv_heads, head_dim: of the attention.
         query_size: width of the queries; `out_features` when None, else a linear layer follows.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: of the projection before the
-            queries, see `ProjectionHead`; `norm_eps` of all norms.
+        **options: of the `ProjectionHead` before the queries; `norm_eps` of all norms.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
+    DEFAULTS = {
         "num_queries": 64, "depth": 3, "num_heads": 16, "num_kv_heads": 4, "head_dim": 96, "query_size": None,
         **HEAD_DEFAULTS, "gated": True, "bias": False,
     }  # fmt: skip
@@ -92,17 +86,16 @@ class ResamplerProjection(Reduction):
         """Draw the queries, unless they have been loaded."""
         init.normal_(self.queries, std=QUERY_STD)
 
-    def _build(self) -> None:
-        width = self.query_size or self.out_features
-        self.head = self._head(self.in_features, width)
+    def _build(self, head_width: int | None = None) -> None:
+        width, out = self.query_size or self.out_features, self.out_features
+        super()._build(width)
         self.queries = nn.Parameter(torch.empty(self.num_queries, width))
         nn.init.normal_(self.queries, std=QUERY_STD)
-        heads = {key: getattr(self, key) for key in ("num_heads", "num_kv_heads", "head_dim")}
-        layers = [PerceiverLayer(width, self.activation, self.norm_eps, **heads) for _ in range(self.depth)]
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        layers = (PerceiverLayer(width, self.activation, self.norm_eps, *heads) for _ in range(self.depth))
         self.layers = nn.ModuleList(layers)
         self.query_norm = NORMS["rms_norm"](width, self.norm_eps)
-        same = width == self.out_features
-        self.output = nn.Identity() if same else nn.Linear(width, self.out_features, bias=self.bias)
+        self.output = nn.Identity() if width == out else nn.Linear(width, out, bias=self.bias)
 
     def reduced_axes(self, axes: Sequence[int]) -> list[int]:
         if not axes[0]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,17 +12,9 @@ from ..parts.registries import register_projector
 from .heads import HEAD_DEFAULTS, activation_module
 from .reductions import Reduction, divided, from_axes, pad_after, per_axis, to_axes
 
-POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-ADAPTIVE_POOLS: dict[int, Any] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
 
 def convolved(size: int, kernel: int, stride: int, padding: int, remainder: str) -> tuple[int, int]:
-    """Windows of a convolution along an axis, and zeros to append (beside `padding`) so that it sees every position.
-
-    Raises:
-        ValueError: `remainder` is ``"error"`` and positions at the end are in no window; no window fits.
-    """
+    """Windows of a convolution along an axis, and zeros to append (beside `padding`) so that it sees every position."""
     padded = size + 2 * padding
     count = (padded - kernel) // stride + 1 if padded >= kernel else 0
     # Real positions behind the end of the last window, at (count - 1) * stride + kernel.
@@ -33,36 +25,34 @@ def convolved(size: int, kernel: int, stride: int, padding: int, remainder: str)
             "features along an axis unseen: choose a larger padding or kernel_size, or remainder='pad' or 'drop'."
         )
     if unseen > 0 and remainder == "pad":
-        more = -(-unseen // stride) if count else 1  # windows, as many as reach the last position
-        extra = (count + more - 1) * stride + kernel - padded
-        return count + more, extra
+        count += -(-unseen // stride) if count else 1  # as many more as reach the last position
+        return count, (count - 1) * stride + kernel - padded
     if not count:
         raise ValueError(f"kernel_size={kernel} with padding={padding} does not fit {size} features along an axis.")
     return count, 0
 
 
 class AvgPoolProjection(Reduction):
-    """Averages windows of features, then projects the means.
+    """Averages windows of features, then projects the means; takes a `ProjectionHead`'s options too.
 
     As in Gemma 3 (https://arxiv.org/abs/2503.19786): ``num_tokens=256``, RMSNorm, one layer without bias.
 
     Args:
         pool_size: window along each axis, one number or a list of `dims`; 2 where `num_tokens` is not given either.
-        num_tokens: features left of an item (with ``dims=2`` of each frame): a number, which must be a square with
-            ``dims=2`` and a cube with ``dims=3``, or a list of `dims` numbers along the axes.  Windows are equal where
-            the axes divide, else as `torch.nn.AdaptiveAvgPool2d` lays them.
-        dims: 1 pools a sequence, 2 the rows and columns of each frame, 3 frames too.  When a model is composed it
-            follows the encoder: 2 for images and videos, else 1.
+        num_tokens: features left of an item (with ``dims=2`` of each frame): a number, which must be a square or (with
+            ``dims=3``) a cube, or a list of `dims` numbers.  Windows are equal where the axes divide, else as
+            `torch.nn.AdaptiveAvgPool2d` lays them.
+        dims: 1 pools a sequence, 2 the rows and columns of each frame, 3 frames too.  A composed model chooses 2 for images
+            and videos, else 1.
         remainder: where `pool_size` does not divide an axis: ``"partial"`` averages what is there in the last window;
             ``"error"``; ``"drop"`` the rest, as in Qwen2-Audio.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
-        "pool_size": None, "num_tokens": None, "dims": 2, "remainder": "partial",
-        **HEAD_DEFAULTS, "num_layers": 1, "norm": "rms_norm", "bias": False,
+    DEFAULTS = {
+        "pool_size": None, "num_tokens": None, "dims": 2, "remainder": "partial", **HEAD_DEFAULTS, "num_layers": 1,
+        "norm": "rms_norm", "bias": False,
     }  # fmt: skip
-    REMAINDERS = ("partial", "error", "drop")
+    CHOICES = {"remainder": ("partial", "error", "drop"), "dims": (1, 2, 3)}
 
     @classmethod
     def _check(cls, chosen: dict[str, Any]) -> None:
@@ -73,79 +63,73 @@ class AvgPoolProjection(Reduction):
         elif chosen["pool_size"] is not None:
             per_axis(chosen["pool_size"], chosen["dims"], "pool_size")
 
-    @property
-    def windows(self) -> list[int]:
-        """Window along each axis, where it is given."""
-        return per_axis(2 if self.pool_size is None else self.pool_size, self.dims, "pool_size")
+    def _windows(self, axes: Sequence[int]) -> list[tuple[int, int]]:
+        """Size and window of each axis, where `num_tokens` is not given."""
+        return list(zip(axes, per_axis(self.pool_size or 2, self.dims, "pool_size"), strict=True))
 
     def reduced_axes(self, axes: Sequence[int]) -> list[int]:
         if self.num_tokens is None:
-            pairs = zip(axes, self.windows, strict=True)
-            return [divided(size, window, self.remainder, "pool_size") for size, window in pairs]
+            return [divided(size, window, self.remainder, "pool_size") for size, window in self._windows(axes)]
         wanted = tokens_per_axis(self.num_tokens, self.dims)
         if any(size < want for size, want in zip(axes, wanted, strict=True)):
+            asked_for, there = (" x ".join(map(str, sizes)) for sizes in (wanted, axes))
             raise ValueError(
-                f"num_tokens asks for {' x '.join(map(str, wanted))} features, but the item has {' x '.join(map(str, axes))}: "
-                "choose fewer, or give pool_size instead."
+                f"num_tokens asks for {asked_for} features, but the item has {there}: choose fewer, or give pool_size instead."
             )
         return wanted
 
     def reduce(self, features: Tensor, parts: int, axes: Sequence[int]) -> Tensor:
-        maps = to_axes(features, parts, axes).contiguous()  # (items * parts, in_features, *axes)
         sizes = list(zip(axes, self.reduced_axes(axes), strict=True))  # before and after, of each axis
-        if not maps.numel():
+        if not features.numel():
             return features
+        maps = to_axes(features, parts, axes).contiguous()  # (items * parts, in_features, *axes)
         if self.num_tokens is None:
-            # No window is larger than its axis: of three axes torch demands it.
-            windows = [min(size, window) for size, window in zip(axes, self.windows, strict=True)]
+            windows = [
+                min(pair) for pair in self._windows(axes)
+            ]  # none is larger than its axis: of three torch demands it
         elif all(size % want == 0 for size, want in sizes):
             windows = [size // want for size, want in sizes]  # equal ones; torch sums them as Gemma 3 does
         else:
-            return from_axes(ADAPTIVE_POOLS[self.dims](maps, [want for _, want in sizes]), parts)
-        pooled = POOLS[self.dims](maps, windows, ceil_mode=self.remainder == "partial")
-        return from_axes(pooled, parts)  # (items, parts * windows, in_features)
+            adaptive_pool = getattr(F, f"adaptive_avg_pool{self.dims}d")
+            return from_axes(adaptive_pool(maps, [want for _, want in sizes]), parts)
+        pool = getattr(F, f"avg_pool{self.dims}d")
+        maps = pool(maps, windows, ceil_mode=self.remainder == "partial")
+        return from_axes(maps, parts)  # (items, parts * windows, in_features)
 
 
 def tokens_per_axis(num_tokens: int | list[int], dims: int) -> list[int]:
-    """`num_tokens` along each axis.
-
-    Raises:
-        ValueError: not a positive integer or a list of `dims`; a number that is no square or cube.
-    """
+    """`num_tokens` along each axis; ValueError for what is no positive integer or list, or no square or cube."""
     values = per_axis(num_tokens, dims, "num_tokens")
     if not isinstance(num_tokens, int):
         return values
     side = round(num_tokens ** (1 / dims))  # a number is that of all features: 256 in a plane are 16 x 16
     if side**dims != num_tokens:
+        form = f"{'square' if dims == 2 else 'cube'} ({side}**{dims} = {side**dims})"
         raise ValueError(
-            f"num_tokens={num_tokens} is no {'square' if dims == 2 else 'cube'} ({side}**{dims} = {side**dims}), so it says "
-            f"nothing about {dims} axes: give a list of {dims} numbers."
+            f"num_tokens={num_tokens} is no {form}, so it says nothing about {dims} axes: give a list of {dims} numbers."
         )
     return [side] * dims
 
 
 class ConvProjection(Reduction):
-    """Strided convolutions, then a projection.
+    """Strided convolutions, then a projection; takes a `ProjectionHead`'s options too.
 
-    As in GOT-OCR 2.0 (https://arxiv.org/abs/2409.01704), with ``num_convs=2, activation="linear"`` and `conv_sizes`
-    of its widths.
+    As in GOT-OCR 2.0 (https://arxiv.org/abs/2409.01704): ``num_convs=2, activation="linear"``, `conv_sizes` of its widths.
 
     Args:
         kernel_size, stride: of each convolution, along each axis (one number or a list of `dims`).
         padding: zeros around the item along each axis; ``(kernel_size - 1) // 2`` when None.
         num_convs: how many convolutions, each followed by the activation.
         conv_sizes: widths after each; `out_features` for all when None.
-        conv_bias: of the convolutions.
         dims: as in `AvgPoolProjection`; weights depend on it.
         remainder: where positions at the end are in no window: ``"error"``, ``"pad"`` with zeros, or ``"drop"``.
-        num_layers, hidden_size, gated, bias, norm, norm_mid, norm_post, norm_eps: see `ProjectionHead`.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {
+    DEFAULTS = {
         "kernel_size": 3, "stride": 2, "padding": None, "num_convs": 1, "conv_sizes": None, "conv_bias": False, "dims": 2,
         "remainder": "error", **HEAD_DEFAULTS, "num_layers": 1,
     }  # fmt: skip
-    REMAINDERS = ("error", "pad", "drop")
+    CHOICES = {"remainder": ("error", "pad", "drop"), "dims": (1, 2, 3)}
     COUNTS = ("num_convs",)
 
     @classmethod
@@ -160,16 +144,13 @@ class ConvProjection(Reduction):
         if sizes is not None and (len(sizes) != chosen["num_convs"] or not all(is_count(n) for n in sizes)):
             raise ValueError(f"conv_sizes must be {chosen['num_convs']} positive integers (num_convs), got {sizes!r}.")
 
-    def _build(self) -> None:
+    def _build(self, head_width: int | None = None) -> None:
         widths = itertools.pairwise([self.in_features, *(self.conv_sizes or [self.out_features] * self.num_convs)])
-        make = CONVOLUTIONS[self.dims]
-        self.convs = nn.ModuleList(make(a, b, *self._axes_options, bias=self.conv_bias) for a, b in widths)
+        self.along_axes = convolution_axes(self.kernel_size, self.stride, self.padding, self.dims)
+        make = getattr(nn, f"Conv{self.dims}d")
+        self.convs = nn.ModuleList(make(a, b, *self.along_axes, bias=self.conv_bias) for a, b in widths)
         self.act = activation_module(self.activation)
         super()._build()
-
-    @property
-    def _axes_options(self) -> tuple[list[int], list[int], list[int]]:
-        return convolution_axes(self.kernel_size, self.stride, self.padding, self.dims)
 
     @property
     def reduced_width(self) -> int:
@@ -179,8 +160,8 @@ class ConvProjection(Reduction):
         """For each convolution the size and the zeros to append along each axis."""
         steps = []
         for _ in range(self.num_convs):
-            options = zip(axes, *self._axes_options, strict=True)
-            steps.append([convolved(size, k, s, p, self.remainder) for size, k, s, p in options])
+            pairs = zip(axes, *self.along_axes, strict=True)
+            steps.append([convolved(size, k, s, p, self.remainder) for size, k, s, p in pairs])
             axes = [size for size, _ in steps[-1]]
         return steps
 
