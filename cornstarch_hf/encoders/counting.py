@@ -29,6 +29,7 @@ from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
 from .rebuilding import build_encoder
+from .towers import TRUE_ON_PADDING
 
 MOST = 4_096  # counts that are remembered: a server would else keep one for every size that it ever saw
 
@@ -323,8 +324,8 @@ def _names_layers(config: PreTrainedConfig) -> bool:
 
 def _without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """An item's inputs without masks that say that all of it is valid: they change no number of features."""
-    full = [k for k, x in inputs.items() if MASKS.get(k) and isinstance(x, Tensor) and bool(x.bool().all())]
-    return {key: value for key, value in inputs.items() if key not in full}
+    masks = {k: x for k, x in inputs.items() if k in MASKS and k not in TRUE_ON_PADDING and isinstance(x, Tensor)}
+    return {key: value for key, value in inputs.items() if key not in masks or not bool(value.bool().all())}
 
 
 def _sizes(output: Any) -> Any:
