@@ -18,10 +18,10 @@ from .module import ModalEncoderModule, first_weight
 from .towers import OWN_INPUTS, transformers_keywords
 
 # Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
-TEXT_NAMES = frozenset([*OWN_INPUTS, *CACHE_NAMES]) | frozenset(
+TEXT_NAMES = frozenset(
     [
-        *("token_type_ids", "mm_token_type_ids", "cache_position", "shift_labels", "return_dict", "output_attentions"),
-        *("output_hidden_states", "encoder_outputs", "inputs", "return_loss"),
+        *(*OWN_INPUTS, *CACHE_NAMES, "token_type_ids", "mm_token_type_ids", "cache_position", "shift_labels", "inputs"),
+        *("return_dict", "output_attentions", "output_hidden_states", "encoder_outputs", "return_loss"),
     ]
 )
 # Towers of packed models name their inputs differently from what their processors emit.
@@ -39,39 +39,37 @@ def complete_projector(
     Raises:
         ValueError: the projector's widths do not fit, or the encoder's width is not known.
     """
-    name, (known, found) = encoder.name, found_width(encoder)
+    name, module, (known, found) = encoder.name, unwrapped(encoder.module), found_width(encoder)
     if encoder.projector is None:
         config = MultimodalProjectorConfig(projection_type=projection_type, activation=activation)
         encoder.projector = MultimodalProjector(config)
     projector = encoder.projector
-    if projector.config.in_features is None and known is None and projector.projection is None:
-        raise ValueError(
-            f"{name}: the configuration of {type(unwrapped(encoder.module)).__name__} does not tell the width of its "
-            "features: give projector=MultimodalProjector(MultimodalProjectorConfig(in_features=...))."
-        )
     # One that is built below gets the encoder's device and dtype; one that was brought along keeps its own.
     fresh = projector.projection is None
+    if fresh and projector.config.in_features is None and known is None:
+        raise ValueError(
+            f"{name}: the configuration of {type(module).__name__} does not tell the width of its features: "
+            "give projector=MultimodalProjector(MultimodalProjectorConfig(in_features=...))."
+        )
     # Features of pictures lie in a plane: a reduction that takes `dims` works over height and width there.
     projector.complete(known, width, dims=2 if encoder.kind in PLANE_KINDS else 1)
-    projector.config.encoder_model_type = unwrapped(encoder.module).config.model_type
-    projector.config.language_model_type = unwrapped(language_model).config.model_type
-    if fresh:
-        weight = first_weight(encoder.module)
-        if weight is not None:
-            projector.to(device=weight.device, dtype=weight.dtype)
-    got = projector.config.in_features
+    config = projector.config
+    config.encoder_model_type = module.config.model_type
+    config.language_model_type = unwrapped(language_model).config.model_type
+    if fresh and (weight := first_weight(encoder.module)) is not None:
+        projector.to(device=weight.device, dtype=weight.dtype)
     # Only then are the projected features those whose width was found: a callback or an output field may have any.
-    as_encoded = encoder.postprocess_module_callback is None and (found or encoder.selection.output is None)
-    if as_encoded and found and known is not None and got not in (None, known):
+    as_encoded = found and known is not None and encoder.postprocess_module_callback is None
+    if as_encoded and config.in_features not in (None, known):
         raise ValueError(
-            f"{name}: the projector's in_features is {got}, but the encoder's features have width {known}: leave "
-            "in_features out, or choose the right layer=."
+            f"{name}: the projector's in_features is {config.in_features}, but the encoder's features have width {known}: "
+            "leave in_features out, or choose the right layer=."
         )
     # A callback behind the projector may be what makes the embeddings' width.
-    if projector.config.out_features != width and encoder.postprocess_projector_callback is None:
+    if config.out_features != width and encoder.postprocess_projector_callback is None:
         raise ValueError(
-            f"{name}: the projector's out_features is {projector.config.out_features}, but the language model's "
-            f"embeddings have width {width}: leave out_features out, or set it to {width}."
+            f"{name}: the projector's out_features is {config.out_features}, but the language model's embeddings have width "
+            f"{width}: leave out_features out, or set it to {width}."
         )
 
 
@@ -83,17 +81,16 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
     Returns:
         the width, and whether it is certain: a configuration may speak of another one.
     """
-    inner = unwrapped(encoder.module)
+    inner, selection = unwrapped(encoder.module), encoder.selection
     # Of a field or a layout of the user's choice the configuration says nothing.
-    usual = encoder.selection.output is None and encoder.selection.data_format is None
-    if usual and width_is_configured(inner.config, encoder.selection.layer):
+    usual = selection.output is None and selection.data_format is None
+    if usual and width_is_configured(inner.config, selection.layer):
         return encoder.feature_width(), True
-    layout = find_feature_axes(inner, encoder.kind, encoder.selection, encoder.name)
+    layout = find_feature_axes(inner, encoder.kind, selection, encoder.name)
     if layout is None:
         return encoder.feature_width(), False  # the configuration's word, which may be of another field or layer
-    # An axis that the user named stays.
-    if encoder.selection.data_format is None and layout.data_format is not None:
-        encoder.selection = dataclasses.replace(encoder.selection, data_format=layout.data_format)
+    if selection.data_format is None:  # an axis that the user named stays
+        encoder.selection = dataclasses.replace(selection, data_format=layout.data_format)
     return layout.width, True
 
 
@@ -112,10 +109,8 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
         "kind": encoder.kind,
         "encoder_class": class_name(type(module), module.config),
         "encoder_kwargs": constructor_options(module),
-        "output": selection.output,
+        **dataclasses.asdict(selection),
         "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),  # JSON has no tuples
-        "drop_prefix": selection.drop_prefix,
-        "data_format": selection.data_format,
         "additional_args": list(encoder.additional_args),
     }
 
@@ -129,9 +124,9 @@ def assign_input_names(
     language model, want one name, every encoder's gets ``"{modality}_"`` in front.
 
     Args:
-        parameters: the inputs of each modality's encoder, by the names of its `forward`.
+        parameters: what each modality's encoder takes.
         kinds: the modalities' kinds.
-        language_model: names that the language model's `forward` takes.
+        language_model: what the language model takes.
 
     Returns:
         for each modality ``{keyword: parameter of the encoder}``.

@@ -28,30 +28,27 @@ class EncoderOutput(BaseModelOutputWithPooling):
     @property
     def lengths(self) -> list[int] | None:
         """`feature_lens` as integers."""
-        lens = self.feature_lens
-        return None if lens is None else [int(n) for n in lens]
+        return None if self.feature_lens is None else [int(n) for n in self.feature_lens]
 
 
 CHANNELS_FIRST, CHANNELS_LAST, LAYERS_FIRST = "channels_first", "channels_last", "layers_first"
 DATA_FORMATS = (CHANNELS_FIRST, CHANNELS_LAST, LAYERS_FIRST)
+# What autoencoders and vocoders make of their features, and how far it is off.
+_GENERATED = ("loss", "audio_values", "waveforms", "logits")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of an encoder's outputs is projected.
+    """Which of an encoder's outputs is projected."""
 
-    Attributes:
-        output: an output field, None for the last hidden state (the merged tokens of packed towers).
-        layer: index into the hidden states, or several that are concatenated; -1 is the last hidden state.
-        drop_prefix: leading tokens (CLS, registers) to drop of each item.
-        data_format: which axis holds the features' width: ``"channels_last"``, ``"channels_first"`` (after that of the items),
-            or ``"layers_first"``, a stack of hidden states with the items second, of which the last one is taken; None for
-            the usual: last of sequences, first of maps unless their width shows that it is last.
-    """
-
+    # An output field, None for the last hidden state (the merged tokens of packed towers).
     output: str | None = None
+    # Index into the hidden states, or several that are concatenated; -1 is the last hidden state.
     layer: int | Sequence[int] = -1
+    # Leading tokens (CLS, registers) to drop of each item.
     drop_prefix: int = 0
+    # Which axis holds the features' width: last, first (after that of the items), or a stack of hidden states with the items
+    # second, of which the last one is taken; None: last of sequences, first of maps unless their width shows that it is last.
     data_format: str | None = None
 
     def __post_init__(self):
@@ -67,10 +64,6 @@ class Selection:
     def needs_hidden_states(self) -> bool:
         """Whether the encoder must return all its hidden states."""
         return self.output is None and self.layer != -1
-
-
-# What autoencoders and vocoders make of their features, and how far it is off.
-_GENERATED = ("loss", "audio_values", "waveforms", "logits")
 
 
 def as_output(raw: Any) -> EncoderOutput:
@@ -92,13 +85,11 @@ def as_output(raw: Any) -> EncoderOutput:
 
 def with_features(output: Mapping[str, Any], features: Any, lens: Any, **changes: Any) -> EncoderOutput:
     """A copy of an output with other features (first, so that ``output[0]`` finds them) and item lengths."""
-    values = {key: value for key, value in output.items() if key not in ("last_hidden_state", "feature_lens")} | changes
     copied = EncoderOutput(last_hidden_state=features)
-    for key, value in values.items():
-        if value is not None:
+    lens = lens if lens is None or isinstance(lens, Tensor) else torch.tensor(lens)
+    for key, value in {**output, **changes, "feature_lens": lens}.items():
+        if key != "last_hidden_state" and value is not None:
             copied[key] = value
-    if lens is not None:
-        copied["feature_lens"] = lens if isinstance(lens, Tensor) else torch.tensor(lens)
     return copied
 
 
@@ -128,14 +119,14 @@ def select_features(
             f"{[tuple(x.shape) for x in features]}: choose layers of one stage."
         )
     joined = features[0] if len(features) == 1 else torch.cat(features, dim=-1)  # (items, tokens, layers * width)
-    if selection.drop_prefix:
-        if joined.ndim != 3 or joined.shape[1] <= selection.drop_prefix:
-            raise ValueError(
-                f"{name}: drop_prefix={selection.drop_prefix} needs features of shape (items, tokens, width) with more "
-                f"tokens than that, got {tuple(joined.shape)}."
-            )
-        joined = joined[:, selection.drop_prefix :]  # (items, tokens - drop_prefix, width)
-    return joined
+    if not selection.drop_prefix:
+        return joined
+    if joined.ndim != 3 or joined.shape[1] <= selection.drop_prefix:
+        raise ValueError(
+            f"{name}: drop_prefix={selection.drop_prefix} needs features of shape (items, tokens, width) with more "
+            f"tokens than that, got {tuple(joined.shape)}."
+        )
+    return joined[:, selection.drop_prefix :]  # (items, tokens - drop_prefix, width)
 
 
 def chosen_features(output: EncoderOutput, selection: Selection, name: str, items: int | None = None) -> list[Tensor]:
@@ -147,11 +138,11 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
             raise ValueError(f"{name}: the encoder's output has no tensor {selection.output!r}, it has {present}.")
         return [value]
     if selection.layer == -1:
-        if output.last_hidden_state is None:
+        if (last := output.last_hidden_state) is None:
             raise ValueError(
                 f"{name}: the encoder's output has no features, it has {list(output)}; name one by output=."
             )
-        return [_merged(output.last_hidden_state, output.pooler_output, items)]
+        return [_merged(last, output.pooler_output, items)]
     states = output.hidden_states
     if states is None:
         raise ValueError(f"{name}: layer={selection.layer!r} needs hidden states, which this encoder does not return.")
@@ -159,9 +150,8 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
         if not -len(states) <= layer < len(states):
             raise ValueError(f"{name}: layer {layer} does not exist, the encoder gives {len(states)} hidden states.")
         if not isinstance(states[layer], Tensor):
-            raise ValueError(
-                f"{name}: hidden state {layer} is a {type(states[layer]).__name__} and no tensor: choose another layer=, or -1."
-            )
+            what = type(states[layer]).__name__
+            raise ValueError(f"{name}: hidden state {layer} is a {what} and no tensor: choose another layer=, or -1.")
     return [states[layer] for layer in selection.layers]
 
 
@@ -193,16 +183,14 @@ def selected_map(
 def _channels_last(features: Tensor, selection: Selection, width: int | None) -> bool:
     if selection.data_format is not None:
         return selection.data_format == CHANNELS_LAST
-    if features.ndim == 3:
-        return True  # a sequence
-    # A map has its channels first, unless the last axis alone has the expected width.
-    return width is not None and features.shape[-1] == width and features.shape[1] != width
+    # A sequence has them last, a map first, unless the last axis alone has the expected width.
+    return features.ndim == 3 or (width is not None and features.shape[-1] == width and features.shape[1] != width)
 
 
 def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: str) -> Tensor:
     if features.ndim == 4 and selection.data_format == LAYERS_FIRST:
-        features = features[-1]  # (layers, items, tokens, width) -> (items, tokens, width)
-    elif features.ndim in (3, 4) and not _channels_last(features, selection, width):
+        return features[-1]  # (layers, items, tokens, width) -> (items, tokens, width)
+    if features.ndim in (3, 4) and not _channels_last(features, selection, width):
         return features.flatten(2).transpose(1, 2)  # (items, width, ...) -> (items, tokens, width)
     if features.ndim in (2, 3):
         return features
@@ -217,14 +205,8 @@ def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: 
 def rows_of_items(features: Tensor, items: int) -> Tensor:
     """Features with one row per item, where an encoder gives several for each, such as one per frame (TimeSformer).
 
-    Args:
-        features: ``(rows, tokens, width)``, or packed.
-        items: how many there are.
-
-    Returns:
-        ``(items, rows / items * tokens, width)``; the features as they are where the rows do not divide.
+    ``(rows, tokens, width)`` become ``(items, rows / items * tokens, width)``; packed ones, and rows that do not divide, stay.
     """
     if features.ndim != 3 or len(features) <= items or not items or len(features) % items:
         return features
-    # (rows, tokens, width) -> (items, rows / items * tokens, width)
     return features.unflatten(0, (items, -1)).flatten(1, 2)
