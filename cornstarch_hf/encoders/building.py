@@ -18,12 +18,10 @@ from .module import ModalEncoderModule, first_weight
 from .towers import OWN_INPUTS, transformers_keywords
 
 # Names that `generate`, Trainer or transformers' decoders give a meaning of their own.
-TEXT_NAMES = frozenset(
-    [
-        *(*OWN_INPUTS, *CACHE_NAMES, "token_type_ids", "mm_token_type_ids", "cache_position", "shift_labels", "inputs"),
-        *("return_dict", "output_attentions", "output_hidden_states", "encoder_outputs", "return_loss"),
-    ]
-)
+TEXT_NAMES = frozenset([
+    *OWN_INPUTS, *CACHE_NAMES, "token_type_ids", "mm_token_type_ids", "cache_position", "shift_labels", "inputs",
+    "return_dict", "output_attentions", "output_hidden_states", "encoder_outputs", "return_loss",
+])  # fmt: skip
 # Towers of packed models name their inputs differently from what their processors emit.
 PROCESSOR_NAMES = {
     "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
@@ -34,11 +32,7 @@ PROCESSOR_NAMES = {
 def complete_projector(
     encoder: ModalEncoderModule, language_model: nn.Module, width: int, projection_type: str, activation: str
 ) -> None:
-    """Create or complete an encoder's projector, on the encoder's device and in its dtype, and check its widths.
-
-    Raises:
-        ValueError: the projector's widths do not fit, or the encoder's width is not known.
-    """
+    """Create or complete an encoder's projector, on its device and in its dtype; ValueError for widths that do not fit."""
     name, module, (known, found) = encoder.name, unwrapped(encoder.module), found_width(encoder)
     if encoder.projector is None:
         config = MultimodalProjectorConfig(projection_type=projection_type, activation=activation)
@@ -74,12 +68,10 @@ def complete_projector(
 
 
 def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
-    """Width of an encoder's selected features, by a dry run, else by its configuration; None where neither tells.
+    """Width of an encoder's selected features, None where nothing tells, and whether it is certain.
 
-    What the run tells of their axes becomes part of the encoder's selection.
-
-    Returns:
-        the width, and whether it is certain: a configuration may speak of another one.
+    What a dry run tells of their axes becomes part of the encoder's selection; without one, the configuration may speak of
+    another width.
     """
     inner, selection = unwrapped(encoder.module), encoder.selection
     # Of a field or a layout of the user's choice the configuration says nothing.
@@ -118,29 +110,17 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
 def assign_input_names(
     parameters: Mapping[str, Iterable[str]], kinds: Mapping[str, str], language_model: Iterable[str]
 ) -> dict[str, dict[str, str]]:
-    """Give each encoder input its keyword.
+    """Give each encoder input its keyword: for each modality ``{keyword: parameter of the encoder}``.
 
     An input keeps the name that its processor emits while that is unique; where two encoders, or an encoder and the
-    language model, want one name, every encoder's gets ``"{modality}_"`` in front.
-
-    Args:
-        parameters: what each modality's encoder takes.
-        kinds: the modalities' kinds.
-        language_model: what the language model takes.
-
-    Returns:
-        for each modality ``{keyword: parameter of the encoder}``.
-
-    Raises:
-        ValueError: a name is still taken with the prefix in front.
+    language model, want one name, every encoder's gets ``"{modality}_"`` in front (ValueError if that is taken too).
 
     >>> assign_input_names({"vision": ["pixel_values"], "audio": ["input_features", "attention_mask"]},
     ...                    {"vision": "image", "audio": "audio"}, ["input_ids", "attention_mask"])["audio"]
     {'input_features': 'input_features', 'audio_attention_mask': 'attention_mask'}
     """
-    emitted = {
-        name: {p: PROCESSOR_NAMES.get(kinds[name], {}).get(p, p) for p in names} for name, names in parameters.items()
-    }
+    names_of = {name: PROCESSOR_NAMES.get(kind, {}) for name, kind in kinds.items()}
+    emitted = {name: {p: names_of[name].get(p, p) for p in names} for name, names in parameters.items()}
     text = TEXT_NAMES | transformers_keywords() | set(language_model)
     wanted = [key for names in emitted.values() for key in names.values()]
     assigned: dict[str, dict[str, str]] = {}

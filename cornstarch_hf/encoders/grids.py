@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,6 @@ from ..processing.video import FRAME_MASK
 
 Grid = tuple[int, ...]
 PLANE_KINDS = ("image", "video")
-# Attributes of configurations whose towers merge patches from stage to stage, one entry per stage.
-STAGES = ("depths", "depth", "hidden_sizes", "embed_dims")
-PIXELS = ("pixel_values_videos", "pixel_values")
 _OR_STATE = "; or set output['feature_grids'] to one (height, width) per item in postprocess_module_callback."
 
 
@@ -33,14 +30,10 @@ class GridQuery(NamedTuple):
 def item_grids(query: GridQuery) -> list[Grid]:
     """``(height, width)`` or ``(frames, height, width)`` of each item's features, which lie in it row by row.
 
-    Raises:
-        ValueError: they lie in no grid, or it is not known; says what was expected and what to do.
+    ValueError where they lie in no grid, or it is not known; says what was expected and what to do.
     """
     # What the inputs say of single items comes before what the size of the pixels suggests.
-    for rule in (_by_patches, _by_sizes):
-        if (grids := rule(query)) is not None:
-            return grids
-    return [_by_pixels(query, length) for length in query.lengths]
+    return _by_patches(query) or _by_sizes(query) or [_by_pixels(query, length) for length in query.lengths]
 
 
 def _by_patches(query: GridQuery) -> list[Grid] | None:
@@ -124,14 +117,16 @@ def _square(query: GridQuery, length: int) -> Grid:
 
 
 def is_staged(config: Any) -> bool:
-    """Whether a tower merges patches from stage to stage."""
-    return any(isinstance(getattr(config, stages, None), (list, tuple)) for stages in STAGES)
+    """Whether a tower merges patches from stage to stage: then its configuration has lists with one entry per stage."""
+    stages = ("depths", "depth", "hidden_sizes", "embed_dims")
+    return any(isinstance(getattr(config, name, None), (list, tuple)) for name in stages)
 
 
 def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:
     """Patches (of one pixel, where the configuration has no patch size) along each axis of an image or a video."""
-    pixels = next((inputs[k] for k in PIXELS if isinstance(inputs.get(k), Tensor)), None)
-    if pixels is None or pixels.ndim not in (4, 5):
+    videos = inputs.get("pixel_values_videos")
+    pixels = videos if isinstance(videos, Tensor) else inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
         return None
     rows, columns = patch_size(config) or (1, 1)
     *_, height, width = pixels.shape  # (items, channels, height, width), with frames before or after the channels
@@ -155,15 +150,10 @@ def grids_of_tensor(grids: Any) -> list[Grid]:
 
 
 def frames_as_items(inputs: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[int]]:
-    """Inputs with one row per frame, and how many frames each item has.
+    """Inputs with one row per frame, from tensors ``(items, frames, ...)``, and how many frames each item has.
 
-    Args:
-        inputs: tensors ``(items, frames, ...)``; `frame_mask` ``(items, frames)``, True for frames that are no padding, is
-            taken out.  What is no tensor stays as it is.
-        name: the modality, for messages.
-
-    Raises:
-        ValueError: no tensor of at least five axes, or a mask that does not fit it or has a gap.
+    A `frame_mask` ``(items, frames)``, True for frames that are no padding, is taken out.  ValueError without a tensor of at
+    least five axes, and for a mask that does not fit it or has a gap.
     """
     mask, tensors = inputs.get(FRAME_MASK), {key: v for key, v in inputs.items() if isinstance(v, Tensor)}
     shape = next((tuple(v.shape[:2]) for v in tensors.values() if v.ndim >= 5), None)
@@ -189,19 +179,10 @@ def frames_as_items(inputs: Mapping[str, Any], name: str) -> tuple[dict[str, Any
     return found, mask.sum(-1).tolist()
 
 
-def joined_frames(
-    features: Tensor, lengths: Sequence[int] | None, counts: Sequence[int]
-) -> tuple[Tensor, list[int] | None]:
-    """Features of each item from those of its frames, in order.
+def joined_frames(features: Tensor, lengths: Sequence[int] | None, counts: Sequence[int]) -> tuple[Tensor, list | None]:
+    """Features of each item, ``(items, tokens, width)``, or packed with the tokens of each, from those of its frames.
 
-    Args:
-        features: ``(frames of all items, tokens, width)``, or packed ``(tokens of all frames, width)``.
-        lengths: features of each frame, where the tensor does not tell.
-        counts: frames of each item.
-
-    Returns:
-        ``(items, tokens of an item, width)`` and None where all items have as many, else ``(tokens of all items, width)`` and
-        the tokens of each item.
+    These are ``(frames of all items, tokens, width)``, or packed with `lengths`; `counts` are the frames of each item.
     """
     per_frame = [features.shape[1]] * len(features) if lengths is None else lengths
     if features.ndim == 3:  # -> (tokens of all frames, width)
@@ -213,29 +194,14 @@ def joined_frames(
     return features, totals
 
 
-def frame_grids(
-    inputs: Mapping[str, Any],
-    lengths: Sequence[int],
-    name: str,
-    grid_of: Callable[[dict[str, Any], list[int]], list[tuple[int, ...]]],
-) -> list[tuple[int, ...]]:
-    """The grid of each item's features, frames first.
-
-    Args:
-        inputs: as in `frames_as_items`.
-        lengths: features of each item.
-        name: the modality, for messages.
-        grid_of: the grids of frames, from inputs with one row per frame and the features of each.
-
-    Raises:
-        ValueError: features that do not divide among the frames; what `grid_of` raises.
-    """
-    rows, counts = frames_as_items(inputs, name)
-    for length, count in zip(lengths, counts, strict=True):
+def frame_grids(query: GridQuery, name: str) -> list[Grid]:
+    """``(frames, height, width)`` of each item's features, with inputs as in `frames_as_items`; raises as `item_grids` does."""
+    rows, counts = frames_as_items(query.inputs, name)
+    for length, count in zip(query.lengths, counts, strict=True):
         if length % count:
             raise ValueError(f"{length} features do not divide among {count} frames.")
-    per_frame = [length // count for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
-    planes = grid_of(rows, per_frame)  # (height, width) of each frame
+    per_frame = [n // count for n, count in zip(query.lengths, counts, strict=True) for _ in range(count)]
+    planes = item_grids(query._replace(inputs=rows, lengths=per_frame))  # (height, width) of each frame
     starts = itertools.accumulate(counts[:-1], initial=0)
     # All frames of an item have the size of its first one.
     return [(count, *planes[start]) for start, count in zip(starts, counts, strict=True)]

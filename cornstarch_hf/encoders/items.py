@@ -14,11 +14,8 @@ from ..parts.known_encoders import grid_of, patch_size, unpadded_patches
 from .grids import merged_patches
 from .towers import TRUE_ON_PADDING, counted_lengths
 
-# Masks ``(items, length)`` of inputs, and of an encoder's output.
+# Masks ``(items, length)`` of inputs.
 MASKS = ("attention_mask", "padding_mask", "input_features_mask", "mask", "audio_mel_mask")
-_OUTPUT_MASKS = ("attention_mask", "output_mask", "audio_mel_mask")
-# Inputs of one number or id per position, whose encoders read the padding in one way or another.
-_PLAIN = ("input_values", "input_ids")
 
 
 class Padded(NamedTuple):
@@ -45,11 +42,7 @@ def item_count(inputs: Mapping[str, Any]) -> int:
 
 
 def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[str, Any]]:
-    """A batch, one dict per item; each tensor keeps its axes.
-
-    Raises:
-        ValueError: a tensor of which it cannot be told what belongs to which item.
-    """
+    """A batch, one dict per item; each tensor keeps its axes.  ValueError for one that does not tell whose what is."""
     sizes = packed_sizes(inputs)
     items: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, value in inputs.items():
@@ -87,18 +80,14 @@ def _parts(value: Any, count: int, sizes: list[int] | None) -> Sequence[Any] | N
 
 
 def padding_of(inputs: Mapping[str, Any], where: str) -> Padded | None:
-    """The padding that a mask tells of; None without a mask ``(items, length)`` of an axis of the items.
-
-    Raises:
-        ValueError: items that are not padded on the right.
-    """
+    """The padding that a mask tells of, ValueError unless it is on the right; None without a mask of an axis of the items."""
     for name in MASKS:
         mask = inputs.get(name)
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_meta:
             continue  # no mask of items, or one without values, in a dry run
         if not any(_axes(value, mask) for key, value in inputs.items() if key not in MASKS):
             continue  # a mask of something that no input has as an axis
-        valid = _valid(name, mask)
+        valid = mask.bool() != (name in TRUE_ON_PADDING)  # (items, length)
         lengths = valid.sum(-1)
         # Ones for the first `lengths` positions are the only mask of items that are padded on the right.
         if not torch.equal(valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
@@ -106,10 +95,6 @@ def padding_of(inputs: Mapping[str, Any], where: str) -> Padded | None:
             raise ValueError(f"{where}: items of an encoder must be padded on the right; the {name} has {has}.")
         return Padded(name, mask.shape[1], lengths.tolist())
     return None
-
-
-def _valid(name: str, mask: Tensor) -> Tensor:
-    return ~mask.bool() if name in TRUE_ON_PADDING else mask.bool()  # (items, length)
 
 
 def _axes(value: Any, mask: Tensor) -> list[int]:
@@ -120,8 +105,9 @@ def _axes(value: Any, mask: Tensor) -> list[int]:
 
 
 def is_raw_sequence(inputs: Mapping[str, Any], padded: Padded) -> bool:
-    """Whether the items are sequences of numbers or ids, of the mask's own shape."""
-    return any(isinstance(inputs.get(key), Tensor) and inputs[key].shape == inputs[padded.mask].shape for key in _PLAIN)
+    """Whether the items are sequences of numbers or ids, of the mask's own shape: their encoders read the padding."""
+    plain = [inputs[key] for key in ("input_values", "input_ids") if isinstance(inputs.get(key), Tensor)]
+    return any(value.shape == inputs[padded.mask].shape for value in plain)
 
 
 def groups_by_length(padded: Padded) -> dict[int, list[int]]:
@@ -136,10 +122,7 @@ def select_items(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[
     """Some items of one length without padding, by their positions.
 
     Their masks stay: an encoder may attend otherwise without one (Moonshine Streaming sees the whole sound then, instead of
-    windows).
-
-    Raises:
-        ValueError: several axes of an input are as long as the mask, so that it is not known which is padded.
+    windows).  ValueError where several axes of an input are as long as the mask, so that it is not known which is padded.
     """
     mask, length = inputs[padded.mask], padded.lengths[positions[0]]
     found = dict(inputs)
@@ -159,6 +142,13 @@ def select_items(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[
     return found
 
 
+def parts_of(inputs: Mapping[str, Any], padded: Padded | None, where: str) -> list[tuple[dict[str, Any], list[int]]]:
+    """A batch by length, unpadded, or item by item; each part with the positions of its items."""
+    if padded is not None:  # what an item gives never depends on its neighbours
+        return [(select_items(inputs, padded, positions), positions) for positions in groups_by_length(padded).values()]
+    return [(item, [i]) for i, item in enumerate(split_items(inputs, item_count(inputs), where))]
+
+
 def without_padding(inputs: dict[str, Any], where: str = "item") -> dict[str, Any]:
     """One item's inputs without the padding that a batch gave it, where it is a sequence of numbers or ids.
 
@@ -169,64 +159,43 @@ def without_padding(inputs: dict[str, Any], where: str = "item") -> dict[str, An
 
 
 class ItemLengthsUnknown(Exception):
-    """Neither an encoder's output nor its inputs tell which features belong to which item.
-
-    Attributes:
-        packed: whether the encoder left out padding by itself.
-    """
+    """Neither an encoder's output nor its inputs tell which features belong to which item."""
 
     def __init__(self, packed: bool):
-        super().__init__()
-        self.packed = packed
+        self.packed = packed  # whether the encoder left out padding by itself
 
 
 def feature_lengths(
-    features: Tensor,
-    arguments: Mapping[str, Any],
-    raw: Mapping[str, Any],
-    module: nn.Module,
-    padded: Padded | None,
-    dropped: int = 0,
+    features: Tensor, arguments: Mapping, raw: Mapping, module: nn.Module, padded: Padded | None, dropped: int = 0
 ) -> list[int] | None:
-    """Features of each item; None where the tensor's shape tells.
+    """How many features, ``(items, tokens, width)`` or ``(sum of tokens, width)``, each item has; None where the shape tells.
 
-    Args:
-        features: ``(items, tokens, width)``, ``(sum of tokens, width)``, or the latter as the only row of the former.
-        arguments: of the encoder.
-        raw: its output.
-        module: the encoder.
-        padded: padding of the inputs, None where there is none.
-        dropped: leading tokens of each item that are no longer there.
-
-    Raises:
-        ItemLengthsUnknown: nothing tells; the items alone would.
-        ValueError: an item of no more tokens than were dropped.
+    `raw` is what the encoder made of its arguments; `dropped` leading tokens of each item are no longer there (ValueError if
+    that is all of one).  ItemLengthsUnknown where nothing tells, and the items alone would.
     """
     if features.ndim == 2:
         return _packed(len(features), arguments, unwrapped(module).config)  # (sum of tokens, width)
     # Masks and lengths count the dropped tokens too, which are taken off at the end.
     items, tokens = len(features), features.shape[1] + dropped
     # The encoder's own mask comes first, then that of patches, each of which gave one.
-    masks = [*((name, raw.get(name)) for name in _OUTPUT_MASKS), ("pixels", arguments.get("pixel_attention_mask"))]
-    valid = next((_valid(name, m) for name, m in masks if isinstance(m, Tensor) and m.shape == (items, tokens)), None)
-    if valid is not None:
+    masks = {name: raw.get(name) for name in ("attention_mask", "output_mask", "audio_mel_mask")}
+    masks["patches"] = arguments.get("pixel_attention_mask")
+    fitting = {k: m for k, m in masks.items() if isinstance(m, Tensor) and m.shape == (items, tokens)}
+    if fitting:
+        name, mask = next(iter(fitting.items()))
+        valid = mask.bool() != (name in TRUE_ON_PADDING)  # (items, tokens)
         lengths = None if bool(valid.all()) else valid.sum(-1).tolist()  # None: every row is as long as the tensor
     elif (lengths := unpadded_patches(arguments, tokens)) is None and padded is not None:
-        cut = min(padded.lengths) < padded.size
+        is_padded = min(padded.lengths) < padded.size
         if padded.size == tokens:
-            lengths = padded.lengths if cut else None
+            lengths = padded.lengths if is_padded else None
         else:  # the encoder leaves fewer features than positions, and may have a method that tells how many
             lengths = counted_lengths(module, torch.tensor(padded.lengths), padded.size, tokens)
-            if lengths is None and cut:
+            if lengths is None and is_padded:
                 raise ItemLengthsUnknown(packed=False)
     if dropped and lengths is not None and min(lengths) <= dropped:
         raise ValueError(f"drop_prefix={dropped} needs items of more tokens than that, got {lengths}.")
     return lengths and [length - dropped for length in lengths]
-
-
-def is_packed_row(features: Tensor, items: int) -> bool:
-    """Whether several items lie in one row of a tensor of rows."""
-    return features.ndim == 3 and len(features) == 1 and items > 1
 
 
 def _packed(count: int, arguments: Mapping[str, Any], config: Any) -> list[int] | None:

@@ -17,21 +17,13 @@ from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
-from .grids import GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
-from .items import (
-    ItemLengthsUnknown,
-    Padded,
-    feature_lengths,
-    groups_by_length,
-    is_packed_row,
-    is_raw_sequence,
-    item_count,
-    padding_of,
-    select_items,
-    split_items,
-)
-from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, selected_map, with_features
+from .grids import Grid, GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
+from .items import ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
+from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
 from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
+
+# The encoder's own output, and the same with the selected features in place of the last hidden state.
+Encoded = tuple[EncoderOutput, EncoderOutput]
 
 
 class ModalEncoderModule(nn.Module):
@@ -61,8 +53,7 @@ class ModalEncoderModule(nn.Module):
 
     Raises:
         TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
-        ValueError: `model=` and `module=` both given, several towers to choose from, a bad selection, an encoder that leaves
-            out a part of each item at random.
+        ValueError: two names of one argument, several towers, a bad selection, an encoder that leaves out a part at random.
     """
 
     module: Any
@@ -136,8 +127,7 @@ class ModalEncoderModule(nn.Module):
         """Encode and project items.
 
         Args:
-            **inputs: the encoder's inputs by the names of its `forward`, and the additional arguments.  Floating-point
-                tensors are cast to the encoder's dtype.
+            **inputs: of the encoder's `forward`, and the additional arguments; floats are cast to the encoder's dtype.
 
         Returns:
             the encoder's own output, with one ``(n_i, hidden)`` tensor per item as `pooler_output`.
@@ -165,7 +155,8 @@ class ModalEncoderModule(nn.Module):
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
             inputs = self.preprocess_callback(inputs)
-            self._check_returned("preprocess_callback", inputs, dict)
+            if not isinstance(inputs, dict):
+                raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
         accepted, weight = forward_parameters(self.module), first_weight(self.module)
         arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
@@ -174,7 +165,7 @@ class ModalEncoderModule(nn.Module):
             return inputs, *self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
         return inputs, *self._encode(arguments, options)
 
-    def _encode(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+    def _encode(self, arguments: dict, options: dict) -> Encoded:
         """Items together where that changes nothing, else parts of the batch one after the other."""
         padded, config = padding_of(arguments, self.name), unwrapped(self.module).config
         # By length where an encoder reads the padding; adapters are convolutions that see no mask.
@@ -187,11 +178,8 @@ class ModalEncoderModule(nn.Module):
                 return self._encode_batch(arguments, padded, options)
             except ItemLengthsUnknown as unknown:
                 by_length = padded is not None and not unknown.packed
-        if padded is not None and by_length:  # unpadded: what an item gives never depends on its neighbours
-            parts = [(select_items(arguments, padded, where), where) for where in groups_by_length(padded).values()]
-        else:  # nothing tells which features are whose: each a batch of one
-            parts = [(one, [i]) for i, one in enumerate(split_items(arguments, item_count(arguments), self.name))]
         items: dict[int, Tensor] = {}
+        parts = parts_of(arguments, padded if by_length else None, self.name)
         for part, positions in parts:
             raw, selected = self._encode_batch(part, None, options)
             if len(parts) == 1:
@@ -202,7 +190,7 @@ class ModalEncoderModule(nn.Module):
         together = EncoderOutput(last_hidden_state=torch.cat(ordered))  # (sum of tokens, width)
         return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
 
-    def _encode_frames(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+    def _encode_frames(self, arguments: dict, options: dict) -> Encoded:
         """Each frame of a video as an image of its own; an item's features are those of its frames, in order."""
         frames, counts = frames_as_items(arguments, self.name)  # (frames of all items, channels, height, width)
         raw, selected = self._encode_batch(frames, None, options)  # (frames of all items, tokens, width), or packed
@@ -212,9 +200,7 @@ class ModalEncoderModule(nn.Module):
             output["feature_grids"] = torch.tensor([[count, *grids[0].tolist()] for count in counts])  # (items, 3)
         return raw, output
 
-    def _encode_batch(
-        self, arguments: dict, padded: Padded | None, options: dict
-    ) -> tuple[EncoderOutput, EncoderOutput]:
+    def _encode_batch(self, arguments: dict, padded: Padded | None, options: dict) -> Encoded:
         """One call of the module, and what is selected of its output."""
         wanted = options | {"return_dict": True}
         if self.selection.needs_hidden_states:
@@ -232,41 +218,28 @@ class ModalEncoderModule(nn.Module):
         # The width tells maps with their channels first from maps with them last.
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
         count = item_count(arguments)
-        features = select_features(raw, self.selection, self.name, width, count)  # (rows, tokens, width), or packed
-        features = rows_of_items(features, count)  # rows of one item behind each other: (items, tokens, width)
-        if is_packed_row(features, count):
-            features = features[0]  # (1, sum of tokens, width) -> (sum of tokens, width)
+        # (rows, tokens, width) -> (items, tokens, width), or (sum of tokens, width)
+        features, grid = select_features(raw, self.selection, self.name, width, count)
+        features = rows_of_items(features, count)
         dropped = self.selection.drop_prefix
         output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded, dropped))
-        if (shape := selected_map(raw, self.selection, self.name, width)) is not None:
-            output["feature_grids"] = torch.tensor([shape] * len(features))  # (items, 2)
+        if grid is not None:
+            output["feature_grids"] = torch.tensor([grid] * len(features))  # (items, 2)
         return raw, output
 
-    def grids(
-        self, inputs: dict, lengths: list[int] | None, given_grids: Any = None, changed: bool = False
-    ) -> list[tuple[int, ...]] | None:
-        """The grid of each item's features; None where the projector needs none.
+    def grids(self, inputs: dict, lengths: list | None, given: Any = None, changed: bool = False) -> list[Grid] | None:
+        """The grid of each item's features: the given one, else by what `GridQuery` holds; None where the projector needs none.
 
-        Args:
-            inputs: of the module.
-            lengths: features of each item.
-            given_grids: grids that are known already, ``(items, 2 or 3)``.
-            changed: whether a callback changed their number.
-
-        Raises:
-            ValueError: the projector needs a grid that is not known.
+        ValueError where it needs one that is not known.
         """
         if self.projector is None or not self.projector.needs_grid or lengths is None:
             return None
         config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
-
-        def grids_of(rows: dict, each: list[int]) -> list[tuple[int, ...]]:
-            return item_grids(GridQuery(rows, config, self.kind, each, changed, dropped))
-
+        query = GridQuery(inputs, config, self.kind, lengths, changed, dropped)
         try:
-            if given_grids is not None:
-                return grids_of_tensor(given_grids)
-            return frame_grids(inputs, lengths, self.name, grids_of) if self.by_frame else grids_of(inputs, lengths)
+            if given is not None:
+                return grids_of_tensor(given)  # (items, 2 or 3)
+            return frame_grids(query, self.name) if self.by_frame else item_grids(query)
         except ValueError as error:
             what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
             raise ValueError(f"{self.name}: {what}. {error}") from error
@@ -277,9 +250,7 @@ class ModalEncoderModule(nn.Module):
         `inputs` may tell the items' grids; `encoded` are the lengths of items before the callback that follows the module.
         """
         if self.projector is None:
-            raise ValueError(
-                f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel first."
-            )
+            raise ValueError(f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel.")
         features, expected = output.last_hidden_state, self.projector.config.in_features
         if expected is not None and (width := features.shape[-1]) != expected:
             raise ValueError(
@@ -310,15 +281,16 @@ class ModalEncoderModule(nn.Module):
 
     def _postprocess(self, slot: str, inputs: dict, output: EncoderOutput) -> EncoderOutput:
         """What a callback makes of an output; lengths and grids that it does not state hold while the rows do."""
-        callback = getattr(self, slot)
-        if callback is None:
+        if (callback := getattr(self, slot)) is None:
             return output
         before, lens, grids = output.last_hidden_state, output.feature_lens, output.feature_grids
         # A callback written for an encoder with `return_dict=False` expects the features as the first of a tuple.
         as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
         own = ("feature_lens", "feature_grids")  # fields of this package, which no encoder's tuple has
         result = callback(inputs, tuple(v for k, v in output.items() if k not in own) if as_tuple else output)
-        self._check_returned(slot, result, (ModelOutput, tuple))
+        if not isinstance(result, (ModelOutput, tuple)):
+            what = type(result).__name__
+            raise TypeError(f"{self.name}.{slot} must return a model output or a tuple, got {what}.")
         result = as_output(result)
         after, given_lengths, given_grids = result.last_hidden_state, result.feature_lens, result.feature_grids
         same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]  # as many rows
@@ -327,11 +299,6 @@ class ModalEncoderModule(nn.Module):
         if given_grids is None or given_grids is grids:
             given_grids = grids if same else None
         return with_features(result, after, given_lengths, feature_grids=given_grids)
-
-    def _check_returned(self, slot: str, result: Any, expected: type | tuple[type, ...]) -> None:
-        if not isinstance(result, expected):
-            what = "a dict" if expected is dict else "a model output or a tuple"
-            raise TypeError(f"{self.name}.{slot} must return {what}, got {type(result).__name__}.")
 
 
 def _one_of(**values: Any) -> Any:

@@ -8,6 +8,7 @@ import copy
 import functools
 import pickle
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -56,20 +57,13 @@ class OwnParts:
 
 def _pickled_by_value() -> bool:
     """Whether the pickle is being made by what can hold a lambda as well (a fingerprint of datasets), or for a copy."""
-    frame: Any = sys._getframe(1)  # who makes the pickle is among the callers
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] in ("copy", "dill", "cloudpickle"):
-            return True
-        frame = frame.f_back
-    return False
+    callers = traceback.walk_stack(sys._getframe(1))  # who makes the pickle is among them
+    packages = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in callers}
+    return not packages.isdisjoint(("copy", "dill", "cloudpickle"))
 
 
 def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule]) -> dict[str, OwnParts]:
-    """Write the callbacks and projections of live encoders into a configuration (in place).
-
-    Returns:
-        what the configuration cannot hold, of those encoders that have such parts.
-    """
+    """Write callbacks and projections of live encoders into a configuration (in place); gives back what it cannot hold."""
     found = {}
     for name, encoder in encoders.items():
         described, own = {}, {}
@@ -88,11 +82,7 @@ def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule])
 
 
 def settle_registered(config: MultimodalConfig, own: OwnParts) -> None:
-    """Write parts into a configuration that have been registered since (in place).
-
-    Raises:
-        ValueError: a callback is still not registered; names the remedy.
-    """
+    """Write parts into a configuration that have been registered since (in place); ValueError for one that has not been."""
     callbacks = config.modality(own.name)["callbacks"] | check_callbacks_storable({**own.callbacks}, own.name)
     # In the order in which they run.
     config.modality(own.name)["callbacks"] = {slot: callbacks[slot] for slot in SLOTS if slot in callbacks}
@@ -114,7 +104,8 @@ def _without_weights(part: Any) -> Any:
     """A copy in which the parameters of all modules are on the meta device; what holds no module is given back as it is."""
     parameters = [p for module in _modules_in(part) for p in module.parameters()]
     # deepcopy takes what its memo names for copied already: so the weights are replaced before they would be.
-    copied = _copied(part, {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters})
+    moved = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters}
+    copied = copy.deepcopy(part, moved) if _modules_in(part) else part
     for module in _modules_in(copied):
         weights_to_meta(module)
     return copied
@@ -122,12 +113,9 @@ def _without_weights(part: Any) -> Any:
 
 def _without_tensors(part: Any) -> Any:
     """A copy to be pickled, in which meta tensors are told by their shapes: a fingerprint reads the values of tensors."""
-    tensors = [x for module in _modules_in(part) for x in (*module.parameters(), *module.buffers()) if x.is_meta]
-    return _copied(part, {id(x): _MetaTensor(x) for x in tensors})
-
-
-def _copied(part: Any, memo: dict[int, Any]) -> Any:
-    return copy.deepcopy(part, memo) if _modules_in(part) else part
+    modules = _modules_in(part)
+    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers()) if x.is_meta]
+    return copy.deepcopy(part, {id(x): _MetaTensor(x) for x in tensors}) if modules else part
 
 
 def _modules_in(part: Any) -> list[nn.Module]:

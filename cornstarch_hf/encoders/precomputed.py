@@ -35,8 +35,11 @@ class PrecomputedFeaturesConfig(PreTrainedConfig):
 class PrecomputedFeatures(PreTrainedModel):
     """The identity as an encoder: features that another program computed go to the projector as they are.
 
+    Args:
+        config: a `PrecomputedFeaturesConfig` with its `feature_size`.
+
     Raises:
-        ValueError: a configuration without `feature_size`.
+        ValueError: no `feature_size`.
     """
 
     config_class = PrecomputedFeaturesConfig
@@ -48,9 +51,7 @@ class PrecomputedFeatures(PreTrainedModel):
     def __init__(self, config: PrecomputedFeaturesConfig):
         super().__init__(config)
         if config.feature_size is None:
-            raise ValueError(
-                "PrecomputedFeatures needs the width of the features: PrecomputedFeaturesConfig(feature_size=...)."
-            )
+            raise ValueError("PrecomputedFeatures needs the width of the features, feature_size= of its configuration.")
         self.post_init()
 
     # transformers reads these from the first parameter.
@@ -90,7 +91,5 @@ class PrecomputedFeatures(PreTrainedModel):
                 mask = tuple(attention_mask.shape)
                 raise ValueError(f"The attention mask of the features must be {got[:2]}, got {mask}.")
             if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # a step from 0 to 1 in some row
-                raise ValueError(
-                    "Features must be padded after the last one; this attention mask has zeros before ones."
-                )
+                raise ValueError("Features must be padded after the last one; this mask has zeros before ones.")
         return BaseModelOutput(last_hidden_state=features) if return_dict is not False else (features,)

@@ -15,11 +15,7 @@ from .module import ModalEncoderModule
 
 
 def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    """Build one encoder with its projector and callbacks.
-
-    Raises:
-        ValueError: an unknown class, callback, projector or encoder type.
-    """
+    """Build one encoder with its projector and callbacks; ValueError for an unknown class, callback or encoder type."""
     # First: a type that was registered when this was saved must be registered here too.
     check_facts_registered(config.encoder_types)
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
@@ -38,11 +34,7 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
 
 
 def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
-    """Build what a configuration describes, with fresh weights.
-
-    Raises:
-        ValueError: an empty configuration, an unknown class, callback or projector.
-    """
+    """Build what a configuration describes, with fresh weights; ValueError for an empty one or an unknown class or callback."""
     if config.text_config is None:
         raise ValueError(
             "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "

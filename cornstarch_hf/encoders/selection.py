@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,38 +95,34 @@ def with_features(output: Mapping[str, Any], features: Any, lens: Any, **changes
 
 def select_features(
     output: EncoderOutput, selection: Selection, name: str, width: int | None = None, items: int | None = None
-) -> Tensor:
-    """The features that a selection names.
+) -> tuple[Tensor, tuple[int, int] | None]:
+    """The features that a selection names, ``(items, tokens, width)``, or ``(sum of tokens, width)`` for packed towers.
 
-    Args:
-        output: of the encoder.
-        selection: see `Selection`.
-        name: the modality, for messages.
-        width: the features' expected width, which tells channels-first from channels-last maps.
-        items: how many there are, where it is known; it tells merged tokens from pooled vectors.
-
-    Returns:
-        ``(items, tokens, width)``, or ``(sum of tokens, width)`` for packed towers.
-
-    Raises:
-        ValueError: no such field or layer, a prefix that is not there, an output of another rank.
+    With them rows and columns of the map that they are, None where they are none, or a prefix is dropped.  The expected width
+    tells channels-first from channels-last maps, the number of items merged tokens from pooled vectors.  ValueError where there
+    is no such field, layer or prefix, and for an output of another rank.
     """
+    chosen = chosen_features(output, selection, name, items)
     # one (items, tokens, width) per layer, or (sum of tokens, width)
-    features = [_as_tokens(x, selection, width, name) for x in chosen_features(output, selection, name, items)]
+    features = [_as_tokens(x, selection, width, name) for x in chosen]
     if len({x.shape[:-1] for x in features}) > 1:
         raise ValueError(
             f"{name}: hidden states of different sizes cannot be joined, layer={selection.layer!r} gave the shapes "
             f"{[tuple(x.shape) for x in features]}: choose layers of one stage."
         )
     joined = features[0] if len(features) == 1 else torch.cat(features, dim=-1)  # (items, tokens, layers * width)
-    if not selection.drop_prefix:
-        return joined
-    if joined.ndim != 3 or joined.shape[1] <= selection.drop_prefix:
-        raise ValueError(
-            f"{name}: drop_prefix={selection.drop_prefix} needs features of shape (items, tokens, width) with more "
-            f"tokens than that, got {tuple(joined.shape)}."
-        )
-    return joined[:, selection.drop_prefix :]  # (items, tokens - drop_prefix, width)
+    if selection.drop_prefix:
+        if joined.ndim != 3 or joined.shape[1] <= selection.drop_prefix:
+            raise ValueError(
+                f"{name}: drop_prefix={selection.drop_prefix} needs features of shape (items, tokens, width) with more "
+                f"tokens than that, got {tuple(joined.shape)}."
+            )
+        return joined[:, selection.drop_prefix :], None  # (items, tokens - drop_prefix, width)
+    if chosen[0].ndim != 4 or selection.data_format == LAYERS_FIRST:
+        return joined, None
+    # (items, rows, columns, width), or (items, width, rows, columns)
+    first = 1 if _channels_last(chosen[0], selection, width) else 2
+    return joined, (int(chosen[0].shape[first]), int(chosen[0].shape[first + 1]))
 
 
 def chosen_features(output: EncoderOutput, selection: Selection, name: str, items: int | None = None) -> list[Tensor]:
@@ -139,9 +135,7 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
         return [value]
     if selection.layer == -1:
         if (last := output.last_hidden_state) is None:
-            raise ValueError(
-                f"{name}: the encoder's output has no features, it has {list(output)}; name one by output=."
-            )
+            raise ValueError(f"{name}: the output has no features, it has {list(output)}; name one by output=.")
         return [_merged(last, output.pooler_output, items)]
     states = output.hidden_states
     if states is None:
@@ -168,18 +162,6 @@ def _merged(last: Any, pooled: Any, items: int | None) -> Tensor:
     return pooled.unflatten(0, (items, -1))  # the same number of each item: they have one shape
 
 
-def selected_map(
-    output: EncoderOutput, selection: Selection, name: str, width: int | None = None
-) -> tuple[int, int] | None:
-    """Rows and columns of the map that a selection names; None where it is no map, or loses some of it to a prefix."""
-    chosen = chosen_features(output, selection, name)[0]
-    if chosen.ndim != 4 or selection.drop_prefix or selection.data_format == LAYERS_FIRST:
-        return None
-    # (items, rows, columns, width), or (items, width, rows, columns)
-    rows, columns = chosen.shape[1:3] if _channels_last(chosen, selection, width) else chosen.shape[2:]
-    return int(rows), int(columns)
-
-
 def _channels_last(features: Tensor, selection: Selection, width: int | None) -> bool:
     if selection.data_format is not None:
         return selection.data_format == CHANNELS_LAST
@@ -202,11 +184,46 @@ def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: 
     return features.flatten(1, 2)  # (items, rows, columns, width) -> (items, tokens, width)
 
 
-def rows_of_items(features: Tensor, items: int) -> Tensor:
-    """Features with one row per item, where an encoder gives several for each, such as one per frame (TimeSformer).
+class FeatureAxes(NamedTuple):
+    """How features lie in the tensor that a selection names."""
 
-    ``(rows, tokens, width)`` become ``(items, rows / items * tokens, width)``; packed ones, and rows that do not divide, stay.
+    width: int  # of one feature
+    data_format: str | None  # see `Selection`; None for packed features, which have one axis besides
+
+
+def axes_of(shapes: Sequence[tuple[int, ...]], expected_width: int | None, guess: bool = False) -> FeatureAxes | None:
+    """The axes that some shapes of one item's features leave as the only ones; else, if that may be guessed, the usual ones."""
+    shape = shapes[-1]
+    if len(shape) == 2:
+        return FeatureAxes(shape[-1], None)  # packed, (tokens, width)
+    if len(shape) not in (3, 4):
+        return None
+    if len(shape) == 4 and shape[1] == 1 < shape[0]:  # (layers, items, tokens, width), of one item
+        return FeatureAxes(shape[-1], LAYERS_FIRST)
+    first, last = FeatureAxes(shape[1], CHANNELS_FIRST), FeatureAxes(shape[-1], CHANNELS_LAST)
+    # The width is the axis that is the same whatever the size of the item.
+    fixed = [a for a in (1, len(shape) - 1) if len({s[a] for s in shapes if len(s) == len(shape)}) == 1]
+    if len(fixed) == 1:
+        return first if fixed == [1] else last
+    fits = [layout for layout in (first, last) if layout.width == expected_width]
+    if len(fits) == 1:  # or the only one that is as long as the configuration says
+        return fits[0]
+    if len(shape) == 4 and shape[1] != shape[3]:  # a square map
+        if shape[2] == shape[3]:
+            return first
+        if shape[1] == shape[2]:
+            return last
+    # (items, tokens, width), or (items, width, rows, columns)
+    return (last if len(shape) == 3 else first) if guess else None
+
+
+def rows_of_items(features: Tensor, items: int) -> Tensor:
+    """Features with one row per item, of ``(rows, tokens, width)`` with several for each, such as one per frame (TimeSformer).
+
+    Packed ones, and rows that do not divide, stay; several items in one row become packed, ``(sum of tokens, width)``.
     """
+    if features.ndim == 3 and len(features) == 1 < items:
+        return features[0]
     if features.ndim != 3 or len(features) <= items or not items or len(features) % items:
         return features
-    return features.unflatten(0, (items, -1)).flatten(1, 2)
+    return features.unflatten(0, (items, -1)).flatten(1, 2)  # (items, rows / items * tokens, width)

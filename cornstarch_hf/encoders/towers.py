@@ -16,34 +16,26 @@ from ..parts.versions import CACHE_NAMES
 
 KIND_BY_INPUT = {"pixel_values": "image", "pixel_values_videos": "video", "input_features": "audio",
                  "input_values": "audio", "input_ids": "text", "past_values": "time"}  # fmt: skip
-# The inputs of which one holds an item, in order of preference; `feature_layout.RECIPES` makes each.
+# The inputs of which one holds an item, in order of preference; `feature_layout.item_shapes` has shapes of each.
 ITEM_INPUTS = ("pixel_values", "pixel_values_videos", "image", "flattened_patches", "input_values", "input_features",
                "audio_mel", "input_ids", "past_values", "hidden_states", "inputs")  # fmt: skip
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
-NOT_INPUTS = frozenset(
-    [
-        *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
-        *("cache_position", "encoder_hidden_states", "encoder_attention_mask", "bool_masked_pos", "mask_time_indices"),
-        *("head_mask", "noise", "sampled_negative_indices", "decoder_input_ids", "decoder_attention_mask"),
-    ]
-)
+NOT_INPUTS = frozenset([
+    "labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES, "cache_position",
+    "encoder_hidden_states", "encoder_attention_mask", "bool_masked_pos", "mask_time_indices", "head_mask", "noise",
+    "sampled_negative_indices", "decoder_input_ids", "decoder_attention_mask",
+])  # fmt: skip
 
 
 def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
-    """The encoder inside a model: the model itself, or the tower of a composite or headed one.
-
-    Args:
-        model: a `PreTrainedModel`, PEFT-wrapped or not.
-        kind: which tower to take where a model has several.
+    """The encoder inside a model, PEFT-wrapped or not: itself, or the tower (of that kind) of a composite or headed one.
 
     Raises:
         TypeError: no model, a class instead of an instance, or an abstract class.
         ValueError: several towers and no `kind`; a model that gives no features.
     """
     if isinstance(model, type):
-        raise TypeError(
-            f"Expected an encoder, got the class {model.__name__}: instantiate it, or load it by from_pretrained."
-        )
+        raise TypeError(f"Expected an encoder, got the class {model.__name__}: instantiate it, or use from_pretrained.")
     if is_wrapped(model):
         return model
     if not isinstance(model, PreTrainedModel):
@@ -103,10 +95,8 @@ def packs_frames(module: nn.Module) -> bool:
 
 
 def main_input(module: nn.Module) -> str:
-    """The input of which an encoder's items consist: what its class states if it takes that, else the first that is no mask.
-
-    The encoder inside an encoder-decoder states the whole model's (`past_values`, where Informer's takes `inputs_embeds`).
-    """
+    """The input of which an encoder's items consist: what its class states if it takes that, else the first that is no mask."""
+    # The encoder inside an encoder-decoder states the whole model's (`past_values`, where Informer's takes `inputs_embeds`).
     parameters = list(forward_parameters(module))
     stated = unwrapped(module).main_input_name
     return stated if stated in parameters else next((n for n in parameters if not n.endswith("mask")), parameters[0])
@@ -156,19 +146,17 @@ def transformers_keywords() -> frozenset[str]:
 
 def keyword_for(emitted: str, modality: str, input_names: Mapping[str, str]) -> str | None:
     """The keyword for a key that a modality's processor emits, None when its encoder takes no such input."""
-    for keyword in (f"{modality}_{emitted}", emitted):  # its own name first: the bare one may be another encoder's
-        if keyword in input_names:
-            return keyword
+    # Its own name first: the bare one may be another encoder's.
+    own = [keyword for keyword in (f"{modality}_{emitted}", emitted) if keyword in input_names]
     keywords = {parameter: keyword for keyword, parameter in input_names.items()}
-    return next((keywords[alias] for alias in ALIASES.get(emitted, ()) if alias in keywords), None)
+    return next(iter(own + [keywords[alias] for alias in ALIASES.get(emitted, ()) if alias in keywords]), None)
 
 
 def named_inputs(emitted: Mapping[str, Any], modality: str, input_names: Mapping[str, str]) -> dict[str, Any]:
     """What a modality's processor emits, by keyword; without what its encoder does not take.
 
-    Where several outputs could be one input, the one under the encoder's own name is.  A mask of another name becomes an
-    `attention_mask` only where it has the ``(items, positions)`` of something else that is emitted, and is turned round where
-    the encoder wants it true on padding.
+    Of several outputs that could be one input, the one under the encoder's own name is.  A mask of another name becomes an
+    `attention_mask` only where it has the ``(items, positions)`` of something else, and is turned round for `TRUE_ON_PADDING`.
     """
     keywords = {key: keyword_for(key, modality, input_names) for key in emitted}
     own = {key for key, keyword in keywords.items() if keyword in (key, f"{modality}_{key}")}
