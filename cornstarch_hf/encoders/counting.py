@@ -29,15 +29,13 @@ from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
 from .rebuilding import build_encoder
+from .towers import TRUE_ON_PADDING
 
 MOST = 4_096  # counts that are remembered: a server would else keep one for every size that it ever saw
 
 
 class CountCache:
-    """Numbers by key, of which the one that was asked for longest ago goes when there are too many.
-
-    Threads may share it.
-    """
+    """Numbers by key, of which the one that was asked for longest ago goes when there are too many.  Threads may share it."""
 
     def __init__(self, most: int = MOST):
         self.most = most
@@ -49,9 +47,8 @@ class CountCache:
     def get(self, key: Any) -> int | None:
         """The number, None if it is not known."""
         count = self._counts.get(key)
-        if count is not None:
-            with contextlib.suppress(KeyError):  # another thread has just put it out
-                self._counts.move_to_end(key)
+        with contextlib.suppress(KeyError):  # not known, or another thread has just put it out
+            self._counts.move_to_end(key)
         return count
 
     def put(self, key: Any, count: int) -> None:
@@ -63,20 +60,17 @@ class CountCache:
 
 def key_of(name: str, inputs: Mapping[str, Any]) -> tuple:
     """What an item's count depends on: of floating-point inputs the shape, of others all."""
-    # Sorted, for the order of the keywords makes no difference.
-    return name, *sorted((key, _signature(value)) for key, value in inputs.items())
+    found: list[Any] = [name]
+    for key, value in sorted(inputs.items()):  # for the order of the keywords makes no difference
+        if not isinstance(value, Tensor):
+            found.append((key, repr(value)))
+        else:  # the values of pixels and waves decide nothing; those of masks, grids and ids do
+            is_float = value.is_floating_point()
+            content = value.dtype if is_float else hashlib.sha256(value.numpy().tobytes()).digest()
+            found.append((key, tuple(value.shape), content))
+    return tuple(found)
 
 
-def _signature(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    # The values of pixels and waves decide nothing; those of masks, grids and ids do.
-    if value.is_floating_point():
-        return tuple(value.shape), str(value.dtype)
-    return tuple(value.shape), hashlib.sha256(value.numpy().tobytes()).digest()
-
-
-MODULE_CALLBACKS, PROJECTOR_CALLBACK = SLOTS[:2], SLOTS[2]  # around the module, and behind the projector
 # Numbers of layers that are alike; hierarchical encoders have a list for their stages, `depths`.
 DEPTHS = ("num_hidden_layers", "encoder_layers", "num_layers", "n_layers", "depth")
 # Settings of single layers by their numbers; `out_indices` chooses among the outputs of backbones.
@@ -89,54 +83,43 @@ class FeatureCounter:
 
     A count that a user registered is final.  Else the number goes along the chain: a rule of the encoder's type, or a dry run
     where none holds; then what the callbacks declare and what the projector leaves.  With a callback behind the module that
-    declares nothing, the whole chain is run.
-
-    Threads may share a counter.  It is pickled, copied and hashed without what it has counted or built.
+    declares nothing, the whole chain is run.  Threads may share a counter; it is pickled, copied and hashed without its counts.
 
     Args:
         config: of the composed model; copied where `live` is given.
-        live: encoders of a live model, as they are now: their callbacks and projections are written into the configuration's
-            copy, and kept themselves where it cannot hold them.
+        live: encoders of a live model: their callbacks and projections are written into the configuration's copy, and kept
+            themselves where it cannot hold them.
     """
 
     def __init__(self, config: MultimodalConfig, live: Mapping[str, ModalEncoderModule] | None = None):
-        self.config = copy.deepcopy(config) if live else config  # `settle` writes into it
-        self.own: dict[str, OwnParts] = settle(self.config, live) if live else {}
-        self._begin()
-
-    def _begin(self) -> None:
-        self._lock = TravellingLock()  # encoders keep a state while they run
-        self._cache = CountCache()
-        self._probes: dict[tuple[str, bool], ModalEncoderModule] = {}  # by modality, and whether of few layers
-        # Do few layers suffice?  By modality: True once a run has shown it, False once anything has failed, None until then.
-        self._few_layers: dict[str, bool | None] = {}
+        config = copy.deepcopy(config) if live else config  # `settle` writes into it
+        self.__setstate__({"config": config, "own": settle(config, live) if live else {}})
 
     def __getstate__(self) -> dict[str, Any]:
         # The lock, the counts and the probes are made anew where it arrives.
         return {"config": self.config, "own": self.own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
+        self.config: MultimodalConfig = state["config"]
+        self.own: dict[str, OwnParts] = state["own"]
+        self._lock = TravellingLock()  # encoders keep a state while they run
+        self._cache = CountCache()
+        self._probes: dict[tuple[str, bool], ModalEncoderModule] = {}  # by modality, and whether of few layers
+        # Do few layers suffice?  By modality: True once a run has shown it, False once anything has failed, None until then.
+        self._few_layers: dict[str, bool | None] = {}
 
     def count(self, name: str, inputs: Mapping[str, Any]) -> int:
         """Features that one item of a modality gives.
 
-        Args:
-            name: the modality.
-            inputs: the item's encoder inputs by the names of the encoder's `forward`; axis 0 has one item, or the
-                item's own patches where the encoder packs them.
-
-        Raises:
-            ValueError: a registered count is no natural number, the dry run fails, or the count is above
-                `limits.MAX_ITEM_FEATURES`.
+        `inputs` are by the names of the encoder's `forward`; axis 0 has one item, or the item's own patches where the encoder
+        packs them.  ValueError where a registered count is no natural number, the dry run fails, or the count is above
+        `limits.MAX_ITEM_FEATURES`.
         """
         key = key_of(name, inputs)
-        count = self._cache.get(key)
-        if count is None:
+        if (count := self._cache.get(key)) is None:
             with self._lock:
-                known = self._cache.get(key)  # by a thread that came first
-                count = self._counted(name, inputs) if known is None else known
+                if (count := self._cache.get(key)) is None:  # else by a thread that came first
+                    count = self._counted(name, inputs)
             self._cache.put(key, count)
         check_features(count, name)  # each time: a user may lower the cap, or raise it and ask again
         return count
@@ -159,19 +142,17 @@ class FeatureCounter:
         declared = {slot: declared_count(cb) for slot, cb in encoder.callbacks.items() if cb is not None}
         undeclared = any(slot in declared and declared[slot] is None for slot in SLOTS[1:])
         # A callback may state a grid, which only a run tells.
-        if undeclared or (encoder.projector.needs_grid and any(slot in declared for slot in MODULE_CALLBACKS)):
+        if undeclared or (encoder.projector.needs_grid and any(slot in declared for slot in SLOTS[:2])):
             return sum(map(len, self._output(name, inputs, ModalEncoderModule.__call__).pooler_output))
         count, grid = self._selected(name, inputs, encoder, declared)
         for slot in SLOTS:  # in the order in which they run
-            if slot == PROJECTOR_CALLBACK:
+            if slot == SLOTS[2]:  # behind the projector
                 count = self._reduced(name, encoder.projector, count, grid)
             if (fn := declared.get(slot)) is not None:
                 count = check_count(fn(inputs, count), f"{name}: the feature_count of {slot}", least=0)
         return count
 
-    def _selected(
-        self, name: str, inputs: Mapping[str, Any], encoder: ModalEncoderModule, declared: Mapping[str, Any]
-    ) -> tuple[int, Grid | None]:
+    def _selected(self, name: str, inputs: Mapping[str, Any], encoder: Any, declared: dict) -> tuple[int, Grid | None]:
         """Selected features before the callbacks that follow the module, and their grid where the projector needs it."""
         # A callback in front of the module that declares nothing may hand it other inputs than a rule would see.
         count = None if None in declared.values() else self._by_rule(name, inputs, encoder.by_frame)
@@ -184,9 +165,8 @@ class FeatureCounter:
             given_grids = output.feature_grids
         grids = encoder.grids(dict(inputs), lengths, given_grids)
         if grids is not None and len(grids) != 1:
-            raise ValueError(
-                f"{name}: one item gave features in {len(grids)} grids. State its number: {_REMEDY.format(name)}"
-            )
+            many = f"one item gave features in {len(grids)} grids"
+            raise ValueError(f"{name}: {many}. State its number: {_REMEDY.format(name)}")
         return sum(lengths), grids[0] if grids else None
 
     def _by_rule(self, name: str, inputs: Mapping[str, Any], by_frame: bool) -> int | None:
@@ -229,24 +209,32 @@ class FeatureCounter:
 
     def _output(self, name: str, inputs: Mapping[str, Any], method: Callable, without: tuple[str, ...] = ()) -> Any:
         """What a method of the encoder gives for the shapes of an item, the callbacks in some places left out."""
-        run = functools.partial(_dry_run_of, method=method, without=without)
-        probe, encoder_config = self._probe(name), getattr(self.config, f"{name}_config")
+
+        def run(probe: ModalEncoderModule, inputs: Mapping[str, Any]) -> Any:
+            encoder = copy.copy(probe)  # shares all parts but the callbacks that are left out
+            encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
+            encoder.__dict__.update(dict.fromkeys(without))
+            return dry_run(functools.partial(method, encoder), dict(inputs))
+
+        probe = self._probe(name)
         if (suffices := self._few_layers[name]) is not False:
             with contextlib.suppress(Exception):  # too few for this class: all of them tell, or say what is wrong
                 output = run(probe, inputs)
                 # Where some layer is told apart by its number, all of them are run once: behind MiniCPM-V's
                 # `insert_layer_id` there are fewer features.
-                suffices = suffices or not _names_layers(encoder_config)
+                suffices = suffices or not _names_layers(getattr(self.config, f"{name}_config"))
                 if suffices or _sizes(output) == _sizes(run(self._built(name, False), inputs)):
                     self._few_layers[name] = True
                     return output
             self._few_layers[name] = False
             probe = self._probe(name)
+        masks = {k: x for k, x in inputs.items() if k in MASKS and k not in TRUE_ON_PADDING and isinstance(x, Tensor)}
+        full = [key for key, mask in masks.items() if bool(mask.bool().all())]
         failed: Exception | None = None
-        # A second time without full masks: one that an encoder makes of its features has no values here.
-        for given in (inputs, _without_full_masks(inputs)):
+        # A second time without masks of all that is valid: one that an encoder makes of its features has no values here.
+        for left_out in ([], full):
             try:
-                return run(probe, given)
+                return run(probe, {key: value for key, value in inputs.items() if key not in left_out})
             except Exception as error:
                 failed = failed or error
         shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
@@ -259,7 +247,15 @@ class FeatureCounter:
     def _probe(self, name: str) -> ModalEncoderModule:
         """The encoder without weights, of few layers unless these are known not to suffice."""
         if name not in self._few_layers:
-            self._few_layers[name] = None if self._layers_are_alike(name) else False
+            entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
+            # One layer per stage keeps the size of the last hidden state alone.
+            by_stage = isinstance(getattr(encoder_config, "depths", None), (list, tuple)) and entry["layer"] == -1
+            own = name in self.own and self.own[name].callbacks
+            alike = not entry["output"] and not own and (by_stage or not is_staged(encoder_config))
+            if alike:  # of layers of transformers' own one may stand for all
+                cls = resolve_class(entry["encoder_class"], encoder_config, name)
+                alike = cls.__module__.startswith("transformers.models.")
+            self._few_layers[name] = None if alike else False
         if self._few_layers[name] is not False:
             try:
                 return self._built(name, True)
@@ -267,64 +263,37 @@ class FeatureCounter:
                 self._few_layers[name] = False
         return self._built(name, False)
 
-    def _layers_are_alike(self, name: str) -> bool:
-        """Whether the encoder is a stack of layers of transformers' own, of which one may stand for all."""
-        entry, encoder_config = self.config.modality(name), getattr(self.config, f"{name}_config")
-        if entry["output"] or (name in self.own and self.own[name].callbacks):
-            return False
-        depths = isinstance(getattr(encoder_config, "depths", None), (list, tuple))
-        if is_staged(encoder_config) and not (depths and entry["layer"] == -1):
-            return False  # one layer per stage keeps the size of the last hidden state alone
-        cls = resolve_class(entry["encoder_class"], encoder_config, name)
-        return cls.__module__.startswith("transformers.models.")
-
     def _built(self, name: str, few_layers: bool) -> ModalEncoderModule:
         """The encoder without weights, with as many layers as the selected ones need, or with all."""
-        if (name, few_layers) not in self._probes:
-            plain, own = without_dtypes(copy.deepcopy(self.config)), self.own.get(name)
-            plain.adapters = None  # adapters change no number of features
-            encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
-            if few_layers:
-                _make_shallow(encoder_config, self.config.modality(name)["layer"])
-            if own is not None and own.projector is not None:
-                # A stand-in of the smallest size: `put_into` replaces it by the user's own projector.
-                setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
-            try:
-                encoder = build_without_weights(functools.partial(_built_encoder, plain, name))
-            except RuntimeError as error:  # a tensor of a size that no machine has
-                raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
-            if own is not None:
-                own.put_into(encoder)
-            weights_to_meta(encoder.eval())
-            self._probes[name, few_layers] = encoder
-        return self._probes[name, few_layers]
+        if (name, few_layers) in self._probes:
+            return self._probes[name, few_layers]
+        plain, own = without_dtypes(copy.deepcopy(self.config)), self.own.get(name)
+        plain.adapters = None  # adapters change no number of features
+        encoder_config = with_plain_kernels(getattr(plain, f"{name}_config"))
+        if few_layers:
+            _make_shallow(encoder_config, self.config.modality(name)["layer"])
+        if own is not None and own.projector is not None:
+            # A stand-in of the smallest size: `put_into` replaces it by the user's own projector.
+            setattr(plain, f"{name}_projector_config", MultimodalProjectorConfig(in_features=1, out_features=1))
 
+        def build() -> ModalEncoderModule:
+            with build_guard(), bounded_tensors():
+                return build_encoder(plain, name)
 
-def _built_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    with build_guard(), bounded_tensors():
-        return build_encoder(config, name)
-
-
-def _dry_run_of(probe: ModalEncoderModule, inputs: Mapping, method: Callable, without: tuple[str, ...]) -> Any:
-    encoder = copy.copy(probe)  # shares all parts but the callbacks that are left out
-    encoder._modules = {key: module for key, module in encoder._modules.items() if key not in without}
-    encoder.__dict__.update(dict.fromkeys(without))
-    return dry_run(functools.partial(method, encoder), dict(inputs))
+        try:
+            encoder = build_without_weights(build)
+        except RuntimeError as error:  # a tensor of a size that no machine has
+            raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
+        if own is not None:
+            own.put_into(encoder)
+        weights_to_meta(encoder.eval())
+        return self._probes.setdefault((name, few_layers), encoder)
 
 
 def _names_layers(config: PreTrainedConfig) -> bool:
     """Whether a setting besides the depth speaks of single layers by their numbers."""
-    for key, value in config.to_dict().items():
-        numbers = value if isinstance(value, (list, tuple)) else [value]
-        if LAYER_NUMBERS.search(key) and key not in DEPTHS and any(type(n) is int for n in numbers):  # no bool
-            return True
-    return False
-
-
-def _without_full_masks(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """An item's inputs without masks that say that all of it is valid: they change no number of features."""
-    full = [k for k, x in inputs.items() if MASKS.get(k) and isinstance(x, Tensor) and bool(x.bool().all())]
-    return {key: value for key, value in inputs.items() if key not in full}
+    settings = [v for k, v in config.to_dict().items() if LAYER_NUMBERS.search(k) and k not in DEPTHS]
+    return any(type(n) is int for v in settings for n in (v if isinstance(v, (list, tuple)) else [v]))  # no bool
 
 
 def _sizes(output: Any) -> Any:

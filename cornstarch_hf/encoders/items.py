@@ -12,59 +12,37 @@ from torch import Tensor, nn
 from ..parts.adapters import unwrapped
 from ..parts.known_encoders import grid_of, patch_size, unpadded_patches
 from .grids import merged_patches
-from .towers import counted_lengths
+from .towers import TRUE_ON_PADDING, counted_lengths
 
-# Numbers of frames of packed items.
-LENGTHS = ("feature_lens",)
-# Masks ``(items, length)`` of inputs by name, and whether their ones mark what is valid.
-MASKS = {
-    "attention_mask": True,
-    "padding_mask": True,
-    "input_features_mask": True,
-    "mask": True,
-    "audio_mel_mask": False,
-}
-# Inputs of one number or id per position, whose encoders read the padding in one way or another.
-_PLAIN = ("input_values", "input_ids")
+# Masks ``(items, length)`` of inputs.
+MASKS = ("attention_mask", "padding_mask", "input_features_mask", "mask", "audio_mel_mask")
 
 
 class Padded(NamedTuple):
-    """Padding of a batch.
+    """Padding of a batch."""
 
-    Attributes:
-        mask: name of the mask.
-        size: of the padded axis.
-        lengths: valid positions of each item.
-    """
-
-    mask: str
-    size: int
-    lengths: list[int]
+    mask: str  # name of the mask
+    size: int  # of the padded axis
+    lengths: list[int]  # valid positions of each item
 
 
 def packed_sizes(inputs: Mapping[str, Any]) -> list[int] | None:
     """Patches or frames of each item where several lie along one axis; None where items are rows."""
-    grid = grid_of(inputs)
-    if grid is not None:
+    if (grid := grid_of(inputs)) is not None:
         return grid.prod(-1).tolist()  # (items, 2 or 3) -> patches of each item
-    lengths = next((v for k, v in inputs.items() if k.endswith(LENGTHS) and isinstance(v, Tensor)), None)
-    return None if lengths is None else lengths.tolist()
+    frames = (v for k, v in inputs.items() if k.endswith("feature_lens") and isinstance(v, Tensor))
+    return next((lengths.tolist() for lengths in frames), None)
 
 
 def item_count(inputs: Mapping[str, Any]) -> int:
     """Items of a batch: rows of its grids, else of its first tensor."""
-    sizes = packed_sizes(inputs)
-    if sizes is not None:
+    if (sizes := packed_sizes(inputs)) is not None:
         return len(sizes)
     return next((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), 1)
 
 
 def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[str, Any]]:
-    """A batch, one dict per item; each tensor keeps its axes.
-
-    Raises:
-        ValueError: a tensor of which it cannot be told what belongs to which item.
-    """
+    """A batch, one dict per item; each tensor keeps its axes.  ValueError for one that does not tell whose what is."""
     sizes = packed_sizes(inputs)
     items: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, value in inputs.items():
@@ -84,46 +62,37 @@ def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[
     return items
 
 
-def _parts(value: Any, count: int, sizes: list[int] | None) -> list[Any] | None:
+def _parts(value: Any, count: int, sizes: list[int] | None) -> Sequence[Any] | None:
     if len(value) == count:  # (items, ...)
         return [value[i : i + 1] for i in range(count)]
     if sizes is None or not isinstance(value, Tensor):
         return None
     total = sum(sizes)
     if len(value) == total:  # (patches of all items, ...)
-        return list(value.split(sizes))
-    if value.ndim == 2 and value.shape[1] == total:  # (channels, frames)
-        return list(value.split(sizes, dim=1))
-    if len(value) != 1:
-        return None
-    if value.ndim > 2 and value.shape[1] == total:  # all of them in one row, (1, patches, ...)
-        return list(value.split(sizes, dim=1))
-    if value.ndim == 4 and value.shape[3] % total == 0:  # small images side by side, (1, channels, height, width)
-        return list(value.split([n * (value.shape[3] // total) for n in sizes], dim=3))
+        return value.split(sizes)
+    # (channels, frames), or all of them in one row, (1, patches, ...)
+    if value.ndim > 1 and value.shape[1] == total and (value.ndim == 2 or len(value) == 1):
+        return value.split(sizes, dim=1)
+    # small images side by side, (1, channels, height, width)
+    if value.ndim == 4 and len(value) == 1 and value.shape[3] % total == 0:
+        return value.split([n * (value.shape[3] // total) for n in sizes], dim=3)
     return None
 
 
 def padding_of(inputs: Mapping[str, Any], where: str) -> Padded | None:
-    """The padding that a mask tells of; None without a mask ``(items, length)`` of an axis of the items.
-
-    Raises:
-        ValueError: items that are not padded on the right.
-    """
-    for name, ones_are_valid in MASKS.items():
+    """The padding that a mask tells of, ValueError unless it is on the right; None without a mask of an axis of the items."""
+    for name in MASKS:
         mask = inputs.get(name)
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_meta:
             continue  # no mask of items, or one without values, in a dry run
         if not any(_axes(value, mask) for key, value in inputs.items() if key not in MASKS):
             continue  # a mask of something that no input has as an axis
-        valid = mask.bool() if ones_are_valid else ~mask.bool()  # (items, length)
+        valid = mask.bool() != (name in TRUE_ON_PADDING)  # (items, length)
         lengths = valid.sum(-1)
         # Ones for the first `lengths` positions are the only mask of items that are padded on the right.
         if not torch.equal(valid, torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]):
-            raise ValueError(
-                f"{where}: items of an encoder must be padded on the right; the {name} has zeros before ones."
-                if ones_are_valid
-                else f"{where}: items of an encoder must be padded on the right; the {name} has ones before zeros."
-            )
+            has = "ones before zeros" if name in TRUE_ON_PADDING else "zeros before ones"
+            raise ValueError(f"{where}: items of an encoder must be padded on the right; the {name} has {has}.")
         return Padded(name, mask.shape[1], lengths.tolist())
     return None
 
@@ -136,8 +105,9 @@ def _axes(value: Any, mask: Tensor) -> list[int]:
 
 
 def is_raw_sequence(inputs: Mapping[str, Any], padded: Padded) -> bool:
-    """Whether the items are sequences of numbers or ids, of the mask's own shape."""
-    return any(isinstance(inputs.get(key), Tensor) and inputs[key].shape == inputs[padded.mask].shape for key in _PLAIN)
+    """Whether the items are sequences of numbers or ids, of the mask's own shape: their encoders read the padding."""
+    plain = [inputs[key] for key in ("input_values", "input_ids") if isinstance(inputs.get(key), Tensor)]
+    return any(value.shape == inputs[padded.mask].shape for value in plain)
 
 
 def groups_by_length(padded: Padded) -> dict[int, list[int]]:
@@ -149,34 +119,34 @@ def groups_by_length(padded: Padded) -> dict[int, list[int]]:
 
 
 def select_items(inputs: Mapping[str, Any], padded: Padded, positions: Sequence[int]) -> dict[str, Any]:
-    """Some items of one length without padding.  Their masks stay: an encoder may attend otherwise without one (Moonshine
-    Streaming sees the whole sound then, instead of windows).
+    """Some items of one length without padding, by their positions.
 
-    Args:
-        inputs: of a batch.
-        padded: its padding.
-        positions: of the items.
-
-    Raises:
-        ValueError: several axes of an input are as long as the mask, so that it is not known which is padded.
+    Their masks stay: an encoder may attend otherwise without one (Moonshine Streaming sees the whole sound then, instead of
+    windows).  ValueError where several axes of an input are as long as the mask, so that it is not known which is padded.
     """
     mask, length = inputs[padded.mask], padded.lengths[positions[0]]
-    found: dict[str, Any] = {}
+    found = dict(inputs)
     for key, value in inputs.items():
         if not isinstance(value, Tensor) or not value.ndim or len(value) != len(mask):
-            found[key] = value
             continue
         # (items of this length, ...); no copy where that is every item
         rows = value if len(positions) == len(value) else value[torch.tensor(positions, device=value.device)]
-        axes = _axes(value, mask)
-        if len(axes) > 1 and length < padded.size:
+        axes = _axes(value, mask) if length < padded.size else []
+        if len(axes) > 1:
             raise ValueError(
                 f"{key} of shape {tuple(value.shape)} has several axes as long as its mask {tuple(mask.shape)}: pad the "
                 "batch to another length."
             )
         # (items of this length, ..., padded.size, ...) -> (items of this length, ..., length, ...)
-        found[key] = rows.narrow(axes[0], 0, length) if axes and length < padded.size else rows
+        found[key] = rows.narrow(axes[0], 0, length) if axes else rows
     return found
+
+
+def parts_of(inputs: Mapping[str, Any], padded: Padded | None, where: str) -> list[tuple[dict[str, Any], list[int]]]:
+    """A batch by length, unpadded, or item by item; each part with the positions of its items."""
+    if padded is not None:  # what an item gives never depends on its neighbours
+        return [(select_items(inputs, padded, positions), positions) for positions in groups_by_length(padded).values()]
+    return [(item, [i]) for i, item in enumerate(split_items(inputs, item_count(inputs), where))]
 
 
 def without_padding(inputs: dict[str, Any], where: str = "item") -> dict[str, Any]:
@@ -188,56 +158,44 @@ def without_padding(inputs: dict[str, Any], where: str = "item") -> dict[str, An
     return select_items(inputs, padded, [0]) if padded is not None and is_raw_sequence(inputs, padded) else inputs
 
 
-# Masks of an encoder's output by name, and whether their ones mark what is valid.
-_OUTPUT_MASKS = {"attention_mask": True, "output_mask": True, "audio_mel_mask": False}
-
-
 class ItemLengthsUnknown(Exception):
-    """Neither an encoder's output nor its inputs tell which features belong to which item.
-
-    Attributes:
-        packed: whether the encoder left out padding by itself.
-    """
+    """Neither an encoder's output nor its inputs tell which features belong to which item."""
 
     def __init__(self, packed: bool):
-        super().__init__()
-        self.packed = packed
+        self.packed = packed  # whether the encoder left out padding by itself
 
 
 def feature_lengths(
-    features: Tensor,
-    arguments: Mapping[str, Any],
-    raw: Mapping[str, Any],
-    module: nn.Module,
-    padded: Padded | None,
-    dropped: int = 0,
+    features: Tensor, arguments: Mapping, raw: Mapping, module: nn.Module, padded: Padded | None, dropped: int = 0
 ) -> list[int] | None:
-    """Features of each item; None where the tensor's shape tells.
+    """How many features, ``(items, tokens, width)`` or ``(sum of tokens, width)``, each item has; None where the shape tells.
 
-    Args:
-        features: ``(items, tokens, width)``, ``(sum of tokens, width)``, or the latter as the only row of the former.
-        arguments: of the encoder.
-        raw: its output.
-        module: the encoder.
-        padded: padding of the inputs, None where there is none.
-        dropped: leading tokens of each item that are no longer there.
-
-    Raises:
-        ItemLengthsUnknown: nothing tells; the items alone would.
-        ValueError: an item of no more tokens than were dropped.
+    `raw` is what the encoder made of its arguments; `dropped` leading tokens of each item are no longer there (ValueError if
+    that is all of one).  ItemLengthsUnknown where nothing tells, and the items alone would.
     """
     if features.ndim == 2:
         return _packed(len(features), arguments, unwrapped(module).config)  # (sum of tokens, width)
     # Masks and lengths count the dropped tokens too, which are taken off at the end.
-    lengths = _padded(len(features), features.shape[1] + dropped, arguments, raw, module, padded)
+    items, tokens = len(features), features.shape[1] + dropped
+    # The encoder's own mask comes first, then that of patches, each of which gave one.
+    masks = {name: raw.get(name) for name in ("attention_mask", "output_mask", "audio_mel_mask")}
+    masks["patches"] = arguments.get("pixel_attention_mask")
+    fitting = {k: m for k, m in masks.items() if isinstance(m, Tensor) and m.shape == (items, tokens)}
+    if fitting:
+        name, mask = next(iter(fitting.items()))
+        valid = mask.bool() != (name in TRUE_ON_PADDING)  # (items, tokens)
+        lengths = None if bool(valid.all()) else valid.sum(-1).tolist()  # None: every row is as long as the tensor
+    elif (lengths := unpadded_patches(arguments, tokens)) is None and padded is not None:
+        is_padded = min(padded.lengths) < padded.size
+        if padded.size == tokens:
+            lengths = padded.lengths if is_padded else None
+        else:  # the encoder leaves fewer features than positions, and may have a method that tells how many
+            lengths = counted_lengths(module, torch.tensor(padded.lengths), padded.size, tokens)
+            if lengths is None and is_padded:
+                raise ItemLengthsUnknown(packed=False)
     if dropped and lengths is not None and min(lengths) <= dropped:
         raise ValueError(f"drop_prefix={dropped} needs items of more tokens than that, got {lengths}.")
     return lengths and [length - dropped for length in lengths]
-
-
-def is_packed_row(features: Tensor, items: int) -> bool:
-    """Whether several items lie in one row of a tensor of rows."""
-    return features.ndim == 3 and len(features) == 1 and items > 1
 
 
 def _packed(count: int, arguments: Mapping[str, Any], config: Any) -> list[int] | None:
@@ -257,46 +215,11 @@ def _packed(count: int, arguments: Mapping[str, Any], config: Any) -> list[int] 
 
 def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | None:
     """Patches of each item by its grid, with those merged that an input tells of, or by its size in pixels."""
-    grid = grid_of(arguments)
-    if grid is not None:
-        merges = arguments.get("merge_sizes")
-        patches = grid.prod(-1)
+    if (grid := grid_of(arguments)) is not None:
+        patches, merges = grid.prod(-1), arguments.get("merge_sizes")
         # A square of patches becomes one token: the side of it is what `merge_sizes` says.
         return (patches // merges.to(patches) ** 2 if isinstance(merges, Tensor) else patches).tolist()
     sizes, patch = arguments.get("image_sizes"), patch_size(config)
     if isinstance(sizes, Tensor) and patch is not None:
         return [(height // patch[0]) * (width // patch[1]) for height, width in sizes.tolist()]
     return None
-
-
-def _padded(
-    items: int,
-    tokens: int,
-    arguments: Mapping[str, Any],
-    raw: Mapping[str, Any],
-    module: nn.Module,
-    padded: Padded | None,
-) -> list[int] | None:
-    # What tells best comes first: the encoder's own mask, then masks and lengths of its inputs, then its own arithmetic.
-    for name, ones_are_valid in _OUTPUT_MASKS.items():
-        mask = raw.get(name)
-        if isinstance(mask, Tensor) and mask.shape == (items, tokens):
-            return _lengths_of(mask.bool() if ones_are_valid else ~mask.bool())
-    pixels = arguments.get("pixel_attention_mask")
-    if isinstance(pixels, Tensor) and pixels.shape == (items, tokens):
-        return _lengths_of(pixels.bool())
-    if (lengths := unpadded_patches(arguments, tokens)) is not None:
-        return lengths
-    if padded is None:
-        return None
-    if padded.size == tokens:
-        return padded.lengths if min(padded.lengths) < padded.size else None  # nothing is padded: the shape tells
-    # The encoder leaves fewer features than positions, and may have a method that tells how many.
-    counted = counted_lengths(module, torch.tensor(padded.lengths), padded.size, tokens)
-    if counted is None and min(padded.lengths) < padded.size:
-        raise ItemLengthsUnknown(packed=False)
-    return counted
-
-
-def _lengths_of(valid: Tensor) -> list[int] | None:
-    return None if bool(valid.all()) else valid.sum(-1).tolist()  # None: every row is as long as the tensor

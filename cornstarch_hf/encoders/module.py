@@ -17,21 +17,13 @@ from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
-from .grids import GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
-from .items import (
-    ItemLengthsUnknown,
-    Padded,
-    feature_lengths,
-    groups_by_length,
-    is_packed_row,
-    is_raw_sequence,
-    item_count,
-    padding_of,
-    select_items,
-    split_items,
-)
-from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, selected_map, with_features
-from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower, takes_images
+from .grids import Grid, GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
+from .items import ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
+from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
+from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
+
+# The encoder's own output, and the same with the selected features in place of the last hidden state.
+Encoded = tuple[EncoderOutput, EncoderOutput]
 
 
 class ModalEncoderModule(nn.Module):
@@ -61,8 +53,7 @@ class ModalEncoderModule(nn.Module):
 
     Raises:
         TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
-        ValueError: `model=` and `module=` both given, several towers to choose from, a bad selection, an encoder that leaves
-            out a part of each item at random.
+        ValueError: two names of one argument, several towers, a bad selection, an encoder that leaves out a part at random.
     """
 
     module: Any
@@ -94,7 +85,7 @@ class ModalEncoderModule(nn.Module):
                 f"projector must be a MultimodalProjector, got {type(projector).__name__}: wrap your module by "
                 "MultimodalProjector(MultimodalProjectorConfig(), projection=module)."
             )
-        # Registered even when it is still missing, so that parameters keep their order, which optimizers rely on.
+        # Registered even where it is missing, so that parameters keep their order, which optimizers rely on.
         self.register_module("projector", projector)
         self.additional_args = list(additional_args or [])
         self.preprocess_callback = preprocess_callback
@@ -109,9 +100,10 @@ class ModalEncoderModule(nn.Module):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
-        self.by_frame = self.kind == "video" and takes_images(self.module) and not packs_frames(self.module)
-        layers = layer if isinstance(layer, int) else tuple(layer)
-        self.selection = Selection(output, layers, drop_prefix, data_format)
+        # One that takes single images, (items, channels, height, width), gets a video as its frames.
+        images = self.kind == "video" and infer_kind(self.module) == "image"
+        self.by_frame = images and not packs_frames(self.module)
+        self.selection = Selection(output, layer if isinstance(layer, int) else tuple(layer), drop_prefix, data_format)
         self.name = self.kind  # until composing gives it the modality's name
 
     @property
@@ -135,11 +127,10 @@ class ModalEncoderModule(nn.Module):
         """Encode and project items.
 
         Args:
-            **inputs: the encoder's inputs by the names of its `forward`, and the additional arguments.  Floating-point
-                tensors are cast to the encoder's dtype.
+            **inputs: of the encoder's `forward`, and the additional arguments; floats are cast to the encoder's dtype.
 
         Returns:
-            `EncoderOutput`: the encoder's own output, with one ``(n_i, hidden)`` tensor per item as `pooler_output`.
+            the encoder's own output, with one ``(n_i, hidden)`` tensor per item as `pooler_output`.
 
         Raises:
             TypeError: a callback returns something else than it should.
@@ -147,7 +138,7 @@ class ModalEncoderModule(nn.Module):
         """
         # `output` holds (items, tokens, width), or (sum of tokens, width) with `feature_lens`
         inputs, raw, output = self._selected(inputs)
-        encoded = self._lengths_of(output)
+        encoded = _lengths_of(output)
         output = self._postprocess("postprocess_module_callback", inputs, output)
         output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
         output = self._postprocess("postprocess_projector_callback", inputs, output)
@@ -155,66 +146,41 @@ class ModalEncoderModule(nn.Module):
         return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
 
     def select(self, **inputs: Any) -> EncoderOutput:
-        """The selected features of items, before the callbacks that come after the module; arguments as in `forward`.
-
-        Returns:
-            `EncoderOutput`: the features as `last_hidden_state`, `feature_lens` and `feature_grids` where they are known.
-        """
+        """The selected features of items as `last_hidden_state`, before the callbacks that come after the module."""
         return self._selected(inputs)[2]
 
     def _selected(self, inputs: dict) -> tuple[dict, EncoderOutput, EncoderOutput]:
+        """The items' inputs for the callbacks, the encoder's own output, and the same with the selected features."""
         # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
             inputs = self.preprocess_callback(inputs)
-            self._check_returned("preprocess_callback", inputs, dict)
-        return inputs, *self._encode(inputs, options)
-
-    def _encode(self, inputs: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
-        """The encoder's own output, and the same with the selected features in place of the last hidden state.
-
-        Items are encoded together where that changes nothing: by length where an encoder reads their padding, one by one
-        where nothing tells which features are whose.
-        """
-        accepted = forward_parameters(self.module)
-        weight = first_weight(self.module)
+            if not isinstance(inputs, dict):
+                raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
+        accepted, weight = forward_parameters(self.module), first_weight(self.module)
         arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
         if self.by_frame:
             # (items, frames, channels, height, width), and (items, frames) for those that are no padding
-            return self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
-        padded = padding_of(arguments, self.name)
-        if padded is not None and self._reads_padding(arguments, padded):
-            return self._encode_by_length(arguments, padded, options)
-        try:
-            return self._encode_batch(arguments, padded, options)
-        except ItemLengthsUnknown as told:
-            if padded is not None and not told.packed:
-                return self._encode_by_length(arguments, padded, options)
-            items = split_items(arguments, item_count(arguments), self.name)  # each a batch of one
-            return self._encode_each({i: (one, [i]) for i, one in enumerate(items)}, options)
+            return inputs, *self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
+        return inputs, *self._encode(arguments, options)
 
-    def _reads_padding(self, arguments: dict, padded: Padded) -> bool:
-        """Whether what an item gives would depend on its padding."""
-        config = unwrapped(self.module).config
-        # Adapters are convolutions that see no mask.
+    def _encode(self, arguments: dict, options: dict) -> Encoded:
+        """Items together where that changes nothing, else parts of the batch one after the other."""
+        padded, config = padding_of(arguments, self.name), unwrapped(self.module).config
+        # By length where an encoder reads the padding; adapters are convolutions that see no mask.
         reads = encoder_type(config).padding_changes_features or getattr(config, "add_adapter", False)
-        return is_raw_sequence(arguments, padded) or (reads and min(padded.lengths) < padded.size)
-
-    def _encode_by_length(self, arguments: dict, padded: Padded, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
-        """One length at a time, unpadded: what an item gives never depends on its neighbours."""
-        parts = {
-            length: (select_items(arguments, padded, positions), positions)
-            for length, positions in groups_by_length(padded).items()
-        }
-        return self._encode_each(parts, options)
-
-    def _encode_each(
-        self, parts: dict[int, tuple[dict, list[int]]], options: dict
-    ) -> tuple[EncoderOutput, EncoderOutput]:
-        """Parts of a batch one after the other, each with the positions of its items; the items in their order."""
+        by_length = padded is not None and (
+            is_raw_sequence(arguments, padded) or (reads and min(padded.lengths) < padded.size)
+        )
+        if not by_length:
+            try:
+                return self._encode_batch(arguments, padded, options)
+            except ItemLengthsUnknown as unknown:
+                by_length = padded is not None and not unknown.packed
         items: dict[int, Tensor] = {}
-        for part, positions in parts.values():
+        parts = parts_of(arguments, padded if by_length else None, self.name)
+        for part, positions in parts:
             raw, selected = self._encode_batch(part, None, options)
             if len(parts) == 1:
                 return raw, selected  # the batch was not split: the encoder's own output can be kept
@@ -224,26 +190,21 @@ class ModalEncoderModule(nn.Module):
         together = EncoderOutput(last_hidden_state=torch.cat(ordered))  # (sum of tokens, width)
         return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
 
-    def _encode_frames(self, arguments: dict, options: dict) -> tuple[EncoderOutput, EncoderOutput]:
+    def _encode_frames(self, arguments: dict, options: dict) -> Encoded:
         """Each frame of a video as an image of its own; an item's features are those of its frames, in order."""
         frames, counts = frames_as_items(arguments, self.name)  # (frames of all items, channels, height, width)
         raw, selected = self._encode_batch(frames, None, options)  # (frames of all items, tokens, width), or packed
         # (items, frames * tokens, width) where all have as many, else (sum of tokens, width)
-        features, lengths = joined_frames(selected[0], selected.lengths, counts)
-        grids: Any = selected.feature_grids
-        output = with_features(raw, features, lengths)
-        if grids is not None:
+        output = with_features(raw, *joined_frames(selected[0], selected.lengths, counts))
+        if (grids := selected.feature_grids) is not None:
             output["feature_grids"] = torch.tensor([[count, *grids[0].tolist()] for count in counts])  # (items, 3)
         return raw, output
 
-    def _encode_batch(
-        self, arguments: dict, padded: Padded | None, options: dict
-    ) -> tuple[EncoderOutput, EncoderOutput]:
+    def _encode_batch(self, arguments: dict, padded: Padded | None, options: dict) -> Encoded:
         """One call of the module, and what is selected of its output."""
-        wanted = dict(options)
+        wanted = options | {"return_dict": True}
         if self.selection.needs_hidden_states:
             wanted["output_hidden_states"] = True
-        wanted["return_dict"] = True
         if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
             wanted["use_cache"] = False  # a frozen encoder does not know that this is training
         # A class that does not take one of these would raise.
@@ -257,79 +218,53 @@ class ModalEncoderModule(nn.Module):
         # The width tells maps with their channels first from maps with them last.
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
         count = item_count(arguments)
-        features = select_features(raw, self.selection, self.name, width, count)  # (rows, tokens, width), or packed
-        features = rows_of_items(features, count)  # rows of one item behind each other: (items, tokens, width)
-        if is_packed_row(features, count):
-            features = features[0]  # (1, sum of tokens, width) -> (sum of tokens, width)
+        # (rows, tokens, width) -> (items, tokens, width), or (sum of tokens, width)
+        features, grid = select_features(raw, self.selection, self.name, width, count)
+        features = rows_of_items(features, count)
         dropped = self.selection.drop_prefix
         output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded, dropped))
-        if (shape := selected_map(raw, self.selection, self.name, width)) is not None:
-            output["feature_grids"] = torch.tensor([shape] * len(features))  # (items, 2)
+        if grid is not None:
+            output["feature_grids"] = torch.tensor([grid] * len(features))  # (items, 2)
         return raw, output
 
-    def _lengths_of(self, output: EncoderOutput) -> list[int] | None:
-        """Features of each item before they are projected; None where the tensor does not tell."""
-        features: Any = output.last_hidden_state
-        if output.lengths is not None or not isinstance(features, Tensor) or features.ndim != 3:
-            return output.lengths
-        return [features.shape[1]] * len(features)
+    def grids(self, inputs: dict, lengths: list | None, given: Any = None, changed: bool = False) -> list[Grid] | None:
+        """The grid of each item's features: the given one, else by what `GridQuery` holds; None where the projector needs none.
 
-    def grids(
-        self, inputs: dict, lengths: list[int] | None, given_grids: Any = None, changed: bool = False
-    ) -> list[tuple[int, ...]] | None:
-        """The grid of each item's features; None where the projector needs none.
-
-        Args:
-            inputs: of the module.
-            lengths: features of each item.
-            given_grids: grids that are known already, ``(items, 2 or 3)``.
-            changed: whether a callback changed their number.
-
-        Raises:
-            ValueError: the projector needs a grid that is not known.
+        ValueError where it needs one that is not known.
         """
         if self.projector is None or not self.projector.needs_grid or lengths is None:
             return None
+        config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
+        query = GridQuery(inputs, config, self.kind, lengths, changed, dropped)
         try:
-            if given_grids is not None:
-                return grids_of_tensor(given_grids)
-            config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
-
-            def grids_of(rows: dict, each: list[int]) -> list[tuple[int, ...]]:
-                return item_grids(GridQuery(rows, config, self.kind, each, changed, dropped))
-
-            return frame_grids(inputs, lengths, self.name, grids_of) if self.by_frame else grids_of(inputs, lengths)
+            if given is not None:
+                return grids_of_tensor(given)  # (items, 2 or 3)
+            return frame_grids(query, self.name) if self.by_frame else item_grids(query)
         except ValueError as error:
             what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
             raise ValueError(f"{self.name}: {what}. {error}") from error
 
     def _project(self, inputs: dict, output: EncoderOutput, encoded: list[int] | None) -> EncoderOutput:
-        """Features in the language model's width, by a projector that may leave fewer of them.
+        """Features, ``(items, tokens, width)`` or packed, in the language model's width; the projector may leave fewer.
 
-        Args:
-            inputs: of the module, which may tell the items' grids.
-            output: the selected features, ``(items, tokens, width)`` or packed.
-            encoded: features of each item before the callback that follows the module.
+        `inputs` may tell the items' grids; `encoded` are the lengths of items before the callback that follows the module.
         """
         if self.projector is None:
-            raise ValueError(
-                f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel first."
-            )
+            raise ValueError(f"{self.name}: this encoder has no projector yet, compose it into a MultimodalModel.")
         features, expected = output.last_hidden_state, self.projector.config.in_features
-        if expected is not None and features.shape[-1] != expected:
+        if expected is not None and (width := features.shape[-1]) != expected:
             raise ValueError(
-                f"{self.name}: the projector expects features of width {expected}, the encoder gave "
-                f"{features.shape[-1]}: set in_features={features.shape[-1]} in its MultimodalProjectorConfig."
+                f"{self.name}: the projector expects features of width {expected}, the encoder gave {width}: set "
+                f"in_features={width} in its MultimodalProjectorConfig."
             )
-        weight = first_weight(self.projector)
         # Encoder and projector may differ in device and dtype; autocast chooses the dtype by itself.
         if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
-            features = _placed(features, weight)
+            features = _placed(features, first_weight(self.projector))
         if not self.projector.reduces:
             # (items, tokens, hidden), or packed as before
             projected = self.projector(features, return_dict=True).last_hidden_state
             return with_features(EncoderOutput(), projected, output.lengths)
-        lengths = self._lengths_of(output)
+        lengths = _lengths_of(output)
         if lengths is None:
             raise ValueError(
                 f"{self.name}: features of shape {tuple(features.shape)} do not tell which belong to which item and cannot "
@@ -346,15 +281,16 @@ class ModalEncoderModule(nn.Module):
 
     def _postprocess(self, slot: str, inputs: dict, output: EncoderOutput) -> EncoderOutput:
         """What a callback makes of an output; lengths and grids that it does not state hold while the rows do."""
-        callback = getattr(self, slot)
-        if callback is None:
+        if (callback := getattr(self, slot)) is None:
             return output
         before, lens, grids = output.last_hidden_state, output.feature_lens, output.feature_grids
         # A callback written for an encoder with `return_dict=False` expects the features as the first of a tuple.
         as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
         own = ("feature_lens", "feature_grids")  # fields of this package, which no encoder's tuple has
         result = callback(inputs, tuple(v for k, v in output.items() if k not in own) if as_tuple else output)
-        self._check_returned(slot, result, (ModelOutput, tuple))
+        if not isinstance(result, (ModelOutput, tuple)):
+            what = type(result).__name__
+            raise TypeError(f"{self.name}.{slot} must return a model output or a tuple, got {what}.")
         result = as_output(result)
         after, given_lengths, given_grids = result.last_hidden_state, result.feature_lens, result.feature_grids
         same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]  # as many rows
@@ -364,17 +300,20 @@ class ModalEncoderModule(nn.Module):
             given_grids = grids if same else None
         return with_features(result, after, given_lengths, feature_grids=given_grids)
 
-    def _check_returned(self, slot: str, result: Any, expected: type | tuple[type, ...]) -> None:
-        if not isinstance(result, expected):
-            what = "a dict" if expected is dict else "a model output or a tuple"
-            raise TypeError(f"{self.name}.{slot} must return {what}, got {type(result).__name__}.")
-
 
 def _one_of(**values: Any) -> Any:
     given = [value for value in values.values() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{'= and '.join(values)}= are two names of one argument, give one of them.")
     return given[0] if given else None
+
+
+def _lengths_of(output: EncoderOutput) -> list[int] | None:
+    """Features of each item before they are projected; None where the tensor does not tell."""
+    features: Any = output.last_hidden_state
+    if output.lengths is not None or not isinstance(features, Tensor) or features.ndim != 3:
+        return output.lengths
+    return [features.shape[1]] * len(features)
 
 
 def first_weight(module: nn.Module) -> nn.Parameter | None:

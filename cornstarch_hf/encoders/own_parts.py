@@ -1,15 +1,16 @@
 """What counting needs of live encoders and a configuration cannot hold: callbacks and projections that are not registered.
 
-Never an encoder, and no weights: a processor keeps these, and travels to other processes with them.  Weights of modules
-that a callback is, is a method of, or holds (in an attribute, in `functools.partial`) are left out; what a function
-closes over cannot be seen, and travels where it can be pickled at all.
+Never an encoder, and no weights: a processor keeps these, and travels to other processes with them.  What a function closes
+over cannot be seen, and travels where it can be pickled at all.
 """
 
 import copy
 import functools
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -24,17 +25,13 @@ from ..projectors.projector import MultimodalProjector, describe_projection
 from .module import ModalEncoderModule
 
 
+@dataclass(eq=False)
 class OwnParts:
-    """Of one modality, what its configuration cannot hold.
+    """Of one modality, what its configuration cannot hold."""
 
-    Attributes:
-        name: of the modality.
-        callbacks: by their places; modules among them without weights.
-        projector: without weights, None where its configuration tells all of it.
-    """
-
-    def __init__(self, name: str, callbacks: Mapping[str, Callable], projector: MultimodalProjector | None):
-        self.name, self.callbacks, self.projector = name, dict(callbacks), projector
+    name: str
+    callbacks: dict[str, Callable]  # by their places; modules among them without weights
+    projector: MultimodalProjector | None  # without weights, None where its configuration tells all of it
 
     def put_into(self, encoder: ModalEncoderModule) -> None:
         """Give an encoder that was built from the configuration copies of these parts (in place)."""
@@ -44,44 +41,29 @@ class OwnParts:
             setattr(encoder, slot, copy.deepcopy(callback) if isinstance(callback, nn.Module) else callback)
 
     def __getstate__(self) -> dict[str, Any]:
-        if not _pickled_by_value():  # pickle's own error would not say which part it is
-            self._check_picklable()
-        callbacks = {slot: _without_tensors(callback) for slot, callback in self.callbacks.items()}
-        return {**self.__dict__, "callbacks": callbacks, "projector": _without_tensors(self.projector)}
-
-    def _check_picklable(self) -> None:
         parts = {**self.callbacks, "projector": self.projector}
-        for place, part in parts.items():
+        for place, part in {} if _pickled_by_value() else parts.items():
             try:
                 pickle.dumps(part)
-            except Exception as error:
+            except Exception as error:  # which would not say which part it is
                 raise TypeError(
                     f"{self.name}.{place} cannot be pickled for another process ({type(error).__name__}: {str(error)[:150]}): "
                     "define it at the top of a module that the other process can import, or make it known by "
                     "register_callback(name, fn) or register_projector(name, cls) before the processor is built."
                 ) from error
+        callbacks = {slot: _without_tensors(callback) for slot, callback in self.callbacks.items()}
+        return {**self.__dict__, "callbacks": callbacks, "projector": _without_tensors(self.projector)}
 
 
 def _pickled_by_value() -> bool:
     """Whether the pickle is being made by what can hold a lambda as well (a fingerprint of datasets), or for a copy."""
-    frame: Any = sys._getframe(1)  # who makes the pickle is among the callers
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] in ("copy", "dill", "cloudpickle"):
-            return True
-        frame = frame.f_back
-    return False
+    callers = traceback.walk_stack(sys._getframe(1))  # who makes the pickle is among them
+    packages = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in callers}
+    return not packages.isdisjoint(("copy", "dill", "cloudpickle"))
 
 
 def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule]) -> dict[str, OwnParts]:
-    """Write the callbacks and projections of live encoders into a configuration (in place).
-
-    Args:
-        config: of their model, or a copy.
-        encoders: by name.
-
-    Returns:
-        what the configuration cannot hold, of those encoders that have such parts.
-    """
+    """Write callbacks and projections of live encoders into a configuration (in place); gives back what it cannot hold."""
     found = {}
     for name, encoder in encoders.items():
         described, own = {}, {}
@@ -100,11 +82,7 @@ def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule])
 
 
 def settle_registered(config: MultimodalConfig, own: OwnParts) -> None:
-    """Write parts into a configuration that have been registered since (in place).
-
-    Raises:
-        ValueError: a callback is still not registered; names the remedy.
-    """
+    """Write parts into a configuration that have been registered since (in place); ValueError for one that has not been."""
     callbacks = config.modality(own.name)["callbacks"] | check_callbacks_storable({**own.callbacks}, own.name)
     # In the order in which they run.
     config.modality(own.name)["callbacks"] = {slot: callbacks[slot] for slot in SLOTS if slot in callbacks}
@@ -126,14 +104,11 @@ def _describe_projector(config: MultimodalConfig, name: str, projector: Any) -> 
 
 
 def _without_weights(part: Any) -> Any:
-    """A copy in which the parameters of all modules are on the meta device; the weights themselves are never copied.
-
-    What holds no module is given back as it is.
-    """
+    """A copy in which the parameters of all modules are on the meta device; what holds no module is given back as it is."""
     parameters = [p for module in _modules_in(part) for p in module.parameters()]
     # deepcopy takes what its memo names for copied already: so the weights are replaced before they would be.
-    moved: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters}
-    copied = _copied(part, moved)
+    moved = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in parameters}
+    copied = copy.deepcopy(part, moved) if _modules_in(part) else part
     for module in _modules_in(copied):
         weights_to_meta(module)
     return copied
@@ -141,35 +116,33 @@ def _without_weights(part: Any) -> Any:
 
 def _without_tensors(part: Any) -> Any:
     """A copy to be pickled, in which meta tensors are told by their shapes: a fingerprint reads the values of tensors."""
-    tensors = [x for module in _modules_in(part) for x in (*module.parameters(), *module.buffers()) if x.is_meta]
-    return _copied(part, {id(x): _MetaTensor(x) for x in tensors})
+    modules = _modules_in(part)
+    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers()) if x.is_meta]
+    return copy.deepcopy(part, {id(x): _MetaTensor(x) for x in tensors}) if modules else part
 
 
-def _copied(part: Any, memo: dict[int, Any]) -> Any:
-    return copy.deepcopy(part, memo) if any(True for _ in _modules_in(part)) else part
-
-
-def _modules_in(part: Any, seen: set[int] | None = None) -> Iterator[nn.Module]:
+def _modules_in(part: Any) -> list[nn.Module]:
     """The outermost modules that a callback is, is a method of, or holds."""
-    seen = set() if seen is None else seen
-    if id(part) in seen:
-        return  # objects may hold one another in a circle
-    seen.add(id(part))
-    held: list[Any] = []
-    if isinstance(part, nn.Module):
-        yield part
-    elif isinstance(part, functools.partial):
-        held = [part.func, *part.args, *part.keywords.values()]
-    elif isinstance(part, MethodType):
-        held = [part.__self__]
-    elif isinstance(part, (list, tuple, set, frozenset)):
-        held = list(part)
-    elif isinstance(part, dict):
-        held = list(part.values())
-    elif not isinstance(part, (FunctionType, type)):  # any other object that can be called
-        held = list(getattr(part, "__dict__", {}).values())
-    for value in held:
-        yield from _modules_in(value, seen)
+    found: list[nn.Module] = []
+    pending, seen = [part], set()
+    while pending:
+        part = pending.pop()
+        if id(part) in seen:
+            continue  # objects may hold one another in a circle
+        seen.add(id(part))
+        if isinstance(part, nn.Module):
+            found.append(part)
+        elif isinstance(part, functools.partial):
+            pending += [part.func, *part.args, *part.keywords.values()]
+        elif isinstance(part, MethodType):
+            pending.append(part.__self__)
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            pending += part
+        elif isinstance(part, dict):
+            pending += part.values()
+        elif not isinstance(part, (FunctionType, type)):  # any other object that can be called
+            pending += getattr(part, "__dict__", {}).values()
+    return found
 
 
 class _MetaTensor:

@@ -51,9 +51,7 @@ class PrecomputedFeatures(PreTrainedModel):
     def __init__(self, config: PrecomputedFeaturesConfig):
         super().__init__(config)
         if config.feature_size is None:
-            raise ValueError(
-                "PrecomputedFeatures needs the width of the features: PrecomputedFeaturesConfig(feature_size=...)."
-            )
+            raise ValueError("PrecomputedFeatures needs the width of the features, feature_size= of its configuration.")
         self.post_init()
 
     # transformers reads these from the first parameter.
@@ -69,8 +67,8 @@ class PrecomputedFeatures(PreTrainedModel):
             config = PrecomputedFeaturesConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
         model = cls(config).eval()
         # Nothing was read, so nothing can be missing.
-        info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"), ())
-        return (model, {key: set(value) for key, value in info.items()}) if output_loading_info else model
+        info: dict = {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+        return (model, info) if output_loading_info else model
 
     def forward(
         self, features: torch.Tensor, attention_mask: torch.Tensor | None = None, return_dict: bool | None = None
@@ -85,19 +83,13 @@ class PrecomputedFeatures(PreTrainedModel):
         Raises:
             ValueError: another rank or width, a mask of another shape or with a gap.
         """
-        width = self.config.feature_size
-        if features.ndim != 3 or features.shape[-1] != width:
-            raise ValueError(
-                f"Expected features of shape (items, most features, {width}), got {tuple(features.shape)}."
-            )
+        width, got = self.config.feature_size, tuple(features.shape)
+        if features.ndim != 3 or got[-1] != width:
+            raise ValueError(f"Expected features of shape (items, most features, {width}), got {got}.")
         if attention_mask is not None:
-            if attention_mask.shape != features.shape[:2]:
-                raise ValueError(
-                    f"The attention mask of the features must be {tuple(features.shape[:2])}, got "
-                    f"{tuple(attention_mask.shape)}."
-                )
+            if attention_mask.shape != got[:2]:
+                mask = tuple(attention_mask.shape)
+                raise ValueError(f"The attention mask of the features must be {got[:2]}, got {mask}.")
             if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):  # a step from 0 to 1 in some row
-                raise ValueError(
-                    "Features must be padded after the last one; this attention mask has zeros before ones."
-                )
+                raise ValueError("Features must be padded after the last one; this mask has zeros before ones.")
         return BaseModelOutput(last_hidden_state=features) if return_dict is not False else (features,)

@@ -15,47 +15,29 @@ from .module import ModalEncoderModule
 
 
 def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    """Build one encoder with its projector and callbacks.
-
-    Raises:
-        ValueError: an unknown class, callback, projector or encoder type.
-    """
+    """Build one encoder with its projector and callbacks; ValueError for an unknown class, callback or encoder type."""
     # First: a type that was registered when this was saved must be registered here too.
     check_facts_registered(config.encoder_types)
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
     cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
+    module = cls(encoder_config, **entry["encoder_kwargs"])
     # Adapters go around the encoder before weights are loaded, whose names they change.
-    module = wrap_again(
-        cls(encoder_config, **entry["encoder_kwargs"]), config.adapters_of(f"{name}_encoder.module"), name
-    )
+    module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
     if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
         raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
-    callbacks: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
-    encoder = ModalEncoderModule(
-        module,
-        MultimodalProjector(getattr(config, f"{name}_projector_config")),
-        entry["additional_args"],
-        **callbacks,
-        kind=entry["kind"],
-        layer=entry["layer"],
-        output=entry["output"],
-        drop_prefix=entry["drop_prefix"],
-        data_format=entry["data_format"],
-    )
+    options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
+    options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format")}
+    projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
+    encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
     encoder.name = name  # messages would else name it by its kind
     return encoder
 
 
 def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
-    """Build what a configuration describes, with fresh weights.
-
-    Raises:
-        ValueError: an empty configuration, an unknown class, callback or projector.
-    """
+    """Build what a configuration describes, with fresh weights; ValueError for an empty one or an unknown class or callback."""
     if config.text_config is None:
         raise ValueError(
             "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
             "MultimodalModel(encoders=..., language_model=...) or compose(...)."
         )
-    encoders = {name: build_encoder(config, name) for name in config.encoders}
-    return encoders, build_language_model(config)
+    return {name: build_encoder(config, name) for name in config.encoders}, build_language_model(config)

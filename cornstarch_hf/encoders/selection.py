@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,30 +28,27 @@ class EncoderOutput(BaseModelOutputWithPooling):
     @property
     def lengths(self) -> list[int] | None:
         """`feature_lens` as integers."""
-        lens = self.feature_lens
-        return None if lens is None else [int(n) for n in lens]
+        return None if self.feature_lens is None else [int(n) for n in self.feature_lens]
 
 
 CHANNELS_FIRST, CHANNELS_LAST, LAYERS_FIRST = "channels_first", "channels_last", "layers_first"
 DATA_FORMATS = (CHANNELS_FIRST, CHANNELS_LAST, LAYERS_FIRST)
+# What autoencoders and vocoders make of their features, and how far it is off.
+_GENERATED = ("loss", "audio_values", "waveforms", "logits")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of an encoder's outputs is projected.
+    """Which of an encoder's outputs is projected."""
 
-    Attributes:
-        output: an output field, None for the last hidden state (the merged tokens of packed towers).
-        layer: index into the hidden states, or several that are concatenated; -1 is the last hidden state.
-        drop_prefix: leading tokens (CLS, registers) to drop of each item.
-        data_format: which axis holds the features' width: ``"channels_last"``, ``"channels_first"`` (after that of the items),
-            or ``"layers_first"``, a stack of hidden states with the items second, of which the last one is taken; None for
-            the usual: last of sequences, first of maps unless their width shows that it is last.
-    """
-
+    # An output field, None for the last hidden state (the merged tokens of packed towers).
     output: str | None = None
+    # Index into the hidden states, or several that are concatenated; -1 is the last hidden state.
     layer: int | Sequence[int] = -1
+    # Leading tokens (CLS, registers) to drop of each item.
     drop_prefix: int = 0
+    # Which axis holds the features' width: last, first (after that of the items), or a stack of hidden states with the items
+    # second, of which the last one is taken; None: last of sequences, first of maps unless their width shows that it is last.
     data_format: str | None = None
 
     def __post_init__(self):
@@ -67,10 +64,6 @@ class Selection:
     def needs_hidden_states(self) -> bool:
         """Whether the encoder must return all its hidden states."""
         return self.output is None and self.layer != -1
-
-
-# What autoencoders and vocoders make of their features, and how far it is off.
-_GENERATED = ("loss", "audio_values", "waveforms", "logits")
 
 
 def as_output(raw: Any) -> EncoderOutput:
@@ -92,36 +85,26 @@ def as_output(raw: Any) -> EncoderOutput:
 
 def with_features(output: Mapping[str, Any], features: Any, lens: Any, **changes: Any) -> EncoderOutput:
     """A copy of an output with other features (first, so that ``output[0]`` finds them) and item lengths."""
-    values = {key: value for key, value in output.items() if key not in ("last_hidden_state", "feature_lens")} | changes
     copied = EncoderOutput(last_hidden_state=features)
-    for key, value in values.items():
-        if value is not None:
+    lens = lens if lens is None or isinstance(lens, Tensor) else torch.tensor(lens)
+    for key, value in {**output, **changes, "feature_lens": lens}.items():
+        if key != "last_hidden_state" and value is not None:
             copied[key] = value
-    if lens is not None:
-        copied["feature_lens"] = lens if isinstance(lens, Tensor) else torch.tensor(lens)
     return copied
 
 
 def select_features(
     output: EncoderOutput, selection: Selection, name: str, width: int | None = None, items: int | None = None
-) -> Tensor:
-    """The features that a selection names.
+) -> tuple[Tensor, tuple[int, int] | None]:
+    """The features that a selection names, ``(items, tokens, width)``, or ``(sum of tokens, width)`` for packed towers.
 
-    Args:
-        output: of the encoder.
-        selection: see `Selection`.
-        name: the modality, for messages.
-        width: the features' expected width, which tells channels-first from channels-last maps.
-        items: how many there are, where it is known; it tells merged tokens from pooled vectors.
-
-    Returns:
-        ``(items, tokens, width)``, or ``(sum of tokens, width)`` for packed towers.
-
-    Raises:
-        ValueError: no such field or layer, a prefix that is not there, an output of another rank.
+    With them rows and columns of the map that they are, None where they are none, or a prefix is dropped.  The expected width
+    tells channels-first from channels-last maps, the number of items merged tokens from pooled vectors.  ValueError where there
+    is no such field, layer or prefix, and for an output of another rank.
     """
+    chosen = chosen_features(output, selection, name, items)
     # one (items, tokens, width) per layer, or (sum of tokens, width)
-    features = [_as_tokens(x, selection, width, name) for x in chosen_features(output, selection, name, items)]
+    features = [_as_tokens(x, selection, width, name) for x in chosen]
     if len({x.shape[:-1] for x in features}) > 1:
         raise ValueError(
             f"{name}: hidden states of different sizes cannot be joined, layer={selection.layer!r} gave the shapes "
@@ -134,8 +117,12 @@ def select_features(
                 f"{name}: drop_prefix={selection.drop_prefix} needs features of shape (items, tokens, width) with more "
                 f"tokens than that, got {tuple(joined.shape)}."
             )
-        joined = joined[:, selection.drop_prefix :]  # (items, tokens - drop_prefix, width)
-    return joined
+        return joined[:, selection.drop_prefix :], None  # (items, tokens - drop_prefix, width)
+    if chosen[0].ndim != 4 or selection.data_format == LAYERS_FIRST:
+        return joined, None
+    # (items, rows, columns, width), or (items, width, rows, columns)
+    first = 1 if _channels_last(chosen[0], selection, width) else 2
+    return joined, (int(chosen[0].shape[first]), int(chosen[0].shape[first + 1]))
 
 
 def chosen_features(output: EncoderOutput, selection: Selection, name: str, items: int | None = None) -> list[Tensor]:
@@ -147,11 +134,9 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
             raise ValueError(f"{name}: the encoder's output has no tensor {selection.output!r}, it has {present}.")
         return [value]
     if selection.layer == -1:
-        if output.last_hidden_state is None:
-            raise ValueError(
-                f"{name}: the encoder's output has no features, it has {list(output)}; name one by output=."
-            )
-        return [_merged(output.last_hidden_state, output.pooler_output, items)]
+        if (last := output.last_hidden_state) is None:
+            raise ValueError(f"{name}: the output has no features, it has {list(output)}; name one by output=.")
+        return [_merged(last, output.pooler_output, items)]
     states = output.hidden_states
     if states is None:
         raise ValueError(f"{name}: layer={selection.layer!r} needs hidden states, which this encoder does not return.")
@@ -159,9 +144,8 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
         if not -len(states) <= layer < len(states):
             raise ValueError(f"{name}: layer {layer} does not exist, the encoder gives {len(states)} hidden states.")
         if not isinstance(states[layer], Tensor):
-            raise ValueError(
-                f"{name}: hidden state {layer} is a {type(states[layer]).__name__} and no tensor: choose another layer=, or -1."
-            )
+            what = type(states[layer]).__name__
+            raise ValueError(f"{name}: hidden state {layer} is a {what} and no tensor: choose another layer=, or -1.")
     return [states[layer] for layer in selection.layers]
 
 
@@ -178,31 +162,17 @@ def _merged(last: Any, pooled: Any, items: int | None) -> Tensor:
     return pooled.unflatten(0, (items, -1))  # the same number of each item: they have one shape
 
 
-def selected_map(
-    output: EncoderOutput, selection: Selection, name: str, width: int | None = None
-) -> tuple[int, int] | None:
-    """Rows and columns of the map that a selection names; None where it is no map, or loses some of it to a prefix."""
-    chosen = chosen_features(output, selection, name)[0]
-    if chosen.ndim != 4 or selection.drop_prefix or selection.data_format == LAYERS_FIRST:
-        return None
-    # (items, rows, columns, width), or (items, width, rows, columns)
-    rows, columns = chosen.shape[1:3] if _channels_last(chosen, selection, width) else chosen.shape[2:]
-    return int(rows), int(columns)
-
-
 def _channels_last(features: Tensor, selection: Selection, width: int | None) -> bool:
     if selection.data_format is not None:
         return selection.data_format == CHANNELS_LAST
-    if features.ndim == 3:
-        return True  # a sequence
-    # A map has its channels first, unless the last axis alone has the expected width.
-    return width is not None and features.shape[-1] == width and features.shape[1] != width
+    # A sequence has them last, a map first, unless the last axis alone has the expected width.
+    return features.ndim == 3 or (width is not None and features.shape[-1] == width and features.shape[1] != width)
 
 
 def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: str) -> Tensor:
     if features.ndim == 4 and selection.data_format == LAYERS_FIRST:
-        features = features[-1]  # (layers, items, tokens, width) -> (items, tokens, width)
-    elif features.ndim in (3, 4) and not _channels_last(features, selection, width):
+        return features[-1]  # (layers, items, tokens, width) -> (items, tokens, width)
+    if features.ndim in (3, 4) and not _channels_last(features, selection, width):
         return features.flatten(2).transpose(1, 2)  # (items, width, ...) -> (items, tokens, width)
     if features.ndim in (2, 3):
         return features
@@ -214,17 +184,46 @@ def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: 
     return features.flatten(1, 2)  # (items, rows, columns, width) -> (items, tokens, width)
 
 
+class FeatureAxes(NamedTuple):
+    """How features lie in the tensor that a selection names."""
+
+    width: int  # of one feature
+    data_format: str | None  # see `Selection`; None for packed features, which have one axis besides
+
+
+def axes_of(shapes: Sequence[tuple[int, ...]], expected_width: int | None, guess: bool = False) -> FeatureAxes | None:
+    """The axes that some shapes of one item's features leave as the only ones; else, if that may be guessed, the usual ones."""
+    shape = shapes[-1]
+    if len(shape) == 2:
+        return FeatureAxes(shape[-1], None)  # packed, (tokens, width)
+    if len(shape) not in (3, 4):
+        return None
+    if len(shape) == 4 and shape[1] == 1 < shape[0]:  # (layers, items, tokens, width), of one item
+        return FeatureAxes(shape[-1], LAYERS_FIRST)
+    first, last = FeatureAxes(shape[1], CHANNELS_FIRST), FeatureAxes(shape[-1], CHANNELS_LAST)
+    # The width is the axis that is the same whatever the size of the item.
+    fixed = [a for a in (1, len(shape) - 1) if len({s[a] for s in shapes if len(s) == len(shape)}) == 1]
+    if len(fixed) == 1:
+        return first if fixed == [1] else last
+    fits = [layout for layout in (first, last) if layout.width == expected_width]
+    if len(fits) == 1:  # or the only one that is as long as the configuration says
+        return fits[0]
+    if len(shape) == 4 and shape[1] != shape[3]:  # a square map
+        if shape[2] == shape[3]:
+            return first
+        if shape[1] == shape[2]:
+            return last
+    # (items, tokens, width), or (items, width, rows, columns)
+    return (last if len(shape) == 3 else first) if guess else None
+
+
 def rows_of_items(features: Tensor, items: int) -> Tensor:
-    """Features with one row per item, where an encoder gives several for each, such as one per frame (TimeSformer).
+    """Features with one row per item, of ``(rows, tokens, width)`` with several for each, such as one per frame (TimeSformer).
 
-    Args:
-        features: ``(rows, tokens, width)``, or packed.
-        items: how many there are.
-
-    Returns:
-        ``(items, rows / items * tokens, width)``; the features as they are where the rows do not divide.
+    Packed ones, and rows that do not divide, stay; several items in one row become packed, ``(sum of tokens, width)``.
     """
+    if features.ndim == 3 and len(features) == 1 < items:
+        return features[0]
     if features.ndim != 3 or len(features) <= items or not items or len(features) % items:
         return features
-    # (rows, tokens, width) -> (items, rows / items * tokens, width)
-    return features.unflatten(0, (items, -1)).flatten(1, 2)
+    return features.unflatten(0, (items, -1)).flatten(1, 2)  # (items, rows / items * tokens, width)

@@ -14,42 +14,28 @@ from ..parts.known_encoders import PATCH_GRIDS, encoder_type
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE_NAMES
 
-KIND_BY_INPUT = {
-    "pixel_values": "image",
-    "pixel_values_videos": "video",
-    "input_features": "audio",
-    "input_values": "audio",
-    "input_ids": "text",
-    "past_values": "time",
-}
-# The inputs of which one holds an item, in order of preference; `feature_layout.RECIPES` makes each.
+KIND_BY_INPUT = {"pixel_values": "image", "pixel_values_videos": "video", "input_features": "audio",
+                 "input_values": "audio", "input_ids": "text", "past_values": "time"}  # fmt: skip
+# The inputs of which one holds an item, in order of preference; `feature_layout.item_shapes` has shapes of each.
 ITEM_INPUTS = ("pixel_values", "pixel_values_videos", "image", "flattened_patches", "input_values", "input_features",
                "audio_mel", "input_ids", "past_values", "hidden_states", "inputs")  # fmt: skip
 # What a model's own training, decoding or outputs need; `additional_args` brings any of them back.
-NOT_INPUTS = frozenset(
-    [
-        *("labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES),
-        *("cache_position", "encoder_hidden_states", "encoder_attention_mask", "bool_masked_pos", "mask_time_indices"),
-        *("head_mask", "noise", "sampled_negative_indices", "decoder_input_ids", "decoder_attention_mask"),
-    ]
-)
+NOT_INPUTS = frozenset([
+    "labels", "output_attentions", "output_hidden_states", "return_dict", "use_cache", *CACHE_NAMES, "cache_position",
+    "encoder_hidden_states", "encoder_attention_mask", "bool_masked_pos", "mask_time_indices", "head_mask", "noise",
+    "sampled_negative_indices", "decoder_input_ids", "decoder_attention_mask",
+])  # fmt: skip
 
 
 def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
-    """The encoder inside a model: the model itself, or the tower of a composite or headed one.
-
-    Args:
-        model: a `PreTrainedModel`, PEFT-wrapped or not.
-        kind: which tower to take where a model has several.
+    """The encoder inside a model, PEFT-wrapped or not: itself, or the tower (of that kind) of a composite or headed one.
 
     Raises:
-        TypeError: not a model, a class instead of an instance, or an abstract class.
+        TypeError: no model, a class instead of an instance, or an abstract class.
         ValueError: several towers and no `kind`; a model that gives no features.
     """
     if isinstance(model, type):
-        raise TypeError(
-            f"Expected an encoder, got the class {model.__name__}: instantiate it, or load it by from_pretrained."
-        )
+        raise TypeError(f"Expected an encoder, got the class {model.__name__}: instantiate it, or use from_pretrained.")
     if is_wrapped(model):
         return model
     if not isinstance(model, PreTrainedModel):
@@ -67,12 +53,11 @@ def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:
     if model.config.is_encoder_decoder and isinstance(inner := model.get_encoder(), PreTrainedModel):
         return inner  # Whisper, T5: what the decoder makes is no feature
     # Asked for a modality, transformers' models give its tower; an image tower serves for videos, frame by frame.
-    found = {
-        k: model.get_encoder(k) for k in ("image", "audio") if kind in (None, k, *(["video"] if k == "image" else []))
-    }
+    wanted = [k for k in ("image", "audio") if kind in (None, k) or (kind, k) == ("video", "image")]
+    towers = [(k, model.get_encoder(k)) for k in wanted]
     # A model without such a tower answers with itself.
-    found = {k: tower for k, tower in found.items() if isinstance(tower, PreTrainedModel) and tower is not model}
-    found = {k: tower for k, tower in found.items() if set(ITEM_INPUTS) & set(forward_parameters(tower))}
+    towers = [(k, tower) for k, tower in towers if isinstance(tower, PreTrainedModel) and tower is not model]
+    found = {k: tower for k, tower in towers if set(ITEM_INPUTS) & set(forward_parameters(tower))}
     if len({id(tower) for tower in found.values()}) > 1:  # one tower that answers for both is no choice
         raise ValueError(f"{type(model).__name__} has towers for {sorted(found)}: choose one by kind=.")
     if found:
@@ -104,45 +89,29 @@ def infer_kind(module: nn.Module) -> str:
     return next(iter(taken), model.main_input_name)
 
 
-def takes_images(module: nn.Module) -> bool:
-    """Whether an encoder takes single images, ``(items, channels, height, width)``, so that a video is its frames."""
-    return infer_kind(module) == "image"
-
-
 def packs_frames(module: nn.Module) -> bool:
     """Whether an encoder takes packed patches with the frames, rows and columns of each item (Qwen2-VL)."""
     return any(name.endswith(("grid_thw", "grid_thws")) for name in forward_parameters(module))
 
 
 def main_input(module: nn.Module) -> str:
-    """The input of which an encoder's items consist: what its class states if it takes that, else the first that is no mask.
-
-    The encoder inside an encoder-decoder states the whole model's (`past_values`, where Informer's takes `inputs_embeds`).
-    """
+    """The input of which an encoder's items consist: what its class states if it takes that, else the first that is no mask."""
+    # The encoder inside an encoder-decoder states the whole model's (`past_values`, where Informer's takes `inputs_embeds`).
     parameters = list(forward_parameters(module))
     stated = unwrapped(module).main_input_name
     return stated if stated in parameters else next((n for n in parameters if not n.endswith("mask")), parameters[0])
 
 
 def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) -> list[int] | None:
-    """Feature counts that an audio encoder derives from its input's valid lengths.
+    """Feature counts that an audio encoder derives from its input's valid lengths, ``(items,)``.
 
-    Args:
-        module: the encoder.
-        lengths: ``(items,)`` valid positions of its input.
-        size: all positions of its input.
-        tokens: features that it gave for those.
-
-    Returns:
-        None where it has no such method, or one that speaks of other features: of a later layer, after pooling.
+    None where it has no method for that, or one that speaks of other features (of a later layer, after pooling) than the
+    `tokens` that it gave for all `size` positions.
     """
     every = torch.cat([lengths, lengths.new_tensor([size])])  # (items + 1,), to compare the last one with `tokens`
     # The convolutional front ends of transformers' audio encoders tell their output length by one of these methods.
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
-        helper = getattr(unwrapped(module), name, None)
-        if helper is None:
-            continue
-        counted = helper(every)
+        counted = helper(every) if (helper := getattr(unwrapped(module), name, None)) else ()
         for stage in counted[::-1] if isinstance(counted, tuple) else (counted,):  # before pooling, after it
             *found, whole = stage.tolist()  # of all positions: it must be what the encoder gave
             if whole == tokens:
@@ -151,11 +120,8 @@ def counted_lengths(module: nn.Module, lengths: Tensor, size: int, tokens: int) 
 
 
 # What a composed model's `forward` takes itself.
-OWN_INPUTS = (
-    *("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "labels", "use_cache"),
-    *("logits_to_keep", "mm_encoder_outputs"),
-)
-
+OWN_INPUTS = ("input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "labels", "use_cache",
+              "logits_to_keep", "mm_encoder_outputs")  # fmt: skip
 # Names under which an encoder may take what its processor emits under another one, the likeliest first.
 ALIASES = {
     "pixel_values": ("image", "inputs"),
@@ -180,19 +146,17 @@ def transformers_keywords() -> frozenset[str]:
 
 def keyword_for(emitted: str, modality: str, input_names: Mapping[str, str]) -> str | None:
     """The keyword for a key that a modality's processor emits, None when its encoder takes no such input."""
-    for keyword in (f"{modality}_{emitted}", emitted):  # its own name first: the bare one may be another encoder's
-        if keyword in input_names:
-            return keyword
+    # Its own name first: the bare one may be another encoder's.
+    own = [keyword for keyword in (f"{modality}_{emitted}", emitted) if keyword in input_names]
     keywords = {parameter: keyword for keyword, parameter in input_names.items()}
-    return next((keywords[alias] for alias in ALIASES.get(emitted, ()) if alias in keywords), None)
+    return next(iter(own + [keywords[alias] for alias in ALIASES.get(emitted, ()) if alias in keywords]), None)
 
 
 def named_inputs(emitted: Mapping[str, Any], modality: str, input_names: Mapping[str, str]) -> dict[str, Any]:
     """What a modality's processor emits, by keyword; without what its encoder does not take.
 
-    Where several outputs could be one input, the one under the encoder's own name is.  A mask of another name becomes an
-    `attention_mask` only where it has one entry for each of ``(items, positions)`` of something else that is emitted, and is
-    turned round where the encoder wants it true on padding.
+    Of several outputs that could be one input, the one under the encoder's own name is.  A mask of another name becomes an
+    `attention_mask` only where it has the ``(items, positions)`` of something else, and is turned round for `TRUE_ON_PADDING`.
     """
     keywords = {key: keyword_for(key, modality, input_names) for key in emitted}
     own = {key for key, keyword in keywords.items() if keyword in (key, f"{modality}_{key}")}

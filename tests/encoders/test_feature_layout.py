@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import PreTrainedConfig
 
-from cornstarch_hf.encoders.feature_layout import RECIPES, first_positive_setting, typical_inputs
+from cornstarch_hf.encoders.feature_layout import first_positive_setting, item_shapes, typical_inputs
 from cornstarch_hf.encoders.towers import ITEM_INPUTS
 from cornstarch_hf.parts.signatures import forward_parameters
 
@@ -35,7 +35,7 @@ def test_the_configurations_own_sizes_come_first():
 
 def test_names_that_no_recipe_knows_have_no_inputs():
     assert list(typical_inputs(["something"], PreTrainedConfig(), "image")) == []
-    assert "pixel_values" in RECIPES
+    assert "pixel_values" in item_shapes([], PreTrainedConfig(), "image")
 
 
 def test_numbers_of_a_configuration():
@@ -49,4 +49,4 @@ def test_numbers_of_a_configuration():
 
 
 def test_each_input_that_holds_items_has_its_recipe():
-    assert tuple(RECIPES) == ITEM_INPUTS
+    assert tuple(item_shapes([], PreTrainedConfig(), "image")) == ITEM_INPUTS

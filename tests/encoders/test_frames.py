@@ -3,11 +3,12 @@
 import pytest
 import tiny
 import torch
+from native_parts import config as settings
 from transformers import TimesformerConfig, TimesformerModel, VideoMAEConfig, VideoMAEModel
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
 from cornstarch_hf.encoders.counting import FeatureCounter
-from cornstarch_hf.encoders.grids import frame_grids, frames_as_items, joined_frames
+from cornstarch_hf.encoders.grids import GridQuery, frame_grids, frames_as_items, joined_frames
 
 PIXELS = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
@@ -26,10 +27,8 @@ def test_frames_become_items_and_their_features_are_joined():
     assert lengths == [3, 4, 2] and torch.equal(packed[:3], torch.stack([features[0, 0], *features[1]]))
     whole, lengths = joined_frames(features[:6], None, [3, 3])
     assert lengths is None and torch.equal(whole, features[:6].reshape(2, 6, 5))
-    assert (
-        frame_grids(rows | {"pixel_values": PIXELS}, [8, 8, 8], "film", lambda r, n: [(1, k) for k in n])
-        == [(4, 1, 2)] * 3
-    )
+    query = GridQuery(rows | {"pixel_values": PIXELS}, settings(patch_size=(8, 4)), "video", [8, 8, 8])
+    assert frame_grids(query, "film") == [(4, 1, 2)] * 3
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_inputs_that_are_no_frames(inputs, message):
     with pytest.raises(ValueError, match=message):
         frames_as_items(inputs, "film")
     with pytest.raises(ValueError, match="7 features do not divide among 4 frames"):
-        frame_grids({"pixel_values": PIXELS[:1]}, [7], "film", lambda r, n: [])
+        frame_grids(GridQuery({"pixel_values": PIXELS[:1]}, settings(), "video", [7]), "film")
 
 
 def encoder(key, projector=None, **options):

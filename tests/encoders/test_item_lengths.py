@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cornstarch_hf.encoders.items import ItemLengthsUnknown, Padded, feature_lengths, is_packed_row
+from cornstarch_hf.encoders.items import ItemLengthsUnknown, Padded, feature_lengths
+from cornstarch_hf.encoders.selection import rows_of_items
 
 GRID = torch.tensor([[1, 4, 4], [1, 4, 8]])
 
@@ -63,9 +64,9 @@ def test_valid_rows_are_those_of_the_outputs_mask_then_of_the_inputs_then_of_the
 
 
 def test_rows_that_hold_several_items():
-    assert is_packed_row(torch.zeros(1, 5, 4), 2)
-    assert not is_packed_row(torch.zeros(1, 5, 4), 1) and not is_packed_row(torch.zeros(2, 5, 4), 2)
-    assert not is_packed_row(torch.zeros(5, 4), 2)
+    assert rows_of_items(torch.zeros(1, 5, 4), 2).shape == (5, 4)
+    assert rows_of_items(torch.zeros(1, 5, 4), 1).ndim == 3 and rows_of_items(torch.zeros(2, 5, 4), 2).ndim == 3
+    assert rows_of_items(torch.zeros(5, 4), 2).shape == (5, 4)
 
 
 def test_lengths_are_told_of_all_tokens_and_given_without_the_prefix():

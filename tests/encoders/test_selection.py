@@ -23,7 +23,7 @@ def output(**changes):
 
 
 def select(made, width=None, **options):
-    return select_features(made, Selection(**options), "vision", width)
+    return select_features(made, Selection(**options), "vision", width)[0]
 
 
 def test_every_form_of_output_becomes_one():

@@ -13,7 +13,7 @@ from ...projectors.projector import MultimodalProjector
 class OwnParts:
     """Of one modality, what its configuration cannot hold; there is none."""
 
-    def __init__(self, name: str, callbacks: Mapping[str, Callable], projector: MultimodalProjector | None):
+    def __init__(self, name: str, callbacks: dict[str, Callable], projector: MultimodalProjector | None) -> None:
         raise needs_package("What keeps callbacks and projections that are not registered")
 
     def put_into(self, encoder: ModalEncoderModule) -> None:
