@@ -67,11 +67,11 @@ def assistant_spans(
         try:
             turns = _Turns(messages, template, variables, around)
             # Where the template writes something else because of the bookends, they tell nothing.
-            if turns.plain(turns.whole) != text:
+            if turns.plain() != text:
                 continue
             undisturbed = True
             found = turns.by_generation_marks(first) if marked else turns.by_bookends(first, specials)
-            return text, [(turns.plain_position(a), turns.plain_position(b)) for a, b in found]
+            return text, [(len(turns.plain(a)), len(turns.plain(b))) for a, b in found]
         except TEMPLATE_ERRORS as error:
             problem = problem or error
     lack = "does not tell which turns are the completion's" if marked else "has no generation marks"
@@ -82,13 +82,7 @@ def assistant_spans(
 
 
 class _Turns:
-    """One conversation rendered with bookends, and the assistant's turns in that text.
-
-    Args:
-        messages, template, variables: of the conversation.
-        around: bookends stand around what ``"all"`` messages say, around that of ``"spoken"`` ones, which say something,
-            or around ``"none"``.
-    """
+    """One conversation, rendered with bookends around what "all" messages say, the "spoken" ones (not silent), or "none"."""
 
     def __init__(self, messages: list[dict], template: str, variables: dict[str, Any], around: str):
         self.template, self.variables, self.messages = template, variables, messages
@@ -97,13 +91,9 @@ class _Turns:
             self.messages = [_with_bookends(m, *bookends(i), around == "all") for i, m in enumerate(messages)]
         self.whole, self.generated = render(self.messages, template, mark_assistant=True, **variables)
 
-    def plain(self, text: str) -> str:
-        """A text without bookends."""
-        return _BOOKEND.sub("", text) if self.has_bookends else text
-
-    def plain_position(self, position: int) -> int:
-        """Where a position of the whole text is without bookends."""
-        return len(self.plain(self.whole[:position]))
+    def plain(self, end: int | None = None) -> str:
+        """The whole text, or what stands before a position in it, without bookends."""
+        return _BOOKEND.sub("", self.whole[:end]) if self.has_bookends else self.whole[:end]
 
     def by_bookends(self, first: int, specials: Sequence[str]) -> Spans:
         """Spans of turns in the whole text; ValueError where one cannot be told from others."""
@@ -114,8 +104,8 @@ class _Turns:
             start, end = self._start(index), self._end(index, specials)
             if start > end or (spans and start < spans[-1][1]):
                 raise self._lost(index)  # the template has moved text, so turns would overlap
-            inside = set(_BOOKEND.findall(self.whole[start:end])) if self.has_bookends else set()
-            if inside != {bookend for bookend in bookends(index) if self.has_bookends and bookend in self.whole}:
+            inside = set(_BOOKEND.findall(self.whole[start:end]))
+            if self.has_bookends and inside != {bookend for bookend in bookends(index) if bookend in self.whole}:
                 raise ValueError(f"message {index} has text of another message in it, or lacks its own")
             spans.append((start, end))
         return spans
@@ -211,10 +201,7 @@ def _shared(a: str, b: str) -> str:
 
 
 def _with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
-    """A message with bookends around what it says, inside of white space that templates strip.
-
-    Where it says nothing and `silent` is given, they stand where it would.
-    """
+    """A message with bookends around what it says; where it says nothing and `silent` is given, where it would stand."""
     content = message.get("content")
     if isinstance(content, str) and (content.strip() or (silent and not message.get("tool_calls"))):
         return message | {"content": _enclosed(content, start, end)}
@@ -231,6 +218,7 @@ def _with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
 
 
 def _enclosed(text: str, start: str, end: str) -> str:
+    """A text with bookends inside of the white space around it, which templates strip."""
     before = len(text) - len(text.lstrip())
     behind = max(before, len(text.rstrip()))  # white space alone: both bookends go to its end
     return text[:before] + start + text[before:behind] + end + text[behind:]

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import BatchFeature
 
 from ..configuration_multimodal import MultimodalConfig
-from .placeholder_text import Expanded, Spans, encode, expand, occurrences, pad_rows
+from .placeholder_text import Spans, encode, expand, occurrences, pad_rows
 
 # Keyword of `__call__` for the items of each kind.
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
@@ -77,8 +77,7 @@ def media_arguments(
         for name in config.modalities_for(kind) if by_kind[plural] is not None else ():
             _add_items(media, name, by_kind[plural])
     for name in config.encoders:
-        items = kwargs.pop(name, None)
-        if items is not None:
+        if (items := kwargs.pop(name, None)) is not None:
             _add_items(media, name, items)
     for name, given in (encoder_inputs or {}).items():
         config.modalities_for(name)  # raises for what the model does not have
@@ -90,9 +89,8 @@ def media_arguments(
     owners |= {f"{plural}_kwargs": config.modalities_of_kind(kind) for kind, plural in PLURALS.items()}
     for key in [key for key in kwargs if key in owners]:  # in the caller's order: later options win
         options = kwargs.pop(key) or {}
-        for name in owners[key]:
-            if name in media:
-                media[name].update(options)
+        for name in set(owners[key]) & set(media):
+            media[name].update(options)
     for name in media:
         if rate is not None and config.modality(name)["kind"] == "audio":
             media[name].setdefault("sampling_rate", rate)  # the modality's own option wins
@@ -142,7 +140,14 @@ def encode_texts(
     if spans is not None:  # from characters of the text to those of the expanded one
         moved = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
     rows = encode(tokenizer, [e.text for e in expanded], moved, **options)
-    _check_truncation(expanded, rows, tokens, ids)
+    for sample, (text, row) in enumerate(zip(expanded, rows, strict=True)):
+        for name, token in tokens.items():
+            wanted, left = text.counts.get(token, 0), row["input_ids"].count(ids[name])
+            if wanted != left:
+                raise ValueError(
+                    f"{name}, sample {sample}: {wanted} features need as many placeholder tokens ({token}), but {left} are "
+                    "left after truncation: raise max_length, or shorten the text around them."
+                )
     extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
     data = pad_rows(tokenizer, rows, extra, padding, options.get("max_length"))
     if with_mask is False:
@@ -178,16 +183,3 @@ def check_items(
                 f"{name}: the texts have {sum(written)} placeholders {token} {written}, but {counts[name]} items were "
                 "given: write one placeholder for each item."
             )
-
-
-def _check_truncation(
-    expanded: list[Expanded], rows: list[dict[str, list]], tokens: Mapping[str, str], ids: Mapping[str, int]
-) -> None:
-    for sample, (text, row) in enumerate(zip(expanded, rows, strict=True)):
-        for name, token in tokens.items():
-            wanted, left = text.counts.get(token, 0), row["input_ids"].count(ids[name])
-            if wanted != left:
-                raise ValueError(
-                    f"{name}, sample {sample}: {wanted} features need as many placeholder tokens ({token}), but {left} are "
-                    "left after truncation: raise max_length, or shorten the text around them."
-                )

@@ -37,12 +37,12 @@ NO_ITEM = object()  # a part that tells where an item stands, but not which
 
 
 class ConversationReader:
-    """Takes the media out of conversations and renders the rest.
+    """Takes the media out of conversations and makes messages for templates of the rest.
 
     Args:
         tokens: placeholder token of each modality.
         names_of: the modalities that a part's type means (a name, or a kind; ValueError where that is unclear).
-        kinds: the modalities' kinds.
+        kinds: of the modalities.
     """
 
     def __init__(self, tokens: Mapping[str, str], names_of: Callable[[str], list[str]], kinds: Mapping[str, str]):
@@ -65,7 +65,14 @@ class ConversationReader:
         media: dict[str, list] = {name: [] for name in self.tokens}
         messages = [self._message(message, template, media) for message in conversation]
         for name, items in (given or {}).items():
-            media[name] = _filled(name, media[name], items, self.tokens[name])
+            bare = sum(item is NO_ITEM for item in media[name])
+            if bare != len(items):
+                raise ValueError(
+                    f"{name}: {len(items)} items were given for {bare} parts without one: put a part {{'type': {name!r}}} (or "
+                    f"of its kind) for each item where it belongs in 'content'; {self.tokens[name]} typed in a string is text."
+                )
+            rest = iter(items)
+            media[name] = [next(rest) if item is NO_ITEM else item for item in media[name]]
         found = {name: [item for item in items if item is not NO_ITEM] for name, items in media.items()}
         return messages, {name: items for name, items in found.items() if items}
 
@@ -93,42 +100,24 @@ class ConversationReader:
         return [self._marked(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def _part(self, part: Any, template: str, media: dict[str, list]) -> dict[str, Any]:
-        if isinstance(part, str):
-            part = {"type": "text", "text": part}
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(part, Mapping) or "type" not in part:
             raise TypeError(f"A content part must be a string or a dict with a 'type', got {part!r:.100}.")
         if part["type"] == "text":
-            if not isinstance(part.get("text"), str):
-                raise ValueError(
-                    f"A part of type 'text' must have a string as its 'text', got {part.get('text')!r:.100}."
-                )
-            return {"type": "text", "text": self._marked(part["text"])}
+            if not isinstance(text := part.get("text"), str):
+                raise ValueError(f"A part of type 'text' must have a string as its 'text', got {text!r:.100}.")
+            return {"type": "text", "text": self._marked(text)}
         kind = "image" if part["type"] == "image_url" else part["type"]  # OpenAI's word for it
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
             media[name].append(NO_ITEM if item is None else item)
         # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.
-        if (
-            len(names) == 1
-            and self.kinds[names[0]] == kind
-            and template_writes_placeholder(template, kind, self.tokens[names[0]])
-        ):
+        alone = names[0] if len(names) == 1 and self.kinds[names[0]] == kind else None
+        if alone and template_writes_placeholder(template, kind, self.tokens[alone]):
             return {"type": kind}
         # Encoders that share the item: a placeholder for each, one behind the other.
         return {"type": "text", "text": "".join(self.tokens[name] for name in names)}
-
-
-def _filled(name: str, items: list, given: Sequence[Any], token: str) -> list:
-    """A modality's items in order, where those that parts leave out are given apart."""
-    bare = sum(item is NO_ITEM for item in items)
-    if bare != len(given):
-        raise ValueError(
-            f"{name}: {len(given)} items were given for {bare} parts without one: put one part {{'type': {name!r}}} (or of its "
-            f"kind) for each item where it belongs in 'content'; {token} typed in a string is text."
-        )
-    rest = iter(given)
-    return [next(rest) if item is NO_ITEM else item for item in items]
 
 
 def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
@@ -163,10 +152,9 @@ def render(
         template: a Jinja template.
         tools: JSON schemas, or functions, of which schemas are made.
         documents: dictionaries.
-        add_generation_prompt: a variable of the template.
         continue_final_message: end the text where the content of the last message ends.
         mark_assistant: return the spans, of a template that has such blocks.
-        **variables: further variables.
+        add_generation_prompt, **variables: variables of the template.
 
     Raises:
         TemplateLimit: a bound of `limits` is met.
@@ -222,16 +210,15 @@ def _with_mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @functools.lru_cache(maxsize=64)
 def handles_parts(template: str) -> bool:
     """Whether a template renders a list of content parts, rather than one string."""
-    rendered = _try([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}], template)
+    rendered = _try([{"type": "text", "text": _PROBE}], template)
     # A template for strings prints the list of parts as Python does, with its keys.
-    return rendered is not None and _PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
+    return _PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
 
 
 @functools.lru_cache(maxsize=64)
 def handles_strings(template: str) -> bool:
     """Whether a template renders a string as a message's content; some render parts alone and lose strings."""
-    rendered = _try([{"role": "user", "content": _PROBE}], template)
-    return rendered is not None and _PROBE in rendered
+    return _PROBE in _try(_PROBE, template)
 
 
 @functools.lru_cache(maxsize=256)
@@ -240,28 +227,23 @@ def template_writes_placeholder(template: str, kind: str, token: str) -> bool:
     if not handles_parts(template):
         return False
     text = {"type": "text", "text": _PROBE}
-    with_part, without = (
-        _try([{"role": "user", "content": content}], template) for content in ([{"type": kind}, text], [text])
-    )
-    if with_part is None or without is None:
-        return False
-    return occurrences(with_part, [token])[token] == occurrences(without, [token])[token] + 1
+    texts = [_try(content, template) for content in ([{"type": kind}, text], [text])]
+    with_part, without = (occurrences(rendered, [token])[token] for rendered in texts)
+    return with_part == without + 1
 
 
-def _try(messages: list[dict], template: str) -> str | None:
+def _try(content: str | list, template: str) -> str:
+    """The text of a conversation of one message, "" if the template refuses it."""
     try:
-        return render(messages, template, bos_token="", eos_token="")[0]
+        return render([{"role": "user", "content": content}], template, bos_token="", eos_token="")[0]
     except TemplateLimit:  # also one of the errors below, but no answer about the template
         raise
     except TEMPLATE_ERRORS:
-        return None
+        return ""
 
 
 def refuse_typed(text: str) -> str:
-    """A rendered text without marks; ValueError if a user typed a placeholder in it.
-
-    As a plain string it could not be told from a real one.
-    """
+    """A rendered text, or ValueError if a user typed a placeholder in it: a plain string could not tell it from a real one."""
     if unmark(text) != text:
         raise ValueError(
             "A message contains a placeholder token as text, which a string cannot tell from a real placeholder: use "
@@ -278,11 +260,7 @@ def is_batch(conversation: Any) -> bool:
 
 
 def chosen_template(own: str | Mapping[str, str] | None, chosen: str | None) -> str:
-    """The template to render: one that is given, one of several by its name, or the processor's only or default one.
-
-    Raises:
-        ValueError: there is none, or several of which none is called "default".
-    """
+    """The template that is given, the one of that name, or the processor's only or "default" one (ValueError if none)."""
     named = dict(own) if isinstance(own, Mapping) else {"default": own}
     template = named.get(chosen or "default", chosen)
     if template is None:
@@ -305,11 +283,10 @@ def check_tool_calls(messages: list[dict], template: str, variables: dict[str, A
     """Refuse a conversation with a turn of tool calls that the template does not write."""
     # Written behind a tool's name, a bookend shows whether the template writes that name at all.
     named = [call_with_bookend(message, bookends(i)[1]) for i, message in enumerate(messages)]
-    if named == messages:
-        return
-    text, _ = render(named, template, **variables)
-    for index, message in enumerate(messages):
-        if named[index] != message and bookends(index)[1] not in text:
+    calling = [index for index, message in enumerate(messages) if named[index] != message]
+    text = render(named, template, **variables)[0] if calling else ""
+    for index in calling:
+        if bookends(index)[1] not in text:
             raise ValueError(
                 f"Message {index} calls a tool, but the chat template does not write that: use a template that knows "
                 "'tool_calls', or write the call into 'content'."

@@ -5,7 +5,6 @@ decoded; an array is taken as it is or refused.  Sounds are in `sounds`.
 """
 
 import base64
-import binascii
 import io
 import os
 import urllib.parse
@@ -52,26 +51,21 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
         kind: an array or a list of numbers is one item of ``"audio"`` and ``"time"``, a list of frames one of ``"video"``, a
             list of rows of numbers one of ``"features"``; a dict is one item of any kind.
     """
-    if not isinstance(items, (list, tuple)) or _is_item(items, kind):
+    if not _is_list(items, kind):
         return [items], None
     # Given per sample: one entry is a list of items, or every entry is None.
-    if any(isinstance(item, (list, tuple)) and not _is_item(item, kind) for item in items) or (
-        items and all(item is None for item in items)
-    ):
-        samples = [[] if sample is None else _as_list(sample, kind) for sample in items]
+    if any(_is_list(item, kind) for item in items) or (items and all(item is None for item in items)):
+        samples = [[] if one is None else list(one) if _is_list(one, kind) else [one] for one in items]
         return [item for sample in samples for item in sample], [len(sample) for sample in samples]
     return list(items), None
 
 
-def _is_item(value: Any, kind: str) -> bool:
-    """Whether a list is one item: the numbers of a sound, an image as (height, width, channels), the frames of a video."""
-    if kind == "video" and isinstance(value, (list, tuple)) and value and all(_is_frame(x) for x in value):
-        return True
-    return _depth(value) == LIST_DEPTHS.get(kind, -1)
-
-
-def _is_frame(value: Any) -> bool:
-    return isinstance(value, Image.Image) or getattr(value, "ndim", None) in (2, 3)
+def _is_list(value: Any, kind: str) -> bool:
+    """Whether this is a list of items: no sound's numbers, image as (height, width, channels), or frames of a video."""
+    if not isinstance(value, (list, tuple)) or _depth(value) == LIST_DEPTHS.get(kind, -1):
+        return False
+    frames = value if kind == "video" else []
+    return not frames or not all(isinstance(x, Image.Image) or getattr(x, "ndim", None) in (2, 3) for x in frames)
 
 
 def _depth(value: Any) -> int:
@@ -82,10 +76,6 @@ def _depth(value: Any) -> int:
         return 1
     inner = _depth(value[0])  # the first entry stands for all: lists may be long
     return inner + 1 if inner else 0
-
-
-def _as_list(sample: Any, kind: str) -> list[Any]:
-    return list(sample) if isinstance(sample, (list, tuple)) and not _is_item(sample, kind) else [sample]
 
 
 def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
@@ -108,7 +98,7 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         check_image(*item.size, where)
         _decoded(lambda x: x.load(), item, where, "image")  # PIL opens files lazily
         return _ready_pil(item, where, channels)
-    if _is_item(item, "image"):
+    if _depth(item) == LIST_DEPTHS["image"]:
         item = _from_lists(item, where)
     if isinstance(item, (np.ndarray, torch.Tensor)):
         return _ready_array(item, where, channels, rescaled)
@@ -134,18 +124,15 @@ def _source(item: Any, where: str) -> str | bytes | None:
     elif os.path.isfile(item):
         source = os.fspath(item)
     else:
-        source = _from_base64(str(item))
+        text = str(item)
+        encoded = text.partition(",")[2] if text.startswith("data:") else text
+        try:
+            source = base64.b64decode("".join(encoded.split()), validate=True) or None  # line breaks inside are usual
+        except ValueError:
+            source = None
     size = os.path.getsize(source) if isinstance(source, str) else len(source or b"")
     check(size, "MAX_FILE_BYTES", f"{where}: the number of bytes of the encoded item is at least")
     return source
-
-
-def _from_base64(text: str) -> bytes | None:
-    encoded = text.partition(",")[2] if text.startswith("data:") else text
-    try:
-        return base64.b64decode("".join(encoded.split()), validate=True) or None  # line breaks inside are usual
-    except (binascii.Error, ValueError):
-        return None
 
 
 def _from_lists(item: Any, where: str) -> np.ndarray:
@@ -176,9 +163,8 @@ def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> 
         if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
             raise
         what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
-        raise ValueError(
-            f"{where}: the {kind} cannot be decoded from {what}: {type(error).__name__}: {error}"
-        ) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: the {kind} cannot be decoded from {what}: {cause}") from error
 
 
 def _without_secrets(source: str) -> str:
@@ -213,10 +199,10 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
     kind = str(array.dtype).removeprefix("torch.")
     if kind == "uint8":
         values = array.numpy() if isinstance(array, torch.Tensor) else array
-        if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
-            values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
+            values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
+            if values.shape[-1] not in (1, 3, 4):
+                raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
         # PIL takes grey images without an axis for their channel.
         return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
     if not kind.startswith(("float", "bfloat")):

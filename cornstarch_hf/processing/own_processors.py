@@ -3,6 +3,7 @@
 Arrays come in, checked tensors go out; `subprocessors` calls them as it calls those of transformers.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,13 +42,11 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         return cls(feature_size=config.feature_size)
 
     def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "features") -> BatchFeature:
-        """Check and pad features.
+        """Check and pad features of a modality called `name` in messages.
 
         Args:
             items: arrays or tensors ``(n_i, feature_size)`` of any n_i >= 1 in float16, bfloat16 or float32, or lists of rows
                 of numbers, which become float32; ``(feature_size,)`` is one feature.
-            return_tensors: ``"pt"``.
-            name: of the modality, for messages.
 
         Returns:
             `features` ``(items, most features, feature_size)`` in the one dtype that holds all items exactly, zeros after the
@@ -58,12 +57,9 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
             TypeError: no array.
         """
         rows = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
-        dtype = rows[0].dtype
-        for row in rows:
-            dtype = torch.promote_types(dtype, row.dtype)  # float16 and bfloat16 together make float32
-        features = pad_sequence(
-            [row.to(dtype) for row in rows], batch_first=True
-        )  # (items, most features, feature_size)
+        dtype = functools.reduce(torch.promote_types, [row.dtype for row in rows])  # float16 and bfloat16 make float32
+        # (items, most features, feature_size)
+        features = pad_sequence([row.to(dtype) for row in rows], batch_first=True)
         # (items, most features), True where a row is a feature
         mask = torch.arange(features.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
         return BatchFeature({"features": features, "attention_mask": mask.long()}, return_tensors)
@@ -114,24 +110,17 @@ class TimeSeriesProcessor(ItemProcessor):
 
     @classmethod
     def for_encoder(cls, config: Any) -> "TimeSeriesProcessor":
-        """The processor that an encoder's configuration asks for.
-
-        Args:
-            config: of the encoder; `num_input_channels` and `context_length` fix the shape, else `patch_length` counts.
-        """
-        channels = getattr(config, "num_input_channels", None)
-        if channels is not None:
+        """The processor for an encoder's configuration, whose shape is fixed by `num_input_channels`, if it has them."""
+        if (channels := getattr(config, "num_input_channels", None)) is not None:
             return cls(num_channels=channels, context_length=config.context_length)
         return cls(patch_length=getattr(config, "patch_length", None))
 
     def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "series") -> BatchFeature:
-        """Check and stack series.
+        """Check and stack series of a modality called `name` in messages.
 
         Args:
             items: arrays, tensors or lists of numbers, ``(length,)``, or arrays ``(length, num_channels)``; floats
                 or integers, rounded to float32.
-            return_tensors: ``"pt"``.
-            name: of the modality, for messages.
 
         Returns:
             `past_values` ``(items, length)`` or ``(items, length, num_channels)`` in float32, `past_values_padding` of the
@@ -150,10 +139,11 @@ class TimeSeriesProcessor(ItemProcessor):
                 f"{name}, item {i}: the series has {lengths[i]} values, item 0 has {lengths[0]}: this encoder cannot be told "
                 "which are padding, so that series of one call must have one length."
             )
-        starts = [-n % (self.patch_length or 1) for n in lengths]  # padding in front, up to whole patches
-        most = max(n + start for n, start in zip(lengths, starts, strict=True))
+        patch = self.patch_length or 1
+        most = max(n + -n % patch for n in lengths)
         values, padding = [], []
-        for x, start in zip(series, starts, strict=True):
+        for x in series:
+            start = -len(x) % patch  # padding in front, up to whole patches
             around = (start, most - len(x) - start)  # padding before and behind the series
             values.append(pad(x, (0, 0) * (x.ndim - 1) + around))  # (most,) or (most, num_channels)
             padding.append(pad(torch.zeros(len(x), dtype=torch.long), around, value=1))  # 1 on padding
@@ -164,10 +154,10 @@ class TimeSeriesProcessor(ItemProcessor):
         values = _floats(item, where, ("past_values", "series", "array"), rounded=True)
         if self.num_channels == 1 and values.ndim == 1:
             values = values[:, None]  # (length,) -> (length, 1)
-        shape = ("length",) if self.num_channels is None else ("length", self.num_channels)
-        if values.ndim != len(shape) or len(values) == 0 or tuple(values.shape[1:]) != shape[1:]:
-            text = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-            raise ValueError(f"{where}: expected a series of shape ({text}), got {tuple(values.shape)}.")
+        channels = () if self.num_channels is None else (self.num_channels,)
+        if values.ndim == 0 or len(values) == 0 or values.shape[1:] != channels:
+            expected = "(length,)" if not channels else f"(length, {self.num_channels})"
+            raise ValueError(f"{where}: expected a series of shape {expected}, got {tuple(values.shape)}.")
         if self.context_length is not None and len(values) != self.context_length:
             raise ValueError(
                 f"{where}: the series has {len(values)} values, the encoder takes {self.context_length}: choose a window "

@@ -6,7 +6,7 @@ rendered, and encoded as plain text.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 
 MARK_START, MARK_END = "\ue0c0", "\ue0c1"  # private-use characters; those of a user are removed by `mark_typed`
-MARKED = re.compile(f"{MARK_START}(.*?){MARK_END}", re.DOTALL)
+Spans = list[tuple[int, int]]
 
 
 def token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
@@ -31,9 +31,8 @@ def mark_typed(text: str, tokens: Sequence[str]) -> str:
     >>> mark_typed("see <image>", ["<image>"]) == "see " + MARK_START + "<image>" + MARK_END
     True
     """
-    clean = text.replace(MARK_START, "").replace(MARK_END, "")  # a mark in the user's text would end ours too early
-    pattern = token_pattern(tokens)
-    return pattern.sub(lambda m: f"{MARK_START}{m[0]}{MARK_END}", clean)
+    clean = unmark(text)  # a mark in the user's text would end ours too early
+    return token_pattern(tokens).sub(rf"{MARK_START}\g<0>{MARK_END}", clean)
 
 
 def unmark(text: str) -> str:
@@ -43,17 +42,11 @@ def unmark(text: str) -> str:
 
 @dataclass
 class Expanded:
-    """A text whose placeholders have been repeated.
-
-    Attributes:
-        text: with each placeholder as often as its item has features.
-        spans: of each placeholder: start and end in the original text and in the expanded one.
-        counts: features by token.
-    """
+    """A text in which each placeholder stands as often as its item has features."""
 
     text: str
-    spans: list[tuple[int, int, int, int]] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    spans: list[tuple[int, int, int, int]]  # of each placeholder: start and end in the original text, then in this one
+    counts: dict[str, int]  # features by token
 
     def moved(self, position: int) -> int:
         """Where a position of the original text is in the expanded one, marks not counted."""
@@ -61,8 +54,7 @@ class Expanded:
         for _, end, _, new_end in self.spans:
             if end <= position:
                 shift = new_end - end
-        before = self.text[: position + shift]
-        return len(before) - before.count(MARK_START) - before.count(MARK_END)
+        return len(unmark(self.text[: position + shift]))
 
 
 def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -> Expanded:
@@ -85,10 +77,9 @@ def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -
         index = taken.get(token, 0)
         taken[token] = index + 1
         count = lengths[token][index] if index < len(lengths[token]) else 0  # `check_items` refuses texts with too many
-        before, repeated = text[last : match.start()], token * count
-        spans.append((match.start(), match.end(), size + len(before), size + len(before) + len(repeated)))
-        pieces += [before, repeated]
-        size += len(before) + len(repeated)
+        pieces.append(text[last : match.start()] + token * count)
+        size += len(pieces[-1])
+        spans.append((match.start(), match.end(), size - len(token) * count, size))
         counts[token] += count
         last = match.end()
     return Expanded("".join([*pieces, text[last:]]), spans, counts)
@@ -98,9 +89,6 @@ def occurrences(text: str, tokens: Sequence[str]) -> dict[str, int]:
     """How often each token stands in a text as a placeholder."""
     found = [match[1] for match in token_pattern(tokens).finditer(text) if match[1] is not None]
     return {token: found.count(token) for token in tokens}
-
-
-Spans = list[tuple[int, int]]
 
 
 def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **options: Any) -> list[dict[str, list]]:
@@ -140,8 +128,9 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
 def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:
     """A text cut at marks and at the ends of spans: piece, whether a user typed it, whether it is in a span."""
     ends = sorted({end for span in spans for end in span})  # starts too
+    parts = re.split(f"{MARK_START}(.*?){MARK_END}", text, flags=re.DOTALL)  # plain, typed, plain, typed, ..., plain
     pieces, position = [], 0
-    for index, part in enumerate(MARKED.split(text)):  # plain, typed, plain, typed, ..., plain
+    for index, part in enumerate(parts):
         inner = [end for end in ends if position < end < position + len(part)]
         for start, stop in zip([position, *inner], [*inner, position + len(part)], strict=True):
             wanted = any(a <= start and stop <= b for a, b in spans)
@@ -167,24 +156,19 @@ def _encode_pieces(tokenizer, pieces: list[tuple[str, bool, bool]], options: dic
     if options.get("truncation") and limit is not None and len(row["input_ids"]) > limit:
         left = tokenizer.truncation_side == "left"  # which side goes
         row = {key: values[-limit:] if left else values[:limit] for key, values in row.items()}
-    return row if offsets else {key: values for key, values in row.items() if key != "offset_mapping"}
+    return row
 
 
 def _encode_piece(tokenizer, piece: str, typed: bool, first: bool, offsets: bool):
-    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": typed}
-    if offsets:
-        options["return_offsets_mapping"] = True
+    options = {"add_special_tokens": False, "split_special_tokens": typed, "return_offsets_mapping": offsets}
     # A character in front keeps sentencepiece from putting a space before a piece in the middle of a text; it must not
     # grow together with the piece.
-    for lead in ("",) if first else ("\n", ".", "x"):
+    for lead in ("",) if first else ("\n", ".", "x", ""):
         encoded = tokenizer(lead + piece, **options)
         cut = tokenizer(lead, **options)["input_ids"] if lead else []
         ids = encoded["input_ids"]
         if ids[: len(cut)] == cut:  # the lead kept its own tokens
             break
-    else:
-        lead, cut, encoded = "", [], tokenizer(piece, **options)
-        ids = encoded["input_ids"]
     spans = encoded.get("offset_mapping", [(0, 0)] * len(ids))
     size = len(lead)
     return ids[len(cut) :], [(max(a - size, 0), max(b - size, 0)) for a, b in spans[len(cut) :]]
@@ -256,10 +240,7 @@ def pad_list(values: list, length: int, blank: Any, side: str) -> list:
 
 
 def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> dict[str, str]:
-    """The placeholder token of each modality.
-
-    A chosen one comes first, then the one in the configuration, then ``<image>``, ``<audio>`` or ``<video>`` where
-    one modality has that kind, else ``<{name}>``.
+    """The placeholder token of each modality: chosen, else configured, else ``<image>``, ``<audio>``, ``<video>`` or its name.
 
     Raises:
         ValueError: an unknown modality, an empty token, or one token for two modalities.
@@ -281,16 +262,13 @@ def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> d
 
 
 def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, str]) -> dict[str, int]:
-    """Make each token one special token of the tokenizer (in place) and return the ids by modality.
-
-    A token that exists keeps its id.
+    """Make each token one special token of the tokenizer (in place; one that exists keeps its id); return ids by modality.
 
     Raises:
         ValueError: a token that has another special meaning (end of sequence, padding, ...), or does not stay whole.
     """
-    named = {
-        getattr(tokenizer, f"{kind}_token", None): kind for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
-    }
+    kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    named = {getattr(tokenizer, f"{kind}_token", None): kind for kind in kinds}
     ids: dict[str, Any] = {}
     for name, token in tokens.items():
         if token in named:
@@ -308,12 +286,7 @@ def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[s
 
 
 class MultimodalBatch(BatchFeature):
-    """A `BatchFeature` that masks labels on placeholders as they are put into it.
-
-    Args:
-        data, tensor_type, skip_tensor_conversion: as in `BatchFeature`.
-        placeholder_ids: token ids of the modalities' placeholders.
-    """
+    """A `BatchFeature` that masks labels on placeholders, of which it gets the ids, as they are put into it."""
 
     placeholder_ids: tuple[int, ...] = ()
 
@@ -327,13 +300,10 @@ class MultimodalBatch(BatchFeature):
         """As in a dict; of `labels` that fit the `input_ids` ``(batch, length)`` in it, a masked copy is kept."""
         ids = self.data.get("input_ids")
         if key == "labels" and isinstance(ids, torch.Tensor) and isinstance(value, torch.Tensor):
-            value = self._masked(value, ids)
+            # (batch, length), True on placeholders, which are not predicted
+            placeholders = torch.isin(ids, torch.tensor(self.placeholder_ids, device=ids.device)).to(value.device)
+            value = value.masked_fill(placeholders, -100) if value.shape == ids.shape else value
         super().__setitem__(key, value)
-
-    def _masked(self, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        # (batch, length), True on placeholders, which are not predicted
-        placeholders = torch.isin(ids, torch.tensor(self.placeholder_ids, device=ids.device)).to(labels.device)
-        return labels.masked_fill(placeholders, -100) if labels.shape == ids.shape else labels
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "placeholder_ids": self.placeholder_ids}

@@ -26,13 +26,11 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         given: the sampling rate that the caller states for bare arrays, in Hz.
 
     Raises:
-        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN, a file that cannot be
-            decoded.
+        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN, a file that cannot be decoded.
         TypeError: no sound.
     """
     if isinstance(item, Mapping):
-        rate = item.get("sampling_rate")
-        given = given if rate is None else rate
+        given = held(item, ("sampling_rate",), otherwise=given)
         item = held(item, ("array", "audio", "bytes", "path", "url"))
     if is_file(item):
         # Decoding resamples, so the sound comes out at the expected rate.
@@ -57,7 +55,7 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         )
     if not np.issubdtype(wave.dtype, np.floating):
         raise ValueError(
-            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide it by its range."
+            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide by its range."
         )
     if not np.isfinite(wave).all():
         raise ValueError(f"{where}: the waveform has values that are not finite.")
@@ -89,11 +87,10 @@ def _check_sound_file(source: Any, rate: int, where: str) -> None:
 
 def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
     source = _source(item, where)
+    if source is not None:
+        _check_sound_file(io.BytesIO(source) if isinstance(source, bytes) else source, rate, where)
     if not isinstance(source, bytes):
-        if source is not None:
-            _check_sound_file(source, rate, where)
         return load_audio(str(item), sampling_rate=rate)
-    _check_sound_file(io.BytesIO(source), rate, where)
     # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
     handle, path = tempfile.mkstemp()
     try:

@@ -1,7 +1,7 @@
 """The processors of single modalities: recognised, called, written into a dictionary and built from one."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,7 @@ _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attenti
 def run_tokenizer(
     tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any
 ) -> Mapping[str, Any]:
-    """Tokenize the items of one modality, padded on the right.
-
-    Args:
-        tokenizer: of the encoder.
-        name: the modality, for messages.
-        items: strings.
-        options: further arguments of the tokenizer's call; only ``truncation=True`` cuts.
-        encoder_config: of the encoder; tells how many positions it has.
+    """Tokenize the items of one modality, padded on the right; only with ``truncation=True`` they are cut.
 
     Raises:
         TypeError: an item that is no string.
@@ -89,11 +82,7 @@ TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_
 
 
 def resolve_subprocessor(processor: Any, kind: str, name: str) -> Any:
-    """The processor of one modality, taken out of a processor of several where one was given.
-
-    Raises:
-        TypeError: not a processor, or one without a part for this kind.
-    """
+    """The processor of one modality, taken out of one of several (TypeError: no processor, or no part for this kind)."""
     if isinstance(processor, ProcessorMixin):
         for attribute in _ATTRIBUTES.get(kind, ("tokenizer",)):
             if (inner := getattr(processor, attribute, None)) is not None:
@@ -128,20 +117,14 @@ def run_subprocessor(
     masked: bool = False,
     prepared: bool = False,
 ) -> dict[str, Any]:
-    """Process the items of one modality.
+    """The tensors of one modality's items, by the names that its processor emits.
 
     Args:
-        processor: its processor.
-        name: the modality, for messages.
-        kind: its kind.
-        items: in order.
+        processor, name, kind, items: of the modality; the name is for messages.
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
         encoder_config: of its encoder.
         masked: whether the encoder wants a mask of its features also where they are padded to a window.
         prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
-
-    Returns:
-        tensors by the names that the processor emits.
 
     Raises:
         ValueError, TypeError: an item that cannot be used as it is.
@@ -165,9 +148,8 @@ def run_subprocessor(
         rate = sampling_rate_of(processor)
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
-        _check_window(processor, name, items, options)
-        options = _audio_options(processor, rate, masked) | options | {"return_tensors": "pt"}
-        return _called(lambda x: processor(x, **options), processor, name, items)
+        options = _audio_options(processor, name, items, options, masked) | options
+        return _called(processor, name, items, options)
     if isinstance(processor, PreTrainedTokenizerBase):
         return _tensors(run_tokenizer(processor, name, items, options, encoder_config), name)
     # A callable of somebody's own checks nothing: the number of frames at least is bounded.
@@ -184,20 +166,15 @@ def _run_on_images(
     processor: Any, name: str, items: list[Any], options: Mapping[str, Any], prepared: bool
 ) -> dict[str, Any]:
     """Tensors with one row per image, also from processors that put all images of a call into one row."""
-
-    def run(images: list[Any]) -> dict[str, Any]:
-        return _called(lambda x: processor(images=x, return_tensors="pt", **options), processor, name, images)
-
-    found = run(items)
+    found = _called(processor, name, items, options)
     rank = getattr(found.get("pixel_values"), "ndim", 0)
     if prepared or rank not in (5, 6):
         return found
     # All images are in one row: (1, images, channels, height, width), with tiles
     # (1, images, tiles, channels, height, width).
-    alone = [found] if len(items) == 1 else [run([item]) for item in items]  # each in a row of its own
-    for i, one in enumerate(alone):
-        crops = one["pixel_values"].shape[1]
-        if crops != 1:
+    alone = [found] if len(items) == 1 else [_called(processor, name, [item], options) for item in items]
+    for i, one in enumerate(alone):  # each in a row of its own
+        if (crops := one["pixel_values"].shape[1]) != 1:
             raise ValueError(
                 f"{name}, item {i}: {type(processor).__name__} splits the image into {crops} crops, expected 1 per item: turn "
                 "that off in its settings (do_image_splitting=False, crop_to_patches=False, split_image=False)."
@@ -236,15 +213,11 @@ def _uneven(processor: Any, name: str, shapes: list[Any]) -> str:
     )
 
 
-def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: list[Any]) -> dict[str, Any]:
-    """The tensors that a processor makes of items; its own errors say which item, or which two, it could not do.
-
-    Raises:
-        ValueError, TypeError: with the cause.
-    """
+def _called(processor: Any, name: str, items: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors that a processor makes of items; its own errors say which item, or which two, it could not do."""
 
     def tensors(some: list[Any]) -> dict[str, Any]:
-        output = call(some)
+        output = processor(some, **{**options, "return_tensors": "pt"})
         return _tensors({processor.model_input_names[0]: output} if isinstance(output, torch.Tensor) else output, name)
 
     try:
@@ -256,8 +229,10 @@ def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: 
                 one = tensors([item])
             except Exception as cause:
                 kind = TypeError if isinstance(cause, TypeError) else ValueError
+                size = tuple(item.shape) if hasattr(item, "shape") else getattr(item, "size", None)
+                size = " x ".join(map(str, size)) if isinstance(size, tuple) and len(size) == 2 else size
                 raise kind(
-                    f"{name}, item {i}: {type(processor).__name__} cannot process it, its size is {_size(item)} "
+                    f"{name}, item {i}: {type(processor).__name__} cannot process it, its size is {size} "
                     f"({type(cause).__name__}: {cause!s:.300})."
                 ) from cause
             shapes.append(tuple(next(iter(one.values())).shape[1:]))
@@ -266,13 +241,10 @@ def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: 
         raise  # each item alone is fine: the error is the whole call's
 
 
-def _size(item: Any) -> str:
-    size = getattr(item, "size", None) if not hasattr(item, "shape") else tuple(item.shape)
-    return f"{size[0]} x {size[1]}" if isinstance(size, tuple) and len(size) == 2 else str(size)
-
-
-def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any], options: Mapping[str, Any]) -> None:
-    """Refuse sounds that a feature extractor would cut by default; a caller who asks for truncation gets it."""
+def _audio_options(
+    processor: FeatureExtractionMixin, name: str, items: list[Any], options: Mapping[str, Any], masked: bool
+) -> dict[str, Any]:
+    """Arguments of a feature extractor's call; ValueError for sounds that it would cut without being asked for truncation."""
     parameters = inspect.signature(processor.__call__).parameters
     cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
     # In samples: what the call or the extractor's window (30 seconds of Whisper) keeps.
@@ -283,17 +255,14 @@ def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any]
                 f"{name}, item {i}: the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}: split "
                 f"it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
             )
-
-
-def _audio_options(processor: FeatureExtractionMixin, rate: int | None, masked: bool) -> dict[str, Any]:
-    parameters = inspect.signature(processor.__call__).parameters
-    options: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
+    rate = sampling_rate_of(processor)
+    found: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
     padded = "padding" in parameters and parameters["padding"].default != "max_length"
     if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
-        options |= {"padding": True}
+        found["padding"] = True
     if "return_attention_mask" in parameters and (padded or masked):
-        options |= {"return_attention_mask": True}
-    return options
+        found["return_attention_mask"] = True
+    return found
 
 
 def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -305,11 +274,7 @@ def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
-    """A JSON dictionary of a processor with its type; None for a tokenizer, which has files of its own.
-
-    Raises:
-        ValueError: the processor tells no type by which it could be found again.
-    """
+    """A JSON dictionary of a processor with its type (ValueError: it has none); None for a tokenizer, which has own files."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return None
     described = processor.to_dict() if hasattr(processor, "to_dict") else {}
@@ -323,38 +288,30 @@ def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
 
 
 def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
-    """The processor that `describe_subprocessor` described.
-
-    Raises:
-        ValueError: no type, or one that neither transformers nor an Auto class knows.
-    """
+    """The processor that `describe_subprocessor` described (ValueError: of no known type, or it does not take its settings)."""
     values = dict(described)
-    kinds = [key for key in TYPE_KEYS if isinstance(values.get(key), str)]
+    kinds = [values[key] for key in TYPE_KEYS if isinstance(values.get(key), str)]
     if len(kinds) != 1:
-        raise ValueError(
-            f"{name}: expected one of {TYPE_KEYS} in the description of its processor, got {sorted(values)}."
-        )
+        raise ValueError(f"{name}: expected one of {TYPE_KEYS} in its processor's description, got {sorted(values)}.")
     _check_settings(values, name)
     try:
-        cls: Any = ITEM_PROCESSORS.get(values[kinds[0]])
-        cls = cls or ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+        cls: Any = ITEM_PROCESSORS.get(kinds[0]) or ProcessorMixin.get_possibly_dynamic_module(kinds[0])
     except (AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: there is no processor class {values[kinds[0]]!r:.100} in transformers.") from error
+        raise ValueError(f"{name}: there is no processor class {kinds[0]!r:.100} in transformers.") from error
     if lacking := [one for one in getattr(cls, "_backends", ()) if isinstance(one, str)]:  # stands in for a class
         raise ValueError(
-            f"{name}: {values[kinds[0]]} needs {' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
+            f"{name}: {kinds[0]} needs {' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
             f"installed: pip install {' '.join(lacking)}."
         )
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
-        raise ValueError(f"{name}: {values[kinds[0]]!r} is no image processor or feature extractor.")
+        raise ValueError(f"{name}: {kinds[0]!r} is no image processor or feature extractor.")
     try:
         return cls.from_dict(values)
     except (ValueError, ImportError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(
-            f"{name}: {values[kinds[0]]!r} does not take its stored settings ({type(error).__name__}: {error!s:.200})."
-        ) from error
+        cause = f"{type(error).__name__}: {error!s:.200}"
+        raise ValueError(f"{name}: {kinds[0]!r} does not take its stored settings ({cause}).") from error
 
 
 # Settings whose products say how much memory a processor takes, and the cap of each product.

@@ -27,27 +27,17 @@ def sampled_frames(
 ) -> list[int]:
     """Which frames of a video are kept: of `total` frames the ``floor(i * total / n)``-th, for ``i`` from 0 to ``n - 1``.
 
-    `n` is `num_frames`, or ``max(1, floor(total * fps / source_fps))``, or `total` where neither is given.  These are the
-    first frames of `n` stretches of equal length, which is how the video processors of transformers sample by default.
-
-    Args:
-        total: frames of the video.
-        where: modality and item, for messages.
-        num_frames: how many to keep.
-        fps: how many to keep of each second.
-        source_fps: how many the video has in each second.
+    `n` is `num_frames`, or ``max(1, floor(total * fps / source_fps))`` with rates in frames per second, or `total`.  These
+    are the first frames of `n` stretches of equal length, as the video processors of transformers sample by default.
 
     Raises:
-        ValueError: both ways of sampling at once, `fps` without `source_fps`, a number that is not positive, or more frames
-            than the video has.
+        ValueError: two ways of sampling, `fps` without `source_fps`, a number that is not positive, too few frames.
 
     >>> sampled_frames(10, "film", num_frames=4)
     [0, 2, 5, 7]
     """
     if num_frames is not None and fps is not None:
-        raise ValueError(
-            f"{where}: num_frames={num_frames!r} and fps={fps!r} are two ways of sampling, give one of them."
-        )
+        raise ValueError(f"{where}: num_frames={num_frames!r} and fps={fps!r} are two ways of sampling, give one.")
     if num_frames is not None:
         check_count(num_frames, f"{where}: num_frames")
     count = total if num_frames is None else num_frames
@@ -58,9 +48,7 @@ def sampled_frames(
                 "{'video': frames, 'fps': rate}."
             )
         if not all(math.isfinite(rate) and rate > 0 for rate in (fps, source_fps)):
-            raise ValueError(
-                f"{where}: frames per second must be positive, got fps={fps!r}, source_fps={source_fps!r}."
-            )
+            raise ValueError(f"{where}: frames per second must be positive, got {fps=}, {source_fps=}.")
         count = max(1, math.floor(total * fps / source_fps))
     if count > total:
         raise ValueError(
@@ -72,21 +60,7 @@ def sampled_frames(
 def ready_video(
     item: Any, where: str, channels: int, rescaled: bool, sampling: Mapping[str, Any] | None = None
 ) -> list[Any]:
-    """The sampled frames of a video, each as `media.ready_image` makes it.
-
-    Args:
-        item: ``(frames, height, width, 3)`` or ``(frames, 3, height, width)`` array or tensor, a list of frames (PIL images,
-            arrays, tensors, of one size), or a dict with those under ``"video"`` and the frames per second as ``"fps"``.
-        where: modality and item, for messages.
-        channels: how many the encoder takes.
-        rescaled: whether float values are left as they are (``do_rescale=False``).
-        sampling: `num_frames`, `fps` and `source_fps`, see `sampled_frames`.
-
-    Raises:
-        ValueError: no frames, frames of different sizes, more than `limits.MAX_VIDEO_FRAMES` after sampling, and what
-            `sampled_frames` and `media.ready_image` refuse.
-        TypeError: no video.
-    """
+    """The frames of an `opened_video`, sampled as in `sampled_frames`, each as `ready_frames` makes it."""
     options = dict(sampling or {})
     frames, options["source_fps"] = opened_video(item, where, options.get("source_fps"))
     return ready_frames(frames, sampled_frames(len(frames), where, **options), where, channels, rescaled)
@@ -95,31 +69,45 @@ def ready_video(
 def opened_video(item: Any, where: str, source_fps: float | None = None) -> tuple[Sequence[Any], float | None]:
     """A video's frames and its frames per second: those that the item tells, else `source_fps`.
 
+    Args:
+        item: ``(frames, height, width, 3)`` or ``(frames, 3, height, width)`` array or tensor, a list of frames (PIL images,
+            arrays, tensors, of one size), or a dict with those under ``"video"`` and the frames per second as ``"fps"``.
+
     Raises:
-        ValueError, TypeError: no video, see `ready_video`.
+        ValueError, TypeError: no video, or one without frames.
     """
-    if isinstance(item, Mapping):
-        rate = item.get("fps")
-        source_fps = source_fps if rate is None else rate
-        item = held(item, ("video", "frames", "videos", "array"))
+    source_fps = held(item, ("fps",), otherwise=source_fps) if isinstance(item, Mapping) else source_fps
+    item = held(item, ("video", "frames", "videos", "array"))
     if is_file(item):
         raise TypeError(
             f"{where}: expected the frames of a video, got a file: decode it first, for instance by "
             "transformers.video_utils.load_video, and pass the array of frames."
         )
-    return _frames(item, where), source_fps
+    rank = 3 if isinstance(item, Image.Image) else getattr(item, "ndim", None)
+    if rank in (2, 3):
+        shape = item.size if isinstance(item, Image.Image) else tuple(item.shape)
+        raise ValueError(
+            f"{where}: expected the frames of a video, (frames, height, width, 3), got one image of shape {shape}: "
+            "pass [image] for a video of one frame."
+        )
+    if rank not in (None, 4):
+        raise ValueError(
+            f"{where}: expected (frames, height, width, 3) or (frames, 3, height, width), got the shape "
+            f"{tuple(item.shape)}: pass several videos as a list."
+        )
+    if rank is None and not isinstance(item, (list, tuple)):
+        raise TypeError(f"{where}: expected the frames of a video (array, tensor, list), got {type(item).__name__}.")
+    if len(item) == 0:
+        raise ValueError(f"{where}: the video has 0 frames, expected at least one.")
+    return item, source_fps
 
 
 def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channels: int, rescaled: bool) -> list[Any]:
-    """The frames with the numbers `kept`, each as `media.ready_image` makes it.
-
-    Raises:
-        ValueError: more than `limits.MAX_VIDEO_FRAMES`, frames of different sizes, what `media.ready_image` refuses.
-    """
+    """The frames with the numbers `kept`, each as `media.ready_image` makes it (ValueError: too many, or of several sizes)."""
     check(len(kept), "MAX_VIDEO_FRAMES", f"{where}: sample fewer by num_frames=; the number of frames is")
     # Only the frames that are kept are converted.
     ready = [ready_image(frames[i], f"{where}, frame {i}", channels, rescaled) for i in kept]
-    sizes = [_size(frame) for frame in ready]
+    sizes = [(one.height, one.width) if isinstance(one, Image.Image) else tuple(one.shape) for one in ready]
     for i, size in zip(kept, sizes, strict=True):
         if size != sizes[0]:
             raise ValueError(
@@ -129,50 +117,20 @@ def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channel
     return ready
 
 
-def _frames(item: Any, where: str) -> Sequence[Any]:
-    if isinstance(item, Image.Image) or getattr(item, "ndim", None) in (2, 3):
-        shape = item.size if isinstance(item, Image.Image) else tuple(item.shape)
-        raise ValueError(
-            f"{where}: expected the frames of a video, (frames, height, width, 3), got one image of shape {tuple(shape)}: "
-            "pass [image] for a video of one frame."
-        )
-    if hasattr(item, "ndim"):
-        if item.ndim != 4:
-            raise ValueError(
-                f"{where}: expected (frames, height, width, 3) or (frames, 3, height, width), got the shape "
-                f"{tuple(item.shape)}: pass several videos as a list."
-            )
-    elif not isinstance(item, (list, tuple)):
-        raise TypeError(f"{where}: expected the frames of a video (array, tensor, list), got {type(item).__name__}.")
-    if len(item) == 0:
-        raise ValueError(f"{where}: the video has 0 frames, expected at least one.")
-    return item
-
-
-def _size(frame: Any) -> tuple[int, ...]:
-    return (frame.height, frame.width) if isinstance(frame, Image.Image) else tuple(frame.shape)
-
-
 def run_on_frames(
     processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
 ) -> dict[str, torch.Tensor]:
-    """Process videos by an image processor, frame by frame.
+    """Process videos, see `opened_video`, by an image processor, frame by frame.
 
-    Args:
-        processor: an image processor; its attributes `num_frames` and `fps`, where it has them, are the defaults.
-        name: the modality, for messages.
-        items: videos, see `ready_video`.
-        options: `num_frames`, `fps`, `source_fps`, and arguments of the processor's call.
-        encoder_config: of the encoder; `num_frames` in it is the number that it takes.
-        channels: how many the encoder takes.
+    Options are `num_frames`, `fps`, `source_fps`, by default as the processor is set, and arguments of the processor's call.
 
     Returns:
         each tensor of the processor as ``(videos, most frames, ...)``, shorter videos filled up with zeros, and
         `frame_mask` ``(videos, most frames)``, True where a frame is one.
 
     Raises:
-        ValueError: what `ready_video` refuses, another number of frames than the encoder takes, a processor that packs
-            patches or makes frames of different sizes.
+        ValueError: what is no video, another number of frames than the encoder takes, a processor that packs patches or
+            makes frames of different sizes.
     """
     options = dict(options)
     sampling = {key: options.pop(key, None) for key in SAMPLING}
@@ -216,11 +174,7 @@ def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, 
 
 
 def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str, torch.Tensor]:
-    """Tensors of single videos, ``(frames, ...)`` each, as `run_on_frames` returns them.
-
-    Raises:
-        ValueError: frames of different sizes.
-    """
+    """Tensors of single videos, ``(frames, ...)`` each, as `run_on_frames` returns them (ValueError: of several sizes)."""
     counts = [len(next(iter(video.values()))) for video in videos]
     found = {}
     for key in videos[0]:
@@ -239,10 +193,7 @@ def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str,
 def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[str], str | None]) -> dict[str, Any]:
     """A video's tensors under the names that its encoder takes.
 
-    Args:
-        output: of the modality's processor.
-        name: the modality, for messages.
-        keyword: under which keyword the encoder takes an input of that name, None if it takes none.
+    `keyword` gives the argument by which the encoder takes an input of a name, None if it takes none.
 
     Raises:
         ValueError: videos of different numbers of frames, for an encoder that cannot be told which are padding.

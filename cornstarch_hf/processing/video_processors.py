@@ -27,13 +27,10 @@ def is_video_processor(processor: Any) -> bool:
 def run_video_processor(
     processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
 ) -> dict[str, torch.Tensor]:
-    """Process videos by a video processor.
+    """Process videos by a video processor of transformers.
 
-    Args:
-        processor: a video processor of transformers.
-        options: `num_frames`, `fps`, `source_fps`, `do_sample_frames`, `video_metadata` (one for each item) and further
-            arguments of the processor's call.
-        name, items, encoder_config, channels: as of `video.run_on_frames`.
+    Options are `num_frames`, `fps`, `source_fps`, `do_sample_frames`, `video_metadata` (one for each item) and further
+    arguments of the processor's call.
 
     Returns:
         as `video.run_on_frames`; of a processor that packs patches, those of all videos ``(patches, values)`` and their grids
@@ -46,9 +43,7 @@ def run_video_processor(
     options = dict(options)
     wanted = {key: options.pop(key, None) for key in (*SAMPLING, "do_sample_frames")}
     given = _stated_metadata(options.pop("video_metadata", None), len(items), name)
-    if unknown := sorted(
-        (set(options) - set(processor.valid_kwargs.__annotations__)) | {"return_metadata"} & set(options)
-    ):
+    if unknown := sorted(set(options) - (set(processor.valid_kwargs.__annotations__) - {"return_metadata"})):
         raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
     rescaled = keeps_scale(processor, options)
     videos = []
@@ -56,7 +51,7 @@ def run_video_processor(
         where = f"{name}, item {i}"
         frames, rate = opened_video(item, where, wanted["source_fps"])
         metadata = _metadata(given[i], len(frames), rate, where)
-        kept = _kept(processor, len(frames), where, wanted, metadata, options)
+        kept = _kept(processor, where, wanted, metadata, options, len(frames))
         ready = ready_frames(frames, kept, where, channels, rescaled)
         check_frame_count(len(ready), encoder_config, name, i)
         videos.append(_processed(processor, ready, where, metadata, options))
@@ -80,11 +75,7 @@ def _stated_metadata(given: Any, count: int, name: str) -> list[Any]:
 
 
 def _metadata(given: Mapping[str, Any] | None, count: int, rate: float | None, where: str) -> VideoMetadata:
-    """Metadata of a video of `count` frames.
-
-    Raises:
-        ValueError: what is stated is of another video.
-    """
+    """Metadata of a video of `count` frames (ValueError: what is given is of another video)."""
     values = {"total_num_frames": count, **{k: v for k, v in dict(given or {}).items() if v is not None}}
     numbers = values.get("frames_indices")  # of the frames that are given, among those of the whole video
     if len(numbers) != count if numbers is not None else values["total_num_frames"] != count:
@@ -104,12 +95,7 @@ def _metadata(given: Mapping[str, Any] | None, count: int, rate: float | None, w
 
 
 def _kept(
-    processor: Any,
-    count: int,
-    where: str,
-    wanted: Mapping[str, Any],
-    metadata: VideoMetadata,
-    options: Mapping[str, Any],
+    processor: Any, where: str, wanted: Mapping, metadata: VideoMetadata, options: Mapping, count: int
 ) -> list[int]:
     """Numbers of the frames that are kept: all, unless the call or the processor's `do_sample_frames` asks for sampling.
 
@@ -120,7 +106,7 @@ def _kept(
     explicit = number is not None or fps is not None
     if sampling is False and explicit:
         raise ValueError(
-            f"{where}: num_frames={number!r}, fps={fps!r} ask for samples and do_sample_frames=False for none."
+            f"{where}: num_frames={number!r}, fps={fps!r} ask for samples, do_sample_frames=False for none."
         )
     if not (explicit or (getattr(processor, "do_sample_frames", False) if sampling is None else sampling)):
         return list(range(count))
@@ -148,9 +134,9 @@ def _by_own_rule(processor: Any, metadata: VideoMetadata, where: str, options: M
     remedy = "tell the video's rate (source_fps=, {'video': frames, 'fps': rate}), or pass do_sample_frames=False."
     if metadata.fps is None and processor.num_frames is None and processor.fps is not None:
         raise ValueError(f"{where}: {type(processor).__name__} samples {processor.fps} frames per second: {remedy}")
-    settings = {key: getattr(processor, key, None) for key in processor.valid_kwargs.__annotations__} | dict(options)
     told, count = copy.copy(metadata), metadata.total_num_frames  # a processor writes its assumptions into `told`
-    settings = {key: value for key, value in settings.items() if key not in ("video_metadata", "metadata")}
+    names = set(processor.valid_kwargs.__annotations__) - {"video_metadata", "metadata"}
+    settings = {key: getattr(processor, key, None) for key in names} | dict(options)
     try:
         indices = [int(i) for i in processor.sample_frames(metadata=told, **settings)]
     except Exception as error:
