@@ -39,21 +39,17 @@ def assistant_spans(
 ) -> tuple[str, Spans]:
     """The text of a conversation and the character spans that the assistant wrote.
 
+    The spans are in order and do not overlap; each has the turn's end marker, none has its header.
+
     Args:
         messages: as `conversations.ConversationReader` reads them.
-        template: a Jinja template.
         first: the first message whose turn counts; earlier ones are context.
-        specials: special tokens of the tokenizer, which tell where a turn ends in templates that end a conversation
-            otherwise than a turn.
-        **variables: of the template.
-
-    Returns:
-        text, and spans in order that do not overlap; each has the turn's end marker, none has its header.
+        specials: special tokens, which tell where a turn ends in templates that end a conversation otherwise than a turn.
 
     Raises:
         ValueError: turns cannot be told apart, or the template leaves out a tool call.
     """
-    variables = variables | {"add_generation_prompt": False}
+    variables |= {"add_generation_prompt": False}
     marked = bool(GENERATION.search(template))
     text, spans = render(messages, template, mark_assistant=marked, **variables)
     check_tool_calls(messages, template, variables)

@@ -34,12 +34,7 @@ def call_arguments(config: MultimodalConfig) -> list[str]:
 def text_arguments(
     text: Any, llm_inputs: Mapping[str, Any] | None, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The text, the tokenizer's options, and what only this package hands over; takes options out of `kwargs`.
-
-    Raises:
-        TypeError: an option that a tokenizer does not take.
-        ValueError: two texts.
-    """
+    """The text, the tokenizer's options, and what only this package hands over; takes options out of `kwargs`."""
     given = dict(llm_inputs or {})
     if text is not None and "text" in given:
         raise ValueError("text was given twice: as text= and in llm_inputs.")
@@ -62,14 +57,9 @@ def media_arguments(
 ) -> Media:
     """``{modality: {"items": ..., options}}`` from all the ways of handing items over; takes them out of `kwargs`.
 
-    Args:
-        config: of the model.
-        by_kind: items under the keywords of `PLURALS`, None where there are none.
-        encoder_inputs: items, options or tensors by modality.
-        kwargs: items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, ``sampling_rate``.
-
-    Raises:
-        ValueError: items that were given twice, a modality that the model does not have.
+    `by_kind` has items, or None, under the keywords of `PLURALS`; `encoder_inputs` items, options or tensors by modality;
+    `kwargs` items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, and ``sampling_rate``.  ValueError if
+    items are given twice, or for a modality that the model does not have.
     """
     media: Media = {}
     rate = kwargs.pop("sampling_rate", None)
@@ -115,18 +105,14 @@ def encode_texts(
     """What a tokenizer makes of texts in which each placeholder is repeated for its item's features.
 
     Args:
-        tokenizer: of the language model.
         texts: with one placeholder for each item, see `check_items`.
         tokens, ids: placeholder token of each modality, and its id.
         lengths: features of each item, by modality.
-        options: of `TEXT_OPTIONS`.
+        options: of `TEXT_OPTIONS`; ValueError if truncation would cut features.
         spans: of each text, in characters; adds `assistant_masks`.
 
     Returns:
         `input_ids`, `attention_mask` and what else was asked for, ``(batch, length)`` or lists of that form.
-
-    Raises:
-        ValueError: truncation that would cut features.
     """
     by_token = {tokens[name]: counts for name, counts in lengths.items()}
     taken: dict[str, int] = {}  # how many items of each token are used up; advances from text to text
@@ -160,16 +146,11 @@ def check_items(
 ) -> None:
     """Refuse texts with other than one placeholder for each item (ValueError with both numbers).
 
-    Args:
-        texts: of the batch.
-        tokens: placeholder token of each modality.
-        counts: how many items each modality has.
-        samples: how many of them belong to each text, where that was given.
+    `counts` tells how many items each modality has, `samples` how many of them belong to each text where that was given.
     """
     found = [occurrences(text, list(tokens.values())) for text in texts]
     for name, token in tokens.items():
-        written = [row[token] for row in found]
-        given = samples.get(name)
+        written, given = [row[token] for row in found], samples.get(name)
         if given is not None and len(given) != len(texts):
             raise ValueError(f"{name}: items were given for {len(given)} samples, but there are {len(texts)} texts.")
         # Without a list per sample only the sums can be compared.

@@ -8,6 +8,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -36,31 +37,20 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 NO_ITEM = object()  # a part that tells where an item stands, but not which
 
 
+@dataclass
 class ConversationReader:
-    """Takes the media out of conversations and makes messages for templates of the rest.
+    """Takes the media out of conversations and makes messages for templates of the rest."""
 
-    Args:
-        tokens: placeholder token of each modality.
-        names_of: the modalities that a part's type means (a name, or a kind; ValueError where that is unclear).
-        kinds: of the modalities.
-    """
-
-    def __init__(self, tokens: Mapping[str, str], names_of: Callable[[str], list[str]], kinds: Mapping[str, str]):
-        self.tokens, self.names_of, self.kinds = dict(tokens), names_of, dict(kinds)
+    tokens: Mapping[str, str]  # placeholder token of each modality
+    names_of: Callable[[str], list[str]]  # modalities that a part's type means, a name or a kind; ValueError if unclear
+    kinds: Mapping[str, str]  # of the modalities
 
     def read(
         self, conversation: Sequence[Mapping[str, Any]], template: str, given: Mapping[str, Sequence[Any]] | None = None
     ) -> tuple[list[dict], dict[str, list]]:
         """Messages for the template, typed placeholders marked, and the media of each modality in order.
 
-        Args:
-            conversation: messages.
-            template: a Jinja template.
-            given: items by modality for the parts that hold none, in order.
-
-        Raises:
-            ValueError: a part of unknown type, a text part without text, items given for other than as many parts.
-            TypeError: a message or part that is no dict.
+        `given` has items by modality for the parts that hold none, in order; ValueError where their number is another one.
         """
         media: dict[str, list] = {name: [] for name in self.tokens}
         messages = [self._message(message, template, media) for message in conversation]
@@ -145,16 +135,12 @@ def render(
     mark_assistant: bool = False,
     **variables: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where the template's `generation` blocks lie in it.
+    """The text of a conversation, and with `mark_assistant` where the template's `generation` blocks, if any, lie in it.
 
     Args:
-        messages: dictionaries.
-        template: a Jinja template.
         tools: JSON schemas, or functions, of which schemas are made.
-        documents: dictionaries.
         continue_final_message: end the text where the content of the last message ends.
-        mark_assistant: return the spans, of a template that has such blocks.
-        add_generation_prompt, **variables: variables of the template.
+        add_generation_prompt, documents, **variables: variables of the template; documents are dictionaries.
 
     Raises:
         TemplateLimit: a bound of `limits` is met.

@@ -44,12 +44,10 @@ def keeps_scale(processor: Any, options: Mapping[str, Any]) -> bool:
 
 
 def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
-    """Items in order, and how many each sample has when they were given per sample.
+    """Items in order, and how many each sample has when they were given as a list of lists.
 
-    Args:
-        items: one item, a list of items, or a list of lists (one per sample).
-        kind: an array or a list of numbers is one item of ``"audio"`` and ``"time"``, a list of frames one of ``"video"``, a
-            list of rows of numbers one of ``"features"``; a dict is one item of any kind.
+    An array or a list of numbers is one item of the kinds ``"audio"`` and ``"time"``, a list of frames one of ``"video"``, a
+    list of rows of numbers one of ``"features"``; a dict is one item of any kind.
     """
     if not _is_list(items, kind):
         return [items], None
@@ -88,8 +86,7 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         rescaled: whether float values are left as they are (``do_rescale=False``).
 
     Raises:
-        ValueError: an empty image, more than 8 bits per channel, floats that would be rescaled.
-        TypeError: no image.
+        ValueError, TypeError: an empty image, more than 8 bits per channel, floats that would be rescaled; no image.
     """
     item = held(item, ("image", "bytes", "url", "path", "base64"), otherwise=item)
     if is_file(item):
@@ -99,7 +96,13 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         _decoded(lambda x: x.load(), item, where, "image")  # PIL opens files lazily
         return _ready_pil(item, where, channels)
     if _depth(item) == LIST_DEPTHS["image"]:
-        item = _from_lists(item, where)
+        try:
+            item = np.asarray(item)
+        except ValueError as error:
+            raise ValueError(f"{where}: the rows of the image differ in length ({error}).") from error
+        # Whole numbers of 0..255 are what uint8 became in a table.
+        whole = np.issubdtype(item.dtype, np.integer) and item.min() >= 0 and item.max() <= 255
+        item = item.astype(np.uint8) if whole else item
     if isinstance(item, (np.ndarray, torch.Tensor)):
         return _ready_array(item, where, channels, rescaled)
     raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
@@ -135,31 +138,18 @@ def _source(item: Any, where: str) -> str | bytes | None:
     return source
 
 
-def _from_lists(item: Any, where: str) -> np.ndarray:
-    """An image that a table gave as lists of numbers; whole ones of 0..255 are what uint8 became there."""
-    try:
-        array = np.asarray(item)
-    except ValueError as error:
-        raise ValueError(f"{where}: the rows of the image differ in length ({error}).") from error
-    whole = np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255
-    return array.astype(np.uint8) if whole else array
-
-
 def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> Any:
-    """What a decoder makes of an item; ValueError with its cause if it cannot.
-
-    Decoders fail by many sorts of errors (OSError, SyntaxError, RuntimeError, ...); a missing package stays an ImportError.
-    """
+    """What a decoder makes of an item; ValueError with its cause if it cannot."""
     try:
         return decode(item)
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError):  # a package is missing
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{where}: the image has more pixels than Pillow decodes ({error}); cornstarch_hf.limits.MAX_IMAGE_PIXELS is "
             f"{cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
         ) from error
-    except Exception as error:
+    except Exception as error:  # of many sorts: OSError, SyntaxError, RuntimeError, ...
         if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
             raise
         what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
@@ -205,13 +195,12 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
                 raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
         # PIL takes grey images without an axis for their channel.
         return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
+    found = f"{where}: the image has {kind} values"
     if not kind.startswith(("float", "bfloat")):
-        raise ValueError(
-            f"{where}: the image has {kind} values, expected uint8 (0..255): scale it yourself, processors would clip it."
-        )
+        raise ValueError(f"{found}, expected uint8 (0..255): scale it yourself, processors would clip it.")
     if not rescaled:
         raise ValueError(
-            f"{where}: the image has {kind} values, which the processor would divide by 255: pass uint8 (0..255), or "
+            f"{found}, which the processor would divide by 255: pass uint8 (0..255), or "
             "images_kwargs={'do_rescale': False} if it is scaled already."
         )
     return array

@@ -53,8 +53,7 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
             last feature of each; `attention_mask` ``(items, most features)``.
 
         Raises:
-            ValueError: another width or rank, no feature, values that are not finite, other dtypes.
-            TypeError: no array.
+            ValueError, TypeError: another width, rank or dtype, no feature, values that are not finite; no array.
         """
         rows = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
         dtype = functools.reduce(torch.promote_types, [row.dtype for row in rows])  # float16 and bfloat16 make float32
@@ -68,9 +67,8 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         values = _floats(item, where, ("features", "embeddings", "array"))
         values = values[None] if values.ndim == 1 else values  # (feature_size,) -> (1, feature_size)
         if values.ndim != 2 or values.shape[1] != self.feature_size or len(values) == 0:
-            raise ValueError(
-                f"{where}: expected features of shape (n, {self.feature_size}) with n >= 1, got {tuple(values.shape)}."
-            )
+            expected = f"(n, {self.feature_size}) with n >= 1"
+            raise ValueError(f"{where}: expected features of shape {expected}, got {tuple(values.shape)}.")
         return values
 
 
@@ -127,9 +125,8 @@ class TimeSeriesProcessor(ItemProcessor):
             length (1 where a value is padding), `freq` ``(items, 1)``; the encoder is given those that it takes.
 
         Raises:
-            ValueError: another number of channels or length, lengths that differ where nothing can tell padding, values that
-                are not finite.
-            TypeError: no array.
+            ValueError, TypeError: another number of channels or length, lengths that differ where nothing can tell padding,
+                values that are not finite; no array.
         """
         series = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
         lengths = [len(x) for x in series]

@@ -1,7 +1,6 @@
 """Finds placeholders in text, repeats them for their items' features, and turns text into ids.
 
-A placeholder that an end user typed inside a message is wrapped in private-use characters while a template is
-rendered, and encoded as plain text.
+What an end user typed is wrapped in private-use characters while a template is rendered, and encoded as plain text.
 """
 
 import re
@@ -58,12 +57,9 @@ class Expanded:
 
 
 def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -> Expanded:
-    """Repeat each placeholder by the number of features of the next item of its modality.
+    """Repeat each placeholder by the number of features of the next item of its token, by `lengths` of the whole batch.
 
-    Args:
-        text: with one placeholder per item.
-        lengths: features of every item of the batch, by token.
-        taken: how many items of each token earlier samples used; advanced in place.
+    `taken`, how many items of each token earlier samples used, is advanced in place.
 
     >>> expand("a<image>b", {"<image>": [3]}, {}).text
     'a<image><image><image>b'
@@ -92,18 +88,11 @@ def occurrences(text: str, tokens: Sequence[str]) -> dict[str, int]:
 
 
 def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **options: Any) -> list[dict[str, list]]:
-    """Ids, and offsets where asked for, of each text; marked parts become plain text.
+    """`input_ids`, and `offset_mapping` where asked for, of each expanded text; marked parts become plain text.
 
-    Args:
-        tokenizer: of the language model.
-        texts: expanded texts.
-        spans: of each text, in characters, marks not counted; adds ``assistant_masks``, 1 on the tokens of a span.  Where
-            a token would reach over the end of a span, the text is split there, as in generation, where the prompt is
-            tokenized alone; so a span's tokens are exactly its text.
-        **options: of the tokenizer's call, without padding and tensors.
-
-    Returns:
-        one dict per text with ``input_ids``, perhaps ``token_type_ids``, ``offset_mapping``, ``assistant_masks``.
+    With spans of each text, in characters, marks not counted, `assistant_masks` has 1 on the tokens of a span.  Where a token
+    would reach over the end of a span, the text is split there, as in generation, where the prompt is tokenized alone; so a
+    span's tokens are exactly its text.  Options are of the tokenizer's call, without padding and tensors.
     """
     turns: Sequence[Spans] = [[] for _ in texts] if spans is None else spans
     # Offsets tell which tokens lie in a span.
@@ -119,38 +108,31 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
         if mask is not None:
             rows[i] = row | {"assistant_masks": mask}
     for i in set(range(len(texts))) - set(rows):
-        rows[i] = _encode_pieces(tokenizer, _pieces(texts[i], turns[i]), options)
+        rows[i] = _encode_pieces(tokenizer, texts[i], turns[i], options)
     unasked = set() if options.get("return_offsets_mapping") else {"offset_mapping"}
     unasked |= {"assistant_masks"} if spans is None else set()
     return [{key: v for key, v in rows[i].items() if key not in unasked} for i in range(len(texts))]
 
 
-def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:
-    """A text cut at marks and at the ends of spans: piece, whether a user typed it, whether it is in a span."""
-    ends = sorted({end for span in spans for end in span})  # starts too
+def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -> dict[str, list]:
+    """As `encode`, of a text that is cut at marks and at the ends of spans."""
     parts = re.split(f"{MARK_START}(.*?){MARK_END}", text, flags=re.DOTALL)  # plain, typed, plain, typed, ..., plain
-    pieces, position = [], 0
-    for index, part in enumerate(parts):
-        inner = [end for end in ends if position < end < position + len(part)]
-        for start, stop in zip([position, *inner], [*inner, position + len(part)], strict=True):
-            wanted = any(a <= start and stop <= b for a, b in spans)
-            pieces.append((part[start - position : stop - position], index % 2 == 1, wanted))
-        position += len(part)
-    return [piece for piece in pieces if piece[0]]
-
-
-def _encode_pieces(tokenizer, pieces: list[tuple[str, bool, bool]], options: dict[str, Any]) -> dict[str, list]:
-    offsets = options.get("return_offsets_mapping", False)
     # Pieces are tokenized without special tokens, which go around the whole.
     prefix, suffix = _special_frame(tokenizer) if options.get("add_special_tokens", True) else ([], [])
-    ids, spans, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
-    for piece, typed, wanted in pieces:
-        piece_ids, piece_spans = _encode_piece(tokenizer, piece, typed, first=position == 0, offsets=offsets)
-        ids += piece_ids
-        spans += [(start + position, end + position) for start, end in piece_spans]
-        mask += [int(wanted)] * len(piece_ids)
-        position += len(piece)
-    row: dict[str, list] = {"input_ids": ids + suffix, "offset_mapping": spans + [(0, 0)] * len(suffix)}
+    ids, offsets, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
+    for index, part in enumerate(parts):
+        end = position + len(part)
+        cuts = sorted({cut for span in spans for cut in span if position < cut < end})  # starts of spans too
+        for start, stop in zip([position, *cuts], [*cuts, end], strict=True):
+            if start == stop:
+                continue
+            piece, with_offsets = part[start - position : stop - position], options.get("return_offsets_mapping", False)
+            piece_ids, piece_offsets = _encode_piece(tokenizer, piece, index % 2 == 1, start == 0, with_offsets)
+            ids += piece_ids
+            offsets += [(a + start, b + start) for a, b in piece_offsets]
+            mask += [int(any(a <= start and stop <= b for a, b in spans))] * len(piece_ids)
+        position = end
+    row: dict[str, list] = {"input_ids": ids + suffix, "offset_mapping": offsets + [(0, 0)] * len(suffix)}
     row["assistant_masks"] = mask + [0] * len(suffix)
     limit = options.get("max_length")
     if options.get("truncation") and limit is not None and len(row["input_ids"]) > limit:
@@ -209,14 +191,9 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | 
 def pad_rows(
     tokenizer, rows: list[dict], extra: Mapping[Any, list[list]], padding: Mapping[Any, Any], max_length: int | None
 ) -> dict[str, Any]:
-    """Rows as columns, padded by the tokenizer if asked for.
+    """Rows of `input_ids` and more as columns, padded by the tokenizer if asked for.
 
-    Args:
-        tokenizer: of the language model.
-        rows: ``input_ids`` and what else the tokenizer gave, per text.
-        extra: further per-token values, padded alike with 0 or (0, 0).
-        padding: `padding`, `pad_to_multiple_of`, `padding_side` as in a tokenizer's call.
-        max_length: for ``padding="max_length"``.
+    `extra` has further per-token values, padded alike with 0 or (0, 0); `padding` is given as in a tokenizer's call.
     """
     strategy, side = padding.get("padding", False), padding.get("padding_side") or tokenizer.padding_side
     if strategy:
@@ -240,11 +217,7 @@ def pad_list(values: list, length: int, blank: Any, side: str) -> list:
 
 
 def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> dict[str, str]:
-    """The placeholder token of each modality: chosen, else configured, else ``<image>``, ``<audio>``, ``<video>`` or its name.
-
-    Raises:
-        ValueError: an unknown modality, an empty token, or one token for two modalities.
-    """
+    """The placeholder token of each modality: chosen, else configured, else by default (ValueError: unknown, empty, twice)."""
     if unknown := sorted(set(chosen) - set(config.encoders)):
         raise ValueError(f"tokens names {unknown}, the model has the encoders {config.encoders}.")
     tokens: dict[str, str] = {}
@@ -264,24 +237,20 @@ def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> d
 def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, str]) -> dict[str, int]:
     """Make each token one special token of the tokenizer (in place; one that exists keeps its id); return ids by modality.
 
-    Raises:
-        ValueError: a token that has another special meaning (end of sequence, padding, ...), or does not stay whole.
+    ValueError for a token that has another special meaning (end of sequence, padding, ...), or does not stay whole.
     """
     kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
     named = {getattr(tokenizer, f"{kind}_token", None): kind for kind in kinds}
     ids: dict[str, Any] = {}
     for name, token in tokens.items():
+        remedy = "choose another placeholder token."
         if token in named:
-            raise ValueError(
-                f"{name}: {token!r} is the tokenizer's {named[token]} token, choose another placeholder token."
-            )
+            raise ValueError(f"{name}: {token!r} is the tokenizer's {named[token]} token, {remedy}")
         if token not in tokenizer.all_special_tokens or len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
         ids[name] = tokenizer.convert_tokens_to_ids(token)
         if tokenizer.encode(token, add_special_tokens=False) != [ids[name]]:  # a normalizer may still split it
-            raise ValueError(
-                f"{name}: the tokenizer does not keep {token!r} as one token, choose another placeholder token."
-            )
+            raise ValueError(f"{name}: the tokenizer does not keep {token!r} as one token, {remedy}")
     return ids
 
 

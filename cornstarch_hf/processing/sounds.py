@@ -1,5 +1,6 @@
 """Sounds as users hand them over, made ready for a feature extractor: files are mixed to one channel and resampled."""
 
+import contextlib
 import io
 import os
 import tempfile
@@ -22,12 +23,10 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         item: array, tensor or list of floats; path, URL or the bytes of a file (mixed and resampled on loading); dict with
             `array` and `sampling_rate`, or with `bytes` or `path`; a decoder as `datasets.Audio` gives it.
         where: modality and item, for messages.
-        expected: the sampling rate of the feature extractor, in Hz.
-        given: the sampling rate that the caller states for bare arrays, in Hz.
+        expected, given: the sampling rates of the feature extractor, and of bare arrays as the caller says, in Hz.
 
     Raises:
-        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN, a file that cannot be decoded.
-        TypeError: no sound.
+        ValueError, TypeError: no or another sampling rate, integers, several channels, nothing in it, NaN; no sound.
     """
     if isinstance(item, Mapping):
         given = held(item, ("sampling_rate",), otherwise=given)
@@ -55,7 +54,7 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         )
     if not np.issubdtype(wave.dtype, np.floating):
         raise ValueError(
-            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide by its range."
+            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide by the range."
         )
     if not np.isfinite(wave).all():
         raise ValueError(f"{where}: the waveform has values that are not finite.")
@@ -73,22 +72,15 @@ def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
         check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
 
 
-def _check_sound_file(source: Any, rate: int, where: str) -> None:
-    """Refuse a file of too long a sound by its header, where soundfile can read that."""
-    if is_soundfile_available():
-        import soundfile
-
-        try:
-            header = soundfile.info(source)
-        except soundfile.LibsndfileError:
-            return  # another backend may know it, or says what is wrong
-        check_sound(header.frames, header.channels, header.samplerate, rate, where)
-
-
 def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
     source = _source(item, where)
-    if source is not None:
-        _check_sound_file(io.BytesIO(source) if isinstance(source, bytes) else source, rate, where)
+    if source is not None and is_soundfile_available():
+        import soundfile
+
+        # Too long a sound is refused by its header; what has none that is known here another backend may read.
+        with contextlib.suppress(soundfile.LibsndfileError):
+            header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
+            check_sound(header.frames, header.channels, header.samplerate, rate, where)
     if not isinstance(source, bytes):
         return load_audio(str(item), sampling_rate=rate)
     # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
@@ -106,9 +98,7 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
     if expected is None:
         return
     if given is None:
-        raise ValueError(
-            f"{where}: pass sampling_rate= (in Hz) with bare audio arrays; the encoder expects {expected}."
-        )
+        raise ValueError(f"{where}: pass sampling_rate= (Hz) with bare audio arrays; the encoder expects {expected}.")
     if int(given) != int(expected):
         raise ValueError(
             f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first, in "

@@ -26,11 +26,8 @@ class ItemProcessor(FeatureExtractionMixin):
 
 
 ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
-# Attributes of configurations whose encoders have no table of positions, or do not read it.
-_UNBOUNDED: tuple[tuple[str, Any], ...] = (
-    ("position_embedding_type", ("rotary", "relative_key", "relative_key_query")),
-    ("position_biased_input", (False,)),
-)
+TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+_PARTS = {"image": ["image_processor"], "video": ["video_processor", "image_processor"], "audio": ["feature_extractor"]}
 # Attributes of configurations whose positions are computed or relative, for texts of any length.
 _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attention_num_buckets")
 
@@ -38,12 +35,7 @@ _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attenti
 def run_tokenizer(
     tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any
 ) -> Mapping[str, Any]:
-    """Tokenize the items of one modality, padded on the right; only with ``truncation=True`` they are cut.
-
-    Raises:
-        TypeError: an item that is no string.
-        ValueError: an item without a token, or with more than the encoder has positions.
-    """
+    """Tokenize the items of one modality, padded on the right; what is too long is refused without ``truncation=True``."""
     for i, item in enumerate(items):
         if not isinstance(item, str):
             raise TypeError(f"{name}, item {i}: expected a string, got {type(item).__name__}.")
@@ -69,7 +61,9 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
-    unbounded = any(getattr(config, key, None) in values for key, values in _UNBOUNDED)
+    # Encoders without a table of positions, or that do not read it.
+    unbounded = getattr(config, "position_embedding_type", None) in ("rotary", "relative_key", "relative_key_query")
+    unbounded = unbounded or getattr(config, "position_biased_input", True) is False
     after_padding = encoder_type(config).positions_after_padding
     if unbounded or (not after_padding and any(getattr(config, key, None) is not None for key in _ROTARY)):
         return None
@@ -78,28 +72,17 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     return min(positions, tokenizer.model_max_length)  # 10**30 where the tokenizer's files set no limit
 
 
-TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
-
-
 def resolve_subprocessor(processor: Any, kind: str, name: str) -> Any:
     """The processor of one modality, taken out of one of several (TypeError: no processor, or no part for this kind)."""
     if isinstance(processor, ProcessorMixin):
-        for attribute in _ATTRIBUTES.get(kind, ("tokenizer",)):
+        for attribute in _PARTS.get(kind, ["tokenizer"]):
             if (inner := getattr(processor, attribute, None)) is not None:
                 return inner
         raise TypeError(f"{name}: {type(processor).__name__} has no part for the kind {kind!r}.")
     if isinstance(processor, type) or not callable(processor):
-        raise TypeError(
-            f"{name}: expected an image processor, feature extractor or tokenizer instance, got {processor!r:.100}."
-        )
+        expected = "an image processor, feature extractor or tokenizer instance"
+        raise TypeError(f"{name}: expected {expected}, got {processor!r:.100}.")
     return processor
-
-
-_ATTRIBUTES = {
-    "image": ("image_processor",),
-    "video": ("video_processor", "image_processor"),
-    "audio": ("feature_extractor",),
-}
 
 
 def sampling_rate_of(processor: Any) -> int | None:
@@ -120,9 +103,7 @@ def run_subprocessor(
     """The tensors of one modality's items, by the names that its processor emits.
 
     Args:
-        processor, name, kind, items: of the modality; the name is for messages.
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
-        encoder_config: of its encoder.
         masked: whether the encoder wants a mask of its features also where they are padded to a window.
         prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
 

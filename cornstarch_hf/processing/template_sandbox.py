@@ -86,14 +86,15 @@ def _length(value: Any) -> int:
     return 8 * len(value) if isinstance(value, (list, tuple)) else 8
 
 
+def _at_most(most: int, number: int, what: str) -> None:
+    if number > most:
+        raise TemplateLimit(f"The chat template asks for {what} of {number:,}, more than {most:,}.")
+
+
 def _widest(*given: Any, **named: Any) -> int:
     """The largest number, or length of text, among arguments that say how wide something becomes."""
     values = [v for v in (*given, *named.values()) if isinstance(v, (int, str))]
-    for number in values:
-        if isinstance(number, int) and abs(number) > _WIDTH:
-            raise TemplateLimit(
-                f"The chat template asks for a width or a number of digits of {number:,}, more than {_WIDTH:,}."
-            )
+    _at_most(_WIDTH, max((abs(v) for v in values if isinstance(v, int)), default=0), "a width or a number of digits")
     return max((v if isinstance(v, int) else len(v) for v in values), default=0)
 
 
@@ -124,20 +125,15 @@ def _summed(items: Any, attribute: Any = None, start: Any = 0) -> int:
     return weight(items) * (len(items) if isinstance(start, (list, tuple)) and hasattr(items, "__len__") else 1)
 
 
-def _integer(bits: int) -> int:
-    if bits > _BITS:
-        raise TemplateLimit(f"The chat template computes an integer of {bits:,} bits, more than {_BITS:,}.")
-    return 8
-
-
 def _power(left: Any, right: Any) -> int:
-    whole = isinstance(left, int) and isinstance(right, int)
-    return _integer(left.bit_length() * abs(right)) if whole else 8
+    if isinstance(left, int) and isinstance(right, int):
+        _at_most(_BITS, left.bit_length() * abs(right), "an integer with a number of bits")
+    return 8
 
 
 def _product(left: Any, right: Any) -> int:
     if isinstance(left, int) and isinstance(right, int):
-        return _integer(left.bit_length() + right.bit_length())
+        _at_most(_BITS, left.bit_length() + right.bit_length(), "an integer with a number of bits")
     items, times = (left, right) if isinstance(right, int) else (right, left)
     repeats = isinstance(times, int) and isinstance(items, (str, bytes, list, tuple))
     return weight(items) * max(times, 0) if repeats else 8

@@ -1,7 +1,6 @@
 """Videos as users hand them over: frames checked, sampled by a stated formula, and run through an image processor.
 
-A video is its decoded frames; files are not decoded here.  `media` makes each frame ready, `encoders.grids` is what an encoder
-of images does with the result, and processors of transformers that take whole videos get these as they are.
+A video is its decoded frames, each of which `media` makes ready; what processors of videos do is in `video_processors`.
 """
 
 import inspect
@@ -30,9 +29,6 @@ def sampled_frames(
     `n` is `num_frames`, or ``max(1, floor(total * fps / source_fps))`` with rates in frames per second, or `total`.  These
     are the first frames of `n` stretches of equal length, as the video processors of transformers sample by default.
 
-    Raises:
-        ValueError: two ways of sampling, `fps` without `source_fps`, a number that is not positive, too few frames.
-
     >>> sampled_frames(10, "film", num_frames=4)
     [0, 2, 5, 7]
     """
@@ -51,9 +47,8 @@ def sampled_frames(
             raise ValueError(f"{where}: frames per second must be positive, got {fps=}, {source_fps=}.")
         count = max(1, math.floor(total * fps / source_fps))
     if count > total:
-        raise ValueError(
-            f"{where}: {count} frames were asked for, but the video has {total}: ask for fewer, or repeat frames yourself."
-        )
+        remedy = "ask for fewer, or repeat frames yourself."
+        raise ValueError(f"{where}: {count} frames were asked for, but the video has {total}: {remedy}")
     return [i * total // count for i in range(count)]
 
 
@@ -72,9 +67,6 @@ def opened_video(item: Any, where: str, source_fps: float | None = None) -> tupl
     Args:
         item: ``(frames, height, width, 3)`` or ``(frames, 3, height, width)`` array or tensor, a list of frames (PIL images,
             arrays, tensors, of one size), or a dict with those under ``"video"`` and the frames per second as ``"fps"``.
-
-    Raises:
-        ValueError, TypeError: no video, or one without frames.
     """
     source_fps = held(item, ("fps",), otherwise=source_fps) if isinstance(item, Mapping) else source_fps
     item = held(item, ("video", "frames", "videos", "array"))
@@ -123,14 +115,8 @@ def run_on_frames(
     """Process videos, see `opened_video`, by an image processor, frame by frame.
 
     Options are `num_frames`, `fps`, `source_fps`, by default as the processor is set, and arguments of the processor's call.
-
-    Returns:
-        each tensor of the processor as ``(videos, most frames, ...)``, shorter videos filled up with zeros, and
-        `frame_mask` ``(videos, most frames)``, True where a frame is one.
-
-    Raises:
-        ValueError: what is no video, another number of frames than the encoder takes, a processor that packs patches or
-            makes frames of different sizes.
+    Each tensor of the processor is given as ``(videos, most frames, ...)``, shorter videos filled up with zeros, and
+    `frame_mask` ``(videos, most frames)``, True where a frame is one.
     """
     options = dict(options)
     sampling = {key: options.pop(key, None) for key in SAMPLING}
@@ -191,12 +177,9 @@ def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str,
 
 
 def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[str], str | None]) -> dict[str, Any]:
-    """A video's tensors under the names that its encoder takes.
+    """A video's tensors under the names that its encoder takes; `keyword` gives the one for an input of a name, or None.
 
-    `keyword` gives the argument by which the encoder takes an input of a name, None if it takes none.
-
-    Raises:
-        ValueError: videos of different numbers of frames, for an encoder that cannot be told which are padding.
+    ValueError for videos of different numbers of frames, if the encoder cannot be told which are padding.
     """
     found = dict(output)
     # Processors and encoders of videos do not agree on one of two names.

@@ -1,7 +1,6 @@
 """Runs videos through transformers' video processors, which need torchvision.
 
-Frames are checked as `video` checks them for image processors, and sampled by the processor's own rule where that is asked
-for; what comes out is one row per video, or packed patches with their grids.
+Frames are checked as `video` checks them for image processors, and sampled by the processor's own rule where that is asked.
 """
 
 import copy
@@ -27,18 +26,11 @@ def is_video_processor(processor: Any) -> bool:
 def run_video_processor(
     processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
 ) -> dict[str, torch.Tensor]:
-    """Process videos by a video processor of transformers.
+    """Process videos by a video processor of transformers, into tensors as `video.run_on_frames` gives them.
 
+    Of a processor that packs patches they are those of all videos ``(patches, values)`` and their grids ``(videos, 3)``.
     Options are `num_frames`, `fps`, `source_fps`, `do_sample_frames`, `video_metadata` (one for each item) and further
-    arguments of the processor's call.
-
-    Returns:
-        as `video.run_on_frames`; of a processor that packs patches, those of all videos ``(patches, values)`` and their grids
-        ``(videos, 3)``.
-
-    Raises:
-        ValueError: what is no video, frames that cannot be sampled as was asked, an item that the processor fails on.
-        TypeError: an argument that the processor does not take.
+    arguments of the processor's call; TypeError for what it does not take.
     """
     options = dict(options)
     wanted = {key: options.pop(key, None) for key in (*SAMPLING, "do_sample_frames")}
@@ -68,9 +60,8 @@ def _stated_metadata(given: Any, count: int, name: str) -> list[Any]:
     # Metadata may come as one list, or as a list per sample.
     each = [one for group in each for one in (group if isinstance(group, (list, tuple)) else [group])]
     if len(each) != count or not all(isinstance(one, Mapping) for one in each):
-        raise ValueError(
-            f"{name}: expected video_metadata of {count} videos, a dict or VideoMetadata for each, got {given!r:.200}."
-        )
+        expected = f"video_metadata of {count} videos, a dict or VideoMetadata for each"
+        raise ValueError(f"{name}: expected {expected}, got {given!r:.200}.")
     return each
 
 
@@ -97,17 +88,11 @@ def _metadata(given: Mapping[str, Any] | None, count: int, rate: float | None, w
 def _kept(
     processor: Any, where: str, wanted: Mapping, metadata: VideoMetadata, options: Mapping, count: int
 ) -> list[int]:
-    """Numbers of the frames that are kept: all, unless the call or the processor's `do_sample_frames` asks for sampling.
-
-    Raises:
-        ValueError: contradictions, frames of which it is not known when they were, more frames than there are.
-    """
-    number, fps, sampling = (wanted[key] for key in ("num_frames", "fps", "do_sample_frames"))
-    explicit = number is not None or fps is not None
+    """Numbers of the frames that are kept: all, unless the call or the processor's `do_sample_frames` asks for sampling."""
+    num_frames, fps, sampling = (wanted[key] for key in ("num_frames", "fps", "do_sample_frames"))
+    explicit = num_frames is not None or fps is not None
     if sampling is False and explicit:
-        raise ValueError(
-            f"{where}: num_frames={number!r}, fps={fps!r} ask for samples, do_sample_frames=False for none."
-        )
+        raise ValueError(f"{where}: {num_frames=}, {fps=} ask for samples and do_sample_frames=False for none.")
     if not (explicit or (getattr(processor, "do_sample_frames", False) if sampling is None else sampling)):
         return list(range(count))
     if metadata.frames_indices is not None:
@@ -117,12 +102,12 @@ def _kept(
         )
     chosen = copy.copy(processor)  # whose attributes stand in for what is not given
     if explicit:
-        sampled_frames(count, where, number, fps, metadata.fps)  # for its refusals alone
-        chosen.num_frames, chosen.fps = number, fps  # one is None: the processor's own must not stand beside it
+        sampled_frames(count, where, num_frames, fps, metadata.fps)  # for its refusals alone
+        chosen.num_frames, chosen.fps = num_frames, fps  # one is None: the processor's own must not stand beside it
     indices = _by_own_rule(chosen, metadata, where, options)
-    if number is not None and len(indices) != number:
+    if num_frames is not None and len(indices) != num_frames:
         raise ValueError(
-            f"{where}: num_frames={number} was asked for, but {type(processor).__name__} samples {len(indices)}: ask for as "
+            f"{where}: {num_frames=} was asked for, but {type(processor).__name__} samples {len(indices)}: ask for as "
             "many, or sample yourself."
         )
     metadata.frames_indices = indices  # some processors make time stamps of them
@@ -132,8 +117,9 @@ def _kept(
 def _by_own_rule(processor: Any, metadata: VideoMetadata, where: str, options: Mapping[str, Any]) -> list[int]:
     """Which frames a processor samples; what it would only assume (24 frames per second) is refused."""
     remedy = "tell the video's rate (source_fps=, {'video': frames, 'fps': rate}), or pass do_sample_frames=False."
+    sampler = f"{where}: {type(processor).__name__}"
     if metadata.fps is None and processor.num_frames is None and processor.fps is not None:
-        raise ValueError(f"{where}: {type(processor).__name__} samples {processor.fps} frames per second: {remedy}")
+        raise ValueError(f"{sampler} samples {processor.fps} frames per second: {remedy}")
     told, count = copy.copy(metadata), metadata.total_num_frames  # a processor writes its assumptions into `told`
     names = set(processor.valid_kwargs.__annotations__) - {"video_metadata", "metadata"}
     settings = {key: getattr(processor, key, None) for key in names} | dict(options)
@@ -141,13 +127,11 @@ def _by_own_rule(processor: Any, metadata: VideoMetadata, where: str, options: M
         indices = [int(i) for i in processor.sample_frames(metadata=told, **settings)]
     except Exception as error:
         cause = f"{type(error).__name__}: {error!s:.300}"
-        raise ValueError(f"{where}: {type(processor).__name__} cannot sample its {count} frames ({cause}).") from error
+        raise ValueError(f"{sampler} cannot sample its {count} frames ({cause}).") from error
     if told.fps != metadata.fps:
-        raise ValueError(
-            f"{where}: {type(processor).__name__} takes {told.fps} frames per second for granted: {remedy}"
-        )
+        raise ValueError(f"{sampler} takes {told.fps} frames per second for granted: {remedy}")
     if not indices or not all(0 <= i < count for i in indices):
-        raise ValueError(f"{where}: {type(processor).__name__} samples the frames {indices} of {count}.")
+        raise ValueError(f"{sampler} samples the frames {indices} of {count}.")
     return indices
 
 
@@ -168,11 +152,9 @@ def _processed(
     try:
         output = processor(videos=[video], return_tensors="pt", **told, **options)
     except Exception as error:
-        cause = f"{type(error).__name__}: {error!s:.300}"
-        raise ValueError(
-            f"{where}: {type(processor).__name__} cannot process its {len(frames)} frames of {tuple(video.shape[1:])} "
-            f"({cause})."
-        ) from error
+        frame, cause = tuple(video.shape[1:]), f"{type(error).__name__}: {error!s:.300}"
+        failure = f"{type(processor).__name__} cannot process its {len(frames)} frames of {frame} ({cause})."
+        raise ValueError(f"{where}: {failure}") from error
     return {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
 
 
