@@ -130,10 +130,10 @@ def encode_texts(
         for name, token in tokens.items():
             wanted, left = text.counts.get(token, 0), row["input_ids"].count(ids[name])
             if wanted != left:
-                raise ValueError(
-                    f"{name}, sample {sample}: {wanted} features need as many placeholder tokens ({token}), but {left} are "
-                    "left after truncation: raise max_length, or shorten the text around them."
+                need = (
+                    f"{wanted} features need as many placeholder tokens ({token}), but {left} are left after truncation"
                 )
+                raise ValueError(f"{name}, sample {sample}: {need}: raise max_length, or shorten the text around them.")
     extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
     data = pad_rows(tokenizer, rows, extra, padding, options.get("max_length"))
     if with_mask is False:
@@ -156,11 +156,10 @@ def check_items(
         # Without a list per sample only the sums can be compared.
         for sample, (count, items) in enumerate(zip(written, given or written, strict=True)):
             if count != items:
-                raise ValueError(
-                    f"{name}, sample {sample}: the text has {count} placeholders {token}, but {items} items were given."
-                )
+                found = f"the text has {count} placeholders {token}"
+                raise ValueError(f"{name}, sample {sample}: {found}, but {items} items were given.")
         if sum(written) != counts[name]:
+            found = f"the texts have {sum(written)} placeholders {token} {written}"
             raise ValueError(
-                f"{name}: the texts have {sum(written)} placeholders {token} {written}, but {counts[name]} items were "
-                "given: write one placeholder for each item."
+                f"{name}: {found}, but {counts[name]} items were given: write one placeholder for each item."
             )

@@ -150,7 +150,11 @@ def render(
         raise TypeError("Each document must be a dict with its 'title' and 'text'.")
     given = [_with_reasoning(message) for message in messages]
     given = _with_mark(given) if continue_final_message else given
-    variables |= {"tools": None if tools is None else [_schema(tool) for tool in tools], "documents": documents}
+    for tool in tools or ():
+        if not (isinstance(tool, Mapping) or inspect.isfunction(tool) or inspect.ismethod(tool)):
+            raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
+    schemas = [dict(tool) if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools or ()]
+    variables |= {"tools": None if tools is None else schemas, "documents": documents}
     variables |= {"add_generation_prompt": add_generation_prompt}
     marks = mark_assistant and bool(GENERATION.search(template))
     text, spans = render_template(given, template, mark_assistant=marks, **variables)
@@ -160,14 +164,6 @@ def render(
     if not mark:
         raise ValueError("continue_final_message: the chat template does not write the last message's text.")
     return before, spans
-
-
-def _schema(tool: Any) -> dict[str, Any]:
-    if isinstance(tool, Mapping):
-        return dict(tool)
-    if inspect.isfunction(tool) or inspect.ismethod(tool):
-        return get_json_schema(tool)
-    raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
 
 
 def _with_reasoning(message: Any) -> dict[str, Any]:
@@ -273,10 +269,8 @@ def check_tool_calls(messages: list[dict], template: str, variables: dict[str, A
     text = render(named, template, **variables)[0] if calling else ""
     for index in calling:
         if bookends(index)[1] not in text:
-            raise ValueError(
-                f"Message {index} calls a tool, but the chat template does not write that: use a template that knows "
-                "'tool_calls', or write the call into 'content'."
-            )
+            remedy = "use a template that knows 'tool_calls', or write the call into 'content'."
+            raise ValueError(f"Message {index} calls a tool, but the chat template does not write that: {remedy}")
 
 
 def call_with_bookend(message: dict, end: str) -> dict:

@@ -178,10 +178,8 @@ def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
 def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
     shape = tuple(array.shape)
     if len(shape) == 4:
-        raise ValueError(
-            f"{where}: expected one image, got {shape[0]} in one array of the shape {shape}: give a list of images, or, if "
-            "these are the frames of a video, compose the encoder with kind='video'."
-        )
+        remedy = "give a list of images; for the frames of a video, compose the encoder with kind='video'."
+        raise ValueError(f"{where}: expected one image, got {shape[0]} in one array of the shape {shape}: {remedy}")
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
     height, width = sorted(shape)[-2:]  # the channels, wherever they stand, are fewer
@@ -199,8 +197,6 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
     if not kind.startswith(("float", "bfloat")):
         raise ValueError(f"{found}, expected uint8 (0..255): scale it yourself, processors would clip it.")
     if not rescaled:
-        raise ValueError(
-            f"{found}, which the processor would divide by 255: pass uint8 (0..255), or "
-            "images_kwargs={'do_rescale': False} if it is scaled already."
-        )
+        remedy = "pass uint8 (0..255), or images_kwargs={'do_rescale': False} if it is scaled already."
+        raise ValueError(f"{found}, which the processor would divide by 255: {remedy}")
     return array

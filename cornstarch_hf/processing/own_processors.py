@@ -36,11 +36,6 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         super().__init__(**kwargs)
         self.feature_size = check_count(feature_size, "feature_size")
 
-    @classmethod
-    def for_encoder(cls, config: Any) -> "PrecomputedFeaturesProcessor":
-        """The processor that an encoder's configuration asks for, by its `feature_size`."""
-        return cls(feature_size=config.feature_size)
-
     def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "features") -> BatchFeature:
         """Check and pad features of a modality called `name` in messages.
 
@@ -106,13 +101,6 @@ class TimeSeriesProcessor(ItemProcessor):
             raise ValueError(f"frequency must be 0, 1 or 2, got {frequency!r}.")
         self.frequency = frequency
 
-    @classmethod
-    def for_encoder(cls, config: Any) -> "TimeSeriesProcessor":
-        """The processor for an encoder's configuration, whose shape is fixed by `num_input_channels`, if it has them."""
-        if (channels := getattr(config, "num_input_channels", None)) is not None:
-            return cls(num_channels=channels, context_length=config.context_length)
-        return cls(patch_length=getattr(config, "patch_length", None))
-
     def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "series") -> BatchFeature:
         """Check and stack series of a modality called `name` in messages.
 
@@ -132,10 +120,8 @@ class TimeSeriesProcessor(ItemProcessor):
         lengths = [len(x) for x in series]
         if self.patch_length is None and len(set(lengths)) > 1:
             i = next(i for i, n in enumerate(lengths) if n != lengths[0])
-            raise ValueError(
-                f"{name}, item {i}: the series has {lengths[i]} values, item 0 has {lengths[0]}: this encoder cannot be told "
-                "which are padding, so that series of one call must have one length."
-            )
+            reason = "this encoder cannot be told which are padding, so that series of one call must have one length."
+            raise ValueError(f"{name}, item {i}: the series has {lengths[i]} values, item 0 has {lengths[0]}: {reason}")
         patch = self.patch_length or 1
         most = max(n + -n % patch for n in lengths)
         values, padding = [], []
@@ -156,23 +142,24 @@ class TimeSeriesProcessor(ItemProcessor):
             expected = "(length,)" if not channels else f"(length, {self.num_channels})"
             raise ValueError(f"{where}: expected a series of shape {expected}, got {tuple(values.shape)}.")
         if self.context_length is not None and len(values) != self.context_length:
-            raise ValueError(
-                f"{where}: the series has {len(values)} values, the encoder takes {self.context_length}: choose a window "
-                "of that length, or resample it."
-            )
+            remedy = f"the encoder takes {self.context_length}: choose a window of that length, or resample it."
+            raise ValueError(f"{where}: the series has {len(values)} values, {remedy}")
         return values
 
 
 # By name, for processors that are built from their description.
 ITEM_PROCESSORS |= {cls.__name__: cls for cls in (PrecomputedFeaturesProcessor, TimeSeriesProcessor)}
-# What encoders of a model type, or of a kind, are given where the user has no processor for them.
-_DEFAULTS = {"precomputed_features": PrecomputedFeaturesProcessor, "time": TimeSeriesProcessor}
 
 
 def default_processor(kind: str, config: Any) -> ItemProcessor | None:
     """The processor for an encoder of this kind and configuration, None where transformers has one."""
-    cls: Any = _DEFAULTS.get(config.model_type) or _DEFAULTS.get(kind)
-    return None if cls is None else cls.for_encoder(config)
+    if config.model_type == "precomputed_features":
+        return PrecomputedFeaturesProcessor(feature_size=config.feature_size)
+    if kind != "time":
+        return None
+    if (channels := getattr(config, "num_input_channels", None)) is not None:  # its encoder takes one shape
+        return TimeSeriesProcessor(num_channels=channels, context_length=config.context_length)
+    return TimeSeriesProcessor(patch_length=getattr(config, "patch_length", None))
 
 
 def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False) -> torch.Tensor:
@@ -192,10 +179,8 @@ def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False)
     if rounded and values.dtype is not torch.bool and not values.is_complex():
         values = values.to(torch.float32)
     if values.dtype not in FLOATS:
-        raise ValueError(
-            f"{where}: the values are {str(values.dtype).removeprefix('torch.')}, expected float32, float16 or bfloat16: "
-            "convert them yourself, e.g. x.astype('float32')."
-        )
+        expected = "float32, float16 or bfloat16: convert them yourself, e.g. x.astype('float32')."
+        raise ValueError(f"{where}: the values are {str(values.dtype).removeprefix('torch.')}, expected {expected}")
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{where}: there are values that are not finite (NaN or infinity): remove or replace them.")
     return values

@@ -35,7 +35,12 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         # Decoding resamples, so the sound comes out at the expected rate.
         item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
     elif hasattr(item, "get_all_samples"):
-        _check_decoder(item, expected, where)
+        # Too long a sound is refused by what its file's header says, before it is decoded.
+        header = getattr(item, "metadata", None)
+        seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
+        if seconds is not None and rate:
+            claimed = int(min(seconds * rate, 2**62))  # a header may claim an endless sound, which is no integer
+            check_sound(claimed, getattr(header, "num_channels", None) or 1, rate, expected, where)
         samples = _decoded(lambda x: x.get_all_samples(), item, where, "sound")
         item, given = samples.data, int(samples.sample_rate)
     if isinstance(item, torch.Tensor):
@@ -48,28 +53,15 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     if wave.ndim == 2 and 1 in wave.shape:
         wave = wave.reshape(-1)  # (1, samples) or (samples, 1): one channel
     if wave.ndim != 1 or wave.size == 0:
-        raise ValueError(
-            f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels, in a table "
-            "by cast_column(..., Audio(num_channels=1))."
-        )
+        remedy = "mix the channels, in a table by cast_column(..., Audio(num_channels=1))."
+        raise ValueError(f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: {remedy}")
     if not np.issubdtype(wave.dtype, np.floating):
-        raise ValueError(
-            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide by the range."
-        )
+        expected_values = "floats in [-1, 1]: divide it by its range"
+        raise ValueError(f"{where}: the waveform has {wave.dtype} values, expected {expected_values}.")
     if not np.isfinite(wave).all():
         raise ValueError(f"{where}: the waveform has values that are not finite.")
     check_sampling_rate(where, expected, given)
     return wave.astype(np.float32, copy=False)
-
-
-def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
-    """Refuse a decoder of too long a sound by what its file's header says, before it decodes."""
-    header = getattr(decoder, "metadata", None)
-    seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
-    if seconds is not None and rate:
-        channels = getattr(header, "num_channels", None) or 1
-        # A header may claim an endless sound, which is no integer.
-        check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
 
 
 def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
@@ -100,7 +92,5 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
     if given is None:
         raise ValueError(f"{where}: pass sampling_rate= (Hz) with bare audio arrays; the encoder expects {expected}.")
     if int(given) != int(expected):
-        raise ValueError(
-            f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first, in "
-            f"a table by cast_column(..., Audio(sampling_rate={expected}))."
-        )
+        remedy = f"resample it first, in a table by cast_column(..., Audio(sampling_rate={expected}))."
+        raise ValueError(f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: {remedy}")

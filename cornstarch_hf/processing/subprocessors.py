@@ -49,10 +49,9 @@ def run_tokenizer(
         if length == 0:
             raise ValueError(f"{name}, item {i}: the text {items[i]!r} gives no token.")
         if limit is not None and length > limit:
-            raise ValueError(
-                f"{name}, item {i}: the text has {length} tokens, but the encoder has {limit} positions: split it, or pass "
-                f"{name}_kwargs={{'truncation': True, 'max_length': {limit}}} to drop the rest."
-            )
+            found = f"the text has {length} tokens, but the encoder has {limit} positions"
+            remedy = f"split it, or pass {name}_kwargs={{'truncation': True, 'max_length': {limit}}} to drop the rest."
+            raise ValueError(f"{name}, item {i}: {found}: {remedy}")
     return output
 
 
@@ -232,10 +231,9 @@ def _audio_options(
     limit = options.get("max_length") or getattr(processor, "n_samples", None)
     for i, item in enumerate(items) if cuts and limit is not None else ():
         if len(item) > limit:
-            raise ValueError(
-                f"{name}, item {i}: the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}: split "
-                f"it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
-            )
+            found = f"the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}"
+            remedy = f"split it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
+            raise ValueError(f"{name}, item {i}: {found}: {remedy}")
     rate = sampling_rate_of(processor)
     found: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
     padded = "padding" in parameters and parameters["padding"].default != "max_length"
@@ -260,10 +258,8 @@ def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
         return None
     described = processor.to_dict() if hasattr(processor, "to_dict") else {}
     if not any(key in described for key in TYPE_KEYS):
-        raise ValueError(
-            f"{name}: {type(processor).__name__} cannot be saved, it is no image processor, feature extractor, video "
-            "processor or tokenizer of transformers."
-        )
+        known = "image processor, feature extractor, video processor or tokenizer of transformers."
+        raise ValueError(f"{name}: {type(processor).__name__} cannot be saved, it is no {known}")
     # JSON has no arrays.
     return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in described.items()}
 
@@ -280,10 +276,8 @@ def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
     except (AttributeError, ValueError) as error:
         raise ValueError(f"{name}: there is no processor class {kinds[0]!r:.100} in transformers.") from error
     if lacking := [one for one in getattr(cls, "_backends", ()) if isinstance(one, str)]:  # stands in for a class
-        raise ValueError(
-            f"{name}: {kinds[0]} needs {' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
-            f"installed: pip install {' '.join(lacking)}."
-        )
+        needs = f"{' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed"
+        raise ValueError(f"{name}: {kinds[0]} needs {needs}: pip install {' '.join(lacking)}.")
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
         raise ValueError(f"{name}: {kinds[0]!r} is no image processor or feature extractor.")
     try:

@@ -33,16 +33,14 @@ def sampled_frames(
     [0, 2, 5, 7]
     """
     if num_frames is not None and fps is not None:
-        raise ValueError(f"{where}: num_frames={num_frames!r} and fps={fps!r} are two ways of sampling, give one.")
+        raise ValueError(f"{where}: {num_frames=} and {fps=} are two ways of sampling, give one.")
     if num_frames is not None:
         check_count(num_frames, f"{where}: num_frames")
     count = total if num_frames is None else num_frames
     if fps is not None:
         if source_fps is None:
-            raise ValueError(
-                f"{where}: fps={fps!r} needs the video's own rate: pass source_fps=, or the item as "
-                "{'video': frames, 'fps': rate}."
-            )
+            remedy = "pass source_fps=, or the item as {'video': frames, 'fps': rate}."
+            raise ValueError(f"{where}: {fps=} needs the video's own rate: {remedy}")
         if not all(math.isfinite(rate) and rate > 0 for rate in (fps, source_fps)):
             raise ValueError(f"{where}: frames per second must be positive, got {fps=}, {source_fps=}.")
         count = max(1, math.floor(total * fps / source_fps))
@@ -71,21 +69,16 @@ def opened_video(item: Any, where: str, source_fps: float | None = None) -> tupl
     source_fps = held(item, ("fps",), otherwise=source_fps) if isinstance(item, Mapping) else source_fps
     item = held(item, ("video", "frames", "videos", "array"))
     if is_file(item):
-        raise TypeError(
-            f"{where}: expected the frames of a video, got a file: decode it first, for instance by "
-            "transformers.video_utils.load_video, and pass the array of frames."
-        )
+        remedy = "decode it first, for instance by transformers.video_utils.load_video, and pass the array of frames."
+        raise TypeError(f"{where}: expected the frames of a video, got a file: {remedy}")
     rank = 3 if isinstance(item, Image.Image) else getattr(item, "ndim", None)
-    if rank in (2, 3):
-        shape = item.size if isinstance(item, Image.Image) else tuple(item.shape)
-        raise ValueError(
-            f"{where}: expected the frames of a video, (frames, height, width, 3), got one image of shape {shape}: "
-            "pass [image] for a video of one frame."
-        )
     if rank not in (None, 4):
+        shape = item.size if isinstance(item, Image.Image) else tuple(item.shape)
+        one = rank in (2, 3)
+        got = f"{'one image of' if one else 'the'} shape {shape}"
+        remedy = "pass [image] for a video of one frame" if one else "pass several videos as a list"
         raise ValueError(
-            f"{where}: expected (frames, height, width, 3) or (frames, 3, height, width), got the shape "
-            f"{tuple(item.shape)}: pass several videos as a list."
+            f"{where}: expected (frames, height, width, 3) or (frames, 3, height, width), got {got}: {remedy}."
         )
     if rank is None and not isinstance(item, (list, tuple)):
         raise TypeError(f"{where}: expected the frames of a video (array, tensor, list), got {type(item).__name__}.")
@@ -102,10 +95,8 @@ def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channel
     sizes = [(one.height, one.width) if isinstance(one, Image.Image) else tuple(one.shape) for one in ready]
     for i, size in zip(kept, sizes, strict=True):
         if size != sizes[0]:
-            raise ValueError(
-                f"{where}: frame {i} has the size {size}, frame {kept[0]} has {sizes[0]}: the frames of a video have one "
-                "size, resize them first."
-            )
+            remedy = "the frames of a video have one size, resize them first."
+            raise ValueError(f"{where}: frame {i} has the size {size}, frame {kept[0]} has {sizes[0]}: {remedy}")
     return ready
 
 
@@ -147,10 +138,9 @@ def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, 
     whole = "videos" in inspect.signature(processor.preprocess).parameters
     output = processor([frames] if whole else frames, return_tensors="pt", **options)
     if packed := [key for key in output if key.endswith(PATCH_GRIDS)]:
-        raise ValueError(
-            f"{name}: {type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video: "
-            "give the encoder's video processor (it needs torchvision: pip install torchvision)."
-        )
+        packs = f"{type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video"
+        remedy = "give the encoder's video processor (it needs torchvision: pip install torchvision)."
+        raise ValueError(f"{name}: {packs}: {remedy}")
     tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
     tensors = {key: value[0] if whole else value for key, value in tensors.items()}  # (1, frames, ...) -> (frames, ...)
     if not tensors or any(len(value) != len(frames) for value in tensors.values()):
@@ -190,10 +180,8 @@ def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[s
     if FRAME_MASK in found and keyword(FRAME_MASK) is None:
         counts = found.pop(FRAME_MASK).sum(-1).tolist()
         if len(set(counts)) > 1:
-            raise ValueError(
-                f"{name}: the videos have {counts} frames, but this encoder takes one number of frames in a call: pass "
-                f"{name}_kwargs={{'num_frames': ...}}."
-            )
+            taken = f"one number of frames in a call: pass {name}_kwargs={{'num_frames': ...}}."
+            raise ValueError(f"{name}: the videos have {counts} frames, but this encoder takes {taken}")
     return found
 
 

@@ -71,10 +71,8 @@ def _metadata(given: Mapping[str, Any] | None, count: int, rate: float | None, w
     numbers = values.get("frames_indices")  # of the frames that are given, among those of the whole video
     if len(numbers) != count if numbers is not None else values["total_num_frames"] != count:
         told = values["total_num_frames"] if numbers is None else len(numbers)
-        raise ValueError(
-            f"{where}: its video_metadata tells of {told} frames, but {count} were given: say which of them these are "
-            "(frames_indices), or leave it out."
-        )
+        remedy = "say which of them these are (frames_indices), or leave it out."
+        raise ValueError(f"{where}: its video_metadata tells of {told} frames, but {count} were given: {remedy}")
     if rate is not None and values.setdefault("fps", rate) != rate:
         raise ValueError(f"{where}: its video_metadata says {values['fps']} frames per second, the call says {rate}.")
     if values.get("fps"):
@@ -96,20 +94,16 @@ def _kept(
     if not (explicit or (getattr(processor, "do_sample_frames", False) if sampling is None else sampling)):
         return list(range(count))
     if metadata.frames_indices is not None:
-        raise ValueError(
-            f"{where}: its video_metadata says that its frames are samples already (frames_indices): pass "
-            "do_sample_frames=False, or leave that out."
-        )
+        remedy = "pass do_sample_frames=False, or leave that out."
+        raise ValueError(f"{where}: its video_metadata says its frames are samples already (frames_indices): {remedy}")
     chosen = copy.copy(processor)  # whose attributes stand in for what is not given
     if explicit:
         sampled_frames(count, where, num_frames, fps, metadata.fps)  # for its refusals alone
         chosen.num_frames, chosen.fps = num_frames, fps  # one is None: the processor's own must not stand beside it
     indices = _by_own_rule(chosen, metadata, where, options)
     if num_frames is not None and len(indices) != num_frames:
-        raise ValueError(
-            f"{where}: {num_frames=} was asked for, but {type(processor).__name__} samples {len(indices)}: ask for as "
-            "many, or sample yourself."
-        )
+        found = f"{type(processor).__name__} samples {len(indices)}: ask for as many, or sample yourself."
+        raise ValueError(f"{where}: {num_frames=} was asked for, but {found}")
     metadata.frames_indices = indices  # some processors make time stamps of them
     return indices
 
@@ -162,8 +156,6 @@ def _by_frame(video: dict[str, torch.Tensor], processor: Any, name: str) -> dict
     """One video's tensors, ``(frames, ...)`` each."""
     shapes = {key: tuple(value.shape) for key, value in video.items()}
     if len({shape[:2] for shape in shapes.values()}) != 1 or any(len(s) < 2 or s[0] != 1 for s in shapes.values()):
-        raise ValueError(
-            f"{name}: {type(processor).__name__} gave {shapes} for one video, expected (1, frames, ...): process the videos "
-            "yourself and pass the tensors in encoder_inputs=."
-        )
+        found = f"{type(processor).__name__} gave {shapes} for one video, expected (1, frames, ...)"
+        raise ValueError(f"{name}: {found}: process the videos yourself and pass the tensors in encoder_inputs=.")
     return {key: value[0] for key, value in video.items()}
