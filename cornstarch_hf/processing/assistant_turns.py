@@ -120,9 +120,8 @@ class _Turns:
         if index == 0:
             return self._first_start()
         # Rendered up to this message, with a generation prompt and without: where they differ, the template has one.
-        bookend, prompt = self._behind_last_bookend(self.messages[:index], add_generation_prompt=True)
-        _, bare = self._behind_last_bookend(self.messages[:index])
-        at = self._position_behind(bookend, index)
+        at, _, prompt = self._continued(index, self.messages[:index], add_generation_prompt=True)
+        _, _, bare = self._continued(index, self.messages[:index])
         if prompt != bare and self.whole.startswith(prompt, at):
             return at + len(prompt)
         lead = self._lead(index, at)
@@ -153,8 +152,7 @@ class _Turns:
         """Behind all that the template writes for a message, its end marker included."""
         if index == len(self.messages) - 1:
             return len(self.whole)
-        bookend, tail = self._behind_last_bookend(self.messages[: index + 1])
-        at = self._position_behind(bookend, index)
+        at, bookend, tail = self._continued(index, self.messages[: index + 1])
         if self.whole.startswith(tail, at):
             return at + len(tail)
         # The template ends a conversation otherwise than a turn; a special token that both have ends the turn.
@@ -164,17 +162,15 @@ class _Turns:
             return at + max(closed)
         raise self._lost(index)
 
-    def _behind_last_bookend(self, messages: list[dict], **variables: Any) -> tuple[str, str]:
-        """The last bookend in the text of some messages, "" where there is none, and what follows it."""
+    def _continued(self, index: int, messages: list[dict], **variables: Any) -> tuple[int, str, str]:
+        """The last bookend in the text of some messages, where the whole text goes on behind it, and what follows it here."""
         text, _ = render(messages, self.template, **self.variables | variables)
         found = list(_BOOKEND.finditer(text)) if self.has_bookends else []
-        return (found[-1][0], text[found[-1].end() :]) if found else ("", text)
-
-    def _position_behind(self, bookend: str, index: int) -> int:
-        """Where the whole text goes on behind a bookend, its start for none."""
-        if bookend and self.whole.count(bookend) != 1:
+        if not found:
+            return 0, "", text
+        if self.whole.count(bookend := found[-1][0]) != 1:
             raise self._lost(index)
-        return self.whole.index(bookend) + 1 if bookend else 0  # a bookend is one character
+        return self.whole.index(bookend) + 1, bookend, text[found[-1].end() :]  # a bookend is one character
 
     def _lead(self, index: int, at: int) -> str:
         """What the template writes from a position to the text of a message."""

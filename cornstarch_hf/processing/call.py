@@ -52,7 +52,7 @@ def text_arguments(
 def media_arguments(
     config: MultimodalConfig,
     by_kind: Mapping[str, Any],
-    encoder_inputs: Mapping[str, Mapping[str, Any]] | None,
+    encoder_inputs: Mapping[str, Mapping] | None,
     kwargs: dict[str, Any],
 ) -> Media:
     """``{modality: {"items": ..., options}}`` from all the ways of handing items over; takes them out of `kwargs`.
@@ -122,18 +122,15 @@ def encode_texts(
     # Not for the tokenizer's call: rows are padded last, with masks and offsets, when nothing can be cut any more.
     padding = {k: options.pop(k) for k in ("padding", "pad_to_multiple_of", "padding_side") if k in options}
     with_mask = options.pop("return_attention_mask", None)
-    moved = None
     if spans is not None:  # from characters of the text to those of the expanded one
-        moved = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
-    rows = encode(tokenizer, [e.text for e in expanded], moved, **options)
+        spans = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
+    rows = encode(tokenizer, [e.text for e in expanded], spans, **options)
     for sample, (text, row) in enumerate(zip(expanded, rows, strict=True)):
         for name, token in tokens.items():
             wanted, left = text.counts.get(token, 0), row["input_ids"].count(ids[name])
             if wanted != left:
-                need = (
-                    f"{wanted} features need as many placeholder tokens ({token}), but {left} are left after truncation"
-                )
-                raise ValueError(f"{name}, sample {sample}: {need}: raise max_length, or shorten the text around them.")
+                need = f"{wanted} features need as many placeholder tokens ({token}), but {left} are left after"
+                raise ValueError(f"{name}, sample {sample}: {need} truncation: raise max_length, or shorten the text.")
     extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
     data = pad_rows(tokenizer, rows, extra, padding, options.get("max_length"))
     if with_mask is False:
@@ -156,10 +153,8 @@ def check_items(
         # Without a list per sample only the sums can be compared.
         for sample, (count, items) in enumerate(zip(written, given or written, strict=True)):
             if count != items:
-                found = f"the text has {count} placeholders {token}"
-                raise ValueError(f"{name}, sample {sample}: {found}, but {items} items were given.")
+                told = f"the text has {count} placeholders {token}"
+                raise ValueError(f"{name}, sample {sample}: {told}, but {items} items were given.")
         if sum(written) != counts[name]:
-            found = f"the texts have {sum(written)} placeholders {token} {written}"
-            raise ValueError(
-                f"{name}: {found}, but {counts[name]} items were given: write one placeholder for each item."
-            )
+            told = f"the texts have {sum(written)} placeholders {token} {written}, but {counts[name]} items were given"
+            raise ValueError(f"{name}: {told}: write one placeholder for each item.")

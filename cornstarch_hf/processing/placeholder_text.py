@@ -95,8 +95,9 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
     span's tokens are exactly its text.  Options are of the tokenizer's call, without padding and tensors.
     """
     turns: Sequence[Spans] = [[] for _ in texts] if spans is None else spans
-    # Offsets tell which tokens lie in a span.
-    asked = options | ({} if spans is None else {"return_offsets_mapping": True})
+    asked = options | (
+        {} if spans is None else {"return_offsets_mapping": True}
+    )  # which tell what tokens lie in a span
     rows: dict[int, dict[str, list]] = {}
     # Texts as a whole, all in one call, where nothing was typed and no token reaches over the end of a span; else pieces.
     # Slow tokenizers give no offsets.
@@ -117,16 +118,15 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
 def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -> dict[str, list]:
     """As `encode`, of a text that is cut at marks and at the ends of spans."""
     parts = re.split(f"{MARK_START}(.*?){MARK_END}", text, flags=re.DOTALL)  # plain, typed, plain, typed, ..., plain
+    with_offsets = options.get("return_offsets_mapping", False)
     # Pieces are tokenized without special tokens, which go around the whole.
     prefix, suffix = _special_frame(tokenizer) if options.get("add_special_tokens", True) else ([], [])
     ids, offsets, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
     for index, part in enumerate(parts):
         end = position + len(part)
         cuts = sorted({cut for span in spans for cut in span if position < cut < end})  # starts of spans too
-        for start, stop in zip([position, *cuts], [*cuts, end], strict=True):
-            if start == stop:
-                continue
-            piece, with_offsets = part[start - position : stop - position], options.get("return_offsets_mapping", False)
+        for start, stop in zip([position, *cuts], [*cuts, end], strict=True) if part else ():
+            piece = part[start - position : stop - position]
             piece_ids, piece_offsets = _encode_piece(tokenizer, piece, index % 2 == 1, start == 0, with_offsets)
             ids += piece_ids
             offsets += [(a + start, b + start) for a, b in piece_offsets]
@@ -188,9 +188,7 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | 
     return mask
 
 
-def pad_rows(
-    tokenizer, rows: list[dict], extra: Mapping[Any, list[list]], padding: Mapping[Any, Any], max_length: int | None
-) -> dict[str, Any]:
+def pad_rows(tokenizer, rows: list[dict], extra: Mapping, padding: Mapping, max_length: int | None) -> dict[str, Any]:
     """Rows of `input_ids` and more as columns, padded by the tokenizer if asked for.
 
     `extra` has further per-token values, padded alike with 0 or (0, 0); `padding` is given as in a tokenizer's call.
@@ -259,9 +257,7 @@ class MultimodalBatch(BatchFeature):
 
     placeholder_ids: tuple[int, ...] = ()
 
-    def __init__(
-        self, data: dict[str, Any] | None = None, tensor_type=None, skip_tensor_conversion=None, placeholder_ids=()
-    ):
+    def __init__(self, data: dict | None = None, tensor_type=None, skip_tensor_conversion=None, placeholder_ids=()):
         self.placeholder_ids = tuple(placeholder_ids)
         super().__init__(data, tensor_type, skip_tensor_conversion)
 

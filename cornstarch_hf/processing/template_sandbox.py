@@ -188,7 +188,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a function, method or macro."""
         (budget := _budget.get()).step()
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
         owner = getattr(method, "__self__", None)
@@ -202,7 +201,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """Join the pieces of a block, macro or template."""
         parts = list(parts)
         _budget.get().spend(sum(map(len, parts)))
         return "".join(parts)
@@ -248,7 +246,6 @@ class _Counted(NodeTransformer):
     """What jinja compiles to plain Python becomes calls of the functions above, under their names as filters."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        """The node with its children counted, and itself if it is one of those that loop, join, compare or make."""
         self.generic_visit(node)
         match node:
             case nodes.For():  # for x in a
