@@ -31,9 +31,7 @@ def call_arguments(config: MultimodalConfig) -> list[str]:
     return sorted({*names, "images", "videos", "audio", "text", "sampling_rate", "text_kwargs", *TEXT_OPTIONS})
 
 
-def text_arguments(
-    text: Any, llm_inputs: Mapping[str, Any] | None, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def text_arguments(text: Any, llm_inputs: Mapping | None, kwargs: dict) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The text, the tokenizer's options, and what only this package hands over; takes options out of `kwargs`."""
     given = dict(llm_inputs or {})
     if text is not None and "text" in given:
@@ -49,12 +47,7 @@ def text_arguments(
     return text, options, internal
 
 
-def media_arguments(
-    config: MultimodalConfig,
-    by_kind: Mapping[str, Any],
-    encoder_inputs: Mapping[str, Mapping] | None,
-    kwargs: dict[str, Any],
-) -> Media:
+def media_arguments(config: MultimodalConfig, by_kind: Mapping, encoder_inputs: Mapping | None, kwargs: dict) -> Media:
     """``{modality: {"items": ..., options}}`` from all the ways of handing items over; takes them out of `kwargs`.
 
     `by_kind` has items, or None, under the keywords of `PLURALS`; `encoder_inputs` items, options or tensors by modality;
@@ -138,9 +131,7 @@ def encode_texts(
     return dict(BatchFeature(data, tensor_type=as_tensors)) if as_tensors else data
 
 
-def check_items(
-    texts: list[str], tokens: Mapping[str, str], counts: Mapping[str, int], samples: Mapping[str, list[int] | None]
-) -> None:
+def check_items(texts: list[str], tokens: Mapping[str, str], counts: Mapping[str, int], samples: Mapping) -> None:
     """Refuse texts with other than one placeholder for each item (ValueError with both numbers).
 
     `counts` tells how many items each modality has, `samples` how many of them belong to each text where that was given.

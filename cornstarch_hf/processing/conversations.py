@@ -57,10 +57,9 @@ class ConversationReader:
         for name, items in (given or {}).items():
             bare = sum(item is NO_ITEM for item in media[name])
             if bare != len(items):
-                raise ValueError(
-                    f"{name}: {len(items)} items were given for {bare} parts without one: put a part {{'type': {name!r}}} (or "
-                    f"of its kind) for each item where it belongs in 'content'; {self.tokens[name]} typed in a string is text."
-                )
+                remedy = f"put a part {{'type': {name!r}}} (or of its kind) for each item where it belongs in 'content'"
+                told = f"{len(items)} items were given for {bare} parts without one"
+                raise ValueError(f"{name}: {told}: {remedy}; {self.tokens[name]} typed in a string is text.")
             rest = iter(items)
             media[name] = [next(rest) if item is NO_ITEM else item for item in media[name]]
         found = {name: [item for item in items if item is not NO_ITEM] for name, items in media.items()}
@@ -227,9 +226,9 @@ def _try(content: str | list, template: str) -> str:
 def refuse_typed(text: str) -> str:
     """A rendered text, or ValueError if a user typed a placeholder in it: a plain string could not tell it from a real one."""
     if unmark(text) != text:
+        remedy = "use apply_chat_template(..., tokenize=True), which keeps it as text."
         raise ValueError(
-            "A message contains a placeholder token as text, which a string cannot tell from a real placeholder: use "
-            "apply_chat_template(..., tokenize=True), which keeps it as text."
+            f"A message has a placeholder token as text, which a string cannot tell from a real one: {remedy}"
         )
     return text
 

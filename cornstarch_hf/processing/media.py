@@ -145,10 +145,8 @@ def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> 
     except (ImportError, MemoryError):  # a package is missing
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{where}: the image has more pixels than Pillow decodes ({error}); cornstarch_hf.limits.MAX_IMAGE_PIXELS is "
-            f"{cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
-        ) from error
+        limit = f"cornstarch_hf.limits.MAX_IMAGE_PIXELS is {cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
+        raise ValueError(f"{where}: the image has more pixels than Pillow decodes ({error}); {limit}") from error
     except Exception as error:  # of many sorts: OSError, SyntaxError, RuntimeError, ...
         if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
             raise

@@ -142,9 +142,7 @@ def run_subprocessor(
     return _tensors(processor(items, return_tensors="pt", **options), name)
 
 
-def _run_on_images(
-    processor: Any, name: str, items: list[Any], options: Mapping[str, Any], prepared: bool
-) -> dict[str, Any]:
+def _run_on_images(processor: Any, name: str, items: list, options: Mapping, prepared: bool) -> dict[str, Any]:
     """Tensors with one row per image, also from processors that put all images of a call into one row."""
     found = _called(processor, name, items, options)
     rank = getattr(found.get("pixel_values"), "ndim", 0)
@@ -155,10 +153,9 @@ def _run_on_images(
     alone = [found] if len(items) == 1 else [_called(processor, name, [item], options) for item in items]
     for i, one in enumerate(alone):  # each in a row of its own
         if (crops := one["pixel_values"].shape[1]) != 1:
-            raise ValueError(
-                f"{name}, item {i}: {type(processor).__name__} splits the image into {crops} crops, expected 1 per item: turn "
-                "that off in its settings (do_image_splitting=False, crop_to_patches=False, split_image=False)."
-            )
+            found = f"{type(processor).__name__} splits the image into {crops} crops, expected 1 per item"
+            settings = "do_image_splitting=False, crop_to_patches=False, split_image=False"
+            raise ValueError(f"{name}, item {i}: {found}: turn that off in its settings ({settings}).")
     shapes = [tuple(one["pixel_values"].shape[2:]) for one in alone]
     if len(set(shapes)) > 1:
         raise ValueError(_uneven(processor, name, shapes))
@@ -211,19 +208,15 @@ def _called(processor: Any, name: str, items: list[Any], options: Mapping[str, A
                 kind = TypeError if isinstance(cause, TypeError) else ValueError
                 size = tuple(item.shape) if hasattr(item, "shape") else getattr(item, "size", None)
                 size = " x ".join(map(str, size)) if isinstance(size, tuple) and len(size) == 2 else size
-                raise kind(
-                    f"{name}, item {i}: {type(processor).__name__} cannot process it, its size is {size} "
-                    f"({type(cause).__name__}: {cause!s:.300})."
-                ) from cause
+                failure = f"{type(processor).__name__} cannot process it, its size is {size}"
+                raise kind(f"{name}, item {i}: {failure} ({type(cause).__name__}: {cause!s:.300}).") from cause
             shapes.append(tuple(next(iter(one.values())).shape[1:]))
         if len(set(shapes)) > 1:
             raise ValueError(_uneven(processor, name, shapes)) from error
         raise  # each item alone is fine: the error is the whole call's
 
 
-def _audio_options(
-    processor: FeatureExtractionMixin, name: str, items: list[Any], options: Mapping[str, Any], masked: bool
-) -> dict[str, Any]:
+def _audio_options(processor: Any, name: str, items: list, options: Mapping, masked: bool) -> dict[str, Any]:
     """Arguments of a feature extractor's call; ValueError for sounds that it would cut without being asked for truncation."""
     parameters = inspect.signature(processor.__call__).parameters
     cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
@@ -231,9 +224,9 @@ def _audio_options(
     limit = options.get("max_length") or getattr(processor, "n_samples", None)
     for i, item in enumerate(items) if cuts and limit is not None else ():
         if len(item) > limit:
-            found = f"the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}"
+            told = f"the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}"
             remedy = f"split it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
-            raise ValueError(f"{name}, item {i}: {found}: {remedy}")
+            raise ValueError(f"{name}, item {i}: {told}: {remedy}")
     rate = sampling_rate_of(processor)
     found: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
     padded = "padding" in parameters and parameters["padding"].default != "max_length"

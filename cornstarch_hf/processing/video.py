@@ -50,9 +50,7 @@ def sampled_frames(
     return [i * total // count for i in range(count)]
 
 
-def ready_video(
-    item: Any, where: str, channels: int, rescaled: bool, sampling: Mapping[str, Any] | None = None
-) -> list[Any]:
+def ready_video(item: Any, where: str, channels: int, rescaled: bool, sampling: Mapping | None = None) -> list[Any]:
     """The frames of an `opened_video`, sampled as in `sampled_frames`, each as `ready_frames` makes it."""
     options = dict(sampling or {})
     frames, options["source_fps"] = opened_video(item, where, options.get("source_fps"))
@@ -75,11 +73,10 @@ def opened_video(item: Any, where: str, source_fps: float | None = None) -> tupl
     if rank not in (None, 4):
         shape = item.size if isinstance(item, Image.Image) else tuple(item.shape)
         one = rank in (2, 3)
-        got = f"{'one image of' if one else 'the'} shape {shape}"
+        got = f"got {'one image of' if one else 'the'} shape {shape}"
         remedy = "pass [image] for a video of one frame" if one else "pass several videos as a list"
-        raise ValueError(
-            f"{where}: expected (frames, height, width, 3) or (frames, 3, height, width), got {got}: {remedy}."
-        )
+        expected = "(frames, height, width, 3) or (frames, 3, height, width)"
+        raise ValueError(f"{where}: expected {expected}, {got}: {remedy}.")
     if rank is None and not isinstance(item, (list, tuple)):
         raise TypeError(f"{where}: expected the frames of a video (array, tensor, list), got {type(item).__name__}.")
     if len(item) == 0:
@@ -126,10 +123,10 @@ def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
     """Refuse another number of frames than the encoder of a configuration takes (ValueError with both numbers)."""
     expected = None if encoder_type(config).any_number_of_frames else getattr(config, "num_frames", None)
     if isinstance(expected, int) and 0 < expected != count:
-        raise ValueError(
-            f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: pass {name}_kwargs="
-            f"{{'num_frames': {expected}}}, or set num_frames on its processor; repeat frames of shorter videos."
+        remedy = (
+            f"pass {name}_kwargs={{'num_frames': {expected}}}, or set its processor so; repeat frames of short videos."
         )
+        raise ValueError(f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: {remedy}")
 
 
 def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -157,10 +154,8 @@ def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str,
         rows = [video[key] for video in videos]
         for i, row in enumerate(rows):
             if row.shape[1:] != rows[0].shape[1:]:
-                raise ValueError(
-                    f"{name}: the frames of item {i} become {tuple(row.shape[1:])} and those of item 0 "
-                    f"{tuple(rows[0].shape[1:])}: videos of one call must come out of their processor in one size."
-                )
+                sizes = f"the frames of item {i} become {tuple(row.shape[1:])} and those of item 0 {tuple(rows[0].shape[1:])}"
+                raise ValueError(f"{name}: {sizes}: videos of one call must come out of their processor in one size.")
         found[key] = pad_sequence(rows, batch_first=True)  # (videos, most frames, ...)
     mask = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]  # (videos, most frames)
     return found | {FRAME_MASK: mask}
