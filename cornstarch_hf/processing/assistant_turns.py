@@ -39,15 +39,13 @@ def assistant_spans(
 ) -> tuple[str, Spans]:
     """The text of a conversation and the character spans that the assistant wrote.
 
-    The spans are in order and do not overlap; each has the turn's end marker, none has its header.
+    The spans are in order and do not overlap; each has the turn's end marker, none has its header.  ValueError if turns
+    cannot be told apart, or the template leaves out a tool call.
 
     Args:
         messages: as `conversations.ConversationReader` reads them.
         first: the first message whose turn counts; earlier ones are context.
         specials: special tokens, which tell where a turn ends in templates that end a conversation otherwise than a turn.
-
-    Raises:
-        ValueError: turns cannot be told apart, or the template leaves out a tool call.
     """
     variables |= {"add_generation_prompt": False}
     marked = bool(GENERATION.search(template))

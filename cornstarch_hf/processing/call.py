@@ -27,8 +27,8 @@ Media = dict[str, dict[str, Any]]
 
 def call_arguments(config: MultimodalConfig) -> list[str]:
     """Names of all arguments that a processor takes for a model of that configuration."""
-    names = [*config.encoders, *(f"{name}_kwargs" for name in config.encoders)]
-    return sorted({*names, "images", "videos", "audio", "text", "sampling_rate", "text_kwargs", *TEXT_OPTIONS})
+    names = {*config.encoders, *(f"{name}_kwargs" for name in config.encoders), *PLURALS.values(), *TEXT_OPTIONS}
+    return sorted({*names, "text", "sampling_rate", "text_kwargs"})
 
 
 def text_arguments(text: Any, llm_inputs: Mapping | None, kwargs: dict) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -95,7 +95,7 @@ def encode_texts(
     options: Mapping[str, Any],
     spans: list[Spans] | None = None,
 ) -> dict[str, Any]:
-    """What a tokenizer makes of texts in which each placeholder is repeated for its item's features.
+    """What a tokenizer makes of texts, ``(batch, length)`` each, with every placeholder repeated for its item's features.
 
     Args:
         texts: with one placeholder for each item, see `check_items`.
@@ -103,9 +103,6 @@ def encode_texts(
         lengths: features of each item, by modality.
         options: of `TEXT_OPTIONS`; ValueError if truncation would cut features.
         spans: of each text, in characters; adds `assistant_masks`.
-
-    Returns:
-        `input_ids`, `attention_mask` and what else was asked for, ``(batch, length)`` or lists of that form.
     """
     by_token = {tokens[name]: counts for name, counts in lengths.items()}
     taken: dict[str, int] = {}  # how many items of each token are used up; advances from text to text

@@ -165,10 +165,8 @@ def render(
     return before, spans
 
 
-def _with_reasoning(message: Any) -> dict[str, Any]:
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with its reasoning under the names that templates read; older versions of transformers know none."""
-    if not isinstance(message, Mapping):
-        raise TypeError(f"A message must be a dict, got {type(message).__name__}.")
     fields = getattr(chat_template_utils, "_REASONING_FIELDS", ())
     found = next((message[key] for key in fields if message.get(key) is not None), None)
     # A message's own `thinking` wins.

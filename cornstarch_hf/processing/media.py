@@ -21,7 +21,6 @@ from ..limits import cap, check, check_image
 
 # At most 8 bits per channel.
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
-
 # How deep lists of numbers are nested that are one item.
 LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
 
@@ -84,9 +83,6 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         where: modality and item, for messages.
         channels: how many the encoder takes.
         rescaled: whether float values are left as they are (``do_rescale=False``).
-
-    Raises:
-        ValueError, TypeError: an empty image, more than 8 bits per channel, floats that would be rescaled; no image.
     """
     item = held(item, ("image", "bytes", "url", "path", "base64"), otherwise=item)
     if is_file(item):

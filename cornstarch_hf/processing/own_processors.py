@@ -1,7 +1,4 @@
-"""Processors for items that transformers has none for: features computed elsewhere, and time series.
-
-Arrays come in, checked tensors go out; `subprocessors` calls them as it calls those of transformers.
-"""
+"""Processors, called by `subprocessors`, for items that transformers has none for: computed features and time series."""
 
 import functools
 from collections.abc import Sequence
@@ -37,7 +34,7 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         self.feature_size = check_count(feature_size, "feature_size")
 
     def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "features") -> BatchFeature:
-        """Check and pad features of a modality called `name` in messages.
+        """Check and pad features; ValueError for what is of another width, rank or dtype, empty or not finite.
 
         Args:
             items: arrays or tensors ``(n_i, feature_size)`` of any n_i >= 1 in float16, bfloat16 or float32, or lists of rows
@@ -46,9 +43,6 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         Returns:
             `features` ``(items, most features, feature_size)`` in the one dtype that holds all items exactly, zeros after the
             last feature of each; `attention_mask` ``(items, most features)``.
-
-        Raises:
-            ValueError, TypeError: another width, rank or dtype, no feature, values that are not finite; no array.
         """
         rows = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
         dtype = functools.reduce(torch.promote_types, [row.dtype for row in rows])  # float16 and bfloat16 make float32
@@ -102,7 +96,7 @@ class TimeSeriesProcessor(ItemProcessor):
         self.frequency = frequency
 
     def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "series") -> BatchFeature:
-        """Check and stack series of a modality called `name` in messages.
+        """Check and stack series; ValueError where their shapes do not fit, or values are not finite.
 
         Args:
             items: arrays, tensors or lists of numbers, ``(length,)``, or arrays ``(length, num_channels)``; floats
@@ -111,10 +105,6 @@ class TimeSeriesProcessor(ItemProcessor):
         Returns:
             `past_values` ``(items, length)`` or ``(items, length, num_channels)`` in float32, `past_values_padding` of the
             length (1 where a value is padding), `freq` ``(items, 1)``; the encoder is given those that it takes.
-
-        Raises:
-            ValueError, TypeError: another number of channels or length, lengths that differ where nothing can tell padding,
-                values that are not finite; no array.
         """
         series = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
         lengths = [len(x) for x in series]

@@ -168,8 +168,7 @@ def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
 def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | None:
     """1 for each token that lies in one of the character spans, else 0; None if a token lies on the end of one.
 
-    White space that a tokenizer takes into a token but not into its offsets counts to the token behind it, and on the end
-    of a span it gives None.
+    White space that a tokenizer takes into a token but not into its offsets counts to the token behind it.
 
     >>> token_mask([(0, 2), (2, 4), (4, 4)], [(2, 4)])
     [0, 1, 0]

@@ -17,16 +17,13 @@ from .media import _decoded, _source, held, is_file
 
 
 def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
-    """A mono waveform as float32 ``(samples,)``.
+    """A mono waveform as float32 ``(samples,)``; refuses what a feature extractor would misread.
 
     Args:
         item: array, tensor or list of floats; path, URL or the bytes of a file (mixed and resampled on loading); dict with
             `array` and `sampling_rate`, or with `bytes` or `path`; a decoder as `datasets.Audio` gives it.
         where: modality and item, for messages.
         expected, given: the sampling rates of the feature extractor, and of bare arrays as the caller says, in Hz.
-
-    Raises:
-        ValueError, TypeError: no or another sampling rate, integers, several channels, nothing in it, NaN; no sound.
     """
     if isinstance(item, Mapping):
         given = held(item, ("sampling_rate",), otherwise=given)

@@ -99,15 +99,12 @@ def run_subprocessor(
     masked: bool = False,
     prepared: bool = False,
 ) -> dict[str, Any]:
-    """The tensors of one modality's items, by the names that its processor emits.
+    """The tensors of one modality's items, by the names that its processor emits; refuses what cannot be used as it is.
 
     Args:
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
         masked: whether the encoder wants a mask of its features also where they are padded to a window.
         prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
-
-    Raises:
-        ValueError, TypeError: an item that cannot be used as it is.
     """
     options = dict(options)
     # Image processors and feature extractors of transformers, this package's own, tokenizers; then somebody's callable.
@@ -153,9 +150,9 @@ def _run_on_images(processor: Any, name: str, items: list, options: Mapping, pre
     alone = [found] if len(items) == 1 else [_called(processor, name, [item], options) for item in items]
     for i, one in enumerate(alone):  # each in a row of its own
         if (crops := one["pixel_values"].shape[1]) != 1:
-            found = f"{type(processor).__name__} splits the image into {crops} crops, expected 1 per item"
+            told = f"{type(processor).__name__} splits the image into {crops} crops, expected 1 per item"
             settings = "do_image_splitting=False, crop_to_patches=False, split_image=False"
-            raise ValueError(f"{name}, item {i}: {found}: turn that off in its settings ({settings}).")
+            raise ValueError(f"{name}, item {i}: {told}: turn that off in its settings ({settings}).")
     shapes = [tuple(one["pixel_values"].shape[2:]) for one in alone]
     if len(set(shapes)) > 1:
         raise ValueError(_uneven(processor, name, shapes))

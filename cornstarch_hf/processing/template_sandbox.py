@@ -34,20 +34,18 @@ class TemplateLimit(jinja2.TemplateError, ValueError):
 
 
 class Budget:
-    """What one rendering has used: steps, characters and entries made, time."""
+    """What one rendering has used: passes through loops, calls, filters and tests; characters and entries made; time."""
 
     def __init__(self) -> None:
         self.steps, self.work = 0, 0
         self.began = time.thread_time()  # of computing: on a busy machine a harmless template may wait for long
 
     def step(self) -> None:
-        """Count one pass through a loop, call, filter or test."""
         self.steps += 1
         _check(self.steps, "MAX_TEMPLATE_STEPS", "the chat template's steps are")
         _check(time.thread_time() - self.began, "MAX_TEMPLATE_SECONDS", "the seconds that the chat template takes are")
 
     def spend(self, size: int) -> None:
-        """Count characters or entries before they are made."""
         self.work += size
         _check(self.work, "MAX_TEMPLATE_WORK", "the characters and entries that the chat template makes are")
 

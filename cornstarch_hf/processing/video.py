@@ -60,9 +60,8 @@ def ready_video(item: Any, where: str, channels: int, rescaled: bool, sampling: 
 def opened_video(item: Any, where: str, source_fps: float | None = None) -> tuple[Sequence[Any], float | None]:
     """A video's frames and its frames per second: those that the item tells, else `source_fps`.
 
-    Args:
-        item: ``(frames, height, width, 3)`` or ``(frames, 3, height, width)`` array or tensor, a list of frames (PIL images,
-            arrays, tensors, of one size), or a dict with those under ``"video"`` and the frames per second as ``"fps"``.
+    It may be an array or tensor ``(frames, height, width, 3)`` or ``(frames, 3, height, width)``, a list of frames (PIL
+    images, arrays, tensors, of one size), or a dict with those under ``"video"`` and the frames per second as ``"fps"``.
     """
     source_fps = held(item, ("fps",), otherwise=source_fps) if isinstance(item, Mapping) else source_fps
     item = held(item, ("video", "frames", "videos", "array"))
@@ -138,8 +137,8 @@ def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, 
         packs = f"{type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video"
         remedy = "give the encoder's video processor (it needs torchvision: pip install torchvision)."
         raise ValueError(f"{name}: {packs}: {remedy}")
-    tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
-    tensors = {key: value[0] if whole else value for key, value in tensors.items()}  # (1, frames, ...) -> (frames, ...)
+    # (1, frames, ...) -> (frames, ...)
+    tensors = {k: v[0] if whole else v for k, v in output.items() if isinstance(v, torch.Tensor)}
     if not tensors or any(len(value) != len(frames) for value in tensors.values()):
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         raise ValueError(f"{name}: {type(processor).__name__} gave {shapes} for {len(frames)} frames.")
@@ -183,8 +182,8 @@ def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[s
 def video_processor_missing(source: str | os.PathLike, error: Exception) -> ValueError:
     """What to say where the only processor beside an encoder is a video processor that cannot be loaded."""
     cause = " ".join(str(error).split())
+    remedy = "pass an image processor, which is run frame by frame: {'model': ..., 'processor': image_processor}."
     return ValueError(
         f"The video processor of {source} cannot be loaded ({cause:.200}). Video processors of transformers need torchvision "
-        "(pip install torchvision); or pass an image processor, which is run frame by frame: "
-        "{'model': ..., 'processor': image_processor}."
+        f"(pip install torchvision); or {remedy}"
     )

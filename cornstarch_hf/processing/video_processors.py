@@ -1,7 +1,4 @@
-"""Runs videos through transformers' video processors, which need torchvision.
-
-Frames are checked as `video` checks them for image processors, and sampled by the processor's own rule where that is asked.
-"""
+"""Runs videos, checked as in `video`, through transformers' video processors, which need torchvision."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -34,7 +31,13 @@ def run_video_processor(
     """
     options = dict(options)
     wanted = {key: options.pop(key, None) for key in (*SAMPLING, "do_sample_frames")}
-    given = _stated_metadata(options.pop("video_metadata", None), len(items), name)
+    given = options.pop("video_metadata", None)
+    given = [{}] * len(items) if given is None else given if isinstance(given, (list, tuple)) else [given]
+    # Metadata may come as one list, or as a list per sample.
+    stated = [one for group in given for one in (group if isinstance(group, (list, tuple)) else [group])]
+    if len(stated) != len(items) or not all(isinstance(one, Mapping) for one in stated):
+        expected = f"video_metadata of {len(items)} videos, a dict or VideoMetadata for each"
+        raise ValueError(f"{name}: expected {expected}, got {given!r:.200}.")
     if unknown := sorted(set(options) - (set(processor.valid_kwargs.__annotations__) - {"return_metadata"})):
         raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
     rescaled = keeps_scale(processor, options)
@@ -42,32 +45,19 @@ def run_video_processor(
     for i, item in enumerate(items):
         where = f"{name}, item {i}"
         frames, rate = opened_video(item, where, wanted["source_fps"])
-        metadata = _metadata(given[i], len(frames), rate, where)
+        metadata = _metadata(stated[i], len(frames), rate, where)
         kept = _kept(processor, where, wanted, metadata, options, len(frames))
         ready = ready_frames(frames, kept, where, channels, rescaled)
         check_frame_count(len(ready), encoder_config, name, i)
         videos.append(_processed(processor, ready, where, metadata, options))
     if grid_of(videos[0]) is not None:  # packed patches (patches, values) and grids (1, 3) of each video
         return {key: torch.cat([video[key] for video in videos]) for key in videos[0]}
-    return joined_videos([_by_frame(video, processor, name) for video in videos], name)
+    return joined_videos(videos, name)
 
 
-def _stated_metadata(given: Any, count: int, name: str) -> list[Any]:
-    """What a caller tells of each video (None where nothing), in order."""
-    if given is None:
-        return [None] * count
-    each = list(given) if isinstance(given, (list, tuple)) else [given]
-    # Metadata may come as one list, or as a list per sample.
-    each = [one for group in each for one in (group if isinstance(group, (list, tuple)) else [group])]
-    if len(each) != count or not all(isinstance(one, Mapping) for one in each):
-        expected = f"video_metadata of {count} videos, a dict or VideoMetadata for each"
-        raise ValueError(f"{name}: expected {expected}, got {given!r:.200}.")
-    return each
-
-
-def _metadata(given: Mapping[str, Any] | None, count: int, rate: float | None, where: str) -> VideoMetadata:
+def _metadata(given: Mapping[str, Any], count: int, rate: float | None, where: str) -> VideoMetadata:
     """Metadata of a video of `count` frames (ValueError: what is given is of another video)."""
-    values = {"total_num_frames": count, **{k: v for k, v in dict(given or {}).items() if v is not None}}
+    values = {"total_num_frames": count, **{k: v for k, v in dict(given).items() if v is not None}}
     numbers = values.get("frames_indices")  # of the frames that are given, among those of the whole video
     if len(numbers) != count if numbers is not None else values["total_num_frames"] != count:
         told = values["total_num_frames"] if numbers is None else len(numbers)
@@ -132,7 +122,7 @@ def _by_own_rule(processor: Any, metadata: VideoMetadata, where: str, options: M
 def _processed(
     processor: Any, frames: list[Any], where: str, metadata: VideoMetadata, options: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one video."""
+    """The tensors of one video: packed patches with their grid, or ``(frames, ...)`` each."""
     options = dict(options)
     if all(isinstance(frame, Image.Image) for frame in frames):
         video: Any = np.stack([np.asarray(frame) for frame in frames])  # (frames, height, width[, channels])
@@ -149,13 +139,11 @@ def _processed(
         frame, cause = tuple(video.shape[1:]), f"{type(error).__name__}: {error!s:.300}"
         failure = f"{type(processor).__name__} cannot process its {len(frames)} frames of {frame} ({cause})."
         raise ValueError(f"{where}: {failure}") from error
-    return {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
-
-
-def _by_frame(video: dict[str, torch.Tensor], processor: Any, name: str) -> dict[str, torch.Tensor]:
-    """One video's tensors, ``(frames, ...)`` each."""
-    shapes = {key: tuple(value.shape) for key, value in video.items()}
+    tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+    if grid_of(tensors) is not None:
+        return tensors
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     if len({shape[:2] for shape in shapes.values()}) != 1 or any(len(s) < 2 or s[0] != 1 for s in shapes.values()):
         found = f"{type(processor).__name__} gave {shapes} for one video, expected (1, frames, ...)"
-        raise ValueError(f"{name}: {found}: process the videos yourself and pass the tensors in encoder_inputs=.")
-    return {key: value[0] for key, value in video.items()}
+        raise ValueError(f"{where}: {found}: process the videos yourself and pass the tensors in encoder_inputs=.")
+    return {key: value[0] for key, value in tensors.items()}
