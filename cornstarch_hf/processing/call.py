@@ -11,8 +11,7 @@ from transformers import BatchFeature
 from ..configuration_multimodal import MultimodalConfig
 from .placeholder_text import Spans, encode, expand, occurrences, pad_rows
 
-# Keyword of `__call__` for the items of each kind.
-PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
+PLURALS = {"image": "images", "video": "videos", "audio": "audio"}  # keyword of `__call__` for items of each kind
 # Names under which a modality's processor may take its items.
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TEXT_OPTIONS = frozenset(

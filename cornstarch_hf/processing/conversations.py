@@ -48,10 +48,7 @@ class ConversationReader:
     def read(
         self, conversation: Sequence[Mapping[str, Any]], template: str, given: Mapping[str, Sequence[Any]] | None = None
     ) -> tuple[list[dict], dict[str, list]]:
-        """Messages for the template, typed placeholders marked, and the media of each modality in order.
-
-        `given` has items by modality for the parts that hold none, in order; ValueError where their number is another one.
-        """
+        """Messages with typed placeholders marked, and each modality's media, `given` ones for parts without, in order."""
         media: dict[str, list] = {name: [] for name in self.tokens}
         messages = [self._message(message, template, media) for message in conversation]
         for name, items in (given or {}).items():
@@ -77,9 +74,7 @@ class ConversationReader:
             only_parts = handles_parts(template) and not handles_strings(template)
             return marked | {"content": [{"type": "text", "text": text}] if only_parts else text}
         parts = [self._part(part, template, media) for part in content]  # media are taken out on the way
-        if handles_parts(template):
-            return marked | {"content": parts}
-        return marked | {"content": "".join(part["text"] for part in parts)}
+        return marked | {"content": parts if handles_parts(template) else "".join(part["text"] for part in parts)}
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -155,8 +150,8 @@ def render(
     schemas = [dict(tool) if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools or ()]
     variables |= {"tools": None if tools is None else schemas, "documents": documents}
     variables |= {"add_generation_prompt": add_generation_prompt}
-    marks = mark_assistant and bool(GENERATION.search(template))
-    text, spans = render_template(given, template, mark_assistant=marks, **variables)
+    mark_assistant = mark_assistant and bool(GENERATION.search(template))
+    text, spans = render_template(given, template, mark_assistant=mark_assistant, **variables)
     if not continue_final_message:
         return text, spans
     before, mark, _ = text.rpartition(_END)
@@ -246,8 +241,6 @@ def chosen_template(own: str | Mapping[str, str] | None, chosen: str | None) -> 
         raise ValueError(f"There is no default chat template, name one by chat_template=, of {sorted(named)}.")
     return template
 
-
-# ---- bookends
 
 # A plane for private use: templates leave these characters as they are, and texts have none.
 FIRST_BOOKEND, LAST_BOOKEND = 0xF0000, 0xFFFFD

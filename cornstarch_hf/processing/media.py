@@ -1,7 +1,6 @@
 """Makes items ready for their processors: loads, checks and puts in order what users hand over.
 
-Whatever a processor would clip, resample or stretch without a word is refused.  Files, as paths, URLs or bytes, are
-decoded; an array is taken as it is or refused.  Sounds are in `sounds`.
+What a processor would clip or stretch without a word is refused; files, as paths, URLs or bytes, are decoded.
 """
 
 import base64
@@ -147,8 +146,9 @@ def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> 
         if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
             raise
         what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
-        cause = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}: the {kind} cannot be decoded from {what}: {cause}") from error
+        raise ValueError(
+            f"{where}: the {kind} cannot be decoded from {what}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _without_secrets(source: str) -> str:

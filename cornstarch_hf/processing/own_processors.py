@@ -14,8 +14,6 @@ from ..limits import check_count
 from .media import held
 from .subprocessors import ITEM_PROCESSORS, ItemProcessor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
 
 class PrecomputedFeaturesProcessor(ItemProcessor):
     """Batches features that were computed elsewhere, for `PrecomputedFeatures`.
@@ -168,7 +166,7 @@ def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False)
     values = torch.as_tensor(np.ascontiguousarray(item)) if isinstance(item, np.ndarray) else item.detach().cpu()
     if rounded and values.dtype is not torch.bool and not values.is_complex():
         values = values.to(torch.float32)
-    if values.dtype not in FLOATS:
+    if values.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         expected = "float32, float16 or bfloat16: convert them yourself, e.g. x.astype('float32')."
         raise ValueError(f"{where}: the values are {str(values.dtype).removeprefix('torch.')}, expected {expected}")
     if not bool(torch.isfinite(values).all()):

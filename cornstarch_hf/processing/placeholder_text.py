@@ -232,10 +232,7 @@ def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> d
 
 
 def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, str]) -> dict[str, int]:
-    """Make each token one special token of the tokenizer (in place; one that exists keeps its id); return ids by modality.
-
-    ValueError for a token that has another special meaning (end of sequence, padding, ...), or does not stay whole.
-    """
+    """Make each token one special token of the tokenizer (in place; one that exists keeps its id); return ids by modality."""
     kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
     named = {getattr(tokenizer, f"{kind}_token", None): kind for kind in kinds}
     ids: dict[str, Any] = {}

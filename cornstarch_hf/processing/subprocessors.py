@@ -145,8 +145,7 @@ def _run_on_images(processor: Any, name: str, items: list, options: Mapping, pre
     rank = getattr(found.get("pixel_values"), "ndim", 0)
     if prepared or rank not in (5, 6):
         return found
-    # All images are in one row: (1, images, channels, height, width), with tiles
-    # (1, images, tiles, channels, height, width).
+    # All images are in one row: (1, images, channels, height, width), or (1, images, tiles, channels, height, width).
     alone = [found] if len(items) == 1 else [_called(processor, name, [item], options) for item in items]
     for i, one in enumerate(alone):  # each in a row of its own
         if (crops := one["pixel_values"].shape[1]) != 1:
@@ -297,8 +296,8 @@ def _check_settings(values: Mapping[str, Any], name: str) -> None:
         numbers = {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
         for key, value in numbers.items():
             edge = key in _EDGES and not counts_pixels
-            check(value**2 if edge else value, "MAX_IMAGE_PIXELS" if edge else "MAX_AUDIO_SAMPLES",
-                  f"{name}: the {'square of the ' if edge else ''}setting {key!r} of its processor is")  # fmt: skip
+            limit, square = ("MAX_IMAGE_PIXELS", "square of the ") if edge else ("MAX_AUDIO_SAMPLES", "")
+            check(value**2 if edge else value, limit, f"{name}: the {square}setting {key!r} of its processor is")
         for keys, limit in _PRODUCTS:
             if all(key in numbers for key in keys):
                 check(numbers[keys[0]] * numbers[keys[1]], limit, f"{name}: {' x '.join(keys)} of its processor is")

@@ -23,7 +23,6 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from ..limits import cap, check
 
 REFUSED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-REFUSED_GLOBALS = ("lipsum",)
 _BITS = 4096  # of an integer that a template computes
 _WIDTH = 10_000  # of a padded or indented string
 Spans = list[tuple[int, int]]
@@ -302,10 +301,7 @@ def _tables() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     filters = {n: _bounded_filter(n, f) for n, f in theirs.filters.items() if n not in REFUSED_FILTERS}
     filters |= {function.__name__: function for function in (_loop, _strings, _made, _compared, _part)}
     tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}
-    return filters, tests, {name: value for name, value in theirs.globals.items() if name not in REFUSED_GLOBALS}
-
-
-# ---- rendering
+    return filters, tests, {name: value for name, value in theirs.globals.items() if name != "lipsum"}  # endless text
 
 
 @functools.lru_cache(maxsize=64)

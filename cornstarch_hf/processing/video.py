@@ -1,7 +1,4 @@
-"""Videos as users hand them over: frames checked, sampled by a stated formula, and run through an image processor.
-
-A video is its decoded frames, each of which `media` makes ready; what processors of videos do is in `video_processors`.
-"""
+"""Videos as decoded frames: checked, sampled by a stated formula, run through image processors; see `video_processors`."""
 
 import inspect
 import math
@@ -34,9 +31,7 @@ def sampled_frames(
     """
     if num_frames is not None and fps is not None:
         raise ValueError(f"{where}: {num_frames=} and {fps=} are two ways of sampling, give one.")
-    if num_frames is not None:
-        check_count(num_frames, f"{where}: num_frames")
-    count = total if num_frames is None else num_frames
+    count = total if num_frames is None else check_count(num_frames, f"{where}: num_frames")
     if fps is not None:
         if source_fps is None:
             remedy = "pass source_fps=, or the item as {'video': frames, 'fps': rate}."
@@ -109,10 +104,9 @@ def run_on_frames(
     sampling = {key: options.pop(key, None) for key in SAMPLING}
     if sampling["num_frames"] is None and sampling["fps"] is None:  # then by the processor's settings
         sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
-    rescaled = keeps_scale(processor, options)
     videos = []
     for i, item in enumerate(items):
-        frames = ready_video(item, f"{name}, item {i}", channels, rescaled, sampling)
+        frames = ready_video(item, f"{name}, item {i}", channels, keeps_scale(processor, options), sampling)
         check_frame_count(len(frames), encoder_config, name, i)
         videos.append(_processed(processor, name, frames, options))
     return joined_videos(videos, name)
@@ -161,10 +155,7 @@ def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str,
 
 
 def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[str], str | None]) -> dict[str, Any]:
-    """A video's tensors under the names that its encoder takes; `keyword` gives the one for an input of a name, or None.
-
-    ValueError for videos of different numbers of frames, if the encoder cannot be told which are padding.
-    """
+    """A video's tensors under the names that its encoder takes; `keyword` gives the one for an input of a name, or None."""
     found = dict(output)
     # Processors and encoders of videos do not agree on one of two names.
     for emitted, taken in (("pixel_values", "pixel_values_videos"), ("pixel_values_videos", "pixel_values")):

@@ -32,9 +32,9 @@ def run_video_processor(
     options = dict(options)
     wanted = {key: options.pop(key, None) for key in (*SAMPLING, "do_sample_frames")}
     given = options.pop("video_metadata", None)
-    given = [{}] * len(items) if given is None else given if isinstance(given, (list, tuple)) else [given]
-    # Metadata may come as one list, or as a list per sample.
-    stated = [one for group in given for one in (group if isinstance(group, (list, tuple)) else [group])]
+    given = [{}] * len(items) if given is None else given
+    groups = given if isinstance(given, (list, tuple)) else [given]  # one list, or a list per sample
+    stated = [one for group in groups for one in (group if isinstance(group, (list, tuple)) else [group])]
     if len(stated) != len(items) or not all(isinstance(one, Mapping) for one in stated):
         expected = f"video_metadata of {len(items)} videos, a dict or VideoMetadata for each"
         raise ValueError(f"{name}: expected {expected}, got {given!r:.200}.")
