@@ -146,9 +146,8 @@ def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> 
         if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
             raise
         what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
-        raise ValueError(
-            f"{where}: the {kind} cannot be decoded from {what}: {type(error).__name__}: {error}"
-        ) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: the {kind} cannot be decoded from {what}: {cause}") from error
 
 
 def _without_secrets(source: str) -> str:

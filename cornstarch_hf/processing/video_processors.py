@@ -40,14 +40,13 @@ def run_video_processor(
         raise ValueError(f"{name}: expected {expected}, got {given!r:.200}.")
     if unknown := sorted(set(options) - (set(processor.valid_kwargs.__annotations__) - {"return_metadata"})):
         raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
-    rescaled = keeps_scale(processor, options)
     videos = []
     for i, item in enumerate(items):
         where = f"{name}, item {i}"
         frames, rate = opened_video(item, where, wanted["source_fps"])
         metadata = _metadata(stated[i], len(frames), rate, where)
         kept = _kept(processor, where, wanted, metadata, options, len(frames))
-        ready = ready_frames(frames, kept, where, channels, rescaled)
+        ready = ready_frames(frames, kept, where, channels, keeps_scale(processor, options))
         check_frame_count(len(ready), encoder_config, name, i)
         videos.append(_processed(processor, ready, where, metadata, options))
     if grid_of(videos[0]) is not None:  # packed patches (patches, values) and grids (1, 3) of each video
