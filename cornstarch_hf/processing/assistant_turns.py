@@ -39,21 +39,15 @@ def assistant_spans(
 ) -> tuple[str, Spans]:
     """The text of a conversation and the character spans that the assistant wrote.
 
+    The spans are in order and do not overlap; each has the turn's end marker, none has its header.  ValueError if turns
+    cannot be told apart, or the template leaves out a tool call.
+
     Args:
         messages: as `conversations.ConversationReader` reads them.
-        template: a Jinja template.
         first: the first message whose turn counts; earlier ones are context.
-        specials: special tokens of the tokenizer, which tell where a turn ends in templates that end a conversation
-            otherwise than a turn.
-        **variables: of the template.
-
-    Returns:
-        text, and spans in order that do not overlap; each has the turn's end marker, none has its header.
-
-    Raises:
-        ValueError: turns cannot be told apart, or the template leaves out a tool call.
+        specials: special tokens, which tell where a turn ends in templates that end a conversation otherwise than a turn.
     """
-    variables = variables | {"add_generation_prompt": False}
+    variables |= {"add_generation_prompt": False}
     marked = bool(GENERATION.search(template))
     text, spans = render(messages, template, mark_assistant=marked, **variables)
     check_tool_calls(messages, template, variables)
@@ -67,11 +61,11 @@ def assistant_spans(
         try:
             turns = _Turns(messages, template, variables, around)
             # Where the template writes something else because of the bookends, they tell nothing.
-            if turns.plain(turns.whole) != text:
+            if turns.plain() != text:
                 continue
             undisturbed = True
             found = turns.by_generation_marks(first) if marked else turns.by_bookends(first, specials)
-            return text, [(turns.plain_position(a), turns.plain_position(b)) for a, b in found]
+            return text, [(len(turns.plain(a)), len(turns.plain(b))) for a, b in found]
         except TEMPLATE_ERRORS as error:
             problem = problem or error
     lack = "does not tell which turns are the completion's" if marked else "has no generation marks"
@@ -82,13 +76,7 @@ def assistant_spans(
 
 
 class _Turns:
-    """One conversation rendered with bookends, and the assistant's turns in that text.
-
-    Args:
-        messages, template, variables: of the conversation.
-        around: bookends stand around what ``"all"`` messages say, around that of ``"spoken"`` ones, which say something,
-            or around ``"none"``.
-    """
+    """One conversation, rendered with bookends around what "all" messages say, the "spoken" ones (not silent), or "none"."""
 
     def __init__(self, messages: list[dict], template: str, variables: dict[str, Any], around: str):
         self.template, self.variables, self.messages = template, variables, messages
@@ -97,13 +85,9 @@ class _Turns:
             self.messages = [_with_bookends(m, *bookends(i), around == "all") for i, m in enumerate(messages)]
         self.whole, self.generated = render(self.messages, template, mark_assistant=True, **variables)
 
-    def plain(self, text: str) -> str:
-        """A text without bookends."""
-        return _BOOKEND.sub("", text) if self.has_bookends else text
-
-    def plain_position(self, position: int) -> int:
-        """Where a position of the whole text is without bookends."""
-        return len(self.plain(self.whole[:position]))
+    def plain(self, end: int | None = None) -> str:
+        """The whole text, or what stands before a position in it, without bookends."""
+        return _BOOKEND.sub("", self.whole[:end]) if self.has_bookends else self.whole[:end]
 
     def by_bookends(self, first: int, specials: Sequence[str]) -> Spans:
         """Spans of turns in the whole text; ValueError where one cannot be told from others."""
@@ -114,8 +98,8 @@ class _Turns:
             start, end = self._start(index), self._end(index, specials)
             if start > end or (spans and start < spans[-1][1]):
                 raise self._lost(index)  # the template has moved text, so turns would overlap
-            inside = set(_BOOKEND.findall(self.whole[start:end])) if self.has_bookends else set()
-            if inside != {bookend for bookend in bookends(index) if self.has_bookends and bookend in self.whole}:
+            inside = set(_BOOKEND.findall(self.whole[start:end]))
+            if self.has_bookends and inside != {bookend for bookend in bookends(index) if bookend in self.whole}:
                 raise ValueError(f"message {index} has text of another message in it, or lacks its own")
             spans.append((start, end))
         return spans
@@ -134,9 +118,8 @@ class _Turns:
         if index == 0:
             return self._first_start()
         # Rendered up to this message, with a generation prompt and without: where they differ, the template has one.
-        bookend, prompt = self._behind_last_bookend(self.messages[:index], add_generation_prompt=True)
-        _, bare = self._behind_last_bookend(self.messages[:index])
-        at = self._position_behind(bookend, index)
+        at, _, prompt = self._continued(index, self.messages[:index], add_generation_prompt=True)
+        _, _, bare = self._continued(index, self.messages[:index])
         if prompt != bare and self.whole.startswith(prompt, at):
             return at + len(prompt)
         lead = self._lead(index, at)
@@ -167,8 +150,7 @@ class _Turns:
         """Behind all that the template writes for a message, its end marker included."""
         if index == len(self.messages) - 1:
             return len(self.whole)
-        bookend, tail = self._behind_last_bookend(self.messages[: index + 1])
-        at = self._position_behind(bookend, index)
+        at, bookend, tail = self._continued(index, self.messages[: index + 1])
         if self.whole.startswith(tail, at):
             return at + len(tail)
         # The template ends a conversation otherwise than a turn; a special token that both have ends the turn.
@@ -178,17 +160,15 @@ class _Turns:
             return at + max(closed)
         raise self._lost(index)
 
-    def _behind_last_bookend(self, messages: list[dict], **variables: Any) -> tuple[str, str]:
-        """The last bookend in the text of some messages, "" where there is none, and what follows it."""
+    def _continued(self, index: int, messages: list[dict], **variables: Any) -> tuple[int, str, str]:
+        """The last bookend in the text of some messages, where the whole text goes on behind it, and what follows it here."""
         text, _ = render(messages, self.template, **self.variables | variables)
         found = list(_BOOKEND.finditer(text)) if self.has_bookends else []
-        return (found[-1][0], text[found[-1].end() :]) if found else ("", text)
-
-    def _position_behind(self, bookend: str, index: int) -> int:
-        """Where the whole text goes on behind a bookend, its start for none."""
-        if bookend and self.whole.count(bookend) != 1:
+        if not found:
+            return 0, "", text
+        if self.whole.count(bookend := found[-1][0]) != 1:
             raise self._lost(index)
-        return self.whole.index(bookend) + 1 if bookend else 0  # a bookend is one character
+        return self.whole.index(bookend) + 1, bookend, text[found[-1].end() :]  # a bookend is one character
 
     def _lead(self, index: int, at: int) -> str:
         """What the template writes from a position to the text of a message."""
@@ -211,10 +191,7 @@ def _shared(a: str, b: str) -> str:
 
 
 def _with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
-    """A message with bookends around what it says, inside of white space that templates strip.
-
-    Where it says nothing and `silent` is given, they stand where it would.
-    """
+    """A message with bookends around what it says; where it says nothing and `silent` is given, where it would stand."""
     content = message.get("content")
     if isinstance(content, str) and (content.strip() or (silent and not message.get("tool_calls"))):
         return message | {"content": _enclosed(content, start, end)}
@@ -231,6 +208,7 @@ def _with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
 
 
 def _enclosed(text: str, start: str, end: str) -> str:
+    """A text with bookends inside of the white space around it, which templates strip."""
     before = len(text) - len(text.lstrip())
     behind = max(before, len(text.rstrip()))  # white space alone: both bookends go to its end
     return text[:before] + start + text[before:behind] + end + text[behind:]

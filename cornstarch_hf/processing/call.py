@@ -9,10 +9,9 @@ from typing import Any
 from transformers import BatchFeature
 
 from ..configuration_multimodal import MultimodalConfig
-from .placeholder_text import Expanded, Spans, encode, expand, occurrences, pad_rows
+from .placeholder_text import Spans, encode, expand, occurrences, pad_rows
 
-# Keyword of `__call__` for the items of each kind.
-PLURALS = {"image": "images", "video": "videos", "audio": "audio"}
+PLURALS = {"image": "images", "video": "videos", "audio": "audio"}  # keyword of `__call__` for items of each kind
 # Names under which a modality's processor may take its items.
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
 TEXT_OPTIONS = frozenset(
@@ -27,19 +26,12 @@ Media = dict[str, dict[str, Any]]
 
 def call_arguments(config: MultimodalConfig) -> list[str]:
     """Names of all arguments that a processor takes for a model of that configuration."""
-    names = [*config.encoders, *(f"{name}_kwargs" for name in config.encoders)]
-    return sorted({*names, "images", "videos", "audio", "text", "sampling_rate", "text_kwargs", *TEXT_OPTIONS})
+    names = {*config.encoders, *(f"{name}_kwargs" for name in config.encoders), *PLURALS.values(), *TEXT_OPTIONS}
+    return sorted({*names, "text", "sampling_rate", "text_kwargs"})
 
 
-def text_arguments(
-    text: Any, llm_inputs: Mapping[str, Any] | None, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The text, the tokenizer's options, and what only this package hands over; takes options out of `kwargs`.
-
-    Raises:
-        TypeError: an option that a tokenizer does not take.
-        ValueError: two texts.
-    """
+def text_arguments(text: Any, llm_inputs: Mapping | None, kwargs: dict) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The text, the tokenizer's options, and what only this package hands over; takes options out of `kwargs`."""
     given = dict(llm_inputs or {})
     if text is not None and "text" in given:
         raise ValueError("text was given twice: as text= and in llm_inputs.")
@@ -54,22 +46,12 @@ def text_arguments(
     return text, options, internal
 
 
-def media_arguments(
-    config: MultimodalConfig,
-    by_kind: Mapping[str, Any],
-    encoder_inputs: Mapping[str, Mapping[str, Any]] | None,
-    kwargs: dict[str, Any],
-) -> Media:
+def media_arguments(config: MultimodalConfig, by_kind: Mapping, encoder_inputs: Mapping | None, kwargs: dict) -> Media:
     """``{modality: {"items": ..., options}}`` from all the ways of handing items over; takes them out of `kwargs`.
 
-    Args:
-        config: of the model.
-        by_kind: items under the keywords of `PLURALS`, None where there are none.
-        encoder_inputs: items, options or tensors by modality.
-        kwargs: items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, ``sampling_rate``.
-
-    Raises:
-        ValueError: items that were given twice, a modality that the model does not have.
+    `by_kind` has items, or None, under the keywords of `PLURALS`; `encoder_inputs` items, options or tensors by modality;
+    `kwargs` items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, and ``sampling_rate``.  ValueError if
+    items are given twice, or for a modality that the model does not have.
     """
     media: Media = {}
     rate = kwargs.pop("sampling_rate", None)
@@ -77,8 +59,7 @@ def media_arguments(
         for name in config.modalities_for(kind) if by_kind[plural] is not None else ():
             _add_items(media, name, by_kind[plural])
     for name in config.encoders:
-        items = kwargs.pop(name, None)
-        if items is not None:
+        if (items := kwargs.pop(name, None)) is not None:
             _add_items(media, name, items)
     for name, given in (encoder_inputs or {}).items():
         config.modalities_for(name)  # raises for what the model does not have
@@ -90,9 +71,8 @@ def media_arguments(
     owners |= {f"{plural}_kwargs": config.modalities_of_kind(kind) for kind, plural in PLURALS.items()}
     for key in [key for key in kwargs if key in owners]:  # in the caller's order: later options win
         options = kwargs.pop(key) or {}
-        for name in owners[key]:
-            if name in media:
-                media[name].update(options)
+        for name in set(owners[key]) & set(media):
+            media[name].update(options)
     for name in media:
         if rate is not None and config.modality(name)["kind"] == "audio":
             media[name].setdefault("sampling_rate", rate)  # the modality's own option wins
@@ -114,21 +94,14 @@ def encode_texts(
     options: Mapping[str, Any],
     spans: list[Spans] | None = None,
 ) -> dict[str, Any]:
-    """What a tokenizer makes of texts in which each placeholder is repeated for its item's features.
+    """What a tokenizer makes of texts, ``(batch, length)`` each, with every placeholder repeated for its item's features.
 
     Args:
-        tokenizer: of the language model.
         texts: with one placeholder for each item, see `check_items`.
         tokens, ids: placeholder token of each modality, and its id.
         lengths: features of each item, by modality.
-        options: of `TEXT_OPTIONS`.
+        options: of `TEXT_OPTIONS`; ValueError if truncation would cut features.
         spans: of each text, in characters; adds `assistant_masks`.
-
-    Returns:
-        `input_ids`, `attention_mask` and what else was asked for, ``(batch, length)`` or lists of that form.
-
-    Raises:
-        ValueError: truncation that would cut features.
     """
     by_token = {tokens[name]: counts for name, counts in lengths.items()}
     taken: dict[str, int] = {}  # how many items of each token are used up; advances from text to text
@@ -138,11 +111,15 @@ def encode_texts(
     # Not for the tokenizer's call: rows are padded last, with masks and offsets, when nothing can be cut any more.
     padding = {k: options.pop(k) for k in ("padding", "pad_to_multiple_of", "padding_side") if k in options}
     with_mask = options.pop("return_attention_mask", None)
-    moved = None
     if spans is not None:  # from characters of the text to those of the expanded one
-        moved = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
-    rows = encode(tokenizer, [e.text for e in expanded], moved, **options)
-    _check_truncation(expanded, rows, tokens, ids)
+        spans = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
+    rows = encode(tokenizer, [e.text for e in expanded], spans, **options)
+    for sample, (text, row) in enumerate(zip(expanded, rows, strict=True)):
+        for name, token in tokens.items():
+            wanted, left = text.counts.get(token, 0), row["input_ids"].count(ids[name])
+            if wanted != left:
+                need = f"{wanted} features need as many placeholder tokens ({token}), but {left} are left after"
+                raise ValueError(f"{name}, sample {sample}: {need} truncation: raise max_length, or shorten the text.")
     extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
     data = pad_rows(tokenizer, rows, extra, padding, options.get("max_length"))
     if with_mask is False:
@@ -150,44 +127,21 @@ def encode_texts(
     return dict(BatchFeature(data, tensor_type=as_tensors)) if as_tensors else data
 
 
-def check_items(
-    texts: list[str], tokens: Mapping[str, str], counts: Mapping[str, int], samples: Mapping[str, list[int] | None]
-) -> None:
+def check_items(texts: list[str], tokens: Mapping[str, str], counts: Mapping[str, int], samples: Mapping) -> None:
     """Refuse texts with other than one placeholder for each item (ValueError with both numbers).
 
-    Args:
-        texts: of the batch.
-        tokens: placeholder token of each modality.
-        counts: how many items each modality has.
-        samples: how many of them belong to each text, where that was given.
+    `counts` tells how many items each modality has, `samples` how many of them belong to each text where that was given.
     """
     found = [occurrences(text, list(tokens.values())) for text in texts]
     for name, token in tokens.items():
-        written = [row[token] for row in found]
-        given = samples.get(name)
+        written, given = [row[token] for row in found], samples.get(name)
         if given is not None and len(given) != len(texts):
             raise ValueError(f"{name}: items were given for {len(given)} samples, but there are {len(texts)} texts.")
         # Without a list per sample only the sums can be compared.
         for sample, (count, items) in enumerate(zip(written, given or written, strict=True)):
             if count != items:
-                raise ValueError(
-                    f"{name}, sample {sample}: the text has {count} placeholders {token}, but {items} items were given."
-                )
+                told = f"the text has {count} placeholders {token}"
+                raise ValueError(f"{name}, sample {sample}: {told}, but {items} items were given.")
         if sum(written) != counts[name]:
-            raise ValueError(
-                f"{name}: the texts have {sum(written)} placeholders {token} {written}, but {counts[name]} items were "
-                "given: write one placeholder for each item."
-            )
-
-
-def _check_truncation(
-    expanded: list[Expanded], rows: list[dict[str, list]], tokens: Mapping[str, str], ids: Mapping[str, int]
-) -> None:
-    for sample, (text, row) in enumerate(zip(expanded, rows, strict=True)):
-        for name, token in tokens.items():
-            wanted, left = text.counts.get(token, 0), row["input_ids"].count(ids[name])
-            if wanted != left:
-                raise ValueError(
-                    f"{name}, sample {sample}: {wanted} features need as many placeholder tokens ({token}), but {left} are "
-                    "left after truncation: raise max_length, or shorten the text around them."
-                )
+            told = f"the texts have {sum(written)} placeholders {token} {written}, but {counts[name]} items were given"
+            raise ValueError(f"{name}: {told}: write one placeholder for each item.")

@@ -8,6 +8,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -36,36 +37,28 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 NO_ITEM = object()  # a part that tells where an item stands, but not which
 
 
+@dataclass
 class ConversationReader:
-    """Takes the media out of conversations and renders the rest.
+    """Takes the media out of conversations and makes messages for templates of the rest."""
 
-    Args:
-        tokens: placeholder token of each modality.
-        names_of: the modalities that a part's type means (a name, or a kind; ValueError where that is unclear).
-        kinds: the modalities' kinds.
-    """
-
-    def __init__(self, tokens: Mapping[str, str], names_of: Callable[[str], list[str]], kinds: Mapping[str, str]):
-        self.tokens, self.names_of, self.kinds = dict(tokens), names_of, dict(kinds)
+    tokens: Mapping[str, str]  # placeholder token of each modality
+    names_of: Callable[[str], list[str]]  # modalities that a part's type means, a name or a kind; ValueError if unclear
+    kinds: Mapping[str, str]  # of the modalities
 
     def read(
         self, conversation: Sequence[Mapping[str, Any]], template: str, given: Mapping[str, Sequence[Any]] | None = None
     ) -> tuple[list[dict], dict[str, list]]:
-        """Messages for the template, typed placeholders marked, and the media of each modality in order.
-
-        Args:
-            conversation: messages.
-            template: a Jinja template.
-            given: items by modality for the parts that hold none, in order.
-
-        Raises:
-            ValueError: a part of unknown type, a text part without text, items given for other than as many parts.
-            TypeError: a message or part that is no dict.
-        """
+        """Messages with typed placeholders marked, and each modality's media, `given` ones for parts without, in order."""
         media: dict[str, list] = {name: [] for name in self.tokens}
         messages = [self._message(message, template, media) for message in conversation]
         for name, items in (given or {}).items():
-            media[name] = _filled(name, media[name], items, self.tokens[name])
+            bare = sum(item is NO_ITEM for item in media[name])
+            if bare != len(items):
+                remedy = f"put a part {{'type': {name!r}}} (or of its kind) for each item where it belongs in 'content'"
+                told = f"{len(items)} items were given for {bare} parts without one"
+                raise ValueError(f"{name}: {told}: {remedy}; {self.tokens[name]} typed in a string is text.")
+            rest = iter(items)
+            media[name] = [next(rest) if item is NO_ITEM else item for item in media[name]]
         found = {name: [item for item in items if item is not NO_ITEM] for name, items in media.items()}
         return messages, {name: items for name, items in found.items() if items}
 
@@ -81,9 +74,7 @@ class ConversationReader:
             only_parts = handles_parts(template) and not handles_strings(template)
             return marked | {"content": [{"type": "text", "text": text}] if only_parts else text}
         parts = [self._part(part, template, media) for part in content]  # media are taken out on the way
-        if handles_parts(template):
-            return marked | {"content": parts}
-        return marked | {"content": "".join(part["text"] for part in parts)}
+        return marked | {"content": parts if handles_parts(template) else "".join(part["text"] for part in parts)}
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -93,42 +84,24 @@ class ConversationReader:
         return [self._marked(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def _part(self, part: Any, template: str, media: dict[str, list]) -> dict[str, Any]:
-        if isinstance(part, str):
-            part = {"type": "text", "text": part}
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(part, Mapping) or "type" not in part:
             raise TypeError(f"A content part must be a string or a dict with a 'type', got {part!r:.100}.")
         if part["type"] == "text":
-            if not isinstance(part.get("text"), str):
-                raise ValueError(
-                    f"A part of type 'text' must have a string as its 'text', got {part.get('text')!r:.100}."
-                )
-            return {"type": "text", "text": self._marked(part["text"])}
+            if not isinstance(text := part.get("text"), str):
+                raise ValueError(f"A part of type 'text' must have a string as its 'text', got {text!r:.100}.")
+            return {"type": "text", "text": self._marked(text)}
         kind = "image" if part["type"] == "image_url" else part["type"]  # OpenAI's word for it
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
             media[name].append(NO_ITEM if item is None else item)
         # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.
-        if (
-            len(names) == 1
-            and self.kinds[names[0]] == kind
-            and template_writes_placeholder(template, kind, self.tokens[names[0]])
-        ):
+        alone = names[0] if len(names) == 1 and self.kinds[names[0]] == kind else None
+        if alone and template_writes_placeholder(template, kind, self.tokens[alone]):
             return {"type": kind}
         # Encoders that share the item: a placeholder for each, one behind the other.
         return {"type": "text", "text": "".join(self.tokens[name] for name in names)}
-
-
-def _filled(name: str, items: list, given: Sequence[Any], token: str) -> list:
-    """A modality's items in order, where those that parts leave out are given apart."""
-    bare = sum(item is NO_ITEM for item in items)
-    if bare != len(given):
-        raise ValueError(
-            f"{name}: {len(given)} items were given for {bare} parts without one: put one part {{'type': {name!r}}} (or of its "
-            f"kind) for each item where it belongs in 'content'; {token} typed in a string is text."
-        )
-    rest = iter(given)
-    return [next(rest) if item is NO_ITEM else item for item in items]
 
 
 def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
@@ -156,17 +129,12 @@ def render(
     mark_assistant: bool = False,
     **variables: Any,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where the template's `generation` blocks lie in it.
+    """The text of a conversation, and with `mark_assistant` where the template's `generation` blocks, if any, lie in it.
 
     Args:
-        messages: dictionaries.
-        template: a Jinja template.
         tools: JSON schemas, or functions, of which schemas are made.
-        documents: dictionaries.
-        add_generation_prompt: a variable of the template.
         continue_final_message: end the text where the content of the last message ends.
-        mark_assistant: return the spans, of a template that has such blocks.
-        **variables: further variables.
+        add_generation_prompt, documents, **variables: variables of the template; documents are dictionaries.
 
     Raises:
         TemplateLimit: a bound of `limits` is met.
@@ -176,10 +144,14 @@ def render(
         raise TypeError("Each document must be a dict with its 'title' and 'text'.")
     given = [_with_reasoning(message) for message in messages]
     given = _with_mark(given) if continue_final_message else given
-    variables |= {"tools": None if tools is None else [_schema(tool) for tool in tools], "documents": documents}
+    for tool in tools or ():
+        if not (isinstance(tool, Mapping) or inspect.isfunction(tool) or inspect.ismethod(tool)):
+            raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
+    schemas = [dict(tool) if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools or ()]
+    variables |= {"tools": None if tools is None else schemas, "documents": documents}
     variables |= {"add_generation_prompt": add_generation_prompt}
-    marks = mark_assistant and bool(GENERATION.search(template))
-    text, spans = render_template(given, template, mark_assistant=marks, **variables)
+    mark_assistant = mark_assistant and bool(GENERATION.search(template))
+    text, spans = render_template(given, template, mark_assistant=mark_assistant, **variables)
     if not continue_final_message:
         return text, spans
     before, mark, _ = text.rpartition(_END)
@@ -188,18 +160,8 @@ def render(
     return before, spans
 
 
-def _schema(tool: Any) -> dict[str, Any]:
-    if isinstance(tool, Mapping):
-        return dict(tool)
-    if inspect.isfunction(tool) or inspect.ismethod(tool):
-        return get_json_schema(tool)
-    raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
-
-
-def _with_reasoning(message: Any) -> dict[str, Any]:
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with its reasoning under the names that templates read; older versions of transformers know none."""
-    if not isinstance(message, Mapping):
-        raise TypeError(f"A message must be a dict, got {type(message).__name__}.")
     fields = getattr(chat_template_utils, "_REASONING_FIELDS", ())
     found = next((message[key] for key in fields if message.get(key) is not None), None)
     # A message's own `thinking` wins.
@@ -222,16 +184,15 @@ def _with_mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @functools.lru_cache(maxsize=64)
 def handles_parts(template: str) -> bool:
     """Whether a template renders a list of content parts, rather than one string."""
-    rendered = _try([{"role": "user", "content": [{"type": "text", "text": _PROBE}]}], template)
+    rendered = _try([{"type": "text", "text": _PROBE}], template)
     # A template for strings prints the list of parts as Python does, with its keys.
-    return rendered is not None and _PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
+    return _PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
 
 
 @functools.lru_cache(maxsize=64)
 def handles_strings(template: str) -> bool:
     """Whether a template renders a string as a message's content; some render parts alone and lose strings."""
-    rendered = _try([{"role": "user", "content": _PROBE}], template)
-    return rendered is not None and _PROBE in rendered
+    return _PROBE in _try(_PROBE, template)
 
 
 @functools.lru_cache(maxsize=256)
@@ -240,32 +201,27 @@ def template_writes_placeholder(template: str, kind: str, token: str) -> bool:
     if not handles_parts(template):
         return False
     text = {"type": "text", "text": _PROBE}
-    with_part, without = (
-        _try([{"role": "user", "content": content}], template) for content in ([{"type": kind}, text], [text])
-    )
-    if with_part is None or without is None:
-        return False
-    return occurrences(with_part, [token])[token] == occurrences(without, [token])[token] + 1
+    texts = [_try(content, template) for content in ([{"type": kind}, text], [text])]
+    with_part, without = (occurrences(rendered, [token])[token] for rendered in texts)
+    return with_part == without + 1
 
 
-def _try(messages: list[dict], template: str) -> str | None:
+def _try(content: str | list, template: str) -> str:
+    """The text of a conversation of one message, "" if the template refuses it."""
     try:
-        return render(messages, template, bos_token="", eos_token="")[0]
+        return render([{"role": "user", "content": content}], template, bos_token="", eos_token="")[0]
     except TemplateLimit:  # also one of the errors below, but no answer about the template
         raise
     except TEMPLATE_ERRORS:
-        return None
+        return ""
 
 
 def refuse_typed(text: str) -> str:
-    """A rendered text without marks; ValueError if a user typed a placeholder in it.
-
-    As a plain string it could not be told from a real one.
-    """
+    """A rendered text, or ValueError if a user typed a placeholder in it: a plain string could not tell it from a real one."""
     if unmark(text) != text:
+        remedy = "use apply_chat_template(..., tokenize=True), which keeps it as text."
         raise ValueError(
-            "A message contains a placeholder token as text, which a string cannot tell from a real placeholder: use "
-            "apply_chat_template(..., tokenize=True), which keeps it as text."
+            f"A message has a placeholder token as text, which a string cannot tell from a real one: {remedy}"
         )
     return text
 
@@ -278,19 +234,13 @@ def is_batch(conversation: Any) -> bool:
 
 
 def chosen_template(own: str | Mapping[str, str] | None, chosen: str | None) -> str:
-    """The template to render: one that is given, one of several by its name, or the processor's only or default one.
-
-    Raises:
-        ValueError: there is none, or several of which none is called "default".
-    """
+    """The template that is given, the one of that name, or the processor's only or "default" one (ValueError if none)."""
     named = dict(own) if isinstance(own, Mapping) else {"default": own}
     template = named.get(chosen or "default", chosen)
     if template is None:
         raise ValueError(f"There is no default chat template, name one by chat_template=, of {sorted(named)}.")
     return template
 
-
-# ---- bookends
 
 # A plane for private use: templates leave these characters as they are, and texts have none.
 FIRST_BOOKEND, LAST_BOOKEND = 0xF0000, 0xFFFFD
@@ -305,15 +255,12 @@ def check_tool_calls(messages: list[dict], template: str, variables: dict[str, A
     """Refuse a conversation with a turn of tool calls that the template does not write."""
     # Written behind a tool's name, a bookend shows whether the template writes that name at all.
     named = [call_with_bookend(message, bookends(i)[1]) for i, message in enumerate(messages)]
-    if named == messages:
-        return
-    text, _ = render(named, template, **variables)
-    for index, message in enumerate(messages):
-        if named[index] != message and bookends(index)[1] not in text:
-            raise ValueError(
-                f"Message {index} calls a tool, but the chat template does not write that: use a template that knows "
-                "'tool_calls', or write the call into 'content'."
-            )
+    calling = [index for index, message in enumerate(messages) if named[index] != message]
+    text = render(named, template, **variables)[0] if calling else ""
+    for index in calling:
+        if bookends(index)[1] not in text:
+            remedy = "use a template that knows 'tool_calls', or write the call into 'content'."
+            raise ValueError(f"Message {index} calls a tool, but the chat template does not write that: {remedy}")
 
 
 def call_with_bookend(message: dict, end: str) -> dict:

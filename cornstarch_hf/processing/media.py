@@ -1,11 +1,9 @@
 """Makes items ready for their processors: loads, checks and puts in order what users hand over.
 
-Whatever a processor would clip, resample or stretch without a word is refused.  Files, as paths, URLs or bytes, are
-decoded; an array is taken as it is or refused.  Sounds are in `sounds`.
+What a processor would clip or stretch without a word is refused; files, as paths, URLs or bytes, are decoded.
 """
 
 import base64
-import binascii
 import io
 import os
 import urllib.parse
@@ -22,7 +20,6 @@ from ..limits import cap, check, check_image
 
 # At most 8 bits per channel.
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
-
 # How deep lists of numbers are nested that are one item.
 LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
 
@@ -45,33 +42,26 @@ def keeps_scale(processor: Any, options: Mapping[str, Any]) -> bool:
 
 
 def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
-    """Items in order, and how many each sample has when they were given per sample.
+    """Items in order, and how many each sample has when they were given as a list of lists.
 
-    Args:
-        items: one item, a list of items, or a list of lists (one per sample).
-        kind: an array or a list of numbers is one item of ``"audio"`` and ``"time"``, a list of frames one of ``"video"``, a
-            list of rows of numbers one of ``"features"``; a dict is one item of any kind.
+    An array or a list of numbers is one item of the kinds ``"audio"`` and ``"time"``, a list of frames one of ``"video"``, a
+    list of rows of numbers one of ``"features"``; a dict is one item of any kind.
     """
-    if not isinstance(items, (list, tuple)) or _is_item(items, kind):
+    if not _is_list(items, kind):
         return [items], None
     # Given per sample: one entry is a list of items, or every entry is None.
-    if any(isinstance(item, (list, tuple)) and not _is_item(item, kind) for item in items) or (
-        items and all(item is None for item in items)
-    ):
-        samples = [[] if sample is None else _as_list(sample, kind) for sample in items]
+    if any(_is_list(item, kind) for item in items) or (items and all(item is None for item in items)):
+        samples = [[] if one is None else list(one) if _is_list(one, kind) else [one] for one in items]
         return [item for sample in samples for item in sample], [len(sample) for sample in samples]
     return list(items), None
 
 
-def _is_item(value: Any, kind: str) -> bool:
-    """Whether a list is one item: the numbers of a sound, an image as (height, width, channels), the frames of a video."""
-    if kind == "video" and isinstance(value, (list, tuple)) and value and all(_is_frame(x) for x in value):
-        return True
-    return _depth(value) == LIST_DEPTHS.get(kind, -1)
-
-
-def _is_frame(value: Any) -> bool:
-    return isinstance(value, Image.Image) or getattr(value, "ndim", None) in (2, 3)
+def _is_list(value: Any, kind: str) -> bool:
+    """Whether this is a list of items: no sound's numbers, image as (height, width, channels), or frames of a video."""
+    if not isinstance(value, (list, tuple)) or _depth(value) == LIST_DEPTHS.get(kind, -1):
+        return False
+    frames = value if kind == "video" else []
+    return not frames or not all(isinstance(x, Image.Image) or getattr(x, "ndim", None) in (2, 3) for x in frames)
 
 
 def _depth(value: Any) -> int:
@@ -84,10 +74,6 @@ def _depth(value: Any) -> int:
     return inner + 1 if inner else 0
 
 
-def _as_list(sample: Any, kind: str) -> list[Any]:
-    return list(sample) if isinstance(sample, (list, tuple)) and not _is_item(sample, kind) else [sample]
-
-
 def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
     """An image for an image processor: a PIL image of 1 or 3 channels where the item is one, else the array.
 
@@ -96,10 +82,6 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         where: modality and item, for messages.
         channels: how many the encoder takes.
         rescaled: whether float values are left as they are (``do_rescale=False``).
-
-    Raises:
-        ValueError: an empty image, more than 8 bits per channel, floats that would be rescaled.
-        TypeError: no image.
     """
     item = held(item, ("image", "bytes", "url", "path", "base64"), otherwise=item)
     if is_file(item):
@@ -108,8 +90,14 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         check_image(*item.size, where)
         _decoded(lambda x: x.load(), item, where, "image")  # PIL opens files lazily
         return _ready_pil(item, where, channels)
-    if _is_item(item, "image"):
-        item = _from_lists(item, where)
+    if _depth(item) == LIST_DEPTHS["image"]:
+        try:
+            item = np.asarray(item)
+        except ValueError as error:
+            raise ValueError(f"{where}: the rows of the image differ in length ({error}).") from error
+        # Whole numbers of 0..255 are what uint8 became in a table.
+        whole = np.issubdtype(item.dtype, np.integer) and item.min() >= 0 and item.max() <= 255
+        item = item.astype(np.uint8) if whole else item
     if isinstance(item, (np.ndarray, torch.Tensor)):
         return _ready_array(item, where, channels, rescaled)
     raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
@@ -134,51 +122,32 @@ def _source(item: Any, where: str) -> str | bytes | None:
     elif os.path.isfile(item):
         source = os.fspath(item)
     else:
-        source = _from_base64(str(item))
+        text = str(item)
+        encoded = text.partition(",")[2] if text.startswith("data:") else text
+        try:
+            source = base64.b64decode("".join(encoded.split()), validate=True) or None  # line breaks inside are usual
+        except ValueError:
+            source = None
     size = os.path.getsize(source) if isinstance(source, str) else len(source or b"")
     check(size, "MAX_FILE_BYTES", f"{where}: the number of bytes of the encoded item is at least")
     return source
 
 
-def _from_base64(text: str) -> bytes | None:
-    encoded = text.partition(",")[2] if text.startswith("data:") else text
-    try:
-        return base64.b64decode("".join(encoded.split()), validate=True) or None  # line breaks inside are usual
-    except (binascii.Error, ValueError):
-        return None
-
-
-def _from_lists(item: Any, where: str) -> np.ndarray:
-    """An image that a table gave as lists of numbers; whole ones of 0..255 are what uint8 became there."""
-    try:
-        array = np.asarray(item)
-    except ValueError as error:
-        raise ValueError(f"{where}: the rows of the image differ in length ({error}).") from error
-    whole = np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 255
-    return array.astype(np.uint8) if whole else array
-
-
 def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> Any:
-    """What a decoder makes of an item; ValueError with its cause if it cannot.
-
-    Decoders fail by many sorts of errors (OSError, SyntaxError, RuntimeError, ...); a missing package stays an ImportError.
-    """
+    """What a decoder makes of an item; ValueError with its cause if it cannot."""
     try:
         return decode(item)
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError):  # a package is missing
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{where}: the image has more pixels than Pillow decodes ({error}); cornstarch_hf.limits.MAX_IMAGE_PIXELS is "
-            f"{cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
-        ) from error
-    except Exception as error:
+        limit = f"cornstarch_hf.limits.MAX_IMAGE_PIXELS is {cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
+        raise ValueError(f"{where}: the image has more pixels than Pillow decodes ({error}); {limit}") from error
+    except Exception as error:  # of many sorts: OSError, SyntaxError, RuntimeError, ...
         if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
             raise
         what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
-        raise ValueError(
-            f"{where}: the {kind} cannot be decoded from {what}: {type(error).__name__}: {error}"
-        ) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where}: the {kind} cannot be decoded from {what}: {cause}") from error
 
 
 def _without_secrets(source: str) -> str:
@@ -202,10 +171,8 @@ def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
 def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
     shape = tuple(array.shape)
     if len(shape) == 4:
-        raise ValueError(
-            f"{where}: expected one image, got {shape[0]} in one array of the shape {shape}: give a list of images, or, if "
-            "these are the frames of a video, compose the encoder with kind='video'."
-        )
+        remedy = "give a list of images; for the frames of a video, compose the encoder with kind='video'."
+        raise ValueError(f"{where}: expected one image, got {shape[0]} in one array of the shape {shape}: {remedy}")
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
     height, width = sorted(shape)[-2:]  # the channels, wherever they stand, are fewer
@@ -213,19 +180,16 @@ def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
     kind = str(array.dtype).removeprefix("torch.")
     if kind == "uint8":
         values = array.numpy() if isinstance(array, torch.Tensor) else array
-        if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
-            values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
         if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
+            values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
+            if values.shape[-1] not in (1, 3, 4):
+                raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
         # PIL takes grey images without an axis for their channel.
         return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
+    found = f"{where}: the image has {kind} values"
     if not kind.startswith(("float", "bfloat")):
-        raise ValueError(
-            f"{where}: the image has {kind} values, expected uint8 (0..255): scale it yourself, processors would clip it."
-        )
+        raise ValueError(f"{found}, expected uint8 (0..255): scale it yourself, processors would clip it.")
     if not rescaled:
-        raise ValueError(
-            f"{where}: the image has {kind} values, which the processor would divide by 255: pass uint8 (0..255), or "
-            "images_kwargs={'do_rescale': False} if it is scaled already."
-        )
+        remedy = "pass uint8 (0..255), or images_kwargs={'do_rescale': False} if it is scaled already."
+        raise ValueError(f"{found}, which the processor would divide by 255: {remedy}")
     return array

@@ -1,8 +1,6 @@
-"""Processors for items that transformers has none for: features computed elsewhere, and time series.
+"""Processors, called by `subprocessors`, for items that transformers has none for: computed features and time series."""
 
-Arrays come in, checked tensors go out; `subprocessors` calls them as it calls those of transformers.
-"""
-
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +13,6 @@ from transformers import BatchFeature
 from ..limits import check_count
 from .media import held
 from .subprocessors import ITEM_PROCESSORS, ItemProcessor
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class PrecomputedFeaturesProcessor(ItemProcessor):
@@ -35,35 +31,21 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         super().__init__(**kwargs)
         self.feature_size = check_count(feature_size, "feature_size")
 
-    @classmethod
-    def for_encoder(cls, config: Any) -> "PrecomputedFeaturesProcessor":
-        """The processor that an encoder's configuration asks for, by its `feature_size`."""
-        return cls(feature_size=config.feature_size)
-
     def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "features") -> BatchFeature:
-        """Check and pad features.
+        """Check and pad features; ValueError for what is of another width, rank or dtype, empty or not finite.
 
         Args:
             items: arrays or tensors ``(n_i, feature_size)`` of any n_i >= 1 in float16, bfloat16 or float32, or lists of rows
                 of numbers, which become float32; ``(feature_size,)`` is one feature.
-            return_tensors: ``"pt"``.
-            name: of the modality, for messages.
 
         Returns:
             `features` ``(items, most features, feature_size)`` in the one dtype that holds all items exactly, zeros after the
             last feature of each; `attention_mask` ``(items, most features)``.
-
-        Raises:
-            ValueError: another width or rank, no feature, values that are not finite, other dtypes.
-            TypeError: no array.
         """
         rows = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
-        dtype = rows[0].dtype
-        for row in rows:
-            dtype = torch.promote_types(dtype, row.dtype)  # float16 and bfloat16 together make float32
-        features = pad_sequence(
-            [row.to(dtype) for row in rows], batch_first=True
-        )  # (items, most features, feature_size)
+        dtype = functools.reduce(torch.promote_types, [row.dtype for row in rows])  # float16 and bfloat16 make float32
+        # (items, most features, feature_size)
+        features = pad_sequence([row.to(dtype) for row in rows], batch_first=True)
         # (items, most features), True where a row is a feature
         mask = torch.arange(features.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
         return BatchFeature({"features": features, "attention_mask": mask.long()}, return_tensors)
@@ -72,9 +54,8 @@ class PrecomputedFeaturesProcessor(ItemProcessor):
         values = _floats(item, where, ("features", "embeddings", "array"))
         values = values[None] if values.ndim == 1 else values  # (feature_size,) -> (1, feature_size)
         if values.ndim != 2 or values.shape[1] != self.feature_size or len(values) == 0:
-            raise ValueError(
-                f"{where}: expected features of shape (n, {self.feature_size}) with n >= 1, got {tuple(values.shape)}."
-            )
+            expected = f"(n, {self.feature_size}) with n >= 1"
+            raise ValueError(f"{where}: expected features of shape {expected}, got {tuple(values.shape)}.")
         return values
 
 
@@ -112,48 +93,28 @@ class TimeSeriesProcessor(ItemProcessor):
             raise ValueError(f"frequency must be 0, 1 or 2, got {frequency!r}.")
         self.frequency = frequency
 
-    @classmethod
-    def for_encoder(cls, config: Any) -> "TimeSeriesProcessor":
-        """The processor that an encoder's configuration asks for.
-
-        Args:
-            config: of the encoder; `num_input_channels` and `context_length` fix the shape, else `patch_length` counts.
-        """
-        channels = getattr(config, "num_input_channels", None)
-        if channels is not None:
-            return cls(num_channels=channels, context_length=config.context_length)
-        return cls(patch_length=getattr(config, "patch_length", None))
-
     def __call__(self, items: Sequence[Any], return_tensors: str = "pt", name: str = "series") -> BatchFeature:
-        """Check and stack series.
+        """Check and stack series; ValueError where their shapes do not fit, or values are not finite.
 
         Args:
             items: arrays, tensors or lists of numbers, ``(length,)``, or arrays ``(length, num_channels)``; floats
                 or integers, rounded to float32.
-            return_tensors: ``"pt"``.
-            name: of the modality, for messages.
 
         Returns:
             `past_values` ``(items, length)`` or ``(items, length, num_channels)`` in float32, `past_values_padding` of the
             length (1 where a value is padding), `freq` ``(items, 1)``; the encoder is given those that it takes.
-
-        Raises:
-            ValueError: another number of channels or length, lengths that differ where nothing can tell padding, values that
-                are not finite.
-            TypeError: no array.
         """
         series = [self._ready(item, f"{name}, item {i}") for i, item in enumerate(items)]
         lengths = [len(x) for x in series]
         if self.patch_length is None and len(set(lengths)) > 1:
             i = next(i for i, n in enumerate(lengths) if n != lengths[0])
-            raise ValueError(
-                f"{name}, item {i}: the series has {lengths[i]} values, item 0 has {lengths[0]}: this encoder cannot be told "
-                "which are padding, so that series of one call must have one length."
-            )
-        starts = [-n % (self.patch_length or 1) for n in lengths]  # padding in front, up to whole patches
-        most = max(n + start for n, start in zip(lengths, starts, strict=True))
+            reason = "this encoder cannot be told which are padding, so that series of one call must have one length."
+            raise ValueError(f"{name}, item {i}: the series has {lengths[i]} values, item 0 has {lengths[0]}: {reason}")
+        patch = self.patch_length or 1
+        most = max(n + -n % patch for n in lengths)
         values, padding = [], []
-        for x, start in zip(series, starts, strict=True):
+        for x in series:
+            start = -len(x) % patch  # padding in front, up to whole patches
             around = (start, most - len(x) - start)  # padding before and behind the series
             values.append(pad(x, (0, 0) * (x.ndim - 1) + around))  # (most,) or (most, num_channels)
             padding.append(pad(torch.zeros(len(x), dtype=torch.long), around, value=1))  # 1 on padding
@@ -164,28 +125,29 @@ class TimeSeriesProcessor(ItemProcessor):
         values = _floats(item, where, ("past_values", "series", "array"), rounded=True)
         if self.num_channels == 1 and values.ndim == 1:
             values = values[:, None]  # (length,) -> (length, 1)
-        shape = ("length",) if self.num_channels is None else ("length", self.num_channels)
-        if values.ndim != len(shape) or len(values) == 0 or tuple(values.shape[1:]) != shape[1:]:
-            text = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-            raise ValueError(f"{where}: expected a series of shape ({text}), got {tuple(values.shape)}.")
+        channels = () if self.num_channels is None else (self.num_channels,)
+        if values.ndim == 0 or len(values) == 0 or values.shape[1:] != channels:
+            expected = "(length,)" if not channels else f"(length, {self.num_channels})"
+            raise ValueError(f"{where}: expected a series of shape {expected}, got {tuple(values.shape)}.")
         if self.context_length is not None and len(values) != self.context_length:
-            raise ValueError(
-                f"{where}: the series has {len(values)} values, the encoder takes {self.context_length}: choose a window "
-                "of that length, or resample it."
-            )
+            remedy = f"the encoder takes {self.context_length}: choose a window of that length, or resample it."
+            raise ValueError(f"{where}: the series has {len(values)} values, {remedy}")
         return values
 
 
 # By name, for processors that are built from their description.
 ITEM_PROCESSORS |= {cls.__name__: cls for cls in (PrecomputedFeaturesProcessor, TimeSeriesProcessor)}
-# What encoders of a model type, or of a kind, are given where the user has no processor for them.
-_DEFAULTS = {"precomputed_features": PrecomputedFeaturesProcessor, "time": TimeSeriesProcessor}
 
 
 def default_processor(kind: str, config: Any) -> ItemProcessor | None:
     """The processor for an encoder of this kind and configuration, None where transformers has one."""
-    cls: Any = _DEFAULTS.get(config.model_type) or _DEFAULTS.get(kind)
-    return None if cls is None else cls.for_encoder(config)
+    if config.model_type == "precomputed_features":
+        return PrecomputedFeaturesProcessor(feature_size=config.feature_size)
+    if kind != "time":
+        return None
+    if (channels := getattr(config, "num_input_channels", None)) is not None:  # its encoder takes one shape
+        return TimeSeriesProcessor(num_channels=channels, context_length=config.context_length)
+    return TimeSeriesProcessor(patch_length=getattr(config, "patch_length", None))
 
 
 def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False) -> torch.Tensor:
@@ -204,11 +166,9 @@ def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False)
     values = torch.as_tensor(np.ascontiguousarray(item)) if isinstance(item, np.ndarray) else item.detach().cpu()
     if rounded and values.dtype is not torch.bool and not values.is_complex():
         values = values.to(torch.float32)
-    if values.dtype not in FLOATS:
-        raise ValueError(
-            f"{where}: the values are {str(values.dtype).removeprefix('torch.')}, expected float32, float16 or bfloat16: "
-            "convert them yourself, e.g. x.astype('float32')."
-        )
+    if values.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        expected = "float32, float16 or bfloat16: convert them yourself, e.g. x.astype('float32')."
+        raise ValueError(f"{where}: the values are {str(values.dtype).removeprefix('torch.')}, expected {expected}")
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{where}: there are values that are not finite (NaN or infinity): remove or replace them.")
     return values

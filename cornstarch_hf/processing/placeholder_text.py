@@ -1,12 +1,11 @@
 """Finds placeholders in text, repeats them for their items' features, and turns text into ids.
 
-A placeholder that an end user typed inside a message is wrapped in private-use characters while a template is
-rendered, and encoded as plain text.
+What an end user typed is wrapped in private-use characters while a template is rendered, and encoded as plain text.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 
 MARK_START, MARK_END = "\ue0c0", "\ue0c1"  # private-use characters; those of a user are removed by `mark_typed`
-MARKED = re.compile(f"{MARK_START}(.*?){MARK_END}", re.DOTALL)
+Spans = list[tuple[int, int]]
 
 
 def token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
@@ -31,9 +30,8 @@ def mark_typed(text: str, tokens: Sequence[str]) -> str:
     >>> mark_typed("see <image>", ["<image>"]) == "see " + MARK_START + "<image>" + MARK_END
     True
     """
-    clean = text.replace(MARK_START, "").replace(MARK_END, "")  # a mark in the user's text would end ours too early
-    pattern = token_pattern(tokens)
-    return pattern.sub(lambda m: f"{MARK_START}{m[0]}{MARK_END}", clean)
+    clean = unmark(text)  # a mark in the user's text would end ours too early
+    return token_pattern(tokens).sub(rf"{MARK_START}\g<0>{MARK_END}", clean)
 
 
 def unmark(text: str) -> str:
@@ -43,17 +41,11 @@ def unmark(text: str) -> str:
 
 @dataclass
 class Expanded:
-    """A text whose placeholders have been repeated.
-
-    Attributes:
-        text: with each placeholder as often as its item has features.
-        spans: of each placeholder: start and end in the original text and in the expanded one.
-        counts: features by token.
-    """
+    """A text in which each placeholder stands as often as its item has features."""
 
     text: str
-    spans: list[tuple[int, int, int, int]] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    spans: list[tuple[int, int, int, int]]  # of each placeholder: start and end in the original text, then in this one
+    counts: dict[str, int]  # features by token
 
     def moved(self, position: int) -> int:
         """Where a position of the original text is in the expanded one, marks not counted."""
@@ -61,17 +53,13 @@ class Expanded:
         for _, end, _, new_end in self.spans:
             if end <= position:
                 shift = new_end - end
-        before = self.text[: position + shift]
-        return len(before) - before.count(MARK_START) - before.count(MARK_END)
+        return len(unmark(self.text[: position + shift]))
 
 
 def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -> Expanded:
-    """Repeat each placeholder by the number of features of the next item of its modality.
+    """Repeat each placeholder by the number of features of the next item of its token, by `lengths` of the whole batch.
 
-    Args:
-        text: with one placeholder per item.
-        lengths: features of every item of the batch, by token.
-        taken: how many items of each token earlier samples used; advanced in place.
+    `taken`, how many items of each token earlier samples used, is advanced in place.
 
     >>> expand("a<image>b", {"<image>": [3]}, {}).text
     'a<image><image><image>b'
@@ -85,10 +73,9 @@ def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -
         index = taken.get(token, 0)
         taken[token] = index + 1
         count = lengths[token][index] if index < len(lengths[token]) else 0  # `check_items` refuses texts with too many
-        before, repeated = text[last : match.start()], token * count
-        spans.append((match.start(), match.end(), size + len(before), size + len(before) + len(repeated)))
-        pieces += [before, repeated]
-        size += len(before) + len(repeated)
+        pieces.append(text[last : match.start()] + token * count)
+        size += len(pieces[-1])
+        spans.append((match.start(), match.end(), size - len(token) * count, size))
         counts[token] += count
         last = match.end()
     return Expanded("".join([*pieces, text[last:]]), spans, counts)
@@ -100,26 +87,17 @@ def occurrences(text: str, tokens: Sequence[str]) -> dict[str, int]:
     return {token: found.count(token) for token in tokens}
 
 
-Spans = list[tuple[int, int]]
-
-
 def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **options: Any) -> list[dict[str, list]]:
-    """Ids, and offsets where asked for, of each text; marked parts become plain text.
+    """`input_ids`, and `offset_mapping` where asked for, of each expanded text; marked parts become plain text.
 
-    Args:
-        tokenizer: of the language model.
-        texts: expanded texts.
-        spans: of each text, in characters, marks not counted; adds ``assistant_masks``, 1 on the tokens of a span.  Where
-            a token would reach over the end of a span, the text is split there, as in generation, where the prompt is
-            tokenized alone; so a span's tokens are exactly its text.
-        **options: of the tokenizer's call, without padding and tensors.
-
-    Returns:
-        one dict per text with ``input_ids``, perhaps ``token_type_ids``, ``offset_mapping``, ``assistant_masks``.
+    With spans of each text, in characters, marks not counted, `assistant_masks` has 1 on the tokens of a span.  Where a token
+    would reach over the end of a span, the text is split there, as in generation, where the prompt is tokenized alone; so a
+    span's tokens are exactly its text.  Options are of the tokenizer's call, without padding and tensors.
     """
     turns: Sequence[Spans] = [[] for _ in texts] if spans is None else spans
-    # Offsets tell which tokens lie in a span.
-    asked = options | ({} if spans is None else {"return_offsets_mapping": True})
+    asked = options | (
+        {} if spans is None else {"return_offsets_mapping": True}
+    )  # which tell what tokens lie in a span
     rows: dict[int, dict[str, list]] = {}
     # Texts as a whole, all in one call, where nothing was typed and no token reaches over the end of a span; else pieces.
     # Slow tokenizers give no offsets.
@@ -131,60 +109,48 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
         if mask is not None:
             rows[i] = row | {"assistant_masks": mask}
     for i in set(range(len(texts))) - set(rows):
-        rows[i] = _encode_pieces(tokenizer, _pieces(texts[i], turns[i]), options)
+        rows[i] = _encode_pieces(tokenizer, texts[i], turns[i], options)
     unasked = set() if options.get("return_offsets_mapping") else {"offset_mapping"}
     unasked |= {"assistant_masks"} if spans is None else set()
     return [{key: v for key, v in rows[i].items() if key not in unasked} for i in range(len(texts))]
 
 
-def _pieces(text: str, spans: Spans) -> list[tuple[str, bool, bool]]:
-    """A text cut at marks and at the ends of spans: piece, whether a user typed it, whether it is in a span."""
-    ends = sorted({end for span in spans for end in span})  # starts too
-    pieces, position = [], 0
-    for index, part in enumerate(MARKED.split(text)):  # plain, typed, plain, typed, ..., plain
-        inner = [end for end in ends if position < end < position + len(part)]
-        for start, stop in zip([position, *inner], [*inner, position + len(part)], strict=True):
-            wanted = any(a <= start and stop <= b for a, b in spans)
-            pieces.append((part[start - position : stop - position], index % 2 == 1, wanted))
-        position += len(part)
-    return [piece for piece in pieces if piece[0]]
-
-
-def _encode_pieces(tokenizer, pieces: list[tuple[str, bool, bool]], options: dict[str, Any]) -> dict[str, list]:
-    offsets = options.get("return_offsets_mapping", False)
+def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -> dict[str, list]:
+    """As `encode`, of a text that is cut at marks and at the ends of spans."""
+    parts = re.split(f"{MARK_START}(.*?){MARK_END}", text, flags=re.DOTALL)  # plain, typed, plain, typed, ..., plain
+    with_offsets = options.get("return_offsets_mapping", False)
     # Pieces are tokenized without special tokens, which go around the whole.
     prefix, suffix = _special_frame(tokenizer) if options.get("add_special_tokens", True) else ([], [])
-    ids, spans, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
-    for piece, typed, wanted in pieces:
-        piece_ids, piece_spans = _encode_piece(tokenizer, piece, typed, first=position == 0, offsets=offsets)
-        ids += piece_ids
-        spans += [(start + position, end + position) for start, end in piece_spans]
-        mask += [int(wanted)] * len(piece_ids)
-        position += len(piece)
-    row: dict[str, list] = {"input_ids": ids + suffix, "offset_mapping": spans + [(0, 0)] * len(suffix)}
+    ids, offsets, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
+    for index, part in enumerate(parts):
+        end = position + len(part)
+        cuts = sorted({cut for span in spans for cut in span if position < cut < end})  # starts of spans too
+        for start, stop in zip([position, *cuts], [*cuts, end], strict=True) if part else ():
+            piece = part[start - position : stop - position]
+            piece_ids, piece_offsets = _encode_piece(tokenizer, piece, index % 2 == 1, start == 0, with_offsets)
+            ids += piece_ids
+            offsets += [(a + start, b + start) for a, b in piece_offsets]
+            mask += [int(any(a <= start and stop <= b for a, b in spans))] * len(piece_ids)
+        position = end
+    row: dict[str, list] = {"input_ids": ids + suffix, "offset_mapping": offsets + [(0, 0)] * len(suffix)}
     row["assistant_masks"] = mask + [0] * len(suffix)
     limit = options.get("max_length")
     if options.get("truncation") and limit is not None and len(row["input_ids"]) > limit:
         left = tokenizer.truncation_side == "left"  # which side goes
         row = {key: values[-limit:] if left else values[:limit] for key, values in row.items()}
-    return row if offsets else {key: values for key, values in row.items() if key != "offset_mapping"}
+    return row
 
 
 def _encode_piece(tokenizer, piece: str, typed: bool, first: bool, offsets: bool):
-    options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": typed}
-    if offsets:
-        options["return_offsets_mapping"] = True
+    options = {"add_special_tokens": False, "split_special_tokens": typed, "return_offsets_mapping": offsets}
     # A character in front keeps sentencepiece from putting a space before a piece in the middle of a text; it must not
     # grow together with the piece.
-    for lead in ("",) if first else ("\n", ".", "x"):
+    for lead in ("",) if first else ("\n", ".", "x", ""):
         encoded = tokenizer(lead + piece, **options)
         cut = tokenizer(lead, **options)["input_ids"] if lead else []
         ids = encoded["input_ids"]
         if ids[: len(cut)] == cut:  # the lead kept its own tokens
             break
-    else:
-        lead, cut, encoded = "", [], tokenizer(piece, **options)
-        ids = encoded["input_ids"]
     spans = encoded.get("offset_mapping", [(0, 0)] * len(ids))
     size = len(lead)
     return ids[len(cut) :], [(max(a - size, 0), max(b - size, 0)) for a, b in spans[len(cut) :]]
@@ -202,8 +168,7 @@ def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
 def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | None:
     """1 for each token that lies in one of the character spans, else 0; None if a token lies on the end of one.
 
-    White space that a tokenizer takes into a token but not into its offsets counts to the token behind it, and on the end
-    of a span it gives None.
+    White space that a tokenizer takes into a token but not into its offsets counts to the token behind it.
 
     >>> token_mask([(0, 2), (2, 4), (4, 4)], [(2, 4)])
     [0, 1, 0]
@@ -222,17 +187,10 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | 
     return mask
 
 
-def pad_rows(
-    tokenizer, rows: list[dict], extra: Mapping[Any, list[list]], padding: Mapping[Any, Any], max_length: int | None
-) -> dict[str, Any]:
-    """Rows as columns, padded by the tokenizer if asked for.
+def pad_rows(tokenizer, rows: list[dict], extra: Mapping, padding: Mapping, max_length: int | None) -> dict[str, Any]:
+    """Rows of `input_ids` and more as columns, padded by the tokenizer if asked for.
 
-    Args:
-        tokenizer: of the language model.
-        rows: ``input_ids`` and what else the tokenizer gave, per text.
-        extra: further per-token values, padded alike with 0 or (0, 0).
-        padding: `padding`, `pad_to_multiple_of`, `padding_side` as in a tokenizer's call.
-        max_length: for ``padding="max_length"``.
+    `extra` has further per-token values, padded alike with 0 or (0, 0); `padding` is given as in a tokenizer's call.
     """
     strategy, side = padding.get("padding", False), padding.get("padding_side") or tokenizer.padding_side
     if strategy:
@@ -256,14 +214,7 @@ def pad_list(values: list, length: int, blank: Any, side: str) -> list:
 
 
 def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> dict[str, str]:
-    """The placeholder token of each modality.
-
-    A chosen one comes first, then the one in the configuration, then ``<image>``, ``<audio>`` or ``<video>`` where
-    one modality has that kind, else ``<{name}>``.
-
-    Raises:
-        ValueError: an unknown modality, an empty token, or one token for two modalities.
-    """
+    """The placeholder token of each modality: chosen, else configured, else by default (ValueError: unknown, empty, twice)."""
     if unknown := sorted(set(chosen) - set(config.encoders)):
         raise ValueError(f"tokens names {unknown}, the model has the encoders {config.encoders}.")
     tokens: dict[str, str] = {}
@@ -281,45 +232,28 @@ def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> d
 
 
 def add_placeholder_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, str]) -> dict[str, int]:
-    """Make each token one special token of the tokenizer (in place) and return the ids by modality.
-
-    A token that exists keeps its id.
-
-    Raises:
-        ValueError: a token that has another special meaning (end of sequence, padding, ...), or does not stay whole.
-    """
-    named = {
-        getattr(tokenizer, f"{kind}_token", None): kind for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
-    }
+    """Make each token one special token of the tokenizer (in place; one that exists keeps its id); return ids by modality."""
+    kinds = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    named = {getattr(tokenizer, f"{kind}_token", None): kind for kind in kinds}
     ids: dict[str, Any] = {}
     for name, token in tokens.items():
+        remedy = "choose another placeholder token."
         if token in named:
-            raise ValueError(
-                f"{name}: {token!r} is the tokenizer's {named[token]} token, choose another placeholder token."
-            )
+            raise ValueError(f"{name}: {token!r} is the tokenizer's {named[token]} token, {remedy}")
         if token not in tokenizer.all_special_tokens or len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
         ids[name] = tokenizer.convert_tokens_to_ids(token)
         if tokenizer.encode(token, add_special_tokens=False) != [ids[name]]:  # a normalizer may still split it
-            raise ValueError(
-                f"{name}: the tokenizer does not keep {token!r} as one token, choose another placeholder token."
-            )
+            raise ValueError(f"{name}: the tokenizer does not keep {token!r} as one token, {remedy}")
     return ids
 
 
 class MultimodalBatch(BatchFeature):
-    """A `BatchFeature` that masks labels on placeholders as they are put into it.
-
-    Args:
-        data, tensor_type, skip_tensor_conversion: as in `BatchFeature`.
-        placeholder_ids: token ids of the modalities' placeholders.
-    """
+    """A `BatchFeature` that masks labels on placeholders, of which it gets the ids, as they are put into it."""
 
     placeholder_ids: tuple[int, ...] = ()
 
-    def __init__(
-        self, data: dict[str, Any] | None = None, tensor_type=None, skip_tensor_conversion=None, placeholder_ids=()
-    ):
+    def __init__(self, data: dict | None = None, tensor_type=None, skip_tensor_conversion=None, placeholder_ids=()):
         self.placeholder_ids = tuple(placeholder_ids)
         super().__init__(data, tensor_type, skip_tensor_conversion)
 
@@ -327,13 +261,10 @@ class MultimodalBatch(BatchFeature):
         """As in a dict; of `labels` that fit the `input_ids` ``(batch, length)`` in it, a masked copy is kept."""
         ids = self.data.get("input_ids")
         if key == "labels" and isinstance(ids, torch.Tensor) and isinstance(value, torch.Tensor):
-            value = self._masked(value, ids)
+            # (batch, length), True on placeholders, which are not predicted
+            placeholders = torch.isin(ids, torch.tensor(self.placeholder_ids, device=ids.device)).to(value.device)
+            value = value.masked_fill(placeholders, -100) if value.shape == ids.shape else value
         super().__setitem__(key, value)
-
-    def _masked(self, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        # (batch, length), True on placeholders, which are not predicted
-        placeholders = torch.isin(ids, torch.tensor(self.placeholder_ids, device=ids.device)).to(labels.device)
-        return labels.masked_fill(placeholders, -100) if labels.shape == ids.shape else labels
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "placeholder_ids": self.placeholder_ids}

@@ -1,5 +1,6 @@
 """Sounds as users hand them over, made ready for a feature extractor: files are mixed to one channel and resampled."""
 
+import contextlib
 import io
 import os
 import tempfile
@@ -16,29 +17,27 @@ from .media import _decoded, _source, held, is_file
 
 
 def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
-    """A mono waveform as float32 ``(samples,)``.
+    """A mono waveform as float32 ``(samples,)``; refuses what a feature extractor would misread.
 
     Args:
         item: array, tensor or list of floats; path, URL or the bytes of a file (mixed and resampled on loading); dict with
             `array` and `sampling_rate`, or with `bytes` or `path`; a decoder as `datasets.Audio` gives it.
         where: modality and item, for messages.
-        expected: the sampling rate of the feature extractor, in Hz.
-        given: the sampling rate that the caller states for bare arrays, in Hz.
-
-    Raises:
-        ValueError: no or another sampling rate, integers, several channels, nothing in it, NaN, a file that cannot be
-            decoded.
-        TypeError: no sound.
+        expected, given: the sampling rates of the feature extractor, and of bare arrays as the caller says, in Hz.
     """
     if isinstance(item, Mapping):
-        rate = item.get("sampling_rate")
-        given = given if rate is None else rate
+        given = held(item, ("sampling_rate",), otherwise=given)
         item = held(item, ("array", "audio", "bytes", "path", "url"))
     if is_file(item):
         # Decoding resamples, so the sound comes out at the expected rate.
         item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
     elif hasattr(item, "get_all_samples"):
-        _check_decoder(item, expected, where)
+        # Too long a sound is refused by what its file's header says, before it is decoded.
+        header = getattr(item, "metadata", None)
+        seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
+        if seconds is not None and rate:
+            claimed = int(min(seconds * rate, 2**62))  # a header may claim an endless sound, which is no integer
+            check_sound(claimed, getattr(header, "num_channels", None) or 1, rate, expected, where)
         samples = _decoded(lambda x: x.get_all_samples(), item, where, "sound")
         item, given = samples.data, int(samples.sample_rate)
     if isinstance(item, torch.Tensor):
@@ -51,49 +50,28 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     if wave.ndim == 2 and 1 in wave.shape:
         wave = wave.reshape(-1)  # (1, samples) or (samples, 1): one channel
     if wave.ndim != 1 or wave.size == 0:
-        raise ValueError(
-            f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: mix the channels, in a table "
-            "by cast_column(..., Audio(num_channels=1))."
-        )
+        remedy = "mix the channels, in a table by cast_column(..., Audio(num_channels=1))."
+        raise ValueError(f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: {remedy}")
     if not np.issubdtype(wave.dtype, np.floating):
-        raise ValueError(
-            f"{where}: the waveform has {wave.dtype} values, expected floats in [-1, 1]: divide it by its range."
-        )
+        expected_values = "floats in [-1, 1]: divide it by its range"
+        raise ValueError(f"{where}: the waveform has {wave.dtype} values, expected {expected_values}.")
     if not np.isfinite(wave).all():
         raise ValueError(f"{where}: the waveform has values that are not finite.")
     check_sampling_rate(where, expected, given)
     return wave.astype(np.float32, copy=False)
 
 
-def _check_decoder(decoder: Any, expected: int | None, where: str) -> None:
-    """Refuse a decoder of too long a sound by what its file's header says, before it decodes."""
-    header = getattr(decoder, "metadata", None)
-    seconds, rate = getattr(header, "duration_seconds", None), getattr(header, "sample_rate", None)
-    if seconds is not None and rate:
-        channels = getattr(header, "num_channels", None) or 1
-        # A header may claim an endless sound, which is no integer.
-        check_sound(int(min(seconds * rate, 2**62)), channels, rate, expected, where)
-
-
-def _check_sound_file(source: Any, rate: int, where: str) -> None:
-    """Refuse a file of too long a sound by its header, where soundfile can read that."""
-    if is_soundfile_available():
-        import soundfile
-
-        try:
-            header = soundfile.info(source)
-        except soundfile.LibsndfileError:
-            return  # another backend may know it, or says what is wrong
-        check_sound(header.frames, header.channels, header.samplerate, rate, where)
-
-
 def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
     source = _source(item, where)
+    if source is not None and is_soundfile_available():
+        import soundfile
+
+        # Too long a sound is refused by its header; what has none that is known here another backend may read.
+        with contextlib.suppress(soundfile.LibsndfileError):
+            header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
+            check_sound(header.frames, header.channels, header.samplerate, rate, where)
     if not isinstance(source, bytes):
-        if source is not None:
-            _check_sound_file(source, rate, where)
         return load_audio(str(item), sampling_rate=rate)
-    _check_sound_file(io.BytesIO(source), rate, where)
     # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
     handle, path = tempfile.mkstemp()
     try:
@@ -109,11 +87,7 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
     if expected is None:
         return
     if given is None:
-        raise ValueError(
-            f"{where}: pass sampling_rate= (in Hz) with bare audio arrays; the encoder expects {expected}."
-        )
+        raise ValueError(f"{where}: pass sampling_rate= (Hz) with bare audio arrays; the encoder expects {expected}.")
     if int(given) != int(expected):
-        raise ValueError(
-            f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: resample it first, in "
-            f"a table by cast_column(..., Audio(sampling_rate={expected}))."
-        )
+        remedy = f"resample it first, in a table by cast_column(..., Audio(sampling_rate={expected}))."
+        raise ValueError(f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: {remedy}")

@@ -1,7 +1,7 @@
 """The processors of single modalities: recognised, called, written into a dictionary and built from one."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,8 @@ class ItemProcessor(FeatureExtractionMixin):
 
 
 ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
-# Attributes of configurations whose encoders have no table of positions, or do not read it.
-_UNBOUNDED: tuple[tuple[str, Any], ...] = (
-    ("position_embedding_type", ("rotary", "relative_key", "relative_key_query")),
-    ("position_biased_input", (False,)),
-)
+TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+_PARTS = {"image": ["image_processor"], "video": ["video_processor", "image_processor"], "audio": ["feature_extractor"]}
 # Attributes of configurations whose positions are computed or relative, for texts of any length.
 _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attention_num_buckets")
 
@@ -38,19 +35,7 @@ _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attenti
 def run_tokenizer(
     tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any
 ) -> Mapping[str, Any]:
-    """Tokenize the items of one modality, padded on the right.
-
-    Args:
-        tokenizer: of the encoder.
-        name: the modality, for messages.
-        items: strings.
-        options: further arguments of the tokenizer's call; only ``truncation=True`` cuts.
-        encoder_config: of the encoder; tells how many positions it has.
-
-    Raises:
-        TypeError: an item that is no string.
-        ValueError: an item without a token, or with more than the encoder has positions.
-    """
+    """Tokenize the items of one modality, padded on the right; what is too long is refused without ``truncation=True``."""
     for i, item in enumerate(items):
         if not isinstance(item, str):
             raise TypeError(f"{name}, item {i}: expected a string, got {type(item).__name__}.")
@@ -64,10 +49,9 @@ def run_tokenizer(
         if length == 0:
             raise ValueError(f"{name}, item {i}: the text {items[i]!r} gives no token.")
         if limit is not None and length > limit:
-            raise ValueError(
-                f"{name}, item {i}: the text has {length} tokens, but the encoder has {limit} positions: split it, or pass "
-                f"{name}_kwargs={{'truncation': True, 'max_length': {limit}}} to drop the rest."
-            )
+            found = f"the text has {length} tokens, but the encoder has {limit} positions"
+            remedy = f"split it, or pass {name}_kwargs={{'truncation': True, 'max_length': {limit}}} to drop the rest."
+            raise ValueError(f"{name}, item {i}: {found}: {remedy}")
     return output
 
 
@@ -76,7 +60,9 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
-    unbounded = any(getattr(config, key, None) in values for key, values in _UNBOUNDED)
+    # Encoders without a table of positions, or that do not read it.
+    unbounded = getattr(config, "position_embedding_type", None) in ("rotary", "relative_key", "relative_key_query")
+    unbounded = unbounded or getattr(config, "position_biased_input", True) is False
     after_padding = encoder_type(config).positions_after_padding
     if unbounded or (not after_padding and any(getattr(config, key, None) is not None for key in _ROTARY)):
         return None
@@ -85,32 +71,17 @@ def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | Non
     return min(positions, tokenizer.model_max_length)  # 10**30 where the tokenizer's files set no limit
 
 
-TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
-
-
 def resolve_subprocessor(processor: Any, kind: str, name: str) -> Any:
-    """The processor of one modality, taken out of a processor of several where one was given.
-
-    Raises:
-        TypeError: not a processor, or one without a part for this kind.
-    """
+    """The processor of one modality, taken out of one of several (TypeError: no processor, or no part for this kind)."""
     if isinstance(processor, ProcessorMixin):
-        for attribute in _ATTRIBUTES.get(kind, ("tokenizer",)):
+        for attribute in _PARTS.get(kind, ["tokenizer"]):
             if (inner := getattr(processor, attribute, None)) is not None:
                 return inner
         raise TypeError(f"{name}: {type(processor).__name__} has no part for the kind {kind!r}.")
     if isinstance(processor, type) or not callable(processor):
-        raise TypeError(
-            f"{name}: expected an image processor, feature extractor or tokenizer instance, got {processor!r:.100}."
-        )
+        expected = "an image processor, feature extractor or tokenizer instance"
+        raise TypeError(f"{name}: expected {expected}, got {processor!r:.100}.")
     return processor
-
-
-_ATTRIBUTES = {
-    "image": ("image_processor",),
-    "video": ("video_processor", "image_processor"),
-    "audio": ("feature_extractor",),
-}
 
 
 def sampling_rate_of(processor: Any) -> int | None:
@@ -128,23 +99,12 @@ def run_subprocessor(
     masked: bool = False,
     prepared: bool = False,
 ) -> dict[str, Any]:
-    """Process the items of one modality.
+    """The tensors of one modality's items, by the names that its processor emits; refuses what cannot be used as it is.
 
     Args:
-        processor: its processor.
-        name: the modality, for messages.
-        kind: its kind.
-        items: in order.
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
-        encoder_config: of its encoder.
         masked: whether the encoder wants a mask of its features also where they are padded to a window.
         prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
-
-    Returns:
-        tensors by the names that the processor emits.
-
-    Raises:
-        ValueError, TypeError: an item that cannot be used as it is.
     """
     options = dict(options)
     # Image processors and feature extractors of transformers, this package's own, tokenizers; then somebody's callable.
@@ -165,9 +125,8 @@ def run_subprocessor(
         rate = sampling_rate_of(processor)
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
-        _check_window(processor, name, items, options)
-        options = _audio_options(processor, rate, masked) | options | {"return_tensors": "pt"}
-        return _called(lambda x: processor(x, **options), processor, name, items)
+        options = _audio_options(processor, name, items, options, masked) | options
+        return _called(processor, name, items, options)
     if isinstance(processor, PreTrainedTokenizerBase):
         return _tensors(run_tokenizer(processor, name, items, options, encoder_config), name)
     # A callable of somebody's own checks nothing: the number of frames at least is bounded.
@@ -180,28 +139,19 @@ def run_subprocessor(
     return _tensors(processor(items, return_tensors="pt", **options), name)
 
 
-def _run_on_images(
-    processor: Any, name: str, items: list[Any], options: Mapping[str, Any], prepared: bool
-) -> dict[str, Any]:
+def _run_on_images(processor: Any, name: str, items: list, options: Mapping, prepared: bool) -> dict[str, Any]:
     """Tensors with one row per image, also from processors that put all images of a call into one row."""
-
-    def run(images: list[Any]) -> dict[str, Any]:
-        return _called(lambda x: processor(images=x, return_tensors="pt", **options), processor, name, images)
-
-    found = run(items)
+    found = _called(processor, name, items, options)
     rank = getattr(found.get("pixel_values"), "ndim", 0)
     if prepared or rank not in (5, 6):
         return found
-    # All images are in one row: (1, images, channels, height, width), with tiles
-    # (1, images, tiles, channels, height, width).
-    alone = [found] if len(items) == 1 else [run([item]) for item in items]  # each in a row of its own
-    for i, one in enumerate(alone):
-        crops = one["pixel_values"].shape[1]
-        if crops != 1:
-            raise ValueError(
-                f"{name}, item {i}: {type(processor).__name__} splits the image into {crops} crops, expected 1 per item: turn "
-                "that off in its settings (do_image_splitting=False, crop_to_patches=False, split_image=False)."
-            )
+    # All images are in one row: (1, images, channels, height, width), or (1, images, tiles, channels, height, width).
+    alone = [found] if len(items) == 1 else [_called(processor, name, [item], options) for item in items]
+    for i, one in enumerate(alone):  # each in a row of its own
+        if (crops := one["pixel_values"].shape[1]) != 1:
+            told = f"{type(processor).__name__} splits the image into {crops} crops, expected 1 per item"
+            settings = "do_image_splitting=False, crop_to_patches=False, split_image=False"
+            raise ValueError(f"{name}, item {i}: {told}: turn that off in its settings ({settings}).")
     shapes = [tuple(one["pixel_values"].shape[2:]) for one in alone]
     if len(set(shapes)) > 1:
         raise ValueError(_uneven(processor, name, shapes))
@@ -236,15 +186,11 @@ def _uneven(processor: Any, name: str, shapes: list[Any]) -> str:
     )
 
 
-def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: list[Any]) -> dict[str, Any]:
-    """The tensors that a processor makes of items; its own errors say which item, or which two, it could not do.
-
-    Raises:
-        ValueError, TypeError: with the cause.
-    """
+def _called(processor: Any, name: str, items: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors that a processor makes of items; its own errors say which item, or which two, it could not do."""
 
     def tensors(some: list[Any]) -> dict[str, Any]:
-        output = call(some)
+        output = processor(some, **{**options, "return_tensors": "pt"})
         return _tensors({processor.model_input_names[0]: output} if isinstance(output, torch.Tensor) else output, name)
 
     try:
@@ -256,44 +202,35 @@ def _called(call: Callable[[list[Any]], Any], processor: Any, name: str, items: 
                 one = tensors([item])
             except Exception as cause:
                 kind = TypeError if isinstance(cause, TypeError) else ValueError
-                raise kind(
-                    f"{name}, item {i}: {type(processor).__name__} cannot process it, its size is {_size(item)} "
-                    f"({type(cause).__name__}: {cause!s:.300})."
-                ) from cause
+                size = tuple(item.shape) if hasattr(item, "shape") else getattr(item, "size", None)
+                size = " x ".join(map(str, size)) if isinstance(size, tuple) and len(size) == 2 else size
+                failure = f"{type(processor).__name__} cannot process it, its size is {size}"
+                raise kind(f"{name}, item {i}: {failure} ({type(cause).__name__}: {cause!s:.300}).") from cause
             shapes.append(tuple(next(iter(one.values())).shape[1:]))
         if len(set(shapes)) > 1:
             raise ValueError(_uneven(processor, name, shapes)) from error
         raise  # each item alone is fine: the error is the whole call's
 
 
-def _size(item: Any) -> str:
-    size = getattr(item, "size", None) if not hasattr(item, "shape") else tuple(item.shape)
-    return f"{size[0]} x {size[1]}" if isinstance(size, tuple) and len(size) == 2 else str(size)
-
-
-def _check_window(processor: FeatureExtractionMixin, name: str, items: list[Any], options: Mapping[str, Any]) -> None:
-    """Refuse sounds that a feature extractor would cut by default; a caller who asks for truncation gets it."""
+def _audio_options(processor: Any, name: str, items: list, options: Mapping, masked: bool) -> dict[str, Any]:
+    """Arguments of a feature extractor's call; ValueError for sounds that it would cut without being asked for truncation."""
     parameters = inspect.signature(processor.__call__).parameters
     cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
     # In samples: what the call or the extractor's window (30 seconds of Whisper) keeps.
     limit = options.get("max_length") or getattr(processor, "n_samples", None)
     for i, item in enumerate(items) if cuts and limit is not None else ():
         if len(item) > limit:
-            raise ValueError(
-                f"{name}, item {i}: the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}: split "
-                f"it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
-            )
-
-
-def _audio_options(processor: FeatureExtractionMixin, rate: int | None, masked: bool) -> dict[str, Any]:
-    parameters = inspect.signature(processor.__call__).parameters
-    options: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
+            told = f"the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}"
+            remedy = f"split it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
+            raise ValueError(f"{name}, item {i}: {told}: {remedy}")
+    rate = sampling_rate_of(processor)
+    found: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
     padded = "padding" in parameters and parameters["padding"].default != "max_length"
     if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
-        options |= {"padding": True}
+        found["padding"] = True
     if "return_attention_mask" in parameters and (padded or masked):
-        options |= {"return_attention_mask": True}
-    return options
+        found["return_attention_mask"] = True
+    return found
 
 
 def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -305,56 +242,40 @@ def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
-    """A JSON dictionary of a processor with its type; None for a tokenizer, which has files of its own.
-
-    Raises:
-        ValueError: the processor tells no type by which it could be found again.
-    """
+    """A JSON dictionary of a processor with its type (ValueError: it has none); None for a tokenizer, which has own files."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return None
     described = processor.to_dict() if hasattr(processor, "to_dict") else {}
     if not any(key in described for key in TYPE_KEYS):
-        raise ValueError(
-            f"{name}: {type(processor).__name__} cannot be saved, it is no image processor, feature extractor, video "
-            "processor or tokenizer of transformers."
-        )
+        known = "image processor, feature extractor, video processor or tokenizer of transformers."
+        raise ValueError(f"{name}: {type(processor).__name__} cannot be saved, it is no {known}")
     # JSON has no arrays.
     return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in described.items()}
 
 
 def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
-    """The processor that `describe_subprocessor` described.
-
-    Raises:
-        ValueError: no type, or one that neither transformers nor an Auto class knows.
-    """
+    """The processor that `describe_subprocessor` described (ValueError: of no known type, or it does not take its settings)."""
     values = dict(described)
-    kinds = [key for key in TYPE_KEYS if isinstance(values.get(key), str)]
+    kinds = [values[key] for key in TYPE_KEYS if isinstance(values.get(key), str)]
     if len(kinds) != 1:
-        raise ValueError(
-            f"{name}: expected one of {TYPE_KEYS} in the description of its processor, got {sorted(values)}."
-        )
+        raise ValueError(f"{name}: expected one of {TYPE_KEYS} in its processor's description, got {sorted(values)}.")
     _check_settings(values, name)
     try:
-        cls: Any = ITEM_PROCESSORS.get(values[kinds[0]])
-        cls = cls or ProcessorMixin.get_possibly_dynamic_module(values[kinds[0]])
+        cls: Any = ITEM_PROCESSORS.get(kinds[0]) or ProcessorMixin.get_possibly_dynamic_module(kinds[0])
     except (AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: there is no processor class {values[kinds[0]]!r:.100} in transformers.") from error
+        raise ValueError(f"{name}: there is no processor class {kinds[0]!r:.100} in transformers.") from error
     if lacking := [one for one in getattr(cls, "_backends", ()) if isinstance(one, str)]:  # stands in for a class
-        raise ValueError(
-            f"{name}: {values[kinds[0]]} needs {' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
-            f"installed: pip install {' '.join(lacking)}."
-        )
+        needs = f"{' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed"
+        raise ValueError(f"{name}: {kinds[0]} needs {needs}: pip install {' '.join(lacking)}.")
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
-        raise ValueError(f"{name}: {values[kinds[0]]!r} is no image processor or feature extractor.")
+        raise ValueError(f"{name}: {kinds[0]!r} is no image processor or feature extractor.")
     try:
         return cls.from_dict(values)
     except (ValueError, ImportError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(
-            f"{name}: {values[kinds[0]]!r} does not take its stored settings ({type(error).__name__}: {error!s:.200})."
-        ) from error
+        cause = f"{type(error).__name__}: {error!s:.200}"
+        raise ValueError(f"{name}: {kinds[0]!r} does not take its stored settings ({cause}).") from error
 
 
 # Settings whose products say how much memory a processor takes, and the cap of each product.
@@ -375,8 +296,8 @@ def _check_settings(values: Mapping[str, Any], name: str) -> None:
         numbers = {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
         for key, value in numbers.items():
             edge = key in _EDGES and not counts_pixels
-            check(value**2 if edge else value, "MAX_IMAGE_PIXELS" if edge else "MAX_AUDIO_SAMPLES",
-                  f"{name}: the {'square of the ' if edge else ''}setting {key!r} of its processor is")  # fmt: skip
+            limit, square = ("MAX_IMAGE_PIXELS", "square of the ") if edge else ("MAX_AUDIO_SAMPLES", "")
+            check(value**2 if edge else value, limit, f"{name}: the {square}setting {key!r} of its processor is")
         for keys, limit in _PRODUCTS:
             if all(key in numbers for key in keys):
                 check(numbers[keys[0]] * numbers[keys[1]], limit, f"{name}: {' x '.join(keys)} of its processor is")

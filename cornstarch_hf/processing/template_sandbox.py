@@ -23,7 +23,6 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from ..limits import cap, check
 
 REFUSED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-REFUSED_GLOBALS = ("lipsum",)
 _BITS = 4096  # of an integer that a template computes
 _WIDTH = 10_000  # of a padded or indented string
 Spans = list[tuple[int, int]]
@@ -34,32 +33,24 @@ class TemplateLimit(jinja2.TemplateError, ValueError):
 
 
 class Budget:
-    """What one rendering has used: steps, characters and entries made, time."""
+    """What one rendering has used: passes through loops, calls, filters and tests; characters and entries made; time."""
 
     def __init__(self) -> None:
         self.steps, self.work = 0, 0
         self.began = time.thread_time()  # of computing: on a busy machine a harmless template may wait for long
 
     def step(self) -> None:
-        """Count one pass through a loop, call, filter or test."""
         self.steps += 1
         _check(self.steps, "MAX_TEMPLATE_STEPS", "the chat template's steps are")
         _check(time.thread_time() - self.began, "MAX_TEMPLATE_SECONDS", "the seconds that the chat template takes are")
 
     def spend(self, size: int) -> None:
-        """Count characters or entries before they are made."""
         self.work += size
         _check(self.work, "MAX_TEMPLATE_WORK", "the characters and entries that the chat template makes are")
 
 
-_current_budget: ContextVar[Budget | None] = ContextVar("_current_budget", default=None)  # each thread has its own
-
-
-def _budget() -> Budget:
-    budget = _current_budget.get()
-    if budget is None:  # jinja tries to compute constants while it compiles, and leaves what raises
-        raise TemplateLimit("nothing is computed before a chat template is rendered")
-    return budget
+# Each thread has its own, and none has one while it compiles: jinja tries to compute constants then, and leaves what raises.
+_budget: ContextVar[Budget] = ContextVar("_budget")
 
 
 def _check(value: float, name: str, what: str) -> None:
@@ -77,13 +68,11 @@ def weight(value: Any) -> int:
     total, pending, limit = 0, [value], cap("MAX_TEMPLATE_WORK")
     while pending and total <= limit:  # containers that hold one another many times would never end
         item = pending.pop()
-        if isinstance(item, (str, bytes)):
-            total += len(item)
-        elif isinstance(item, (Mapping, list, tuple, set, frozenset, MappingView, range)):
+        if isinstance(item, (Mapping, set, frozenset, MappingView, range, list, tuple)):
             total += 8 * len(item)  # a pointer each
             pending += [*item, *(item.values() if isinstance(item, Mapping) else ())]  # type: ignore[misc]
         else:
-            total += 8
+            total += _length(item)
     return total
 
 
@@ -94,14 +83,15 @@ def _length(value: Any) -> int:
     return 8 * len(value) if isinstance(value, (list, tuple)) else 8
 
 
+def _at_most(most: int, number: int, what: str) -> None:
+    if number > most:
+        raise TemplateLimit(f"The chat template asks for {what} of {number:,}, more than {most:,}.")
+
+
 def _widest(*given: Any, **named: Any) -> int:
     """The largest number, or length of text, among arguments that say how wide something becomes."""
     values = [v for v in (*given, *named.values()) if isinstance(v, (int, str))]
-    for number in values:
-        if isinstance(number, int) and abs(number) > _WIDTH:
-            raise TemplateLimit(
-                f"The chat template asks for a width or a number of digits of {number:,}, more than {_WIDTH:,}."
-            )
+    _at_most(_WIDTH, max((abs(v) for v in values if isinstance(v, int)), default=0), "a width or a number of digits")
     return max((v if isinstance(v, int) else len(v) for v in values), default=0)
 
 
@@ -132,20 +122,15 @@ def _summed(items: Any, attribute: Any = None, start: Any = 0) -> int:
     return weight(items) * (len(items) if isinstance(start, (list, tuple)) and hasattr(items, "__len__") else 1)
 
 
-def _integer(bits: int) -> int:
-    if bits > _BITS:
-        raise TemplateLimit(f"The chat template computes an integer of {bits:,} bits, more than {_BITS:,}.")
-    return 8
-
-
 def _power(left: Any, right: Any) -> int:
-    whole = isinstance(left, int) and isinstance(right, int)
-    return _integer(left.bit_length() * abs(right)) if whole else 8
+    if isinstance(left, int) and isinstance(right, int):
+        _at_most(_BITS, left.bit_length() * abs(right), "an integer with a number of bits")
+    return 8
 
 
 def _product(left: Any, right: Any) -> int:
     if isinstance(left, int) and isinstance(right, int):
-        return _integer(left.bit_length() + right.bit_length())
+        _at_most(_BITS, left.bit_length() + right.bit_length(), "an integer with a number of bits")
     items, times = (left, right) if isinstance(right, int) else (right, left)
     repeats = isinstance(times, int) and isinstance(items, (str, bytes, list, tuple))
     return weight(items) * max(times, 0) if repeats else 8
@@ -183,19 +168,24 @@ _OF_LISTS = frozenset(
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """jinja's sandbox with the bounds of this module."""
+    """An environment of transformers' chat templates with the bounds of this module."""
 
     intercepted_binops = frozenset(OPERATORS)
 
+    def __init__(self) -> None:
+        theirs = _compile_jinja_template("").environment
+        extensions = [type(extension) for extension in theirs.extensions.values()]
+        super().__init__(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=extensions)
+        self.filters, self.tests, self.globals = _tables()
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator that can grow: its result is measured before it is made."""
-        (budget := _budget()).step()
+        (budget := _budget.get()).step()
         budget.spend(OPERATORS[operator](left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a function, method or macro."""
-        (budget := _budget()).step()
+        (budget := _budget.get()).step()
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(owner, (str, bytes, int, list, tuple)) and method.__name__ in _METHODS:
@@ -208,16 +198,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """Join the pieces of a block, macro or template."""
         parts = list(parts)
-        _budget().spend(sum(map(len, parts)))
+        _budget.get().spend(sum(map(len, parts)))
         return "".join(parts)
 
 
 def _loop(items: Any) -> Iterator[Any]:
     """The items of a loop, each of them a step."""
     for item in items:
-        _budget().step()
+        _budget.get().step()
         yield item
 
 
@@ -229,7 +218,7 @@ def _listed(value: Any) -> Any:
 def _made(value: Any) -> Any:
     """A list, tuple or dictionary written in the template, or what is written out as text."""
     if not isinstance(value, str):  # text that exists already costs nothing
-        _budget().spend(weight(value))
+        _budget.get().spend(weight(value))
     return value
 
 
@@ -246,7 +235,7 @@ def _compared(value: Any) -> Any:
 
 def _part(items: Any, start: Any, stop: Any, step: Any) -> Any:
     part = items[slice(start, stop, step)]
-    _budget().spend(_length(part))
+    _budget.get().spend(_length(part))
     return part
 
 
@@ -254,7 +243,6 @@ class _Counted(NodeTransformer):
     """What jinja compiles to plain Python becomes calls of the functions above, under their names as filters."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        """The node with its children counted, and itself if it is one of those that loop, join, compare or make."""
         self.generic_visit(node)
         match node:
             case nodes.For():  # for x in a
@@ -284,13 +272,13 @@ def _bounded_filter(name: str, function: Callable) -> Callable:
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        (budget := _budget()).step()
-        given = [*args[:skipped], *map(_listed, args[skipped : skipped + 1]), *args[skipped + 1 :]]
+        (budget := _budget.get()).step()
+        value, others = _listed(args[skipped]), args[skipped + 1 :]
         if name not in _OF_LISTS:
-            _made(given[skipped])
+            _made(value)
         if name in _FILTERS:
-            budget.spend(_FILTERS[name](*given[skipped:], **kwargs))
-        result = function(*given, **kwargs)
+            budget.spend(_FILTERS[name](value, *others, **kwargs))
+        result = function(*args[:skipped], value, *others, **kwargs)
         budget.spend(_length(result))
         return result
 
@@ -300,77 +288,49 @@ def _bounded_filter(name: str, function: Callable) -> Callable:
 def _bounded_test(function: Callable) -> Callable:
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        _budget().step()
+        _budget.get().step()
         return function(*map(_compared, args), **kwargs)
 
     return bounded
 
 
 @functools.cache
-def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of an environment of transformers' chat templates, and what templates find in it, bounded."""
+def _tables() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The filters, tests and globals that transformers' chat templates find, bounded."""
     theirs = _compile_jinja_template("").environment
-    options = {"trim_blocks": theirs.trim_blocks, "lstrip_blocks": theirs.lstrip_blocks}
     filters = {n: _bounded_filter(n, f) for n, f in theirs.filters.items() if n not in REFUSED_FILTERS}
     filters |= {function.__name__: function for function in (_loop, _strings, _made, _compared, _part)}
     tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}
-    names = {name: value for name, value in theirs.globals.items() if name not in REFUSED_GLOBALS}
-    extensions = [type(extension) for extension in theirs.extensions.values()]
-    return options | {"extensions": extensions}, {"filters": filters, "tests": tests, "globals": names}
-
-
-def environment() -> BoundedEnvironment:
-    """A new environment of transformers' chat templates, bounded; its tracker of generation marks holds a state."""
-    options, found = _tables()
-    made = BoundedEnvironment(**options)
-    vars(made).update(found)
-    return made
-
-
-# ---- rendering
+    return filters, tests, {name: value for name, value in theirs.globals.items() if name != "lipsum"}  # endless text
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(template: str) -> CodeType:
-    """A template's code; nothing in it is computed yet.
-
-    Raises:
-        TemplateLimit: it is longer than `MAX_TEMPLATE_CHARACTERS`, or nested too deeply to be compiled.
-        jinja2.TemplateError: it is no template.
-    """
+    """A template's code, of which nothing is computed yet; TemplateLimit or another TemplateError if it cannot be compiled."""
     _check(len(template), "MAX_TEMPLATE_CHARACTERS", "the characters of the chat template are")
-    outer = _current_budget.set(None)  # jinja is to compute no constants now
+    made = BoundedEnvironment()
     try:
-        made = environment()
         return made.compile(_Counted().visit(made.parse(template)))
     except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:
         raise TemplateLimit(f"The chat template is nested too deeply ({type(error).__name__}).") from error
-    finally:
-        _current_budget.reset(outer)
 
 
 def render_template(
     messages: list[dict[str, Any]], template: str, *, mark_assistant: bool = False, **variables: Any
 ) -> tuple[str, Spans]:
-    """The text of one conversation, and where the template's `generation` blocks lie in it.
-
-    Args:
-        messages: dictionaries, as `conversations.render` makes them ready.
-        template: a Jinja template.
-        mark_assistant: return the spans.
-        **variables: further variables.
+    """The text of one conversation, and with `mark_assistant` where the template's `generation` blocks lie in it.
 
     Raises:
         TemplateLimit: a bound of `limits` is met.
         jinja2.TemplateError, ValueError, TypeError: the template refuses the conversation, or fails.
     """
-    made, code = environment(), _compiled(template)
+    made, code = BoundedEnvironment(), _compiled(template)  # an environment's tracker of generation marks holds a state
     program = jinja2.Template.from_code(made, code, made.make_globals(None))
     given = plain({"messages": messages, **variables})
     blocks: list[str] = []
     spans: Spans = []
     size = 0
-    outer = _current_budget.set(Budget())  # of this rendering alone
+    outer = _budget.set(Budget())  # of this rendering alone
     try:
         with made.activate_tracker(blocks, spans) if mark_assistant else contextlib.nullcontext():  # type: ignore[attr-defined]
             for block in program.generate(given):
@@ -380,7 +340,7 @@ def render_template(
     except (RecursionError, OverflowError, MemoryError) as error:
         raise TemplateLimit(f"The chat template goes too deep or too far ({type(error).__name__}).") from error
     finally:
-        _current_budget.reset(outer)
+        _budget.reset(outer)
     return "".join(blocks), [tuple(span) for span in spans]
 
 

@@ -1,8 +1,4 @@
-"""Videos as users hand them over: frames checked, sampled by a stated formula, and run through an image processor.
-
-A video is its decoded frames; files are not decoded here.  `media` makes each frame ready, `encoders.grids` is what an encoder
-of images does with the result, and processors of transformers that take whole videos get these as they are.
-"""
+"""Videos as decoded frames: checked, sampled by a stated formula, run through image processors; see `video_processors`."""
 
 import inspect
 import math
@@ -27,66 +23,30 @@ def sampled_frames(
 ) -> list[int]:
     """Which frames of a video are kept: of `total` frames the ``floor(i * total / n)``-th, for ``i`` from 0 to ``n - 1``.
 
-    `n` is `num_frames`, or ``max(1, floor(total * fps / source_fps))``, or `total` where neither is given.  These are the
-    first frames of `n` stretches of equal length, which is how the video processors of transformers sample by default.
-
-    Args:
-        total: frames of the video.
-        where: modality and item, for messages.
-        num_frames: how many to keep.
-        fps: how many to keep of each second.
-        source_fps: how many the video has in each second.
-
-    Raises:
-        ValueError: both ways of sampling at once, `fps` without `source_fps`, a number that is not positive, or more frames
-            than the video has.
+    `n` is `num_frames`, or ``max(1, floor(total * fps / source_fps))`` with rates in frames per second, or `total`.  These
+    are the first frames of `n` stretches of equal length, as the video processors of transformers sample by default.
 
     >>> sampled_frames(10, "film", num_frames=4)
     [0, 2, 5, 7]
     """
     if num_frames is not None and fps is not None:
-        raise ValueError(
-            f"{where}: num_frames={num_frames!r} and fps={fps!r} are two ways of sampling, give one of them."
-        )
-    if num_frames is not None:
-        check_count(num_frames, f"{where}: num_frames")
-    count = total if num_frames is None else num_frames
+        raise ValueError(f"{where}: {num_frames=} and {fps=} are two ways of sampling, give one.")
+    count = total if num_frames is None else check_count(num_frames, f"{where}: num_frames")
     if fps is not None:
         if source_fps is None:
-            raise ValueError(
-                f"{where}: fps={fps!r} needs the video's own rate: pass source_fps=, or the item as "
-                "{'video': frames, 'fps': rate}."
-            )
+            remedy = "pass source_fps=, or the item as {'video': frames, 'fps': rate}."
+            raise ValueError(f"{where}: {fps=} needs the video's own rate: {remedy}")
         if not all(math.isfinite(rate) and rate > 0 for rate in (fps, source_fps)):
-            raise ValueError(
-                f"{where}: frames per second must be positive, got fps={fps!r}, source_fps={source_fps!r}."
-            )
+            raise ValueError(f"{where}: frames per second must be positive, got {fps=}, {source_fps=}.")
         count = max(1, math.floor(total * fps / source_fps))
     if count > total:
-        raise ValueError(
-            f"{where}: {count} frames were asked for, but the video has {total}: ask for fewer, or repeat frames yourself."
-        )
+        remedy = "ask for fewer, or repeat frames yourself."
+        raise ValueError(f"{where}: {count} frames were asked for, but the video has {total}: {remedy}")
     return [i * total // count for i in range(count)]
 
 
-def ready_video(
-    item: Any, where: str, channels: int, rescaled: bool, sampling: Mapping[str, Any] | None = None
-) -> list[Any]:
-    """The sampled frames of a video, each as `media.ready_image` makes it.
-
-    Args:
-        item: ``(frames, height, width, 3)`` or ``(frames, 3, height, width)`` array or tensor, a list of frames (PIL images,
-            arrays, tensors, of one size), or a dict with those under ``"video"`` and the frames per second as ``"fps"``.
-        where: modality and item, for messages.
-        channels: how many the encoder takes.
-        rescaled: whether float values are left as they are (``do_rescale=False``).
-        sampling: `num_frames`, `fps` and `source_fps`, see `sampled_frames`.
-
-    Raises:
-        ValueError: no frames, frames of different sizes, more than `limits.MAX_VIDEO_FRAMES` after sampling, and what
-            `sampled_frames` and `media.ready_image` refuse.
-        TypeError: no video.
-    """
+def ready_video(item: Any, where: str, channels: int, rescaled: bool, sampling: Mapping | None = None) -> list[Any]:
+    """The frames of an `opened_video`, sampled as in `sampled_frames`, each as `ready_frames` makes it."""
     options = dict(sampling or {})
     frames, options["source_fps"] = opened_video(item, where, options.get("source_fps"))
     return ready_frames(frames, sampled_frames(len(frames), where, **options), where, channels, rescaled)
@@ -95,93 +55,58 @@ def ready_video(
 def opened_video(item: Any, where: str, source_fps: float | None = None) -> tuple[Sequence[Any], float | None]:
     """A video's frames and its frames per second: those that the item tells, else `source_fps`.
 
-    Raises:
-        ValueError, TypeError: no video, see `ready_video`.
+    It may be an array or tensor ``(frames, height, width, 3)`` or ``(frames, 3, height, width)``, a list of frames (PIL
+    images, arrays, tensors, of one size), or a dict with those under ``"video"`` and the frames per second as ``"fps"``.
     """
-    if isinstance(item, Mapping):
-        rate = item.get("fps")
-        source_fps = source_fps if rate is None else rate
-        item = held(item, ("video", "frames", "videos", "array"))
+    source_fps = held(item, ("fps",), otherwise=source_fps) if isinstance(item, Mapping) else source_fps
+    item = held(item, ("video", "frames", "videos", "array"))
     if is_file(item):
-        raise TypeError(
-            f"{where}: expected the frames of a video, got a file: decode it first, for instance by "
-            "transformers.video_utils.load_video, and pass the array of frames."
-        )
-    return _frames(item, where), source_fps
-
-
-def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channels: int, rescaled: bool) -> list[Any]:
-    """The frames with the numbers `kept`, each as `media.ready_image` makes it.
-
-    Raises:
-        ValueError: more than `limits.MAX_VIDEO_FRAMES`, frames of different sizes, what `media.ready_image` refuses.
-    """
-    check(len(kept), "MAX_VIDEO_FRAMES", f"{where}: sample fewer by num_frames=; the number of frames is")
-    # Only the frames that are kept are converted.
-    ready = [ready_image(frames[i], f"{where}, frame {i}", channels, rescaled) for i in kept]
-    sizes = [_size(frame) for frame in ready]
-    for i, size in zip(kept, sizes, strict=True):
-        if size != sizes[0]:
-            raise ValueError(
-                f"{where}: frame {i} has the size {size}, frame {kept[0]} has {sizes[0]}: the frames of a video have one "
-                "size, resize them first."
-            )
-    return ready
-
-
-def _frames(item: Any, where: str) -> Sequence[Any]:
-    if isinstance(item, Image.Image) or getattr(item, "ndim", None) in (2, 3):
+        remedy = "decode it first, for instance by transformers.video_utils.load_video, and pass the array of frames."
+        raise TypeError(f"{where}: expected the frames of a video, got a file: {remedy}")
+    rank = 3 if isinstance(item, Image.Image) else getattr(item, "ndim", None)
+    if rank not in (None, 4):
         shape = item.size if isinstance(item, Image.Image) else tuple(item.shape)
-        raise ValueError(
-            f"{where}: expected the frames of a video, (frames, height, width, 3), got one image of shape {tuple(shape)}: "
-            "pass [image] for a video of one frame."
-        )
-    if hasattr(item, "ndim"):
-        if item.ndim != 4:
-            raise ValueError(
-                f"{where}: expected (frames, height, width, 3) or (frames, 3, height, width), got the shape "
-                f"{tuple(item.shape)}: pass several videos as a list."
-            )
-    elif not isinstance(item, (list, tuple)):
+        one = rank in (2, 3)
+        got = f"got {'one image of' if one else 'the'} shape {shape}"
+        remedy = "pass [image] for a video of one frame" if one else "pass several videos as a list"
+        expected = "(frames, height, width, 3) or (frames, 3, height, width)"
+        raise ValueError(f"{where}: expected {expected}, {got}: {remedy}.")
+    if rank is None and not isinstance(item, (list, tuple)):
         raise TypeError(f"{where}: expected the frames of a video (array, tensor, list), got {type(item).__name__}.")
     if len(item) == 0:
         raise ValueError(f"{where}: the video has 0 frames, expected at least one.")
-    return item
+    return item, source_fps
 
 
-def _size(frame: Any) -> tuple[int, ...]:
-    return (frame.height, frame.width) if isinstance(frame, Image.Image) else tuple(frame.shape)
+def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channels: int, rescaled: bool) -> list[Any]:
+    """The frames with the numbers `kept`, each as `media.ready_image` makes it (ValueError: too many, or of several sizes)."""
+    check(len(kept), "MAX_VIDEO_FRAMES", f"{where}: sample fewer by num_frames=; the number of frames is")
+    # Only the frames that are kept are converted.
+    ready = [ready_image(frames[i], f"{where}, frame {i}", channels, rescaled) for i in kept]
+    sizes = [(one.height, one.width) if isinstance(one, Image.Image) else tuple(one.shape) for one in ready]
+    for i, size in zip(kept, sizes, strict=True):
+        if size != sizes[0]:
+            remedy = "the frames of a video have one size, resize them first."
+            raise ValueError(f"{where}: frame {i} has the size {size}, frame {kept[0]} has {sizes[0]}: {remedy}")
+    return ready
 
 
 def run_on_frames(
     processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
 ) -> dict[str, torch.Tensor]:
-    """Process videos by an image processor, frame by frame.
+    """Process videos, see `opened_video`, by an image processor, frame by frame.
 
-    Args:
-        processor: an image processor; its attributes `num_frames` and `fps`, where it has them, are the defaults.
-        name: the modality, for messages.
-        items: videos, see `ready_video`.
-        options: `num_frames`, `fps`, `source_fps`, and arguments of the processor's call.
-        encoder_config: of the encoder; `num_frames` in it is the number that it takes.
-        channels: how many the encoder takes.
-
-    Returns:
-        each tensor of the processor as ``(videos, most frames, ...)``, shorter videos filled up with zeros, and
-        `frame_mask` ``(videos, most frames)``, True where a frame is one.
-
-    Raises:
-        ValueError: what `ready_video` refuses, another number of frames than the encoder takes, a processor that packs
-            patches or makes frames of different sizes.
+    Options are `num_frames`, `fps`, `source_fps`, by default as the processor is set, and arguments of the processor's call.
+    Each tensor of the processor is given as ``(videos, most frames, ...)``, shorter videos filled up with zeros, and
+    `frame_mask` ``(videos, most frames)``, True where a frame is one.
     """
     options = dict(options)
     sampling = {key: options.pop(key, None) for key in SAMPLING}
     if sampling["num_frames"] is None and sampling["fps"] is None:  # then by the processor's settings
         sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
-    rescaled = keeps_scale(processor, options)
     videos = []
     for i, item in enumerate(items):
-        frames = ready_video(item, f"{name}, item {i}", channels, rescaled, sampling)
+        frames = ready_video(item, f"{name}, item {i}", channels, keeps_scale(processor, options), sampling)
         check_frame_count(len(frames), encoder_config, name, i)
         videos.append(_processed(processor, name, frames, options))
     return joined_videos(videos, name)
@@ -191,10 +116,10 @@ def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
     """Refuse another number of frames than the encoder of a configuration takes (ValueError with both numbers)."""
     expected = None if encoder_type(config).any_number_of_frames else getattr(config, "num_frames", None)
     if isinstance(expected, int) and 0 < expected != count:
-        raise ValueError(
-            f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: pass {name}_kwargs="
-            f"{{'num_frames': {expected}}}, or set num_frames on its processor; repeat frames of shorter videos."
+        remedy = (
+            f"pass {name}_kwargs={{'num_frames': {expected}}}, or set its processor so; repeat frames of short videos."
         )
+        raise ValueError(f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: {remedy}")
 
 
 def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -203,12 +128,11 @@ def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, 
     whole = "videos" in inspect.signature(processor.preprocess).parameters
     output = processor([frames] if whole else frames, return_tensors="pt", **options)
     if packed := [key for key in output if key.endswith(PATCH_GRIDS)]:
-        raise ValueError(
-            f"{name}: {type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video: "
-            "give the encoder's video processor (it needs torchvision: pip install torchvision)."
-        )
-    tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
-    tensors = {key: value[0] if whole else value for key, value in tensors.items()}  # (1, frames, ...) -> (frames, ...)
+        packs = f"{type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video"
+        remedy = "give the encoder's video processor (it needs torchvision: pip install torchvision)."
+        raise ValueError(f"{name}: {packs}: {remedy}")
+    # (1, frames, ...) -> (frames, ...)
+    tensors = {k: v[0] if whole else v for k, v in output.items() if isinstance(v, torch.Tensor)}
     if not tensors or any(len(value) != len(frames) for value in tensors.values()):
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
         raise ValueError(f"{name}: {type(processor).__name__} gave {shapes} for {len(frames)} frames.")
@@ -216,37 +140,22 @@ def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, 
 
 
 def joined_videos(videos: list[dict[str, torch.Tensor]], name: str) -> dict[str, torch.Tensor]:
-    """Tensors of single videos, ``(frames, ...)`` each, as `run_on_frames` returns them.
-
-    Raises:
-        ValueError: frames of different sizes.
-    """
+    """Tensors of single videos, ``(frames, ...)`` each, as `run_on_frames` returns them (ValueError: of several sizes)."""
     counts = [len(next(iter(video.values()))) for video in videos]
     found = {}
     for key in videos[0]:
         rows = [video[key] for video in videos]
         for i, row in enumerate(rows):
             if row.shape[1:] != rows[0].shape[1:]:
-                raise ValueError(
-                    f"{name}: the frames of item {i} become {tuple(row.shape[1:])} and those of item 0 "
-                    f"{tuple(rows[0].shape[1:])}: videos of one call must come out of their processor in one size."
-                )
+                sizes = f"the frames of item {i} become {tuple(row.shape[1:])} and those of item 0 {tuple(rows[0].shape[1:])}"
+                raise ValueError(f"{name}: {sizes}: videos of one call must come out of their processor in one size.")
         found[key] = pad_sequence(rows, batch_first=True)  # (videos, most frames, ...)
     mask = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]  # (videos, most frames)
     return found | {FRAME_MASK: mask}
 
 
 def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[str], str | None]) -> dict[str, Any]:
-    """A video's tensors under the names that its encoder takes.
-
-    Args:
-        output: of the modality's processor.
-        name: the modality, for messages.
-        keyword: under which keyword the encoder takes an input of that name, None if it takes none.
-
-    Raises:
-        ValueError: videos of different numbers of frames, for an encoder that cannot be told which are padding.
-    """
+    """A video's tensors under the names that its encoder takes; `keyword` gives the one for an input of a name, or None."""
     found = dict(output)
     # Processors and encoders of videos do not agree on one of two names.
     for emitted, taken in (("pixel_values", "pixel_values_videos"), ("pixel_values_videos", "pixel_values")):
@@ -256,18 +165,16 @@ def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[s
     if FRAME_MASK in found and keyword(FRAME_MASK) is None:
         counts = found.pop(FRAME_MASK).sum(-1).tolist()
         if len(set(counts)) > 1:
-            raise ValueError(
-                f"{name}: the videos have {counts} frames, but this encoder takes one number of frames in a call: pass "
-                f"{name}_kwargs={{'num_frames': ...}}."
-            )
+            taken = f"one number of frames in a call: pass {name}_kwargs={{'num_frames': ...}}."
+            raise ValueError(f"{name}: the videos have {counts} frames, but this encoder takes {taken}")
     return found
 
 
 def video_processor_missing(source: str | os.PathLike, error: Exception) -> ValueError:
     """What to say where the only processor beside an encoder is a video processor that cannot be loaded."""
     cause = " ".join(str(error).split())
+    remedy = "pass an image processor, which is run frame by frame: {'model': ..., 'processor': image_processor}."
     return ValueError(
         f"The video processor of {source} cannot be loaded ({cause:.200}). Video processors of transformers need torchvision "
-        "(pip install torchvision); or pass an image processor, which is run frame by frame: "
-        "{'model': ..., 'processor': image_processor}."
+        f"(pip install torchvision); or {remedy}"
     )

@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE
 from cornstarch_hf.processing.conversations import render as render_template
-from cornstarch_hf.processing.template_sandbox import _METHODS, REFUSED_FILTERS, environment, plain
+from cornstarch_hf.processing.template_sandbox import _METHODS, REFUSED_FILTERS, BoundedEnvironment, plain
 
 MESSAGES = [
     {"role": "system", "content": "be brief"},
@@ -106,9 +106,9 @@ def test_filters_are_those_of_transformers_but_for_the_refused_ones():
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     theirs = _compile_jinja_template("").environment
-    mine = {name for name in environment().filters if not name.startswith("_")}
+    mine = {name for name in BoundedEnvironment().filters if not name.startswith("_")}
     assert set(theirs.filters) - mine == set(REFUSED_FILTERS)
-    assert set(theirs.tests) == set(environment().tests)
+    assert set(theirs.tests) == set(BoundedEnvironment().tests)
 
 
 def test_threads_mark_what_the_assistant_wrote_each_for_itself():
@@ -119,7 +119,7 @@ def test_threads_mark_what_the_assistant_wrote_each_for_itself():
         found.append(render_template([{"role": "assistant", "content": content}], template, mark_assistant=True))
 
     blocks, spans = [], []
-    with environment().activate_tracker(blocks, spans):  # this thread is just rendering
+    with BoundedEnvironment().activate_tracker(blocks, spans):  # this thread is just rendering
         worker = threading.Thread(target=render, args=("yes",))
         worker.start()
         worker.join()
