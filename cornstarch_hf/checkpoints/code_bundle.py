@@ -17,22 +17,15 @@ from typing import Any, NamedTuple
 
 from transformers import BaseVideoProcessor, FeatureExtractionMixin
 
-from ..parts.classes import CODE_ENTRY, language_model_class, resolve_class
+from ..parts.classes import CODE_ENTRY, carries_code, language_model_class, resolve_class
 from ..parts.known_encoders import ENCODER_TYPES, EncoderType, registered_facts
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
-from .code_folder import SIDES, own_modules, read_entry, write_code
-from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_stem, top_calls
+from .code_folder import CLASSES, SIDES, own_modules, read_entry, write_code
+from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_module_of, own_stem, top_calls
 
 # They import all that each checkpoint needs.
 ROOTS = ("modeling_multimodal", "processing_multimodal", "projectors_projector")
 NEEDS = frozenset().union(*THIN.values(), *OPTIONAL.values())  # all words by which a checkpoint asks for more than that
-_HOMES = {
-    "MultimodalConfig": "configuration_multimodal",
-    "MultimodalProjectorConfig": "configuration_projector",
-    "MultimodalModel": "modeling_multimodal",
-    "MultimodalProcessor": "processing_multimodal",
-    "MultimodalProjector": "projectors_projector",
-}
 _REGISTER = {
     "callbacks": "register_callback",
     "projectors": "register_projector",
@@ -51,25 +44,17 @@ class Part(NamedTuple):
 
 
 def export_code(
-    folder: Any,
-    side: str,
-    owner: Any,
-    target: Any,
-    *,
-    include_code: bool | None = None,
-    others: Iterable[Any] = (),
-    references: bool = False,
+    folder: Any, side: str, owner: Any, target: Any, include_code: bool | None, others: Iterable[Any], references: bool
 ) -> set[str]:
     """Write the code files of a saved model, processor or projector, and name them in its ``auto_map``.
 
     Args:
-        folder: where its configuration has been written already.
+        folder, target: where its configuration is written, and where all this shall lie in the end; that may hold the other
+            side of the checkpoint with its code.
         side: ``"model"``, ``"processor"`` or ``"projector"``.
         owner: what was saved; its `config` names the parts.
-        target: where all this shall lie in the end; may hold the other side of the checkpoint with its code.
         include_code: True carries this package's modules and the files that define the user's parts.  False, and None
-            for what was not loaded from a checkpoint with code, writes one small file that asks for this package:
-            code that is frozen into a checkpoint gets no fixes and asks each reader to trust it.
+            for what was not loaded from a checkpoint with code, writes one small file that asks for this package.
         others: further objects whose classes the user may have defined (processors of single modalities).
         references: whether the checkpoint refers to other repositories for its weights.
 
@@ -82,68 +67,58 @@ def export_code(
     """
     folder, target, others = Path(folder), Path(target), list(others)
     classes = dict(SIDES[side][1])
-    if not (include_code or (include_code is None and _has_code(owner))):
+    if include_code is None:  # as this was loaded: it runs from a checkpoint's code, or its configuration says so
+        include_code = any(carries_code(getattr(each, "auto_map", None)) for each in (owner, owner.config))
+    if not include_code:
         return write_code(folder, target, side, None, classes)
-    parts = [*parts_of(owner.config, side), *(_class_part(type(other)) for other in (owner, *others))]
-    needs = needs_of(owner.config, side, others) | ({"references"} if references else set())
+    parts = [*_parts_of(owner.config, side), *(_class_part(type(other)) for other in (owner, *others))]
+    needs = _needs_of(owner.config, side, others) | ({"references"} if references else set())
     # Both sides share the code's folder: what the other one needs is kept.
     sides = {name: found for name, found in read_entry(target).get("sides", {}).items() if name != side}
-    needed = needs.union(*(found.get("needs", ()) for found in sides.values()))
-    carried = _collect(parts, needed)
-    texts = _entry_texts(target, sides | {side: _side(carried, needs)}, side, carried)
+    carried = _collect(parts, needs.union(*(found.get("needs", ()) for found in sides.values())))
+    sides[side] = _side(carried, needs)
+    texts = carried.files.own | carried.files.users
+    for stem in {stem for found in sides.values() for stem in found["files"]} - set(texts):
+        if (path := target / f"{stem}.py").is_file():
+            texts[stem] = path.read_text(encoding="utf-8")
+    texts[CODE_ENTRY] = _entry_text({"package": sorted(carried.files.own), "sides": dict(sorted(sides.items()))})
     if _is_users(_class_part(type(owner))):  # then Auto classes shall give the user's own subclass
         classes |= {key: type(owner).__name__ for key in classes if key != "AutoConfig"}
     return write_code(folder, target, side, texts, classes)
 
 
-def needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
+def _needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
     """What a checkpoint names and not each one does, by the words of `users_code.THIN`."""
     if side == "projector":
         return {config.projection_type} & NEEDS
     needs = {getattr(config, f"{name}_projector_config").projection_type for name in config.encoders}
     needs |= {config.modality(name)["kind"] for name in config.encoders} & {"audio", "video"}
-    for other in others:
-        own = own_stem(_file_of(type(other))) == "processing_own_processors"
-        needs |= {"own processors"} if own else set()
-        needs |= {"video"} if isinstance(other, BaseVideoProcessor) else set()
-        needs |= {"audio"} if isinstance(other, FeatureExtractionMixin) else set()
+    needs |= {"video" for other in others if isinstance(other, BaseVideoProcessor)}
+    needs |= {"audio" for other in others if isinstance(other, FeatureExtractionMixin)}
+    needs |= {"own processors" for each in others if own_stem(_file_of(type(each))) == "processing_own_processors"}
     return (needs | ({"adapters"} if config.adapters else set())) & NEEDS
-
-
-def _has_code(owner: Any) -> bool:
-    """Whether this was loaded from a checkpoint with code: it runs from there, or its configuration says so."""
-    maps = [getattr(owner, "auto_map", None), getattr(owner.config, "auto_map", None)]
-    # "user/name--entry.Class" of a repository, "entry.Class" of a folder
-    named = {str(ref).rpartition("--")[2].partition(".")[0] for m in maps if isinstance(m, dict) for ref in m.values()}
-    return CODE_ENTRY in named
 
 
 # ---- what a checkpoint names
 
 
-def parts_of(config: Any, side: str) -> list[Part]:
-    """Classes, callbacks, projections and counts that a configuration names, as they are known now.
-
-    Raises:
-        ValueError: a name that is not known.
-    """
-    if side == "projector":
-        return _projection_part(config)
-    found: list[Part] = []
-    for name in config.encoders:
+def _parts_of(config: Any, side: str) -> list[Part]:
+    """Classes, callbacks, projections and counts that a configuration names (ValueError for a name that is not known)."""
+    encoders = () if side == "projector" else config.encoders
+    projectors = [config] if side == "projector" else [getattr(config, f"{n}_projector_config") for n in encoders]
+    types = [projector.projection_type for projector in projectors if projector.projection_type in PROJECTORS]
+    found = [Part("projectors", name, PROJECTORS[name]) for name in types]
+    for name in encoders:
         encoder_config, entry = getattr(config, f"{name}_config"), config.modality(name)
         encoder_class = resolve_class(entry["encoder_class"], encoder_config, name)
         found += [_class_part(type(encoder_config)), _class_part(encoder_class)]
-        found += _projection_part(getattr(config, f"{name}_projector_config"))
-        for described in entry["callbacks"].values():
-            callback = CALLBACKS[described["name"]]
-            found.append(Part("callbacks", described["name"], callback.target, callback.feature_count))
+        found += [Part("callbacks", each["name"], *CALLBACKS[each["name"]]) for each in entry["callbacks"].values()]
         keys = [key for key in (name, encoder_config.model_type) if key in FEATURE_COUNTS]
         found += [Part("counts", key, FEATURE_COUNTS[key]) for key in keys]
         for model_type in registered_facts([encoder_config]) or ():
             row = ENCODER_TYPES[model_type]
             found += [Part("encoder_types", model_type, target) for target in (row, *row.functions)]
-    if (text := config.text_config) is not None:
+    if (text := getattr(config, "text_config", None)) is not None:
         cls: Any = language_model_class(text)
         if config.language_model_class is not None:
             cls = resolve_class(config.language_model_class, text, "language_model")
@@ -153,11 +128,6 @@ def parts_of(config: Any, side: str) -> list[Part]:
 
 def _class_part(cls: type) -> Part:
     return Part("classes", cls.__name__, cls)
-
-
-def _projection_part(config: Any) -> list[Part]:
-    name = config.projection_type
-    return [Part("projectors", name, PROJECTORS[name])] if name in PROJECTORS else []
 
 
 def _definition(target: Any) -> Any:
@@ -173,9 +143,8 @@ def _file_of(target: Any) -> Path:
 def _is_users(part: Part) -> bool:
     """Whether somebody other than the libraries defined this."""
     module = getattr(_definition(part.target), "__module__", None) or ""
-    if module.split(".")[0] in ("transformers", "torch", "builtins"):
-        return False
-    return own_stem(_file_of(part.target)) not in _package_stems()
+    library = module.split(".")[0] in ("transformers", "torch", "builtins")
+    return not library and own_stem(_file_of(part.target)) not in _package_stems()
 
 
 @functools.cache
@@ -189,19 +158,21 @@ def _package_stems() -> frozenset[str]:
 class _Carried(NamedTuple):
     files: CodeFiles
     parts: list[Part]  # the user's
-    homes: dict[int, str]  # position of a part -> stem of its file
+    homes: dict[str, str]  # class -> stem of its file
     packages: list[str]  # installed modules that must be imported, for classes that they define
     rows: dict[str, EncoderType]  # of users' encoder types
 
 
 def _collect(parts: list[Part], needs: Collection[str]) -> _Carried:
     modules = [name for name in sorted(needs) if name in own_modules()]  # that files of the other side import
-    files, homes, packages = CodeFiles((*ROOTS, *modules), needs), {}, set()
+    files, packages = CodeFiles((*ROOTS, *modules), needs), set()
+    homes: dict[str, str] = {}
     users = [part for part in dict.fromkeys(parts) if _is_users(part)]
-    for i, part in enumerate(users):
+    for part in users:
         path = _checked_file(part)
         if not is_installed(path):
-            homes[i] = files.add_file(path, f"it defines {part.name!r}")
+            stem = files.add_file(path, f"it defines {part.name!r}")
+            homes |= {part.name: stem} if part.kind == "classes" else {}
         elif part.kind == "classes":
             # Its readers install the package too: the entry imports it, so that its classes are known.
             packages.add(part.target.__module__)
@@ -216,9 +187,9 @@ def _collect(parts: list[Part], needs: Collection[str]) -> _Carried:
 
 
 def _checked_file(part: Part) -> Path:
-    target = _definition(part.target)
+    """The file that defines a part (ValueError where a checkpoint cannot carry it from there)."""
+    target, path = _definition(part.target), _file_of(part.target)
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", repr(target))
-    path = _file_of(target)
     in_main = module in (None, "__main__") or not path.is_file()
     if in_main or ("<locals>" in name and part.kind == "classes"):
         where = f"inside a function ({name})" if not in_main else "in a notebook or in the script that is running"
@@ -229,54 +200,30 @@ def _checked_file(part: Part) -> Path:
     return path
 
 
-def _registered_in(text: str) -> set[tuple[str, str]]:
-    """What a file registers by a name written out, as (function, name)."""
-    calls = [call for call in top_calls(ast.parse(text)) if called_name(call) in _REGISTER.values() and call.args]
-    return {(called_name(c), c.args[0].value) for c in calls if isinstance(c.args[0], ast.Constant)}
-
-
 # ---- the entry
-
-
-def _entry_texts(target: Path, sides: dict[str, Any], side: str, carried: _Carried) -> dict[str, str]:
-    """All files by stem, the entry among them; what the other side of the checkpoint brought along stays in it."""
-    texts = dict(carried.files.texts)
-    others = [stem for name, found in sides.items() if name != side for stem in found["files"]]
-    for stem in set(others) - set(texts):
-        if (path := target / f"{stem}.py").is_file():
-            texts[stem] = path.read_text(encoding="utf-8")
-    carries = {"package": sorted(carried.files.own), "sides": dict(sorted(sides.items()))}
-    return texts | {CODE_ENTRY: _entry_text(carries)}
 
 
 def _side(carried: _Carried, needs: Collection[str]) -> dict[str, Any]:
     """What one side of a checkpoint needs, as the entry lists it: plain data."""
-    known = set().union(*(_registered_in(text) for text in carried.files.users.values()), set())
-    side: dict[str, Any] = {"files": sorted(carried.files.users), "packages": carried.packages, "registrations": []}
-    side["needs"] = sorted({*needs, *carried.files.added})
-    side |= {kind: [] for kind in ("classes", "callbacks", "projectors", "counts")}
-    side["encoder_types"] = sorted(carried.rows)
+    calls = [call for text in carried.files.users.values() for call in top_calls(ast.parse(text)) if call.args]
+    # What files register by a name written out, when they are imported, as (function, name).
+    registered = {(called_name(c), c.args[0].value) for c in calls if isinstance(c.args[0], ast.Constant)}
+    side: dict[str, Any] = {kind: [] for kind in ("classes", *_REGISTER, "registrations")}
+    side |= {"encoder_types": sorted(carried.rows), "homes": carried.homes, "packages": carried.packages}
     side["rows"] = {}  # facts as Python writes them, functions as [file, name]
     for name, row in carried.rows.items():
-        if (_REGISTER["encoder_types"], name) not in known:  # else the file registers it when it is imported
+        if (_REGISTER["encoder_types"], name) not in registered:
             facts, part = {fact: getattr(row, fact) for fact in row.facts}, Part("encoder_types", name, row)
             side["rows"][name] = {k: _place(part, v, carried) if callable(v) else repr(v) for k, v in facts.items()}
-    for i, part in enumerate(carried.parts):
-        if part.kind == "encoder_types":
-            continue
-        side[part.kind].append(part.name)
-        if part.kind == "classes":
-            if i in carried.homes:
-                side.setdefault("homes", {})[part.name] = carried.homes[i]
-        elif (_REGISTER[part.kind], part.name) not in known:
-            side["registrations"].append(_registration(part, carried))
-    return side
-
-
-def _registration(part: Part, carried: _Carried) -> list:
-    """``[function, name, file, target, file of the count, count]`` for what no carried file registers itself."""
-    pairs = [[None, None] if t is None else _place(part, t, carried) for t in (part.target, part.count)]
-    return [_REGISTER[part.kind], part.name, *pairs[0], *pairs[1]]
+    for part in carried.parts:
+        if part.kind != "encoder_types":
+            side[part.kind].append(part.name)
+        if part.kind in ("callbacks", "projectors", "counts") and (_REGISTER[part.kind], part.name) not in registered:
+            # [function, name, file, target, file of the count, count]
+            places = [[None, None] if t is None else _place(part, t, carried) for t in (part.target, part.count)]
+            side["registrations"].append([_REGISTER[part.kind], part.name, *places[0], *places[1]])
+    # Last, for places may have asked for further files.
+    return side | {"files": sorted(carried.files.users), "needs": sorted({*needs, *carried.files.added})}
 
 
 def _place(part: Part, target: Any, carried: _Carried) -> list:
@@ -308,9 +255,7 @@ def _entry_text(carries: dict[str, Any]) -> str:
     """The text of the entry: imports of all that is not imported by something else, what it carries, registrations."""
     sides = carries["sides"].values()
     imports = [f"import {package}" for package in sorted({name for side in sides for name in side["packages"]})]
-    imports += [f"from .{home} import {name}" for name, home in sorted(_HOMES.items())]
-    imports += ["from .parts_registries import register_callback, register_feature_count, register_projector"]
-    imports += ["from .parts_known_encoders import register_encoder_type"]
+    imports += [f"from .{own_module_of(name)} import {name}" for name in (*CLASSES, *_REGISTER.values())]
     for stem in sorted(set(carries["package"]) - _package_stems()):  # what not every checkpoint needs
         # transformers copies only files that it finds in lines of the form `from .x import y`.
         imports.append(f"from .{stem} import __name__ as _{stem}")

@@ -20,19 +20,15 @@ HERE = Path(__file__).resolve().parents[__name__.removeprefix(f"{ROOT}.").count(
 # A checkpoint carries these under the names of the files that they stand for; the package itself never imports them.
 THIN_FOLDER = HERE / "checkpoints" / "thin"
 SHIM = "load_with_cornstarch_hf"  # stands for the code that is left out, and says what to install
-MODEL_MAP = {
-    "AutoConfig": "MultimodalConfig",
-    "AutoModel": "MultimodalModel",
-    "AutoModelForCausalLM": "MultimodalModel",
-    "AutoModelForImageTextToText": "MultimodalModel",
-    "AutoModelForMultimodalLM": "MultimodalModel",
-}
+_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+MODEL_MAP = {"AutoConfig": "MultimodalConfig", **dict.fromkeys(_MODELS, "MultimodalModel")}
 # Side of a checkpoint -> the file that names its classes, and the Auto classes that load it.
 SIDES: dict[str, tuple[str, dict[str, str]]] = {
     "model": (CONFIG, MODEL_MAP),
     "processor": (PROCESSOR, {"AutoProcessor": "MultimodalProcessor"}),
     "projector": (CONFIG, {"AutoConfig": "MultimodalProjectorConfig", "AutoModel": "MultimodalProjector"}),
 }
+CLASSES = sorted({name for _, classes in SIDES.values() for name in classes.values()})
 
 
 @functools.cache
@@ -45,9 +41,7 @@ def own_modules() -> dict[str, str]:
 
 def needs_package(what: str) -> ImportError:
     """The error of a thin file whose whole one is asked for."""
-    return ImportError(
-        f"{what} is not among the code that this checkpoint carries: pip install cornstarch_hf, and import it."
-    )
+    return ImportError(f"{what} is not among the code of this checkpoint: pip install cornstarch_hf, and import it.")
 
 
 def read_entry(folder: str | os.PathLike) -> dict:
@@ -56,23 +50,20 @@ def read_entry(folder: str | os.PathLike) -> dict:
     if not path.is_file():
         return {}
     # Parsed and not run: nobody has said yet that it can be trusted.
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CARRIES":
-            found = ast.literal_eval(node.value)
-            if not isinstance(found, dict) or "sides" not in found:
-                return {}
-            users = {stem for side in found["sides"].values() for stem in side["files"]}
-            return found | {"files": sorted({CODE_ENTRY, *found["package"], *users})}
-    return {}
+    assigned = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)]
+    values = [ast.literal_eval(node.value) for node in assigned if getattr(node.targets[0], "id", "") == "CARRIES"]
+    if not values or not isinstance(values[0], dict) or "sides" not in values[0]:
+        return {}
+    users = {stem for side in values[0]["sides"].values() for stem in side["files"]}
+    return values[0] | {"files": sorted({CODE_ENTRY, *values[0]["package"], *users})}
 
 
 def write_code(
     folder: Path, target: Path, side: str, texts: Mapping[str, str] | None, classes: Mapping[str, str]
 ) -> set[str]:
-    """Write code files beside a saved configuration, and name them in its ``auto_map``.
+    """Write code files beside a saved configuration in `folder`, and name them in its ``auto_map``.
 
     Args:
-        folder: where the configuration has been written already.
         target: where all this shall lie in the end; may hold the other side of the checkpoint with its code.
         side: a key of `SIDES`.
         texts: of the files by their names, the entry among them; None for the small file that asks for the package.
@@ -88,14 +79,14 @@ def write_code(
         values["auto_map"] = {key: f"{entry}.{name}" for key, name in classes.items()}
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # The other side of the checkpoint may still name what this one needs no more.
-    others_need = {_entry_named_in(target / name) for name, _ in SIDES.values() if name != file}
-    old = read_entry(target).get("files", ())
-    surplus = set(old) - set(texts) if CODE_ENTRY in texts or CODE_ENTRY not in others_need else set()
-    if CODE_ENTRY in texts and SHIM not in others_need:
-        surplus.add(SHIM)
+    others = [target / name for name, _ in SIDES.values() if name != file and (target / name).is_file()]
+    maps = [json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {} for path in others]
+    others_need = {str(reference).partition(".")[0] for found in maps for reference in found.values()} - {entry}
+    old = {CODE_ENTRY: read_entry(target).get("files", []), SHIM: [SHIM]}
+    surplus = {stem for key, stems in old.items() if key not in others_need for stem in stems}
     for stem, text in texts.items():
         (folder / f"{stem}.py").write_text(text, encoding="utf-8")
-    return {f"{stem}.py" for stem in surplus}
+    return {f"{stem}.py" for stem in surplus - set(texts)}
 
 
 _SHIM_TEXT = f'''"""This checkpoint was saved without its code: it is loaded by the package cornstarch_hf.
@@ -105,12 +96,5 @@ _SHIM_TEXT = f'''"""This checkpoint was saved without its code: it is loaded by 
 and `import cornstarch_hf` first; then `trust_remote_code` is not needed.
 """
 
-from {PACKAGE} import {", ".join(sorted({name for _, found in SIDES.values() for name in found.values()}))}  # noqa: F401
+from {PACKAGE} import {", ".join(CLASSES)}  # noqa: F401
 '''
-
-
-def _entry_named_in(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
-    return next((str(ref).partition(".")[0] for ref in found.values()), None)  # all entries name one file

@@ -4,12 +4,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import hub
+
+from ..parts.classes import names_repository
 
 CONFIG, GENERATION, PROCESSOR = "config.json", "generation_config.json", "processor_config.json"
 ADAPTERS = "adapter_config.json"
@@ -19,12 +21,13 @@ TEMPLATES = frozenset(["chat_template.jinja", "chat_template.json"])  # an old o
 # JSON files that a load may read, looked at before.
 DESCRIPTIONS = (CONFIG, GENERATION, PROCESSOR, "preprocessor_config.json", "tokenizer_config.json", ADAPTERS)
 SHARD_OF_MODEL = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-ANY_WEIGHTS = re.compile(r".*\.safetensors(\.index(\.\w+)?\.json)?")
 # Of `from_pretrained`: where on the Hub files lie, and where in a repository or a folder.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 PLACES = (*HUB_OPTIONS, "subfolder")
 # What `save_pretrained` takes for a push, as in transformers.
 HUB_ARGUMENTS = ("repo_id", "private", "revision", "create_pr", "commit_message", "commit_description", "tags", "token")
+Options = Mapping[str, Any]  # of `from_pretrained` or `save_pretrained`
+Bases = Mapping[str, str] | None  # by component a folder or repository to read it from, ``"user/name@revision"``
 
 
 def weights_pattern(variant: str | None = None) -> re.Pattern:
@@ -34,11 +37,7 @@ def weights_pattern(variant: str | None = None) -> re.Pattern:
 
 
 def of_variant(name: str, variant: str | None) -> str:
-    """The name of a weight file, or of an index of shards, of a variant.
-
-    Raises:
-        ValueError: the variant is no plain word.
-    """
+    """The name of a weight file, or of an index of shards, of a variant (ValueError: the variant is no plain word)."""
     if variant is None:
         return name
     if not variant.replace("-", "").replace("_", "").isalnum():
@@ -48,51 +47,36 @@ def of_variant(name: str, variant: str | None) -> str:
     return f"{stem}.safetensors.index.{variant}.json" if "index" in rest else f"{stem}.{variant}.safetensors"
 
 
+def files_below(folder: str | os.PathLike) -> list[str]:
+    """Names of all files in a folder and in those inside, relative to it, with forward slashes."""
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+def picked(options: Options, keys: Iterable[str]) -> dict[str, Any]:
+    """Those of some options that are set."""
+    return {key: options[key] for key in keys if options.get(key) is not None}
+
+
 class CheckpointFiles:
-    """Finds the files of one checkpoint; all of a Hub repository's come from one commit.
+    """Finds the files of one checkpoint, a folder or a repository (OSError: neither); all of a Hub repository's come from one
+    commit."""
 
-    Args:
-        source: a folder, or a repository id.
-        options: those of `PLACES` are used, as in `from_pretrained`.
-
-    Raises:
-        OSError: `source` is neither.
-    """
-
-    def __init__(self, source: str | os.PathLike, options: Mapping[str, Any] | None = None):
+    def __init__(self, source: str | os.PathLike, options: Options | None = None):
         self.source = os.fspath(source)
         self.is_local = os.path.isdir(self.source)
-        if not self.is_local:
-            try:
-                validate_repo_id(self.source)
-            except HFValidationError as error:
-                raise OSError(
-                    f"{self.source} is no folder of this machine, and cannot be the id of a repository: check the path."
-                ) from error
-        given = options or {}
-        self.options = {key: given[key] for key in PLACES if given.get(key) is not None}
+        if not self.is_local and not names_repository(self.source):
+            problem = "is no folder of this machine, and cannot be the id of a repository: check the path."
+            raise OSError(f"{self.source} {problem}")
+        self.options = picked(options or {}, PLACES)
+        self.subfolder: str = self.options.get("subfolder") or ""  # within the source
+        self.folder = os.path.join(self.source, self.subfolder)  # where the files lie, of local ones
         resolve = getattr(hub, "resolve_revision", None)  # transformers before 5.23 resolves each file by itself
         if resolve is not None and not self.is_local:
-            keys = ("token", "local_files_only", "cache_dir")
-            found = {key: self.options[key] for key in keys if key in self.options}
+            found = picked(self.options, ("token", "local_files_only", "cache_dir"))
             self.options["revision"] = resolve(self.source, self.options.get("revision"), **found)
 
-    @property
-    def subfolder(self) -> str:
-        """The folder within the source in which the files lie."""
-        return self.options.get("subfolder") or ""
-
-    @property
-    def folder(self) -> str:
-        """The local folder in which the files lie (`subfolder` included); only for local ones."""
-        return os.path.join(self.source, self.subfolder)
-
     def find(self, name: str) -> str | None:
-        """Where a file lies, downloaded if need be; None if the checkpoint has none of that name.
-
-        Raises:
-            OSError: the repository or the Hub cannot be reached, by huggingface_hub's own error classes.
-        """
+        """Where a file lies, downloaded if need be; None if the checkpoint has none of that name (OSError: the Hub fails)."""
         if self.is_local:
             path = os.path.join(self.folder, name)
             return path if os.path.isfile(path) else None

@@ -4,7 +4,6 @@ The new files are written into a folder beside the target and synced.  That fold
 to it is put into the *head*, the JSON file that every loader reads first (`config.json`): from this one rename on the new
 checkpoint is valid, whole, in the folder that the head points to.  Its files then take the places of the old ones (hard
 links: nothing is copied), and last of all a head without a pointer.  Files that do not belong to the checkpoint stay.
-What is saved, and how it is loaded, is the business of other modules.
 """
 
 import contextlib
@@ -16,9 +15,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from glob import glob
+from pathlib import Path
 
 from ..parts.stored_values import POINTER
-from .finding import CONFIG, PROCESSOR
+from .finding import CONFIG, PROCESSOR, files_below
 
 try:
     import fcntl
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 HEADS = (CONFIG, PROCESSOR)
 _INSIDE = re.compile(r"\.saved-[0-9a-z_]{8,}")
 _BETWEEN = (".placing", ".pointing")  # what a killed save may leave of single steps
-# Indexes name their shards: they go first and come last, so that no reader finds one beside shards of another save.
-_INDEX = re.compile(r".*\.index\.json")
 
 
 @contextlib.contextmanager
@@ -38,39 +37,38 @@ def replaced_atomically(folder: str | os.PathLike, head: str, owned: Callable[[s
     """Write a checkpoint into the folder that this gives; on leaving, it replaces the one in `folder`.
 
     Args:
-        folder: where the checkpoint shall lie; made if it does not exist.
         head: name of the JSON file that loaders read first, one of `HEADS`; it must be written.
         owned: whether a file name in `folder` belongs to a checkpoint of this kind, so that an old one goes.
 
     Raises:
-        OSError: disk full, no permission, ...: the old checkpoint is still there, whole, unless the message says that
-            the new one is.
-        NotADirectoryError: `folder` is a file.
+        OSError: disk full, no permission, a file in the place of the folder, ...: the old checkpoint is still there, whole,
+            unless the message says that the new one is.
     """
-    target = os.path.abspath(os.fspath(folder))
-    if os.path.exists(target) and not os.path.isdir(target):
-        raise NotADirectoryError(f"{target} is a file: give a folder to save into.")
+    target = os.path.abspath(folder)
     existed = os.path.isdir(target)
+    if os.path.exists(target) and not existed:
+        raise NotADirectoryError(f"{target} is a file: give a folder to save into.")
     os.makedirs(target, exist_ok=True)
     _complete(target, head)
     report_leftovers(target, remove=True)
-    staging = _staging_folder(target)
+    parent, name = os.path.split(target)
+    # Beside the target if a rename leads from there into it: that needs the right to write, and one file system.
+    beside = os.access(parent, os.W_OK) and os.stat(parent).st_dev == os.stat(target).st_dev
+    staging = tempfile.mkdtemp(prefix=f".{name}.saving-" if beside else ".saved-", dir=parent if beside else target)
     inside = os.path.join(target, ".saved-" + os.path.basename(staging).rpartition("-")[2])
-    lock = _locked(staging)
-    try:
+    with _locked(staging), _cleaned_up(staging, inside, target, head, existed):
         yield staging
-        _sync_tree(staging)  # the data is on the disk before anything points to it
-        with _alone(target):
-            if inside != staging:
+        for path in (
+            staging,
+            *map(str, Path(staging).rglob("*")),
+        ):  # the data is on the disk before anything points to it
+            _sync(path)
+        with _locked(target, wait=True):  # of two saves one comes after the other, whole
+            if beside:
                 os.rename(staging, inside)
-            _sync_folder(target)  # and so is the folder's new name
+            _sync(target)  # and so is the folder's new name
             _point(inside, target, head)
             _put_in_place(inside, target, head, owned)
-    except BaseException as error:
-        _clean_up(staging, inside, target, head, existed, error)
-        raise
-    finally:
-        _unlock(lock)
     report_leftovers(target, remove=True)
 
 
@@ -78,35 +76,33 @@ def _complete(target: str, head: str) -> None:
     """Finish a save that was interrupted after it became valid, for the next one may replace a part of it only (a variant)."""
     if pointer_of(os.path.join(target, head)) is None:
         return
-    with _alone(target):  # one that runs is waited for
+    with _locked(target, wait=True):  # a save that runs is waited for
         inside = pointer_of(os.path.join(target, head))
         if inside is not None and os.path.isfile(os.path.join(target, inside, head)):
-            for name in _files(os.path.join(target, inside)):
-                if name.endswith(_BETWEEN):
-                    os.remove(os.path.join(target, inside, name))
             _put_in_place(os.path.join(target, inside), target, head, lambda name: False)
 
 
-def _clean_up(staging: str, inside: str, target: str, head: str, existed: bool, error: BaseException) -> None:
-    """After a failure: what is not valid goes; what is valid already stays, and the error says where."""
-    if pointer_of(os.path.join(target, head)) == os.path.basename(inside):
-        error.add_note(
-            f"The new checkpoint is whole and valid in {inside}; its files could not all take the places of the old ones. "
-            "Save again into the same folder once the cause is gone."
-        )
-        return
-    for path in {staging, inside}:
-        shutil.rmtree(path, ignore_errors=True)
-    if not existed and not os.listdir(target):
-        os.rmdir(target)
+@contextlib.contextmanager
+def _cleaned_up(staging: str, inside: str, target: str, head: str, existed: bool) -> Iterator[None]:
+    """After a failure what is not valid goes; what is valid already stays, and the error says where."""
+    try:
+        yield
+    except BaseException as error:
+        if pointer_of(os.path.join(target, head)) == os.path.basename(inside):
+            error.add_note(
+                f"The new checkpoint is whole and valid in {inside}; its files could not all take the places of the old "
+                "ones. Save again into the same folder once the cause is gone."
+            )
+        else:
+            for path in {staging, inside}:
+                shutil.rmtree(path, ignore_errors=True)
+            if not existed and not os.listdir(target):
+                os.rmdir(target)
+        raise
 
 
 def valid_folder(folder: str | os.PathLike, head: str) -> str:
-    """The folder in which the valid checkpoint of a local folder lies: the folder itself but after an interrupted save.
-
-    Raises:
-        ValueError: the head points to a folder that is not there.
-    """
+    """The folder with the valid checkpoint of a local folder: itself but after an interrupted save (ValueError: it is gone)."""
     path = os.fspath(folder)
     inside = pointer_of(os.path.join(path, head))
     report_leftovers(os.path.abspath(path), remove=False)
@@ -120,19 +116,13 @@ def valid_folder(folder: str | os.PathLike, head: str) -> str:
         )
     logger.warning(
         "The last save into %s was interrupted after it was complete: the new checkpoint is read from %s. Save again into "
-        "the same folder to put it in its place.",
-        path,
-        inside,
-    )
+        "the same folder to put it in its place.", path, inside
+    )  # fmt: skip
     return whole
 
 
 def pointer_of(head: str) -> str | None:
-    """The folder that a head file points to, None if it points nowhere or is no JSON object.
-
-    Raises:
-        ValueError: the pointer is no name of a folder that an interrupted save leaves.
-    """
+    """The folder that a head file points to, None if it points nowhere or is no JSON object (ValueError: another pointer)."""
     try:
         with open(head, encoding="utf-8") as file:
             values = json.load(file)
@@ -147,104 +137,62 @@ def pointer_of(head: str) -> str | None:
 
 
 def report_leftovers(target: str, remove: bool) -> list[str]:
-    """Say which folders of killed saves lie about; `remove` those that no running save holds.
-
-    Returns:
-        the folders that are left.
-    """
+    """Say which folders of killed saves lie about, and return them; `remove` those that no running save holds."""
     parent, name = os.path.split(target)
     pattern = re.compile(re.escape(f".{name}.saving-") + r"[0-9a-z_]{8,}")
-    found = [entry.path for entry in _entries(parent) if pattern.fullmatch(entry.name)]
-    if inside := [entry for entry in _entries(target) if _INSIDE.fullmatch(entry.name)]:
+    # A folder that is not there, or not to be listed, has nothing of ours in it for `glob`.
+    found = [os.path.join(parent, entry) for entry in glob(".*", root_dir=parent) if pattern.fullmatch(entry)]
+    if inside := [entry for entry in glob(".*", root_dir=target) if _INSIDE.fullmatch(entry)]:
         kept = {pointer_of(os.path.join(target, head)) for head in HEADS}  # what is valid is no leftover
-        found += [entry.path for entry in inside if entry.name not in kept]
+        found += [os.path.join(target, entry) for entry in inside if entry not in kept]
     left = []
     for path in found:
-        lock = _locked(path)
-        if remove and lock is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            logger.warning("Removed %s, which a save that was interrupted had left over.", path)
-        elif lock is not None or fcntl is None:
-            left.append(path)
-            logger.warning("%s was left over by an interrupted save; it is not used and can be deleted.", path)
-        _unlock(lock)
+        with _locked(path) as held:
+            if remove and held:
+                shutil.rmtree(path, ignore_errors=True)
+                logger.warning("Removed %s, which a save that was interrupted had left over.", path)
+            elif held or fcntl is None:
+                left.append(path)
+                logger.warning("%s was left over by an interrupted save; it is not used and can be deleted.", path)
     return left
 
 
-def _entries(folder: str) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError:  # not there, or not to be listed: nothing of ours is found in it
-        return []
-
-
-def _staging_folder(target: str) -> str:
-    """A new folder beside the target, or inside where there is no way from there into the target."""
-    parent, name = os.path.split(target)
-    # A rename needs the right to write, and both folders on one file system.
-    if os.access(parent, os.W_OK) and os.stat(parent).st_dev == os.stat(target).st_dev:
-        return tempfile.mkdtemp(prefix=f".{name}.saving-", dir=parent)
-    return tempfile.mkdtemp(prefix=".saved-", dir=target)
-
-
-def _locked(folder: str) -> int | None:
-    """A lock on a folder that ends with the process; None if another one holds it, or the system has no locks."""
-    if fcntl is None:
-        return None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # its save has just ended
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
 @contextlib.contextmanager
-def _alone(target: str) -> Iterator[None]:
-    """Wait until no other process puts files into this folder: of two saves one comes after the other, whole."""
-    descriptor = os.open(target, os.O_RDONLY) if fcntl is not None else None
-    try:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        _unlock(descriptor)
-
-
-def _unlock(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+def _locked(folder: str, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder by a lock that ends with the process; says whether it is held."""
+    with contextlib.ExitStack() as stack:
+        held = False
+        # The save of that folder has just ended, another process holds it, or the file system has no locks.
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                held = True
+        yield held
 
 
 def _put_in_place(inside: str, target: str, head: str, owned: Callable[[str], bool]) -> None:
     """Give the files of the valid checkpoint in the folder `inside` the places of the old ones, then remove that folder."""
-    new = _files(inside)
-    stale = [
-        entry.name for entry in _entries(target) if entry.is_file() and owned(entry.name) and entry.name not in new
-    ]
-    for name in sorted(stale, key=lambda name: not _INDEX.fullmatch(name)):
-        os.remove(os.path.join(target, name))
-    indexes = [name for name in new if _INDEX.fullmatch(name)]
-    for name in indexes:
+    new = [name for name in files_below(inside) if not name.endswith(_BETWEEN)]
+    old = [name for name in os.listdir(target) if os.path.isfile(os.path.join(target, name))]
+    # Indexes name their shards: they go first and come last, so that no reader finds one beside shards of another save.
+    indexes = [name for name in new if name.endswith(".index.json")]
+    stale = [name for name in old if owned(name) and name not in new]
+    for name in sorted([*indexes, *stale], key=lambda name: not name.endswith(".index.json")):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(target, name))
-    for name in [*(n for n in new if n != head and n not in indexes), *indexes, head]:
+    for name in [*(name for name in new if name not in (*indexes, head)), *indexes, head]:
         if name == head:
-            _sync_folder(target)  # the head is last: all that it stands for is in place
+            _sync(target)  # the head is last: all that it stands for is in place
         _place(inside, target, name)
-    _sync_folder(target)
+    _sync(target)
     shutil.rmtree(inside)
 
 
 def _point(inside: str, target: str, head: str) -> None:
     """Write the head with a pointer and move it to its place: the moment at which the new checkpoint becomes valid."""
-    made, place = os.path.join(inside, head), os.path.join(target, head)
+    made = os.path.join(inside, head)
     with open(made, encoding="utf-8") as file:
         values = json.load(file)
     pointing = f"{made}{_BETWEEN[1]}"
@@ -252,8 +200,8 @@ def _point(inside: str, target: str, head: str) -> None:
         json.dump({**values, POINTER: os.path.basename(inside)}, file, indent=2, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(pointing, place)
-    _sync_folder(target)
+    os.replace(pointing, os.path.join(target, head))
+    _sync(target)
 
 
 def _place(inside: str, target: str, name: str) -> None:
@@ -271,32 +219,13 @@ def _place(inside: str, target: str, name: str) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # a copy would fail in the same way
             raise
         shutil.copy2(source, between)
-        _sync_file(between)
+        _sync(between)
     os.replace(between, place)
 
 
-def _files(folder: str) -> list[str]:
-    """Names of all files of a checkpoint in a folder and below, relative to it."""
-    found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    found = [path for path in found if not path.endswith(_BETWEEN)]
-    return sorted(os.path.relpath(path, folder) for path in found)
-
-
-def _sync_tree(folder: str) -> None:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            _sync_file(os.path.join(root, name))
-        _sync_folder(root)
-
-
-def _sync_file(path: str) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: str) -> None:
-    """Sync a folder's list of names, where the system can open folders."""
-    if os.name != "nt":
+def _sync(path: str) -> None:
+    """Have a file's data, or a folder's list of names, on the disk; of folders where the system can open them."""
+    if os.name != "nt" or not os.path.isdir(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

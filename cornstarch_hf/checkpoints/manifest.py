@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .finding import ADAPTERS, ANY_WEIGHTS, COMPOSITION, CONFIG, DELTA, weights_pattern
-from .folder_swap import replaced_atomically
+from .finding import ADAPTERS, COMPOSITION, CONFIG, DELTA, CheckpointFiles, Options, files_below, weights_pattern
+from .folder_swap import replaced_atomically, valid_folder
 
 logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "cornstarch-composition", 1
 REMEDY = "Download or copy the checkpoint again, or save it again if the file was changed on purpose."
+Embed = bool | Collection[str]  # whether weights are stored, or the names of the components whose are
+_ANY_WEIGHTS = re.compile(r".*\.safetensors(\.index(\.\w+)?\.json)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # A name, or one in a folder (a modality's tokenizer); neither ".." nor an absolute path.
 _FILE = re.compile(r"[\w][\w.\-]{0,199}(/[\w][\w.\-]{0,199})?")
@@ -34,16 +36,11 @@ class Entry(NamedTuple):
 
 
 class Composition(NamedTuple):
-    """What `composition.json` says.
+    """What `composition.json` says."""
 
-    Args:
-        components: by name (``vision_encoder``, ``language_model``) a dict whose `source` is ``"embedded"`` or
-            ``"reference"``; see `references` for the latter.
-        manifest: the model's other files, without code.
-    """
-
+    # By name ("vision_encoder", "language_model") a dict whose `source` is "embedded" or "reference", see `references`.
     components: dict[str, dict[str, Any]]
-    manifest: dict[str, Entry]
+    manifest: dict[str, Entry]  # the model's other files, without code
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
@@ -52,7 +49,17 @@ class Composition(NamedTuple):
 
     def weights(self) -> dict[str, Entry]:
         """The files that hold tensors, and the indexes of such files."""
-        return {name: entry for name, entry in self.manifest.items() if ANY_WEIGHTS.fullmatch(name)}
+        return {name: entry for name, entry in self.manifest.items() if _ANY_WEIGHTS.fullmatch(name)}
+
+
+class LoadPlan(NamedTuple):
+    """How transformers shall load: from `source`, or where that is None from a `state_dict` among the options."""
+
+    source: str | None
+    options: dict[str, Any]
+    files: CheckpointFiles | None = None
+    guard: Any = contextlib.nullcontext()  # bounds what is built within by what the checkpoint holds
+    composition: Composition | None = None  # None in checkpoints of other programs
 
 
 def components_of(config: Any) -> list[str]:
@@ -60,46 +67,27 @@ def components_of(config: Any) -> list[str]:
     return [*(f"{name}_encoder" for name in config.encoders), "language_model"]
 
 
-def chosen_components(config: Any, embed: bool | Collection[str]) -> list[str]:
-    """The components that are stored as references.
-
-    Args:
-        embed: True for none of them, False for all, or the names of those whose weights are stored.
-
-    Raises:
-        ValueError: a name that is no component.
-    """
+def chosen_components(config: Any, embed: Embed) -> list[str]:
+    """The components that are stored as references, not embedded (ValueError for a name that is no component)."""
     every = components_of(config)
     if isinstance(embed, bool):
         return [] if embed else every
     if isinstance(embed, str) or (unknown := sorted(set(embed) - set(every))):
-        raise ValueError(
-            f"embed must be True, False or a list with some of {every}, got {embed if isinstance(embed, str) else unknown!r}."
-        )
+        got = embed if isinstance(embed, str) else unknown
+        raise ValueError(f"embed must be True, False or a list with some of {every}, got {got!r}.")
     return [name for name in every if name not in embed]
-
-
-def embedded(config: Any) -> dict[str, dict[str, Any]]:
-    """The components of a model that is stored whole."""
-    return {name: {"source": "embedded"} for name in components_of(config)}
 
 
 def write_composition(
     folder: str, components: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Entry] | None = None
 ) -> Composition:
     """Write `composition.json` about all files that lie in a folder, code excepted, and about `kept` ones elsewhere."""
-    names = [os.path.join(root, name) for root, _, found in os.walk(folder) for name in found]
-    names = sorted(os.path.relpath(path, folder).replace(os.sep, "/") for path in names)
     # Code is left out: a processor that is saved into the same folder adds its own to it.
-    names = [name for name in names if name != COMPOSITION and not name.endswith(".py")]
+    names = [name for name in files_below(folder) if name != COMPOSITION and not name.endswith(".py")]
     manifest = {**(kept or {}), **describe_files({name: os.path.join(folder, name) for name in names})}
     composition = Composition({name: dict(entry) for name, entry in components.items()}, manifest)
-    values = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "components": composition.components,
-        "manifest": {name: entry._asdict() for name, entry in manifest.items()},
-    }
+    values = {"format": FORMAT, "format_version": FORMAT_VERSION, "components": composition.components}
+    values["manifest"] = {name: entry._asdict() for name, entry in manifest.items()}
     with open(os.path.join(folder, COMPOSITION), "w", encoding="utf-8") as file:
         json.dump(values, file, indent=2, sort_keys=True)
         file.write("\n")
@@ -120,11 +108,7 @@ def sha256_of(path: str) -> str:
 
 
 def read_composition(path: str) -> Composition:
-    """Read `composition.json`.
-
-    Raises:
-        ValueError: it is none, was written by a newer version, or says what it must not.
-    """
+    """Read `composition.json`; ValueError if it is none, was written by a newer version, or says what it must not."""
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
@@ -143,45 +127,29 @@ def read_composition(path: str) -> Composition:
         raise ValueError(f"{COMPOSITION} must have the objects `components` and `manifest`, got {sorted(values)}.")
     for name, entry in components.items():
         if not _COMPONENT.fullmatch(name) or not isinstance(entry, dict):
-            raise ValueError(
-                f"{COMPOSITION} describes the component {name!r:.100} as {entry!r:.100}, expected an object."
-            )
+            raise ValueError(f"{COMPOSITION} describes the component {name!r:.100} as {entry!r:.100}, not an object.")
         if entry.get("source") not in ("embedded", "reference"):
             raise ValueError(
                 f"{name} has the source {entry.get('source')!r:.100} in {COMPOSITION}, expected 'embedded' or 'reference'."
             )
-    return Composition(components, {name: _entry(name, value) for name, value in manifest.items()})
+    for name, value in manifest.items():
+        if not _FILE.fullmatch(name) or not valid_entry(value):
+            raise ValueError(
+                f"{COMPOSITION} lists the file {name!r:.200} as {value!r:.200}, expected a name inside the checkpoint with "
+                "its `sha256` and `size`."
+            )
+    return Composition(components, {name: Entry(**value) for name, value in manifest.items()})
 
 
-def _entry(name: str, value: Any) -> Entry:
-    """A manifest's entry; a file that would lie outside of the checkpoint is refused."""
-    known = isinstance(value, dict) and set(value) == {"sha256", "size"}
-    if not _FILE.fullmatch(name) or not known or not valid_entry(value["sha256"], value["size"]):
-        raise ValueError(
-            f"{COMPOSITION} lists the file {name!r:.200} as {value!r:.200}, expected a name inside the checkpoint with its "
-            "`sha256` and `size`."
-        )
-    return Entry(value["sha256"], value["size"])
-
-
-def valid_entry(sha256: Any, size: Any) -> bool:
-    """Whether these are a SHA-256 in hexadecimal and a number of bytes."""
-    natural = isinstance(size, int) and not isinstance(size, bool) and size >= 0
-    return natural and isinstance(sha256, str) and bool(_SHA256.fullmatch(sha256))
+def valid_entry(value: Any) -> bool:
+    """Whether a value from JSON says what a file must be: a SHA-256 in hexadecimal and a number of bytes."""
+    if not isinstance(value, dict) or set(value) != {"sha256", "size"} or not isinstance(value["sha256"], str):
+        return False
+    return type(value["size"]) is int and value["size"] >= 0 and bool(_SHA256.fullmatch(value["sha256"]))
 
 
 def check_sizes(entries: Mapping[str, Entry], find: Callable[[str], str | None], whose: str) -> None:
-    """Compare the sizes of files with what they must be.
-
-    Args:
-        entries: the files.
-        find: where a file lies, None if nowhere.
-        whose: the checkpoint or the component, for messages.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file has another size.
-    """
+    """Compare the sizes of files, which `find` finds, with what they must be (FileNotFoundError, ValueError: another size)."""
     for name, entry in entries.items():
         path = find(name)
         if path is None or not os.path.isfile(path):
@@ -211,30 +179,35 @@ def first_weights(composition: Composition, variant: str | None) -> str | None:
     return next((name for name in names if name.endswith(".json")), names[0] if names else None)
 
 
+def valid_place(source: Any, options: Options, head: str) -> tuple[Any, dict[str, Any]]:
+    """Source and options of `from_pretrained`; after an interrupted save those of the valid files within the source."""
+    folder = os.path.join(source, options.get("subfolder") or "")
+    if os.path.isdir(folder) and (valid := valid_folder(folder, head)) != folder:
+        return valid, {**options, "subfolder": ""}
+    return source, dict(options)
+
+
 def checked_composition(
-    files: Any, variant: str | None, verify: bool, asks_what_is_missing: bool = False
+    files: CheckpointFiles, variant: str | None, verify: bool, wants_info: bool = False
 ) -> Composition | None:
     """What `composition.json` of a checkpoint says, after its files were compared with that; None where there is none.
 
     Args:
-        files: a `finding.CheckpointFiles`.
-        variant: as in `from_pretrained`.
         verify: whether the hashes of all files are compared, and not only the sizes of weight files.
-        asks_what_is_missing: whether the caller wants to be told what was loaded (`output_loading_info`): a weight file of
-            another size, exchanged on purpose, is then a warning.
+        wants_info: whether the caller asks what was loaded (`output_loading_info`): a weight file of another size, exchanged
+            on purpose, is then a warning.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is not what was saved; nothing to verify by.
     """
-    found = files.find(COMPOSITION)
-    if found is None:
+    if (path := files.find(COMPOSITION)) is None:
         if verify:
             raise ValueError(
-                f"{files.source} has no {COMPOSITION} to verify it by: save it again, or leave out verify=."
+                f"{files.source} has no {COMPOSITION} to verify it by: save it again or leave out verify=."
             )
         return None
-    composition = read_composition(found)
+    composition = read_composition(path)
     entries = weights_to_read(composition, variant)
     if verify:
         if not composition.references and first_weights(composition, variant) is None:
@@ -245,11 +218,11 @@ def checked_composition(
         # Not the weights of other variants, which nobody reads and may not have been downloaded.
         unread = composition.weights().keys() - entries.keys()
         entries = {name: entry for name, entry in composition.manifest.items() if name not in unread}
-    found_files = files.find_all(entries)
+    found = files.find_all(entries)
     try:
-        (check_hashes if verify else check_sizes)(entries, found_files.get, files.source)
+        (check_hashes if verify else check_sizes)(entries, found.get, files.source)
     except ValueError as error:
-        if verify or not asks_what_is_missing:
+        if verify or not wants_info:
             raise
         logger.warning("%s It is read all the same: the loading information says what it holds.", error)
     return composition
@@ -257,32 +230,19 @@ def checked_composition(
 
 @dataclass
 class StagedSave:
-    """A save that is being written.
+    """A save that is being written."""
 
-    Attributes:
-        folder: where to write.
-        components: what `composition.json` shall say of the model's parts.
-        surplus: further files of the target that shall go.
-    """
-
-    folder: str
-    components: dict[str, Any] = field(default_factory=dict)
-    surplus: set[str] = field(default_factory=set)
+    folder: str  # where to write
+    components: dict[str, Any] = field(default_factory=dict)  # for `composition.json`
+    surplus: set[str] = field(default_factory=set)  # further files of the target that shall go
 
 
 @contextlib.contextmanager
 def staged_save(folder: str | os.PathLike, variant: str | None = None) -> Iterator[StagedSave]:
-    """Save a model: gives the folder to write into, and takes what is to be said of it.
+    """Save a model into `folder`: gives the folder to write into, and takes what is to be said of it.
 
-    Weight files of an earlier save go, with all else that it wrote and this one does not; other files stay.
-
-    Args:
-        folder: where the checkpoint shall lie.
-        variant: as in `save_pretrained`; then files of other variants stay.
-
-    Raises:
-        ValueError: adapters around a whole model lie in the folder: who loads it gets them around this model.
-        OSError: the disk is full, ...; see `folder_swap.replaced_atomically`.
+    Weight files of an earlier save go, with all else that it wrote and this one does not; other files, and with a
+    `variant` those of other variants, stay.  ValueError where adapters around a whole model lie in the folder.
     """
     if os.path.isfile(os.path.join(folder, ADAPTERS)):
         raise ValueError(
@@ -290,36 +250,20 @@ def staged_save(folder: str | os.PathLike, variant: str | None = None) -> Iterat
             "now. Save into another folder, or remove the adapters first."
         )
     pattern = weights_pattern(variant)
-    staged, earlier = StagedSave(""), set[str]()
+    staged, before = StagedSave(""), Composition({}, {})
 
     def owned(name: str) -> bool:
-        # Changes of an earlier reference checkpoint would be read beside the new weights.
-        old = name in earlier or name in staged.surplus or (name == DELTA and not variant)
-        return old or bool(pattern.fullmatch(name))
+        # Changes of an earlier reference checkpoint would be read beside the new weights; a variant is saved beside all.
+        earlier = not variant and (name in before.manifest or name == DELTA)
+        return earlier or name in staged.surplus or bool(pattern.fullmatch(name))
 
-    with replaced_atomically(folder, CONFIG, owned) as staging:
-        staged.folder, before = staging, _earlier_save(folder)  # only here: an interrupted save has been finished now
-        # A variant is saved beside what is there.
-        earlier |= set() if variant or before is None else set(before.manifest)
+    with replaced_atomically(folder, CONFIG, owned) as staged.folder:
+        path = os.path.join(folder, COMPOSITION)
+        if os.path.isfile(path):  # looked at only here: an interrupted save has been finished now
+            with contextlib.suppress(ValueError):  # not ours, or of a newer version: only weight files are known as old
+                before = read_composition(path)
         yield staged
-        write_composition(staging, staged.components, _staying(folder, before, pattern) if variant else None)
-
-
-def _earlier_save(folder: str | os.PathLike) -> Composition | None:
-    path = os.path.join(folder, COMPOSITION)
-    if not os.path.isfile(path):
-        return None
-    try:
-        return read_composition(path)
-    except ValueError:  # not ours, or of a newer version: only weight files are known to be old ones
-        return None
-
-
-def _staying(folder: str | os.PathLike, before: Composition | None, replaced: re.Pattern) -> dict[str, Entry]:
-    """The weight files of other variants that an earlier save described: they stay, and so does what is known of them."""
-    described = before.weights() if before is not None else {}
-    return {
-        name: entry
-        for name, entry in described.items()
-        if name != DELTA and not replaced.fullmatch(name) and os.path.isfile(os.path.join(folder, name))
-    }
+        # Weight files of other variants stay, and so does what is known of them.
+        others = {n: e for n, e in before.weights().items() if variant and n != DELTA and not pattern.fullmatch(n)}
+        staying = {n: e for n, e in others.items() if os.path.isfile(os.path.join(folder, n))}
+        write_composition(staged.folder, staged.components, staying)

@@ -17,7 +17,7 @@ from ..parts.adapters import current_name, is_wrapped, unwrapped
 from ..parts.classes import KEYS, is_repo_id
 from ..parts.names import compress, matches
 from .bases import Base, base_files, check_base, checked_entry, part_tensors, read_base
-from .finding import DELTA
+from .finding import DELTA, Bases, Options
 from .manifest import components_of
 
 
@@ -27,18 +27,11 @@ def part_path(component: str) -> str:
 
 
 def split_by_base(
-    model: PreTrainedModel, referenced: list[str], bases: Mapping[str, str] | None, options: Mapping[str, Any]
+    model: PreTrainedModel, referenced: Collection[str], bases: Bases, options: Options
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """What a reference checkpoint stores, and what it says of its components.
+    """What a reference checkpoint of a composed model stores, and `components` for its `composition.json`.
 
-    Args:
-        model: a composed model.
-        referenced: components whose unchanged tensors are left out.
-        bases: repositories of components whose origin is not known, or that shall be another one.
-        options: for reading the bases (`token`, `cache_dir`, `local_files_only`, `trust_remote_code`).
-
-    Returns:
-        the tensors to store, and `components` for `composition.json`.
+    Of `referenced` components tensors that are as in their base are left out.
 
     Raises:
         ValueError: a component that did not come from the Hub, or whose base cannot be pinned.
@@ -49,59 +42,49 @@ def split_by_base(
         raise ValueError(
             f"{offloaded[0]} and {len(offloaded) - 1} more are offloaded: load the model whole, or save with embed=True."
         )
-    groups = _same_tensors(model)
+    groups = _names_by_tensor(model)
+    live = {name for names in groups for name in names}
     provided: dict[str, Tensor] = {}
     found: dict[str, tuple[dict[str, str], Base]] = {}
     for component in referenced:
-        part = model.get_submodule(part_path(component))
-        base = read_base(component, _known_origin(model, component, bases), _dtype_of(part), options)
+        part = unwrapped(model.get_submodule(part_path(component)))
+        dtypes = [p.dtype for p in part.parameters() if p.is_floating_point()]
+        dtype = (
+            max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
+        )  # what most are: norms may be in float32
+        base = read_base(component, _known_origin(model, component, bases), dtype, options)
         # Of the base's tensors those that the model still has, by the model's names.
-        names = {key: name for key in base.tensors if (name := _name_in_model(model, component, key)) in groups}
+        names = {key: name for key in base.tensors if (name := _name_in_model(model, component, key)) in live}
         found[component] = names, base
         provided |= {name: base.tensors[key] for key, name in names.items()}
-    same = {name for name, tensor in provided.items() if _equal(tensor, state[name])}
-    taken, stored = _sources(groups, provided.keys(), same, model.all_tied_weights_keys or {})
+    taken: set[str] = set()
+    stored: dict[str, Tensor] = {}
+    ties = model.all_tied_weights_keys or {}
+    for same in groups:  # of tensors with several names all go one way
+        offered = provided.keys() & set(same)
+        pairs = [(provided[name], state[name].cpu()) for name in offered]
+        if offered and all(base.dtype == live.dtype and torch.equal(base, live) for base, live in pairs):
+            taken |= offered  # unchanged, under all names that the base knows
+        else:
+            # Under the name that loading reads: those in `ties` are filled from it.
+            name = next((name for name in same if name not in ties), same[0])
+            stored[name] = state[name].cpu().contiguous()
     components: dict[str, dict[str, Any]] = {name: {"source": "embedded"} for name in components_of(model.config)}
     for component, (names, base) in found.items():
         keys = [key for key, name in names.items() if name in taken]
         components[component] = base.entry | {"tensors": compress(keys, base.tensors)}
-    return {name: state[name].detach().cpu().contiguous() for name in stored}, components
+    return stored, components
 
 
-def _sources(
-    groups: Mapping[str, list[str]], provided: Collection[str], same: set[str], ties: Mapping[str, str]
-) -> tuple[set[str], list[str]]:
-    """The names that bases provide, and those that are stored: of tensors with several names all go one way."""
-    taken: set[str] = set()
-    stored: list[str] = []
-    # Each group once: all names of a tensor lead to the same list.
-    for names in {id(names): names for names in groups.values()}.values():
-        offered = {name for name in names if name in provided}
-        if offered and offered <= same:  # unchanged, under all names that the base knows
-            taken |= offered
-        else:
-            # Under the name that loading reads: those in `ties` are filled from it.
-            stored.append(next((name for name in names if name not in ties), names[0]))
-    return taken, stored
-
-
-def _same_tensors(model: nn.Module) -> dict[str, list[str]]:
-    """Names of all saved tensors, each with all names of the same tensor."""
+def _names_by_tensor(model: nn.Module) -> list[list[str]]:
+    """Names of all saved tensors, those of one tensor together."""
     groups: dict[int, list[str]] = {}
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or set()
     # Without `keep_vars` a tensor would be another object under each of its names.
     for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or set()
-    return {name: names for names in groups.values() for name in names if name not in ignored}
-
-
-def _equal(base: Tensor, live: Tensor) -> bool:
-    return base.dtype == live.dtype and base.shape == live.shape and torch.equal(base, live.detach().cpu())
-
-
-def _dtype_of(part: nn.Module) -> torch.dtype:
-    found = [p.dtype for p in unwrapped(part).parameters() if p.is_floating_point()]
-    return max(set(found), key=found.count) if found else torch.float32  # what most are: norms may be in float32
+        if name not in ignored:
+            groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
 
 
 def _name_in_model(model: nn.Module, component: str, key: str) -> str:
@@ -112,10 +95,10 @@ def _name_in_model(model: nn.Module, component: str, key: str) -> str:
     return f"{inner}.{current_name(unwrapped(part), key)}"
 
 
-def _known_origin(model: PreTrainedModel, component: str, bases: Mapping[str, str] | None) -> dict[str, Any]:
+def _known_origin(model: PreTrainedModel, component: str, bases: Bases) -> dict[str, Any]:
+    """Where a component came from, or what the caller says of it (ValueError where neither names a repository)."""
     origin = (model.config.origins or {}).get(component)
-    given = (bases or {}).get(component)
-    if given is not None:
+    if (given := (bases or {}).get(component)) is not None:
         part: Any = unwrapped(model.get_submodule(part_path(component)))
         repo_id, _, revision = given.partition("@")
         # Of a base that the user names only this is known; its class is the part's.
@@ -134,18 +117,16 @@ def assemble_state(
     build: Callable[[dict[str, tuple[int, ...]]], PreTrainedModel],
     stored: Mapping[str, Tensor],
     references: Mapping[str, Mapping[str, Any]],
-    bases: Mapping[str, str] | None,
-    options: Mapping[str, Any],
+    bases: Bases,
+    options: Options,
     verify: bool,
 ) -> dict[str, Tensor]:
     """All tensors of a model that was stored by reference, by its own names.
 
     Args:
-        build: makes the model as its configuration describes it, without weights; is told the shapes of all there is.
+        build: makes the model as its configuration describes it, without weights, bounded by the shapes of all there is.
         stored: what `composition.safetensors` holds.
         references: the components that lie elsewhere, as `composition.json` describes them.
-        bases: folders or repositories to read components from instead; they must hold the very same files.
-        options: for reading the bases.
         verify: whether every base is hashed, also one that the Hub's cache names by its hash.
 
     Raises:
@@ -156,25 +137,24 @@ def assemble_state(
         raise ValueError(f"bases names {unknown}, this checkpoint refers to {sorted(references)}.")
     source = dict.fromkeys(stored, DELTA)  # where each tensor is from, for messages
     merged, parts = dict(stored), {}
+    # To bound what is built only shapes count; names in the model are known once it is there.
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     for component, entry in references.items():
         entry = checked_entry(component, entry)
         files = base_files(component, entry, (bases or {}).get(component), options)
         check_base(component, entry, files, verify)
         tensors = part_tensors(component, files, entry, getattr(torch, entry["dtype"]), options)
-        parts[component] = entry, {key: tensors[key] for key in sorted(matches(entry["tensors"], tensors))}
-    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    # To bound what is built only shapes count; names in the model are known once it is there.
-    for component, (_, tensors) in parts.items():
-        shapes |= {f"{component}: {key}": tuple(tensor.shape) for key, tensor in tensors.items()}
+        parts[component] = entry["repo_id"], {key: tensors[key] for key in sorted(matches(entry["tensors"], tensors))}
+        shapes |= {f"{component}: {key}": tuple(tensor.shape) for key, tensor in parts[component][1].items()}
     skeleton = build(shapes)
-    for component, (entry, tensors) in parts.items():
-        for key in tensors:
+    for component, (repo_id, tensors) in parts.items():
+        for key, tensor in tensors.items():
             name = _name_in_model(skeleton, component, key)
             if name in source:
                 raise ValueError(
-                    f"{component}: {name} comes from {source[name]} and from {entry['repo_id']!r}: expected one source."
+                    f"{component}: {name} comes from {source[name]} and from {repo_id!r}: expected one source."
                 )
-            source[name], merged[name] = entry["repo_id"], tensors[key]
+            source[name], merged[name] = repo_id, tensor
     _check_complete(skeleton, merged, source)
     return merged
 
@@ -183,7 +163,7 @@ def _check_complete(skeleton: PreTrainedModel, merged: Mapping[str, Tensor], sou
     """Compare names and shapes with what the configuration builds (ValueError)."""
     expected = {n: tuple(t.shape) for n, t in skeleton.state_dict().items() if isinstance(t, Tensor)}
     ignored = skeleton._keys_to_ignore_on_save or set()
-    tied = {name for names in _same_tensors(skeleton).values() if set(names) & merged.keys() for name in names}
+    tied = {name for names in _names_by_tensor(skeleton) if set(names) & merged.keys() for name in names}
     tied |= {name for name, first in (skeleton.all_tied_weights_keys or {}).items() if first in merged}
     missing = sorted(expected.keys() - merged.keys() - tied - ignored)
     surplus = sorted(merged.keys() - expected.keys())
@@ -197,24 +177,16 @@ def _check_complete(skeleton: PreTrainedModel, merged: Mapping[str, Tensor], sou
 
 
 def write_reference(
-    model: PreTrainedModel,
-    folder: str,
-    referenced: Collection[str],
-    bases: Mapping[str, str] | None,
-    options: Mapping[str, Any],
+    model: PreTrainedModel, folder: str, referenced: Collection[str], bases: Bases, options: Options
 ) -> dict[str, dict[str, Any]]:
-    """Write what a reference checkpoint holds: configuration, changed tensors; returns its components.
-
-    Raises:
-        ValueError, OSError: as in `references.split_by_base`.
-    """
+    """Write a reference checkpoint's configuration and changed tensors; returns its components, raises as `split_by_base`."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "A quantized model cannot be stored by reference: its weights differ from its bases'. Save with embed=True."
         )
-    tensors, components = split_by_base(model, list(referenced), bases, options)
-    known = {name: {key: components[name][key] for key in KEYS} for name in referenced}  # with the commits
-    model.config.origins = {**(model.config.origins or {}), **known}
+    tensors, components = split_by_base(model, referenced, bases, options)
+    origins = {name: {key: components[name][key] for key in KEYS} for name in referenced}  # with the commits
+    model.config.origins = {**(model.config.origins or {}), **origins}
     # What transformers' `save_pretrained` would write into the configuration by itself.
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]

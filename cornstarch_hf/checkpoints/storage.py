@@ -1,26 +1,33 @@
 """Saving and loading of the composed model, as methods of transformers' names; what all classes share is in `plain_storage`."""
 
+import copy
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..configuration_multimodal import MultimodalConfig
-from ..parts.adapters import shared_by_adapters
-from ..parts.freezing import restore_frozen
-from ..parts.gathering import gathered_ties
-from .loading import write_reference
-from .manifest import StagedSave, chosen_components, embedded
-from .plain_storage import (
-    ModelStorage,
-    cast_buffers,
-    check_quantized,
-    check_rebuildable,
-    dtype_plan,
-    restore_adapter_buffers,
-    sync_config,
+from ..parts.adapters import (
+    adapter_buffers,
+    check_buffers_restorable,
+    restore_token_rows,
+    shared_by_adapters,
+    unwrapped,
 )
+from ..parts.freezing import frozen_patterns, restore_frozen
+from ..parts.gathering import gathered_ties, nearest_models
+from ..parts.known_encoders import check_facts_registered, registered_facts
+from ..parts.names import as_regex, compress, matches
+from ..parts.stored_adapters import check_not_injected, record_adapters
+from ..parts.stored_modules import check_callbacks_storable
+from ..parts.weightless import build_without_weights, without_dtypes
+from .finding import Bases, Options
+from .loading import write_reference
+from .manifest import Embed, StagedSave, chosen_components, components_of
+from .plain_storage import ModelStorage, first_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +48,9 @@ class MultimodalStorageMixin(ModelStorage):
         state_dict: dict | None = None,
         push_to_hub: bool = False,
         *args,
-        embed: bool | Collection[str] = True,
+        embed: Embed = True,
         include_code: bool | None = None,
-        bases: Mapping[str, str] | None = None,
+        bases: Bases = None,
         variant: str | None = None,
         **kwargs,
     ):
@@ -51,10 +58,8 @@ class MultimodalStorageMixin(ModelStorage):
 
         Args:
             save_directory: the folder; files in it that are not of an earlier save stay.
-            is_main_process: whether this process writes.
-            state_dict: as in transformers.
+            is_main_process, state_dict, *args, variant, **kwargs: as in transformers.
             push_to_hub: whether to push it afterwards, to `repo_id` (by default the folder's name).
-            *args: the further arguments of transformers, by position.
             embed: True stores all weights.  False stores a *reference checkpoint*: projectors, changed tensors and adapters
                 alone, with the repositories and commits of the rest.  A list names the components (``"vision_encoder"``,
                 ``"language_model"``) whose weights are stored all the same.
@@ -63,8 +68,6 @@ class MultimodalStorageMixin(ModelStorage):
                 gets no fixes and asks each reader to trust it, and this package is one install away.
             bases: repositories (``"user/name"`` or ``"user/name@revision"``) of components for `embed=False`, where they
                 are not known from loading.
-            variant: as in transformers.
-            **kwargs: as in transformers.
 
         Raises:
             ValueError: something in the model would not come back: an unregistered callback or projection, or weights
@@ -75,32 +78,7 @@ class MultimodalStorageMixin(ModelStorage):
         own: dict[str, Any] = {"embed": embed, "bases": bases, "include_code": include_code, "variant": variant}
         return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **own, **kwargs)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        verify: bool = False,
-        bases: Mapping[str, str] | None = None,
-        **kwargs,
-    ):
-        """As in transformers; what was frozen is frozen again, which is said once.
-
-        Args:
-            pretrained_model_name_or_path: folder or repository id, of a whole or a reference checkpoint.
-            *args: as in transformers.
-            verify: compare the hashes of all files with those that were saved; their sizes are compared always.
-            bases: for a reference checkpoint, folders or repositories to read components from instead of those that it
-                names; they must hold the very same files.
-            **kwargs: as in transformers.
-
-        Raises:
-            ValueError: files that are not what was saved, a base that is another one.
-            OSError: a repository that cannot be read; names the component and the remedy.
-        """
-        return super().from_pretrained(pretrained_model_name_or_path, *args, verify=verify, bases=bases, **kwargs)
-
-    def _before_save(self, embed: bool | Collection[str] = True, bases: Mapping[str, str] | None = None) -> bool:
+    def _before_save(self, embed: Embed = True, bases: Bases = None) -> bool:
         whole = not getattr(self, "_hf_peft_config_loaded", False)
         if whole:
             check_quantized(self)  # before anything asks for the state: bitsandbytes changes 4-bit weights then
@@ -117,17 +95,10 @@ class MultimodalStorageMixin(ModelStorage):
         chosen_components(self.config, embed)  # a wrong name is refused before anything is written
         return whole
 
-    def _write(
-        self,
-        staged: StagedSave,
-        options: Mapping[str, Any],
-        embed: bool | Collection[str] = True,
-        bases: Mapping[str, str] | None = None,
-    ) -> bool:
+    def _write(self, staged: StagedSave, options: Options, embed: Embed = True, bases: Bases = None) -> bool:
+        staged.components |= {name: {"source": "embedded"} for name in components_of(self.config)}
         if referenced := chosen_components(self.config, embed):
             staged.components |= write_reference(self, staged.folder, referenced, bases, options)
-        else:
-            staged.components |= embedded(self.config)
         return bool(referenced)
 
     @classmethod
@@ -139,24 +110,24 @@ class MultimodalStorageMixin(ModelStorage):
     def _after_load(self, source: Any, info: Mapping[str, Any], wants_info: bool) -> None:
         if not wants_info:  # who asks what is missing is told
             check_loaded(info, source)
-        # In this order: casting finds the buffers of adapters filled.
-        restore_adapter_buffers(self)
-        cast_buffers(self, self.config.part_dtypes, self.dtype)
+        restore_buffers(self)
         if getattr(self, "_hf_peft_config_loaded", False):
             return  # a folder of adapters, in which PEFT decides what trains
         if frozen := restore_frozen(self, self.config.frozen):
             logger.warning(
                 "%d of the loaded parameter tensors are frozen, as they were when saved (%s). unfreeze() trains all.",
-                frozen,
-                ", ".join(self.config.frozen[:4]) + (", ..." if len(self.config.frozen) > 4 else ""),
-            )
+                frozen, ", ".join(self.config.frozen[:4]) + (", ..." if len(self.config.frozen) > 4 else ""),
+            )  # fmt: skip
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, Any]:
         # While quantized, projectors are listed to keep them as they are; that is no wish for float32.
-        plan = {
-            key: value for key, value in super()._get_dtype_plan(dtype).items() if key not in self._projector_names()
-        }
-        return plan | dtype_plan(self.config.part_dtypes, dtype)
+        projectors = self._projector_names()
+        plan = {key: value for key, value in super()._get_dtype_plan(dtype).items() if key not in projectors}
+        stored = self.config.part_dtypes or {}
+        if stored.get("") == _name(dtype):  # any other dtype than the one in which it was saved is meant for all of it
+            for name in [name for name in stored if name not in ("", "buffers")]:
+                plan |= {as_regex(pattern): getattr(torch, name) for pattern in stored[name]}
+        return plan
 
     @property
     def _keep_in_fp32_modules(self) -> set[str]:
@@ -179,3 +150,109 @@ def check_loaded(info: Mapping[str, Any], source: Any) -> None:
             f"{source} does not hold {len(missing)} tensors of the model that its configuration names ({missing[:3]}): they "
             "would be random. Load a whole checkpoint, or save this one again from the whole model."
         )
+
+
+def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[str, Any], language_model: nn.Module):
+    """Write into the configuration what only the live model knows: frozen names, dtypes, adapters, callbacks (ValueError for
+    what a checkpoint cannot hold)."""
+    check_not_injected(language_model, "language_model")
+    for name, encoder in encoders.items():
+        check_not_injected(encoder.module, f"{name}_encoder.module")
+        encoder.projector.check_storable(f"{name}_encoder.projector")
+        config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+    record_adapters(config, encoders, language_model)
+    check_facts_registered(config.encoder_types)  # what is not known here would be left out
+    config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
+    config.frozen = frozen_patterns(model) or None
+    config.part_dtypes = dtypes_by_pattern(model, first_dtype(language_model))
+
+
+def dtypes_by_pattern(model: nn.Module, main: torch.dtype) -> dict[str, Any] | None:
+    """Which tensors have another dtype than the language model, None where none has.
+
+    As ``{"": main, dtype: [patterns of saved tensors], "buffers": {dtype: [patterns of buffers]}}``.  Loading makes buffers
+    that are not saved, and some that are (wav2vec 2.0 Conformer's frequencies), in float32; a model that was cast as a
+    whole has them in the dtype of its weights.
+    """
+    saved = {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    found = _grouped(saved, main)
+    if buffers := _grouped(dict(model.named_buffers()), torch.float32):
+        found["buffers"] = buffers
+    return {"": _name(main), **found} if found else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _grouped(tensors: Mapping[str, torch.Tensor], usual: torch.dtype) -> dict[str, Any]:
+    """Patterns of floating-point tensors by dtype, which match no other tensor: loading casts whatever they match."""
+    others = sorted({_name(t.dtype) for t in tensors.values() if t.dtype != usual and t.is_floating_point()})
+    return {d: compress((n for n, t in tensors.items() if _name(t.dtype) == d), tensors) for d in others}
+
+
+def built_again(model: PreTrainedModel) -> nn.Module:
+    """A model of the same class as its configuration builds it, without weights."""
+    return build_without_weights(lambda: type(model)(without_dtypes(copy.deepcopy(model.config))))
+
+
+def restore_buffers(model: PreTrainedModel) -> None:
+    """Fill the buffers of adapters that no checkpoint holds, which loading leaves empty, and give floating-point buffers the
+    dtypes that they had when the model was saved (in place)."""
+    if model.config.adapters:
+        empty = adapter_buffers(model)
+        for name, made in (adapter_buffers(built_again(model)) if empty else {}).items():
+            if not made.is_meta:
+                empty[name].copy_(made)  # computed when it was built; else nothing is known of it
+        restore_token_rows(model)
+    part_dtypes = model.config.part_dtypes
+    if not part_dtypes or part_dtypes.get("") != _name(model.dtype):
+        return
+    floating = [name for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+    for name, patterns in part_dtypes.get("buffers", {}).items():
+        dtype = getattr(torch, name)
+        for parent, _, key in (buffer.rpartition(".") for buffer in matches(patterns, floating)):
+            module = model.get_submodule(parent)
+            # A norm whose class asks for float32 has weights in it, and statistics beside them.
+            if all(p.dtype == dtype for p in module.parameters(recurse=False) if p.is_floating_point()):
+                module._buffers[key] = module.get_buffer(key).to(dtype)
+
+
+def check_rebuildable(model: PreTrainedModel) -> None:
+    """Build the model again from its configuration, without weights, and compare names and shapes of what it saves; ValueError,
+    with the first differing weights, where the checkpoint would not load as this model."""
+    if getattr(model, "hf_quantizer", None) is not None or any(hasattr(p, "ds_id") for p in model.parameters()):
+        return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
+    again = built_again(model)
+    check_buffers_restorable(again)
+    expected, got = (
+        {name: tuple(t.shape) for name, t in made.state_dict().items() if isinstance(t, torch.Tensor)}
+        for made in (model, again)
+    )
+    ignored = model._keys_to_ignore_on_save or set()
+    changed = sorted(n for n in expected.keys() & got.keys() if expected[n] != got[n])
+    missing, surplus = sorted(expected.keys() - got.keys() - ignored), sorted(got.keys() - expected.keys() - ignored)
+    if changed or missing or surplus:
+        raise ValueError(
+            "This model cannot be saved so that it loads again: its configuration describes other weights. Only in the "
+            f"model: {missing[:4]} ({len(missing)}); only in what the configuration builds: {surplus[:4]} "
+            f"({len(surplus)}); other shapes: {[(n, expected[n], got[n]) for n in changed[:3]]}. Undo the change to the "
+            "part, or give the part a class of its own whose configuration holds it."
+        )
+
+
+def check_quantized(model: PreTrainedModel) -> None:
+    """Refuse quantized weights that would not come back as they are (ValueError): of a part that was quantized before
+    composing, or in the form for inference on a CPU, which loses digits when bitsandbytes turns it back for saving."""
+    for name, part in nearest_models(model):
+        if getattr(model, "hf_quantizer", None) is None and getattr(unwrapped(part), "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"{name} was quantized before composing, and a checkpoint cannot hold that: compose and save the plain parts, "
+                "then load them with from_pretrained(folder, quantization_config=...); its adapters are saved apart."
+            )
+    for name, parameter in model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name} holds 4-bit weights in the form that bitsandbytes made for inference on a CPU, from which saving "
+                "would not give them back exactly: save before running the model, or save the adapters alone."
+            )

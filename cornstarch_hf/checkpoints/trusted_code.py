@@ -14,32 +14,23 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_cached_module_file
 
-from ..parts.classes import CODE_ENTRY, code_source
+from ..parts.classes import CODE_ENTRY, code_source, subclasses_of
 from ..parts.known_encoders import ENCODER_TYPES
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
 from ..parts.threads import TravellingLock
 from .code_folder import HERE, ROOT, own_modules, read_entry
-from .finding import HUB_OPTIONS, PLACES
+from .finding import HUB_OPTIONS, PLACES, picked
 
-_REGISTRIES = {
-    "callbacks": CALLBACKS,
-    "projectors": PROJECTORS,
-    "counts": FEATURE_COUNTS,
-    "encoder_types": ENCODER_TYPES,
-}
+_KINDS = {"callbacks": CALLBACKS, "projectors": PROJECTORS, "counts": FEATURE_COUNTS, "encoder_types": ENCODER_TYPES}
+_IMPORTING = TravellingLock()
 
 
 def with_shared_code(source: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `from_pretrained` after the checkpoint's code was taken over, where it is trusted and needed.
-
-    Raises:
-        ValueError, ImportError: as `load_shared_code`.
-    """
+    """The options of `from_pretrained` after the checkpoint's code was taken over; raises as `load_shared_code` does."""
     config = options.get("config")
     if not isinstance(config, PreTrainedConfig):
         if options.get("trust_remote_code"):
-            places = {key: options[key] for key in PLACES if options.get(key) is not None}
-            values, _ = PreTrainedConfig.get_config_dict(source, **places)
+            values, _ = PreTrainedConfig.get_config_dict(source, **picked(options, PLACES))
             load_shared_code(source, values.get("auto_map"), options)
         return options
     load_shared_code(source, getattr(config, "auto_map", None), options)
@@ -47,16 +38,9 @@ def with_shared_code(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     return options if resolved is None else options | {"config": resolved()}
 
 
-_IMPORTING = TravellingLock()
-
-
 def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> None:
-    """Run the user's files of a checkpoint if it is trusted and they define what is missing here.
-
-    Args:
-        source: folder or repo id.
-        auto_map: of its configuration.
-        options: of `from_pretrained`: ``trust_remote_code``, and where files come from.
+    """Run the user's files of a checkpoint, by the `auto_map` of its configuration, if it is trusted and they define what is
+    missing here.
 
     Raises:
         ValueError: a name is taken by another definition.
@@ -65,56 +49,39 @@ def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> Non
     repo = code_source(auto_map)
     if repo is None or not options.get("trust_remote_code"):
         return
-    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+    hub = picked(options, HUB_OPTIONS)
     file = Path(HF_MODULES_CACHE) / get_cached_module_file(repo or str(source), f"{CODE_ENTRY}.py", **hub)
     if file.resolve().parent == HERE:
         return  # this very code is running
-    carries = read_entry(file.parent)
-    package = _package_of(file.parent, carries)
+    folder, carries = file.parent, read_entry(file.parent)
+    users = sorted({stem for side in carries.get("sides", {}).values() for stem in side["files"]} | {CODE_ENTRY})
+    # Named by content: the same files, found in another place, are the same package and run once.
+    content = b"".join(stem.encode() + (folder / f"{stem}.py").read_bytes() for stem in users)
+    package = ModuleType(f"{ROOT}_shared_{hashlib.sha256(content).hexdigest()[:16]}")
+    package.__path__ = [str(folder)]
     with _IMPORTING:  # a thread that comes second waits until the names are there
-        if f"{package.__name__}.{CODE_ENTRY}" not in sys.modules and _missing(carries, package.__name__):
+        if f"{package.__name__}.{CODE_ENTRY}" not in sys.modules and _lacks(carries, package.__name__):
             _import(package, carries, source)
 
 
-def _package_of(folder: Path, carries: dict) -> ModuleType:
-    """A package for the user's files, in which this package's modules go by the names that the files import them under."""
-    users = sorted({stem for side in carries.get("sides", {}).values() for stem in side["files"]} | {CODE_ENTRY})
-    # Named by content: the same files, found in another place, are the same package and run once.
-    digest = hashlib.sha256(
-        b"".join(stem.encode() + (folder / f"{stem}.py").read_bytes() for stem in users)
-    ).hexdigest()
-    package = ModuleType(f"{ROOT}_shared_{digest[:16]}")
-    package.__path__ = [str(folder)]
-    return package
+def _lacks(carries: dict, package: str) -> bool:
+    """Whether the files define a name that nothing here does, or that another checkpoint's files do."""
+    sides = carries.get("sides", {}).values()
+    entries = [r.get(name) for side in sides for kind, r in _KINDS.items() for name in side.get(kind, ())]
+    if any(entry is None or _is_of_another(entry, package) for entry in entries):
+        return True
+    imported = {cls.__name__ for base in (PreTrainedModel, PreTrainedConfig) for cls in subclasses_of(base)}
+    return any(name not in imported for side in sides for name in side["classes"])
 
 
-def _missing(carries: dict, package: str) -> list[str]:
-    """Names that the files define and nothing here does, or another checkpoint's files do."""
-    found = []
-    for side in carries.get("sides", {}).values():
-        for kind, registry in _REGISTRIES.items():
-            found += [name for name in side.get(kind, ()) if _is_missing(registry.get(name), package)]
-        found += [name for name in side["classes"] if name not in _imported_names()]
-    return found
-
-
-def _is_missing(entry: Any, package: str) -> bool:
+def _is_of_another(entry: Any, package: str) -> bool:
     targets = getattr(entry, "functions", [getattr(entry, "target", entry)])  # of an encoder type several
     modules = [getattr(target, "__module__", "") or "" for target in targets]
-    others = [m for m in modules if m.startswith(f"{ROOT}_shared_") and not m.startswith(f"{package}.")]
-    return entry is None or bool(others)
-
-
-def _imported_names() -> set[str]:
-    def below(cls):
-        for sub in cls.__subclasses__():
-            yield sub.__name__
-            yield from below(sub)
-
-    return {name for base in (PreTrainedModel, PreTrainedConfig) for name in below(base)}
+    return any(m.startswith(f"{ROOT}_shared_") and not m.startswith(f"{package}.") for m in modules)
 
 
 def _import(package: ModuleType, carries: dict, source: Any) -> None:
+    """Import a package of the user's files, in which this package's modules go by the names that the files import."""
     name = package.__name__
     sys.modules[name] = package
     # First of all: the files' imports of this package's modules are to find the running ones, not copies.

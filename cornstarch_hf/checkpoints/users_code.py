@@ -6,6 +6,7 @@ rewritten.  A module that lies in a folder of the package is carried as ``folder
 """
 
 import ast
+import functools
 import importlib.util
 import io
 import re
@@ -23,33 +24,17 @@ _IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")  # an access token of the Hub
 # Calls that no definition needs: a file that makes one while it is imported is a program.
-_PROGRAM_CALLS = frozenset(
-    [
-        *("compose", "fit", "from_native", "from_pretrained", "generate", "hf_hub_download", "load_dataset", "main"),
-        *("parse_args", "push_to_hub", "save_pretrained", "snapshot_download", "system", "train", "urlopen"),
-    ]
-)
+_PROGRAM_CALLS = frozenset([
+    "compose", "fit", "from_native", "from_pretrained", "generate", "hf_hub_download", "load_dataset", "main", "parse_args",
+    "push_to_hub", "save_pretrained", "snapshot_download", "system", "train", "urlopen",
+])  # fmt: skip
 _HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger", "filterwarnings", "simplefilter"])
-
-
 # What a checkpoint carries by a thin file with the same names: in any case, or unless it names one of these.  Guards that
 # arrive inside the code that they guard protect nobody; what composes and exports needs the package.
-THIN: dict[str, frozenset[str]] = {
-    "checkpoints_code_bundle": frozenset(),
-    "checkpoints_folder_swap": frozenset(),
-    "checkpoints_loading": frozenset(["references"]),
-    "checkpoints_trusted_code": frozenset(),
-    "composition": frozenset(),
-    "encoders_own_parts": frozenset(),
-    "parts_build_bounds": frozenset(),
-    "parts_stored_adapters": frozenset(["adapters"]),
-    "parts_stored_values": frozenset(),
-    "processing_assistant_turns": frozenset(),
-    "processing_sounds": frozenset(["audio"]),
-    "processing_template_sandbox": frozenset(),
-    "processing_video": frozenset(["video"]),
-    "processing_video_processors": frozenset(["video"]),
-}
+_UNLESS = {"checkpoints_loading": "references", "parts_stored_adapters": "adapters", "processing_sounds": "audio"}
+_UNLESS |= {"processing_video": "video", "processing_video_processors": "video"}
+_THIN_STEMS = sorted(path.stem for path in THIN_FOLDER.glob("[!_]*.py"))
+THIN = {stem: frozenset([_UNLESS[stem]] if stem in _UNLESS else []) for stem in _THIN_STEMS}
 # What only a checkpoint carries that names one of these; nothing else imports it.
 OPTIONAL: dict[str, frozenset[str]] = {
     "processing_own_processors": frozenset(["own processors"]),
@@ -88,8 +73,7 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
     found = set()
 
     def flat(match: re.Match) -> str:
-        folder = module.split(".")[: -len(match[2])]
-        stem = "_".join([*folder, *match[3].split(".")])
+        stem = "_".join([*module.split(".")[: -len(match[2])], *match[3].split(".")])
         found.add(stem)
         return f"{match[1]}from .{stem} import"
 
@@ -109,11 +93,6 @@ class CodeFiles:
         roots: modules of this package, which a checkpoint needs to load and to save itself.
         needs: what the checkpoint names, see `THIN` and `OPTIONAL`; names of modules that it needs whole among it.
 
-    Attributes:
-        added: modules of this package that only a user's file needs, or needs whole.
-        own: texts of modules of this package by the stem under which they are carried.
-        users: texts of a user's files likewise.
-
     Raises:
         ValueError: from every method, a file that cannot be carried; names the file, the line and the remedy.
     """
@@ -121,16 +100,11 @@ class CodeFiles:
     def __init__(self, roots: tuple[str, ...], needs: Collection[str] = ()):
         self._roots = [*roots, *(stem for stem, names in OPTIONAL.items() if not names.isdisjoint(needs))]
         self._whole = {stem for stem, names in THIN.items() if stem in needs or not names.isdisjoint(needs)}
-        self.added: set[str] = set()
-        self.own = self._collected()
-        self.users: dict[str, str] = {}
+        self.added: set[str] = set()  # modules of this package that only a user's file needs, or needs whole
+        self.own = self._collected()  # texts of modules of this package by the stem under which they are carried
+        self.users: dict[str, str] = {}  # texts of a user's files likewise
         self._stems: dict[Path, str] = {}
         self._package = frozenset(self.own)
-
-    @property
-    def texts(self) -> dict[str, str]:
-        """All texts by stem."""
-        return self.own | self.users
 
     def source(self, stem: str) -> Path:
         """Where the text lies that a checkpoint carries as a module of this package."""
@@ -150,8 +124,7 @@ class CodeFiles:
             return  # the modules of every checkpoint are made for thin neighbours
         seen.add(stem)
         self.added.add(stem)
-        if stem in THIN:
-            self._whole.add(stem)
+        self._whole |= {stem} & THIN.keys()
         for imported in self._bundled(stem)[1]:
             self._carry_whole(imported, seen)
 
@@ -180,21 +153,18 @@ class CodeFiles:
         if path not in self._stems:
             stem = self._stems[path] = self._free_stem(path)
             self.users[stem] = ""  # first, for its imports may lead back to it
-            text = self._rewritten(path, why)
-            twin = next((other for other, known in self.users.items() if known == text and other != stem), None)
-            if twin is None or not text:
-                self.users[stem] = text
-            else:  # a file and its copy in a checkpoint
+            text = self.users[stem] = self._rewritten(path, why)
+            twin = next((other for other, same in self.users.items() if same == text and other != stem), None)
+            if twin is not None and text:  # a file and its copy in a checkpoint
                 del self.users[stem]
                 self._stems[path] = twin
         return self._stems[path]
 
     def _free_stem(self, path: Path) -> str:
-        stem = path.parent.name if path.stem == "__init__" else path.stem
-        stem = re.sub(r"\W", "_", stem)
-        taken = set(own_modules()) | set(self.users) | {CODE_ENTRY, PACKAGE}
-        candidates = [stem, f"{re.sub(r'[^0-9a-zA-Z_]', '_', path.parent.name)}_{stem}", f"users_{stem}"]
-        candidates += [f"users_{stem}_{i}" for i in range(2, 100)]
+        folder = re.sub(r"[^0-9a-zA-Z_]", "_", path.parent.name)
+        stem = re.sub(r"\W", "_", path.parent.name if path.stem == "__init__" else path.stem)
+        taken = {*own_modules(), *self.users, CODE_ENTRY, PACKAGE}
+        candidates = [stem, f"{folder}_{stem}", f"users_{stem}", *(f"users_{stem}_{i}" for i in range(2, 100))]
         return next(name for name in candidates if name not in taken and name.isidentifier())
 
     def _rewritten(self, path: Path, why: str) -> str:
@@ -202,17 +172,26 @@ class CodeFiles:
         if _TOKEN.search(text):
             raise ValueError(f"{path} ({why}) holds an access token: remove it before the file is shared.")
         tree = ast.parse(text)
-        check_runs_nothing(tree, path, why)
-        edits = []
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                lines = self._relative(node, path)
-                if lines is not None:
-                    edits.append((node, lines))
+        if (program := next(filter(_is_program, _top_statements(tree.body)), None)) is not None:
+            raise ValueError(
+                f"{path}:{program.lineno} ({why}) does more than define: `{ast.unparse(program):.60}` would run wherever the "
+                'checkpoint is loaded. Put it under `if __name__ == "__main__":`, or move the definitions into a file of '
+                "their own."
+            )
+        imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        edits = [(node, self._relative(node, path)) for node in imports]
         # From the end, so that the numbers of lines before stay right.
         for node, lines in sorted(edits, key=lambda edit: -edit[0].lineno):
-            text = _replaced(text, node, lines, path)
-        _check_seen(text, path)
+            if lines is not None:
+                text = _replaced(text, node, lines, path)
+        # What transformers' pattern finds must be what Python finds: it would look for files that a docstring names.
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level == 1]
+        seen = {a or b for a, b in _SEEN_BY_TRANSFORMERS.findall(text)}
+        if surplus := sorted(seen - {node.module for node in nodes}):
+            raise ValueError(
+                f"{path} has a line of text that reads like an import of {surplus}: transformers would look for that file. "
+                "Reword the docstring or the string."
+            )
         return text
 
     # ---- imports
@@ -224,26 +203,26 @@ class CodeFiles:
         module = node.module or ""
         if node.level == 0 and module.split(".")[0] == PACKAGE:
             return self._from_package(node, path)
-        base = _relative_base(path, node.level) / Path(*module.split(".")) if node.level else None
+        # The module's path without the ending, for a relative import; a user's package is looked into likewise.
+        base = path.parents[node.level - 1] / Path(*module.split(".")) if node.level else None
         target = _module_file(base) if base is not None else _users_file(module, path.parent)
-        if target is None and base is None:
+        if base is None and target is None:
             return None
-        folder = base if base is not None else (target.parent if target and target.stem == "__init__" else None)
-        lines = []
+        if base is None and target is not None and target.stem == "__init__":
+            base = target.parent
+        lines, why = [], f"imported by {path.name}"
         for alias in node.names:
-            inner = _module_file(folder / alias.name) if folder is not None and alias.name != "*" else None
-            renamed = f" as {alias.asname}" if alias.asname else ""
+            inner = _module_file(base / alias.name) if base is not None and alias.name != "*" else None
             if inner is not None:
-                stem = self.add_file(inner, f"imported by {path.name}")
-                lines.append(f"from . import {stem} as {alias.asname or alias.name}")
+                lines.append(f"from . import {self.add_file(inner, why)} as {alias.asname or alias.name}")
             elif target is not None:
-                lines.append(f"from .{self.add_file(target, f'imported by {path.name}')} import {alias.name}{renamed}")
+                lines.append(f"from .{self.add_file(target, why)} import {ast.unparse(alias)}")
             else:
                 raise ValueError(f"{path}:{node.lineno} imports {alias.name!r} of a package that has no file for it.")
         return lines
 
     def _relative_import(self, node: ast.Import, path: Path) -> list[str] | None:
-        lines, changed = [], False
+        lines, why = [], f"imported by {path.name}"
         for alias in node.names:
             own = alias.name.split(".")[0] == PACKAGE
             target = None if own else _users_file(alias.name, path.parent)
@@ -252,61 +231,51 @@ class CodeFiles:
                     f"{path}:{node.lineno} uses `import {alias.name}`, which cannot be carried: write `from {alias.name} "
                     "import name` instead."
                 )
-            if target is None:
-                lines.append(f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else ""))
+            if target is not None:
+                lines.append(f"from . import {self.add_file(target, why)} as {alias.asname or alias.name}")
             else:
-                stem = self.add_file(target, f"imported by {path.name}")
-                lines.append(f"from . import {stem} as {alias.asname or alias.name}")
-                changed = True
-        return lines if changed else None
+                lines.append(f"import {ast.unparse(alias)}")
+        return lines if any(line.startswith("from ") for line in lines) else None
 
     def _from_package(self, node: ast.ImportFrom, path: Path) -> list[str]:
         """`from cornstarch_hf import X`, or of one of its folders or modules, from the checkpoint's own copy."""
         place = (node.module or "").replace(".", "_").removeprefix(PACKAGE).removeprefix("_")
         lines = []
         for alias in node.names:
-            renamed = f" as {alias.asname}" if alias.asname else ""
             stem = f"{place}_{alias.name}".removeprefix("_")
             if place not in own_modules() and stem in own_modules():
                 lines.append(f"from . import {self.add_own(stem)} as {alias.asname or alias.name}")
                 continue
-            home = place if place in own_modules() else _own_module_of(alias.name, place)
+            home = place if place in own_modules() else own_module_of(alias.name, place)
             if home is None or alias.name == "*":
                 raise ValueError(f"{path}:{node.lineno} imports {alias.name!r} of {PACKAGE}: name what is needed.")
-            lines.append(f"from .{self.add_own(home)} import {alias.name}{renamed}")
+            lines.append(f"from .{self.add_own(home)} import {ast.unparse(alias)}")
         return lines
 
 
-def _own_module_of(name: str, folder: str) -> str | None:
+@functools.cache
+def own_module_of(name: str, folder: str = "") -> str | None:
     """The running code's module, of the whole package or of one of its folders, that defines a name at its top."""
     pattern = re.compile(rf"^(?:class|def) {re.escape(name)}\b|^{re.escape(name)}\b\s*(?::[^=\n]+)?=", re.M)
     stems = [stem for stem in own_modules() if stem.startswith(f"{folder}_" if folder else "")]
     return next((stem for stem in stems if pattern.search(own_file(stem).read_text(encoding="utf-8"))), None)
 
 
-def _relative_base(path: Path, level: int) -> Path:
-    return path.parents[level - 1]
-
-
 def _module_file(base: Path) -> Path | None:
     """The file of a module by its path without the ending; None if there is none."""
-    for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
-        if candidate.is_file():
-            return candidate
-    return None
+    return next(filter(Path.is_file, (base.with_name(base.name + ".py"), base / "__init__.py")), None)
 
 
 def _users_file(name: str, folder: Path) -> Path | None:
     """The user's own file that an absolute import means; None for an installed or built-in module."""
-    known = getattr(sys.modules.get(name), "__file__", None)  # wherever it was imported from, that is what runs
-    beside = _module_file(folder / Path(*name.split(".")))
-    if known is None and beside is None and name.split(".")[0] not in sys.stdlib_module_names:
+    running = getattr(sys.modules.get(name), "__file__", None)  # wherever it was imported from, that is what runs
+    path = Path(running) if running is not None else _module_file(folder / Path(*name.split(".")))
+    if path is None and name.split(".")[0] not in sys.stdlib_module_names:
         try:
             spec = importlib.util.find_spec(name)
         except (ImportError, ValueError):
             spec = None
-        known = spec.origin if spec is not None and spec.has_location else None
-    path = Path(known) if known is not None else beside
+        path = Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
     return None if path is None or path.suffix != ".py" or is_installed(path) else path
 
 
@@ -322,32 +291,7 @@ def _replaced(text: str, node: ast.Import | ast.ImportFrom, new: list[str], path
     return "".join(lines)
 
 
-def _check_seen(text: str, path: Path) -> None:
-    """What transformers' pattern finds must be what Python finds: it would look for files that a docstring names."""
-    meant = {
-        node.module
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
-    }
-    if surplus := sorted({a or b for a, b in _SEEN_BY_TRANSFORMERS.findall(text)} - meant):
-        raise ValueError(
-            f"{path} has a line of text that reads like an import of {surplus}: transformers would look for that file. Reword "
-            "the docstring or the string."
-        )
-
-
-# ---- programs
-
-
-def check_runs_nothing(tree: ast.Module, path: Path, why: str) -> None:
-    """Refuse a file that does more than define and register when it is imported (ValueError with the line)."""
-    for node in _top_statements(tree.body):
-        if _is_program(node):
-            raise ValueError(
-                f"{path}:{node.lineno} ({why}) does more than define: `{ast.unparse(node):.60}` would run wherever the "
-                'checkpoint is loaded. Put it under `if __name__ == "__main__":`, or move the definitions into a file of '
-                "their own."
-            )
+# ---- programs: files that do more than define and register when they are imported
 
 
 def top_calls(tree: ast.Module) -> list[ast.Call]:
@@ -374,16 +318,13 @@ def _top_statements(body: list[ast.stmt]) -> list[ast.stmt]:
 
 def _is_program(node: ast.stmt) -> bool:
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass, ast.Raise)
-    if isinstance(node, definitions):
-        return False
-    if isinstance(node, ast.Expr):
-        if not isinstance(node.value, ast.Call):
-            return not isinstance(node.value, ast.Constant)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         name = called_name(node.value)
         return not (name.startswith("register") or name in _HARMLESS_CALLS)
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Assert, ast.Delete)):
         return any(isinstance(inner, ast.Call) and called_name(inner) in _PROGRAM_CALLS for inner in ast.walk(node))
-    return True
+    text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return not (text or isinstance(node, definitions))
 
 
 def called_name(call: ast.Call) -> str:

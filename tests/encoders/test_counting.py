@@ -43,7 +43,7 @@ from cornstarch_hf import (
     register_callback,
     register_feature_count,
 )
-from cornstarch_hf.checkpoints.plain_storage import sync_config
+from cornstarch_hf.checkpoints.storage import sync_config
 from cornstarch_hf.encoders import counting as feature_counts
 from cornstarch_hf.encoders.counting import FeatureCounter
 from cornstarch_hf.encoders.feature_layout import typical_item

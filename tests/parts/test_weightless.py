@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, LlavaConfig, PreTrainedConfig, PreTrainedModel, initialization
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
-from cornstarch_hf.checkpoints.plain_storage import check_rebuildable
+from cornstarch_hf.checkpoints.storage import check_rebuildable
 from cornstarch_hf.encoders.counting import FeatureCounter
 from cornstarch_hf.parts.weightless import (
     WithoutInitializers,

@@ -11,23 +11,10 @@ from ..code_folder import HERE, ROOT, SIDES, read_entry, write_code
 
 
 def export_code(
-    folder: Any,
-    side: str,
-    owner: Any,
-    target: Any,
-    *,
-    include_code: bool | None = None,
-    others: Iterable[Any] = (),
-    references: bool = False,
+    folder: Any, side: str, owner: Any, target: Any, include_code: bool | None, others: Iterable[Any], references: bool
 ) -> set[str]:
-    """Copy the running files beside a saved configuration, and name them in its ``auto_map``.
-
-    Returns:
-        names of code files in the target that nothing needs any more.
-
-    Raises:
-        ValueError: a part is defined elsewhere, or the other side of the checkpoint came with other code.
-    """
+    """Copy the running files beside a saved configuration, and name them in its ``auto_map``; ValueError where a part is
+    defined elsewhere, or the other side of the checkpoint came with other code."""
     folder, target, classes = Path(folder), Path(target), dict(SIDES[side][1])
     if include_code is False:
         return write_code(folder, target, side, None, classes)
@@ -48,16 +35,12 @@ def export_code(
 
 def _homes(config: Any, side: str) -> set[str]:
     """Modules, neither libraries' nor of the running code, that define what a configuration names."""
-    projectors = (
-        [config] if side == "projector" else [getattr(config, f"{n}_projector_config") for n in config.encoders]
-    )
+    encoders = [] if side == "projector" else config.encoders
+    projectors = [config] if side == "projector" else [getattr(config, f"{n}_projector_config") for n in encoders]
     targets: list[Any] = [PROJECTORS[projector.projection_type] for projector in projectors]
-    for name in () if side == "projector" else config.encoders:
+    for name in encoders:
         described = config.modality(name)["callbacks"].values()
         targets += [type(getattr(config, f"{name}_config")), *(CALLBACKS[each["name"]].target for each in described)]
     homes = {str(getattr(getattr(target, "func", target), "__module__", "")) for target in targets}
-    return {
-        home
-        for home in homes
-        if not home.startswith(f"{ROOT}.") and home.split(".")[0] not in ("torch", "transformers")
-    }
+    homes = {home for home in homes if home.split(".")[0] not in ("torch", "transformers")}
+    return {home for home in homes if not home.startswith(f"{ROOT}.")}

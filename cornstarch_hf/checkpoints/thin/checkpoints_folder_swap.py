@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from ...parts.stored_values import POINTER
+from ..finding import files_below
 
 
 @contextlib.contextmanager
@@ -15,14 +16,13 @@ def replaced_atomically(folder: str | os.PathLike, head: str, owned: Callable[[s
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saved-", dir=folder) as staging:
         yield staging
-        paths = [os.path.join(root, name) for root, _, names in os.walk(staging) for name in names]
-        new = {os.path.relpath(path, staging): path for path in paths}
+        new = files_below(staging)
         for name in os.listdir(folder):
             if name not in new and owned(name) and os.path.isfile(os.path.join(folder, name)):
                 os.remove(os.path.join(folder, name))
         for name in sorted(new, key=lambda name: name == head):
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-            os.replace(new[name], os.path.join(folder, name))
+            os.replace(os.path.join(staging, name), os.path.join(folder, name))
 
 
 def valid_folder(folder: str | os.PathLike, head: str) -> str:

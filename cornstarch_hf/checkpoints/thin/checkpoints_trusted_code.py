@@ -8,5 +8,4 @@ def with_shared_code(source: Any, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> None:
-    """What this checkpoint needs is running already."""
+def load_shared_code(source: Any, auto_map: Any, options: dict[str, Any]) -> None: ...

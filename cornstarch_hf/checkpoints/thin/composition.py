@@ -16,10 +16,8 @@ def compose_config(
     init_projector_type: str = "linear",
     init_activation: str = "gelu",
 ) -> MultimodalConfig:
-    """ImportError: what to install."""
     raise needs_package("What composes models of parts")
 
 
 def describe_model(model: Any) -> str:
-    """ImportError: what to install."""
     raise needs_package("The table of a model's parts")

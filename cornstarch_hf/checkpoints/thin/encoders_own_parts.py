@@ -1,23 +1,16 @@
 """Callbacks and projections as a configuration names them; live ones that it cannot hold take the package."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from ...checkpoints.code_folder import needs_package
 from ...configuration_multimodal import MultimodalConfig
 from ...configuration_projector import CUSTOM_PROJECTION
 from ...encoders.module import ModalEncoderModule
 from ...parts.stored_modules import check_callbacks_storable
-from ...projectors.projector import MultimodalProjector
 
 
 class OwnParts:
     """Of one modality, what its configuration cannot hold; there is none."""
-
-    def __init__(self, name: str, callbacks: dict[str, Callable], projector: MultimodalProjector | None) -> None:
-        raise needs_package("What keeps callbacks and projections that are not registered")
-
-    def put_into(self, encoder: ModalEncoderModule) -> None:
-        """Never called."""
 
 
 def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule]) -> dict[str, OwnParts]:
@@ -29,5 +22,4 @@ def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule])
     return {}
 
 
-def settle_registered(config: MultimodalConfig, own: OwnParts) -> None:
-    """Never called."""
+def settle_registered(config: MultimodalConfig, own: OwnParts) -> None: ...

@@ -10,32 +10,13 @@ POINTER = "cornstarch_saved_in"
 SHARD = re.compile(r"[^/\\]+\.safetensors")
 
 
-def check_values(values: Any, where: str) -> None:
-    """Nothing is refused."""
-
-
-def check_auto_map(entries: Any, where: str, repo_id: str | None = None, here_only: bool = False) -> None:
-    """Nothing is refused."""
-
-
-def check_types(values: Mapping[str, Any], expected: Mapping[str, tuple[type, ...]], where: str) -> None:
-    """Nothing is refused."""
-
-
-def check_switches(values: Mapping[str, Any] | None, where: str) -> None:
-    """Nothing is refused."""
-
-
-def check_pattern(pattern: Any, where: str) -> None:
-    """Nothing is refused."""
-
-
-def check_part_dtypes(stored: Any) -> None:
-    """Nothing is refused."""
-
-
-def check_names(names: Any, where: str) -> None:
-    """Nothing is refused."""
+def check_values(values: Any, where: str) -> None: ...
+def check_auto_map(entries: Any, where: str, repo_id: str | None = None, here_only: bool = False) -> None: ...
+def check_types(values: Mapping[str, Any], expected: Mapping[str, tuple[type, ...]], where: str) -> None: ...
+def check_switches(values: Mapping[str, Any] | None, where: str) -> None: ...
+def check_pattern(pattern: Any, where: str) -> None: ...
+def check_part_dtypes(stored: Any) -> None: ...
+def check_names(names: Any, where: str) -> None: ...
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:

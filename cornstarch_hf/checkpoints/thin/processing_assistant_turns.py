@@ -6,12 +6,10 @@ from typing import Any
 from ...checkpoints.code_folder import needs_package
 from ...processing.conversations import GENERATION, check_tool_calls, render
 
-Spans = list[tuple[int, int]]
-
 
 def assistant_spans(
     messages: list[dict], template: str, *, first: int = 0, specials: Sequence[str] = (), **variables: Any
-) -> tuple[str, Spans]:
+) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the character spans that the assistant wrote, as `generation` blocks say."""
     if first or not GENERATION.search(template):
         raise needs_package("What finds the assistant's turns where a chat template does not mark them")

@@ -8,5 +8,4 @@ from ...checkpoints.code_folder import needs_package
 
 
 def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
-    """ImportError: what to install."""
     raise needs_package("What reads sounds")

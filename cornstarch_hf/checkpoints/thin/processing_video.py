@@ -13,7 +13,6 @@ FRAME_MASK = "frame_mask"
 def run_on_frames(
     processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
 ) -> dict[str, torch.Tensor]:
-    """ImportError: what to install."""
     raise needs_package("What processes videos")
 
 

@@ -16,5 +16,4 @@ def is_video_processor(processor: Any) -> bool:
 def run_video_processor(
     processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
 ) -> dict[str, torch.Tensor]:
-    """ImportError: what to install."""
     raise needs_package("What processes videos")
