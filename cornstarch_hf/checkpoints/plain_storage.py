@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..configuration_multimodal import MultimodalConfig
 from ..parts.adapters import adapter_buffers, check_buffers_restorable, restore_token_rows, unwrapped
@@ -27,6 +27,7 @@ from ..parts.stored_adapters import check_not_injected, record_adapters
 from ..parts.stored_modules import check_callbacks_storable
 from ..parts.weightless import build_without_weights, without_dtypes
 from .code_bundle import export_code
+from .code_folder import INSTALL
 from .finding import HUB_ARGUMENTS, PROCESSOR, TEMPLATES
 from .folder_swap import replaced_atomically, valid_folder
 from .loading import finish_load, plan_load
@@ -46,7 +47,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 def pusher(name: str) -> Callable[..., Any]:
     """A function of `push` by its name; ValueError where code that came with a checkpoint runs without the package."""
     if name not in PUSHERS:
-        raise ValueError("Pushing needs the package: pip install cornstarch_hf, then import cornstarch_hf.")
+        raise ValueError(f"Pushing needs the package: {INSTALL} (a clone or a wheel), then import cornstarch_hf.")
     return PUSHERS[name]
 
 
@@ -140,7 +141,7 @@ class ModelStorage(SharedCode, PreTrainedModel):
         """Bring back what transformers does not (in place)."""
 
 
-class ProcessorStorage(SharedCode):
+class ProcessorStorage(SharedCode, ProcessorMixin):
     """How a processor is saved and loaded, with the tokenizers of single modalities in folders of their own."""
 
     tokenizer: Any
@@ -165,7 +166,7 @@ class ProcessorStorage(SharedCode):
             _sides_written(part for part in parts if isinstance(part, PreTrainedTokenizerBase)),
             replaced_atomically(save_directory, PROCESSOR, lambda name: name in TEMPLATES or name in surplus) as folder,
         ):
-            files = super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
+            files = super().save_pretrained(folder, **kwargs)
             for name, processor in self.processors.items():
                 if isinstance(processor, PreTrainedTokenizerBase):
                     processor.save_pretrained(os.path.join(folder, tokenizer_folder(name)))
@@ -187,7 +188,7 @@ class ProcessorStorage(SharedCode):
         folder = os.path.join(source, kwargs.get("subfolder") or "")
         if os.path.isdir(folder) and (valid := valid_folder(folder, PROCESSOR)) != folder:
             source, kwargs = valid, {**kwargs, "subfolder": ""}
-        return super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
+        return super().from_pretrained(source, *args, **kwargs)
 
     def _before_save(self) -> None:
         """Refuse what a checkpoint cannot hold, and bring the configuration up to date."""

@@ -69,6 +69,7 @@ def media_arguments(
         kwargs: items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, ``sampling_rate``.
 
     Raises:
+        TypeError: arguments that nothing takes.
         ValueError: items that were given twice, a modality that the model does not have.
     """
     media: Media = {}
@@ -96,6 +97,8 @@ def media_arguments(
     for name in media:
         if rate is not None and config.modality(name)["kind"] == "audio":
             media[name].setdefault("sampling_rate", rate)  # the modality's own option wins
+    if kwargs:
+        raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(config)}.")
     return media
 
 
