@@ -46,7 +46,7 @@ from .processing.subprocessors import (
 from .processing.video import named_for_encoder
 
 
-class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
+class MultimodalProcessor(ProcessorStorage):
     """Tokenizer and single-modality processors as one, for a composed model.
 
     Args:
@@ -122,13 +122,14 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: placeholders and items that differ in number, unusable items, truncation that would cut features.
+            ValueError: nothing to process, placeholders and items that differ in number, unusable items, truncation that
+                would cut features.
         """
         text, options, llm = text_arguments(text, llm_inputs, kwargs)
         by_kind = {"images": images, "videos": videos, "audio": audio}
         media = media_arguments(self.config, by_kind, encoder_inputs, kwargs)
-        if kwargs:
-            raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(self.config)}.")
+        if text is None and not media:
+            raise ValueError(f"Nothing to process: give text=, or items of {self.config.encoders} by name or by kind.")
         tensors, lengths, samples = self._process_media(media)  # first: the text needs the numbers of features
         data: dict[str, Any] = {}
         if text is not None:

@@ -51,7 +51,7 @@ def media_arguments(config: MultimodalConfig, by_kind: Mapping, encoder_inputs: 
 
     `by_kind` has items, or None, under the keywords of `PLURALS`; `encoder_inputs` items, options or tensors by modality;
     `kwargs` items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, and ``sampling_rate``.  ValueError if
-    items are given twice, or for a modality that the model does not have.
+    items are given twice, or for a modality that the model does not have; TypeError for what nothing takes.
     """
     media: Media = {}
     rate = kwargs.pop("sampling_rate", None)
@@ -76,6 +76,8 @@ def media_arguments(config: MultimodalConfig, by_kind: Mapping, encoder_inputs: 
     for name in media:
         if rate is not None and config.modality(name)["kind"] == "audio":
             media[name].setdefault("sampling_rate", rate)  # the modality's own option wins
+    if kwargs:
+        raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(config)}.")
     return media
 
 

@@ -45,12 +45,11 @@ def test_text_and_options_are_told_apart():
 
 
 def test_items_and_options_of_each_modality(processor):
-    found, rest = sorted_media(
-        processor, images=[1], encoder_inputs={"audio": {"raw_speech": [2], "x": 3}}, sampling_rate=8, other=4
-    )
-    assert found == {"vision": {"items": [1]}, "audio": {"items": [2], "x": 3, "sampling_rate": 8}} and rest == {
-        "other": 4
-    }
+    encoder_inputs = {"audio": {"raw_speech": [2], "x": 3}}
+    found, rest = sorted_media(processor, images=[1], encoder_inputs=encoder_inputs, sampling_rate=8)
+    assert found == {"vision": {"items": [1]}, "audio": {"items": [2], "x": 3, "sampling_rate": 8}} and rest == {}
+    with pytest.raises(TypeError, match=r"Unknown arguments \['other'\], this processor takes \[.*'vision_kwargs'\]"):
+        sorted_media(processor, images=[1], other=4)
     both = {"images_kwargs": {"a": 1}, "vision_kwargs": {"a": 2}, "audio_kwargs": {"b": 1}}
     assert sorted_media(processor, vision=[1], **both)[0] == {"vision": {"items": [1], "a": 2}}
     turned = dict(reversed(both.items()))
@@ -93,3 +92,11 @@ def test_texts_get_a_placeholder_for_each_feature(processor):
     ):
         short = {"truncation": True, "max_length": len(tiny.tokenizer()("a")["input_ids"]) + 1}
         encode_texts(processor.tokenizer, ["a" + tokens["vision"]], tokens, ids, lengths, short)
+
+
+@pytest.mark.parametrize(
+    "nothing", [{}, {"text": None, "images": None}, {"encoder_inputs": {}}, {"return_tensors": "pt"}]
+)
+def test_a_call_without_anything_to_process_is_refused(pair, nothing):
+    with pytest.raises(ValueError, match=r"Nothing to process: give text=, or items of \['vision', 'audio'\]"):
+        pair[1](**nothing)
