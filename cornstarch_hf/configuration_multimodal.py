@@ -41,8 +41,8 @@ RESERVED_NAMES = frozenset([
 ])  # fmt: skip
 # Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = (
-    *("language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "part_dtypes", "origins"),
-)
+    "language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "part_dtypes", "origins",
+)  # fmt: skip
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
@@ -50,7 +50,7 @@ MODALITY_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
-_TYPES |= {"language_model_class": (str,), "frozen": (list, tuple)}
+_TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (object,)}  # `check_origins` says more
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
 _ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
 _ENTRY_TYPES |= {"token_id": (int,), "additional_args": (list, tuple)}
