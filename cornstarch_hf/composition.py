@@ -74,7 +74,8 @@ def check_encoders(encoders: Any, language_model: nn.Module) -> None:
     validate_encoder_names(list(encoders))
     owners = {id(p): "the language model" for p in language_model.parameters()}
     for name, encoder in encoders.items():
-        mine = {id(p) for p in encoder.parameters()}
+        mine = {id(p) for p in encoder.parameters()} | {id(encoder)}
+        mine |= {id(encoder.projector)} if encoder.projector is not None else set()  # whose weights may be yet to come
         if shared := mine & set(owners):
             raise ValueError(
                 f"The encoder {name!r} shares weights with {owners[shared.pop()]}: give it a module of its own "

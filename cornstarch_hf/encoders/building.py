@@ -1,15 +1,19 @@
 """One encoder with its projector, completed and written into a modality's entry of the configuration; `rebuilding` reads it."""
 
+import copy
 import dataclasses
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from ..configuration_multimodal import MEDIA_KINDS
 from ..configuration_projector import MultimodalProjectorConfig
 from ..parts.adapters import unwrapped
 from ..parts.constructors import class_name, constructor_options
 from ..parts.known_encoders import ALL, LAST, encoder_type
+from ..parts.registries import PROJECTORS
 from ..parts.versions import CACHE_NAMES
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
@@ -27,6 +31,40 @@ PROCESSOR_NAMES = {
     "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
     "video": {"hidden_states": "pixel_values_videos", "grid_thw": "video_grid_thw"},
 }
+
+# Kinds that an encoder of such a name can have, unless another one is stated.
+_KINDS_BY_NAME: dict[str, tuple[str, ...]] = {"vision": ("image", "video"), "video": ("image", "video")}
+_KINDS_BY_NAME |= {"image": ("image",), "audio": ("audio",), "speech": ("audio",), "sound": ("audio",)}
+
+
+def make_projector(given: Any, who: str = "") -> MultimodalProjector:
+    """A projector by its type, its fields or its configuration, without sizes that these leave out.
+
+    TypeError and ValueError, which begin with `who`, for what is none of them.
+    """
+    if isinstance(given, MultimodalProjectorConfig):
+        return MultimodalProjector(copy.deepcopy(given))
+    fields = dict(given) if isinstance(given, Mapping) else {"projection_type": given}
+    try:
+        config = MultimodalProjectorConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{who}{error}") from error
+    takes = inspect.signature(PROJECTORS[config.projection_type]).parameters.values()
+    if "activation" in fields and not any(p.name in ("activation", "config") or p.kind is p.VAR_KEYWORD for p in takes):
+        raise TypeError(
+            f"{who}the {config.projection_type!r} projector has no activation: choose 'mlp', or leave it out."
+        )
+    return MultimodalProjector(config)
+
+
+def check_kind(name: str, encoder: ModalEncoderModule) -> None:
+    """ValueError for an encoder of media or texts whose name says another kind than it was found to have."""
+    kinds, found = _KINDS_BY_NAME.get(name), encoder.kind
+    if kinds and found in (*MEDIA_KINDS, "text") and found not in kinds:
+        raise ValueError(
+            f"{name}: {type(unwrapped(encoder.module)).__name__} encodes items of the kind {found!r}, which its name does not "
+            f"say: pass an encoder of the kind {kinds[0]!r}, choose another name, or state {{'kind': {found!r}}}."
+        )
 
 
 def complete_projector(

@@ -60,7 +60,7 @@ def mlp_projection(
         activation: a key of `transformers.activations.ACT2CLS`.
         num_layers: how many linear layers, 1 or more.
         hidden_size: width between them; `out_features` when None.
-        norm: ``"none"``, ``"layer_norm"`` (as in InternVL, https://arxiv.org/abs/2312.14238) or ``"rms_norm"`` before the first.
+        norm: ``"none"``, ``"layer_norm"`` (InternVL's, https://arxiv.org/abs/2312.14238) or ``"rms_norm"`` before the first.
         norm_eps: of that norm; by default 1e-5 for LayerNorm, 1e-6 for RMSNorm.
         bias: of the linear layers.
 
