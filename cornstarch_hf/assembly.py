@@ -23,27 +23,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .composition import check_encoders
-from .configuration_multimodal import MultimodalConfig, valid_groups, validate_encoder_names
-from .encoders.building import check_kind, make_projector
+from .configuration_multimodal import MultimodalConfig, valid_groups
+from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
 from .language_model.supported import check_language_model
 from .modeling_multimodal import MultimodalModel
-from .parts.adapters import is_wrapped, unwrapped
+from .parts.adapters import unwrapped
 from .parts.classes import language_model_class
-from .parts.stored_modules import SLOTS
 from .processing.own_processors import default_processor
 from .processing.video import video_processor_missing
 from .processing_multimodal import MultimodalProcessor
-from .projectors.projector import MultimodalProjector
 
-LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
-# What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
-_OPTIONS = ("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "additional_args")
-ENCODER_KEYS = frozenset([*_OPTIONS, *SLOTS, *LOADING_KEYS])
 # Further keywords of `from_pretrained`: of all that is loaded, and of models alone, whose others mean one model of a kind.
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 MODEL_KEYS = (
@@ -69,6 +63,7 @@ _TAKES: dict[str, str] = {
     ),
 }
 _INSTEAD = {word: takes for takes, words in _TAKES.items() for word in words.split()}
+logger = logging.get_logger(__name__)
 Source = str | os.PathLike | PreTrainedModel
 
 
@@ -119,8 +114,8 @@ def compose(
     """
     loading = {k: v for k, v in loading.items() if v is not None}
     _check_keywords(loading, language_model=language_model, encoders=encoders)
-    specs = _specs(encoders, projector, processors)
-    _check_names("tokens", tokens, specs)
+    specs = encoder_specs(encoders, projector, processors)
+    check_names("tokens", tokens, specs)
     _check_texts(freeze, chat_template)
     groups = valid_groups(share_inputs, list(specs))
     hub = {k: v for k, v in loading.items() if k in HUB_KEYS} | {"trust_remote_code": trust_remote_code}
@@ -130,7 +125,7 @@ def compose(
     # What needs no weights comes first: a missing tokenizer or a misspelt key is told before anything large is loaded.
     text_loading = hub | ({"revision": revision} if revision else {})
     _check_causal(language_model, text_loading)
-    tokenizer = _tokenizer(tokenizer, language_model, text_loading)
+    tokenizer = _tokenizer(tokenizer, language_model, text_loading, chat_template)
     modules, found = {}, {}
     for name, spec in specs.items():
         modules[name] = _encoder(name, spec, hub, common)
@@ -165,7 +160,7 @@ def _naming(who: str, source: Any) -> Iterator[None]:
 
 def _check_causal(language_model: Any, options: Mapping[str, Any]) -> None:
     """Refuse what is no causal language model before anything large is loaded (TypeError, ValueError)."""
-    if not _is_path(language_model):
+    if not is_path(language_model):
         check_language_model(language_model)
         return
     with _naming("The language model", language_model):
@@ -187,15 +182,20 @@ def _check_causal(language_model: Any, options: Mapping[str, Any]) -> None:
     )
 
 
-def _tokenizer(given: Any, language_model: Any, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def _tokenizer(given: Any, language_model: Any, options: Mapping[str, Any], template: Any) -> PreTrainedTokenizerBase:
     """The language model's tokenizer, padding on the left: what decoder-only generation needs; the processor copies it."""
-    if given is not None and not _is_path(given) and not isinstance(given, PreTrainedTokenizerBase):
+    if given is not None and not is_path(given) and not isinstance(given, PreTrainedTokenizerBase):
         what = given.__name__ if isinstance(given, type) else type(given).__name__
         raise TypeError(f"tokenizer must be a tokenizer of transformers, a Hub id or a path, got {what}.")
     if not isinstance(given, PreTrainedTokenizerBase):
         source = given or _source(language_model, "The language model", "tokenizer=")
         with _naming("The tokenizer (of the language model, unless tokenizer= is another)", source):
             given = AutoTokenizer.from_pretrained(source, **options)
+    if template is None and getattr(given, "chat_template", None) is None:
+        logger.warning_once(
+            "The language model's tokenizer has no chat template: apply_chat_template and rows of messages use a plain one, "
+            "each turn as its role, a colon and its text. Pass chat_template= if the model knows another one."
+        )
     if given.padding_side != "left":
         given = copy.deepcopy(given)
         given.padding_side = "left"
@@ -224,11 +224,6 @@ def _source(given: Any, who: str, remedy: str) -> str | os.PathLike:
     return source
 
 
-def _is_path(source: Any) -> bool:
-    """Whether something is to be loaded: a Hub id or a path."""
-    return isinstance(source, (str, os.PathLike))
-
-
 def _check_keywords(loading: Mapping[str, Any], **required: Any) -> None:
     """TypeError for keywords that compose() does not take, each with what it takes instead, and for missing ones."""
     if unknown := [key for key in loading if key not in HUB_KEYS and key not in MODEL_KEYS]:
@@ -249,15 +244,6 @@ def _instead(key: str, known: Sequence[str]) -> str:
     if key.endswith(("_encoder", "_encoders", "_tower", "_model")):
         return _INSTEAD["encoder"]
     return f"encoders={{name: {{{key!r}: ...}}}}, for one encoder" if key in ENCODER_KEYS else "one of the names below"
-
-
-def _check_names(what: str, given: Any, encoders: Mapping[str, Any]) -> None:
-    """Refuse what is no dict by the encoders' names (TypeError, ValueError)."""
-    if given is not None and not isinstance(given, Mapping):
-        first = next(iter(encoders), "vision")
-        raise TypeError(f"{what} must be a dict by encoder, {{{first!r}: ...}}, got {given!r:.100}.")
-    if unknown := [name for name in given or () if name not in encoders]:
-        raise ValueError(f"{what} names {unknown}, the model has the encoders {list(encoders)}.")
 
 
 def _check_texts(freeze: Any, chat_template: Any) -> None:
@@ -282,56 +268,16 @@ def _check_loads(
     """ValueError for what is said of loading where nothing is loaded by it: it would not be done."""
     _check_dtype(common.get("dtype"), "")
     remedy = "pass an id or a path, or load the part with it yourself"
-    if common and not any(map(_is_path, [language_model, *(spec["model"] for spec in specs.values())])):
+    if common and not any(map(is_path, [language_model, *(spec["model"] for spec in specs.values())])):
         raise ValueError(f"{sorted(common)} are for loading, but all models are live objects: {remedy}.")
-    if revision and tokenizer is not None and not (_is_path(language_model) or _is_path(tokenizer)):
+    if revision and tokenizer is not None and not (is_path(language_model) or is_path(tokenizer)):
         raise ValueError(f"revision= is for loading the language model and its tokenizer, but both are live: {remedy}.")
     for name, spec in specs.items():
         _check_dtype(spec.get("dtype"), f"{name}: ")
-        beside = spec.get("processor") is None or _is_path(spec["processor"])  # is found by revision and subfolder too
-        done = LOADING_KEYS if _is_path(spec["model"]) else ("revision", "subfolder") if beside else ()
+        beside = spec.get("processor") is None or is_path(spec["processor"])  # is found by revision and subfolder too
+        done = LOADING_KEYS if is_path(spec["model"]) else ("revision", "subfolder") if beside else ()
         if idle := [key for key in LOADING_KEYS if spec.get(key) is not None and key not in done]:
             raise ValueError(f"{name}: {idle} are for loading, but its model is a live object: {remedy}.")
-
-
-def _specs(encoders: Any, projector: Any, processors: Any) -> dict[str, dict[str, Any]]:
-    """What is said of each encoder, by name: a dict with its model, its projector and, if it is given, its processor."""
-    if not isinstance(encoders, Mapping):
-        raise TypeError(f"encoders must be a dict by names that you choose, {{'vision': ...}}, got {encoders!r:.100}.")
-    validate_encoder_names(list(encoders))
-    _check_names("processors", processors, encoders)
-    specs = {name: _spec(name, value) for name, value in encoders.items()}
-    for name, spec in specs.items():
-        if (processors or {}).get(name) is not None:
-            if spec.get("processor") is not None:
-                raise ValueError(
-                    f"{name}: its processor was given twice, by processors= and in its dict: give one of them."
-                )
-            spec["processor"] = processors[name]
-        own = spec.get("projector")
-        if not isinstance(own, MultimodalProjector) and not _has_projector(spec["model"]):
-            spec["projector"] = make_projector(own, f"{name}: ") if own is not None else make_projector(projector)
-    return specs
-
-
-def _spec(name: str, value: Any) -> dict[str, Any]:
-    spec = dict(value) if isinstance(value, Mapping) else {"model": value}
-    if unknown := sorted(set(spec) - ENCODER_KEYS):
-        raise TypeError(f"{name}: unknown keys {unknown}, an encoder takes {sorted(ENCODER_KEYS)}.")
-    source = spec.get("model")
-    if source is None:
-        raise TypeError(f"{name}: an encoder needs a model: a Hub id, a path or a live model.")
-    if isinstance(source, ModalEncoderModule):
-        if extra := sorted(set(spec) - {"model", "processor"}):
-            raise TypeError(f"{name}: {extra} belong into the ModalEncoderModule that was given.")
-    elif not _is_path(source) and not isinstance(source, PreTrainedModel) and not is_wrapped(source):
-        what = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
-        raise TypeError(f"{name}: expected a Hub id, a path or a model, got {what}.")
-    return spec
-
-
-def _has_projector(source: Any) -> bool:
-    return isinstance(source, ModalEncoderModule) and source.projector is not None
 
 
 def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModule:
@@ -340,7 +286,7 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
         if source.projector is None:
             source.projector = projector
         return source
-    if _is_path(source):
+    if is_path(source):
         # What an encoder says of itself wins over what the call says of all.
         own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
         with _naming(f"{name}: its model", source):
@@ -356,7 +302,7 @@ def _processor(name: str, spec: dict, encoder: ModalEncoderModule, hub: dict) ->
     given = spec.get("processor")
     if given is None and (ours := default_processor(encoder.kind, unwrapped(encoder.module).config)) is not None:
         return ours  # for items that transformers has no processor for
-    if given is not None and not _is_path(given):
+    if given is not None and not is_path(given):
         return given
     source = spec["model"] if given is None else given
     source = source.module if isinstance(source, ModalEncoderModule) else source
