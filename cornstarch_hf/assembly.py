@@ -2,14 +2,17 @@
 
 import contextlib
 import copy
+import difflib
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub import resolve_revision
 from huggingface_hub.errors import RevisionResolutionError
 from transformers import (
+    AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
@@ -20,30 +23,53 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file, logging
 
 from .composition import check_encoders
-from .configuration_multimodal import valid_groups
-from .configuration_projector import MultimodalProjectorConfig
+from .configuration_multimodal import MultimodalConfig, valid_groups
+from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
+from .language_model.supported import check_language_model
 from .modeling_multimodal import MultimodalModel
-from .parts.adapters import is_wrapped, unwrapped
-from .parts.stored_modules import SLOTS
+from .parts.adapters import unwrapped
+from .parts.classes import language_model_class
 from .processing.own_processors import default_processor
 from .processing.video import video_processor_missing
 from .processing_multimodal import MultimodalProcessor
-from .projectors.projector import MultimodalProjector
 
-LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
-# What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
-_OPTIONS = ("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "additional_args")
-ENCODER_KEYS = frozenset([*_OPTIONS, *SLOTS, *LOADING_KEYS])
+# Further keywords of `from_pretrained`: of all that is loaded, and of models alone, whose others mean one model of a kind.
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+MODEL_KEYS = (
+    "allow_all_kernels", "code_revision", "device_mesh", "distributed_config", "experts_implementation", "kernel_config",
+    "max_memory", "offload_buffers", "offload_folder", "quantization_config", "tp_plan", "use_kernels", "use_safetensors",
+    "variant", "weights_only",
+)  # fmt: skip
+# What people write instead of a keyword of compose(), by what it takes; what ends like an encoder's name is one.
+_TAKES: dict[str, str] = {
+    "language_model=": "llm lm model text_model llm_model base_model decoder language_model_name model_name_or_path",
+    "encoders={'vision': ...}, a dict by names that you choose": "encoder vision image images audio speech video modalities",
+    "projector=, or encoders={name: {'model': ..., 'projector': ...}} for one of them": (
+        "projectors projector_type projection projection_type init_projector_type connector mm_projector adapter"
+    ),
+    "projector={'projection_type': 'mlp', 'activation': ...}": "activation init_activation projector_activation hidden_act",
+    "processors={name: ...}, by encoder": "processor image_processor feature_extractor audio_processor video_processor",
+    "tokens={name: ...}, by encoder": "token_names placeholder placeholders image_token audio_token video_token",
+    "device_map=, or model.to(device) afterwards": "device devices cuda gpu",
+    "dtype=": "torch_dtype precision bf16 fp16",
+    "attn_implementation=": "attention attn attention_implementation use_flash_attention_2",
+    "quantization_config= where the saved model is loaded: MultimodalModel.from_pretrained(folder, quantization_config=...)": (
+        "load_in_8bit load_in_4bit bnb_config quantize quantization"
+    ),
+}
+_INSTEAD = {word: takes for takes, words in _TAKES.items() for word in words.split()}
+logger = logging.get_logger(__name__)
 Source = str | os.PathLike | PreTrainedModel
 
 
 def compose(
-    language_model: Source,
-    encoders: Mapping[str, Any],
+    language_model: Source | None = None,
+    encoders: Mapping[str, Any] | None = None,
     projector: str | Mapping[str, Any] = "linear",
     tokens: Mapping[str, str] | None = None,
     *,
@@ -66,53 +92,114 @@ def compose(
         encoders: by name: a Hub id, a path, a live model, a `ModalEncoderModule`, or a dict with `model` and any of
             `processor`, `projector`, `kind`, `layer`, `output`, `drop_prefix`, `additional_args`, the callbacks, and
             for loading `revision`, `dtype`, `attn_implementation`, `subfolder`.
-        projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), or fields of `MultimodalProjectorConfig`.
+        projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), a `MultimodalProjectorConfig`, or its fields.
         tokens: placeholder tokens by encoder name.
         tokenizer, processors: of the language model, and by encoder name; found beside what is loaded by id or path.
-        dtype, device_map, attn_implementation, revision: for loading; `revision` is the language model's.
+        dtype, device_map, attn_implementation, revision: for loading what is not live; `revision` is the language model's.
         freeze: names of parts that shall not train, as in `MultimodalModel.freeze`.
         share_inputs: groups of encoders that see the same items.
         chat_template: of the processor.
         trust_remote_code: whether code from the checkpoints may run.
-        **loading: passed to every `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
+        **loading: for `from_pretrained` of all that is loaded (`cache_dir`, `token`, `local_files_only`, ...) or of models
+            (`max_memory`, `use_safetensors`, `variant`, ...); `assembly_options` lists them.
 
     Returns:
         ``(model, processor)``; the model is in evaluation mode.
 
     Raises:
-        TypeError: an unknown key, a source of a wrong type.
-        ValueError: a live object without its tokenizer or processor, and whatever composing refuses.
+        TypeError: an unknown keyword or key, a source or a container of a wrong type.
+        ValueError: a live object without its tokenizer or processor, an option that nothing would do, and whatever composing
+            refuses.
+        OSError, ImportError: a part that cannot be loaded, named.
     """
-    loading = {k: v for k, v in loading.items() if v is not None} | {"trust_remote_code": trust_remote_code}
+    loading = {k: v for k, v in loading.items() if v is not None}
+    _check_keywords(loading, language_model=language_model, encoders=encoders)
+    specs = encoder_specs(encoders, projector, processors)
+    check_names("tokens", tokens, specs)
+    _check_texts(freeze, chat_template)
+    groups = valid_groups(share_inputs, list(specs))
+    hub = {k: v for k, v in loading.items() if k in HUB_KEYS} | {"trust_remote_code": trust_remote_code}
     common = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-    common = {key: value for key, value in common.items() if value is not None}
-    text_loading = loading | ({"revision": revision} if revision else {})
+    common = {k: v for k, v in (common | loading).items() if v is not None and k not in HUB_KEYS}
+    _check_loads(specs, language_model, tokenizer, common, revision)
     # What needs no weights comes first: a missing tokenizer or a misspelt key is told before anything large is loaded.
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        who, given = ("The language model", language_model) if tokenizer is None else ("The tokenizer", tokenizer)
-        tokenizer = AutoTokenizer.from_pretrained(_source(given, who, "tokenizer="), **text_loading)
-    specs = {name: _spec(name, value) for name, value in encoders.items()}
-    fields = dict(projector) if isinstance(projector, Mapping) else {"projection_type": projector}
+    text_loading = hub | ({"revision": revision} if revision else {})
+    _check_causal(language_model, text_loading)
+    tokenizer = _tokenizer(tokenizer, language_model, text_loading, chat_template)
     modules, found = {}, {}
     for name, spec in specs.items():
-        modules[name] = _encoder(name, spec, fields, loading, common)
-        _note_commit(modules[name].origin, spec, loading)
-        found[name] = (processors or {}).get(name) or _processor(name, spec, modules[name], loading)
+        modules[name] = _encoder(name, spec, hub, common)
+        _note_commit(modules[name].origin, spec, hub)
+        found[name] = _processor(name, spec, modules[name], hub)
     live: Any = language_model
     if isinstance(language_model, (str, os.PathLike)):
-        live = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
+        with _naming("The language model", language_model):
+            live = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
     check_encoders(modules, live)
     model = MultimodalModel(encoders=modules, language_model=live)
     asked_for = {"model": language_model, "revision": revision}
-    _note_commit((model.config.origins or {}).get("language_model"), asked_for, loading)
-    model.config.share_inputs = valid_groups(share_inputs, model.config.encoders)
-    if tokenizer.padding_side != "left":  # what decoder-only generation needs; the processor copies it
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.padding_side = "left"
+    _note_commit((model.config.origins or {}).get("language_model"), asked_for, hub)
+    model.config.share_inputs = groups
     processor = MultimodalProcessor(tokenizer, found, model=model, tokens=tokens, chat_template=chat_template)
     if freeze:  # last: a name may mean a projector, which composing makes
         model.freeze(*([freeze] if isinstance(freeze, str) else freeze))
     return model.eval(), processor
+
+
+@contextlib.contextmanager
+def _naming(who: str, source: Any) -> Iterator[None]:
+    """Name the part whose loading fails, in an error of the same kind."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = next((k for k in (OSError, ImportError, TypeError, RuntimeError) if isinstance(error, k)), ValueError)
+        raise kind(f"{who} could not be loaded from {str(source)!r}. {type(error).__name__}: {error}") from error
+
+
+def _check_causal(language_model: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what is no causal language model before anything large is loaded (TypeError, ValueError)."""
+    if not is_path(language_model):
+        check_language_model(language_model)
+        return
+    with _naming("The language model", language_model):
+        quiet = {"_raise_exceptions_for_missing_entries": False}
+        places = {key: value for key, value in options.items() if key != "trust_remote_code"}
+        if cached_file(language_model, "config.json", **places, **quiet) is None:
+            return  # a folder of adapters names its model elsewhere
+        config = AutoConfig.from_pretrained(language_model, **options)
+    by_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not isinstance(config, MultimodalConfig) and (by_code or language_model_class(config) is not None):
+        return
+    whole = getattr(config, "text_config", None) is not None
+    remedy = (
+        "it is multimodal already: name the checkpoint of its language model" if whole else "pass a decoder-only one"
+    )
+    raise ValueError(
+        f"The language model {str(language_model)!r} has the model_type {config.model_type!r} ({type(config).__name__}), "
+        f"which is no causal language model: {remedy}. An encoder belongs into encoders={{name: ...}}."
+    )
+
+
+def _tokenizer(given: Any, language_model: Any, options: Mapping[str, Any], template: Any) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer, padding on the left: what decoder-only generation needs; the processor copies it."""
+    if given is not None and not is_path(given) and not isinstance(given, PreTrainedTokenizerBase):
+        what = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise TypeError(f"tokenizer must be a tokenizer of transformers, a Hub id or a path, got {what}.")
+    if not isinstance(given, PreTrainedTokenizerBase):
+        source = given or _source(language_model, "The language model", "tokenizer=")
+        with _naming("The tokenizer (of the language model, unless tokenizer= is another)", source):
+            given = AutoTokenizer.from_pretrained(source, **options)
+    if template is None and getattr(given, "chat_template", None) is None:
+        logger.warning_once(
+            "The language model's tokenizer has no chat template: apply_chat_template and rows of messages use a plain one, "
+            "each turn as its role, a colon and its text. Pass chat_template= if the model knows another one."
+        )
+    if given.padding_side != "left":
+        given = copy.deepcopy(given)
+        given.padding_side = "left"
+    return given
 
 
 def _note_commit(origin: dict[str, Any] | None, spec: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
@@ -137,50 +224,97 @@ def _source(given: Any, who: str, remedy: str) -> str | os.PathLike:
     return source
 
 
-def _spec(name: str, value: Any) -> dict[str, Any]:
-    spec = dict(value) if isinstance(value, Mapping) else {"model": value}
-    if unknown := sorted(set(spec) - ENCODER_KEYS):
-        raise TypeError(f"{name}: unknown keys {unknown}, an encoder takes {sorted(ENCODER_KEYS)}.")
-    if spec.get("model") is None:
-        raise TypeError(f"{name}: an encoder needs a model: a Hub id, a path or a live model.")
-    return spec
+def _check_keywords(loading: Mapping[str, Any], **required: Any) -> None:
+    """TypeError for keywords that compose() does not take, each with what it takes instead, and for missing ones."""
+    if unknown := [key for key in loading if key not in HUB_KEYS and key not in MODEL_KEYS]:
+        known = [*list(inspect.signature(compose).parameters)[:-1], *HUB_KEYS, *MODEL_KEYS]
+        told = "; ".join(f"{key}= (use {_instead(key, known)})" for key in unknown)
+        raise TypeError(f"compose() takes no {told}. It takes {known}.")
+    if missing := [key for key, value in required.items() if value is None]:
+        raise TypeError(
+            f"compose() needs {' and '.join(f'{key}=' for key in missing)}: language_model is a Hub id, a path or a live "
+            "causal language model, encoders a dict of such encoders by names that you choose, {'vision': ...}."
+        )
 
 
-def _encoder(name: str, spec: dict, fields: dict, loading: dict, common: dict) -> ModalEncoderModule:
-    source = spec["model"]
+def _instead(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, 1, cutoff=0.8)
+    if found := _INSTEAD.get(key) or (f"{close[0]}=" if close else None):
+        return found
+    if key.endswith(("_encoder", "_encoders", "_tower", "_model")):
+        return _INSTEAD["encoder"]
+    return f"encoders={{name: {{{key!r}: ...}}}}, for one encoder" if key in ENCODER_KEYS else "one of the names below"
+
+
+def _check_texts(freeze: Any, chat_template: Any) -> None:
+    if not isinstance(freeze, (str, list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in freeze):
+        raise TypeError(f"freeze must be a list of names of parts, ['vision_encoder'], got {freeze!r:.100}.")
+    if not isinstance(chat_template, (str, Mapping, type(None))):
+        raise TypeError(f"chat_template must be the text of a template, got {type(chat_template).__name__}.")
+
+
+def _check_dtype(dtype: Any, who: str) -> None:
+    if dtype == "auto" or dtype is None or isinstance(dtype, Mapping):  # by part of a model, as transformers takes it
+        return
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        expected = "'bfloat16', 'float16', 'float32', 'auto' or a torch.dtype like them"
+        raise ValueError(f"{who}dtype must be {expected}, got {dtype!r}.")
+
+
+def _check_loads(
+    specs: Mapping[str, dict], language_model: Any, tokenizer: Any, common: Mapping[str, Any], revision: str | None
+) -> None:
+    """ValueError for what is said of loading where nothing is loaded by it: it would not be done."""
+    _check_dtype(common.get("dtype"), "")
+    remedy = "pass an id or a path, or load the part with it yourself"
+    if common and not any(map(is_path, [language_model, *(spec["model"] for spec in specs.values())])):
+        raise ValueError(f"{sorted(common)} are for loading, but all models are live objects: {remedy}.")
+    if revision and tokenizer is not None and not (is_path(language_model) or is_path(tokenizer)):
+        raise ValueError(f"revision= is for loading the language model and its tokenizer, but both are live: {remedy}.")
+    for name, spec in specs.items():
+        _check_dtype(spec.get("dtype"), f"{name}: ")
+        beside = spec.get("processor") is None or is_path(spec["processor"])  # is found by revision and subfolder too
+        done = LOADING_KEYS if is_path(spec["model"]) else ("revision", "subfolder") if beside else ()
+        if idle := [key for key in LOADING_KEYS if spec.get(key) is not None and key not in done]:
+            raise ValueError(f"{name}: {idle} are for loading, but its model is a live object: {remedy}.")
+
+
+def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModule:
+    source, projector = spec["model"], spec.get("projector")
     if isinstance(source, ModalEncoderModule):
-        if extra := sorted(set(spec) - {"model", "processor"}):
-            raise TypeError(f"{name}: {extra} belong into the ModalEncoderModule that was given.")
-        encoder = source
-    else:
-        if isinstance(source, (str, os.PathLike)):
-            # What an encoder says of itself wins over what the call says of all.
-            own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
-            source = AutoModel.from_pretrained(source, **{**loading, **common, **own})
-        elif not isinstance(source, PreTrainedModel) and not is_wrapped(source):
-            raise TypeError(f"{name}: expected a Hub id, a path or a model, got {type(source).__name__}.")
-        options = {k: v for k, v in spec.items() if k not in (*LOADING_KEYS, "model", "processor", "projector")}
-        given = spec.get("projector")
-        encoder = ModalEncoderModule(source, given if isinstance(given, MultimodalProjector) else None, **options)
-        if given is not None and not isinstance(given, MultimodalProjector):
-            fields = dict(given) if isinstance(given, Mapping) else {"projection_type": given}
-    if encoder.projector is None:  # its sizes are filled in when the model is composed
-        encoder.projector = MultimodalProjector(MultimodalProjectorConfig(**fields))
+        if source.projector is None:
+            source.projector = projector
+        return source
+    if is_path(source):
+        # What an encoder says of itself wins over what the call says of all.
+        own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
+        with _naming(f"{name}: its model", source):
+            source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
+    options = {k: v for k, v in spec.items() if k not in (*LOADING_KEYS, "model", "processor", "projector")}
+    encoder = ModalEncoderModule(source, projector, **options)
+    if spec.get("kind") is None:
+        check_kind(name, encoder)
     return encoder
 
 
-def _processor(name: str, spec: dict, encoder: ModalEncoderModule, loading: dict) -> Any:
-    kind, given = encoder.kind, spec.get("processor")
-    if given is None and (ours := default_processor(kind, unwrapped(encoder.module).config)) is not None:
+def _processor(name: str, spec: dict, encoder: ModalEncoderModule, hub: dict) -> Any:
+    given = spec.get("processor")
+    if given is None and (ours := default_processor(encoder.kind, unwrapped(encoder.module).config)) is not None:
         return ours  # for items that transformers has no processor for
-    if given is not None and not isinstance(given, (str, os.PathLike)):
+    if given is not None and not is_path(given):
         return given
     source = spec["model"] if given is None else given
     source = source.module if isinstance(source, ModalEncoderModule) else source
     remedy = f"its processor, encoders={{{name!r}: {{'model': ..., 'processor': ...}}}}"
     source = _source(source, f"{name}: the encoder", remedy)
     own = {key: spec[key] for key in ("revision", "subfolder") if spec.get(key) is not None}
-    options = loading | own  # processors have no dtype and no attention
+    with _naming(f"{name}: its processor", source):
+        return _load_processor(source, encoder, hub | own)  # processors have no dtype and no attention
+
+
+def _load_processor(source: str | os.PathLike, encoder: ModalEncoderModule, options: dict) -> Any:
+    kind = encoder.kind
     if kind == "video" and not packs_frames(encoder.module):
         with contextlib.suppress(OSError, ValueError, ImportError):  # there may be a video processor beside the encoder
             return AutoImageProcessor.from_pretrained(source, **options)  # it is run frame by frame

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ def compose_config(
     check_language_model(language_model)
     check_encoders(encoders, language_model)
     separate_configs(encoders, language_model)
+    warn_of_quantized(encoders, language_model)
     width = embedding_width(language_model)
     text = unwrapped(language_model)
     names = assign_input_names(
@@ -74,13 +76,34 @@ def check_encoders(encoders: Any, language_model: nn.Module) -> None:
     validate_encoder_names(list(encoders))
     owners = {id(p): "the language model" for p in language_model.parameters()}
     for name, encoder in encoders.items():
-        mine = {id(p) for p in encoder.parameters()}
+        mine = {id(p) for p in encoder.parameters()} | {id(encoder)}
+        mine |= {id(encoder.projector)} if encoder.projector is not None else set()  # whose weights may be yet to come
         if shared := mine & set(owners):
             raise ValueError(
                 f"The encoder {name!r} shares weights with {owners[shared.pop()]}: give it a module of its own "
                 "(copy.deepcopy), or use one name."
             )
         owners |= dict.fromkeys(mine, f"the encoder {name!r}")
+
+
+def warn_of_quantized(encoders: Mapping[str, ModalEncoderModule], language_model: nn.Module) -> None:
+    """Say at once that what is composed of quantized parts runs and trains, but cannot be saved as a whole."""
+    parts = {"language_model": language_model} | {
+        f"{name}_encoder": encoder.module for name, encoder in encoders.items()
+    }
+    quantized = [
+        name
+        for name, part in parts.items()
+        if getattr(unwrapped(part), "hf_quantizer", None) is not None
+        or any(type(parameter).__module__.startswith("bitsandbytes") for parameter in part.parameters())
+    ]
+    if quantized:
+        warnings.warn(
+            f"{quantized} were quantized before composing: the model runs and trains, but save_pretrained will refuse it. To "
+            "save it, compose and save the plain parts, and quantize where that is loaded: "
+            "MultimodalModel.from_pretrained(folder, quantization_config=...); adapters are saved by PEFT.",
+            stacklevel=2,
+        )
 
 
 def separate_configs(encoders: Mapping[str, ModalEncoderModule], language_model: nn.Module) -> None:

@@ -284,11 +284,11 @@ def _stored_values(where: str) -> Iterator[None]:
 
 def valid_groups(groups, names: list[str]) -> list[list[str]]:
     """Groups of modalities that see the same items, as lists; ValueError for one that is no such group."""
-    groups = [list(group) for group in groups or []]
-    for group in groups:
-        if len(group) < 2 or not set(group) <= set(names):
-            raise ValueError(f"share_inputs lists groups of two or more of the modalities {names}, got {group}.")
-    return groups
+    groups = groups or []
+    for group in [groups] if isinstance(groups, str) else groups:
+        if isinstance(group, str) or len(group) < 2 or not set(group) <= set(names):
+            raise ValueError(f"share_inputs lists groups of two or more of the modalities {names}, got {group!r}.")
+    return [list(group) for group in groups]
 
 
 def validate_encoder_names(names: list[str]) -> None:

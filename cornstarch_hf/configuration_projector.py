@@ -31,7 +31,8 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
     Args:
         encoder_config, text_config: to read `in_features` and `out_features` from, when these are not given.
         projection_type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``, ``"conv"`` or
-            ``"resampler"``, which leave fewer features; or a name given to `register_projector`.
+            ``"resampler"``, which leave fewer features; or a name given to `register_projector`.  Options of ``"mlp"``:
+            `num_layers`, `hidden_size`, `norm`, `norm_eps`, `bias`.
         activation: a key of `transformers.activations.ACT2CLS`, used by all but ``"linear"``.
         in_features: width of the encoder's features; None leaves it to the composition.
         out_features: hidden size of the language model; None leaves it to the composition.
@@ -39,7 +40,7 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         **kwargs: those arguments by their own names, e.g. ``scale_factor=2``; what `PreTrainedConfig` takes.
 
     Raises:
-        TypeError: a keyword that neither the projection nor `PreTrainedConfig` takes.
+        TypeError: a keyword that neither the projection nor `PreTrainedConfig` takes; a type that is no name.
         ValueError: unknown projection type or activation, sizes that are not positive, options that make no sense.
     """
 
@@ -50,11 +51,18 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         self, encoder_config=None, text_config=None, projection_type="linear", activation="gelu", in_features=None,
         out_features=None, projection_kwargs=None, **kwargs,
     ):  # fmt: skip
+        if not isinstance(projection_type, str):
+            given = projection_type.__name__ if isinstance(projection_type, type) else type(projection_type).__name__
+            raise TypeError(
+                f"A projector's type must be a name, one of {sorted(PROJECTORS)}, got {given}. A module: wrap it by "
+                "MultimodalProjector(MultimodalProjectorConfig(), projection=module), and give that as the projector of one "
+                "encoder. A class: register_projector(name, cls), and give the name."
+            )
         # A type that a checkpoint's own code defines is looked up when the projection is built.
         known = projection_type == CUSTOM_PROJECTION or projection_type in BUILT_IN_PROJECTIONS
         if not known and not carries_code(kwargs.get("auto_map")):
             PROJECTORS[projection_type]  # raises for an unknown one, with those that are known
-        if activation not in ACT2CLS:
+        if not isinstance(activation, str) or activation not in ACT2CLS:
             raise ValueError(f"Unknown activation {activation!r}, expected one of {sorted(ACT2CLS)}.")
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if size is not None:
@@ -110,7 +118,7 @@ def _projection_options(projection_type: str, given: dict[str, Any] | None, kwar
     if unknown or (surplus and projection_type in PROJECTORS):
         raise TypeError(
             f"The {projection_type!r} projector takes no {unknown or sorted(surplus)}, expected some of "
-            f"{sorted(set(known) - _FIELDS)}."
+            f"{sorted(set(known) - (_FIELDS - {'activation'}))}."
         )
     check = getattr(PROJECTORS.get(projection_type), "check_options", None)
     if check is not None:  # a reduction refuses bad sizes here, before it is built

@@ -10,7 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .checkpoints.plain_storage import first_dtype
-from .checkpoints.storage import MultimodalStorageMixin
+from .checkpoints.storage import MultimodalStorageMixin, check_replaced
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.module import ModalEncoderModule
@@ -18,12 +18,12 @@ from .encoders.rebuilding import build_parts
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import EmbeddingsMixin, cached_length, run_backbone, run_language_model, text_keywords
 from .language_model.generation import MultimodalGenerationMixin
-from .language_model.merging import MergingMixin, check_lengths
+from .language_model.merging import MergingMixin, check_lengths, check_tensors
 from .parts.adapters import WholeAdaptersMixin
 from .parts.build_bounds import bounded_tensors, check_built
 from .parts.freezing import FreezingMixin, restore_frozen
 from .parts.frozen_modes import is_checkpointing
-from .parts.gathering import GatheringMixin
+from .parts.gathering import GatheringMixin, untied_weights
 from .parts.signatures import PerInstanceSignature
 from .parts.stored_modules import mark_initialized
 from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
@@ -100,10 +100,18 @@ class MultimodalModel(
         self.language_model = language_model
         self.loss_type = "ForCausalLM"  # transformers would guess it from the name of the class
         self._inherit_from_language_model(supplied)
+        self._untied = untied_weights(self) if supplied else frozenset()  # a live head without its tie stays as it is
         self.post_init()  # when all parts are there: it gathers their tied weights
         if not supplied:
             check_built(self)
             restore_frozen(self, config.frozen)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; ValueError for another part in the place of one (wrapped around the same, it is the same)."""
+        old = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(old, (PreTrainedModel, ModalEncoderModule)) and value is not old:
+            check_replaced(self.config, {name: value})
+        super().__setattr__(name, value)
 
     def signature_changes(self, method: str) -> tuple[list[str], list[str]] | None:
         """Parameters that this instance's `forward` or `get_{kind}_features` lacks and has in addition."""
@@ -188,6 +196,7 @@ class MultimodalModel(
         The inputs are `input_ids` ``(batch, length)`` of text alone, or `inputs_embeds` ``(batch, length, hidden)`` with the
         features in them; the other one is None.
         """
+        check_tensors(input_ids=input_ids)
         media, text = self._route(kwargs)  # each encoder's tensors, and what is the language model's
         outputs = self._encode(media, given)  # pooler_output: per item (n_i, hidden)
         masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)  # (batch, length) by modality

@@ -1,15 +1,29 @@
 """compose(): the same model from live objects and from paths, its options, and what it refuses."""
 
+import inspect
+import shutil
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from helpers import uneven_inputs
 from own_memory import check_comes_back
 from peft import LoraConfig, get_peft_model
-from transformers import WhisperModel
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, WhisperModel, modeling_utils
+from transformers.models.auto import auto_factory
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, MultimodalProjector, compose
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProcessor,
+    MultimodalProjector,
+    assembly,
+    compose,
+)
 from cornstarch_hf import MultimodalProjectorConfig as ProjectorConfig
+from cornstarch_hf.assembly import HUB_KEYS, MODEL_KEYS
 
 LIVE = {"vision": (tiny.clip, tiny.clip_processor), "audio": (tiny.whisper, tiny.whisper_processor)}
 
@@ -100,6 +114,8 @@ def test_options_of_one_encoder():
         ("mlp", "linear", ("linear", "gelu")),
         ({"projection_type": "mlp", "activation": "relu"}, None, ("mlp", "relu")),
         ("linear", {"projection_type": "mlp", "activation": "silu"}, ("mlp", "silu")),
+        (ProjectorConfig(projection_type="mlp", activation="relu"), None, ("mlp", "relu")),
+        ("mlp", ProjectorConfig(projection_type="mlp", activation="silu"), ("mlp", "silu")),
     ],
 )
 def test_projectors_in_general_and_of_one_encoder(general, own, expected):
@@ -107,6 +123,8 @@ def test_projectors_in_general_and_of_one_encoder(general, own, expected):
     found = model.vision_encoder.projector.config
     assert (found.projection_type, found.activation) == expected
     assert model.audio_encoder.projector.config.projection_type == (general if isinstance(general, str) else "mlp")
+    if isinstance(general, ProjectorConfig):  # each encoder has its own, and what was given lacks its sizes still
+        assert model.audio_encoder.projector.config is not found and general.in_features is None
 
 
 def test_ready_modules_and_wrapped_models_are_taken_as_they_are():
@@ -146,20 +164,165 @@ def test_nothing_that_was_given_is_changed():
         ({"vision": {"model": "x", "colour": 1}}, {}, TypeError, r"vision: unknown keys \['colour'\].*'drop_prefix'"),
         ({"vision": {"processor": None}}, {}, TypeError, "vision: an encoder needs a model"),
         ({"vision": 3}, {}, TypeError, "vision: expected a Hub id, a path or a model, got int"),
-        (
-            {"vision": {"model": ModalEncoderModule(tiny.clip()), "layer": 1}},
-            {},
-            TypeError,
-            r"vision: \['layer'\] belong into",
-        ),
+        ({"vision": type(tiny.clip())}, {}, TypeError, "vision: expected .* a model, got the class CLIPVisionModel"),
+        ({"vision": {"model": ModalEncoderModule(tiny.clip()), "layer": 1}}, {}, TypeError, r"vision: \['layer'\] belong into"),
         ({"vision": tiny.clip()}, {}, ValueError, r"vision: .*pass its processor, encoders=\{'vision'"),
         (live("vision"), {"tokenizer": None}, ValueError, "not loaded from anywhere: pass tokenizer="),
         (live("vision"), {"share_inputs": [["vision"]]}, ValueError, r"two or more of the modalities \['vision'\]"),
+        (live("vision"), {"share_inputs": "vision"}, ValueError, r"groups of two or more .* got 'vision'"),
+        (live(), {"share_inputs": ["vision", "audio"]}, ValueError, r"groups of two or more .* got 'vision'"),
         (live("vision"), {"freeze": ["visoin"]}, ValueError, "'visoin' names no part"),
+        (live("vision"), {"freeze": {"vision_encoder": True}}, TypeError, r"freeze must be a list of names of parts"),
         (live("vision"), {"tokens": {"audio": "<a>"}}, ValueError, r"tokens names \['audio'\]"),
+        (live("vision"), {"tokens": "<image>"}, TypeError, r"tokens must be a dict by encoder, \{'vision': ...\}, got '<image>'"),
+        (live("vision"), {"processors": tiny.clip_processor()}, TypeError, r"processors must be a dict by encoder"),
+        (live("vision"), {"processors": {"visoin": 1}}, ValueError, r"processors names \['visoin'\].*\['vision'\]"),
+        (live("vision"), {"processors": {"vision": tiny.clip_processor()}}, ValueError, "vision: its processor was given twice"),
+        (live("vision"), {"tokenizer": tiny.clip_processor()}, TypeError, "tokenizer must be a tokenizer of .*, got CLIPImage"),
+        (live("vision"), {"tokenizer": type(tiny.tokenizer())}, TypeError, "tokenizer must be a tokenizer of transformers"),
+        (live("vision"), {"chat_template": Path("t.jinja")}, TypeError, "chat_template must be the text of a template"),
         (live("vision"), {"language_model": tiny.clip()}, ValueError, "CLIPVisionModel has no language-model head"),
+        (live("vision"), {"language_model": type(tiny.llama())}, TypeError, "language_model must be a .*PreTrainedModel instance"),
+        (live("vision", vision={"kind": None, "model": tiny.llama()}), {}, ValueError, "vision: LlamaModel encodes items of the kind 'text'"),
+        (live("audio", audio={"model": tiny.clip()}), {}, ValueError, r"audio: .* kind 'image'.*of the kind 'audio', .* \{'kind': 'image'\}"),
+        ([tiny.clip()], {}, TypeError, r"encoders must be a dict by names that you choose, \{'vision': ...\}, got \[CLIP"),
+        ("openai/clip", {}, TypeError, "encoders must be a dict by names that you choose, .* got 'openai/clip'"),
+        (tiny.clip(), {}, TypeError, "encoders must be a dict by names that you choose, .* got CLIPVisionModel"),
+        ({"Vision": tiny.clip()}, {}, ValueError, "The encoder name 'Vision' is invalid"),
+        (live("vision"), {"dtype": "bf16"}, ValueError, "dtype must be 'bfloat16', 'float16', 'float32', .* got 'bf16'"),
+        (live("vision"), {"dtype": torch.int8}, ValueError, "dtype must be .* got torch.int8"),
+        (live("vision", vision={"dtype": "fp16"}), {}, ValueError, "vision: dtype must be 'bfloat16', .* got 'fp16'"),
+        (live("vision"), {"projector": {"activation": "relu"}}, TypeError, "the 'linear' projector has no activation: choose 'mlp'"),
+        (live("vision"), {"projector": {"projection_type": "mlp", "activation": "geluu"}}, ValueError, "Unknown activation 'geluu', expected one of .*'gelu'"),
+        (live("vision", vision={"projector": {"projection_type": "mlp", "width": 3}}), {}, TypeError, r"vision: .* no \['width'\], expected some of \['activation', .*'hidden_size'"),
+        (live("vision"), {"projector": nn.Linear(16, 32)}, TypeError, "must be a name, .* got Linear. A module: wrap it by MultimodalProjector"),
+        (live("vision"), {"projector": nn.Linear}, TypeError, r"must be a name, .* A class: register_projector\(name, cls\), and give the name"),
+        (live("vision"), {"projector": MultimodalProjector(ProjectorConfig())}, TypeError, "must be a name, .* as the projector of one encoder"),
+        (live("vision", vision={"projector": nn.Linear(16, 32)}), {}, TypeError, "vision: .* must be a name, .* wrap it by MultimodalProjector"),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused(encoders, options, error, message):
     with pytest.raises(error, match=message):
         build(encoders, **options)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "remedy"),
+    [
+        ("llm", "use language_model="), ("model", "use language_model="), ("languge_model", "use language_model="),
+        ("vision_encoder", r"use encoders=\{'vision': ...\}"), ("audio_encoder", r"use encoders=\{'vision': ...\}"),
+        ("vision_tower", r"use encoders=\{'vision': ...\}"), ("vision", r"use encoders=\{'vision': ...\}"),
+        ("projectors", "use projector=, or encoders="), ("mm_projector", "use projector=, or encoders="),
+        ("init_projector_type", "use projector=, or encoders="), ("activation", r"use projector=\{'projection_type': 'mlp'"),
+        ("processor", r"use processors=\{name: ...\}"), ("image_processor", r"use processors=\{name: ...\}"),
+        ("image_token", r"use tokens=\{name: ...\}"), ("token_names", r"use tokens=\{name: ...\}"),
+        ("device", r"use device_map=, or model.to\(device\)"), ("torch_dtype", "use dtype="),
+        ("load_in_8bit", r"from_pretrained\(folder, quantization_config=...\)"),
+        ("load_in_4bit", r"from_pretrained\(folder, quantization_config=...\)"),
+        ("layer", r"use encoders=\{name: \{'layer': ...\}\}, for one encoder"), ("kind", "for one encoder"),
+        ("freezes", "use freeze="), ("chat_templates", "use chat_template="), ("num_hidden_layers", "use one of the names below"),
+    ],
+)  # fmt: skip
+def test_a_keyword_that_compose_does_not_take_says_what_to_use(keyword, remedy):
+    with pytest.raises(
+        TypeError, match=rf"compose\(\) takes no {keyword}= \(.*{remedy}.*It takes \['language_model', 'encod"
+    ):
+        build(**{keyword: "cuda"})
+
+
+def test_every_unknown_keyword_is_named_and_missing_ones_too():
+    with pytest.raises(TypeError, match=r"takes no llm= \(use language_model=\); device= \(use device_map="):
+        compose(llm=tiny.llama(), device="cuda")
+    for given, missing in (({}, "language_model= and encoders="), ({"language_model": tiny.llama()}, "encoders=")):
+        with pytest.raises(TypeError, match=rf"compose\(\) needs {missing}: .*\{{'vision': ...\}}"):
+            compose(**given)
+
+
+def test_keywords_for_loading_are_those_of_transformers(monkeypatch, folder):
+    """Each is one of `from_pretrained`'s, and what is of models alone reaches no tokenizer and no processor."""
+    text = inspect.getsource(modeling_utils) + inspect.getsource(auto_factory)
+    assert not [key for key in (*HUB_KEYS, *MODEL_KEYS) if f'"{key}"' not in text and f" {key}:" not in text]
+    seen = []
+    for cls in ("AutoTokenizer", "AutoImageProcessor", "AutoModel", "AutoModelForCausalLM"):
+        whole = getattr(assembly, cls)
+
+        class Watched:
+            @staticmethod
+            def from_pretrained(*args, cls=cls, whole=whole, **options):
+                seen.append((cls, set(options)))
+                return whole.from_pretrained(*args, **options)
+
+        monkeypatch.setattr(assembly, cls, Watched)
+    compose(folder / "text", {"vision": folder / "vision"}, local_files_only=True, use_safetensors=True)
+    for cls, options in seen:
+        assert "local_files_only" in options and ("use_safetensors" in options) == cls.startswith("AutoModel")
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"\['dtype'\] are for loading, but all models are live objects"),
+        ({"device_map": "cpu", "use_safetensors": True}, r"\['device_map', 'use_safetensors'\] are for loading"),
+        ({"revision": "main"}, "revision= is for loading the language model and its tokenizer, but both are live"),
+        ({"encoders": {"dtype": "bfloat16"}}, r"vision: \['dtype'\] are for loading, but its model is a live object"),
+        ({"encoders": {"revision": "main"}}, r"vision: \['revision'\] are for loading"),
+    ],
+)
+def test_what_is_for_loading_raises_where_nothing_is_loaded(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(live("vision", vision=options.pop("encoders", {})), **options)
+
+
+@pytest.fixture(scope="module")
+def wrong(folder):
+    """What people name by mistake: no such folder, weights that are cut off, models that are no causal language model."""
+    text = LlavaConfig(vision_config=tiny.clip().config, text_config=tiny.llama().config, image_token_index=9)
+    LlavaForConditionalGeneration(text).save_pretrained(folder / "llava")
+    tiny.tokenizer().save_pretrained(folder / "llava")
+    build()[0].save_pretrained(folder / "composed")
+    for name in ("text", "vision"):
+        shutil.copytree(folder / name, folder / f"{name} cut")
+        weights = folder / f"{name} cut" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "error", "message"),
+    [
+        ("text", "nowhere", OSError, "The language model could not be loaded from '.*nowhere'"),
+        ("text", "empty", ValueError, "The tokenizer .* could not be loaded from '.*empty'"),
+        ("text", "text cut", ValueError, "The language model could not be loaded from '.*text cut'.*Safetensor"),
+        ("text", "vision", ValueError, "'clip_vision_model' .* no causal language model: pass a decoder-only one. An encoder belongs"),
+        ("text", "audio", ValueError, "WhisperForCausalLM is the decoder of an encoder-decoder model"),
+        ("text", "llava", ValueError, "'llava' .* no causal language model: it is multimodal already: name the checkpoint of its"),
+        ("text", "composed", ValueError, "'cornstarch_multimodal' .* it is multimodal already"),
+        ("vision", "nowhere", OSError, "vision: its model could not be loaded from '.*nowhere'"),
+        ("vision", "vision cut", ValueError, "vision: its model could not be loaded from '.*vision cut'"),
+        ("vision", "text", ValueError, "vision: LlamaModel encodes items of the kind 'text', which its name does not say"),
+        ("audio", "nowhere", OSError, "audio: its model could not be loaded from"),
+        ("audio processor", "empty", OSError, "audio: its processor could not be loaded from '.*empty'"),
+        ("tokenizer", "nowhere", OSError, "The tokenizer .* could not be loaded from '.*nowhere'"),
+    ],
+)  # fmt: skip
+def test_the_part_whose_loading_failed_is_named(wrong, part, name, error, message):
+    """With the others there: the message says which one of them it is, and the cause stays at hand."""
+    parts = {key: {"model": wrong / key, "processor": wrong / key} for key in LIVE}
+    text, options = wrong / "text", {}
+    if part in parts:
+        parts[part]["model"] = wrong / name
+    elif part == "audio processor":
+        parts["audio"]["processor"] = wrong / name
+    elif part == "tokenizer":
+        options = {"tokenizer": str(wrong / name)}
+    else:
+        text = wrong / name
+    with pytest.raises(error, match=message):
+        compose(text, parts, **options)
+
+
+def test_a_stated_kind_may_be_another_than_the_name_says():
+    texts = {"model": tiny.llama(), "processor": tiny.tokenizer(), "kind": "text"}
+    assert build({"vision": texts})[0].config.modality("vision")["kind"] == "text"

@@ -154,3 +154,37 @@ def test_widths_of_layers_and_adapters_that_are_not_the_configurations():
     adapted = tiny.wav2vec2(add_adapter=True, num_adapter_layers=1, output_hidden_size=12)
     config = compose_config({"audio": ModalEncoderModule(adapted)}, tiny.llama())
     assert adapted.config.hidden_size == 16 and config.audio_projector_config.in_features == 12
+
+
+@pytest.mark.parametrize("key", ["clip", "whisper", "esm", "convnext", "dinov2"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_layer_that_does_not_exist_is_refused_when_it_is_composed(key, wrapped):
+    def made(layer):
+        encoder = tiny.ENCODERS[key][1]() if key in tiny.ENCODERS else getattr(tiny, key)()
+        if wrapped and key != "convnext":
+            encoder = get_peft_model(encoder, LoraConfig(r=2, target_modules=r".*(query|q_proj)"))
+        return compose_config({"it": ModalEncoderModule(encoder, layer=layer)}, tiny.llama())
+
+    count = {"clip": 4, "whisper": 3, "esm": 3, "convnext": 5, "dinov2": 3}[key]
+    for layer in (-count, count - 1):
+        assert made(layer).it_modality["layer"] == layer
+    for layer in (-count - 1, count, [-1, 99]):
+        wrong = layer[1] if isinstance(layer, list) else layer
+        with pytest.raises(
+            ValueError, match=f"it: layer {wrong} does not exist, .* {count} hidden states: .* -{count} to {count - 1}"
+        ):
+            made(layer)
+
+
+@pytest.mark.parametrize("layer", ["last", 1.5, True, None, [], [-1, "x"], {"a": 1}])
+def test_a_layer_is_a_number_or_several(layer):
+    with pytest.raises(ValueError, match="layer must be an integer or a list of integers, got"):
+        wrap("clip", layer=layer)
+
+
+def test_two_encoders_do_not_share_a_projector_that_has_no_weights_yet():
+    projector = MultimodalProjector(MultimodalProjectorConfig())
+    with pytest.raises(ValueError, match="'right' shares weights with the encoder 'left'"):
+        compose_config(
+            {"left": wrap("clip", projector=projector), "right": wrap("siglip", projector=projector)}, tiny.llama()
+        )

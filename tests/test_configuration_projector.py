@@ -57,7 +57,7 @@ def test_json_keeps_them(tmp_path):
     [
         ({"projection_type": "pixel_shuffle", "scale": 2}, TypeError, r"'pixel_shuffle' projector takes no \['scale'\].*'scale_factor'"),
         ({"projection_type": "linear", "scale_factor": 2}, TypeError, r"'linear' projector takes no \['scale_factor'\], expected some of \[\]"),
-        ({"projection_type": "mlp", "projection_kwargs": {"depth": 2}}, TypeError, r"'mlp' projector takes no \['depth'\]"),
+        ({"projection_type": "mlp", "projection_kwargs": {"depth": 2}}, TypeError, r"'mlp' projector takes no \['depth'\], expected some of \['activation', 'bias', 'hidden_size', 'norm', 'norm_eps', 'num_layers'\]"),
         ({"projection_type": "users_gated", "gian": 2.0}, TypeError, r"takes no \['gian'\], expected some of \['gain'\]"),
         ({"projection_type": "frame_stack", "stack_factor": 0}, ValueError, "stack_factor must be an integer >= 1, got 0"),
         ({"projection_type": "conv", "stride": 5}, ValueError, "stride=5 is larger than kernel_size=3"),

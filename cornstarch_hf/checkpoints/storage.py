@@ -18,7 +18,7 @@ from ..parts.adapters import (
     unwrapped,
 )
 from ..parts.freezing import frozen_patterns, restore_frozen
-from ..parts.gathering import gathered_ties, nearest_models
+from ..parts.gathering import gathered_ties, nearest_models, untied_weights
 from ..parts.known_encoders import check_facts_registered, registered_facts
 from ..parts.names import as_regex, compress, matches
 from ..parts.stored_adapters import check_not_injected, record_adapters
@@ -111,6 +111,7 @@ class MultimodalStorageMixin(ModelStorage):
         if not wants_info:  # who asks what is missing is told
             check_loaded(info, source)
         restore_buffers(self)
+        self._untied = untied_weights(self)  # what transformers has left apart, as it was saved
         if getattr(self, "_hf_peft_config_loaded", False):
             return  # a folder of adapters, in which PEFT decides what trains
         if frozen := restore_frozen(self, self.config.frozen):
@@ -155,8 +156,10 @@ def check_loaded(info: Mapping[str, Any], source: Any) -> None:
 def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[str, Any], language_model: nn.Module):
     """Write into the configuration what only the live model knows: frozen names, dtypes, adapters, callbacks (ValueError for
     what a checkpoint cannot hold)."""
+    check_replaced(config, {"language_model": language_model} | {f"{name}_encoder": e for name, e in encoders.items()})
     check_not_injected(language_model, "language_model")
     for name, encoder in encoders.items():
+        setattr(config, f"{name}_projector_config", encoder.projector.config)  # of one that was put in place of another
         check_not_injected(encoder.module, f"{name}_encoder.module")
         encoder.projector.check_storable(f"{name}_encoder.projector")
         config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
@@ -165,6 +168,34 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
     config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
     config.frozen = frozen_patterns(model) or None
     config.part_dtypes = dtypes_by_pattern(model, first_dtype(language_model))
+    _sync_tie(unwrapped(language_model))
+
+
+def check_replaced(config: MultimodalConfig, parts: Mapping[str, Any]) -> None:
+    """ValueError where a part, by its attribute's name, is another model than the configuration describes: one that would be
+    saved under that description, and loaded as something else."""
+    for name, part in parts.items():
+        inner, key = unwrapped(getattr(part, "module", part)), f"{name.removesuffix('_encoder')}_config"
+        described = getattr(config, "text_config" if name == "language_model" else key, None)
+        if isinstance(inner, PreTrainedModel) and inner.config is not described and inner.config != described:
+            raise ValueError(
+                f"{name}: {type(inner).__name__} is another model than the one that was composed, whose sizes, inputs and "
+                "placeholders the configuration describes: compose anew, MultimodalModel(encoders=model.encoders, "
+                "language_model=model.language_model) with it in its place."
+            )
+
+
+def _sync_tie(text: PreTrainedModel) -> None:
+    """Say that a head is the table of embeddings, where it was made so by hand (ValueError where its class cannot say it)."""
+    head, table = (getattr(x, "weight", None) for x in (text.get_output_embeddings(), text.get_input_embeddings()))
+    if head is None or head is not table or text.config.tie_word_embeddings:
+        return
+    if not text._tied_weights_keys:  # the checkpoint would hold no head
+        raise ValueError(
+            f"The head of the language model is its table of embeddings, which {type(text).__name__} cannot store: give it a "
+            "copy of its own, torch.nn.Parameter(weight.detach().clone())."
+        )
+    text.config.tie_word_embeddings = True
 
 
 def dtypes_by_pattern(model: nn.Module, main: torch.dtype) -> dict[str, Any] | None:

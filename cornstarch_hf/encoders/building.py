@@ -1,15 +1,22 @@
-"""One encoder with its projector, completed and written into a modality's entry of the configuration; `rebuilding` reads it."""
+"""One encoder as compose() is told of it, with its projector, and as the configuration holds it; `rebuilding` reads that."""
 
+import copy
 import dataclasses
+import inspect
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..configuration_multimodal import MEDIA_KINDS, validate_encoder_names
 from ..configuration_projector import MultimodalProjectorConfig
-from ..parts.adapters import unwrapped
+from ..parts.adapters import is_wrapped, unwrapped
 from ..parts.constructors import class_name, constructor_options
 from ..parts.known_encoders import ALL, LAST, encoder_type
+from ..parts.registries import PROJECTORS
+from ..parts.stored_modules import SLOTS
 from ..parts.versions import CACHE_NAMES
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
@@ -27,6 +34,98 @@ PROCESSOR_NAMES = {
     "image": {"hidden_states": "pixel_values", "grid_thw": "image_grid_thw"},
     "video": {"hidden_states": "pixel_values_videos", "grid_thw": "video_grid_thw"},
 }
+
+LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
+# What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
+_OPTIONS = ("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "additional_args")
+ENCODER_KEYS = frozenset([*_OPTIONS, *SLOTS, *LOADING_KEYS])
+# Kinds that an encoder of such a name can have, unless another one is stated.
+_KINDS_BY_NAME: dict[str, tuple[str, ...]] = {"vision": ("image", "video"), "video": ("image", "video")}
+_KINDS_BY_NAME |= {"image": ("image",), "audio": ("audio",), "speech": ("audio",), "sound": ("audio",)}
+
+
+def is_path(source: Any) -> bool:
+    """Whether something is to be loaded: a Hub id or a path."""
+    return isinstance(source, (str, os.PathLike))
+
+
+def check_names(what: str, given: Any, encoders: Mapping[str, Any]) -> None:
+    """Refuse what is no dict by the encoders' names (TypeError, ValueError)."""
+    if given is not None and not isinstance(given, Mapping):
+        first = next(iter(encoders), "vision")
+        raise TypeError(f"{what} must be a dict by encoder, {{{first!r}: ...}}, got {given!r:.100}.")
+    if unknown := [name for name in given or () if name not in encoders]:
+        raise ValueError(f"{what} names {unknown}, the model has the encoders {list(encoders)}.")
+
+
+def encoder_specs(encoders: Any, projector: Any, processors: Any) -> dict[str, dict[str, Any]]:
+    """What is said of each encoder, by name: a dict with its model, its projector and, if it is given, its processor."""
+    if not isinstance(encoders, Mapping):
+        raise TypeError(f"encoders must be a dict by names that you choose, {{'vision': ...}}, got {encoders!r:.100}.")
+    validate_encoder_names(list(encoders))
+    check_names("processors", processors, encoders)
+    specs = {name: _spec(name, value) for name, value in encoders.items()}
+    for name, spec in specs.items():
+        if (processors or {}).get(name) is not None:
+            if spec.get("processor") is not None:
+                raise ValueError(
+                    f"{name}: its processor was given twice, by processors= and in its dict: give one of them."
+                )
+            spec["processor"] = processors[name]
+        own = spec.get("projector")
+        if not isinstance(own, MultimodalProjector) and not _has_projector(spec["model"]):
+            spec["projector"] = make_projector(own, f"{name}: ") if own is not None else make_projector(projector)
+    return specs
+
+
+def _spec(name: str, value: Any) -> dict[str, Any]:
+    spec = dict(value) if isinstance(value, Mapping) else {"model": value}
+    if unknown := sorted(set(spec) - ENCODER_KEYS):
+        raise TypeError(f"{name}: unknown keys {unknown}, an encoder takes {sorted(ENCODER_KEYS)}.")
+    source = spec.get("model")
+    if source is None:
+        raise TypeError(f"{name}: an encoder needs a model: a Hub id, a path or a live model.")
+    if isinstance(source, ModalEncoderModule):
+        if extra := sorted(set(spec) - {"model", "processor"}):
+            raise TypeError(f"{name}: {extra} belong into the ModalEncoderModule that was given.")
+    elif not is_path(source) and not isinstance(source, PreTrainedModel) and not is_wrapped(source):
+        what = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
+        raise TypeError(f"{name}: expected a Hub id, a path or a model, got {what}.")
+    return spec
+
+
+def _has_projector(source: Any) -> bool:
+    return isinstance(source, ModalEncoderModule) and source.projector is not None
+
+
+def make_projector(given: Any, who: str = "") -> MultimodalProjector:
+    """A projector by its type, its fields or its configuration, without sizes that these leave out.
+
+    TypeError and ValueError, which begin with `who`, for what is none of them.
+    """
+    if isinstance(given, MultimodalProjectorConfig):
+        return MultimodalProjector(copy.deepcopy(given))
+    fields = dict(given) if isinstance(given, Mapping) else {"projection_type": given}
+    try:
+        config = MultimodalProjectorConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{who}{error}") from error
+    takes = inspect.signature(PROJECTORS[config.projection_type]).parameters.values()
+    if "activation" in fields and not any(p.name in ("activation", "config") or p.kind is p.VAR_KEYWORD for p in takes):
+        raise TypeError(
+            f"{who}the {config.projection_type!r} projector has no activation: choose 'mlp', or leave it out."
+        )
+    return MultimodalProjector(config)
+
+
+def check_kind(name: str, encoder: ModalEncoderModule) -> None:
+    """ValueError for an encoder of media or texts whose name says another kind than it was found to have."""
+    kinds, found = _KINDS_BY_NAME.get(name), encoder.kind
+    if kinds and found in (*MEDIA_KINDS, "text") and found not in kinds:
+        raise ValueError(
+            f"{name}: {type(unwrapped(encoder.module)).__name__} encodes items of the kind {found!r}, which its name does not "
+            f"say: pass an encoder of the kind {kinds[0]!r}, choose another name, or state {{'kind': {found!r}}}."
+        )
 
 
 def complete_projector(
@@ -76,9 +175,12 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
     inner, selection = unwrapped(encoder.module), encoder.selection
     # Of a field or a layout of the user's choice the configuration says nothing.
     usual = selection.output is None and selection.data_format is None
-    if usual and width_is_configured(inner.config, selection.layer):
+    known = usual and width_is_configured(inner.config, selection.layer)
+    if known and not selection.needs_hidden_states:
         return encoder.feature_width(), True
-    layout = find_feature_axes(inner, encoder.kind, selection, encoder.name)
+    layout = find_feature_axes(inner, encoder.kind, selection, encoder.name)  # raises for a layer that does not exist
+    if known:
+        return encoder.feature_width(), True
     if layout is None:
         return encoder.feature_width(), False  # the configuration's word, which may be of another field or layer
     if selection.data_format is None:  # an axis that the user named stays

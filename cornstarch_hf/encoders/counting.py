@@ -182,6 +182,8 @@ class FeatureCounter:
         if count is None:
             return None
         check_count(count, f"{name}: the count of {encoder_config.model_type!r}", least=0)
+        if dropped and count <= dropped:
+            raise ValueError(f"{name}: drop_prefix={dropped} needs items of more tokens than that, got {count}.")
         return (count - dropped) * frames[0]  # the prefix is dropped of each frame
 
     def _reduced(self, name: str, projector: Any, count: int, grid: Grid | None) -> int:

@@ -103,7 +103,7 @@ class ModalEncoderModule(nn.Module):
         # One that takes single images, (items, channels, height, width), gets a video as its frames.
         images = self.kind == "video" and infer_kind(self.module) == "image"
         self.by_frame = images and not packs_frames(self.module)
-        self.selection = Selection(output, layer if isinstance(layer, int) else tuple(layer), drop_prefix, data_format)
+        self.selection = Selection(output, tuple(layer) if isinstance(layer, list) else layer, drop_prefix, data_format)
         self.name = self.kind  # until composing gives it the modality's name
 
     @property

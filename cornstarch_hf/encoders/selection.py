@@ -52,6 +52,9 @@ class Selection:
     data_format: str | None = None
 
     def __post_init__(self):
+        layers = self.layer if isinstance(self.layer, (list, tuple)) else [self.layer]
+        if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+            raise ValueError(f"layer must be an integer or a list of integers, got {self.layer!r}.")
         if self.data_format not in (None, *DATA_FORMATS):
             raise ValueError(f"data_format must be one of {list(DATA_FORMATS)} or None, got {self.data_format!r}.")
 
@@ -142,7 +145,10 @@ def chosen_features(output: EncoderOutput, selection: Selection, name: str, item
         raise ValueError(f"{name}: layer={selection.layer!r} needs hidden states, which this encoder does not return.")
     for layer in selection.layers:
         if not -len(states) <= layer < len(states):
-            raise ValueError(f"{name}: layer {layer} does not exist, the encoder gives {len(states)} hidden states.")
+            raise ValueError(
+                f"{name}: layer {layer} does not exist, the encoder gives {len(states)} hidden states: choose one from "
+                f"{-len(states)} to {len(states) - 1}."
+            )
         if not isinstance(states[layer], Tensor):
             what = type(states[layer]).__name__
             raise ValueError(f"{name}: hidden state {layer} is a {what} and no tensor: choose another layer=, or -1.")

@@ -14,7 +14,7 @@ from ..parts.adapters import unwrapped
 from ..parts.versions import CACHE, check_caches_known, peft_is_behind, take_cache
 from .calling import cache_keyword, cached_length, is_running_state
 from .extra_inputs import crosses_longrope_limit, first_position
-from .merging import cached_columns, group_by_sample, items_behind_cache
+from .merging import cached_columns, check_tensors, group_by_sample, items_behind_cache
 
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")  # among the chunks of a prefill; from 5.23 on
 
@@ -65,6 +65,7 @@ class MultimodalGenerationMixin:
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """As in transformers; the encoders' inputs are known even where `forward` was replaced."""
         # Trainers that put their own `forward` on the instance copy the class's signature, which names no encoder.
+        check_tensors(input_ids=model_kwargs.get("input_ids"), attention_mask=model_kwargs.get("attention_mask"))
         _, known = self.signature_changes("forward")
         super()._validate_model_kwargs({key: value for key, value in model_kwargs.items() if key not in known})
 

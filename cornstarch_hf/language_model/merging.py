@@ -17,6 +17,14 @@ _COUNT_REMEDY = (
 )
 
 
+def check_tensors(**inputs: Any) -> None:
+    """TypeError for lists of numbers, which a processor gives that was not asked for tensors."""
+    for name, value in inputs.items():
+        if isinstance(value, (list, tuple)) or type(value).__module__ == "numpy":
+            what = type(value).__name__
+            raise TypeError(f"{name} must be a tensor, got a {what}: call the processor with return_tensors='pt'.")
+
+
 def placeholder_mask(input_ids: Tensor, token_id: int) -> Tensor:
     """Where a placeholder token stands among ids ``(batch, length)``, in bool.
 

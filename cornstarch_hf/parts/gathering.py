@@ -51,7 +51,14 @@ def gathered_ties(module: nn.Module) -> dict[str, str]:
             to, of = (current_name(module, f"{prefix}.{key}") for key in pair)
             if {to, of} <= names and ties.get(of) != to:  # never a circle of two
                 ties[to] = of
-    return ties
+    return {to: of for to, of in ties.items() if to not in getattr(module, "_untied", ())}
+
+
+def untied_weights(module: nn.Module) -> frozenset[str]:
+    """Weights that by a part's configuration are another's, but are a tensor of their own at the moment."""
+    live = {name: value for name, value in parameters_by_name(module) if not value.is_meta}
+    ties = gathered_ties(module)
+    return frozenset(to for to, of in ties.items() if to in live and of in live and live[to] is not live[of])
 
 
 def gathered_plans(module: nn.Module) -> dict[str, dict[Any, Any]]:

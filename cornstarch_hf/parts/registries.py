@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
+
 OR_TRUST = "before you load or build, or pass trust_remote_code=True for a checkpoint that carries it."
 
 
@@ -120,10 +122,11 @@ def register_projector(name: str, cls: Callable) -> None:
 
     Raises:
         ValueError: another class has that name.
-        TypeError: `cls` is not callable.
+        TypeError: `cls` is not callable, or a module: its class is registered.
     """
-    if not callable(cls):
-        raise TypeError(f"register_projector({name!r}, cls) expects a torch.nn.Module class, got {cls!r}.")
+    if not callable(cls) or isinstance(cls, nn.Module):
+        remedy = f": register {type(cls).__name__}, its class" if isinstance(cls, nn.Module) else ""
+        raise TypeError(f"register_projector({name!r}, cls) expects a torch.nn.Module class, got {cls!r:.200}{remedy}.")
     PROJECTORS.add(name, cls)
 
 

@@ -5,6 +5,7 @@ Types that leave fewer features lie in `reductions`, `windows` and `resampler`, 
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2CLS, ACT2FN
+from transformers.activations import ACT2CLS
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..checkpoints.plain_storage import ModelStorage
 from ..configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfig
+from ..limits import check_count
 from ..parts.registries import PROJECTORS, register_projector
 from ..parts.stored_modules import (
     NotStorable,
@@ -28,6 +30,7 @@ from ..parts.stored_modules import (
     torch_spec,
 )
 from ..parts.weightless import build_without_weights, initialize_weights
+from .heads import HEAD_DEFAULTS, NORMS, activation_module, check_head
 
 TORCH_PROJECTION = "torch"
 Grid = Sequence[int]  # height and width, or frames, height and width, in which the features of an item lie
@@ -40,12 +43,49 @@ def linear_projection(in_features: int, out_features: int) -> nn.Module:
     return nn.Linear(in_features, out_features)
 
 
-def mlp_projection(in_features: int, out_features: int, activation: str) -> nn.Module:
-    """Two linear layers with an activation between, as in LLaVA-1.5 (https://arxiv.org/abs/2310.03744)."""
-    first, last = nn.Linear(in_features, out_features), nn.Linear(out_features, out_features)
-    return nn.Sequential(first, copy.deepcopy(ACT2FN[activation]), last)
+def mlp_projection(
+    in_features: int,
+    out_features: int,
+    activation: str,
+    *,
+    num_layers: int = 2,
+    hidden_size: int | None = None,
+    norm: str = "none",
+    norm_eps: float | None = None,
+    bias: bool = True,
+) -> nn.Module:
+    """Linear layers with an activation between, two as in LLaVA-1.5 (https://arxiv.org/abs/2310.03744).
+
+    Args:
+        activation: a key of `transformers.activations.ACT2CLS`.
+        num_layers: how many linear layers, 1 or more.
+        hidden_size: width between them; `out_features` when None.
+        norm: ``"none"``, ``"layer_norm"`` (InternVL's, https://arxiv.org/abs/2312.14238) or ``"rms_norm"`` before the first.
+        norm_eps: of that norm; by default 1e-5 for LayerNorm, 1e-6 for RMSNorm.
+        bias: of the linear layers.
+
+    Raises:
+        ValueError: an option that does not exist or makes no sense; an unknown activation.
+    """
+    check_mlp(num_layers=num_layers, hidden_size=hidden_size, norm=norm, norm_eps=norm_eps, bias=bias)
+    widths = [in_features, *[hidden_size or out_features] * (num_layers - 1), out_features]
+    layers: list[nn.Module] = [] if norm == "none" else [NORMS[norm](in_features, norm_eps)]
+    for before, after in itertools.pairwise(widths):  # (..., before) to (..., after)
+        layers += [nn.Linear(before, after, bias=bias), activation_module(activation)]
+    return nn.Sequential(*layers[:-1])
 
 
+def check_mlp(num_layers: int = 2, **options: Any) -> None:
+    """ValueError for options of `mlp_projection` that do not exist, or that would do nothing."""
+    check_count(num_layers, "num_layers")
+    check_head(HEAD_DEFAULTS | options)
+    if num_layers == 1 and options.get("hidden_size") is not None:
+        raise ValueError("hidden_size is the width between layers, and num_layers=1 has none: leave one of them out.")
+    if options.get("norm_eps") is not None and options.get("norm", "none") == "none":
+        raise ValueError("norm_eps is of a norm, and there is none: choose norm='layer_norm' or 'rms_norm'.")
+
+
+mlp_projection.check_options = check_mlp  # type: ignore[attr-defined]  # called where a configuration is made
 register_projector("linear", linear_projection)
 register_projector("mlp", mlp_projection)
 register_projector(TORCH_PROJECTION, lambda module: build_torch(module))
@@ -143,7 +183,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         projection: a module to wrap as it is.  None builds what the configuration describes, while composing if a size lacks.
 
     Raises:
-        TypeError: `projection` is no module.
+        TypeError: `config` is no configuration of a projector, `projection` no module.
         ValueError: unknown projection type or activation.
     """
 
@@ -163,6 +203,11 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
     initialize_weights = initialize_weights
 
     def __init__(self, config: MultimodalProjectorConfig, projection: nn.Module | None = None):
+        if not isinstance(config, MultimodalProjectorConfig):
+            raise TypeError(
+                f"config must be a MultimodalProjectorConfig, got {type(config).__name__}: wrap a module by "
+                "MultimodalProjector(MultimodalProjectorConfig(), projection=module)."
+            )
         super().__init__(copy.deepcopy(config) if projection is not None else config)
         self.gradient_checkpointing = False
         self.projection = None

@@ -10,6 +10,7 @@ import jinja2
 import torch
 
 from ..encoders.items import split_items
+from ..limits import check_count
 from ..processing.call import PLURALS
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.placeholder_text import pad_list
@@ -119,6 +120,7 @@ class MultimodalCollator:
             does not fit whole goes with its placeholders, its tensors and what is beyond it; a warning tells once how much.
 
     Raises:
+        TypeError: a tokenizer or anything else that is not the processor of a composed model.
         ValueError: an unknown option; when called: a row without text, with unknown columns, too long, with media that do
             not fit it or cannot be decoded, or without anything to learn in a conversation or after a cut; names the row.
         TypeError: when called: a row or an item of a wrong type; names the row.
@@ -133,12 +135,19 @@ class MultimodalCollator:
         pad_to_multiple_of: int | None = None,
         truncation: str = "raise",
     ):
+        if not hasattr(processor, "read_labelled"):
+            raise TypeError(
+                f"MultimodalCollator takes the processor of a composed model, got {type(processor).__name__}: compose() "
+                "returns one, AutoProcessor.from_pretrained(folder) loads one."
+            )
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}.")
         if truncation not in TRUNCATIONS:
             raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {truncation!r}.")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}.")
+        sizes = {"max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of, "sampling_rate": sampling_rate}
+        for name, value in sizes.items():
+            if value is not None:
+                check_count(value, name)
         if truncation != "raise" and max_length is None:
             raise ValueError(f"truncation={truncation!r} needs max_length=, the longest row in tokens.")
         self.processor, self.padding_side, self.max_length = processor, padding_side, max_length

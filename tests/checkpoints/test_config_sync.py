@@ -10,7 +10,7 @@ import tiny
 import torch
 from helpers import compose_tiny, needs_attaching
 from own_memory import check_comes_back, weights
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import ResNetConfig, ResNetModel, Swinv2Config, Swinv2Model, ViTConfig, ViTModel
 
 from cornstarch_hf import (
@@ -209,3 +209,52 @@ def test_statistics_of_norms_that_a_class_keeps_in_float32_stay_beside_their_wei
     model.save_pretrained(tmp_path)
     norm = MultimodalModel.from_pretrained(tmp_path).media_encoder.module.layers[0].conv.norm
     assert {norm.weight.dtype, norm.running_mean.dtype, norm.running_var.dtype} == {torch.float32}
+
+
+def put(path, make):
+    """A change that puts another module in the place of one of a model."""
+
+    def change(model):
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, make())
+
+    return change
+
+
+ELSE = {
+    "of another class": put("language_model", tiny.qwen3),
+    "of other settings": put("language_model", lambda: tiny.llama(rms_norm_eps=1e-2)),  # of equal names and shapes
+    "another encoder": put("vision_encoder", lambda: ModalEncoderModule(tiny.siglip())),
+    "another module": put("vision_encoder.module", lambda: tiny.clip(layer_norm_eps=1e-2)),
+}
+
+
+@pytest.mark.parametrize("change", ELSE.values(), ids=ELSE)
+def test_another_part_in_the_place_of_one_is_refused(tmp_path, model, change):
+    """Its configuration would describe the first one; what the composed model has itself is refused when it is put there."""
+    before = dict(model.named_modules())
+    with pytest.raises(
+        ValueError, match="is another model than the one that was composed.*compose anew, MultimodalModel"
+    ):
+        change(model)
+        assert model.vision_encoder.module.config.layer_norm_eps == 1e-2
+        model.save_pretrained(tmp_path)
+    assert change is ELSE["another module"] or dict(model.named_modules()) == before
+
+
+def test_a_part_may_be_wrapped_or_given_back(model):
+    inner = model.language_model
+    model.language_model = get_peft_model(inner, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.language_model = model.language_model.merge_and_unload()
+    model.language_model = torch.compile(inner)
+    model.language_model = inner
+    anew = MultimodalModel(encoders=model.encoders, language_model=tiny.qwen3())  # what the error says
+    assert anew.vision_encoder is model.vision_encoder
+
+
+def test_another_projector_is_saved_as_what_it_is(tmp_path, model):
+    config = MultimodalProjectorConfig(projection_type="mlp", activation="relu", in_features=16, out_features=32)
+    projector = model.vision_encoder.projector = MultimodalProjector(config)
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path).vision_encoder.projector
+    assert str(again) == str(projector) and weights(again) == weights(projector)

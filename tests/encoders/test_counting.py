@@ -500,3 +500,9 @@ def test_an_adapter_that_masks_its_own_features_is_counted_and_batches_are_as_al
         together = encoder(**catalog.joined("Wav2Vec2BertModel", items)).pooler_output
         for one, item in zip(together, items, strict=True):
             torch.testing.assert_close(one, encoder(**item).pooler_output[0], atol=1e-5, rtol=1e-4)
+
+
+def test_more_is_dropped_than_there_is():
+    _, processor = compose_tiny(["clip"], vision={"drop_prefix": 99})
+    with pytest.raises(ValueError, match="vision: drop_prefix=99 needs items of more tokens than that, got 5"):
+        processor(text="<image>", images=tiny.image())

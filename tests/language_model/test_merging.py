@@ -1,7 +1,9 @@
 """Merging: masks, counts, labels and the scatter, on plain tensors."""
 
 import pytest
+import tiny
 import torch
+from helpers import compose_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,3 +88,13 @@ def test_labelled_placeholders_that_were_counted_already():
         check_labels(MASK, [9], IDS, None, counted=True)
     with pytest.raises(ValueError, match="4 of 4 placeholder tokens are labelled in shift_labels"):
         check_labels(MASK, [9], None, shifted, counted=False)
+
+
+@pytest.mark.parametrize("kind", [None, "np"])
+@pytest.mark.parametrize("method", ["__call__", "generate", "forward_headless"])
+def test_inputs_that_are_no_tensors_say_what_the_processor_was_not_told(method, kind):
+    model, processor = compose_tiny(["clip"])
+    inputs = processor(text="<image> a", images=tiny.image(), return_tensors=kind)
+    what = "list" if kind is None else "ndarray"
+    with pytest.raises(TypeError, match=f"input_ids must be a tensor, got a {what}: .*return_tensors='pt'"):
+        getattr(model, method)(**inputs)

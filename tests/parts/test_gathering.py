@@ -2,11 +2,14 @@
 
 import re
 
+import pytest
 import tiny
+import torch
 from helpers import compose_tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from cornstarch_hf import MultimodalModel
 from cornstarch_hf.parts.gathering import PLANS, gathered_plans, gathered_sets, gathered_ties, nearest_models
 
 
@@ -76,3 +79,38 @@ def test_each_kind_of_block_is_sharded_apart():
     blocks = {"language_model.model.layers.*", "vision_encoder.module.encoder.layers.*"}
     found = {re.sub(r"vision_model\.", "", rule) for rule in plan}
     assert blocks <= found and all(plan[rule] for rule in plan)
+
+
+IDS = torch.arange(3, 12)[None]
+
+
+def is_tied(language_model):
+    return language_model.lm_head.weight is language_model.model.embed_tokens.weight
+
+
+def heads(case):
+    """A language model whose head is tied, or not, by its configuration, by hand, or against its configuration."""
+    made = tiny.llama(tie_word_embeddings=case in ("tied", "untied by hand", "untied below adapters"))
+    if case.startswith("untied"):
+        made.lm_head.weight = nn.Parameter(torch.randn(320, 32, generator=torch.Generator().manual_seed(0)))
+    elif case == "tied by hand":
+        made.lm_head.weight = made.model.embed_tokens.weight
+    return made
+
+
+@pytest.mark.parametrize("case", ["tied", "apart", "untied by hand", "tied by hand", "untied below adapters"])
+def test_composing_neither_ties_nor_unties(tmp_path, case):
+    inner = heads(case)
+    tied, before = is_tied(inner), inner(IDS).logits
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    part = get_peft_model(inner, lora) if case.endswith("adapters") else inner
+    model, _ = compose_tiny(["clip"], part)
+    assert is_tied(inner) is tied and torch.equal(model(IDS).logits, before)
+    model.tie_weights()  # as resizing and trainers call it
+    assert is_tied(inner) is tied and torch.equal(model(IDS).logits, before)
+    for folder in (tmp_path / "first", tmp_path / "second"):  # saved, and what was loaded saved once more
+        model.save_pretrained(folder)
+        model = MultimodalModel.from_pretrained(folder).eval()
+        model.tie_weights()
+        loaded = model.language_model.get_base_model() if case.endswith("adapters") else model.language_model
+        assert is_tied(loaded) is tied and torch.equal(model(IDS).logits, before)

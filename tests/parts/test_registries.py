@@ -1,6 +1,7 @@
 """Registries: names that users add to, and what happens to names that are taken, missing or malformed."""
 
 import pytest
+from torch import nn
 
 from cornstarch_hf import register_callback, register_feature_count, register_projector
 from cornstarch_hf.parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS, Callback, Registry
@@ -91,3 +92,9 @@ def test_something_may_be_registered_while_another_thread_looks_something_up():
     for name in registry:
         registry.add(f"{name} again", 2)
     assert registry.name_of(object()) is None and set(registry) >= {"a", "b", "a again"}
+
+
+def test_a_projector_is_registered_by_its_class():
+    with pytest.raises(TypeError, match=r"got Linear\(.*: register Linear, its class"):
+        register_projector("an_instance", nn.Linear(2, 2))
+    assert "an_instance" not in PROJECTORS

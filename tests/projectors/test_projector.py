@@ -51,6 +51,83 @@ def test_init_projector_type_and_activation():
     assert model.config.vision_projector_config.activation == "relu"
 
 
+LINEAR = nn.Linear
+# Options of `mlp`, and the layers that they make, of 16 features and for embeddings of 32.
+MLPS = {
+    "usual": ({}, [LINEAR(16, 32), nn.GELU(), LINEAR(32, 32)]),
+    "depth": ({"num_layers": 3}, [LINEAR(16, 32), nn.GELU(), LINEAR(32, 32), nn.GELU(), LINEAR(32, 32)]),
+    "one layer": ({"num_layers": 1}, [LINEAR(16, 32)]),
+    "width": ({"hidden_size": 24}, [LINEAR(16, 24), nn.GELU(), LINEAR(24, 32)]),
+    "layer norm": ({"norm": "layer_norm"}, [nn.LayerNorm(16), LINEAR(16, 32), nn.GELU(), LINEAR(32, 32)]),
+    "rms norm": ({"norm": "rms_norm", "norm_eps": 0.1}, [nn.RMSNorm(16, 0.1), LINEAR(16, 32), nn.GELU(), LINEAR(32, 32)]),
+    "no bias": ({"bias": False, "hidden_size": 8}, [LINEAR(16, 8, bias=False), nn.GELU(), LINEAR(8, 32, bias=False)]),
+    "all": (
+        {"num_layers": 3, "hidden_size": 24, "norm": "layer_norm", "norm_eps": 0.1, "activation": "relu"},
+        [nn.LayerNorm(16, 0.1), LINEAR(16, 24), nn.ReLU(), LINEAR(24, 24), nn.ReLU(), LINEAR(24, 32)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "layers"), MLPS.values(), ids=MLPS)
+def test_mlps_of_any_depth_width_and_norm(tmp_path, options, layers):
+    """Equal to the layers written by hand, alone and in a composed model, and so again after a reload."""
+    config = MultimodalProjectorConfig(projection_type="mlp", **options)
+    model = composed(MultimodalProjector(config))
+    projector, expected, x = model.vision_encoder.projector, nn.Sequential(*layers), torch.randn(2, 5, 16)
+    assert [tuple(p.shape) for p in projector.parameters()] == [tuple(p.shape) for p in expected.parameters()]
+    expected.load_state_dict(projector.projection.state_dict())
+    assert torch.equal(projector(x)[0], expected(x))
+    model.save_pretrained(tmp_path / "model")
+    projector.save_pretrained(tmp_path / "projector")
+    loaded = MultimodalModel.from_pretrained(tmp_path / "model").vision_encoder.projector
+    for again in (loaded, MultimodalProjector.from_pretrained(tmp_path / "projector")):
+        assert (
+            again.config.projection_type == "mlp"
+            and again.config.projection_kwargs == projector.config.projection_kwargs
+        )
+        assert weights(again) == weights(projector) and torch.equal(
+            own_memory(again)(x)[0], own_memory(projector)(x)[0]
+        )
+    assert str(projector.projection) == str(loaded.projection)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be a positive integer, got 0"),
+        ({"num_layers": "2"}, "num_layers must be a positive integer, got '2'"),
+        ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
+        ({"num_layers": 1, "hidden_size": 8}, "hidden_size is the width between layers, and num_layers=1 has none"),
+        ({"norm": "batch"}, r"norm='batch' is unknown, expected one of \['layer_norm', 'none', 'rms_norm'\]"),
+        ({"norm_eps": 0.1}, "norm_eps is of a norm, and there is none: choose norm='layer_norm'"),
+        ({"norm": "rms_norm", "norm_eps": -1.0}, "norm_eps must be a positive number, got -1.0"),
+        ({"bias": 1}, "bias must be True or False, got 1"),
+        ({"activation": "geluu"}, r"Unknown activation 'geluu', expected one of \['gelu', .*'silu'"),
+        ({"activation": ["relu"]}, r"Unknown activation \['relu'\], expected one of"),
+    ],
+)
+def test_options_of_mlps_are_checked_in_the_configuration(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultimodalProjectorConfig(projection_type="mlp", **options)
+
+
+@pytest.mark.parametrize("given", [nn.Linear(16, 32), nn.Linear, MultimodalProjectorConfig(), lambda x: x, None])
+@pytest.mark.parametrize(
+    "make", [lambda x: composed(init_projector_type=x), lambda x: MultimodalProjectorConfig(projection_type=x)]
+)
+def test_a_type_is_a_name(given, make):
+    with pytest.raises(
+        TypeError, match=r"type must be a name, one of \['avg_pool'.*projection=module.*register_projector"
+    ):
+        make(given)
+
+
+@pytest.mark.parametrize("given", [nn.Linear(16, 32), nn.Linear, "mlp", {"projection_type": "mlp"}])
+def test_a_projector_is_made_of_its_configuration(given):
+    with pytest.raises(TypeError, match="config must be a MultimodalProjectorConfig, got .*projection=module"):
+        MultimodalProjector(given)
+
+
 @pytest.mark.parametrize(
     "config", [MultimodalProjectorConfig(), MultimodalProjectorConfig(in_features=16, out_features=32)]
 )

@@ -457,3 +457,23 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_rows(fresh_pair, side, option
         assert int((whole["labels"][:, 1:] != -100).sum()) == counts.sum()
         losses = torch.stack([model(**one).loss for one in alone])
         torch.testing.assert_close(model(**whole).loss, (losses * counts).sum() / counts.sum(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"processor": tiny.tokenizer()}, TypeError, "takes the processor of a composed model, got .*: compose\\(\\) returns one"),
+        ({"processor": tiny.clip_processor()}, TypeError, "takes the processor of a composed model, got CLIPImageProcessor"),
+        ({"processor": tiny.llama()}, TypeError, "takes the processor of a composed model, got LlamaForCausalLM"),
+        ({"processor": None}, TypeError, "takes the processor of a composed model, got NoneType"),
+        ({"max_length": 0}, ValueError, "max_length must be a positive integer, got 0"),
+        ({"max_length": "512"}, ValueError, "max_length must be a positive integer, got '512'"),
+        ({"pad_to_multiple_of": -8}, ValueError, "pad_to_multiple_of must be a positive integer, got -8"),
+        ({"sampling_rate": "16k"}, ValueError, "sampling_rate must be a positive integer, got '16k'"),
+        ({"padding_side": "both"}, ValueError, "padding_side must be 'right' or 'left', got 'both'"),
+        ({"truncation": True}, ValueError, "truncation must be one of .*, got True"),
+    ],
+)  # fmt: skip
+def test_what_a_collator_is_made_of(fresh_pair, options, error, message):
+    with pytest.raises(error, match=message):
+        MultimodalCollator(**{"processor": fresh_pair[1]} | options)
