@@ -103,6 +103,7 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
         "encoder_kwargs": constructor_options(module),
         **dataclasses.asdict(selection),
         "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),  # JSON has no tuples
+        "trim": encoder.trim,
         "additional_args": list(encoder.additional_args),
     }
 

@@ -11,9 +11,10 @@ import tiny
 import torch
 from PIL import Image
 
-from cornstarch_hf.processing.media import flatten, ready_image
+from cornstarch_hf.processing.media import FIRST, LAST, PLAIN_MODES, ImageForm, flatten, ready_image
 from cornstarch_hf.processing.sounds import check_sampling_rate, ready_audio
 
+RGB, GREY = ImageForm(3), ImageForm(1)
 WAVE = np.linspace(-1, 1, 8, dtype=np.float32)
 
 
@@ -45,13 +46,13 @@ def test_an_image_in_any_wrapping_is_the_same(tmp_path):
     forms += [torch.tensor(np.asarray(image)).permute(2, 0, 1), {"bytes": raw.getvalue(), "path": "not here.png"}]
     forms += [{"image": image}, {"url": str(tmp_path / "x.png")}, image.convert("RGBA")]
     for form in forms:
-        found = ready_image(form, "vision, item 0", 3, False)
+        found = ready_image(form, "vision, item 0", RGB)
         assert found.mode == "RGB" and found.tobytes() == image.tobytes()
-    assert ready_image(image, "vision", 1, False).mode == "L"
-    assert ready_image(np.asarray(image)[..., :1], "vision", 3, False).mode == "RGB"
-    assert ready_image(image.convert("CMYK"), "vision", 4, False).mode == "CMYK"
-    floats = np.zeros((4, 4, 3), np.float32)
-    assert ready_image(floats, "vision", 3, rescaled=True) is floats
+    assert ready_image(image, "vision", GREY).mode == "L"
+    assert ready_image(np.asarray(image)[..., :1], "vision", RGB).mode == "RGB"
+    assert ready_image(image.convert("CMYK"), "vision", ImageForm(4)).mode == "CMYK"
+    floats = np.zeros((5, 6, 3), np.float32)
+    assert ready_image(floats, "vision", ImageForm(3, rescaled=True)) is floats
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_an_image_in_any_wrapping_is_the_same(tmp_path):
 )
 def test_images_that_a_processor_would_spoil(item, error, message):
     with pytest.raises(error, match=message):
-        ready_image(item, "vision, item 2", 3, False)
+        ready_image(item, "vision, item 2", RGB)
 
 
 def test_a_waveform_in_any_wrapping_is_the_same():
@@ -148,11 +149,11 @@ def test_decoders_are_neither_resampled_nor_mixed(decoder, message):
 def test_an_image_as_a_table_lists_it():
     rows = np.asarray(tiny.image()).tolist()
     assert flatten(rows, "image") == ([rows], None) and flatten([[rows, rows], [rows]], "image")[1] == [2, 1]
-    assert ready_image(rows, "vision", 3, False).tobytes() == tiny.image().tobytes()
+    assert ready_image(rows, "vision", RGB).tobytes() == tiny.image().tobytes()
     with pytest.raises(ValueError, match="vision, item 0: the image has int64 values"):
-        ready_image([[[256, 0, 0]]], "vision, item 0", 3, False)
+        ready_image([[[256, 0, 0]]], "vision, item 0", RGB)
     with pytest.raises(ValueError, match="vision, item 0: the rows of the image differ in length"):
-        ready_image([[[1, 0, 0]], [[1, 0]]], "vision, item 0", 3, False)
+        ready_image([[[1, 0, 0]], [[1, 0]]], "vision, item 0", RGB)
 
 
 def test_images_that_cannot_be_decoded(tmp_path):
@@ -161,5 +162,5 @@ def test_images_that_cannot_be_decoded(tmp_path):
     (tmp_path / "cut.png").write_bytes(raw.getvalue()[:300])
     for form in (b"no image", tmp_path / "cut.png", Image.open(tmp_path / "cut.png"), str(tmp_path / "gone.png")):
         with pytest.raises(ValueError, match="vision, item 3: the image cannot be decoded from .*Error: ") as caught:
-            ready_image(form, "vision, item 3", 3, False)
+            ready_image(form, "vision, item 3", RGB)
         assert isinstance(caught.value.__cause__, (OSError, ValueError))
