@@ -110,7 +110,8 @@ class ModalEncoderModule(nn.Module):
         self.selection = Selection(output, layer if isinstance(layer, int) else tuple(layer), drop_prefix, data_format)
         self.trim = trim
         if trim and set(MASKS).isdisjoint(self.parameter_names):
-            raise ValueError(f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}.")
+            told = f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}"
+            raise ValueError(f"{self.kind}: {told}: leave it out.")
         self.name = self.kind  # until composing gives it the modality's name
 
     @property

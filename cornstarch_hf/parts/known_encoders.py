@@ -211,7 +211,9 @@ def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
 def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     """`max_source_positions`; of a mask's valid frames `(frames - 1) // 2 + 1`"""
     mask = inputs.get("attention_mask")
-    return config.max_source_positions if mask is None else (int(mask.sum()) - 1) // 2 + 1
+    frames = inputs["input_features"].shape[-1]
+    is_of_frames = mask is not None and mask.shape[-1] == frames  # a mask of samples tells the encoder nothing
+    return (int(mask.sum()) - 1) // 2 + 1 if is_of_frames else config.max_source_positions
 
 
 def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:

@@ -167,7 +167,8 @@ def opened(item: Any, where: str) -> str | bytes:
 def _addressed(text: str) -> str | bytes:
     scheme, _, rest = text.partition(":")
     if (scheme := scheme.lower()) in ("http", "https"):
-        with urllib.request.urlopen(text, timeout=60) as answer:
+        address = urllib.parse.quote(text, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and letters, as browsers write them
+        with urllib.request.urlopen(address, timeout=60) as answer:
             return answer.read(cap("MAX_FILE_BYTES") + 1)  # one byte more than allowed shows that there are too many
     if scheme == "file":
         parts = urllib.parse.urlsplit(text)
