@@ -204,7 +204,9 @@ def _takes_any_number(projector: MultimodalProjector) -> bool:
 def _trims(name: str, processor: MultimodalProcessor) -> bool:
     """Whether a mask leaves out what an extractor adds to a sound to fill up its window (Whisper's 30 seconds)."""
     extractor = processor.processors.get(name)
-    parameters = inspect.signature(extractor.__call__).parameters if isinstance(extractor, FeatureExtractionMixin) else {}
+    parameters = (
+        inspect.signature(extractor.__call__).parameters if isinstance(extractor, FeatureExtractionMixin) else {}
+    )
     if "return_attention_mask" not in parameters or parameters["padding"].default != "max_length":
         return False
     half = (getattr(extractor, "n_samples", None) or sampling_rate_of(extractor) or 16_000) // 2

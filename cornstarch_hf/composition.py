@@ -156,7 +156,9 @@ def features_per_item(model: Any, name: str) -> str:
     """How many features one item gives, where the encoder's configuration fixes it, else a note."""
     encoder = model.encoders[name]
     item = typical_item(unwrapped(encoder.module).config, encoder.kind)
-    varies = encoder.trim or encoder.additional_args or any(encoder.callbacks.values())  # callbacks may change any number
+    varies = (
+        encoder.trim or encoder.additional_args or any(encoder.callbacks.values())
+    )  # callbacks may change any number
     if item is None or varies:
         return "depends on the item"
     try:

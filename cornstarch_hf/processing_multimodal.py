@@ -214,7 +214,10 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         if rate is None:
             return
         try:
-            given = [ready_audio(x, where, rate, options.get("sampling_rate")) for x, where in zip(items, wheres, strict=True)]
+            given = [
+                ready_audio(x, where, rate, options.get("sampling_rate"))
+                for x, where in zip(items, wheres, strict=True)
+            ]
         except (ValueError, TypeError):  # what was raised before says it
             return
 

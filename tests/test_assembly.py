@@ -194,7 +194,7 @@ def test_a_short_sound_gives_what_the_encoder_gives_for_its_valid_frames():
     assert (inputs["input_ids"] == model.config.audio_token_id).sum(-1).tolist() == list(SOUNDS.values())
     with torch.no_grad():
         encoded = model.audio_encoder.select(
-            **{"input_features": inputs["input_features"], "attention_mask": inputs["audio_attention_mask"]}
+            input_features=inputs["input_features"], attention_mask=inputs["audio_attention_mask"]
         )
         window = model.audio_encoder.module(inputs["input_features"]).last_hidden_state  # (items, 6, 16)
         assert encoded.lengths == list(SOUNDS.values()) and torch.equal(encoded.last_hidden_state, window)

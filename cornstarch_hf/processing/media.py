@@ -66,15 +66,15 @@ def rated(item: Any) -> tuple[int, Any] | None:
     if not isinstance(item, (list, tuple)) or len(item) != 2:
         return None
     rates = [isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in item]
-    arrays = [isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim > 0 or _depth(x) > 0 for x in item]
+    arrays = [(isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim > 0) or _depth(x) > 0 for x in item]
     return next(((int(item[i]), item[1 - i]) for i in (0, 1) if rates[i] and arrays[1 - i]), None)
 
 
 def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
     """Items in order, and how many each sample has when they were given as a list of lists.
 
-    An array or a list of numbers is one item of the kinds ``"audio"`` and ``"time"``, an array with its rate one of ``"audio"``,
-    a list of frames one of ``"video"``, a list of rows of numbers one of ``"features"``; a dict is one item of any kind.
+    An array or a list of numbers is one item of the kinds ``"audio"`` and ``"time"``, an array with its rate one of
+    ``"audio"``, a list of frames one of ``"video"``, a list of rows of numbers one of ``"features"``; a dict is one of any kind.
     """
     if not _is_list(items, kind):
         return [items], None
@@ -257,7 +257,8 @@ def _ready_array(array: Any, where: str, form: ImageForm) -> Any:
         remedy = "pass uint8 (0..255), or images_kwargs={'do_rescale': False} if it is scaled already."
         raise ValueError(f"{found}, which the processor would divide by 255: {remedy}")
     layout = _layout(shape, where, form)
-    check_image(*(shape[1:] if layout == FIRST else shape[:2]), where)
+    height, width = shape[1:] if layout == FIRST else shape[:2]
+    check_image(width, height, where)
     if kind != "uint8":
         if not bool((torch if isinstance(array, torch.Tensor) else np).isfinite(array).all()):
             raise ValueError(f"{where}: the image has values that are not finite.")

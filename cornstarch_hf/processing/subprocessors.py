@@ -226,7 +226,9 @@ def _audio_options(processor: Any, name: str, items: list, options: Mapping, mas
     padded = "padding" in parameters and parameters["padding"].default != "max_length"
     if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
         found["padding"] = True
-    masked = masked or getattr(processor, "return_attention_mask", False)  # also where it is set, and its call forgets it
+    masked = masked or getattr(
+        processor, "return_attention_mask", False
+    )  # also where it is set, and its call forgets it
     if "return_attention_mask" in parameters and (padded or masked):
         found["return_attention_mask"] = True
     return found

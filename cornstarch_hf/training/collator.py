@@ -19,7 +19,7 @@ IGNORED = -100  # a label that no loss counts
 TRUNCATIONS = ("raise", "right", "left")
 # Arguments of the processor's call that the collator gives itself; `add_special_tokens` is the only one of texts that it takes.
 _OWN_ARGUMENTS = (TEXT_OPTIONS - {"add_special_tokens"}) | {
-    *("text", "text_kwargs", "common_kwargs", "encoder_inputs", "llm_inputs", "sampling_rate"),
+    *("text", "text_kwargs", "common_kwargs", "encoder_inputs", "llm_inputs", "sampling_rate")
 }
 Spans = list[tuple[int, int]]
 
@@ -124,8 +124,9 @@ class MultimodalCollator:
         processor_kwargs: further arguments of the processor's call, such as ``{"images_kwargs": {"do_rescale": False}}``.
 
     Raises:
-        ValueError: an unknown option, an argument of the processor's call that the collator gives itself; when called: a row without text, with unknown columns, too long, with media that do
-            not fit it or cannot be decoded, or without anything to learn in a conversation or after a cut; names the row.
+        ValueError: an unknown option, an argument of the processor's call that the collator gives itself; when called: a row
+            without text, with unknown columns, too long, with media that do not fit it or cannot be decoded, or without
+            anything to learn in a conversation or after a cut; names the row.
         TypeError: when called: a row or an item of a wrong type; names the row.
     """
 
@@ -150,8 +151,8 @@ class MultimodalCollator:
         own = _OWN_ARGUMENTS | {*processor.config.encoders, *PLURALS.values()}
         if taken := sorted(own & set(processor_kwargs or {})):
             raise ValueError(
-                f"processor_kwargs has {taken}, which the collator gives the processor itself: by its own arguments, or from the "
-                "rows' columns."
+                f"processor_kwargs has {taken}, which the collator gives the processor itself: by its own arguments, or from "
+                "the rows' columns."
             )
         self.processor_kwargs = dict(processor_kwargs or {})
         self.processor, self.padding_side, self.max_length = processor, padding_side, max_length

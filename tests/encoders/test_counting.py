@@ -70,6 +70,12 @@ def waves(*lengths):
     return [{"input_values": torch.randn(1, n)} for n in lengths]
 
 
+def mels(frames, *valid):
+    """Sounds of so many frames: whole, then with a mask of so many valid ones each."""
+    masks = [{"attention_mask": (torch.arange(frames) < n)[None].long()} for n in valid]
+    return [{"input_features": torch.randn(1, 8, frames)} | mask for mask in ({}, *masks)]
+
+
 def grids(*shapes):
     grid = [torch.tensor([shape]) for shape in shapes]
     return [{"hidden_states": torch.randn(int(g.prod()), 96), "grid_thw": g} for g in grid]
@@ -94,7 +100,7 @@ CASES = {
     "siglip_vision_model": [(tiny.siglip(), images(*SIZES))],
     "dinov2": [(tiny.dinov2(), [pixels(*size) for size in SIZES])],
     "vit": [(vit(), images(*SIZES)), (vit(image_size=[8, 12], patch_size=[4, 2]), [pixels(8, 12)])],
-    "whisper": [(tiny.whisper(max_source_positions=n), [{"input_features": torch.randn(1, 8, 2 * n)}]) for n in (6, 9)],
+    "whisper": [(tiny.whisper(max_source_positions=n), mels(2 * n, 1, 2, 5, 2 * n)) for n in (6, 9)],
     "wav2vec2": [(tiny.wav2vec2(), waves(20, 91, 400, 1777)), (tiny.wav2vec2(conv_kernel=(8, 4)), waves(99, 400))],
     "precomputed_features": [
         (

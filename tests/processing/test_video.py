@@ -10,8 +10,7 @@ from PIL import Image
 from transformers import ProcessorMixin, VideoMAEImageProcessorPil, VivitImageProcessor
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, compose, limits
-from cornstarch_hf.processing.media import flatten
-from cornstarch_hf.processing.media import ImageForm
+from cornstarch_hf.processing.media import ImageForm, flatten
 from cornstarch_hf.processing.video import ready_video, run_on_frames, sampled_frames
 
 SQUARE = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
