@@ -6,7 +6,7 @@ import torch
 from helpers import uneven_inputs
 from own_memory import check_comes_back
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, AutoProcessor, WhisperModel
+from transformers import AutoModel, AutoProcessor, WhisperFeatureExtractor, WhisperModel
 
 from cornstarch_hf import (
     ModalEncoderModule,
@@ -210,6 +210,18 @@ def test_a_short_sound_gives_what_the_encoder_gives_for_its_valid_frames():
             )
             torch.testing.assert_close(model(**alone).logits[0], logits[i, -count:], atol=1e-5, rtol=1e-4)
             assert torch.equal(model.generate(**alone, max_new_tokens=3, do_sample=False)[0, -3:], tokens[i, -3:])
+
+
+def test_a_second_of_whispers_thirty_is_fifty_features():
+    whole = {"model": tiny.whisper(max_source_positions=1_500, num_mel_bins=80), "processor": WhisperFeatureExtractor()}
+    _, processor = build({"audio": whole})
+    for seconds, count in ((1, 50), (0.99, 50), (29.99, 1_500), (30, 1_500)):
+        wave = tiny.sound(0, int(16_000 * seconds))
+        assert len(processor(text="<audio>", audio=wave, sampling_rate=16_000)["input_ids"][0]) == count
+    with pytest.raises(
+        ValueError, match="audio, item 0: the waveform has 496000 samples, but WhisperFeatureExtractor keeps 480000"
+    ):
+        processor(text="<audio>", audio=tiny.sound(0, 31 * 16_000), sampling_rate=16_000)
 
 
 def test_calls_chats_and_the_collator_leave_out_the_same():

@@ -74,7 +74,7 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
     """Items in order, and how many each sample has when they were given as a list of lists.
 
     An array or a list of numbers is one item of the kinds ``"audio"`` and ``"time"``, an array with its rate one of
-    ``"audio"``, a list of frames one of ``"video"``, a list of rows of numbers one of ``"features"``; a dict is one of any kind.
+    ``"audio"``, a list of frames one of ``"video"``, a list of rows of numbers one of ``"features"``; a dict is always one.
     """
     if not _is_list(items, kind):
         return [items], None

@@ -107,7 +107,7 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
 
 
 def fewest_samples(features: Callable[[int], int], most: int) -> int | None:
-    """The length of the shortest sound that gives a feature, None above `most`; `features` tells how many one of a length gives.
+    """The length of the shortest sound that gives a feature, None above `most`; `features` counts those of a length.
 
     >>> fewest_samples(lambda samples: (samples - 400) // 320 + 1 if samples >= 400 else 0, most=16_000)
     400
