@@ -36,7 +36,7 @@ from .processing.conversations import (
 )
 from .processing.media import check_finite, flatten
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
-from .processing.sounds import fewest_samples, ready_audio
+from .processing.sounds import refuse_short
 from .processing.subprocessors import (
     build_subprocessor,
     check_padding,
@@ -179,7 +179,9 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             return used, self._counted(name, split)
         except ValueError:
             if self.config.modality(name)["kind"] == "audio":
-                self._refuse_short(name, items, options)
+                features = partial(self.features_of_sound, name, options=options)
+                rate = sampling_rate_of(self.processors.get(name))
+                refuse_short(items, name, rate, options.get("sampling_rate"), features)
             raise
 
     def _used(self, name: str, output: dict[str, Any], count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -207,31 +209,6 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         used, split = self._used(name, self._run_subprocessor(name, [sound], options), 1)
         check_finite(used, name)
         return self._counted(name, split)[0]
-
-    def _refuse_short(self, name: str, items: list[Any], options: dict[str, Any]) -> None:
-        """Refuse sounds that are shorter than the shortest of which the encoder makes a feature (ValueError)."""
-        rate, wheres = sampling_rate_of(self.processors.get(name)), [f"{name}, item {i}" for i in range(len(items))]
-        if rate is None:
-            return
-        try:
-            given = [
-                ready_audio(x, where, rate, options.get("sampling_rate"))
-                for x, where in zip(items, wheres, strict=True)
-            ]
-        except (ValueError, TypeError):  # what was raised before says it
-            return
-
-        def features(samples: int) -> int:
-            try:
-                return self.features_of_sound(name, samples, options)
-            except ValueError:
-                return 0
-
-        fewest = fewest_samples(features, most=2 * rate) if min(map(len, given)) < 2 * rate else None
-        for wave, where in zip(given, wheres, strict=True):
-            if fewest is not None and len(wave) < fewest:
-                told = f"the sound has {len(wave)} samples, and its encoder makes no feature of less than {fewest}"
-                raise ValueError(f"{where}: {told}: pad it with silence, or leave it out.")
 
     def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         if name not in self.processors:

@@ -1,6 +1,6 @@
 """Sounds as users hand them over, made ready for a feature extractor: files are mixed to one channel and resampled.
 
-What `media` is for images; `fewest_samples` finds the shortest sound that an encoder takes.
+What `media` is for images; `refuse_short` finds the shortest sound that an encoder takes.
 """
 
 import contextlib
@@ -121,3 +121,32 @@ def fewest_samples(features: Callable[[int], int], most: int) -> int | None:
         middle = (short + enough) // 2
         short, enough = (short, middle) if features(middle) else (middle, enough)
     return enough
+
+
+def refuse_short(
+    items: list[Any], name: str, expected: int | None, given: int | None, features: Callable[[int], int]
+) -> None:
+    """Refuse sounds shorter than the shortest that gives a feature, with both numbers (ValueError).
+
+    Says nothing of sounds that cannot be read.  `expected` and `given` are rates as of `ready_audio`; `features` counts those
+    of a sound of a length, ValueError where there are none.
+    """
+    if expected is None:
+        return
+    wheres = [f"{name}, item {i}" for i in range(len(items))]
+    try:
+        lengths = [len(ready_audio(item, where, expected, given)) for item, where in zip(items, wheres, strict=True)]
+    except (ValueError, TypeError):  # which its caller has met before
+        return
+
+    def counted(samples: int) -> int:
+        try:
+            return features(samples)
+        except ValueError:
+            return 0
+
+    fewest = fewest_samples(counted, most=2 * expected) if min(lengths) < 2 * expected else None
+    for where, length in zip(wheres, lengths, strict=True):
+        if fewest is not None and length < fewest:
+            told = f"the sound has {length} samples, and its encoder makes no feature of less than {fewest}"
+            raise ValueError(f"{where}: {told}: pad it with silence, or leave it out.")

@@ -12,5 +12,7 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     raise needs_package("What reads sounds")
 
 
-def fewest_samples(features: Callable[[int], int], most: int) -> int | None:
+def refuse_short(
+    items: list[Any], name: str, expected: int | None, given: int | None, features: Callable[[int], int]
+) -> None:
     raise needs_package("What reads sounds")
