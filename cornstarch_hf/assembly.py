@@ -20,6 +20,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     AutoVideoProcessor,
+    FeatureExtractionMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,8 +36,10 @@ from .modeling_multimodal import MultimodalModel
 from .parts.adapters import unwrapped
 from .parts.classes import language_model_class
 from .processing.own_processors import default_processor
+from .processing.subprocessors import sampling_rate_of
 from .processing.video import video_processor_missing
 from .processing_multimodal import MultimodalProcessor
+from .projectors.projector import MultimodalProjector
 
 # Further keywords of `from_pretrained`: of all that is loaded, and of models alone, whose others mean one model of a kind.
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -90,8 +93,10 @@ def compose(
     Args:
         language_model: Hub id, path or live causal language model.
         encoders: by name: a Hub id, a path, a live model, a `ModalEncoderModule`, or a dict with `model` and any of
-            `processor`, `projector`, `kind`, `layer`, `output`, `drop_prefix`, `additional_args`, the callbacks, and
-            for loading `revision`, `dtype`, `attn_implementation`, `subfolder`.
+            `processor`, `projector`, `kind`, `layer`, `output`, `drop_prefix`, `trim`, `additional_args`, the callbacks, and
+            for loading `revision`, `dtype`, `attn_implementation`, `subfolder`.  Sounds that a processor fills up to a window
+            give features of their valid frames alone, where the encoder's mask tells them and projector and callbacks
+            take any number; `trim` False keeps the window.
         projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), a `MultimodalProjectorConfig`, or its fields.
         tokens: placeholder tokens by encoder name.
         tokenizer, processors: of the language model, and by encoder name; found beside what is loaded by id or path.
@@ -141,6 +146,9 @@ def compose(
     _note_commit((model.config.origins or {}).get("language_model"), asked_for, hub)
     model.config.share_inputs = groups
     processor = MultimodalProcessor(tokenizer, found, model=model, tokens=tokens, chat_template=chat_template)
+    for name, spec in specs.items():
+        if not isinstance(spec["model"], ModalEncoderModule):  # which its author set
+            _set_trim(name, spec.get("trim"), model, processor)
     if freeze:  # last: a name may mean a projector, which composing makes
         model.freeze(*([freeze] if isinstance(freeze, str) else freeze))
     return model.eval(), processor
@@ -291,11 +299,50 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
         own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
         with _naming(f"{name}: its model", source):
             source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
-    options = {k: v for k, v in spec.items() if k not in (*LOADING_KEYS, "model", "processor", "projector")}
-    encoder = ModalEncoderModule(source, projector, **options)
+    options = {k: v for k, v in spec.items() if k not in (*LOADING_KEYS, "model", "processor", "projector", "trim")}
+    encoder = ModalEncoderModule(source, projector, trim=bool(spec.get("trim")), **options)
     if spec.get("kind") is None:
         check_kind(name, encoder)
     return encoder
+
+
+def _set_trim(name: str, asked: bool | None, model: MultimodalModel, processor: MultimodalProcessor) -> None:
+    """Leave out a window's padding (in place), where the encoder can and nothing needs the whole; ValueError: it cannot."""
+    encoder = model.encoders[name]
+    if asked is None:  # a callback may be made for the window, and so may a projector that does not take any number
+        free = encoder.kind == "audio" and not any(encoder.callbacks.values()) and _takes_any_number(encoder.projector)
+        encoder.trim = free and _trims(name, processor)
+    elif asked and not _trims(name, processor):
+        told = "a mask leaves out nothing of what its processor and its encoder make of a short sound"
+        raise ValueError(f"{name}: trim=True, but {told}: leave it out.")
+    for config in (model.config, processor.config):
+        config.modality(name)["trim"] = encoder.trim
+
+
+def _takes_any_number(projector: MultimodalProjector) -> bool:
+    """Whether a projector takes the features of any but the very shortest sounds."""
+    try:
+        for count in range(8, 72):
+            projector.feature_count(count)
+    except ValueError:
+        return False
+    return True
+
+
+def _trims(name: str, processor: MultimodalProcessor) -> bool:
+    """Whether a mask leaves out what an extractor adds to a sound to fill up its window (Whisper's 30 seconds)."""
+    extractor = processor.processors.get(name)
+    parameters = (
+        inspect.signature(extractor.__call__).parameters if isinstance(extractor, FeatureExtractionMixin) else {}
+    )
+    if "return_attention_mask" not in parameters or parameters["padding"].default != "max_length":
+        return False
+    half = (getattr(extractor, "n_samples", None) or sampling_rate_of(extractor) or 16_000) // 2
+    try:
+        whole, valid = (processor.features_of_sound(name, half, {"return_attention_mask": x}) for x in (False, True))
+    except ValueError:  # the encoder does not take the mask as its extractor makes it
+        return False
+    return valid < whole
 
 
 def _processor(name: str, spec: dict, encoder: ModalEncoderModule, hub: dict) -> Any:

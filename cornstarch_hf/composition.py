@@ -179,7 +179,10 @@ def features_per_item(model: Any, name: str) -> str:
     """How many features one item gives, where the encoder's configuration fixes it, else a note."""
     encoder = model.encoders[name]
     item = typical_item(unwrapped(encoder.module).config, encoder.kind)
-    if item is None or encoder.additional_args or any(encoder.callbacks.values()):  # callbacks may change any number
+    varies = (
+        encoder.trim or encoder.additional_args or any(encoder.callbacks.values())
+    )  # callbacks may change any number
+    if item is None or varies:
         return "depends on the item"
     try:
         return str(FeatureCounter(model.config, model.encoders).count(name, item))

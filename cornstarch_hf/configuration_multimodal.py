@@ -46,14 +46,15 @@ OPTIONAL_KEYS = (
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
-    "layer": -1, "drop_prefix": 0, "data_format": None, "additional_args": [], "input_names": {}, "callbacks": {},
+    "layer": -1, "drop_prefix": 0, "data_format": None, "trim": False, "additional_args": [], "input_names": {},
+    "callbacks": {},
 }  # fmt: skip
 
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
 _TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (object,)}  # `check_origins` says more
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
 _ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
-_ENTRY_TYPES |= {"token_id": (int,), "additional_args": (list, tuple)}
+_ENTRY_TYPES |= {"token_id": (int,), "trim": (bool,), "additional_args": (list, tuple)}
 # What transformers has on every configuration and every model, and names of usual tokens.
 _KEYS_OF_ALL = {*dir(PreTrainedConfig), *dir(PreTrainedModel), *dir(GenerationMixin)}
 _KEYS_OF_ALL |= {"quantization_config", "generation_config", "language_model_class"}

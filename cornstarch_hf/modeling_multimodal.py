@@ -122,7 +122,7 @@ class MultimodalModel(
             if CACHE not in ("cache", None):  # of an older version, which reads this signature
                 removed, added = [*removed, "cache"], [*added, CACHE]
             return removed, added + [key for key in text if key not in OWN_INPUTS]
-        names = self.config.modalities_of_kind(method.removeprefix("get_").removesuffix("_features"))
+        names = self._answering(method.removeprefix("get_").removesuffix("_features"))
         return ([], [key for n in names for key in self.config.modality(n)["input_names"]]) if names else None
 
     @PerInstanceSignature
@@ -285,7 +285,7 @@ class MultimodalModel(
         return self._features("video", modality, return_dict, kwargs)
 
     def _features(self, kind: str, modality: str | None, return_dict: bool | None, kwargs: dict[str, Any]):
-        names = self.config.modalities_of_kind(kind) if modality is None else [self._named(modality)]
+        names = self._answering(kind) if modality is None else [self._named(modality)]
         if len(names) > 1:
             raise ValueError(f"Several encoders take {kind}s, name one of them: modality= one of {names}.")
         keywords = self.config.modality(names[0])["input_names"]
@@ -299,6 +299,10 @@ class MultimodalModel(
         output = self.encoders[names[0]](**inputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _answering(self, kind: str) -> list[str]:
+        """The modalities of a kind, else one of that name: features that were computed elsewhere are of no kind of media."""
+        return self.config.modalities_of_kind(kind) or [name for name in self.config.encoders if name == kind]
 
     @property
     def encoders(self) -> dict[str, ModalEncoderModule]:

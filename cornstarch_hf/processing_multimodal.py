@@ -34,14 +34,16 @@ from .processing.conversations import (
     refuse_typed,
     render,
 )
-from .processing.media import flatten
+from .processing.media import check_finite, flatten
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
+from .processing.sounds import refuse_short
 from .processing.subprocessors import (
     build_subprocessor,
     check_padding,
     describe_subprocessor,
     resolve_subprocessor,
     run_subprocessor,
+    sampling_rate_of,
 )
 from .processing.video import named_for_encoder
 
@@ -155,34 +157,66 @@ class MultimodalProcessor(ProcessorStorage):
         lengths: dict[str, list[int]] = {name: [] for name in self.config.encoders}
         samples: dict[str, Any] = {}
         for name, given in media.items():
-            entry = self.config.modality(name)
             given = dict(given)
             if "items" in given:
-                items, samples[name] = flatten(given.pop("items"), entry["kind"])
+                items, samples[name] = flatten(given.pop("items"), self.config.modality(name)["kind"])
                 if not items:
                     continue  # there are samples, none with an item
-                output, count = self._run_subprocessor(name, items, given), len(items)
+                used, lengths[name] = self._process_items(name, items, given)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
                 grid = grid_of(output)  # packed patches have one row for each, their grids one for each item
-                count = len(next(iter(output.values())) if grid is None else grid)
-            names = entry["input_names"]  # keyword of the composed model -> parameter of the encoder
-            if entry["kind"] == "video":
-                output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
-            used = named_inputs(output, name, names)
-            if not used:
-                raise ValueError(f"{name}: its encoder takes {sorted(names)}, but got only {sorted(output)}.")
-            check_padding(output, used, self.processors.get(name), name)
-            split = split_items({names[keyword]: value for keyword, value in used.items()}, count, name)
-            lengths[name] = [self.counter.count(name, without_padding(item)) for item in split]  # of each item alone
+                used, split = self._used(name, output, len(next(iter(output.values())) if grid is None else grid))
+                lengths[name] = self._counted(name, split)
             tensors |= used
         return tensors, lengths, samples
+
+    def _process_items(self, name: str, items: list[Any], options: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """The tensors of one modality's items by keyword, and how many features each gives."""
+        try:
+            used, split = self._used(name, self._run_subprocessor(name, items, options), len(items))
+            for i, item in enumerate(split):
+                check_finite(item, f"{name}, item {i}")
+            return used, self._counted(name, split)
+        except ValueError:
+            if self.config.modality(name)["kind"] == "audio":
+                features = partial(self.features_of_sound, name, options=options)
+                rate = sampling_rate_of(self.processors.get(name))
+                refuse_short(items, name, rate, options.get("sampling_rate"), features)
+            raise
+
+    def _used(self, name: str, output: dict[str, Any], count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What its encoder takes of a modality's tensors: by keyword, and by the encoder's own names for each item."""
+        names = self.config.modality(name)["input_names"]  # keyword of the composed model -> parameter of the encoder
+        if self.config.modality(name)["kind"] == "video":
+            output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
+        used = named_inputs(output, name, names)
+        if not used:
+            raise ValueError(f"{name}: its encoder takes {sorted(names)}, but got only {sorted(output)}.")
+        check_padding(output, used, self.processors.get(name), name)
+        return used, split_items({names[keyword]: value for keyword, value in used.items()}, count, name)
+
+    def _counted(self, name: str, split: list[dict[str, Any]]) -> list[int]:
+        """Features of each item alone (ValueError: a sound of none, which would leave no trace)."""
+        counts = [self.counter.count(name, without_padding(item)) for item in split]
+        if self.config.modality(name)["kind"] == "audio" and 0 in counts:
+            raise ValueError(f"{name}, item {counts.index(0)}: the sound gives no features: it is too short.")
+        return counts
+
+    def features_of_sound(self, name: str, samples: int, options: dict[str, Any]) -> int:
+        """How many features a modality gives of any sound of that length (ValueError: none)."""
+        noise = np.random.default_rng(0).uniform(-0.1, 0.1, samples)  # silence and tones are NaN to some that normalise
+        sound = {"array": noise, "sampling_rate": sampling_rate_of(self.processors.get(name))}
+        used, split = self._used(name, self._run_subprocessor(name, [sound], options), 1)
+        check_finite(used, name)
+        return self._counted(name, split)[0]
 
     def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         if name not in self.processors:
             raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
         entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
-        masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
+        taken = entry["input_names"].values()
+        masked = entry["trim"] or any(parameter.endswith("features_mask") for parameter in taken)
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
         own, kind = self.processors[name], entry["kind"]
         with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call

@@ -11,17 +11,26 @@ from helpers import uneven_inputs
 from own_memory import check_comes_back
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, WhisperModel, modeling_utils
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    WhisperFeatureExtractor,
+    WhisperModel,
+    modeling_utils,
+)  # fmt: skip
 from transformers.models.auto import auto_factory
 
 from cornstarch_hf import (
     ModalEncoderModule,
+    MultimodalCollator,
     MultimodalModel,
     MultimodalProcessor,
     MultimodalProjector,
     assembly,
     compose,
-)
+)  # fmt: skip
 from cornstarch_hf import MultimodalProjectorConfig as ProjectorConfig
 from cornstarch_hf.assembly import HUB_KEYS, MODEL_KEYS
 
@@ -326,3 +335,144 @@ def test_the_part_whose_loading_failed_is_named(wrong, part, name, error, messag
 def test_a_stated_kind_may_be_another_than_the_name_says():
     texts = {"model": tiny.llama(), "processor": tiny.tokenizer(), "kind": "text"}
     assert build({"vision": texts})[0].config.modality("vision")["kind"] == "text"
+
+
+# ---- valid frames only
+
+
+def heard(**entry):
+    """A model with tiny Whisper, whose window of 16,000 samples is 12 frames and 6 features."""
+    torch.manual_seed(0)
+    return build(live("audio", audio=entry))
+
+
+SOUNDS = {1: 1, 1_333: 1, 2_667: 2, 8_000: 4, 15_999: 6}  # samples and their features, two frames of 1,333 samples each
+
+
+def test_a_short_sound_gives_what_the_encoder_gives_for_its_valid_frames():
+    model, processor = heard()
+    assert [c.audio_modality["trim"] for c in (model.config, processor.config)] == [True, True]
+    sounds = [tiny.sound(i, n) for i, n in enumerate(SOUNDS)]
+    inputs = processor(
+        text=["<audio>"] * len(sounds), audio=sounds, sampling_rate=16_000, padding=True, return_tensors="pt"
+    )
+    assert (inputs["input_ids"] == model.config.audio_token_id).sum(-1).tolist() == list(SOUNDS.values())
+    with torch.no_grad():
+        encoded = model.audio_encoder.select(
+            input_features=inputs["input_features"], attention_mask=inputs["audio_attention_mask"]
+        )
+        window = model.audio_encoder.module(inputs["input_features"]).last_hidden_state  # (items, 6, 16)
+        assert encoded.lengths == list(SOUNDS.values()) and torch.equal(encoded.last_hidden_state, window)
+        features = model.get_audio_features(
+            input_features=inputs["input_features"], audio_attention_mask=inputs["audio_attention_mask"]
+        ).pooler_output
+        logits, tokens = model(**inputs).logits, model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        for i, (sound, count) in enumerate(zip(sounds, SOUNDS.values(), strict=True)):
+            assert torch.equal(features[i], model.audio_encoder.projector(window).last_hidden_state[i, :count])
+            alone = processor(text="<audio>", audio=sound, sampling_rate=16_000, return_tensors="pt")
+            assert alone["input_ids"].shape == (1, count) and torch.equal(
+                alone["input_features"][0], inputs["input_features"][i]
+            )
+            torch.testing.assert_close(model(**alone).logits[0], logits[i, -count:], atol=1e-5, rtol=1e-4)
+            assert torch.equal(model.generate(**alone, max_new_tokens=3, do_sample=False)[0, -3:], tokens[i, -3:])
+
+
+def test_a_second_of_whispers_thirty_is_fifty_features():
+    whole = {"model": tiny.whisper(max_source_positions=1_500, num_mel_bins=80), "processor": WhisperFeatureExtractor()}
+    _, processor = build({"audio": whole})
+    for seconds, count in ((1, 50), (0.99, 50), (29.99, 1_500), (30, 1_500)):
+        wave = tiny.sound(0, int(16_000 * seconds))
+        assert len(processor(text="<audio>", audio=wave, sampling_rate=16_000)["input_ids"][0]) == count
+    with pytest.raises(
+        ValueError, match="audio, item 0: the waveform has 496000 samples, but WhisperFeatureExtractor keeps 480000"
+    ):
+        processor(text="<audio>", audio=tiny.sound(0, 31 * 16_000), sampling_rate=16_000)
+
+
+def test_calls_chats_and_the_collator_leave_out_the_same():
+    _, processor = heard()
+    sound, counted = tiny.sound(0, 8_000), []
+    talk = [{"role": "user", "content": [{"type": "audio", "audio": sound}]}, {"role": "assistant", "content": "seven"}]
+    chat = processor.apply_chat_template(
+        talk[:1], tokenize=True, return_dict=True, return_tensors="pt", sampling_rate=16_000
+    )
+    call = processor(text="<audio>", audio=sound, sampling_rate=16_000, return_tensors="pt")
+    for batch in (call, chat, MultimodalCollator(processor)([{"messages": talk}])):
+        assert torch.equal(batch["audio_attention_mask"], call["audio_attention_mask"])
+        assert torch.equal(batch["input_features"], call["input_features"])
+        counted.append(int((batch["input_ids"] == processor.placeholder_ids["audio"]).sum()))
+    assert counted == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("trim", "count"), [(None, 4), (True, 4), (False, 6)])
+def test_what_is_said_of_the_window_is_kept_and_stored(trim, count, tmp_path):
+    model, processor = heard(**({} if trim is None else {"trim": trim}))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, loaded = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert (
+        again.config.audio_modality["trim"]
+        == loaded.config.audio_modality["trim"]
+        == (count == 4)
+        == again.audio_encoder.trim
+    )
+    for made in (processor, loaded):
+        inputs = made(text="<audio>", audio=tiny.sound(0, 8_000), sampling_rate=16_000, return_tensors="pt")
+        assert inputs["input_ids"].shape == (1, count) and ("audio_attention_mask" in inputs) == (count == 4)
+        again(**inputs)
+
+
+def by_hand(**options):
+    return {"model": ModalEncoderModule(tiny.whisper(), **options), "processor": tiny.whisper_processor()}
+
+
+def told(processor, **options):
+    return len(processor(text="<audio>", audio=tiny.sound(0, 8_000), sampling_rate=16_000, **options)["input_ids"][0])
+
+
+def same(inputs, output):
+    return output
+
+
+@pytest.mark.parametrize(
+    ("entry", "count"),
+    [
+        (by_hand(), 6),  # its author said nothing of it
+        (by_hand(trim=True), 4),
+        ({"projector": {"projection_type": "frame_stack", "stack_factor": 2}}, 2),
+        ({"projector": {"projection_type": "avg_pool", "num_tokens": 16}, "trim": False}, None),
+        ({"projector": {"projection_type": "frame_stack", "stack_factor": 2, "remainder": "error"}}, 3),  # of all 6
+        ({"projector": {"projection_type": "frame_stack", "stack_factor": 2, "remainder": "error"}, "trim": True}, 2),
+        ({"postprocess_module_callback": same}, 6),  # which may be made for the window
+        ({"postprocess_module_callback": same, "trim": True}, 4),
+        ({"layer": 1}, 4),
+        ({"layer": [0, -1]}, 4),
+    ],
+)
+def test_the_window_stays_where_something_may_need_it(entry, count):
+    whole = {"audio": entry} if isinstance(entry.get("model"), ModalEncoderModule) else live("audio", audio=entry)
+    if count is None:
+        with pytest.raises(ValueError, match="audio: num_tokens asks for 16 features, but the item has 6"):
+            told(build(whole)[1])
+        return
+    model, processor = build(whole)
+    assert told(processor) == count
+    model(**processor(text="<audio>", audio=tiny.sound(0, 8_000), sampling_rate=16_000, return_tensors="pt"))
+
+
+def test_a_mask_that_the_extractor_or_the_call_asks_for_is_obeyed():
+    _, processor = build({"audio": by_hand()})
+    assert told(processor) == 6 and told(processor, audio_kwargs={"return_attention_mask": True}) == 4
+    processor.processors["audio"].return_attention_mask = True
+    assert told(processor) == 4 and told(processor, audio_kwargs={"return_attention_mask": False}) == 6
+
+
+def test_trimming_what_cannot_be_trimmed_is_refused():
+    with pytest.raises(ValueError, match="image: trim=True needs an encoder that takes a mask"):
+        build(live("vision", vision={"trim": True, "kind": "image"}) | {})
+    with pytest.raises(
+        ValueError, match="trim=True needs an encoder that takes a mask, CLIPVisionModel takes .*pixel_values"
+    ):
+        ModalEncoderModule(tiny.clip(), trim=True)
+    with pytest.raises(ValueError, match="audio: trim=True, but a mask leaves out nothing"):
+        build({"audio": {"model": tiny.wav2vec2(), "processor": tiny.wav2vec2_processor(), "trim": True}})

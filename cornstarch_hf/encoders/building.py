@@ -37,7 +37,7 @@ PROCESSOR_NAMES = {
 
 LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
 # What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
-_OPTIONS = ("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "additional_args")
+_OPTIONS = ("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "trim", "additional_args")
 ENCODER_KEYS = frozenset([*_OPTIONS, *SLOTS, *LOADING_KEYS])
 # Kinds that an encoder of such a name can have, unless another one is stated.
 _KINDS_BY_NAME: dict[str, tuple[str, ...]] = {"vision": ("image", "video"), "video": ("image", "video")}
@@ -205,6 +205,7 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
         "encoder_kwargs": constructor_options(module),
         **dataclasses.asdict(selection),
         "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),  # JSON has no tuples
+        "trim": encoder.trim,
         "additional_args": list(encoder.additional_args),
     }
 

@@ -18,7 +18,7 @@ from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
-from .items import ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
+from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
 from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
 from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
 
@@ -50,10 +50,13 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: leading tokens of each item to drop.
         data_format: which axis of the encoder's output holds the features' width: ``"channels_last"``, ``"channels_first"`` or
             ``"layers_first"``; found by a dry run when None.
+        trim: whether its processor tells which frames of a window hold sound, by the mask that the encoder takes: the others
+            are no features then.
 
     Raises:
         TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
-        ValueError: two names of one argument, several towers, a bad selection, an encoder that leaves out a part at random.
+        ValueError: two names of one argument, several towers, a bad selection, an encoder that leaves out a part at random,
+            `trim` of one that takes no mask.
     """
 
     module: Any
@@ -73,6 +76,7 @@ class ModalEncoderModule(nn.Module):
         output: str | None = None,
         drop_prefix: int = 0,
         data_format: str | None = None,
+        trim: bool = False,
         module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
@@ -104,6 +108,10 @@ class ModalEncoderModule(nn.Module):
         images = self.kind == "video" and infer_kind(self.module) == "image"
         self.by_frame = images and not packs_frames(self.module)
         self.selection = Selection(output, tuple(layer) if isinstance(layer, list) else layer, drop_prefix, data_format)
+        self.trim = trim
+        if trim and set(MASKS).isdisjoint(self.parameter_names):
+            told = f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}"
+            raise ValueError(f"{self.kind}: {told}: leave it out.")
         self.name = self.kind  # until composing gives it the modality's name
 
     @property

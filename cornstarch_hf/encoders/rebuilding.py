@@ -26,7 +26,7 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
     if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
         raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
     options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
-    options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format")}
+    options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
     projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
     encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
     encoder.name = name  # messages would else name it by its kind

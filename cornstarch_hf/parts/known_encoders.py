@@ -208,16 +208,19 @@ def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2
 
 
-def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
-    """`max_source_positions`; with a mask by a dry run"""
-    return config.max_source_positions if inputs.get("attention_mask") is None else None
+def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`max_source_positions`; of a mask's valid frames `(frames - 1) // 2 + 1`"""
+    mask = inputs.get("attention_mask")
+    frames = inputs["input_features"].shape[-1]
+    is_of_frames = mask is not None and mask.shape[-1] == frames  # a mask of samples tells the encoder nothing
+    return (int(mask.sum()) - 1) // 2 + 1 if is_of_frames else config.max_source_positions
 
 
 def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
     """`(samples - kernel) // stride + 1`, once per convolution; with an adapter by a dry run"""
     length = inputs["input_values"].shape[-1]
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        length = (length - kernel) // stride + 1
+        length = max(length - kernel + stride, 0) // stride
     return None if config.add_adapter else length
 
 

@@ -1,25 +1,27 @@
-"""Makes items ready for their processors: loads, checks and puts in order what users hand over.
+"""Makes items ready for their processors: puts in order, opens, orients, checks and converts what users hand over.
 
-What a processor would clip or stretch without a word is refused; files, as paths, URLs or bytes, are decoded.
+What a processor would clip or stretch without a word is refused.  Every picture goes one road, however it is handed over.
 """
 
 import base64
+import inspect
 import io
 import os
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers.image_utils import load_image
+from PIL import ExifTags, Image, ImageOps
 
 from ..limits import cap, check, check_image
 
-# At most 8 bits per channel.
-PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa")
+# At most 8 bits per channel, and Pillow converts them.
+PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
+FIRST, LAST = "channels_first", "channels_last"  # of the three axes of an image
 # How deep lists of numbers are nested that are one item.
 LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
 
@@ -32,20 +34,47 @@ def held(item: Any, keys: Iterable[str], otherwise: Any = None) -> Any:
 
 
 def is_file(item: Any) -> bool:
-    """Whether an item is a path, an address, text or bytes that must be decoded."""
-    return isinstance(item, (str, bytes)) or hasattr(item, "__fspath__")
+    """Whether an item is a path, an address, text, bytes or an open file, which must be decoded."""
+    plain = isinstance(item, (str, bytes, bytearray, memoryview))
+    return plain or hasattr(item, "__fspath__") or callable(getattr(item, "read", None))
 
 
-def keeps_scale(processor: Any, options: Mapping[str, Any]) -> bool:
-    """Whether a processor leaves the values of images as they are, by its setting or the call's (``do_rescale=False``)."""
-    return options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+@dataclass(frozen=True)
+class ImageForm:
+    """What a processor takes for an image, and how the caller lays out arrays."""
+
+    channels: Any = 3  # that the encoder takes
+    rescaled: bool = False  # whether float values stay as they are (``do_rescale=False``)
+    stated: str | None = None  # layout of arrays by the caller's word (``input_data_format``)
+    wanted: str = LAST  # layout of the arrays that are handed on
+
+
+def image_form(processor: Any, options: dict[str, Any], channels: Any) -> ImageForm:
+    """How images are made ready for a processor by its settings and its call's `options`, whose layout is taken out."""
+    stated = options.pop("input_data_format", None) or getattr(processor, "input_data_format", None)
+    stated = getattr(stated, "value", stated)  # an enumeration's
+    if stated not in (None, FIRST, LAST):
+        raise ValueError(f"input_data_format must be {FIRST!r} or {LAST!r}, got {stated!r:.100}.")
+    rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
+    # Each backend takes PIL images and arrays of one layout side by side.
+    wanted = FIRST if getattr(processor, "backend", None) == "torchvision" else LAST
+    return ImageForm(channels, rescaled, stated, wanted)
+
+
+def rated(item: Any) -> tuple[int, Any] | None:
+    """A sound's sampling rate and its array, of a pair of both in either order; None for anything else."""
+    if not isinstance(item, (list, tuple)) or len(item) != 2:
+        return None
+    rates = [isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in item]
+    arrays = [(isinstance(x, (np.ndarray, torch.Tensor)) and x.ndim > 0) or _depth(x) > 0 for x in item]
+    return next(((int(item[i]), item[1 - i]) for i in (0, 1) if rates[i] and arrays[1 - i]), None)
 
 
 def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
     """Items in order, and how many each sample has when they were given as a list of lists.
 
-    An array or a list of numbers is one item of the kinds ``"audio"`` and ``"time"``, a list of frames one of ``"video"``, a
-    list of rows of numbers one of ``"features"``; a dict is one item of any kind.
+    An array or a list of numbers is one item of the kinds ``"audio"`` and ``"time"``, an array with its rate one of
+    ``"audio"``, a list of frames one of ``"video"``, a list of rows of numbers one of ``"features"``; a dict is always one.
     """
     if not _is_list(items, kind):
         return [items], None
@@ -59,6 +88,8 @@ def flatten(items: Any, kind: str) -> tuple[list[Any], list[int] | None]:
 def _is_list(value: Any, kind: str) -> bool:
     """Whether this is a list of items: no sound's numbers, image as (height, width, channels), or frames of a video."""
     if not isinstance(value, (list, tuple)) or _depth(value) == LIST_DEPTHS.get(kind, -1):
+        return False
+    if kind == "audio" and rated(value) is not None:
         return False
     frames = value if kind == "video" else []
     return not frames or not all(isinstance(x, Image.Image) or getattr(x, "ndim", None) in (2, 3) for x in frames)
@@ -74,22 +105,24 @@ def _depth(value: Any) -> int:
     return inner + 1 if inner else 0
 
 
-def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
-    """An image for an image processor: a PIL image of 1 or 3 channels where the item is one, else the array.
+def ready_image(item: Any, where: str, form: ImageForm) -> Any:
+    """An image for an image processor: a PIL image of 1 or 3 channels, or an array of floats in the layout of the form.
+
+    Files and PIL images are turned as their EXIF orientation says, as by transformers' `load_image` and by `datasets`.
 
     Args:
-        item: PIL image, array, tensor, path, URL or base64 text, or a dict with one of those.
+        item: PIL image, array, tensor, path, address (http, https, file, data), base64 text, bytes or open file, or a dict with
+            one of those.
         where: modality and item, for messages.
-        channels: how many the encoder takes.
-        rescaled: whether float values are left as they are (``do_rescale=False``).
     """
     item = held(item, ("image", "bytes", "url", "path", "base64"), otherwise=item)
     if is_file(item):
-        item = _decoded(lambda x: _load(x, where), item, where, "image")
-    if isinstance(item, Image.Image):
+        item = decoded(lambda x: _open_image(x, where), item, where, "image")
+    elif isinstance(item, Image.Image):
         check_image(*item.size, where)
-        _decoded(lambda x: x.load(), item, where, "image")  # PIL opens files lazily
-        return _ready_pil(item, where, channels)
+        item = decoded(_oriented, item, where, "image")
+    if isinstance(item, Image.Image):
+        return _ready_pil(item, where, form.channels)
     if _depth(item) == LIST_DEPTHS["image"]:
         try:
             item = np.asarray(item)
@@ -99,41 +132,82 @@ def ready_image(item: Any, where: str, channels: int, rescaled: bool) -> Any:
         whole = np.issubdtype(item.dtype, np.integer) and item.min() >= 0 and item.max() <= 255
         item = item.astype(np.uint8) if whole else item
     if isinstance(item, (np.ndarray, torch.Tensor)):
-        return _ready_array(item, where, channels, rescaled)
+        return _ready_array(item, where, form)
     raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
 
 
-def _load(item: Any, where: str) -> Image.Image:
-    source = _source(item, where)
-    if source is None:
-        return load_image(str(item))  # no file, address or base64: transformers says so
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    check_image(*image.size, where)  # the header is read, the pixels are not
-    return image if isinstance(item, bytes) else load_image(image)
+def _open_image(item: Any, where: str) -> Image.Image:
+    source = opened(item, where)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        check_image(*image.size, where)  # the header is read, the pixels are not
+        return _oriented(image)
 
 
-def _source(item: Any, where: str) -> str | bytes | None:
-    """The path of a file, or the bytes behind an address, a base64 text or bytes; None for any other text."""
-    if isinstance(item, bytes):
-        source: str | bytes | None = item
-    elif str(item).startswith(("http://", "https://")):
-        with urllib.request.urlopen(str(item), timeout=60) as answer:
-            source = answer.read(cap("MAX_FILE_BYTES") + 1)  # one byte more than allowed shows that there are too many
-    elif os.path.isfile(item):
-        source = os.fspath(item)
+def _oriented(image: Image.Image) -> Image.Image:
+    image.load()  # PIL opens files lazily, and turns TIFF by itself
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image  # which would copy any other
+
+
+def opened(item: Any, where: str) -> str | bytes:
+    """The path of a local file, or the bytes behind anything else that `is_file` (ValueError: no file, or too large a one)."""
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        source: str | bytes = bytes(item)
+    elif hasattr(item, "__fspath__"):
+        source = os.fsdecode(item)
+    elif isinstance(item, str):
+        source = _addressed(item)
     else:
-        text = str(item)
-        encoded = text.partition(",")[2] if text.startswith("data:") else text
-        try:
-            source = base64.b64decode("".join(encoded.split()), validate=True) or None  # line breaks inside are usual
-        except ValueError:
-            source = None
-    size = os.path.getsize(source) if isinstance(source, str) else len(source or b"")
+        source = _read(item)
+    size = os.path.getsize(source) if isinstance(source, str) else len(source)
     check(size, "MAX_FILE_BYTES", f"{where}: the number of bytes of the encoded item is at least")
     return source
 
 
-def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> Any:
+def _addressed(text: str) -> str | bytes:
+    scheme, _, rest = text.partition(":")
+    if (scheme := scheme.lower()) in ("http", "https"):
+        address = urllib.parse.quote(text, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and letters, as browsers write them
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            return answer.read(cap("MAX_FILE_BYTES") + 1)  # one byte more than allowed shows that there are too many
+    if scheme == "file":
+        parts = urllib.parse.urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"the file lies on another machine, {parts.netloc!r}")
+        return urllib.request.url2pathname(parts.path)
+    if scheme == "data":
+        content = rest.partition(",")[2]
+        # What is written out byte by byte is no base64.
+        return _base64(urllib.parse.unquote(content)) or urllib.parse.unquote_to_bytes(content)
+    if os.path.isfile(text):
+        return text
+    if (found := _base64(text)) is None:
+        raise ValueError("there is no such file, and it is no address (http, https, file, data) and no base64 text")
+    return found
+
+
+def _base64(text: str) -> bytes | None:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True) or None  # line breaks inside are usual
+    except ValueError:
+        return None
+
+
+def _read(file: Any) -> bytes:
+    """All bytes of an open file, which stays where it was."""
+    seekable = hasattr(file, "seekable") and file.seekable()
+    position = file.tell() if seekable else 0
+    if seekable:
+        file.seek(0)
+    content = file.read(cap("MAX_FILE_BYTES") + 1)
+    if seekable:
+        file.seek(position)
+    if not isinstance(content, bytes):
+        raise TypeError(f"the file gives {type(content).__name__} and no bytes: open it in the mode 'rb'")
+    return content
+
+
+def decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> Any:
     """What a decoder makes of an item; ValueError with its cause if it cannot."""
     try:
         return decode(item)
@@ -145,14 +219,14 @@ def _decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> 
     except Exception as error:  # of many sorts: OSError, SyntaxError, RuntimeError, ...
         if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
             raise
-        what = f"{len(item)} bytes" if isinstance(item, bytes) else f"{_without_secrets(str(item))!r:.200}"
+        what = f"{len(item)} bytes" if isinstance(item, (bytes, bytearray)) else f"{_without_secrets(str(item))!r:.200}"
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"{where}: the {kind} cannot be decoded from {what}: {cause}") from error
 
 
 def _without_secrets(source: str) -> str:
     """An address without user, password and query, which may hold a token; anything else as it is."""
-    parts = urllib.parse.urlsplit(source) if source.startswith(("http://", "https://")) else None
+    parts = urllib.parse.urlsplit(source) if source.lower().startswith(("http:", "https:")) else None
     return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
@@ -161,35 +235,80 @@ def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
         raise ValueError(f"{where}: the image is empty (width x height = {image.size[0]} x {image.size[1]}).")
     if image.mode not in PLAIN_MODES:
         raise ValueError(
-            f"{where}: the image has mode {image.mode!r} (more than 8 bits per channel or floating-point), which image "
-            "processors clip without a word: scale it to 0..255 and convert it to 'L' or 'RGB' first."
+            f"{where}: the image has mode {image.mode!r}, expected one of {PLAIN_MODES}: more than 8 bits per channel and "
+            "floats are clipped without a word by image processors. Scale it to 0..255 and convert it to 'L' or 'RGB' first."
         )
     wanted = {1: "L", 3: "RGB"}.get(channels, image.mode)
     return image if image.mode == wanted else image.convert(wanted)  # which would copy an image that is right already
 
 
-def _ready_array(array: Any, where: str, channels: int, rescaled: bool) -> Any:
+def _ready_array(array: Any, where: str, form: ImageForm) -> Any:
     shape = tuple(array.shape)
     if len(shape) == 4:
         remedy = "give a list of images; for the frames of a video, compose the encoder with kind='video'."
         raise ValueError(f"{where}: expected one image, got {shape[0]} in one array of the shape {shape}: {remedy}")
     if 0 in shape or len(shape) not in (2, 3):
         raise ValueError(f"{where}: the image is empty or no image, its shape is {shape}.")
-    height, width = sorted(shape)[-2:]  # the channels, wherever they stand, are fewer
-    check_image(width, height, where)
     kind = str(array.dtype).removeprefix("torch.")
-    if kind == "uint8":
-        values = array.numpy() if isinstance(array, torch.Tensor) else array
-        if values.ndim == 3 and values.shape[-1] not in (1, 3, 4):
-            values = values.transpose(1, 2, 0)  # (height, width, channels), as PIL takes it
-            if values.shape[-1] not in (1, 3, 4):
-                raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
-        # PIL takes grey images without an axis for their channel.
-        return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1:] == (1,) else values), where, channels)
     found = f"{where}: the image has {kind} values"
-    if not kind.startswith(("float", "bfloat")):
+    if kind != "uint8" and not kind.startswith(("float", "bfloat")):
         raise ValueError(f"{found}, expected uint8 (0..255): scale it yourself, processors would clip it.")
-    if not rescaled:
+    if kind != "uint8" and not form.rescaled:
         remedy = "pass uint8 (0..255), or images_kwargs={'do_rescale': False} if it is scaled already."
         raise ValueError(f"{found}, which the processor would divide by 255: {remedy}")
-    return array
+    layout = _layout(shape, where, form)
+    height, width = shape[1:] if layout == FIRST else shape[:2]
+    check_image(width, height, where)
+    if kind != "uint8":
+        if not bool((torch if isinstance(array, torch.Tensor) else np).isfinite(array).all()):
+            raise ValueError(f"{where}: the image has values that are not finite.")
+        return _moved(array, layout, form.wanted)
+    values = _moved(array.cpu().numpy() if isinstance(array, torch.Tensor) else array, layout, LAST)
+    if values.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
+    # PIL takes grey images without an axis for their channel.
+    return _ready_pil(Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values), where, form.channels)
+
+
+def _layout(shape: tuple[int, ...], where: str, form: ImageForm) -> str | None:
+    """Where an image of that shape has its channels; None without an axis for them."""
+    if len(shape) == 2:
+        return None
+    fits = [name for name, size in ((FIRST, shape[0]), (LAST, shape[2])) if size in (1, 3, 4, form.channels)]
+    if form.stated is not None and form.stated not in fits:
+        told = f"input_data_format={form.stated!r} says otherwise"
+        raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}, {told}.")
+    if not fits:
+        raise ValueError(f"{where}: expected an image of 1, 3 or 4 channels, its shape is {shape}.")
+    if form.stated is None and len(fits) == 2:
+        remedy = f"say it by images_kwargs={{'input_data_format': {FIRST!r}}} or {LAST!r}."
+        raise ValueError(f"{where}: either end of the shape {shape} may be the image's channels: {remedy}")
+    return form.stated or fits[0]
+
+
+def _moved(array: Any, layout: str | None, wanted: str) -> Any:
+    """An image with its channels, or an axis for the only one, where they are wanted."""
+    if layout is None:
+        return array[None] if wanted == FIRST else array[..., None]
+    if layout == wanted:
+        return array
+    order = (1, 2, 0) if wanted == LAST else (2, 0, 1)
+    return array.permute(order) if isinstance(array, torch.Tensor) else array.transpose(order)
+
+
+def check_finite(tensors: Mapping[str, Any], where: str) -> None:
+    """Refuse what a processor made of an item where it holds NaN or infinity (ValueError)."""
+    for key, value in tensors.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{where}: its processor gave {key} with values that are not finite (NaN or infinity).")
+
+
+def layout_of_call(processor: Any, images: Iterable[Any], form: ImageForm) -> dict[str, Any]:
+    """The argument that tells a processor the layout of images that were made ready; none where it needs none."""
+    parameters = inspect.signature(getattr(processor, "preprocess", processor)).parameters
+    by_first_image = "input_data_format" in parameters  # it takes for every image what the shape of the first one tells
+    if by_first_image or any(not isinstance(image, Image.Image) for image in images):
+        known = by_first_image or "input_data_format" in getattr(processor, "_valid_kwargs_names", ())
+        return {"input_data_format": form.wanted} if known else {}
+    # Of PIL images each backend knows it; one that was set for arrays must not speak of them.
+    return {} if getattr(processor, "input_data_format", None) is None else {"input_data_format": None}

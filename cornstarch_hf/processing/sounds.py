@@ -1,10 +1,13 @@
-"""Sounds as users hand them over, made ready for a feature extractor: files are mixed to one channel and resampled."""
+"""Sounds as users hand them over, made ready for a feature extractor: files are mixed to one channel and resampled.
+
+What `media` is for images; `refuse_short` finds the shortest sound that an encoder takes.
+"""
 
 import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,24 +16,30 @@ from transformers.audio_utils import load_audio
 from transformers.utils import is_soundfile_available
 
 from ..limits import check_sound
-from .media import _decoded, _source, held, is_file
+from .media import decoded, held, is_file, opened, rated
+
+# Decoded files and mixes go a little beyond 1; integers written as floats far beyond.
+LOUDEST = 10.0
 
 
 def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
     """A mono waveform as float32 ``(samples,)``; refuses what a feature extractor would misread.
 
     Args:
-        item: array, tensor or list of floats; path, URL or the bytes of a file (mixed and resampled on loading); dict with
-            `array` and `sampling_rate`, or with `bytes` or `path`; a decoder as `datasets.Audio` gives it.
+        item: array, tensor or list of floats; a file in any form (mixed and resampled on loading); dict with `array` and
+            `sampling_rate`, or with `bytes` or `path`; an array with its rate, in either order, as gradio, soundfile and
+            torchaudio give it; a decoder as `datasets.Audio` gives it.
         where: modality and item, for messages.
         expected, given: the sampling rates of the feature extractor, and of bare arrays as the caller says, in Hz.
     """
+    if (pair := rated(item)) is not None:
+        given, item = pair
     if isinstance(item, Mapping):
         given = held(item, ("sampling_rate",), otherwise=given)
-        item = held(item, ("array", "audio", "bytes", "path", "url"))
+        item = held(item, ("array", "audio", "raw", "bytes", "path", "url", "base64"))
     if is_file(item):
         # Decoding resamples, so the sound comes out at the expected rate.
-        item, given = _decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
+        item, given = decoded(lambda x: _load_sound(x, expected or 16_000, where), item, where, "sound"), expected
     elif hasattr(item, "get_all_samples"):
         # Too long a sound is refused by what its file's header says, before it is decoded.
         header = getattr(item, "metadata", None)
@@ -38,7 +47,7 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         if seconds is not None and rate:
             claimed = int(min(seconds * rate, 2**62))  # a header may claim an endless sound, which is no integer
             check_sound(claimed, getattr(header, "num_channels", None) or 1, rate, expected, where)
-        samples = _decoded(lambda x: x.get_all_samples(), item, where, "sound")
+        samples = decoded(lambda x: x.get_all_samples(), item, where, "sound")
         item, given = samples.data, int(samples.sample_rate)
     if isinstance(item, torch.Tensor):
         item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
@@ -53,25 +62,29 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         remedy = "mix the channels, in a table by cast_column(..., Audio(num_channels=1))."
         raise ValueError(f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: {remedy}")
     if not np.issubdtype(wave.dtype, np.floating):
-        expected_values = "floats in [-1, 1]: divide it by its range"
+        by = np.iinfo(wave.dtype).max + 1 if wave.dtype.kind == "i" else "its range"
+        expected_values = f"floats in [-1, 1]: divide it by {by}"
         raise ValueError(f"{where}: the waveform has {wave.dtype} values, expected {expected_values}.")
     if not np.isfinite(wave).all():
         raise ValueError(f"{where}: the waveform has values that are not finite.")
+    if (peak := float(np.abs(wave).max())) > LOUDEST:
+        remedy = "divide it by its range, 32768 where it was made of 16-bit integers."
+        raise ValueError(f"{where}: the waveform has values up to {peak:g}, expected floats in [-1, 1]: {remedy}")
     check_sampling_rate(where, expected, given)
     return wave.astype(np.float32, copy=False)
 
 
 def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
-    source = _source(item, where)
-    if source is not None and is_soundfile_available():
+    source = opened(item, where)
+    if is_soundfile_available():
         import soundfile
 
         # Too long a sound is refused by its header; what has none that is known here another backend may read.
         with contextlib.suppress(soundfile.LibsndfileError):
             header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
             check_sound(header.frames, header.channels, header.samplerate, rate, where)
-    if not isinstance(source, bytes):
-        return _load_file(str(item), rate, where)
+    if isinstance(source, str):
+        return _load_file(source, rate, where)
     # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
     handle, path = tempfile.mkstemp()
     try:
@@ -98,6 +111,52 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
         return
     if given is None:
         raise ValueError(f"{where}: pass sampling_rate= (Hz) with bare audio arrays; the encoder expects {expected}.")
-    if int(given) != int(expected):
+    if given != expected:
         remedy = f"resample it first, in a table by cast_column(..., Audio(sampling_rate={expected}))."
         raise ValueError(f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: {remedy}")
+
+
+def fewest_samples(features: Callable[[int], int], most: int) -> int | None:
+    """The length of the shortest sound that gives a feature, None above `most`; `features` counts those of a length.
+
+    >>> fewest_samples(lambda samples: (samples - 400) // 320 + 1 if samples >= 400 else 0, most=16_000)
+    400
+    """
+    short, enough = 0, 1
+    while not features(enough):
+        short, enough = enough, 2 * enough
+        if enough > most:
+            return None
+    while enough - short > 1:  # between the two it lies
+        middle = (short + enough) // 2
+        short, enough = (short, middle) if features(middle) else (middle, enough)
+    return enough
+
+
+def refuse_short(
+    items: list[Any], name: str, expected: int | None, given: int | None, features: Callable[[int], int]
+) -> None:
+    """Refuse sounds shorter than the shortest that gives a feature, with both numbers (ValueError).
+
+    Says nothing of sounds that cannot be read.  `expected` and `given` are rates as of `ready_audio`; `features` counts those
+    of a sound of a length, ValueError where there are none.
+    """
+    if expected is None:
+        return
+    wheres = [f"{name}, item {i}" for i in range(len(items))]
+    try:
+        lengths = [len(ready_audio(item, where, expected, given)) for item, where in zip(items, wheres, strict=True)]
+    except (ValueError, TypeError):  # which its caller has met before
+        return
+
+    def counted(samples: int) -> int:
+        try:
+            return features(samples)
+        except ValueError:
+            return 0
+
+    fewest = fewest_samples(counted, most=2 * expected) if min(lengths) < 2 * expected else None
+    for where, length in zip(wheres, lengths, strict=True):
+        if fewest is not None and length < fewest:
+            told = f"the sound has {length} samples, and its encoder makes no feature of less than {fewest}"
+            raise ValueError(f"{where}: {told}: pad it with silence, or leave it out.")

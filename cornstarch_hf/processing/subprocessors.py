@@ -12,7 +12,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..limits import check
 from ..parts.known_encoders import encoder_type
 from ..parts.stored_values import check_values
-from .media import keeps_scale, ready_image
+from .media import image_form, layout_of_call, ready_image
 from .sounds import ready_audio
 from .video import run_on_frames
 from .video_processors import is_video_processor, run_video_processor
@@ -103,7 +103,7 @@ def run_subprocessor(
 
     Args:
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
-        masked: whether the encoder wants a mask of its features also where they are padded to a window.
+        masked: whether a mask tells the encoder which features are valid also where they are padded to a window.
         prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
     """
     options = dict(options)
@@ -113,11 +113,9 @@ def run_subprocessor(
         if is_video_processor(processor) or kind == "video":
             run = run_video_processor if is_video_processor(processor) else run_on_frames
             return run(processor, name, items, options, encoder_config, channels)
-        rescaled = keeps_scale(processor, options)
-        items = [ready_image(x, f"{name}, item {i}", channels, rescaled) for i, x in enumerate(items)]
-        # Of grey images transformers cannot tell by the shape where the channel stands.
-        if channels == 1 and "input_data_format" in inspect.signature(processor.preprocess).parameters:
-            options.setdefault("input_data_format", "channels_last")
+        form = image_form(processor, options, channels)
+        items = [ready_image(x, f"{name}, item {i}", form) for i, x in enumerate(items)]
+        options |= layout_of_call(processor, items, form)
         return _run_on_images(processor, name, items, options, prepared)
     if isinstance(processor, ItemProcessor):
         return _tensors(processor(items, name=name, **options), name)
@@ -228,6 +226,9 @@ def _audio_options(processor: Any, name: str, items: list, options: Mapping, mas
     padded = "padding" in parameters and parameters["padding"].default != "max_length"
     if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
         found["padding"] = True
+    masked = masked or getattr(
+        processor, "return_attention_mask", False
+    )  # also where it is set, and its call forgets it
     if "return_attention_mask" in parameters and (padded or masked):
         found["return_attention_mask"] = True
     return found

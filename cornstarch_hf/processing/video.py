@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..limits import check, check_count
 from ..parts.known_encoders import PATCH_GRIDS, encoder_type
-from .media import held, is_file, keeps_scale, ready_image
+from .media import ImageForm, held, image_form, is_file, layout_of_call, ready_image
 
 FRAME_MASK = "frame_mask"
 SAMPLING = ("num_frames", "fps", "source_fps")
@@ -45,11 +45,11 @@ def sampled_frames(
     return [i * total // count for i in range(count)]
 
 
-def ready_video(item: Any, where: str, channels: int, rescaled: bool, sampling: Mapping | None = None) -> list[Any]:
+def ready_video(item: Any, where: str, form: ImageForm, sampling: Mapping | None = None) -> list[Any]:
     """The frames of an `opened_video`, sampled as in `sampled_frames`, each as `ready_frames` makes it."""
     options = dict(sampling or {})
     frames, options["source_fps"] = opened_video(item, where, options.get("source_fps"))
-    return ready_frames(frames, sampled_frames(len(frames), where, **options), where, channels, rescaled)
+    return ready_frames(frames, sampled_frames(len(frames), where, **options), where, form)
 
 
 def opened_video(item: Any, where: str, source_fps: float | None = None) -> tuple[Sequence[Any], float | None]:
@@ -78,11 +78,11 @@ def opened_video(item: Any, where: str, source_fps: float | None = None) -> tupl
     return item, source_fps
 
 
-def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, channels: int, rescaled: bool) -> list[Any]:
+def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, form: ImageForm) -> list[Any]:
     """The frames with the numbers `kept`, each as `media.ready_image` makes it (ValueError: too many, or of several sizes)."""
     check(len(kept), "MAX_VIDEO_FRAMES", f"{where}: sample fewer by num_frames=; the number of frames is")
     # Only the frames that are kept are converted.
-    ready = [ready_image(frames[i], f"{where}, frame {i}", channels, rescaled) for i in kept]
+    ready = [ready_image(frames[i], f"{where}, frame {i}", form) for i in kept]
     sizes = [(one.height, one.width) if isinstance(one, Image.Image) else tuple(one.shape) for one in ready]
     for i, size in zip(kept, sizes, strict=True):
         if size != sizes[0]:
@@ -104,11 +104,11 @@ def run_on_frames(
     sampling = {key: options.pop(key, None) for key in SAMPLING}
     if sampling["num_frames"] is None and sampling["fps"] is None:  # then by the processor's settings
         sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
-    videos = []
+    form, videos = image_form(processor, options, channels), []
     for i, item in enumerate(items):
-        frames = ready_video(item, f"{name}, item {i}", channels, keeps_scale(processor, options), sampling)
+        frames = ready_video(item, f"{name}, item {i}", form, sampling)
         check_frame_count(len(frames), encoder_config, name, i)
-        videos.append(_processed(processor, name, frames, options))
+        videos.append(_processed(processor, name, frames, options | layout_of_call(processor, frames, form)))
     return joined_videos(videos, name)
 
 

@@ -11,7 +11,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.video_utils import VideoMetadata
 
 from ..parts.known_encoders import grid_of
-from .media import keeps_scale
+from .media import image_form
 from .video import SAMPLING, check_frame_count, joined_videos, opened_video, ready_frames, sampled_frames
 
 
@@ -40,15 +40,15 @@ def run_video_processor(
         raise ValueError(f"{name}: expected {expected}, got {given!r:.200}.")
     if unknown := sorted(set(options) - (set(processor.valid_kwargs.__annotations__) - {"return_metadata"})):
         raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
-    videos = []
+    form, videos = image_form(processor, options, channels), []
     for i, item in enumerate(items):
         where = f"{name}, item {i}"
         frames, rate = opened_video(item, where, wanted["source_fps"])
         metadata = _metadata(stated[i], len(frames), rate, where)
         kept = _kept(processor, where, wanted, metadata, options, len(frames))
-        ready = ready_frames(frames, kept, where, channels, keeps_scale(processor, options))
+        ready = ready_frames(frames, kept, where, form)
         check_frame_count(len(ready), encoder_config, name, i)
-        videos.append(_processed(processor, ready, where, metadata, options))
+        videos.append(_processed(processor, ready, where, metadata, options | {"input_data_format": form.wanted}))
     if grid_of(videos[0]) is not None:  # packed patches (patches, values) and grids (1, 3) of each video
         return {key: torch.cat([video[key] for video in videos]) for key in videos[0]}
     return joined_videos(videos, name)

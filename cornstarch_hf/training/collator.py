@@ -11,13 +11,17 @@ import torch
 
 from ..encoders.items import split_items
 from ..limits import check_count
-from ..processing.call import PLURALS
+from ..processing.call import PLURALS, TEXT_OPTIONS
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
 
 IGNORED = -100  # a label that no loss counts
 TRUNCATIONS = ("raise", "right", "left")
+# Arguments of the processor's call that the collator gives itself; `add_special_tokens` is the only one of texts that it takes.
+_OWN_ARGUMENTS = (TEXT_OPTIONS - {"add_special_tokens"}) | {
+    *("text", "text_kwargs", "common_kwargs", "encoder_inputs", "llm_inputs", "sampling_rate")
+}
 Spans = list[tuple[int, int]]
 
 
@@ -118,11 +122,13 @@ class MultimodalCollator:
         pad_to_multiple_of: round the padded length up.
         truncation: of longer rows.  ``"raise"``: an error.  ``"right"`` or ``"left"``: a cut on that side, where an item that
             does not fit whole goes with its placeholders, its tensors and what is beyond it; a warning tells once how much.
+        processor_kwargs: further arguments of the processor's call, such as ``{"images_kwargs": {"do_rescale": False}}``.
 
     Raises:
         TypeError: a tokenizer or anything else that is not the processor of a composed model.
-        ValueError: an unknown option; when called: a row without text, with unknown columns, too long, with media that do
-            not fit it or cannot be decoded, or without anything to learn in a conversation or after a cut; names the row.
+        ValueError: an unknown option, an argument of the processor's call that the collator gives itself; when called: a row
+            without text, with unknown columns, too long, with media that do not fit it or cannot be decoded, or without
+            anything to learn in a conversation or after a cut; names the row.
         TypeError: when called: a row or an item of a wrong type; names the row.
     """
 
@@ -134,6 +140,7 @@ class MultimodalCollator:
         sampling_rate: int | None = None,
         pad_to_multiple_of: int | None = None,
         truncation: str = "raise",
+        processor_kwargs: Mapping[str, Any] | None = None,
     ):
         if not hasattr(processor, "read_labelled"):
             raise TypeError(
@@ -150,6 +157,13 @@ class MultimodalCollator:
                 check_count(value, name)
         if truncation != "raise" and max_length is None:
             raise ValueError(f"truncation={truncation!r} needs max_length=, the longest row in tokens.")
+        own = _OWN_ARGUMENTS | {*processor.config.encoders, *PLURALS.values()}
+        if taken := sorted(own & set(processor_kwargs or {})):
+            raise ValueError(
+                f"processor_kwargs has {taken}, which the collator gives the processor itself: by its own arguments, or from "
+                "the rows' columns."
+            )
+        self.processor_kwargs = dict(processor_kwargs or {})
         self.processor, self.padding_side, self.max_length = processor, padding_side, max_length
         self.sampling_rate, self.pad_to_multiple_of = sampling_rate, pad_to_multiple_of
         self.truncation, self._warned = truncation, False
@@ -198,9 +212,10 @@ class MultimodalCollator:
         if row:  # each reader has taken its columns out
             raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
         llm = {"text": [text], "assistant_spans": None if spans is None else [spans], "item_lengths": True}
-        llm |= {"return_token_type_ids": False} | self.processor.bos_options(text)
-        rates = {"sampling_rate": rate} if rate else {}
-        out = dict(self.processor(llm_inputs=llm, **rates, **{name: [items] for name, items in media.items()}))
+        llm |= {"return_token_type_ids": False}
+        # What the caller says of the tokens in front wins.
+        options = self.processor.bos_options(text) | self.processor_kwargs | ({"sampling_rate": rate} if rate else {})
+        out = dict(self.processor(llm_inputs=llm, **options, **{name: [items] for name, items in media.items()}))
         ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
         # Labels: the row's own ids where the assistant wrote, never on placeholders.
         wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]

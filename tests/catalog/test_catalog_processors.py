@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 import transformers
-from catalog_processors import PAIRS, REFUSED, SOUNDS, build_encoder, build_processor
+from catalog_processors import PAIRS, REFUSED, SOUNDS, Pair, build_encoder, build_processor
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, compose
 
 SIZES = 20  # that each processor is tried on, at least
 MODES = ("RGB", "RGBA", "L")
@@ -26,6 +26,13 @@ def composed(name, pair):
     model = MultimodalModel(encoders={modality: encoder}, language_model=tiny.llama()).eval()
     single = build_processor(name, pair)
     return model, MultimodalProcessor(tiny.tokenizer(), {modality: single}, model=model), modality
+
+
+def by_compose(name, pair):
+    """As `composed`, with what `compose` decides by itself."""
+    torch.manual_seed(0)
+    entry = {"model": build_encoder(pair), "processor": build_processor(name, pair), **pair.module}
+    return *compose(tiny.llama(), {"audio": entry}, tokenizer=tiny.tokenizer()), "audio"
 
 
 def side(chance, pair):
@@ -77,8 +84,8 @@ def encoded(model, modality, batch):
 class Checker:
     """What holds for every batch of a pair, and the sizes that were tried."""
 
-    def __init__(self, name, pair):
-        self.model, self.processor, self.modality = composed(name, pair)
+    def __init__(self, name, pair, made=composed):
+        self.model, self.processor, self.modality = made(name, pair)
         self.token, self.token_id = (
             self.processor.tokens[self.modality],
             self.model.config.modality(self.modality)["token_id"],
@@ -147,3 +154,24 @@ def test_a_processor_whose_images_cannot_be_told_apart_says_why(name):
     items = [item(size, "RGB", seed) for seed, size in enumerate([(40, 64), (64, 40)])]
     with pytest.raises((ValueError, TypeError), match=f"(?s)vision.*{reason}"):
         processor(text=processor.tokens[modality] * 2, **{modality: items}, return_tensors="pt")
+
+
+# Encoders beside Whisper's extractor that do not follow its mask.
+WHOLE_WINDOWS = {
+    encoder: Pair(encoder, SOUNDS["WhisperFeatureExtractor"].settings, SOUNDS["WhisperFeatureExtractor"].changes)
+    for encoder in ("qwen2_audio.Qwen2AudioEncoder", "voxtral.VoxtralEncoder")
+}
+
+
+@pytest.mark.catalog
+@pytest.mark.parametrize(
+    "name", [name for name in [*SOUNDS, *WHOLE_WINDOWS] if name in dir(transformers) or "." in name]
+)
+def test_compose_leaves_out_a_windows_padding_where_the_encoder_follows_its_mask(name):
+    extractor = "WhisperFeatureExtractor" if name in WHOLE_WINDOWS else name
+    pair = (SOUNDS | WHOLE_WINDOWS)[name]
+    checker = Checker(extractor, pair, by_compose)
+    assert checker.processor.config.audio_modality["trim"] == (name == "WhisperFeatureExtractor")
+    short, long = ((length, None) for length in (pair.shortest, pair.longest))
+    for rows in ([[short], [long, short]], [[((pair.shortest + pair.longest) // 2, None)] * 2]):
+        checker.check(rows)

@@ -70,6 +70,12 @@ def waves(*lengths):
     return [{"input_values": torch.randn(1, n)} for n in lengths]
 
 
+def mels(frames, *valid):
+    """Sounds of so many frames: whole, then with a mask of so many valid ones each."""
+    masks = [{"attention_mask": (torch.arange(frames) < n)[None].long()} for n in valid]
+    return [{"input_features": torch.randn(1, 8, frames)} | mask for mask in ({}, *masks)]
+
+
 def grids(*shapes):
     grid = [torch.tensor([shape]) for shape in shapes]
     return [{"hidden_states": torch.randn(int(g.prod()), 96), "grid_thw": g} for g in grid]
@@ -94,7 +100,7 @@ CASES = {
     "siglip_vision_model": [(tiny.siglip(), images(*SIZES))],
     "dinov2": [(tiny.dinov2(), [pixels(*size) for size in SIZES])],
     "vit": [(vit(), images(*SIZES)), (vit(image_size=[8, 12], patch_size=[4, 2]), [pixels(8, 12)])],
-    "whisper": [(tiny.whisper(max_source_positions=n), [{"input_features": torch.randn(1, 8, 2 * n)}]) for n in (6, 9)],
+    "whisper": [(tiny.whisper(max_source_positions=n), mels(2 * n)) for n in (6, 9)],
     "wav2vec2": [(tiny.wav2vec2(), waves(20, 91, 400, 1777)), (tiny.wav2vec2(conv_kernel=(8, 4)), waves(99, 400))],
     "precomputed_features": [
         (
@@ -145,6 +151,23 @@ def test_rules_are_what_the_encoder_gives(rule):
             given = raw.pooler_output if rule == "qwen2_vl_vision" else raw.last_hidden_state
             assert module.config.model_type == rule
             assert ENCODER_TYPES[rule].count(inputs, module.config) == given.shape[:-1].numel(), encoder.kind
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+def test_valid_frames_of_a_window_are_counted_without_a_run(layer, monkeypatch):
+    model = MultimodalModel({"audio": ModalEncoderModule(tiny.whisper(), layer=layer)}, tiny.llama()).eval()
+    of_samples = {
+        "input_features": torch.randn(1, 8, 12),
+        "attention_mask": torch.ones(1, 1600).long(),
+    }  # says nothing here
+    items = [*mels(12, *range(1, 13)), of_samples]
+    real = [projected(model.audio_encoder, x) for x in items]
+    monkeypatch.setattr("cornstarch_hf.encoders.counting.dry_run", None)
+    assert (
+        [FeatureCounter(model.config).count("audio", x) for x in items]
+        == real
+        == [6, *[(n + 1) // 2 for n in range(1, 13)], 6]
+    )
 
 
 @pytest.mark.parametrize("layer", [0, -2, [1, -1]])

@@ -143,3 +143,19 @@ def projector_of_width(width):
     from cornstarch_hf import MultimodalProjector, MultimodalProjectorConfig
 
     return MultimodalProjector(MultimodalProjectorConfig(in_features=width))
+
+
+@pytest.mark.parametrize("name", ["audio", "image", "video", "scene"])
+def test_an_encoder_of_the_name_of_a_kind_gives_its_features(name):
+    encoder = PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=WIDTH))
+    model, processor = compose(tiny.llama(), {name: encoder}, tokenizer=tiny.tokenizer())
+    get = getattr(model, f"get_{name}_features", None)
+    assert (get is None) == (name == "scene")
+    if get is not None:
+        inputs = processor(
+            text=f"<{name}>", **{name if name == "audio" else f"{name}s": vectors(3)}, return_tensors="pt"
+        )
+        keywords = {key: inputs[key] for key in model.config.modality(name)["input_names"]}
+        assert torch.equal(
+            get(**keywords).pooler_output[0], model.encoders[name](features=inputs["features"]).pooler_output[0]
+        )

@@ -1,7 +1,12 @@
-"""Items as users hand them over: order, images, sounds, and processors' outputs divided among them."""
+"""Items as users hand them over: order, files of every form on one road, images, sounds."""
 
+import base64
+import functools
 import io
 import tempfile
+import threading
+import urllib.parse
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +15,13 @@ import soundfile
 import tiny
 import torch
 from PIL import Image
+from transformers.image_utils import load_image
 
 from cornstarch_hf.processing import sounds
-from cornstarch_hf.processing.media import flatten, ready_image
-from cornstarch_hf.processing.sounds import check_sampling_rate, ready_audio
+from cornstarch_hf.processing.media import FIRST, LAST, PLAIN_MODES, ImageForm, flatten, ready_image
+from cornstarch_hf.processing.sounds import check_sampling_rate, fewest_samples, ready_audio
 
+RGB, GREY = ImageForm(3), ImageForm(1)
 WAVE = np.linspace(-1, 1, 8, dtype=np.float32)
 
 
@@ -46,13 +53,13 @@ def test_an_image_in_any_wrapping_is_the_same(tmp_path):
     forms += [torch.tensor(np.asarray(image)).permute(2, 0, 1), {"bytes": raw.getvalue(), "path": "not here.png"}]
     forms += [{"image": image}, {"url": str(tmp_path / "x.png")}, image.convert("RGBA")]
     for form in forms:
-        found = ready_image(form, "vision, item 0", 3, False)
+        found = ready_image(form, "vision, item 0", RGB)
         assert found.mode == "RGB" and found.tobytes() == image.tobytes()
-    assert ready_image(image, "vision", 1, False).mode == "L"
-    assert ready_image(np.asarray(image)[..., :1], "vision", 3, False).mode == "RGB"
-    assert ready_image(image.convert("CMYK"), "vision", 4, False).mode == "CMYK"
-    floats = np.zeros((4, 4, 3), np.float32)
-    assert ready_image(floats, "vision", 3, rescaled=True) is floats
+    assert ready_image(image, "vision", GREY).mode == "L"
+    assert ready_image(np.asarray(image)[..., :1], "vision", RGB).mode == "RGB"
+    assert ready_image(image.convert("CMYK"), "vision", ImageForm(4)).mode == "CMYK"
+    floats = np.zeros((5, 6, 3), np.float32)
+    assert ready_image(floats, "vision", ImageForm(3, rescaled=True)) is floats
 
 
 @pytest.mark.parametrize(
@@ -71,7 +78,7 @@ def test_an_image_in_any_wrapping_is_the_same(tmp_path):
 )
 def test_images_that_a_processor_would_spoil(item, error, message):
     with pytest.raises(error, match=message):
-        ready_image(item, "vision, item 2", 3, False)
+        ready_image(item, "vision, item 2", RGB)
 
 
 def test_a_waveform_in_any_wrapping_is_the_same():
@@ -149,11 +156,11 @@ def test_decoders_are_neither_resampled_nor_mixed(decoder, message):
 def test_an_image_as_a_table_lists_it():
     rows = np.asarray(tiny.image()).tolist()
     assert flatten(rows, "image") == ([rows], None) and flatten([[rows, rows], [rows]], "image")[1] == [2, 1]
-    assert ready_image(rows, "vision", 3, False).tobytes() == tiny.image().tobytes()
+    assert ready_image(rows, "vision", RGB).tobytes() == tiny.image().tobytes()
     with pytest.raises(ValueError, match="vision, item 0: the image has int64 values"):
-        ready_image([[[256, 0, 0]]], "vision, item 0", 3, False)
+        ready_image([[[256, 0, 0]]], "vision, item 0", RGB)
     with pytest.raises(ValueError, match="vision, item 0: the rows of the image differ in length"):
-        ready_image([[[1, 0, 0]], [[1, 0]]], "vision, item 0", 3, False)
+        ready_image([[[1, 0, 0]], [[1, 0]]], "vision, item 0", RGB)
 
 
 def test_images_that_cannot_be_decoded(tmp_path):
@@ -162,7 +169,7 @@ def test_images_that_cannot_be_decoded(tmp_path):
     (tmp_path / "cut.png").write_bytes(raw.getvalue()[:300])
     for form in (b"no image", tmp_path / "cut.png", Image.open(tmp_path / "cut.png"), str(tmp_path / "gone.png")):
         with pytest.raises(ValueError, match="vision, item 3: the image cannot be decoded from .*Error: ") as caught:
-            ready_image(form, "vision, item 3", 3, False)
+            ready_image(form, "vision, item 3", RGB)
         assert isinstance(caught.value.__cause__, (OSError, ValueError))
 
 
@@ -179,3 +186,209 @@ def test_without_a_decoder_of_sounds_this_packages_extra_is_named(tmp_path, monk
     monkeypatch.setattr(sounds, "load_audio", load_audio)
     with pytest.raises(ImportError, match=r"audio, item 0: .*extra 'audio'.* pip install \"./cornstarch_hf\[audio\]\""):
         ready_audio(form(path), "audio, item 0", 16_000, None)
+
+
+# ---- one road
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder, and its address."""
+    folder = tmp_path_factory.mktemp("served")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def forms(path, address):
+    """A file as everything that a user may hand over for it."""
+    raw = path.read_bytes()
+    text = base64.b64encode(raw).decode()
+    handle = io.BytesIO(raw)
+    handle.seek(7)  # reading begins at the start wherever it stands
+    return {
+        "path": str(path), "path object": path, "file address": path.as_uri(), "FILE": f"FILE://localhost{path.as_posix()}",
+        "http": f"{address}/{path.name}", "base64": text, "lines of base64": "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+        "data": f"data:image/x;base64,{text}", "escaped base64": f"data:;base64,{urllib.parse.quote(text, safe='')}",
+        "escaped bytes": f"data:image/x,{urllib.parse.quote_from_bytes(raw)}", "bytes": raw, "bytearray": bytearray(raw),
+        "memoryview": memoryview(raw), "undecoded column": {"bytes": raw, "path": "gone"}, "column of paths": {"bytes": None, "path": str(path)},
+        "open file": handle, "dict": {"image": raw}, "url in a dict": {"url": path.as_uri()},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_picture_is_turned_alike_on_every_road(served, orientation):
+    path, picture = served[0] / f"{orientation}.jpg", tiny.image(0, (16, 24))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    picture.save(path, "JPEG", exif=exif)
+    expected = load_image(str(path))
+    assert expected.size == ((16, 24) if orientation > 4 else (24, 16))
+    given = forms(path, served[1])
+    for name, form in {**given, "PIL": Image.open(path)}.items():
+        found = ready_image(form, "vision, item 0", RGB)
+        assert (found.mode, found.size, found.tobytes()) == ("RGB", expected.size, expected.tobytes()), name
+    assert given["open file"].tell() == 7, "what is given is left as it was"
+    kept = Image.open(path)
+    ready_image(kept, "vision, item 0", RGB)
+    assert kept.getexif()[0x0112] == orientation and kept.size == (24, 16)
+
+
+def palette(transparent):
+    found = tiny.image().convert("P")
+    found.info |= {"transparency": 3} if transparent else {}
+    return found
+
+
+SAVED = {
+    "grey": ("png", tiny.image().convert("L")), "grey and alpha": ("png", tiny.image().convert("LA")), "bits": ("png", tiny.image().convert("1")),
+    "alpha": ("png", Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 6, 4), np.uint8), "RGBA")),
+    "palette": ("png", palette(False)), "transparent palette": ("gif", palette(True)), "CMYK": ("jpeg", tiny.image().convert("CMYK")),
+}  # fmt: skip
+DEEP = {
+    "16 bits": ("png", Image.fromarray(np.arange(120, dtype=np.uint16).reshape(12, 10) * 500), "I;16"),
+    "16 bits of TIFF": ("tiff", Image.fromarray(np.arange(120, dtype=np.uint16).reshape(12, 10) * 500), "I;16"),
+    "32 bits": ("tiff", Image.fromarray(np.arange(120, dtype=np.int32).reshape(12, 10)), "I"),
+    "floats": ("tiff", Image.fromarray(np.ones((12, 10), np.float32)), "F"),
+}
+
+
+@pytest.mark.parametrize("mode", SAVED)
+def test_pictures_of_any_plain_mode_are_what_transformers_loads(served, mode):
+    extension, picture = SAVED[mode]
+    path = served[0] / f"{mode}.{extension}"
+    picture.save(path)
+    expected = load_image(str(path))
+    for name, form in {**forms(path, served[1]), "PIL": Image.open(path)}.items():
+        found = ready_image(form, "vision, item 0", RGB)
+        assert (found.mode, found.tobytes()) == ("RGB", expected.tobytes()), name
+
+
+@pytest.mark.parametrize("mode", DEEP)
+def test_pictures_of_deeper_modes_are_refused_on_every_road(served, mode):
+    extension, picture, pillows = DEEP[mode]
+    path = served[0] / f"{mode}.{extension}"
+    picture.save(path)
+    for name, form in {**forms(path, served[1]), "PIL": picture}.items():
+        with pytest.raises(
+            ValueError, match=f"vision, item 4: the image has mode '{pillows}', expected one of"
+        ) as caught:
+            ready_image(form, "vision, item 4", RGB)
+        assert "Scale it to 0..255" in str(caught.value), name
+
+
+@pytest.mark.parametrize("mode", PLAIN_MODES)
+@pytest.mark.parametrize("form", [RGB, GREY], ids=["RGB", "L"])
+def test_every_plain_mode_is_converted(mode, form):
+    assert ready_image(Image.new(mode, (4, 5)), "vision", form).mode == {3: "RGB", 1: "L"}[form.channels]
+
+
+@pytest.mark.parametrize("item", ["gone.png", "file:///gone.png", "file://elsewhere/x.png", "data:image/png;base64,", "ftp://x/y.png", io.StringIO("text")])  # fmt: skip
+def test_what_is_no_file_is_named(item):
+    for kind, ready in (("image", functools.partial(ready_image, form=RGB)), ("sound", functools.partial(ready_audio, expected=16_000, given=None))):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"m, item 2: the {kind} cannot be decoded from .*: "):
+            ready(item, "m, item 2")
+
+
+def test_a_sound_is_the_same_on_every_road(served):
+    path = served[0] / "sound.wav"
+    soundfile.write(path, WAVE, 16_000, subtype="FLOAT")
+    for name, form in forms(path, served[1]).items():
+        if name not in ("dict", "url in a dict"):
+            assert np.array_equal(ready_audio(form, "audio", 16_000, None), WAVE), name
+
+
+# ---- where the channels are
+
+
+def picture_of(shape, kind):
+    values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    return {"uint8": values, "tensor": torch.tensor(values), "float": values / np.float32(255), "float tensor": torch.tensor(values / np.float32(255))}[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", [FIRST, LAST])
+@pytest.mark.parametrize("kind", ["uint8", "tensor", "float", "float tensor"])
+@pytest.mark.parametrize(("stated", "shape"), [(FIRST, (3, 50, 3)), (LAST, (3, 50, 3)), (FIRST, (1, 4, 3)), (LAST, (4, 4, 1)), (None, (3, 5, 6)), (None, (5, 6, 3)), (None, (5, 6))])  # fmt: skip
+def test_the_stated_layout_of_an_array_is_obeyed(stated, shape, kind, wanted):
+    image = picture_of(shape, kind)
+    first = stated == FIRST or (stated is None and shape[0] == 3)
+    last = np.asarray(image).transpose(1, 2, 0) if first else np.asarray(image)
+    last = last[..., None] if last.ndim == 2 else last  # (height, width, channels)
+    found = ready_image(image, "vision", ImageForm(3, True, stated, wanted))
+    if "float" in kind:
+        assert type(found) is type(image)
+        assert np.array_equal(np.asarray(found), last if wanted == LAST else last.transpose(2, 0, 1))
+    else:
+        expected = Image.fromarray(last.squeeze(-1) if last.shape[-1] == 1 else last).convert("RGB")
+        assert found.size == expected.size and found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["uint8", "tensor", "float", "float tensor"])
+@pytest.mark.parametrize(
+    ("stated", "shape", "message"),
+    [
+        (None, (3, 50, 3), r"either end of the shape \(3, 50, 3\) may be the image's channels: .*input_data_format"),
+        (None, (1, 50, 4), "either end of the shape"),
+        (None, (4, 50, 1), "either end of the shape"),
+        (FIRST, (50, 40, 3), "input_data_format='channels_first' says otherwise"),
+        (LAST, (3, 40, 50), "input_data_format='channels_last' says otherwise"),
+        (None, (5, 6, 2), r"1, 3 or 4 channels, its shape is \(5, 6, 2\)"),
+    ],
+)
+def test_an_ambiguous_or_wrong_layout_is_refused(stated, shape, message, kind):
+    with pytest.raises(ValueError, match=f"vision, item 1: .*{message}"):
+        ready_image(picture_of(shape, kind), "vision, item 1", ImageForm(3, True, stated))
+
+
+def test_a_list_of_rows_and_frames_of_files_follow_the_same_rules(tmp_path):
+    with pytest.raises(ValueError, match="vision: either end of the shape"):
+        ready_image(np.zeros((1, 5, 3), int).tolist(), "vision", RGB)
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="vision: the image has values that are not finite"):
+            ready_image(np.full((5, 6, 3), value), "vision", ImageForm(3, rescaled=True))
+
+
+# ---- sounds
+
+
+@pytest.mark.parametrize("order", ["gradio", "soundfile"])
+@pytest.mark.parametrize("wrap", [np.asarray, torch.tensor, list])
+def test_a_sound_with_its_rate_is_one_item(order, wrap):
+    pair = (16_000, wrap(WAVE)) if order == "gradio" else (wrap(WAVE), 16_000)
+    assert flatten(pair, "audio") == ([pair], None) and flatten([[pair, pair], [pair]], "audio")[1] == [2, 1]
+    assert np.array_equal(ready_audio(pair, "audio", 16_000, None), WAVE)
+    with pytest.raises(ValueError, match="audio, item 0: the sampling rate is 16000 Hz, the encoder expects 8000"):
+        ready_audio(pair, "audio, item 0", 8_000, 8_000)
+    with pytest.raises(ValueError, match="int16 values, expected floats .*divide it by 32768"):
+        ready_audio((16_000, (WAVE * 32_767).astype(np.int16)), "audio", 16_000, None)  # what gradio's microphone gives
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("peak", [11.0, -11.0, 32_767.0, np.inf, -np.inf, np.nan])
+def test_waveforms_of_another_range_are_refused(kind, peak):
+    wave = np.append(WAVE, kind(peak)).astype(kind)
+    message = r"up to \d+.*expected floats in \[-1, 1\]" if np.isfinite(wave).all() else "not finite"
+    with pytest.raises(ValueError, match=f"audio, item 1: the waveform has values .*{message}"):
+        ready_audio(wave, "audio, item 1", 16_000, 16_000)
+    assert ready_audio(WAVE * 9.9, "audio", 16_000, 16_000).max() > 9.8  # mixes and decoders go beyond 1
+
+
+def test_huge_values_and_rates_beside_the_expected_one_are_refused():
+    with pytest.raises(ValueError, match="values up to 1e"):
+        ready_audio(np.array([1e300, 0.0]), "audio", 16_000, 16_000)  # whose float32 would be infinite
+    with pytest.raises(ValueError, match="16000.5 Hz"):
+        ready_audio(WAVE, "audio", 16_000, 16_000.5)
+
+
+@pytest.mark.parametrize(("least", "most", "fewest"), [(1, 9, 1), (2, 9, 2), (400, 1000, 400), (513, 1024, 513), (513, 1000, None)])  # fmt: skip
+def test_the_fewest_samples_that_give_a_feature(least, most, fewest):
+    asked = []
+    assert fewest_samples(lambda n: asked.append(n) or n // least, most) == fewest
+    assert len(asked) <= 22

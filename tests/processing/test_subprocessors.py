@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from helpers import compose_tiny
+from PIL import Image
 from transformers import (
     CLIPProcessor,
     DetrImageProcessorPil,
@@ -17,6 +19,8 @@ from transformers import (
     WhisperProcessor,
 )
 
+from cornstarch_hf import MultimodalCollator
+from cornstarch_hf.processing.media import FIRST, LAST
 from cornstarch_hf.processing.subprocessors import (
     build_subprocessor,
     check_padding,
@@ -198,3 +202,126 @@ def test_settings_that_are_arrays_are_described_as_lists():
     again = build_subprocessor(described, "audio")
     for made, expected in zip(again([tiny.sound(1)]).values(), extractor([tiny.sound(1)]).values(), strict=True):
         np.testing.assert_array_equal(made, expected)
+
+
+# ---- where the channels are, and what a processor makes of numbers
+
+
+def asked(way, image, options):
+    """The pixels of an image by a call, a chat or the collator."""
+    _, processor = compose_tiny(["clip"])
+    if way == "call":
+        return processor(text="<image>", images=image, images_kwargs=options, return_tensors="pt")["pixel_values"]
+    if way == "setting":
+        for key, value in options.items():
+            setattr(processor.processors["vision"], key, value)
+        return processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
+    talk = [{"role": "user", "content": [{"type": "image", "image": image}]}, {"role": "assistant", "content": "seven"}]
+    if way == "chat":
+        told = {"images_kwargs": options, "return_dict": True, "return_tensors": "pt"}
+        return processor.apply_chat_template(talk, tokenize=True, **told)["pixel_values"]
+    return MultimodalCollator(processor, processor_kwargs={"images_kwargs": options})([{"messages": talk}])[
+        "pixel_values"
+    ]
+
+
+@pytest.mark.parametrize("way", ["call", "chat", "collator", "setting"])
+@pytest.mark.parametrize("stated", [FIRST, LAST])
+@pytest.mark.parametrize("shape", [(3, 50, 3), (1, 3, 3), (3, 9, 1)])
+@pytest.mark.parametrize("floats", [False, True])
+def test_a_stated_layout_is_obeyed_as_by_the_image_processor_alone(way, stated, shape, floats):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    channels = shape[0] if stated == FIRST else shape[-1]
+    image = np.repeat(image, 3, 0 if stated == FIRST else 2) if channels == 1 else image  # grey becomes RGB
+    image = (image / 255).astype(np.float32) if floats else image
+    last = image.transpose(1, 2, 0) if stated == FIRST else image
+    if not floats:
+        expected = tiny.clip_processor()(Image.fromarray(np.ascontiguousarray(last)), return_tensors="pt")[
+            "pixel_values"
+        ]
+    else:
+        expected = tiny.clip_processor()(last, do_rescale=False, input_data_format=LAST, return_tensors="pt")[
+            "pixel_values"
+        ]
+    found = asked(way, image, {"input_data_format": stated} | ({"do_rescale": False} if floats else {}))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("way", ["call", "chat", "collator"])
+def test_an_array_that_may_be_read_two_ways_is_refused(way):
+    with pytest.raises(ValueError, match=r"vision, item 0: either end of the shape \(3, 50, 3\) .*input_data_format"):
+        asked(way, np.zeros((3, 50, 3), np.uint8), {})
+    with pytest.raises(ValueError, match="input_data_format must be 'channels_first' or 'channels_last', got 'HWC'"):
+        asked(way, np.zeros((5, 6, 3), np.uint8), {"input_data_format": "HWC"})
+
+
+def test_pictures_and_arrays_of_one_call_are_each_read_as_they_lie():
+    _, processor = compose_tiny(["clip"])
+    picture, array = (
+        tiny.image(0, (3, 9)),
+        np.random.default_rng(0).integers(0, 256, (3, 40, 4)).astype(np.uint8)[..., :3],
+    )
+    options = {"input_data_format": FIRST}
+    found = processor(text="<image><image>", images=[picture, array], images_kwargs=options, return_tensors="pt")
+    turned = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))
+    expected = tiny.clip_processor()([picture, turned], return_tensors="pt")
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("stated", [FIRST, LAST])
+def test_frames_of_a_video_follow_the_stated_layout(stated):
+    _, processor = compose_tiny({"film": "clip"}, film={"kind": "video"})
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 50, 3)).astype(np.uint8)
+    call = {"text": "<video>", "videos": frames, "return_tensors": "pt"}
+    found = processor(videos_kwargs={"input_data_format": stated}, **call)["pixel_values"]
+    images = [Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0)) if stated == FIRST else x) for x in frames]
+    assert torch.equal(found[0], tiny.clip_processor()(images, return_tensors="pt")["pixel_values"])
+    with pytest.raises(ValueError, match="film, item 0, frame 0: either end of the shape"):
+        processor(**call)
+
+
+@pytest.mark.parametrize("way", ["call", "chat", "collator"])
+@pytest.mark.parametrize(
+    ("key", "fewest"), [("wav2vec2", 20), ("speech_to_text", 560)], ids=["waveform", "features normalised by frames"]
+)
+def test_a_sound_that_is_too_short_is_refused_with_the_fewest_that_do(way, key, fewest, monkeypatch):
+    if key == "speech_to_text":
+        monkeypatch.setitem(
+            tiny.ENCODERS, key, ("audio", tiny.speech_to_text, tiny.speech_to_text_processor, tiny.sound)
+        )
+    model, processor = compose_tiny([key])
+
+    def heard(*sounds):
+        if way == "call":
+            return processor(
+                text="<audio>" * len(sounds), audio=list(sounds), sampling_rate=16_000, return_tensors="pt"
+            )
+        parts = [{"type": "audio", "audio": sound} for sound in sounds]
+        talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": "seven"}]
+        if way == "collator":
+            return MultimodalCollator(processor)([{"messages": talk}])
+        told = {"return_dict": True, "return_tensors": "pt", "sampling_rate": 16_000}
+        return processor.apply_chat_template(talk, tokenize=True, **told)
+
+    for samples in (1, 9, fewest - 1):
+        message = f"audio, item 1: the sound has {samples} samples, and its encoder makes no feature of less than {fewest}: pad it"
+        with pytest.raises(ValueError, match=message):
+            heard(tiny.sound(0, 900), tiny.sound(1, samples))
+    model(**heard(tiny.sound(0, 900), tiny.sound(1, fewest)))
+
+
+def test_what_a_processor_makes_infinite_is_refused_with_the_item():
+    _, processor = compose_tiny(["wav2vec2"])
+    processor.processors["audio"].zero_mean_unit_var_norm = lambda values, *args, **kwargs: [x / 0 for x in values]
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ValueError, match="audio, item 0: its processor gave input_values with .*not finite"),
+    ):
+        processor(text="<audio>", audio=tiny.sound(), sampling_rate=16_000, return_tensors="pt")
+    _, processor = compose_tiny(["clip"])
+    processor.processors["vision"].image_std = [0.0, 0.0, 0.0]
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ValueError, match="vision, item 0: its processor gave pixel_values with .*not finite"),
+    ):
+        processor(text="<image>", images=tiny.image(), return_tensors="pt")

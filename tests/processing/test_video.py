@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import ProcessorMixin, VideoMAEImageProcessorPil, VivitImageProcessor
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor, compose, limits
-from cornstarch_hf.processing.media import flatten
+from cornstarch_hf.processing.media import ImageForm, flatten
 from cornstarch_hf.processing.video import ready_video, run_on_frames, sampled_frames
 
 SQUARE = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
@@ -59,9 +59,9 @@ def test_a_video_in_any_wrapping_is_the_same():
     forms += [{"video": images, "fps": 24}, {"array": frames}, frames.tolist()]
     for form in forms:
         assert flatten(form, "video") == ([form], None) or isinstance(form, np.ndarray)
-        found = ready_video(form, "film", 3, False)
+        found = ready_video(form, "film", ImageForm(3))
         assert [x.tobytes() for x in found] == [x.tobytes() for x in images]
-    found = ready_video({"video": frames, "fps": 30}, "film", 3, False, {"fps": 10})
+    found = ready_video({"video": frames, "fps": 30}, "film", ImageForm(3), {"fps": 10})
     assert [x.tobytes() for x in found] == [images[0].tobytes(), images[3].tobytes()]
     assert [len(x) for x in (flatten([images, images], "video")[0], flatten([[images], []], "video")[1])] == [2, 2]
     assert flatten([[images, images], [images]], "video")[1] == [2, 1]
@@ -88,15 +88,15 @@ def test_a_video_in_any_wrapping_is_the_same():
 )
 def test_what_is_no_video(item, error, message):
     with pytest.raises(error, match=message) as caught:
-        ready_video(item, "film, item 3", 3, False)
+        ready_video(item, "film, item 3", ImageForm(3))
     assert str(caught.value).startswith("film, item 3")
 
 
 def test_too_many_frames_are_refused_after_sampling(monkeypatch):
     monkeypatch.setattr(limits, "MAX_VIDEO_FRAMES", 3)
-    assert len(ready_video(film(9), "film, item 0", 3, False, {"num_frames": 3})) == 3
+    assert len(ready_video(film(9), "film, item 0", ImageForm(3), {"num_frames": 3})) == 3
     with pytest.raises(ValueError, match=r"film, item 0: sample fewer.* 4, more than .*MAX_VIDEO_FRAMES = 3"):
-        ready_video(film(4), "film, item 0", 3, False)
+        ready_video(film(4), "film, item 0", ImageForm(3))
 
 
 def test_image_processors_run_on_each_frame():

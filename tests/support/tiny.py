@@ -30,6 +30,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
+    Speech2TextConfig,
+    Speech2TextFeatureExtractor,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Model,
@@ -40,6 +42,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.speech_to_text.modeling_speech_to_text import Speech2TextEncoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import is_torchvision_available
 
@@ -131,6 +134,13 @@ def wav2vec2(**changes):
 
 
 @seeded
+def speech_to_text(**changes):
+    return Speech2TextEncoder(
+        Speech2TextConfig(**{"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                                 "input_feat_per_channel": 16, "conv_channels": 16, "max_source_positions": 100} | changes))  # fmt: skip
+
+
+@seeded
 def esm(**changes):
     return EsmModel(
         EsmConfig(**{"vocab_size": 33, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -206,6 +216,10 @@ def whisper_processor():
 
 def wav2vec2_processor():
     return Wav2Vec2FeatureExtractor(feature_size=1, sampling_rate=16_000, do_normalize=True)
+
+
+def speech_to_text_processor():
+    return Speech2TextFeatureExtractor(feature_size=16, num_mel_bins=16)
 
 
 def protein_tokenizer():

@@ -477,3 +477,28 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_rows(fresh_pair, side, option
 def test_what_a_collator_is_made_of(fresh_pair, options, error, message):
     with pytest.raises(error, match=message):
         MultimodalCollator(**{"processor": fresh_pair[1]} | options)
+
+
+def test_arguments_of_the_processors_call_reach_it():
+    _, processor = compose_tiny(["clip", "whisper"])
+    given = {"images_kwargs": {"do_normalize": False}, "audio_kwargs": {"return_attention_mask": True}}
+    row = {"text": "<image> and <audio>", "images": [tiny.image()], "audio": [tiny.sound(0, 8_000)]}
+    batch = MultimodalCollator(processor, processor_kwargs=given)([row, {"text": "none"}])
+    call = {"text": row["text"], "images": tiny.image(), "audio": tiny.sound(0, 8_000), "sampling_rate": 16_000}
+    expected = processor(**call, **given, return_tensors="pt")
+    media = set(expected) - {"input_ids", "attention_mask"}
+    assert "audio_attention_mask" in media and all(torch.equal(batch[key], expected[key]) for key in media)
+    assert batch["input_ids"][0].tolist() == expected["input_ids"][0].tolist()
+    assert not torch.equal(expected["pixel_values"], processor(**call, return_tensors="pt")["pixel_values"])
+    assert given == {"images_kwargs": {"do_normalize": False}, "audio_kwargs": {"return_attention_mask": True}}
+    with pytest.raises(TypeError, match="row 0: Unknown arguments .*pictures_kwargs"):
+        MultimodalCollator(processor, processor_kwargs={"pictures_kwargs": {}})([row])
+
+
+@pytest.mark.parametrize("key", ["padding", "max_length", "truncation", "return_tensors", "text_kwargs", "sampling_rate", "images", "vision", "llm_inputs"])  # fmt: skip
+def test_arguments_that_the_collator_gives_itself_are_refused(key):
+    _, processor = compose_tiny(["clip"])
+    with pytest.raises(
+        ValueError, match=rf"processor_kwargs has \['{key}'\], which the collator gives the processor itself"
+    ):
+        MultimodalCollator(processor, processor_kwargs={key: None})

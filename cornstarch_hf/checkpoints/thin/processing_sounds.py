@@ -1,5 +1,6 @@
 """Sounds, of which this checkpoint takes none."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,4 +9,10 @@ from ...checkpoints.code_folder import needs_package
 
 
 def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
+    raise needs_package("What reads sounds")
+
+
+def refuse_short(
+    items: list[Any], name: str, expected: int | None, given: int | None, features: Callable[[int], int]
+) -> None:
     raise needs_package("What reads sounds")
