@@ -385,7 +385,7 @@ def test_padding_on_the_left_moves_nothing_else(fresh_pair):
             r"truncation must be one of \('raise', 'right', 'left'\), got 'items'",
         ),
         ({"truncation": "right"}, "needs max_length="),
-        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_length": 0}, "max_length must be a positive integer, got 0"),
     ],
 )
 def test_options_that_cannot_be(fresh_pair, options, message):
