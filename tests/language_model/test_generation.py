@@ -595,3 +595,30 @@ def test_drafts_that_cannot_see_the_items_are_refused(behind):
         model.generate(**rest, **GREEDY, assistant_model=copy.deepcopy(model))
     with pytest.raises(ValueError, match="assistant_early_exit: a composed model cannot stop at a layer"):
         model.generate(**inputs, **GREEDY, assistant_early_exit=1)
+
+
+def test_embeddings_cannot_hold_a_placeholder_behind_the_table(behind):
+    model, inputs, wide = behind
+    embeds = model.get_input_embeddings()(inputs["input_ids"].clamp(max=299))
+    rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+    told = r"vision: inputs_embeds cannot hold .* id 300 has no row .* pass input_ids, or call resize_token_embeddings\(301\)"
+    for call in (model, lambda **given: model.generate(**given, **GREEDY)):
+        with pytest.raises(ValueError, match=told):
+            call(inputs_embeds=embeds, **rest)
+    found = wide.generate(inputs_embeds=wide.get_input_embeddings()(inputs["input_ids"]), **rest, **GREEDY)
+    assert torch.equal(found, wide.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "top_k": 1, "top_p": 0.5}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}]
+)
+def test_a_first_part_on_disk(tmp_path, options):
+    model, processor = compose_tiny(["clip"])
+    inputs = processor(text="what is <image> what is", images=tiny.image(), return_tensors="pt")
+    options = GREEDY | options
+    expected = model.generate(**inputs, **options)
+    model.save_pretrained(tmp_path / "model")
+    places = {"vision_encoder": "disk", "language_model": "cpu"}
+    loaded = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    assert next(loaded.parameters()).device.type == "meta" and loaded.device.type == "cpu"
+    assert torch.equal(loaded.generate(**inputs, **options), expected)
