@@ -26,7 +26,7 @@ from .parts.frozen_modes import is_checkpointing
 from .parts.gathering import GatheringMixin, untied_weights
 from .parts.signatures import PerInstanceSignature
 from .parts.stored_modules import mark_initialized
-from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
+from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, PAGED_INPUTS, check_hooks, is_paged, take_cache
 from .parts.weightless import WithoutInitializers
 
 logger = logging.get_logger(__name__)
@@ -197,10 +197,14 @@ class MultimodalModel(
         features in them; the other one is None.
         """
         check_tensors(input_ids=input_ids)
-        media, text = self._route(kwargs)  # each encoder's tensors, and what is the language model's
+        paged = is_paged(cache)
+        # each encoder's tensors, and what is the language model's
+        media, text = self._route(kwargs, PAGED_INPUTS if paged else frozenset())
         outputs = self._encode(media, given)  # pooler_output: per item (n_i, hidden)
         masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)  # (batch, length) by modality
-        self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(cache) == 0)
+        # Continuous batching is asked for placeholders at its door: no step of it may wait for the device.
+        prefill = not paged and cached_length(cache) == 0
+        self._check_merge(masks, outputs, encoded_here=set(media), prefill=prefill)
         # Text alone stays ids (batch, length); with features it becomes embeddings (batch, length, hidden).
         ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text)
         return {"input_ids": ids, "inputs_embeds": embeds, **text}, masks, outputs
@@ -227,8 +231,13 @@ class MultimodalModel(
             )
         return False
 
-    def _route(self, kwargs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """Split keyword arguments into each encoder's inputs (by its own names) and the language model's."""
+    def _route(
+        self, kwargs: dict[str, Any], known: frozenset[str] = frozenset()
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """Split keyword arguments into each encoder's inputs (by its own names) and the language model's.
+
+        TypeError for those that neither takes and that are not `known`.
+        """
         media: dict[str, dict[str, Any]] = {}
         text = dict(kwargs)
         for name in self.config.encoders:
@@ -247,10 +256,10 @@ class MultimodalModel(
                 media[name] = inputs
         # `shift_labels` are labels that were shifted already, for sequences that are split over devices.
         taken = sorted(text_keywords(self.language_model))
-        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels"}):
-            known = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
+        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels", *known}):
+            keywords = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             raise TypeError(
-                f"forward() got unexpected keyword arguments {unknown}: the encoders take {known}, the language model "
+                f"forward() got unexpected keyword arguments {unknown}: the encoders take {keywords}, the language model "
                 f"takes {taken}."
             )
         return media, text
@@ -264,31 +273,49 @@ class MultimodalModel(
         return outputs
 
     @PerInstanceSignature
-    def get_image_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+    def get_image_features(
+        self, *inputs: Any, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any
+    ):
         """Features of images: the encoder's output, with one ``(n_i, hidden)`` projected tensor per image as `pooler_output`.
 
         Args:
+            *inputs: the encoder's inputs in the order of its own, the images (``pixel_values``) first.
             modality: which encoder, where several take images (else ValueError).
             return_dict: a model output (default), or a tuple.
-            **kwargs: the encoder's inputs by their keywords, e.g. ``pixel_values``.
+            **kwargs: the encoder's inputs by their keywords.
         """
-        return self._features("image", modality, return_dict, kwargs)
+        return self._features("image", modality, return_dict, inputs, kwargs)
 
     @PerInstanceSignature
-    def get_audio_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+    def get_audio_features(
+        self, *inputs: Any, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any
+    ):
         """Features of sounds; see `get_image_features`."""
-        return self._features("audio", modality, return_dict, kwargs)
+        return self._features("audio", modality, return_dict, inputs, kwargs)
 
     @partial(PerInstanceSignature, on_class=False)
-    def get_video_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+    def get_video_features(
+        self, *inputs: Any, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any
+    ):
         """Features of videos; see `get_image_features`."""
-        return self._features("video", modality, return_dict, kwargs)
+        return self._features("video", modality, return_dict, inputs, kwargs)
 
-    def _features(self, kind: str, modality: str | None, return_dict: bool | None, kwargs: dict[str, Any]):
+    def _features(
+        self, kind: str, modality: str | None, return_dict: bool | None, given: tuple[Any, ...], kwargs: dict[str, Any]
+    ):
         names = self._answering(kind) if modality is None else [self._named(modality)]
         if len(names) > 1:
             raise ValueError(f"Several encoders take {kind}s, name one of them: modality= one of {names}.")
         keywords = self.config.modality(names[0])["input_names"]
+        main = main_input(self.encoders[names[0]].module)
+        order = sorted(keywords, key=lambda key: keywords[key] != main)  # the main input, then as in its `forward`
+        by_position = dict(zip(order, given, strict=False))
+        if len(given) > len(order) or set(by_position) & set(kwargs):
+            raise TypeError(
+                f"get_{kind}_features() got {len(given)} inputs by position and {sorted(kwargs)} by name, expected each of "
+                f"{order} once, in this order."
+            )
+        kwargs = by_position | kwargs
         inputs = {keywords[key]: value for key, value in kwargs.items() if key in keywords and value is not None}
         options = ("output_attentions", "output_hidden_states")
         inputs |= {key: value for key, value in kwargs.items() if key in options}
@@ -314,9 +341,25 @@ class MultimodalModel(
         """dtype of the language model: the parts may differ."""
         return first_dtype(self.language_model)
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the first part that is in memory: the first of all may be on disk, where `generate` sends nothing."""
+        first = super().device
+        there = (p.device for p in self.parameters() if p.device.type != "meta")
+        return next(there, first) if first.type == "meta" else first
+
     def get_encoder(self, modality: str | None = None):
-        """The encoder module of a modality, by name or kind; without one, the model itself (as in transformers)."""
-        return self if modality is None else self.encoders[self._named(modality)].module
+        """The encoder module of a modality, by name or kind; where there is none, the model itself, as in transformers.
+
+        An image encoder answers for videos too, frame by frame.  ValueError for a word that is no modality.
+        """
+        kinds = self.config.modalities_of_kind
+        if modality is None:
+            return self
+        if modality == "video" and "video" not in self.config.encoders and not kinds("video"):
+            modality = "image"
+        none = modality in MEDIA_KINDS and modality not in self.config.encoders and not kinds(modality)
+        return self if none else self.encoders[self._named(modality)].module
 
     def _named(self, modality: str) -> str:
         """The name of a modality given by name, or by a kind that only one has (ValueError)."""
