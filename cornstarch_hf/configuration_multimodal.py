@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .configuration_projector import MultimodalProjectorConfig
 from .limits import check_count
@@ -305,3 +306,9 @@ def validate_encoder_names(names: list[str]) -> None:
             if key in taken:
                 raise ValueError(f"The encoder name {name!r} collides with {taken[key]}: both need {key!r}.")
         taken |= dict.fromkeys(derived, f"the encoder {name!r}")
+
+
+# Trainer, pipelines and `transformers serve` read these tables of names alone, which no Auto class's `register` fills.  Here,
+# so that a checkpoint's own code fills them too: `serve` looks before it has asked for the model's class.
+for _task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+    getattr(modeling_auto, f"MODEL_FOR_{_task}_MAPPING_NAMES").setdefault(MultimodalConfig.model_type, "MultimodalModel")
