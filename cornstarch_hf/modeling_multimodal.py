@@ -26,7 +26,7 @@ from .parts.frozen_modes import is_checkpointing
 from .parts.gathering import GatheringMixin
 from .parts.signatures import PerInstanceSignature
 from .parts.stored_modules import mark_initialized
-from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, check_hooks, take_cache
+from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, PAGED_INPUTS, check_hooks, is_paged, take_cache
 from .parts.weightless import WithoutInitializers
 
 logger = logging.get_logger(__name__)
@@ -188,10 +188,14 @@ class MultimodalModel(
         The inputs are `input_ids` ``(batch, length)`` of text alone, or `inputs_embeds` ``(batch, length, hidden)`` with the
         features in them; the other one is None.
         """
-        media, text = self._route(kwargs)  # each encoder's tensors, and what is the language model's
+        paged = is_paged(cache)
+        # each encoder's tensors, and what is the language model's
+        media, text = self._route(kwargs, PAGED_INPUTS if paged else frozenset())
         outputs = self._encode(media, given)  # pooler_output: per item (n_i, hidden)
         masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)  # (batch, length) by modality
-        self._check_merge(masks, outputs, encoded_here=set(media), prefill=cached_length(cache) == 0)
+        # Continuous batching is asked for placeholders at its door: no step of it may wait for the device.
+        prefill = not paged and cached_length(cache) == 0
+        self._check_merge(masks, outputs, encoded_here=set(media), prefill=prefill)
         # Text alone stays ids (batch, length); with features it becomes embeddings (batch, length, hidden).
         ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text)
         return {"input_ids": ids, "inputs_embeds": embeds, **text}, masks, outputs
@@ -218,8 +222,13 @@ class MultimodalModel(
             )
         return False
 
-    def _route(self, kwargs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """Split keyword arguments into each encoder's inputs (by its own names) and the language model's."""
+    def _route(
+        self, kwargs: dict[str, Any], known: frozenset[str] = frozenset()
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+        """Split keyword arguments into each encoder's inputs (by its own names) and the language model's.
+
+        TypeError for those that neither takes and that are not `known`.
+        """
         media: dict[str, dict[str, Any]] = {}
         text = dict(kwargs)
         for name in self.config.encoders:
@@ -238,10 +247,10 @@ class MultimodalModel(
                 media[name] = inputs
         # `shift_labels` are labels that were shifted already, for sequences that are split over devices.
         taken = sorted(text_keywords(self.language_model))
-        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels"}):
-            known = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
+        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels", *known}):
+            keywords = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             raise TypeError(
-                f"forward() got unexpected keyword arguments {unknown}: the encoders take {known}, the language model "
+                f"forward() got unexpected keyword arguments {unknown}: the encoders take {keywords}, the language model "
                 f"takes {taken}."
             )
         return media, text

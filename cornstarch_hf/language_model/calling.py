@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from ..parts.adapters import is_adapted, unwrapped
 from ..parts.signatures import accepts, forward_parameters, takes_any_keyword
-from ..parts.versions import CACHE, CACHE_NAMES, take_cache
+from ..parts.versions import CACHE, CACHE_NAMES, is_paged, take_cache
 from .extra_inputs import id_input_names, with_positions
 from .merging import shifted_left
 
@@ -69,8 +69,8 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
 
 
 def cached_length(cache: Any) -> int:
-    """Tokens in a cache, 0 without one; 1 in one that keeps a running state alone and has seen any."""
-    if cache is None:
+    """Tokens in a cache, 0 without one and in a paged one; 1 in one that keeps a running state alone and has seen any."""
+    if cache is None or is_paged(cache):
         return 0
     return int(cache.has_previous_state()) if is_running_state(cache) else cache.get_seq_length()
 
@@ -96,7 +96,9 @@ def with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str
     arguments = {key: value for key, value in inputs.items() if value is not None}
     cache = take_cache(arguments)
     arguments = with_positions(language_model, arguments, cached_length(cache))
-    return arguments if cache is None else arguments | {cache_keyword(language_model) or CACHE: cache}
+    if cache is None:
+        return arguments
+    return arguments | {"cache" if is_paged(cache) else cache_keyword(language_model) or CACHE: cache}
 
 
 def takes_positions(language_model: nn.Module) -> bool:

@@ -1,6 +1,9 @@
 """Generation on a composed model: every encoder runs once, before the prefill, and beams repeat whole samples."""
 
 import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -16,7 +19,51 @@ from .calling import cache_keyword, cached_length, is_running_state
 from .extra_inputs import crosses_longrope_limit, first_position
 from .merging import cached_columns, group_by_sample, items_behind_cache
 
+TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # of stop strings, token healing, drafts
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")  # among the chunks of a prefill; from 5.23 on
+# Options of `generate` that continuous batching passes over.
+GENERATE_ALONE = (
+    "num_beams", "stop_strings", "max_time", "token_healing", "prompt_lookup_num_tokens", "assistant_early_exit",
+    "constraints", "force_words_ids", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+)  # fmt: skip
+
+
+def check_text_requests(
+    model: Any, prompts: Sequence[Sequence[int]], keywords: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse what continuous batching cannot take (ValueError): placeholders in prompts of ids, and inputs beside ids."""
+    batching, remedy = "continuous batching (generate_batch) takes the ids of text alone", "call generate() instead"
+    for name, token_id in model.placeholder_ids(text_only=True).items():
+        for sample, ids in enumerate(prompts):
+            if count := sum(int(x) == token_id for x in ids):
+                raise ValueError(
+                    f"{name}, sample {sample}: {batching}, but the prompt has {count} placeholder tokens: {remedy}."
+                )
+    given = {key: value for key, value in (keywords or {}).items() if value is not None and key != "input_ids"}
+    if wrong := sorted(set(given) - {"attention_mask"}):
+        names = [n for n in model.config.encoders if set(wrong) & set(model.config.modality(n)["input_names"])]
+        raise ValueError(f"{', '.join(names) or 'generate_batch()'}: {batching}, got {wrong}: {remedy}.")
+    if "attention_mask" in given and not bool(given["attention_mask"].all()):
+        raise ValueError(f"attention_mask: {batching}: leave the padding out of them.")
+
+
+@dataclass(repr=False)
+class TextRequests:
+    """The manager of continuous batching of a composed model: requests with placeholders raise, all else is transformers'."""
+
+    _model: Any
+    _manager: Any
+
+    def add_request(self, input_ids: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        check_text_requests(self._model, [input_ids])
+        return self._manager.add_request(input_ids, *args, **kwargs)
+
+    def add_requests(self, inputs: Sequence[Sequence[int]], *args: Any, **kwargs: Any) -> Any:
+        check_text_requests(self._model, inputs)
+        return self._manager.add_requests(inputs, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_manager"), name)
 
 
 class MultimodalGenerationMixin:
@@ -27,6 +74,37 @@ class MultimodalGenerationMixin:
         check_caches_known()
         cache = take_cache(kwargs)
         return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
+
+    def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
+        """As in transformers, for text (ValueError for media): it makes ids anew from the text, without placeholders."""
+        for name, token_id in self.placeholder_ids(text_only=True).items():
+            if count := int((input_ids == token_id).sum()):
+                raise ValueError(
+                    f"{name}: token_healing takes text alone, but the prompt has {count} placeholder tokens: leave it out."
+                )
+        return super().heal_tokens(input_ids, tokenizer)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; requests with placeholders raise (ValueError)."""
+        return TextRequests(self, super().init_continuous_batching(*args, **kwargs))
+
+    @functools.wraps(GenerationMixin.generate_batch)
+    def generate_batch(self, inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        names = inspect.signature(super().generate_batch).parameters
+        own = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
+        # As `generate`: what is not configured is the model's, and keywords are options (transformers drops them).
+        new = {
+            key: x
+            for key, x in kwargs.items()
+            if not hasattr(generation_config, key) or getattr(generation_config, key) != x
+        }
+        generation_config, rest = self._prepare_generation_config(generation_config, **new)
+        check_text_requests(self, inputs, rest)
+        for key in GENERATE_ALONE:
+            value = getattr(generation_config, key, None)
+            if value not in (None, False) and (key, value) != ("num_beams", 1):
+                raise ValueError(f"generate_batch() cannot do {key}={value!r}: leave it out, or call generate().")
+        return super().generate_batch(inputs, generation_config, *args, **own)
 
     def prepare_inputs_for_generation(
         self,
@@ -39,7 +117,8 @@ class MultimodalGenerationMixin:
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers; where the keys in the cache are of no use any more, the whole row is run again."""
-        kwargs["cache"] = cache
+        # Sampling and beams hand these on to `forward`, which no model reads them in.
+        kwargs = {key: value for key, value in kwargs.items() if key not in TOKENIZERS} | {"cache": cache}
         cache = take_cache(kwargs, ("cache", CACHE or "cache"))  # by this version's name, or by ours
         past = cached_length(cache)
         if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):

@@ -14,6 +14,8 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import GenerationMixin
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 # CONTRIBUTING.md says what runs with which version; a checkpoint with code is held to the range that it was saved with.
@@ -27,6 +29,8 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # The keyword by which `generate` of this version hands a cache from step to step, None for an unknown one.
 _known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE: Any = next((name for name in CACHE_NAMES if name in _known), None)
+# What continuous batching gives to `forward`; its cache is `cache` in every version, and no kind of `Cache`.
+PAGED_INPUTS = frozenset(PagedAttentionArgs.__annotations__)
 
 # Methods of transformers' classes that this package overrides, and that nobody but transformers calls: renamed there, they
 # would go on existing here, and nothing would fail.
@@ -55,11 +59,16 @@ def take_cache(keywords: dict[str, Any], names: Iterable[str] = CACHE_NAMES) -> 
         raise ValueError(f"A cache was given {len(given)} times, as {sorted(dict(given))}: give it once, as {CACHE}=.")
     check_caches_known()
     name, cache = given[0]
-    if not hasattr(cache, "get_seq_length"):
+    if not hasattr(cache, "get_seq_length") and not is_paged(cache):
         raise TypeError(f"{name} must be a cache of transformers, e.g. DynamicCache(), got {type(cache).__name__}.")
     if name != CACHE == "cache" and not torch.compiler.is_compiling():  # a tracer cannot follow a warning
         warnings.warn(f"`{name}` is deprecated, as in transformers: use `cache`.", FutureWarning, stacklevel=3)
     return cache
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching, which holds many requests and tells no length."""
+    return isinstance(cache, PagedAttentionCache)
 
 
 def check_caches_known() -> None:

@@ -7,7 +7,14 @@ import pytest
 import tiny
 import torch
 from helpers import compose_tiny, needs_5_23, uneven_inputs
-from transformers import DynamicCache, QuantizedCache, StaticCache, TextIteratorStreamer
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    StaticCache,
+    TextIteratorStreamer,
+)
 
 from cornstarch_hf.language_model.calling import cache_keyword
 
@@ -331,3 +338,91 @@ def test_a_second_turn_with_too_few_or_half_an_image(pair):
     row = (whole["input_ids"][0] == processor.image_token_id).nonzero()[2].item()
     with pytest.raises(ValueError, match=r"vision, sample 0: 2 of its placeholders are in the cache.* have 5 features"):
         goes_on(crop=row)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 1}])
+def test_stop_strings_and_tokenizers_stay_out_of_the_model(pair, options):
+    model, processor = pair
+    inputs = one(uneven_inputs(processor), processor, 0)
+    options = GREEDY | {"max_new_tokens": 8} | options
+    free = model.generate(**inputs, **options)
+    length = inputs["input_ids"].shape[1]
+    words = [processor.tokenizer.decode(token) for token in free[0, length:]]
+    stop = next(word for word in words if word.isascii() and word.isalnum())
+    stopped = model.generate(**inputs, **options, stop_strings=[stop], tokenizer=processor.tokenizer)
+    if "num_beams" not in options:  # of which some go on
+        assert torch.equal(stopped, free[:, : length + words.index(stop) + 1])
+    unused = model.generate(**inputs, **options, tokenizer=processor.tokenizer, assistant_tokenizer=processor.tokenizer)
+    assert torch.equal(unused, free)
+
+
+def test_token_healing_equals_the_language_models_and_refuses_media(pair):
+    model, processor = pair
+    tokenizer = processor.tokenizer
+    text = {"input_ids": processor(text=["what is the su"], return_tensors="pt")["input_ids"]}
+    words = {"suppress_tokens": list(model.placeholder_ids().values()), **GREEDY}
+    healing = {"token_healing": True, "tokenizer": tokenizer}
+    plain = copy.deepcopy(model.language_model)
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    assert torch.equal(model.generate(**text, **GREEDY, **healing), plain.generate(**text, **words, **healing))
+    inputs = one(uneven_inputs(processor), processor, 0)
+    with pytest.raises(ValueError, match="vision: token_healing takes text alone, but the prompt has 5 placeholder"):
+        model.generate(**inputs, **GREEDY, **healing)
+
+
+def small_batches():
+    return ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64, auto_switch_to_flash=False)
+
+
+def text_prompts(processor):
+    return [list(ids) for ids in processor(text=["what is", "none at all a b"])["input_ids"]]
+
+
+@pytest.mark.parametrize("language_model", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("options", [{}, {"attention": "eager"}, {"do_sample": True, "top_k": 1, "temperature": 0.5}])
+def test_continuous_batching_of_text_equals_generate(language_model, options):
+    model, processor = compose_tiny(["clip"], tiny.LANGUAGE_MODELS[language_model]())
+    options, prompts = GREEDY | options, text_prompts(processor)
+    model.set_attn_implementation(options.pop("attention", "sdpa"))
+    expected = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+    before = copy.deepcopy(model.generation_config)
+    found = model.generate_batch(prompts, continuous_batching_config=small_batches(), **options)
+    assert [x.error for x in found.values()] == [None, None]
+    assert [x.generated_tokens for x in found.values()] == expected
+    config = GenerationConfig(**options)
+    again = model.generate_batch(prompts, config, continuous_batching_config=small_batches())
+    assert [x.generated_tokens for x in again.values()] == expected
+    assert model.generation_config == before
+
+
+def test_continuous_batching_refuses_media_by_name(pair):
+    model, processor = pair
+    prompts, inputs = text_prompts(processor), one(uneven_inputs(processor), processor, 0)
+    media = inputs["input_ids"].tolist()
+    told = "takes the ids of text alone, but the prompt has 5 placeholder tokens: call generate"
+    with pytest.raises(ValueError, match=rf"vision, sample 1: .* {told}"):
+        model.generate_batch(prompts[:1] + media)
+    with pytest.raises(ValueError, match=rf"vision, sample 0: .* {told}"):
+        model.generate(inputs["input_ids"], cache_implementation="paged", **GREEDY)
+    for key, name in (("pixel_values", "vision"), ("input_features", "audio"), ("tokenizer", "generate_batch")):
+        with pytest.raises(ValueError, match=rf"{name}.*: .* takes the ids of text alone, got \['{key}'\]"):
+            model.generate_batch(prompts, **{key: torch.ones(1)})
+    with pytest.raises(ValueError, match="attention_mask: .* leave the padding out"):
+        model.generate_batch(prompts, attention_mask=torch.tensor([[0, 1]]))
+    manager = model.init_continuous_batching(GenerationConfig(**GREEDY), small_batches())
+    with pytest.raises(ValueError, match=rf"vision, sample 0: .* {told}"):
+        manager.add_request(media[0])
+    with pytest.raises(ValueError, match=rf"vision, sample 0: .* {told}"):
+        manager.add_requests(media)
+
+
+@pytest.mark.parametrize("option", [{"num_beams": 2}, {"stop_strings": ["a"]}, {"token_healing": True}])
+def test_continuous_batching_refuses_what_it_would_pass_over(pair, option):
+    model, processor = pair
+    with pytest.raises(ValueError, match=rf"generate_batch\(\) cannot do {next(iter(option))}="):
+        model.generate_batch(text_prompts(processor), **option)
+
+
+def test_forward_takes_the_inputs_of_continuous_batching_with_its_cache_alone(pair):
+    with pytest.raises(TypeError, match="unexpected keyword arguments .*block_table"):
+        pair[0](torch.tensor([[5, 6]]), block_table=None)
