@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList, ProcessorMixin
 from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
@@ -73,6 +73,9 @@ class MultimodalGenerationMixin:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         check_caches_known()
         cache = take_cache(kwargs)
+        # `transformers serve` gives the processor where transformers reads a vocabulary.
+        given = {key: kwargs[key] for key in TOKENIZERS if isinstance(kwargs.get(key), ProcessorMixin)}
+        kwargs |= {key: processor.tokenizer for key, processor in given.items()}
         return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
 
     def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
