@@ -264,31 +264,49 @@ class MultimodalModel(
         return outputs
 
     @PerInstanceSignature
-    def get_image_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+    def get_image_features(
+        self, *inputs: Any, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any
+    ):
         """Features of images: the encoder's output, with one ``(n_i, hidden)`` projected tensor per image as `pooler_output`.
 
         Args:
+            *inputs: the encoder's inputs in the order of its own, the images (``pixel_values``) first.
             modality: which encoder, where several take images (else ValueError).
             return_dict: a model output (default), or a tuple.
-            **kwargs: the encoder's inputs by their keywords, e.g. ``pixel_values``.
+            **kwargs: the encoder's inputs by their keywords.
         """
-        return self._features("image", modality, return_dict, kwargs)
+        return self._features("image", modality, return_dict, inputs, kwargs)
 
     @PerInstanceSignature
-    def get_audio_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+    def get_audio_features(
+        self, *inputs: Any, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any
+    ):
         """Features of sounds; see `get_image_features`."""
-        return self._features("audio", modality, return_dict, kwargs)
+        return self._features("audio", modality, return_dict, inputs, kwargs)
 
     @partial(PerInstanceSignature, on_class=False)
-    def get_video_features(self, *, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any):
+    def get_video_features(
+        self, *inputs: Any, modality: str | None = None, return_dict: bool | None = None, **kwargs: Any
+    ):
         """Features of videos; see `get_image_features`."""
-        return self._features("video", modality, return_dict, kwargs)
+        return self._features("video", modality, return_dict, inputs, kwargs)
 
-    def _features(self, kind: str, modality: str | None, return_dict: bool | None, kwargs: dict[str, Any]):
+    def _features(
+        self, kind: str, modality: str | None, return_dict: bool | None, given: tuple[Any, ...], kwargs: dict[str, Any]
+    ):
         names = self.config.modalities_of_kind(kind) if modality is None else [self._named(modality)]
         if len(names) > 1:
             raise ValueError(f"Several encoders take {kind}s, name one of them: modality= one of {names}.")
         keywords = self.config.modality(names[0])["input_names"]
+        main = main_input(self.encoders[names[0]].module)
+        order = sorted(keywords, key=lambda key: keywords[key] != main)  # the main input, then as in its `forward`
+        by_position = dict(zip(order, given, strict=False))
+        if len(given) > len(order) or set(by_position) & set(kwargs):
+            raise TypeError(
+                f"get_{kind}_features() got {len(given)} inputs by position and {sorted(kwargs)} by name, expected each of "
+                f"{order} once, in this order."
+            )
+        kwargs = by_position | kwargs
         inputs = {keywords[key]: value for key, value in kwargs.items() if key in keywords and value is not None}
         options = ("output_attentions", "output_hidden_states")
         inputs |= {key: value for key, value in kwargs.items() if key in options}
@@ -310,9 +328,25 @@ class MultimodalModel(
         """dtype of the language model: the parts may differ."""
         return first_dtype(self.language_model)
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the first part that is in memory: the first of all may be on disk, where `generate` sends nothing."""
+        first = super().device
+        there = (p.device for p in self.parameters() if p.device.type != "meta")
+        return next(there, first) if first.type == "meta" else first
+
     def get_encoder(self, modality: str | None = None):
-        """The encoder module of a modality, by name or kind; without one, the model itself (as in transformers)."""
-        return self if modality is None else self.encoders[self._named(modality)].module
+        """The encoder module of a modality, by name or kind; where there is none, the model itself, as in transformers.
+
+        An image encoder answers for videos too, frame by frame.  ValueError for a word that is no modality.
+        """
+        kinds = self.config.modalities_of_kind
+        if modality is None:
+            return self
+        if modality == "video" and "video" not in self.config.encoders and not kinds("video"):
+            modality = "image"
+        none = modality in MEDIA_KINDS and modality not in self.config.encoders and not kinds(modality)
+        return self if none else self.encoders[self._named(modality)].module
 
     def _named(self, modality: str) -> str:
         """The name of a modality given by name, or by a kind that only one has (ValueError)."""

@@ -359,6 +359,33 @@ def test_features_are_advertised_for_the_encoders_that_exist(pair):
     assert isinstance(model.get_image_features(pixel_values=pixels, return_dict=False), tuple)
     with pytest.raises(TypeError, match="pixel_value"):
         model.get_image_features(pixel_value=pixels)
+    for found in (model.get_image_features(pixels), model.get_image_features(pixels, False)):
+        assert all(torch.equal(a, b) for a, b in zip(found.pooler_output, output.pooler_output, strict=True))
+    sounds = uneven_inputs(processor)["input_features"]
+    assert torch.equal(
+        torch.stack(list(model.get_audio_features(sounds).pooler_output)),
+        torch.stack(list(model.get_audio_features(input_features=sounds).pooler_output)),
+    )
+    for given, named in (((pixels,), {"pixel_values": pixels}), ((pixels, False, None), {})):
+        with pytest.raises(
+            TypeError, match=r"got \d inputs by position .* \['pixel_values', 'interpolate_pos_encoding'\]"
+        ):
+            model.get_image_features(*given, **named)
+
+
+def test_get_encoder_answers_as_transformers_models_do(pair):
+    model, _ = pair
+    only, _ = compose_tiny(["clip"])
+    for word in ("image", "video", "vision"):
+        assert only.get_encoder(word) is only.vision_encoder.module
+    assert only.get_encoder("audio") is only and only.get_encoder() is only
+    assert model.get_encoder("audio") is model.audio_encoder.module
+    two, _ = compose_tiny({"left": "clip", "right": "siglip"})
+    for word in ("image", "video"):
+        with pytest.raises(ValueError, match=r"'image' is the kind of several .* \['left', 'right'\]"):
+            two.get_encoder(word)
+    with pytest.raises(ValueError, match="'touch' is no modality"):
+        only.get_encoder("touch")
 
 
 def test_features_of_two_encoders_of_one_kind_need_a_name():
@@ -440,9 +467,16 @@ def test_pipelines(tmp_path, pair):
     )
     tokens = model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert answer == {"role": "assistant", "content": processor.decode(tokens, skip_special_tokens=True)}
-    assert pipeline("text-generation", model=str(tmp_path), max_new_tokens=2)("hello")[0]["generated_text"].startswith(
-        "hello"
-    )
+    write = pipeline("text-generation", model=str(tmp_path), max_new_tokens=2)
+    assert write("hello")[0]["generated_text"].startswith("hello")
+    with pytest.raises(
+        ValueError, match=r"vision: the text has 1 placeholder tokens \(<image>\) but there is no input"
+    ):
+        write("hello <image>")
+    extract = pipeline("feature-extraction", model=model.base_model, tokenizer=processor.tokenizer)
+    text = processor.tokenizer("hello", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(extract("hello", return_tensors=True), model.base_model(**text).last_hidden_state)
 
 
 @pytest.mark.parametrize(("argument", "message"), [("attention_mask", "attention_mask has"), ("labels", "labels have")])

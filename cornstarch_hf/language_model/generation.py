@@ -7,9 +7,18 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessorList, ProcessorMixin
-from transformers.generation import SuppressTokensLogitsProcessor
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    CandidateGenerator,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PromptLookupCandidateGenerator,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
 
@@ -17,9 +26,9 @@ from ..parts.adapters import unwrapped
 from ..parts.versions import CACHE, check_caches_known, peft_is_behind, take_cache
 from .calling import cache_keyword, cached_length, is_running_state
 from .extra_inputs import crosses_longrope_limit, first_position
-from .merging import cached_columns, group_by_sample, items_behind_cache
+from .merging import cached_columns, group_by_sample, items_behind_cache, without_placeholders
 
-TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # of stop strings, token healing, drafts
+TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # of stop strings, token healing, drafts; `serve` gives the processor
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")  # among the chunks of a prefill; from 5.23 on
 # Options of `generate` that continuous batching passes over.
 GENERATE_ALONE = (
@@ -45,6 +54,130 @@ def check_text_requests(
         raise ValueError(f"{', '.join(names) or 'generate_batch()'}: {batching}, got {wrong}: {remedy}.")
     if "attention_mask" in given and not bool(given["attention_mask"].all()):
         raise ValueError(f"attention_mask: {batching}: leave the padding out of them.")
+
+
+class SuppressPlaceholders(SuppressTokensLogitsProcessor):
+    """What `suppress_tokens` does, for placeholders; of another type, since transformers takes one of each for both."""
+
+    supports_continuous_batching = True
+
+
+# Those that look up the score of every id of the text.
+BY_IDS = (
+    EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor, NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)  # fmt: skip
+
+
+@dataclass
+class Widened(LogitsProcessor):
+    """A processor that finds a score for each id up to `width`, -inf behind the table: nothing changes for the others."""
+
+    processor: LogitsProcessor
+    width: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        size = scores.shape[-1]
+        wide = nn.functional.pad(scores, (0, max(self.width - size, 0)), value=-torch.inf)  # (batch, width)
+        return self.processor(input_ids, wide)[:, :size].contiguous()  # (batch, vocabulary)
+
+
+@dataclass
+class Lookup(CandidateGenerator):
+    """Prompt lookup in which ids behind the table count as 0, so that their scores are not asked for."""
+
+    generator: PromptLookupCandidateGenerator
+
+    def get_candidates(self, input_ids: Any, **kwargs: Any) -> Any:
+        known: Any = without_placeholders(input_ids, input_ids >= self.generator.vocab_size)
+        return continuing(input_ids, self.generator.get_candidates(known, **kwargs)[0]), None
+
+    def update_candidate_strategy(self, *args: Any) -> None:
+        self.generator.update_candidate_strategy(*args)
+
+
+def continuing(prompt: Tensor, sequences: Tensor) -> Tensor:
+    """Sequences ``(1, length + new)`` with the prompt's own ids ``(1, length)`` in front."""
+    return torch.cat([prompt, sequences[:, prompt.shape[1] :].to(prompt.device)], 1)
+
+
+class Draft:
+    """An assistant of a composed model, which sees its own placeholder ids and features; in all else it is itself.
+
+    Args:
+        main: the composed model that it drafts for.
+        model: any causal language model; a composed one encodes the items of the modalities that it has (by name or kind).
+        keywords: of `generate`, the encoders' inputs among them; None if it drafts from text alone.
+    """
+
+    def __init__(self, main: Any, model: Any, keywords: Mapping[str, Any] | None):
+        self._main, self._model, self._keywords = main, model, keywords or {}
+        self._inner: Any = unwrapped(model)
+        composed = hasattr(self._inner, "placeholder_ids")  # by what it has: a checkpoint may bring its own code
+        self._own_ids: dict[str, int] = self._inner.placeholder_ids() if composed else {}
+        names = main.config.encoders if composed and keywords is not None else ()
+        counterparts = {name: self._counterpart(name) for name in names}
+        self._names = {name: own for name, own in counterparts.items() if own in self._own_ids}
+        self._outputs: dict[str, Any] | None = None
+
+    @property
+    def __class__(self) -> type:  # by whose name transformers tells kinds of drafts apart
+        return type(self._model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+    def generate(self, input_ids: Tensor, logits_processor: Any = (), mm_encoder_outputs: Any = None, **kwargs: Any):
+        """As the model's own, for a prompt of the main model's ids and with the main model's features."""
+        table: Any = self._inner.get_input_embeddings()
+        rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
+        words = torch.tensor(list(self._own_ids.values()), device=input_ids.device)
+        ids = without_placeholders(input_ids, (input_ids >= rows) | torch.isin(input_ids, words))  # (1, length)
+        features = {name: x for name, x in (mm_encoder_outputs or {}).items() if name in self._names}
+        for name in features:
+            token_id = self._main.config.modality(name)["token_id"]
+            ids = ids.masked_fill(input_ids == token_id, self._own_ids[self._names[name]])
+        if features and self._outputs is None:  # at the first of many drafts
+            self._outputs = {self._names[name]: self._encoded(name, x) for name, x in features.items()}
+        # Processors that look ids up it makes of its own prompt, by the same configuration.
+        given = [p for p in logits_processor if not isinstance(p, (Widened, *BY_IDS))]
+        kwargs |= {"mm_encoder_outputs": self._outputs} if features else {}
+        output = self._model.generate(input_ids=ids, logits_processor=given, **kwargs)
+        output["sequences"] = continuing(input_ids, output.sequences)
+        return output
+
+    def _counterpart(self, name: str) -> str:
+        """The draft's modality of the name, else the only one of its kind; "" where there is none."""
+        config = self._inner.config
+        same = config.modalities_of_kind(self._main.config.modality(name)["kind"])
+        return name if name in config.encoders else same[0] if len(same) == 1 else ""
+
+    def _encoded(self, name: str, output: Any) -> Any:
+        """What the draft's encoder makes of the items that gave the main model's `output`."""
+        encoder = self._inner.encoders[self._names[name]]
+        if encoder is self._main.encoders[name]:
+            return output
+        names = self._main.config.modality(name)["input_names"]
+        inputs = {names[key]: x for key, x in self._keywords.items() if key in names and x is not None}
+        known = set(self._inner.config.modality(self._names[name])["input_names"].values())
+        who = f"assistant_model: {name}: the draft has an encoder of its own"
+        if not inputs or not set(inputs) <= known:
+            raise ValueError(
+                f"{who}, which takes {sorted(known)}, got {sorted(inputs) or 'mm_encoder_outputs of this model'}: pass "
+                "inputs that both encoders take, or a draft without this modality."
+            )
+        device = self._inner.device
+        found = encoder(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in inputs.items()})
+        lengths, expected = ([len(item) for item in x.pooler_output] for x in (found, output))
+        if lengths[-len(expected) :] != expected:
+            raise ValueError(
+                f"{who}, which gives {lengths} features where this model's gives {expected}: take a draft whose encoder "
+                "gives as many, or one without this modality."
+            )
+        return found
 
 
 @dataclass(repr=False)
@@ -73,9 +206,7 @@ class MultimodalGenerationMixin:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         check_caches_known()
         cache = take_cache(kwargs)
-        # `transformers serve` gives the processor where transformers reads a vocabulary.
-        given = {key: kwargs[key] for key in TOKENIZERS if isinstance(kwargs.get(key), ProcessorMixin)}
-        kwargs |= {key: processor.tokenizer for key, processor in given.items()}
+        kwargs |= {key: getattr(kwargs[key], "tokenizer", kwargs[key]) for key in TOKENIZERS if key in kwargs}
         return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
 
     def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
@@ -223,19 +354,47 @@ class MultimodalGenerationMixin:
         expanded = {}
         for name, output in mm_encoder_output.items():
             name = self._named(name)
-            groups = group_by_sample(
-                output.pooler_output, masks[name].sum(-1).tolist()
-            )  # batch x items of (n_i, hidden)
+            counts = masks[name].sum(-1).tolist()
+            groups = group_by_sample(output.pooler_output, counts)  # batch x items of (n_i, hidden)
             items = list(chain.from_iterable(group * expand_size for group in groups))  # of batch * expand_size rows
             expanded[name] = type(output)(pooler_output=items)
         return expanded
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+    def _get_logits_processor(
+        self, generation_config, *args: Any, logits_processor: Any = None, device: Any = None,
+        model_kwargs: Any = None, **kwargs: Any,
+    ) -> LogitsProcessorList:  # fmt: skip
         """As in transformers, and never generate a placeholder: there would be no features for it."""
-        processors = super()._get_logits_processor(*args, **kwargs)
         head = self.get_output_embeddings()
         size = head.weight.shape[0] if head is not None else self.config.get_text_config().vocab_size  # of the logits
-        text_only = not (kwargs.get("model_kwargs") or {}).get("mm_encoder_outputs")
-        if ids := [token_id for token_id in self.placeholder_ids(text_only).values() if token_id < size]:
-            processors.append(SuppressTokensLogitsProcessor(ids, device=str(self.device)))
-        return processors
+        ids = self.placeholder_ids(text_only=not (model_kwargs or {}).get("mm_encoder_outputs")).values()
+        device = self.device if device is None else device
+        inside = [token_id for token_id in ids if token_id < size]
+        # The caller's come after transformers' own and before temperature, top-k and others of their kind; so do these.
+        own = [SuppressPlaceholders(inside, device=device)] if inside else []
+        processors = super()._get_logits_processor(
+            generation_config, *args, logits_processor=[*own, *(logits_processor or ())], device=device,
+            model_kwargs=model_kwargs, **kwargs,
+        )  # fmt: skip
+        if len(inside) == len(ids):
+            return processors
+        width = max(ids) + 1
+        return LogitsProcessorList(Widened(p, width) if isinstance(p, BY_IDS) else p for p in processors)
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer) -> dict:
+        """As in transformers; a draft model gets prompts and features in its own terms."""
+        found = super()._extract_generation_mode_kwargs(custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        if found.get("assistant_model") is not None:
+            shared = found.get("assistant_tokenizer") is None  # else it reads the text, which has no placeholders
+            found["assistant_model"] = Draft(self, found["assistant_model"], dict(kwargs) if shared else None)
+        return found
+
+    def _get_candidate_generator(self, generation_config, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        """As in transformers; what is looked up in the prompt are ids in the table."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit: a composed model cannot stop at a layer to draft tokens: leave it out, or pass a "
+                "smaller model as assistant_model=."
+            )
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        return Lookup(generator) if isinstance(generator, PromptLookupCandidateGenerator) else generator

@@ -235,6 +235,12 @@ class MergingMixin(PreTrainedModel):
     def _check_merge(self, masks: dict, outputs: dict[str, Any], encoded_here: set[str], prefill: bool) -> None:
         """Refuse features without placeholders, placeholders without features, and other numbers of them (ValueError)."""
         for name in outputs:
+            token_id = self.config.modality(name)["token_id"]
+            if name not in masks and token_id is not None:
+                raise ValueError(
+                    f"{name}: inputs_embeds cannot hold its placeholder: the id {token_id} has no row in the table of "
+                    f"embeddings: pass input_ids, or call resize_token_embeddings({token_id + 1}) first."
+                )
             if name not in masks:
                 raise ValueError(
                     f"{name}: there are features but no placeholder token: build the processor with model=, or call "

@@ -35,9 +35,10 @@ PAGED_INPUTS = frozenset(PagedAttentionArgs.__annotations__)
 # Methods of transformers' classes that this package overrides, and that nobody but transformers calls: renamed there, they
 # would go on existing here, and nothing would fail.
 GENERATION_HOOKS = (
-    "_expand_multimodal_outputs", "_get_logits_processor", "_maybe_prepare_encoder_kwargs_for_generation",
+    "_expand_multimodal_outputs", "_extract_generation_mode_kwargs", "_get_candidate_generator",
+    "_get_logits_processor", "_maybe_prepare_encoder_kwargs_for_generation",
     "_prepare_cache_for_generation", "_prepare_position_ids_for_generation", "_supports_default_dynamic_cache",
-    "_validate_model_kwargs", "prepare_inputs_for_generation",
+    "_validate_model_kwargs", "heal_tokens", "prepare_inputs_for_generation",
 )  # fmt: skip
 MODEL_HOOKS = (
     "_get_dtype_plan", "_set_gradient_checkpointing", "get_expanded_tied_weights_keys", "init_parallel_plans",

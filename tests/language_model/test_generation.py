@@ -11,6 +11,8 @@ from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     QuantizedCache,
     StaticCache,
     TextIteratorStreamer,
@@ -209,7 +211,7 @@ def test_assisted_and_prompt_lookup_equal_the_plain_run(pair):
     for which in (model, assistant):
         which.vision_encoder.register_forward_hook(lambda *_, w=which: calls.append(w))
     assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=assistant), plain)
-    assert calls == [model], "the assistant gets the features, it does not encode again"
+    assert calls == [model, assistant], "each encodes once"
     assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2), plain)
     model.vision_encoder._forward_hooks.clear()
 
@@ -380,8 +382,10 @@ def text_prompts(processor):
     return [list(ids) for ids in processor(text=["what is", "none at all a b"])["input_ids"]]
 
 
-@pytest.mark.parametrize("language_model", ["llama", "gemma3", "qwen3"])
-@pytest.mark.parametrize("options", [{}, {"attention": "eager"}, {"do_sample": True, "top_k": 1, "temperature": 0.5}])
+@pytest.mark.parametrize(
+    ("language_model", "options"),
+    [("llama", {"attention": "eager"}), ("gemma3", {}), ("qwen3", {"do_sample": True, "top_k": 1, "temperature": 0.5})],
+)
 def test_continuous_batching_of_text_equals_generate(language_model, options):
     model, processor = compose_tiny(["clip"], tiny.LANGUAGE_MODELS[language_model]())
     options, prompts = GREEDY | options, text_prompts(processor)
@@ -428,3 +432,195 @@ def test_continuous_batching_refuses_what_it_would_pass_over(pair, option):
 def test_forward_takes_the_inputs_of_continuous_batching_with_its_cache_alone(pair):
     with pytest.raises(TypeError, match="unexpected keyword arguments .*block_table"):
         pair[0](torch.tensor([[5, 6]]), block_table=None)
+
+
+WARPERS = [
+    {"temperature": 0.3}, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.9}, {"typical_p": 0.5}, {"epsilon_cutoff": 3e-3},
+    {"eta_cutoff": 3e-3}, {"top_h": 0.5}, {"temperature": 2.0, "top_k": 5, "top_p": 0.5, "renormalize_logits": True},
+]  # fmt: skip
+
+
+class Shift(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores + torch.arange(scores.shape[-1]) / 100
+
+
+def likely_placeholder():
+    """A model whose likeliest word is the image's placeholder, and inputs with one."""
+    model, processor = compose_tiny(["clip"])
+    head, token_id = model.language_model.lm_head, model.config.modality("vision")["token_id"]
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features).index_fill(0, torch.tensor([token_id]), 5.0))
+    return model, processor(text="what <image>", images=tiny.image(), return_tensors="pt"), token_id
+
+
+@pytest.mark.parametrize("options", WARPERS, ids=str)
+@pytest.mark.parametrize(
+    "others", [{}, {"num_beams": 2}, {"repetition_penalty": 1.3, "remove_invalid_values": True}], ids=str
+)
+def test_placeholders_are_suppressed_before_the_warpers(options, others):
+    model, inputs, token_id = likely_placeholder()
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "output_scores": True} | options | others
+    options |= {"return_dict_in_generate": True, "logits_processor": LogitsProcessorList([Shift()])}
+    native = copy.deepcopy(model.language_model)  # of the merged embeddings, with the ids for penalties
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).clone()
+    features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+    embeds[inputs["input_ids"] == token_id] = torch.cat(list(features)).detach()
+    torch.manual_seed(0)
+    found = model.generate(**inputs, **options)
+    torch.manual_seed(0)
+    ids = inputs["input_ids"]
+    expected = native.generate(ids, inputs_embeds=embeds, **options, suppress_tokens=[token_id])
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.scores, expected.scores, strict=True))
+    # The user's own come on top of it.
+    torch.manual_seed(0)
+    both = model.generate(**inputs, **options, suppress_tokens=found.sequences[0, ids.shape[1] :].tolist())
+    assert not set(both.sequences[0, ids.shape[1] :].tolist()) & {
+        token_id,
+        *found.sequences[0, ids.shape[1] :].tolist(),
+    }
+
+
+@pytest.fixture(scope="module")
+def behind():
+    """A model whose placeholders' ids have no row in the table, inputs, and an equal one that has rows for them."""
+    model, processor = compose_tiny(["clip", "whisper"], tiny.llama(vocab_size=300))
+    model.generation_config.eos_token_id = None
+    assert min(model.placeholder_ids().values()) >= 300
+    wide = copy.deepcopy(model)
+    wide.resize_token_embeddings(310, mean_resizing=False)
+    processor(text="a", return_tensors="pt")
+    text = "what is <image> what is <audio> what is the <image> what is"
+    inputs = processor(
+        text=text, images=[tiny.image(1), tiny.image(2)], audio=processor.items["audio"](0), sampling_rate=16_000, return_tensors="pt"
+    )  # fmt: skip
+    return model, dict(inputs), wide
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5}, {"encoder_repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"guidance_scale": 1.5},
+        {"no_repeat_ngram_size": 2, "num_beams": 2}, {"encoder_no_repeat_ngram_size": 1}, {"bad_words_ids": [[5], [7, 8]]},
+        {"sequence_bias": {(9,): 2.0}}, {"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 1},
+        {"prompt_lookup_num_tokens": 3, "repetition_penalty": 1.5}, {"min_new_tokens": 3}, {"forced_eos_token_id": 2},
+        {"exponential_decay_length_penalty": (2, 1.1), "eos_token_id": 2}, {"begin_suppress_tokens": [3]}, {"remove_invalid_values": True},
+        {"renormalize_logits": True}, {"logits_processor": LogitsProcessorList([Shift()])},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_looks_ids_up_knows_those_behind_the_table(behind, options):
+    model, inputs, wide = behind
+    options = GREEDY | {"max_new_tokens": 12} | options
+    others = options | {"suppress_tokens": list(range(300, 310))}
+    assert torch.equal(model.generate(**inputs, **options), wide.generate(**inputs, **others))
+    if "prompt_lookup_num_tokens" in options:
+        del options["prompt_lookup_num_tokens"]
+        assert torch.equal(model.generate(**inputs, **options), wide.generate(**inputs, **others))
+
+
+def narrow(**changes):
+    return tiny.llama(seed=7, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, **changes)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}, {"encoder_repetition_penalty": 1.2}]
+)
+@pytest.mark.parametrize("draft", ["text", "same", "narrow", "other ids", "fewer modalities", "shared"])
+def test_drafts_of_all_kinds_change_nothing(behind, draft, options):
+    model, inputs, _ = behind
+    llama = narrow(vocab_size=300)
+    if draft == "text":
+        assistant = tiny.llama(seed=5, vocab_size=300)
+    elif draft == "same":
+        assistant = copy.deepcopy(model)
+    elif draft == "shared":
+        assistant = copy.copy(model)
+    else:
+        assistant, _ = compose_tiny({"audio": "whisper"} if draft == "fewer modalities" else ["clip", "whisper"], llama)
+        if draft == "other ids":  # each stands for the other's, or for a word
+            assistant.set_modality_token_ids({"vision": 5, "audio": 300})
+    options = GREEDY | {"max_new_tokens": 10} | options
+    plain, runs = model.generate(**inputs, **options), []
+    encoders = [m for m in (model, assistant) if hasattr(m, "encoders")]
+    hooks = [
+        e.module.register_forward_hook(lambda *_, e=e: runs.append(e)) for m in encoders for e in m.encoders.values()
+    ]
+    try:
+        assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), plain)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(runs) == {"text": 2, "shared": 4, "fewer modalities": 3}.get(draft, 4)
+
+
+def test_a_good_draft_sees_the_media(behind):
+    """A copy drafts what the model would say: fewer steps of the model than tokens."""
+    model, inputs, _ = behind
+    assistant, steps = copy.deepcopy(model), []
+    hook = model.language_model.register_forward_hook(lambda *_: steps.append(1))
+    model.generate(**inputs, do_sample=False, max_new_tokens=20, assistant_model=assistant)
+    hook.remove()
+    assert len(steps) == 10, "every draft, of one token each, is taken"
+
+
+def test_sampling_with_a_draft(behind):
+    model, inputs, _ = behind
+    options = {"do_sample": True, "max_new_tokens": 8, "repetition_penalty": 1.2, "top_p": 0.8}
+    for assistant in (tiny.llama(seed=5, vocab_size=300), copy.deepcopy(model)):
+        assert model.generate(**inputs, **options, assistant_model=assistant).max() < 302
+
+
+def test_a_draft_of_another_tokenizer_drafts_from_text(behind):
+    model, inputs, _ = behind
+    tokenizer = tiny.tokenizer()
+    other = tiny.tokenizer()
+    plain = model.generate(**inputs, **GREEDY)
+    words = {"tokenizer": tokenizer, "assistant_tokenizer": other}
+    composed, _ = compose_tiny(["clip"], narrow(vocab_size=310))
+    for assistant in (tiny.llama(seed=5, vocab_size=310), composed):
+        assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=assistant, **words), plain)
+
+
+def test_drafts_that_cannot_see_the_items_are_refused(behind):
+    model, inputs, _ = behind
+    more, _ = compose_tiny({"vision": "siglip"}, narrow(vocab_size=300))
+    with pytest.raises(ValueError, match=r"assistant_model: vision: .* gives \[4, 4\] features where .* \[5, 5\]"):
+        model.generate(**inputs, **GREEDY, assistant_model=more)
+    other, _ = compose_tiny({"audio": "wav2vec2"}, narrow(vocab_size=300))
+    with pytest.raises(ValueError, match=r"assistant_model: audio: .* takes .*input_values.* got .*input_features"):
+        model.generate(**inputs, **GREEDY, assistant_model=other)
+    with torch.no_grad():
+        given = {"mm_encoder_outputs": {"vision": model.get_image_features(pixel_values=inputs["pixel_values"])}}
+    rest = {key: value for key, value in inputs.items() if key != "pixel_values"} | given
+    with pytest.raises(ValueError, match="assistant_model: vision: .* got mm_encoder_outputs of this model"):
+        model.generate(**rest, **GREEDY, assistant_model=copy.deepcopy(model))
+    with pytest.raises(ValueError, match="assistant_early_exit: a composed model cannot stop at a layer"):
+        model.generate(**inputs, **GREEDY, assistant_early_exit=1)
+
+
+def test_embeddings_cannot_hold_a_placeholder_behind_the_table(behind):
+    model, inputs, wide = behind
+    embeds = model.get_input_embeddings()(inputs["input_ids"].clamp(max=299))
+    rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+    told = r"vision: inputs_embeds cannot hold .* id 300 has no row .* pass input_ids, or call resize_token_embeddings\(301\)"
+    for call in (model, lambda **given: model.generate(**given, **GREEDY)):
+        with pytest.raises(ValueError, match=told):
+            call(inputs_embeds=embeds, **rest)
+    found = wide.generate(inputs_embeds=wide.get_input_embeddings()(inputs["input_ids"]), **rest, **GREEDY)
+    assert torch.equal(found, wide.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "top_k": 1, "top_p": 0.5}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}]
+)
+def test_a_first_part_on_disk(tmp_path, options):
+    model, processor = compose_tiny(["clip"])
+    inputs = processor(text="what is <image> what is", images=tiny.image(), return_tensors="pt")
+    options = GREEDY | options
+    expected = model.generate(**inputs, **options)
+    model.save_pretrained(tmp_path / "model")
+    places = {"vision_encoder": "disk", "language_model": "cpu"}
+    loaded = type(model).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    assert next(loaded.parameters()).device.type == "meta" and loaded.device.type == "cpu"
+    assert torch.equal(loaded.generate(**inputs, **options), expected)
