@@ -227,11 +227,7 @@ class MultimodalGenerationMixin:
         names = inspect.signature(super().generate_batch).parameters
         own = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
         # As `generate`: what is not configured is the model's, and keywords are options (transformers drops them).
-        new = {
-            key: x
-            for key, x in kwargs.items()
-            if not hasattr(generation_config, key) or getattr(generation_config, key) != x
-        }
+        new = {key: value for key, value in kwargs.items() if getattr(generation_config, key, None) is not value}
         generation_config, rest = self._prepare_generation_config(generation_config, **new)
         check_text_requests(self, inputs, rest)
         for key in GENERATE_ALONE:
@@ -253,6 +249,8 @@ class MultimodalGenerationMixin:
         """As in transformers; where the keys in the cache are of no use any more, the whole row is run again."""
         # Sampling and beams hand these on to `forward`, which no model reads them in.
         kwargs = {key: value for key, value in kwargs.items() if key not in TOKENIZERS} | {"cache": cache}
+        if "assistant_model" in kwargs:  # which greedy search and sampling keep to themselves
+            raise ValueError("assistant_model cannot draft tokens for beams: leave it out, or num_beams.")
         cache = take_cache(kwargs, ("cache", CACHE or "cache"))  # by this version's name, or by ours
         past = cached_length(cache)
         if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):

@@ -595,6 +595,8 @@ def test_drafts_that_cannot_see_the_items_are_refused(behind):
     rest = {key: value for key, value in inputs.items() if key != "pixel_values"} | given
     with pytest.raises(ValueError, match="assistant_model: vision: .* got mm_encoder_outputs of this model"):
         model.generate(**rest, **GREEDY, assistant_model=copy.deepcopy(model))
+    with pytest.raises(ValueError, match="assistant_model cannot draft tokens for beams"):
+        model.generate(**inputs, **GREEDY, num_beams=2, assistant_model=copy.deepcopy(model))
     with pytest.raises(ValueError, match="assistant_early_exit: a composed model cannot stop at a layer"):
         model.generate(**inputs, **GREEDY, assistant_early_exit=1)
 
