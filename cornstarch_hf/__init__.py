@@ -1,6 +1,6 @@
 """Compose a multimodal LLM from any HuggingFace encoders and any HuggingFace causal language model.
 
-Importing this registers the composed model with transformers' Auto classes, and in the static tables of its tools.
+Importing this registers the composed model with transformers' Auto classes.
 """
 
 from transformers import (
@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.models.auto import modeling_auto
 
 from .assembly import compose
 from .configuration_multimodal import MultimodalConfig
@@ -43,10 +42,6 @@ __version__ = "0.1.0"
 # Their files register them as projection types.
 REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
-# `register` does not fill these: Trainer, pipelines and `transformers serve` read the names alone.
-STATIC_TABLES = tuple(
-    f"MODEL_FOR_{task}_MAPPING_NAMES" for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
-)
 
 
 def register_auto_classes() -> None:
@@ -59,8 +54,6 @@ def register_auto_classes() -> None:
     AutoModel.register(PrecomputedFeaturesConfig, PrecomputedFeatures, exist_ok=True)
     AutoFeatureExtractor.register(PrecomputedFeaturesConfig, PrecomputedFeaturesProcessor, exist_ok=True)
     AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
-    for table in STATIC_TABLES:
-        getattr(modeling_auto, table).setdefault(MultimodalConfig.model_type, MultimodalModel.__name__)
 
 
 def __getattr__(name: str):

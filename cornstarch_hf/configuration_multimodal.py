@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .configuration_projector import MultimodalProjectorConfig
 from .limits import check_count
@@ -28,6 +29,9 @@ from .parts.classes import (
 from .parts.registries import last_definition
 from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
 
+STATIC_TABLES = tuple(
+    f"MODEL_FOR_{task}_MAPPING_NAMES" for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+)
 MEDIA_KINDS = ("image", "video", "audio")
 FORMAT_VERSION = 1  # rises when older versions could no longer read what is saved
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -306,3 +310,9 @@ def validate_encoder_names(names: list[str]) -> None:
             if key in taken:
                 raise ValueError(f"The encoder name {name!r} collides with {taken[key]}: both need {key!r}.")
         taken |= dict.fromkeys(derived, f"the encoder {name!r}")
+
+
+# Trainer, pipelines and `transformers serve` read the names alone, which no Auto class's `register` fills.  It is done here, so
+# that a checkpoint's own code does it too: `serve` looks before it has asked for the model's class.
+for _table in STATIC_TABLES:
+    getattr(modeling_auto, _table).setdefault(MultimodalConfig.model_type, "MultimodalModel")

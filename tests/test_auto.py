@@ -7,7 +7,6 @@ from transformers.models.auto import modeling_auto
 
 from cornstarch_hf import (
     MODEL_CLASSES,
-    STATIC_TABLES,
     MultimodalConfig,
     MultimodalModel,
     MultimodalProcessor,
@@ -15,6 +14,7 @@ from cornstarch_hf import (
     MultimodalProjectorConfig,
     register_auto_classes,
 )
+from cornstarch_hf.configuration_multimodal import STATIC_TABLES
 
 
 @pytest.fixture(scope="module")

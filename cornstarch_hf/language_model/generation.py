@@ -28,7 +28,7 @@ from .calling import cache_keyword, cached_length, is_running_state
 from .extra_inputs import crosses_longrope_limit, first_position
 from .merging import cached_columns, check_tensors, group_by_sample, items_behind_cache, without_placeholders
 
-TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # of stop strings, token healing, drafts
+TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # of stop strings, token healing, drafts; `serve` gives the processor
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")  # among the chunks of a prefill; from 5.23 on
 # Options of `generate` that continuous batching passes over.
 GENERATE_ALONE = (
@@ -206,6 +206,7 @@ class MultimodalGenerationMixin:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         check_caches_known()
         cache = take_cache(kwargs)
+        kwargs |= {key: getattr(kwargs[key], "tokenizer", kwargs[key]) for key in TOKENIZERS if key in kwargs}
         return super().generate(*args, **kwargs, **({} if cache is None else {CACHE: cache}))
 
     def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
@@ -352,9 +353,8 @@ class MultimodalGenerationMixin:
         expanded = {}
         for name, output in mm_encoder_output.items():
             name = self._named(name)
-            groups = group_by_sample(
-                output.pooler_output, masks[name].sum(-1).tolist()
-            )  # batch x items of (n_i, hidden)
+            counts = masks[name].sum(-1).tolist()
+            groups = group_by_sample(output.pooler_output, counts)  # batch x items of (n_i, hidden)
             items = list(chain.from_iterable(group * expand_size for group in groups))  # of batch * expand_size rows
             expanded[name] = type(output)(pooler_output=items)
         return expanded

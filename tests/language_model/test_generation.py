@@ -354,6 +354,8 @@ def test_stop_strings_and_tokenizers_stay_out_of_the_model(pair, options):
     stopped = model.generate(**inputs, **options, stop_strings=[stop], tokenizer=processor.tokenizer)
     if "num_beams" not in options:  # of which some go on
         assert torch.equal(stopped, free[:, : length + words.index(stop) + 1])
+    by_processor = model.generate(**inputs, **options, stop_strings=[stop], tokenizer=processor)  # as `serve` calls it
+    assert torch.equal(by_processor, stopped)
     unused = model.generate(**inputs, **options, tokenizer=processor.tokenizer, assistant_tokenizer=processor.tokenizer)
     assert torch.equal(unused, free)
 
