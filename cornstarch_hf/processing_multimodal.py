@@ -217,10 +217,11 @@ class MultimodalProcessor(ProcessorStorage):
         entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
         taken = entry["input_names"].values()
         masked = entry["trim"] or any(parameter.endswith("features_mask") for parameter in taken)
+        maskless = not any(parameter.endswith("mask") for parameter in taken)
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
         own, kind = self.processors[name], entry["kind"]
         with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
-            return run_subprocessor(own, name, kind, items, options, config, masked, prepared)
+            return run_subprocessor(own, name, kind, items, options, config, masked, prepared, maskless)
 
     def apply_chat_template(
         self, conversation, chat_template: str | None = None, tools=None, documents=None,

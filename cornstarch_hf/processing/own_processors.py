@@ -160,10 +160,12 @@ def _floats(item: Any, where: str, keys: tuple[str, ...], rounded: bool = False)
             raise ValueError(f"{where}: the list does not hold rows of numbers of one length ({error}).") from error
     if not isinstance(item, (np.ndarray, torch.Tensor)):
         raise TypeError(f"{where}: expected numbers (array, tensor, list), got {type(item).__name__}.")
-    if isinstance(item, np.ndarray) and item.dtype.kind not in "fiu":
-        raise TypeError(f"{where}: expected numbers, got an array of {item.dtype}.")
-    # torch takes no arrays with negative strides, such as reversed ones.
-    values = torch.as_tensor(np.ascontiguousarray(item)) if isinstance(item, np.ndarray) else item.detach().cpu()
+    if isinstance(item, np.ndarray):
+        if item.dtype.kind not in "fiu" or item.dtype.itemsize > 8:
+            raise TypeError(f"{where}: expected numbers, got an array of {item.dtype}: convert it to float32.")
+        # A copy: torch takes no negative strides, also along an axis of one entry, and no other order of bytes.
+        item = torch.from_numpy(item.astype(item.dtype.newbyteorder("="), order="C"))
+    values = item.detach().cpu()
     if rounded and values.dtype is not torch.bool and not values.is_complex():
         values = values.to(torch.float32)
     if values.dtype not in (torch.float16, torch.bfloat16, torch.float32):

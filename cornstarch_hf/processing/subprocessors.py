@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -98,6 +99,7 @@ def run_subprocessor(
     encoder_config: Any,
     masked: bool = False,
     prepared: bool = False,
+    maskless: bool = False,
 ) -> dict[str, Any]:
     """The tensors of one modality's items, by the names that its processor emits; refuses what cannot be used as it is.
 
@@ -105,6 +107,7 @@ def run_subprocessor(
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
         masked: whether a mask tells the encoder which features are valid also where they are padded to a window.
         prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
+        maskless: whether the encoder takes no mask, so that sounds and texts of one call must have one length.
     """
     options = dict(options)
     # Image processors and feature extractors of transformers, this package's own, tokenizers; then somebody's callable.
@@ -124,9 +127,12 @@ def run_subprocessor(
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
         options = _audio_options(processor, name, items, options, masked) | options
-        return _called(processor, name, items, options)
+        return _run_on_sounds(processor, name, items, options, maskless)
     if isinstance(processor, PreTrainedTokenizerBase):
-        return _tensors(run_tokenizer(processor, name, items, options, encoder_config), name)
+        output = run_tokenizer(processor, name, items, options, encoder_config)
+        if maskless and (mask := output.get("attention_mask")) is not None:
+            _refuse_uneven(processor, name, mask.sum(-1).tolist())
+        return _tensors(output, name)
     # A callable of somebody's own checks nothing: the number of frames at least is bounded.
     for i, item in enumerate(items) if kind == "video" else ():
         frames = len(item) if hasattr(item, "__len__") and not isinstance(item, (str, bytes)) else 0
@@ -160,6 +166,38 @@ def _run_on_images(processor: Any, name: str, items: list, options: Mapping, pre
     return {k: v.flatten(0, 1) if v.ndim >= 4 and v.shape[1] == 1 else v for k, v in together.items()}
 
 
+def _run_on_sounds(processor: Any, name: str, items: list, options: Mapping, maskless: bool) -> dict[str, Any]:
+    """Tensors with one row per sound, each processed alone and then filled up on the right to one size.
+
+    In a batch some extractors of transformers take what follows a sound for sound, or round otherwise.
+    """
+    alone = [_called(processor, name, [item], options, first=i) for i, item in enumerate(items)]
+    if maskless or options.get("padding") is False or not any(key.endswith("mask") for key in alone[0]):
+        _refuse_uneven(processor, name, [tuple(next(iter(one.values())).shape[1:]) for one in alone])
+    found = {}
+    for key in alone[0]:
+        rows = [one[key] for one in alone]
+        size = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
+        blank = 0 if key.endswith("mask") else getattr(processor, "padding_value", 0.0)
+        # As `pad` wants it: (before, behind) of each axis, the last one first.
+        behind = [
+            [n for most, own in zip(size, row.shape[1:], strict=True) for n in (most - own, 0)][::-1] for row in rows
+        ]
+        found[key] = torch.cat([pad(row, around, value=blank) for row, around in zip(rows, behind, strict=True)])
+    return found
+
+
+def _refuse_uneven(processor: Any, name: str, sizes: list[Any]) -> None:
+    """Refuse items of several sizes (ValueError) where nothing would tell the encoder what they were filled up with."""
+    other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    if other is not None:
+        told = f"{type(processor).__name__} gives sizes of {sizes[0]} for item 0 and {sizes[other]} for item {other}"
+        reason = "no mask would tell its encoder what is padding"
+        raise ValueError(
+            f"{name}, item {other}: {told}, and {reason}: pass items of one length, or each in a call alone."
+        )
+
+
 def check_padding(output: Mapping[str, Any], used: Mapping[str, Any], processor: Any, name: str) -> None:
     """Refuse images that a processor padded to one size where the encoder takes no mask that tells of it (ValueError)."""
     mask = output.get("pixel_mask")
@@ -184,8 +222,8 @@ def _uneven(processor: Any, name: str, shapes: list[Any]) -> str:
     )
 
 
-def _called(processor: Any, name: str, items: list[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors that a processor makes of items; its own errors say which item, or which two, it could not do."""
+def _called(processor: Any, name: str, items: list, options: Mapping[str, Any], first: int = 0) -> dict[str, Any]:
+    """The tensors that a processor makes of items; its own errors say which, counted from `first`, it could not do."""
 
     def tensors(some: list[Any]) -> dict[str, Any]:
         output = processor(some, **{**options, "return_tensors": "pt"})
@@ -203,7 +241,7 @@ def _called(processor: Any, name: str, items: list[Any], options: Mapping[str, A
                 size = tuple(item.shape) if hasattr(item, "shape") else getattr(item, "size", None)
                 size = " x ".join(map(str, size)) if isinstance(size, tuple) and len(size) == 2 else size
                 failure = f"{type(processor).__name__} cannot process it, its size is {size}"
-                raise kind(f"{name}, item {i}: {failure} ({type(cause).__name__}: {cause!s:.300}).") from cause
+                raise kind(f"{name}, item {first + i}: {failure} ({type(cause).__name__}: {cause!s:.300}).") from cause
             shapes.append(tuple(next(iter(one.values())).shape[1:]))
         if len(set(shapes)) > 1:
             raise ValueError(_uneven(processor, name, shapes)) from error

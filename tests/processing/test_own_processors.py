@@ -143,6 +143,17 @@ def test_series_that_cannot_be_used(options, items, error, message):
         TimeSeriesProcessor(**options)(items, name="s")
 
 
+@pytest.mark.parametrize("change", [lambda x: x[::-1], lambda x: x.astype(">f4"), lambda x: np.broadcast_to(x, (1, 3))])
+def test_arrays_that_lie_in_memory_as_torch_takes_none(change):
+    array = change(
+        np.arange(3, dtype=np.float32)[None]
+    )  # (1, 3): reversed along an axis of one entry, in another order of bytes
+    (features,) = PrecomputedFeaturesProcessor(3)([array])["features"]
+    assert features.tolist() == [[0.0, 1.0, 2.0]] and features.dtype is torch.float32
+    with pytest.raises(TypeError, match="s, item 1: expected numbers, got an array of .*128: convert it to float32"):
+        PrecomputedFeaturesProcessor(3)([array, array.astype(np.longdouble)], name="s")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from catalog_processors import SOUNDS, build_processor
 from helpers import compose_tiny
 from PIL import Image
 from transformers import (
     CLIPProcessor,
+    DacFeatureExtractor,
     DetrImageProcessorPil,
     Gemma3nAudioFeatureExtractor,
     GLPNImageProcessorPil,
@@ -325,3 +327,36 @@ def test_what_a_processor_makes_infinite_is_refused_with_the_item():
         pytest.raises(ValueError, match="vision, item 0: its processor gave pixel_values with .*not finite"),
     ):
         processor(text="<image>", images=tiny.image(), return_tensors="pt")
+
+
+@pytest.mark.parametrize("name", ["Gemma3nAudio", "Parakeet", "SeamlessM4T", "Speech2Text", "Wav2Vec2"])
+def test_sounds_in_a_batch_give_what_they_give_alone(name):
+    key = f"{name}FeatureExtractor"
+    extractor = build_processor(key, SOUNDS[key])
+    sounds, rate = [tiny.sound(i, n) for i, n in enumerate((1000, 6000, 3111))], {"sampling_rate": 16_000}
+    batch = run_subprocessor(extractor, "audio", "audio", sounds, rate, None)
+    for i, sound in enumerate(sounds):
+        alone = run_subprocessor(extractor, "audio", "audio", [sound], rate, None)
+        for key, (value,) in alone.items():  # (length, ...), in the batch with padding behind
+            row = batch[key][i]
+            assert torch.equal(row[: len(value)], value) and (not key.endswith("mask") or not row[len(value) :].any())
+
+
+def test_items_of_several_lengths_for_an_encoder_without_a_mask():
+    extractor, sounds = DacFeatureExtractor(sampling_rate=16_000, hop_length=8), [tiny.sound(0), tiny.sound(1, 2000)]
+
+    def run(items, processor=extractor, kind="audio", **options):
+        return run_subprocessor(processor, "x", kind, items, options, tiny.esm().config, maskless=True)
+
+    with pytest.raises(
+        ValueError, match=r"x, item 1: DacFeature.* \(1600,\) for item 0 and \(2000,\) for item 1.*no mask"
+    ):
+        run(sounds, sampling_rate=16_000)
+    assert run([sounds[0]] * 2, sampling_rate=16_000)["input_values"].shape == (2, 1, 1600)
+    with pytest.raises(
+        ValueError, match="x, item 1: .*TokenizersBackend gives sizes of 3 for item 0 and 2 for item 1.*no mask"
+    ):
+        run(["LAG", "LA"], tiny.protein_tokenizer(), "text")
+    options = {"sampling_rate": 16_000, "return_attention_mask": False}
+    with pytest.raises(ValueError, match="audio, item 1: Wav2Vec2.*no mask"):  # that the caller turned off
+        run_subprocessor(tiny.wav2vec2_processor(), "audio", "audio", sounds, options, None)

@@ -1,0 +1,107 @@
+"""What is put into a random call so that it must be refused, and who must be named.  A plain module, no tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from fuzz_calls import Call, Wrong
+from fuzz_forms import UNMENDED, UNUSABLE
+
+
+def spoil(call: Call) -> None:
+    """Make a call wrong in one way (in place)."""
+    ways = [_item, _item, _placeholder, _option] if call.turns is None else [_item, _option]
+    call.chance.choice(ways)(call)
+
+
+def _item(call: Call) -> None:
+    filled = [(slot, i) for slot, rows in call.forms.items() for i, row in enumerate(rows) if row]
+    if not filled:
+        return _option(call)
+    slot, sample = call.chance.choice(filled)
+    position, kind = call.chance.randrange(len(call.forms[slot][sample])), call.kind(slot)
+    what = call.chance.choice(list(UNUSABLE[kind]))
+    call.forms[slot][sample][position] = UNUSABLE[kind][what]()
+    number = sum(map(len, call.forms[slot][:sample])) + position
+    call.wrong = Wrong(f"{kind}: {what}", call.slots[slot][0], sample, number)
+
+
+def _placeholder(call: Call) -> None:
+    """One placeholder more, or one less, than there are items."""
+    slot, sample = call.chance.choice(list(call.slots)), call.chance.randrange(len(call.samples))
+    written = [s for s in call.samples[sample] if not isinstance(s, str) and s[0] == slot]
+    if written and call.chance.random() < 0.5:
+        call.samples[sample].remove(written[-1])
+    else:
+        call.samples[sample].append((slot, 0))
+    call.wrong = Wrong("placeholders", call.slots[slot][0], sample)
+
+
+def _put(key: str, value: Any) -> Callable[[dict], dict]:
+    return lambda keywords: {**keywords, key: value}
+
+
+# Keywords that must be refused: a word of the message, and the value.
+OPTIONS: list[tuple[str, str, Any]] = [
+    ("unknown", "unknown_keyword", 5),
+    ("adding", "padding", "sideways"),
+    ("adding", "padding", 5),
+    ("adding", "padding_side", "middle"),
+    ("truncat", "truncation", "sometimes"),
+    ("", "return_tensors", "xx"),
+    ("", "max_length", "long"),
+    ("", "pad_to_multiple_of", 0),
+    ("", "pad_to_multiple_of", "eight"),
+    ("text_kwargs", "text_kwargs", 5),
+    ("unknown_option", "text_kwargs", {"unknown_option": 5}),
+    ("missing", "encoder_inputs", {"missing": {"images": []}}),
+    ("encoder_inputs", "encoder_inputs", [1]),
+    ("llm_inputs", "llm_inputs", 5),
+    ("unknown_option", "llm_inputs", {"unknown_option": 5}),
+]  # fmt: skip
+TEXTS: list[Any] = [
+    5,
+    [5],
+    [None],
+    b"text",
+    {"a": "b"},
+    [["text"]],
+    [],
+    np.array(["text"]),
+    torch.tensor([1]),
+    object(),
+]
+if UNMENDED:
+    OPTIONS = [
+        o
+        for o in OPTIONS
+        if o[1] not in ("padding_side", "pad_to_multiple_of", "encoder_inputs", "llm_inputs", "text_kwargs")
+    ]
+# Of these the value alone is judged: done or refused, by ValueError or TypeError.
+EITHER: list[tuple[str, Any]] = [
+    ("max_length", 0), ("max_length", -1), ("max_length", 5.5), ("stride", 3), ("padding", None), ("truncation", None),
+    ("pad_to_multiple_of", -8), ("return_attention_mask", False), ("return_offsets_mapping", True), ("split_special_tokens", True),
+    ("return_tensors", None), ("text_kwargs", None), ("encoder_inputs", {}), ("llm_inputs", {}), ("images", []), ("audio", [[]]),
+    ("videos", ()), ("sampling_rate", "16000"), ("sampling_rate", 16000.0), ("sampling_rate", None), ("sampling_rate", -1),
+    ("images_kwargs", {"unknown_option": 1}), ("videos_kwargs", {"do_rescale": False}), ("audio_kwargs", None), ("padding", "do_not_pad"),
+]  # fmt: skip
+if UNMENDED:
+    EITHER = [(key, value) for key, value in EITHER if value not in (-1, 0, 5.5, -8)]
+
+
+def _option(call: Call) -> None:
+    draw = call.chance.random()
+    if draw < 0.45:
+        plain = (
+            UNMENDED and call.turns is not None
+        )  # there an unknown keyword is a variable that the template does not read
+        word, key, value = call.chance.choice(OPTIONS[1:] if plain else OPTIONS)
+        call.wrong, change = Wrong(f"{key}={value!r}", words=word), _put(key, value)
+    elif draw < 0.6 and call.turns is None and not UNMENDED:
+        value = call.chance.choice(TEXTS)
+        call.wrong, change = Wrong(f"text={value!r}", words="text"), _put("text", value)
+    else:
+        key, value = call.chance.choice(EITHER)
+        call.wrong, change = Wrong(f"maybe {key}={value!r}"), _put(key, value)
+    call.change = change
