@@ -7,7 +7,8 @@ import pytest
 from templates import PARTS, STRINGS
 
 from cornstarch_hf.processing.assistant_turns import assistant_spans
-from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE, ConversationReader, render
+from cornstarch_hf.processing.conversations import ConversationReader
+from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE, render
 
 COUNTS = "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 NO_PROMPT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

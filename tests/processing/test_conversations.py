@@ -3,17 +3,10 @@
 import pytest
 from templates import PARTS, STRINGS
 
-from cornstarch_hf.processing.conversations import (
-    DEFAULT_TEMPLATE,
-    ConversationReader,
-    handles_parts,
-    handles_strings,
-    is_batch,
-    refuse_typed,
-    render,
-    template_writes_placeholder,
-)
+from cornstarch_hf.processing.conversations import ConversationReader, is_batch, refuse_typed
 from cornstarch_hf.processing.placeholder_text import occurrences
+from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE, render
+from cornstarch_hf.processing.template_probes import forms, writes_placeholder
 
 STRICT = (
     "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}"
@@ -38,16 +31,15 @@ def read(content, template=STRINGS):
 def test_templates_of_both_sorts_are_told_apart():
     found = {
         t: (
-            handles_parts(t),
-            template_writes_placeholder(t, "image", "<image>"),
-            template_writes_placeholder(t, "audio", "<audio>"),
+            "parts" in forms(t, "user"),
+            writes_placeholder(t, "user", "image", "<image>"),
+            writes_placeholder(t, "user", "audio", "<audio>"),
         )
         for t in (STRINGS, PARTS)
     }
     assert found == {STRINGS: (False, False, False), PARTS: (True, True, False)}
-    assert (
-        not handles_parts(DEFAULT_TEMPLATE) and not handles_parts(STRICT) and not handles_parts("{{ nothing.at.all }}")
-    )
+    assert forms(DEFAULT_TEMPLATE, "user") == forms(STRICT, "user") == {"string"}
+    assert forms("{{ nothing.at.all }}", "user") is None
 
 
 @pytest.mark.parametrize("template", [STRINGS, PARTS, DEFAULT_TEMPLATE, STRICT])
@@ -116,7 +108,8 @@ def test_parts_without_an_item_are_filled_in_order():
 
 def test_strings_become_parts_where_a_template_loses_strings():
     only = "{% for m in messages %}{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endfor %}"
-    assert handles_parts(only) and not handles_strings(only) and handles_strings(PARTS) and handles_strings(STRINGS)
+    assert "string" not in forms(only, "user") and "parts" in forms(only, "user")
+    assert "string" in forms(PARTS, "user") and "string" in forms(STRINGS, "user")
     assert render(read("hello", only)[0], only)[0] == "hello"
     assert read("hello", PARTS)[0][0]["content"] == read("hello", STRICT)[0][0]["content"] == "hello"
 

@@ -6,8 +6,8 @@ import pytest
 import templates
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE
-from cornstarch_hf.processing.conversations import render as render_template
+from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE
+from cornstarch_hf.processing.rendering import render as render_template
 from cornstarch_hf.processing.template_sandbox import _METHODS, REFUSED_FILTERS, BoundedEnvironment, plain
 
 MESSAGES = [
