@@ -26,6 +26,7 @@ from ..limits import cap, check
 REFUSED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _BITS = 4096  # of an integer that a template computes
 _WIDTH = 10_000  # of a padded or indented string
+_ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89a-f][0-9a-f]{2})")  # behind an even number of backslashes
 Spans = list[tuple[int, int]]
 
 
@@ -223,8 +224,18 @@ def _made(value: Any) -> Any:
     return value
 
 
+def _text(value: Any) -> Any:
+    """What is written out: containers as Python prints them, but for marks, halves of surrogate pairs, which it escapes."""
+    printed = isinstance(_made(value), (Mapping, list, tuple, MappingView))
+    return _ESCAPED.sub(lambda found: found[1] + chr(int(found[2], 16)), str(value)) if printed else value
+
+
 def _strings(parts: list[Any]) -> str:
-    return "".join(str(part) for part in _made(parts))
+    return "".join(str(_text(part)) for part in _made(parts))
+
+
+def _as_string(value: Any) -> str:
+    return str(_text(value))
 
 
 def _compared(value: Any) -> Any:
@@ -252,7 +263,7 @@ class _Counted(NodeTransformer):
                 return _by(_strings, nodes.List(node.nodes).set_lineno(node.lineno))
             case nodes.Output():  # {{ a }}; text of the template itself stays
                 fixed = (nodes.TemplateData, nodes.Const)
-                node.nodes = [child if isinstance(child, fixed) else _by(_made, child) for child in node.nodes]
+                node.nodes = [child if isinstance(child, fixed) else _by(_text, child) for child in node.nodes]
             case nodes.Compare():  # a == b, a in b
                 for owner in (node, *node.ops):
                     owner.expr = owner.expr if isinstance(owner.expr, nodes.Const) else _by(_compared, owner.expr)
@@ -303,13 +314,16 @@ def _as_json(value: Any, ensure_ascii: bool = False, *given: Any, **named: Any) 
     )
 
 
+_OWN = {"tojson": _as_json, "string": _as_string}
+
+
 @functools.cache
 def _tables() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The filters, tests and globals that transformers' chat templates find, bounded."""
     theirs = _compile_jinja_template("").environment
-    filters = {n: _bounded_filter(n, f) for n, f in (theirs.filters | {"tojson": _as_json}).items()}
+    filters = {n: _bounded_filter(n, f) for n, f in (theirs.filters | _OWN).items()}
     filters = {n: f for n, f in filters.items() if n not in REFUSED_FILTERS}
-    filters |= {function.__name__: function for function in (_loop, _strings, _made, _compared, _part)}
+    filters |= {function.__name__: function for function in (_loop, _strings, _made, _text, _compared, _part)}
     tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}
     return filters, tests, {name: value for name, value in theirs.globals.items() if name != "lipsum"}  # endless text
 
