@@ -269,10 +269,12 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
                 if call.get(name) is not None:
                     raise ValueError(f"{name}: its items were given twice, in the messages and by name.")
                 call[name] = [found.get(name, []) for found in media]  # a list for each text
-        llm = dict(call.pop("llm_inputs", None) or {})
-        if "text" in llm:
-            raise ValueError("llm_inputs: the text is that of the conversation, leave out its 'text'.")
-        llm |= {"text": [MarkedText(text) for text in texts]}
+        llm = call.pop("llm_inputs", None) or {}
+        if not isinstance(llm, dict) or "text" in llm:
+            raise ValueError(
+                "llm_inputs must be a dict of the tokenizer's options: the text is that of the conversation."
+            )
+        llm = llm | {"text": [MarkedText(text) for text in texts]}
         llm |= {} if spans[0] is None else {"assistant_spans": spans}
         return self(llm_inputs=llm, **self.bos_options(texts[0]) | call)  # what the caller says wins
 

@@ -134,7 +134,11 @@ class ConversationReader:
         if part["type"] == "text":
             if not isinstance(text := part.get("text"), str):
                 raise ValueError(f"A part of type 'text' must have a string as its 'text', got {text!r:.100}.")
-            return {k: self._marked(v) for k, v in part.items() if v is not None}  # a table's gaps go
+            media_keys = {*self.kinds, *self.kinds.values(), "image_url"} - {"text"}
+            if held := sorted(key for key in media_keys if not _is_gap(part.get(key))):
+                raise ValueError(f"A part of type 'text' has an item as its {held}: give it a part of its own.")
+            # A table fills keys of other parts in; templates ask for some of them.
+            return {k: self._marked(v) for k, v in part.items() if k not in media_keys and v is not None}
         kind = "image" if part["type"] == "image_url" else part["type"]  # OpenAI's word for it
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
@@ -164,6 +168,11 @@ def check_calls(calls: Any) -> None:
             raise ValueError(f"Each of 'tool_calls' must be like {wanted}, got {calls!r:.200}.")
 
 
+def _is_gap(value: Any) -> bool:
+    """Whether this is what a table has where nothing was: None, or a struct of such."""
+    return value is None or (isinstance(value, Mapping) and all(v is None for v in value.values()))
+
+
 def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
     """What a media part holds: under its type or kind, or as url, path or base64; None for a bare placeholder."""
     if part["type"] == "image_url":
@@ -171,8 +180,8 @@ def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
         return value.get("url") if isinstance(value, Mapping) else value
     for key in (*kinds, "bytes", "url", "path", "base64", "data", "array"):
         value = part.get(key)
-        if value is None or (isinstance(value, Mapping) and all(v is None for v in value.values())):
-            continue  # a table's gap, or a struct of gaps
+        if _is_gap(value):
+            continue
         rates = {key: part[key] for key in ("sampling_rate", "fps") if part.get(key) is not None}
         return value if not rates or isinstance(value, (str, bytes, Mapping)) else {"array": value, **rates}
     return None

@@ -151,6 +151,8 @@ def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) 
         position = end
     row: dict[str, list] = {"input_ids": ids + suffix, "offset_mapping": offsets + [(0, 0)] * len(suffix)}
     row["assistant_masks"] = mask + [0] * len(suffix)
+    if options.get("return_token_type_ids", "token_type_ids" in tokenizer.model_input_names):
+        row["token_type_ids"] = _token_types(tokenizer, prefix, len(ids) - len(prefix), suffix)
     limit = options.get("max_length")
     if options.get("truncation") and limit is not None and len(row["input_ids"]) > limit:
         left = tokenizer.truncation_side == "left"  # which side goes
@@ -187,6 +189,14 @@ def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
+
+
+def _token_types(tokenizer, prefix: list[int], size: int, suffix: list[int]) -> list[int]:
+    """The types that a tokenizer gives the ids of one text: before it, of `size` ids in it, and behind it."""
+    framed = bool(prefix or suffix)
+    types = tokenizer("a", add_special_tokens=framed, return_token_type_ids=True)["token_type_ids"]
+    inside = types[len(prefix)]
+    return types[: len(prefix)] + [inside] * size + types[len(types) - len(suffix) :]
 
 
 def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | None:

@@ -169,8 +169,9 @@ def test_pictures_beside_a_chat_without_a_place_for_them(processor):
     placed[0]["content"][0]["image"] = tiny.image()
     held = processor.apply_chat_template(placed, tokenize=True, return_dict=True, return_tensors="pt")
     assert all(torch.equal(given[key], held[key]) for key in held)
-    with pytest.raises(ValueError, match="llm_inputs: the text is that of the conversation"):
-        told(processor, llm_inputs={"text": "x"})
+    for wrong in ({"text": "x"}, 5):
+        with pytest.raises(ValueError, match="llm_inputs must be a dict .*: the text is that of the conversation"):
+            told(processor, llm_inputs=wrong)
     assert told(processor, llm_inputs={"truncation": True, "max_length": 3}) == told(
         processor, truncation=True, max_length=3
     )
@@ -222,3 +223,11 @@ def test_calls_of_tools_are_written_or_refused(processor):
             processor.apply_chat_template([TALK[0], call], **options)
     writes = "{% for m in messages %}{{ m.content }}{{ m.tool_calls if m.tool_calls }}{% endfor %}"
     assert processor.apply_chat_template([TALK[0], call], chat_template=writes) == f"a</s>b{[TOOL]}"
+
+
+def test_columns_of_tokens_are_there_for_typed_and_plain_texts_alike(processor):
+    batch = [[{"role": "user", "content": content}] for content in ("<image>", "x")]
+    options = {"tokenize": True, "return_dict": True, "padding": True, "return_tensors": "pt"}
+    out = processor.apply_chat_template(batch, **options, return_token_type_ids=True)
+    assert out["token_type_ids"].shape == out["input_ids"].shape and not out["token_type_ids"].any()
+    assert "token_type_ids" not in processor.apply_chat_template(batch, **options, return_token_type_ids=False)

@@ -284,7 +284,7 @@ def test_messages_that_are_none(message, error, match):
 
 
 def test_keys_of_a_text_part_reach_the_template_but_not_the_gaps_of_a_table():
-    part = {"type": "text", "text": "a", "tone": "<image>", "image": None}
+    part = {"type": "text", "text": "a", "tone": "<image>", "image": None, "audio": {"bytes": None}}
     assert read([part], PARTS)[0][0]["content"] == [
         {"type": "text", "text": "a", "tone": mark_typed("<image>", ["<image>"])}
     ]
@@ -344,6 +344,11 @@ def test_a_template_is_one_or_the_name_of_one():
         ([{"text": "x"}], TypeError, "a dict with a 'type', got {'text': 'x'}"),
         ([3], TypeError, "got 3"),
         ([{"type": "text", "text": None}], ValueError, "a string as its 'text', got None"),
+        (
+            [{"type": "text", "text": "a", "image": ITEM}],
+            ValueError,
+            r"an item as its \['image'\]: give it a part of its own",
+        ),
     ],
 )
 def test_parts_that_are_none(content, error, message):
