@@ -1,8 +1,8 @@
-"""Finds where the assistant's turns are in the text of a conversation, which `conversations` renders.
+"""Finds where the assistant's turns are in the text of a conversation, which `rendering` renders.
 
 A turn is what the template writes for an assistant's message behind the generation prompt: reasoning, text, tool calls,
 and the marker that ends the turn, so that a model learns to stop.  A template with generation marks says so itself.
-Without them the conversation is rendered with bookends, characters of a private plane around what each message says, of
+Without them the conversation is rendered with bookends around what each message says, characters that no text has, of
 which « and » stand for one pair here, and ↵ for a line break:
 
     <|im_start|>user↵«5+2?»<|im_end|>↵<|im_start|>assistant↵«seven»<|im_end|>↵<|im_start|>user↵«and?»<|im_end|>↵
@@ -18,24 +18,22 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .conversations import (
-    FIRST_BOOKEND,
-    GENERATION,
-    LAST_BOOKEND,
-    TEMPLATE_ERRORS,
-    bookends,
-    call_with_bookend,
-    check_tool_calls,
-    render,
-)
+from .rendering import GENERATION, TEMPLATE_ERRORS, render
+from .template_probes import bookends, call_with_bookend, check_written, said
 
-_BOOKEND = re.compile(f"[{chr(FIRST_BOOKEND)}-{chr(LAST_BOOKEND)}]")
+_BOOKEND = re.compile("[\ud800-\udbff][\udc00-\uddff]")
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."
 Spans = list[tuple[int, int]]
 
 
 def assistant_spans(
-    messages: list[dict], template: str, *, first: int = 0, specials: Sequence[str] = (), **variables: Any
+    messages: list[dict],
+    template: str,
+    *,
+    first: int = 0,
+    specials: Sequence[str] = (),
+    add_generation_prompt: bool = False,
+    **variables: Any,
 ) -> tuple[str, Spans]:
     """The text of a conversation and the character spans that the assistant wrote.
 
@@ -46,13 +44,29 @@ def assistant_spans(
         messages: as `conversations.ConversationReader` reads them.
         first: the first message whose turn counts; earlier ones are context.
         specials: special tokens, which tell where a turn ends in templates that end a conversation otherwise than a turn.
+        add_generation_prompt: begin one more turn behind the conversation.
     """
-    variables |= {"add_generation_prompt": False}
+    check_written(messages, template, variables)
     marked = bool(GENERATION.search(template))
-    text, spans = render(messages, template, mark_assistant=marked, **variables)
-    check_tool_calls(messages, template, variables)
+    grown, spans = render(
+        messages, template, mark_assistant=marked, add_generation_prompt=add_generation_prompt, **variables
+    )
     if marked and first == 0:
-        return text, spans  # the template's own word, for the whole conversation
+        return grown, spans  # the template's own word, for the whole conversation
+    text = render(messages, template, **variables)[0] if add_generation_prompt else grown
+    spans = _found_spans(messages, template, text, first, specials, variables)
+    end = spans[-1][1] if spans else 0
+    if not grown.startswith(text[:end]):
+        raise ValueError(
+            "The chat template ends the last turn otherwise where add_generation_prompt begins another one."
+        )
+    return grown, spans
+
+
+def _found_spans(
+    messages: list[dict], template: str, text: str, first: int, specials: Sequence[str], variables: dict[str, Any]
+) -> Spans:
+    marked = bool(GENERATION.search(template))
     problem: Exception | None = None
     undisturbed = False
     for around in ("all", "spoken", "none"):  # templates may treat an empty message otherwise than one with bookends
@@ -65,7 +79,7 @@ def assistant_spans(
                 continue
             undisturbed = True
             found = turns.by_generation_marks(first) if marked else turns.by_bookends(first, specials)
-            return text, [(len(turns.plain(a)), len(turns.plain(b))) for a, b in found]
+            return [(len(turns.plain(a)), len(turns.plain(b))) for a, b in found]
         except TEMPLATE_ERRORS as error:
             problem = problem or error
     lack = "does not tell which turns are the completion's" if marked else "has no generation marks"
@@ -168,13 +182,14 @@ class _Turns:
             return 0, "", text
         if self.whole.count(bookend := found[-1][0]) != 1:
             raise self._lost(index)
-        return self.whole.index(bookend) + 1, bookend, text[found[-1].end() :]  # a bookend is one character
+        return self.whole.index(bookend) + len(bookend), bookend, text[found[-1].end() :]
 
     def _lead(self, index: int, at: int) -> str:
         """What the template writes from a position to the text of a message."""
         bookend, text = bookends(index)[0], self.whole
         if not self.has_bookends or text.count(bookend) != 1:  # it says nothing: where would its text be?
-            probe = {"role": self.messages[index]["role"], "content": bookend + "probe"}
+            role = self.messages[index]["role"]
+            probe = {"role": role, "content": said(self.template, role, bookend + "probe", self.variables)}
             others = [*self.messages[:index], probe, *self.messages[index + 1 :]]
             text, _ = render(others, self.template, **self.variables)
         if text.count(bookend) != 1 or text.index(bookend) < at or not text.startswith(self.whole[:at]):

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import BatchFeature
 
 from ..configuration_multimodal import MultimodalConfig
-from .placeholder_text import Spans, encode, expand, occurrences, pad_rows
+from .placeholder_text import MarkedText, Spans, check_text, encode, expand, occurrences, pad_rows
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}  # keyword of `__call__` for items of each kind
 # Names under which a modality's processor may take its items.
@@ -130,10 +130,13 @@ def encode_texts(
 
 
 def check_items(texts: list[str], tokens: Mapping[str, str], counts: Mapping[str, int], samples: Mapping) -> None:
-    """Refuse texts with other than one placeholder for each item (ValueError with both numbers).
+    """Refuse texts that are none, or with other than one placeholder for each item (ValueError with both numbers).
 
     `counts` tells how many items each modality has, `samples` how many of them belong to each text where that was given.
     """
+    for sample, text in enumerate(texts):
+        if not isinstance(text, MarkedText):
+            check_text(text, f"sample {sample}: ")
     found = [occurrences(text, list(tokens.values())) for text in texts]
     for name, token in tokens.items():
         written, given = [row[token] for row in found], samples.get(name)

@@ -1,39 +1,29 @@
-"""Turns conversations, messages with media parts, into text with placeholders, by any chat template.
+"""Turns conversations, messages with media parts, into messages for a chat template, and what was given for one into options.
 
 Templates written for text alone get each message as one string; templates that know parts get parts, and place the
-media themselves where they can.  `assistant_turns` finds the assistant's turns in what is rendered here.
+media themselves where they can; `template_probes` tells which, for each role.  `rendering` makes the text of the messages,
+`assistant_turns` finds the assistant's turns in it.
 """
 
-import functools
-import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-import jinja2
-from transformers.utils import chat_template_utils
-from transformers.utils.chat_template_utils import get_json_schema
+from .call import PLURALS
+from .placeholder_text import BREAK, check_text, mark_typed, occurrences, token_pattern, unmark
+from .rendering import told, tool_schemas
+from .template_probes import forms, said, silent_content, writes_placeholder
+from .template_sandbox import template_contents
 
-from .placeholder_text import mark_typed, occurrences, unmark
-from .template_sandbox import TemplateLimit, render_template
-
-DEFAULT_TEMPLATE = """\
-{%- for message in messages %}
-{{- message['role'] + ':\\n' }}
-{%- if message['role'] == 'assistant' %}
-{%- generation %}{{ message['content'] }}{{ eos_token or '' }}{% endgeneration %}
-{%- else %}
-{{- message['content'] }}
-{%- endif %}
-{{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
-GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_PROBE = "cornstarchprobe"  # a word that no template writes by itself
-_END = "\ue0c2"  # marks where the last message's content ends, which goes on
-# What a template raises that does not know something, or refuses it.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
+# Names that would not reach a template: this package's own arguments of what renders it.
+RESERVED = frozenset(["messages", "template", "add_generation_prompt", "mark_assistant", "continue_final_message"])
+RESERVED |= {"first", "specials"}
+_NEEDS = {  # what an option is nothing without
+    "return_assistant_tokens_mask": ("tokenize", "return_dict"),
+    **dict.fromkeys(("return_dict", "return_tensors", "sanitize_control_tokens"), ("tokenize",)),
+}
+_CONTRARY = {"add_generation_prompt": "begins a new message", "return_assistant_tokens_mask": "tells whole turns"}
 NO_ITEM = object()  # a part that tells where an item stands, but not which
 
 
@@ -44,53 +34,111 @@ class ConversationReader:
     tokens: Mapping[str, str]  # placeholder token of each modality
     names_of: Callable[[str], list[str]]  # modalities that a part's type means, a name or a kind; ValueError if unclear
     kinds: Mapping[str, str]  # of the modalities
+    control: Sequence[str] = ()  # further tokens that stay text where a user typed them
 
     def read(
-        self, conversation: Sequence[Mapping[str, Any]], template: str, given: Mapping[str, Sequence[Any]] | None = None
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        template: str,
+        given: Mapping[str, Sequence[Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[list[dict], dict[str, list]]:
-        """Messages with typed placeholders marked, and each modality's media, `given` ones for parts without, in order."""
+        """Messages with typed placeholders marked, and each modality's media, `given` ones for parts without, in order.
+
+        `variables`, as `variables` gives them, are what the template gets besides; some take no conversation without.
+        """
+        if not len(conversation):
+            raise ValueError("The conversation is empty.")
         media: dict[str, list] = {name: [] for name in self.tokens}
-        messages = [self._message(message, template, media) for message in conversation]
+        messages, known = [], _Template(template, variables)
+        for index, message in enumerate(conversation):
+            with told(f"message {index}: "):
+                messages.append(self._message(message, known, media))
         for name, items in (given or {}).items():
             bare = sum(item is NO_ITEM for item in media[name])
             if bare != len(items):
                 remedy = f"put a part {{'type': {name!r}}} (or of its kind) for each item where it belongs in 'content'"
-                told = f"{len(items)} items were given for {bare} parts without one"
-                raise ValueError(f"{name}: {told}: {remedy}; {self.tokens[name]} typed in a string is text.")
+                found = f"{len(items)} items were given for {bare} parts without one"
+                raise ValueError(f"{name}: {found}: {remedy}; {self.tokens[name]} typed in a string is text.")
             rest = iter(items)
             media[name] = [next(rest) if item is NO_ITEM else item for item in media[name]]
-        found = {name: [item for item in items if item is not NO_ITEM] for name, items in media.items()}
-        return messages, {name: items for name, items in found.items() if items}
+        held = {name: [item for item in items if item is not NO_ITEM] for name, items in media.items()}
+        return messages, {name: items for name, items in held.items() if items}
 
-    def _message(self, message: Mapping[str, Any], template: str, media: dict[str, list]) -> dict[str, Any]:
+    def variables(self, template: str, specials: Mapping[str, Any], **given: Any) -> dict[str, Any]:
+        """What a template gets besides messages, with typed placeholders marked; `specials` are the tokenizer's own tokens.
+
+        Raises:
+            ValueError: tools, documents or another variable that the template does not read, or that has a name in use.
+        """
+        if taken := sorted(RESERVED & set(given)):
+            raise ValueError(f"{taken} cannot be variables of a chat template here: rename them in the template.")
+        given["tools"] = tool_schemas(given.get("tools"))
+        names, _ = template_contents(template)
+        absent = {key for key, value in given.items() if value is None or (key in ("tools", "documents") and not value)}
+        if unread := sorted(given.keys() - names - absent):
+            raise ValueError(f"The chat template does not read {unread}: leave them out, or use a template that does.")
+        return {**specials, **{key: self._marked(value) for key, value in given.items()}}
+
+    def _message(self, message: Mapping[str, Any], template: "_Template", media: dict[str, list]) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise TypeError(f"A message must be a dict with 'role' and 'content', got {type(message).__name__}.")
-        marked = {k: self._marked(v) for k, v in message.items() if k != "content" and v is not None}
-        content = message.get("content")
-        if content is None:  # templates ask whether a turn of tool calls says something
-            return marked | ({"content": None} if message.get("tool_calls") and "content" in message else {})
+        if not isinstance(role := message.get("role"), str):
+            raise ValueError(f"A message must have a string as its 'role', got {role!r:.100}.")
+        marked = self._marked({k: v for k, v in message.items() if k != "content" and v is not None})
+        content, calls = message.get("content"), message.get("tool_calls")
+        if calls:
+            check_calls(calls)
+        if content is None:  # templates print a None, or ask whether a turn of tool calls says something
+            given = {"content": None} if "content" in message else {}
+            silent = silent_content(template.text, variables=template.variables) if calls else {}
+            return marked | (given if silent is None else silent)
         if isinstance(content, str):
-            text = self._marked(content)
-            only_parts = handles_parts(template) and not handles_strings(template)
-            return marked | {"content": [{"type": "text", "text": text}] if only_parts else text}
-        parts = [self._part(part, template, media) for part in content]  # media are taken out on the way
-        return marked | {"content": parts if handles_parts(template) else "".join(part["text"] for part in parts)}
+            return marked | {"content": said(template.text, role, self._marked(content), template.variables)}
+        if isinstance(content, (Mapping, bytes)) or not isinstance(content, Sequence):
+            kind = type(content).__name__
+            raise TypeError(f"'content' must be a string or a list of parts, got {kind}: write it as text, or JSON.")
+        parts = self._separated([self._part(part, template, role, media) for part in content])
+        known = forms(template.text, role, variables=template.variables) or ()
+        if "parts" in known:
+            return marked | {"content": parts}
+        joined = "".join(part["text"] for part in parts)
+        return marked | {"content": said(template.text, role, joined, template.variables)}
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
-            return mark_typed(value, list(self.tokens.values()))
+            return mark_typed(check_text(value), self._kept)
         if isinstance(value, Mapping):
-            return {key: self._marked(item) for key, item in value.items()}
+            return {self._marked(key): self._marked(item) for key, item in value.items()}
         return [self._marked(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    def _part(self, part: Any, template: str, media: dict[str, list]) -> dict[str, Any]:
+    @property
+    def _kept(self) -> list[str]:
+        """Tokens that stay text where a user typed them."""
+        return [*self.tokens.values(), *self.control]
+
+    def _separated(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Parts of which no texts, one behind the other, make a token of their ends: a mark stands in between."""
+        texts = [unmark(part["text"]) if "text" in part else "\0" for part in parts]
+        ends = list(accumulate(map(len, texts)))
+        found = [match.span() for match in token_pattern(self._kept).finditer("".join(texts))]
+        crossed = [any(a < end < b for a, b in found) for end in ends]
+        return [
+            part | {"text": part["text"] + BREAK} if cut else part for part, cut in zip(parts, crossed, strict=True)
+        ]
+
+    def _part(self, part: Any, template: "_Template", role: str, media: dict[str, list]) -> dict[str, Any]:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(part, Mapping) or "type" not in part:
             raise TypeError(f"A content part must be a string or a dict with a 'type', got {part!r:.100}.")
         if part["type"] == "text":
             if not isinstance(text := part.get("text"), str):
                 raise ValueError(f"A part of type 'text' must have a string as its 'text', got {text!r:.100}.")
-            return {"type": "text", "text": self._marked(text)}
+            media_keys = {*self.kinds, *self.kinds.values(), "image_url"} - {"text"}
+            if held := sorted(key for key in media_keys if not _is_gap(part.get(key))):
+                raise ValueError(f"A part of type 'text' has an item as its {held}: give it a part of its own.")
+            # A table fills keys of other parts in; templates ask for some of them.
+            return {k: self._marked(v) for k, v in part.items() if k not in media_keys and v is not None}
         kind = "image" if part["type"] == "image_url" else part["type"]  # OpenAI's word for it
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
@@ -98,10 +146,31 @@ class ConversationReader:
             media[name].append(NO_ITEM if item is None else item)
         # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.
         alone = names[0] if len(names) == 1 and self.kinds[names[0]] == kind else None
-        if alone and template_writes_placeholder(template, kind, self.tokens[alone]):
+        asked = (template.text, role, kind, self.tokens[alone]) if alone else None
+        if asked and writes_placeholder(*asked, variables=template.variables):
             return {"type": kind}
         # Encoders that share the item: a placeholder for each, one behind the other.
         return {"type": "text", "text": "".join(self.tokens[name] for name in names)}
+
+
+@dataclass
+class _Template:
+    text: str
+    variables: Mapping[str, Any] | None
+
+
+def check_calls(calls: Any) -> None:
+    """Refuse tool calls that are no list of dictionaries with the name of a function (ValueError)."""
+    for call in calls if isinstance(calls, (list, tuple)) else [None]:
+        function = (call.get("function") or call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            wanted = "{'type': 'function', 'function': {'name': ..., 'arguments': {...}}}"
+            raise ValueError(f"Each of 'tool_calls' must be like {wanted}, got {calls!r:.200}.")
+
+
+def _is_gap(value: Any) -> bool:
+    """Whether this is what a table has where nothing was: None, or a struct of such."""
+    return value is None or (isinstance(value, Mapping) and all(v is None for v in value.values()))
 
 
 def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
@@ -111,109 +180,11 @@ def _payload(part: Mapping[str, Any], kinds: Sequence[str]) -> Any:
         return value.get("url") if isinstance(value, Mapping) else value
     for key in (*kinds, "bytes", "url", "path", "base64", "data", "array"):
         value = part.get(key)
-        if value is None or (isinstance(value, Mapping) and all(v is None for v in value.values())):
-            continue  # a table's gap, or a struct of gaps
+        if _is_gap(value):
+            continue
         rates = {key: part[key] for key in ("sampling_rate", "fps") if part.get(key) is not None}
         return value if not rates or isinstance(value, (str, bytes, Mapping)) else {"array": value, **rates}
     return None
-
-
-def render(
-    messages: list[dict],
-    template: str,
-    *,
-    tools: list[Any] | None = None,
-    documents: list[Any] | None = None,
-    add_generation_prompt: bool = False,
-    continue_final_message: bool = False,
-    mark_assistant: bool = False,
-    **variables: Any,
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and with `mark_assistant` where the template's `generation` blocks, if any, lie in it.
-
-    Args:
-        tools: JSON schemas, or functions, of which schemas are made.
-        continue_final_message: end the text where the content of the last message ends.
-        add_generation_prompt, documents, **variables: variables of the template; documents are dictionaries.
-
-    Raises:
-        TemplateLimit: a bound of `limits` is met.
-        jinja2.TemplateError, ValueError, TypeError: the template refuses the conversation, or fails.
-    """
-    if any(not isinstance(document, Mapping) for document in documents or ()):
-        raise TypeError("Each document must be a dict with its 'title' and 'text'.")
-    given = [_with_reasoning(message) for message in messages]
-    given = _with_mark(given) if continue_final_message else given
-    for tool in tools or ():
-        if not (isinstance(tool, Mapping) or inspect.isfunction(tool) or inspect.ismethod(tool)):
-            raise ValueError(f"A tool must be a JSON schema or a documented function, got {tool!r:.100}.")
-    schemas = [dict(tool) if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools or ()]
-    variables |= {"tools": None if tools is None else schemas, "documents": documents}
-    variables |= {"add_generation_prompt": add_generation_prompt}
-    mark_assistant = mark_assistant and bool(GENERATION.search(template))
-    text, spans = render_template(given, template, mark_assistant=mark_assistant, **variables)
-    if not continue_final_message:
-        return text, spans
-    before, mark, _ = text.rpartition(_END)
-    if not mark:
-        raise ValueError("continue_final_message: the chat template does not write the last message's text.")
-    return before, spans
-
-
-def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with its reasoning under the names that templates read; older versions of transformers know none."""
-    fields = getattr(chat_template_utils, "_REASONING_FIELDS", ())
-    found = next((message[key] for key in fields if message.get(key) is not None), None)
-    # A message's own `thinking` wins.
-    return dict(message) if found is None else {"thinking": found, **message, "reasoning_content": found}
-
-
-def _with_mark(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with a mark behind the content of the last one."""
-    content = messages[-1].get("content") if messages else None
-    if isinstance(content, str):
-        return [*messages[:-1], messages[-1] | {"content": content + _END}]
-    parts = list(content or [])
-    for k in reversed(range(len(parts))):
-        if isinstance(parts[k], Mapping) and "text" in parts[k]:
-            parts[k] = {**parts[k], "text": parts[k]["text"] + _END}
-            return [*messages[:-1], messages[-1] | {"content": parts}]
-    raise ValueError("continue_final_message needs a last message with text to continue.")
-
-
-@functools.lru_cache(maxsize=64)
-def handles_parts(template: str) -> bool:
-    """Whether a template renders a list of content parts, rather than one string."""
-    rendered = _try([{"type": "text", "text": _PROBE}], template)
-    # A template for strings prints the list of parts as Python does, with its keys.
-    return _PROBE in rendered and "'text'" not in rendered and '"text"' not in rendered
-
-
-@functools.lru_cache(maxsize=64)
-def handles_strings(template: str) -> bool:
-    """Whether a template renders a string as a message's content; some render parts alone and lose strings."""
-    return _PROBE in _try(_PROBE, template)
-
-
-@functools.lru_cache(maxsize=256)
-def template_writes_placeholder(template: str, kind: str, token: str) -> bool:
-    """Whether a template writes a modality's placeholder by itself where a part of that kind stands."""
-    if not handles_parts(template):
-        return False
-    text = {"type": "text", "text": _PROBE}
-    texts = [_try(content, template) for content in ([{"type": kind}, text], [text])]
-    with_part, without = (occurrences(rendered, [token])[token] for rendered in texts)
-    return with_part == without + 1
-
-
-def _try(content: str | list, template: str) -> str:
-    """The text of a conversation of one message, "" if the template refuses it."""
-    try:
-        return render([{"role": "user", "content": content}], template, bos_token="", eos_token="")[0]
-    except TemplateLimit:  # also one of the errors below, but no answer about the template
-        raise
-    except TEMPLATE_ERRORS:
-        return ""
 
 
 def refuse_typed(text: str) -> str:
@@ -227,8 +198,10 @@ def refuse_typed(text: str) -> str:
 
 
 def is_batch(conversation: Any) -> bool:
-    """Whether this is a list of conversations, not one (ValueError if it is empty)."""
-    if not conversation:
+    """Whether this is a list of conversations, not one (TypeError if it is no list, ValueError if it is empty)."""
+    if isinstance(conversation, (str, bytes, Mapping)) or not isinstance(conversation, Sequence):
+        raise TypeError(f"A conversation must be a list of messages, got {type(conversation).__name__}.")
+    if not len(conversation):
         raise ValueError("The conversation is empty.")
     return isinstance(conversation[0], (list, tuple))
 
@@ -239,38 +212,66 @@ def chosen_template(own: str | Mapping[str, str] | None, chosen: str | None) -> 
     template = named.get(chosen or "default", chosen)
     if template is None:
         raise ValueError(f"There is no default chat template, name one by chat_template=, of {sorted(named)}.")
+    if "{{" not in template and "{%" not in template:  # it would write itself, whatever the messages say
+        raise ValueError(f"chat_template: {template!r:.100} is no template, nor the name of one of {sorted(named)}.")
     return template
 
 
-# A plane for private use: templates leave these characters as they are, and texts have none.
-FIRST_BOOKEND, LAST_BOOKEND = 0xF0000, 0xFFFFD
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of `apply_chat_template` that contradict one another, or that nothing would be done with (ValueError)."""
+    for name, others in _NEEDS.items():
+        if options[name] and not all(options[other] for other in others):
+            needed = " and ".join(f"{other}=True" for other in others)
+            raise ValueError(f"{name}={options[name]!r} needs {needed}.")
+    if options["continue_final_message"]:
+        for name, does in _CONTRARY.items():
+            if options[name]:
+                raise ValueError(f"continue_final_message leaves the last message open, {name} {does}: choose one.")
+    if options["load_audio_from_video"]:
+        remedy = "write a part {'type': 'audio', 'audio': ...} with the sound behind it."
+        raise ValueError(f"load_audio_from_video: a video's sound is not taken out of it here, {remedy}")
 
 
-def bookends(index: int) -> tuple[str, str]:
-    """The two characters that stand around what a message says: they show where it is in the rendered text."""
-    return chr(FIRST_BOOKEND + 2 * index), chr(FIRST_BOOKEND + 2 * index + 1)
+def sorted_keywords(
+    template: str, keywords: Mapping[str, Any], call: Mapping[str, Any], tokenize: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Variables of the template, and arguments of the processor's call: `call`, and the keywords that no template reads.
+
+    Raises:
+        ValueError: an argument of the call is given in both.
+        TypeError: there are arguments of the call, and `tokenize` does not call it.
+    """
+    names, _ = template_contents(template)
+    others = {key: value for key, value in keywords.items() if key not in names}
+    if twice := sorted(set(others) & set(call)):
+        raise ValueError(f"{twice} were given twice, as keywords and in processor_kwargs.")
+    if not tokenize and (unused := sorted({**others, **call})):
+        raise TypeError(f"Unknown arguments {unused}: the chat template does not read them, and tokenize is not set.")
+    return {key: value for key, value in keywords.items() if key in names}, {**others, **call}
 
 
-def check_tool_calls(messages: list[dict], template: str, variables: dict[str, Any]) -> None:
-    """Refuse a conversation with a turn of tool calls that the template does not write."""
-    # Written behind a tool's name, a bookend shows whether the template writes that name at all.
-    named = [call_with_bookend(message, bookends(i)[1]) for i, message in enumerate(messages)]
-    calling = [index for index, message in enumerate(messages) if named[index] != message]
-    text = render(named, template, **variables)[0] if calling else ""
-    for index in calling:
-        if bookends(index)[1] not in text:
-            remedy = "use a template that knows 'tool_calls', or write the call into 'content'."
-            raise ValueError(f"Message {index} calls a tool, but the chat template does not write that: {remedy}")
+def control_tokens(tokenizer: Any, template: str) -> list[str]:
+    """Tokens that nobody but the template shall write, by the rule of transformers' `sanitize_control_tokens`."""
+    chosen = getattr(tokenizer, "chat_control_tokens", None)
+    written = template_contents(template)[1]
+    return [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special
+        or (
+            token.content in (written if chosen is None else chosen)
+            and not (chosen is None and token.content.isspace())
+        )
+    ]
 
 
-def call_with_bookend(message: dict, end: str) -> dict:
-    """A message with a bookend behind the name of the last tool that it calls; without calls as it is."""
-    calls = list(message.get("tool_calls") or ())
-    if not calls or not isinstance(calls[-1], dict):
-        return message
-    call = calls[-1].get("function") or calls[-1]
-    if not isinstance(call.get("name"), str):
-        return message
-    named = call | {"name": call["name"] + end}
-    calls[-1] = calls[-1] | {"function": named} if calls[-1].get("function") else named
-    return message | {"tool_calls": calls}
+def check_placed(
+    texts: Sequence[str], tokens: Mapping[str, str], kinds: Mapping[str, str], call: Mapping[str, Any]
+) -> None:
+    """Refuse items of a call beside a chat in which no message has a place for them (ValueError with the remedy)."""
+    keys = {name: (name, PLURALS.get(kind, name)) for name, kind in kinds.items()}  # given by name or by kind
+    for name in (name for name in kinds if any(call.get(key) is not None for key in keys[name])):
+        if not any(occurrences(text, [tokens[name]])[tokens[name]] for text in texts):
+            remedy = f"write a part {{'type': {name!r}}} (or of its kind) where each belongs in a message's 'content'"
+            typed = f"; {tokens[name]} typed in a message is text"
+            raise ValueError(f"{name}: items were given, but no message has a place for them: {remedy}{typed}.")

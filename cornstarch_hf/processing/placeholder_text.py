@@ -1,6 +1,7 @@
 """Finds placeholders in text, repeats them for their items' features, and turns text into ids.
 
-What an end user typed is wrapped in private-use characters while a template is rendered, and encoded as plain text.
+What an end user typed is wrapped in marks while a template is rendered, and encoded as plain text.  Marks are halves of
+surrogate pairs: no encoding of text has them alone, so no text that a tokenizer takes does.
 """
 
 import re
@@ -13,7 +14,11 @@ from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 
-MARK_START, MARK_END = "\ue0c0", "\ue0c1"  # private-use characters; those of a user are removed by `mark_typed`
+MARK_START, MARK_END = "\udffd", "\udffe"
+BREAK = MARK_START + MARK_END  # between two texts that would make a token together
+_TYPED = f"{MARK_START}([^{BREAK}]*){MARK_END}"  # templates may cut texts: a mark alone only breaks the text
+_MARKS = re.compile(f"{_TYPED}|[{BREAK}]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 Spans = list[tuple[int, int]]
 
 
@@ -21,7 +26,19 @@ def token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
     """A pattern that finds any of the tokens, longer ones first, unless it is marked as typed text."""
     ordered = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
     # Marked text is tried first and leaves the group empty; `(?!)` matches nothing, where there are no tokens.
-    return re.compile(f"{MARK_START}.*?{MARK_END}|({ordered or '(?!)'})", re.DOTALL)
+    return re.compile(f"{MARK_START}[^{BREAK}]*{MARK_END}|({ordered or '(?!)'})")
+
+
+class MarkedText(str):
+    """A text that this package made, in which marks are its own."""
+
+
+def check_text(text: str, who: str = "") -> str:
+    """The text, or ValueError if half of a surrogate pair stands in it: no tokenizer takes such, and marks are of the kind."""
+    if found := _SURROGATE.search(text):
+        where = f"{who}U+{ord(found[0]):04X} at character {found.start()}"
+        raise ValueError(f"{where} is half of a surrogate pair, which is no text: decode bytes with errors='replace'.")
+    return text
 
 
 def mark_typed(text: str, tokens: Sequence[str]) -> str:
@@ -101,7 +118,7 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
     rows: dict[int, dict[str, list]] = {}
     # Texts as a whole, all in one call, where nothing was typed and no token reaches over the end of a span; else pieces.
     # Slow tokenizers give no offsets.
-    whole = [i for i, text in enumerate(texts) if MARK_START not in text and (spans is None or tokenizer.is_fast)]
+    whole = [i for i, text in enumerate(texts) if unmark(text) == text and (spans is None or tokenizer.is_fast)]
     batch = tokenizer([texts[i] for i in whole], padding=False, return_attention_mask=False, **asked) if whole else {}
     for k, i in enumerate(whole):
         row = {key: values[k] for key, values in batch.items()}
@@ -117,7 +134,7 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
 
 def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -> dict[str, list]:
     """As `encode`, of a text that is cut at marks and at the ends of spans."""
-    parts = re.split(f"{MARK_START}(.*?){MARK_END}", text, flags=re.DOTALL)  # plain, typed, plain, typed, ..., plain
+    parts = [part or "" for part in _MARKS.split(text)]  # plain, typed, plain, typed, ..., plain
     with_offsets = options.get("return_offsets_mapping", False)
     # Pieces are tokenized without special tokens, which go around the whole.
     prefix, suffix = _special_frame(tokenizer) if options.get("add_special_tokens", True) else ([], [])
@@ -134,6 +151,8 @@ def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) 
         position = end
     row: dict[str, list] = {"input_ids": ids + suffix, "offset_mapping": offsets + [(0, 0)] * len(suffix)}
     row["assistant_masks"] = mask + [0] * len(suffix)
+    if options.get("return_token_type_ids", "token_type_ids" in tokenizer.model_input_names):
+        row["token_type_ids"] = _token_types(tokenizer, prefix, len(ids) - len(prefix), suffix)
     limit = options.get("max_length")
     if options.get("truncation") and limit is not None and len(row["input_ids"]) > limit:
         left = tokenizer.truncation_side == "left"  # which side goes
@@ -143,16 +162,23 @@ def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) 
 
 def _encode_piece(tokenizer, piece: str, typed: bool, first: bool, offsets: bool):
     options = {"add_special_tokens": False, "split_special_tokens": typed, "return_offsets_mapping": offsets}
+    size = 0
     # A character in front keeps sentencepiece from putting a space before a piece in the middle of a text; it must not
     # grow together with the piece.
     for lead in ("",) if first else ("\n", ".", "x", ""):
         encoded = tokenizer(lead + piece, **options)
         cut = tokenizer(lead, **options)["input_ids"] if lead else []
-        ids = encoded["input_ids"]
+        ids, size = encoded["input_ids"], len(lead)
         if ids[: len(cut)] == cut:  # the lead kept its own tokens
             break
     spans = encoded.get("offset_mapping", [(0, 0)] * len(ids))
-    size = len(lead)
+    own = tokenizer.convert_tokens_to_ids(piece)
+    if typed and own in ids[len(cut) :] and piece in tokenizer.get_added_vocab():  # one that is not called special
+        text = tokenizer._encode_without_added_tokens(lead + piece)
+        ids = text if text[: len(cut)] == cut else [*cut, *tokenizer._encode_without_added_tokens(piece)]
+        spans = [(0, size)] * len(cut) + [(size, size + len(piece))] * (len(ids) - len(cut))
+        if own in ids[len(cut) :]:
+            raise ValueError(f"The tokenizer makes the token {piece!r} of the same characters typed in a message.")
     return ids[len(cut) :], [(max(a - size, 0), max(b - size, 0)) for a, b in spans[len(cut) :]]
 
 
@@ -163,6 +189,14 @@ def _special_frame(tokenizer) -> tuple[list[int], list[int]]:
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
+
+
+def _token_types(tokenizer, prefix: list[int], size: int, suffix: list[int]) -> list[int]:
+    """The types that a tokenizer gives the ids of one text: before it, of `size` ids in it, and behind it."""
+    framed = bool(prefix or suffix)
+    types = tokenizer("a", add_special_tokens=framed, return_token_type_ids=True)["token_type_ids"]
+    inside = types[len(prefix)]
+    return types[: len(prefix)] + [inside] * size + types[len(types) - len(suffix) :]
 
 
 def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | None:

@@ -7,6 +7,7 @@ and test is a step of a `Budget`, and what could grow is measured before it is m
 
 import contextlib
 import functools
+import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
@@ -15,7 +16,7 @@ from types import CodeType
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -25,6 +26,7 @@ from ..limits import cap, check
 REFUSED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _BITS = 4096  # of an integer that a template computes
 _WIDTH = 10_000  # of a padded or indented string
+_ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89a-f][0-9a-f]{2})")  # behind an even number of backslashes
 Spans = list[tuple[int, int]]
 
 
@@ -222,8 +224,18 @@ def _made(value: Any) -> Any:
     return value
 
 
+def _text(value: Any) -> Any:
+    """What is written out: containers as Python prints them, but for marks, halves of surrogate pairs, which it escapes."""
+    printed = isinstance(_made(value), (Mapping, list, tuple, MappingView))
+    return _ESCAPED.sub(lambda found: found[1] + chr(int(found[2], 16)), str(value)) if printed else value
+
+
 def _strings(parts: list[Any]) -> str:
-    return "".join(str(part) for part in _made(parts))
+    return "".join(str(_text(part)) for part in _made(parts))
+
+
+def _as_string(value: Any) -> str:
+    return str(_text(value))
 
 
 def _compared(value: Any) -> Any:
@@ -251,7 +263,7 @@ class _Counted(NodeTransformer):
                 return _by(_strings, nodes.List(node.nodes).set_lineno(node.lineno))
             case nodes.Output():  # {{ a }}; text of the template itself stays
                 fixed = (nodes.TemplateData, nodes.Const)
-                node.nodes = [child if isinstance(child, fixed) else _by(_made, child) for child in node.nodes]
+                node.nodes = [child if isinstance(child, fixed) else _by(_text, child) for child in node.nodes]
             case nodes.Compare():  # a == b, a in b
                 for owner in (node, *node.ops):
                     owner.expr = owner.expr if isinstance(owner.expr, nodes.Const) else _by(_compared, owner.expr)
@@ -294,12 +306,24 @@ def _bounded_test(function: Callable) -> Callable:
     return bounded
 
 
+def _as_json(value: Any, ensure_ascii: bool = False, *given: Any, **named: Any) -> str:
+    """As transformers' `tojson`; marks, halves of surrogate pairs, are not escaped, as nothing would find them then."""
+    text = _compile_jinja_template("").environment.filters["tojson"](value, False, *given, **named)
+    return (
+        re.sub(r"[^\x00-\x7f\ud800-\udfff]", lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
+    )
+
+
+_OWN = {"tojson": _as_json, "string": _as_string}
+
+
 @functools.cache
 def _tables() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The filters, tests and globals that transformers' chat templates find, bounded."""
     theirs = _compile_jinja_template("").environment
-    filters = {n: _bounded_filter(n, f) for n, f in theirs.filters.items() if n not in REFUSED_FILTERS}
-    filters |= {function.__name__: function for function in (_loop, _strings, _made, _compared, _part)}
+    filters = {n: _bounded_filter(n, f) for n, f in (theirs.filters | _OWN).items()}
+    filters = {n: f for n, f in filters.items() if n not in REFUSED_FILTERS}
+    filters |= {function.__name__: function for function in (_loop, _strings, _made, _text, _compared, _part)}
     tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}
     return filters, tests, {name: value for name, value in theirs.globals.items() if name != "lipsum"}  # endless text
 
@@ -311,6 +335,19 @@ def _compiled(template: str) -> CodeType:
     made = BoundedEnvironment()
     try:
         return made.compile(_Counted().visit(made.parse(template)))
+    except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:
+        raise TemplateLimit(f"The chat template is nested too deeply ({type(error).__name__}).") from error
+
+
+@functools.lru_cache(maxsize=64)
+def template_contents(template: str) -> tuple[frozenset[str], str]:
+    """The variables that a template reads, and the text that it has by itself, pieces joined by null characters."""
+    _check(len(template), "MAX_TEMPLATE_CHARACTERS", "the characters of the chat template are")
+    try:
+        tree = BoundedEnvironment().parse(template)
+        pieces = [node.data for node in tree.find_all(nodes.TemplateData)]
+        pieces += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        return frozenset(meta.find_undeclared_variables(_Counted().visit(tree))), "\0".join(pieces)
     except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:
         raise TemplateLimit(f"The chat template is nested too deeply ({type(error).__name__}).") from error
 

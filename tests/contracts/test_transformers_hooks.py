@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import tiny
 import torch
 from helpers import needs_5_23
 from hooks import METHODS
@@ -81,6 +82,15 @@ def test_helpers_that_render_templates():
         "add_generation_prompt",
     }
     assert wanted <= set(inspect.signature(render_jinja_template).parameters)
+    assert chat_template_utils._get_template_variables("{{ day }}") == {"day"}
+    assert chat_template_utils._get_template_literal_text("{{ 'a' }}b")
+
+
+def test_text_is_encoded_without_the_tokens_that_were_added():
+    made = tiny.tokenizer()
+    made.add_tokens(["<tool>"])
+    ids = made._encode_without_added_tokens("<tool>")
+    assert made.convert_tokens_to_ids("<tool>") not in ids and made.decode(ids) == "<tool>"
 
 
 def test_initialisation_asks_each_part_about_its_modules_and_respects_what_is_made():

@@ -7,7 +7,8 @@ import pytest
 from templates import PARTS, STRINGS
 
 from cornstarch_hf.processing.assistant_turns import assistant_spans
-from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE, ConversationReader, render
+from cornstarch_hf.processing.conversations import ConversationReader
+from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE, render
 
 COUNTS = "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 NO_PROMPT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -148,6 +149,33 @@ def test_marks_that_do_not_tell_where_a_completion_begins():
     assert labelled(TALK, empty, first=2) == ["five!"]
     with pytest.raises(ValueError, match="does not tell which turns are the completion's"):
         labelled(talk, empty, first=3)
+
+
+BODIES = {
+    "string": "{{ m.content }}",
+    "parts": "{% for c in m.content %}{{ c.text }}{% endfor %}",
+    "part": "{{ m.content[0]['text'] }}",
+}
+HEADS = {"prompt": "{% if add_generation_prompt %}[assistant]{% endif %}", "none": ""}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("mine", BODIES)
+@pytest.mark.parametrize("theirs", BODIES)
+def test_turns_are_the_same_words_in_whatever_form_each_role_is_written(theirs, mine, head):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}" + BODIES[mine] + "</s>{% else %}" + BODIES[theirs]
+        + "{% endif %}{% endfor %}" + HEADS[head]
+    )  # fmt: skip
+    reader = ConversationReader({"vision": "<image>"}, lambda kind: ["vision"], {"vision": "image"})
+    parts = [{"type": "text", "text": "see "}, {"type": "text", "text": "ven"}]
+    for talk in (
+        [system("be brief"), *TALK[:2], user(parts), assistant(parts)],
+        [assistant("hello"), user([{"type": "image", "image": 1}]), assistant(""), user("<image>?"), assistant("five")],
+    ):
+        found = labelled(reader.read(talk, template)[0], template)
+        said_ = [m["content"] if isinstance(m["content"], str) else "see ven" for m in talk if m["role"] == "assistant"]
+        assert found == [f"{text}</s>" for text in said_]
 
 
 # ---- templates of real models, as TRL ships them for its tests and trainers

@@ -5,9 +5,11 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cornstarch_hf.processing.placeholder_text import (
+    BREAK,
     MARK_END,
     MARK_START,
     encode,
@@ -138,6 +140,16 @@ def test_a_tokenizer_without_offsets_and_one_with_spaces_in_front():
         (row,) = encode(made, [MARK_START + MARK_END + text], [[span]])
         tokens = made.convert_ids_to_tokens(row["input_ids"])
         assert "".join(tokens).replace("▁", " ").lstrip() == text, tokens
+
+
+def test_types_of_tokens_are_those_of_a_text_in_one_piece():
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "[A]": 3, "[B]": 4}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = TemplateProcessing(single="[A]:2 $A:1 [B]:3", special_tokens=[("[A]", 3), ("[B]", 4)])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+    for text, options in (("a b", {}), ("a b", {"add_special_tokens": False}), ("", {})):
+        whole, cut = encode(made, [text, text + BREAK], return_token_type_ids=True, **options)
+        assert cut == {key: whole[key] for key in cut} and cut.keys() >= {"input_ids", "token_type_ids"}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

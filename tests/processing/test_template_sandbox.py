@@ -6,9 +6,15 @@ import pytest
 import templates
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from cornstarch_hf.processing.conversations import DEFAULT_TEMPLATE
-from cornstarch_hf.processing.conversations import render as render_template
-from cornstarch_hf.processing.template_sandbox import _METHODS, REFUSED_FILTERS, BoundedEnvironment, plain
+from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE
+from cornstarch_hf.processing.rendering import render as render_template
+from cornstarch_hf.processing.template_sandbox import (
+    _METHODS,
+    REFUSED_FILTERS,
+    BoundedEnvironment,
+    plain,
+    template_contents,
+)
 
 MESSAGES = [
     {"role": "system", "content": "be brief"},
@@ -138,3 +144,40 @@ def test_methods_are_those_of_python_wherever_they_are_called(name, place):
     template = PLACES[place].replace("CALL", CALLS[name])
     expected = render_jinja_template(conversations=[MESSAGES], chat_template=template)[0][0]
     assert render_template(MESSAGES, template)[0] == expected != ""
+
+
+LONE = "\udffd"
+
+
+@pytest.mark.parametrize("value", [f"a{LONE}b", f"\\{LONE}", "\\udffd", "é🦊", [f"{LONE}é🦊\\udffd\\\\"]])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "VALUE",
+        "VALUE ~ ''",
+        "VALUE | string",
+        "VALUE | tojson",
+        "VALUE | tojson(true)",
+        "VALUE | tojson(indent=2, ensure_ascii=true)",
+    ],
+)
+def test_halves_of_surrogate_pairs_are_written_as_they_are(way, value):
+    """Where Python or JSON escapes them they would be lost as marks; anything else is written as transformers writes it."""
+    template = "{{ " + way.replace("VALUE", "[messages[0].x]") + " }}"
+    text = render_template([{"x": value}], template)[0]
+    stands_for = (
+        [item.replace(LONE, "MARK") for item in value] if isinstance(value, list) else value.replace(LONE, "MARK")
+    )
+    theirs = render_jinja_template([[{"x": stands_for}]], chat_template=template)[0][0]
+    assert text.replace(LONE, "MARK") == theirs
+    assert text.count(LONE) == "".join(value).count(LONE)
+
+
+@pytest.mark.parametrize("name", [*FEATURES, *KNOWN])
+def test_variables_and_own_text_of_a_template_are_those_that_transformers_finds(name):
+    from transformers.utils.chat_template_utils import _get_template_literal_text, _get_template_variables
+
+    template = (FEATURES | KNOWN)[name]
+    variables, text = template_contents(template)
+    assert variables == _get_template_variables(template)
+    assert set(text.split("\0")) == set(_get_template_literal_text(template).split("\0"))

@@ -402,7 +402,7 @@ def test_options_that_cannot_be(fresh_pair, options, message):
         ({"text": 3}, TypeError, "row 0: expected 'text' to be a string, got int"),
         ("text", TypeError, "row 0: expected a dict of columns, got str"),
         ({"messages": [said("user", [{"type": "text", "text": None}])]}, ValueError, "row 0: .*string as its 'text', got None"),
-        ({"messages": ["x"]}, TypeError, "row 0: A message must be a dict"),
+        ({"messages": ["x"]}, TypeError, "row 0: message 0: A message must be a dict"),
         ({"messages": [said("user", "x")], "tools": "[{"}, ValueError, "row 0: .*column 3"),
     ],
 )  # fmt: skip

@@ -27,6 +27,7 @@ CHATML = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 HEADERS = """\
 {{- bos_token }}
+{%- if tools %}{{ '<|start_header_id|>system<|end_header_id|>\\n\\n' + (tools | tojson) + '<|eot_id|>' }}{% endif %}
 {%- for message in messages %}
 {%- set role = 'ipython' if message.role == 'tool' else message.role %}
 {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}

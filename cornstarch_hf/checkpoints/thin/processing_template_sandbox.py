@@ -3,11 +3,20 @@
 from typing import Any
 
 import jinja2
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 
 class TemplateLimit(jinja2.TemplateError, ValueError):
     """A chat template went beyond its bounds, of which there are none here."""
+
+
+def template_contents(template: str) -> tuple[frozenset[str], str]:
+    """The variables that a template reads, and the text that it has by itself."""
+    return (
+        chat_template_utils._get_template_variables(template),
+        chat_template_utils._get_template_literal_text(template),
+    )
 
 
 def render_template(
