@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 
 from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
-from .configuration_multimodal import MultimodalConfig
+from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.counting import FeatureCounter
 from .encoders.items import split_items, without_padding
 from .encoders.own_parts import settle_registered
@@ -42,6 +42,7 @@ from .processing.subprocessors import (
     describe_subprocessor,
     resolve_subprocessor,
     run_subprocessor,
+    tensor_names,
 )
 from .processing.video import named_for_encoder
 
@@ -124,11 +125,12 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             TypeError: an unknown argument.
             ValueError: placeholders and items that differ in number, unusable items, truncation that would cut features.
         """
-        text, options, llm = text_arguments(text, llm_inputs, kwargs)
+        text, options, llm = text_arguments(text, llm_inputs, kwargs, self.tokenizer)
+        with_types = options.pop("return_mm_token_type_ids", False)
         by_kind = {"images": images, "videos": videos, "audio": audio}
-        media = media_arguments(self.config, by_kind, encoder_inputs, kwargs)
-        if kwargs:
-            raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(self.config)}.")
+        media = media_arguments(self.config, self.processors, by_kind, encoder_inputs, kwargs)
+        if text is None and not media:
+            raise ValueError(f"Nothing to process: give text=, or items of {self.config.encoders} by name or by kind.")
         tensors, lengths, samples = self._process_media(media)  # first: the text needs the numbers of features
         data: dict[str, Any] = {}
         if text is not None:
@@ -137,6 +139,9 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             with self.lock:  # a tokenizer keeps the options of its last call
                 spans = llm["assistant_spans"]
                 data = encode_texts(self.tokenizer, texts, self.tokens, ids, lengths, options, spans)
+            if with_types:
+                types = {"mm_token_type_ids": self.create_mm_token_type_ids(data["input_ids"])}
+                data |= BatchFeature(types, tensor_type=options.get("return_tensors"))
         if llm["item_lengths"]:  # the collator asks how many features each item has
             data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
@@ -165,10 +170,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
                 grid = grid_of(output)  # packed patches have one row for each, their grids one for each item
                 count = len(next(iter(output.values())) if grid is None else grid)
-            names = entry["input_names"]  # keyword of the composed model -> parameter of the encoder
-            if entry["kind"] == "video":
-                output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
-            used = named_inputs(output, name, names)
+            names, used = entry["input_names"], self._for_encoder(name, output)
             if not used:
                 raise ValueError(f"{name}: its encoder takes {sorted(names)}, but got only {sorted(output)}.")
             check_padding(output, used, self.processors.get(name), name)
@@ -177,11 +179,23 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
             tensors |= used
         return tensors, lengths, samples
 
+    def _for_encoder(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
+        """What its encoder takes of the tensors of a modality's processor, by keyword of the composed model."""
+        entry = self.config.modality(name)
+        names = entry["input_names"]  # keyword of the composed model -> parameter of the encoder
+        if entry["kind"] == "video":
+            output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
+        return named_inputs(output, name, names)
+
+    def _masked(self, name: str) -> bool:
+        """Whether its encoder wants a mask of its features also where they are padded to a window."""
+        return any(taken.endswith("features_mask") for taken in self.config.modality(name)["input_names"].values())
+
     def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         if name not in self.processors:
             raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
         entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
-        masked = any(parameter.endswith("features_mask") for parameter in entry["input_names"].values())
+        masked = self._masked(name)
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
         own, kind = self.processors[name], entry["kind"]
         with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
@@ -213,7 +227,7 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
         template = chosen_template(self.chat_template, chat_template)
         batched = is_batch(conversation)
         conversations = list(conversation) if batched else [conversation]
-        own = call_arguments(self.config)
+        own = call_arguments(self.config, self.processors)
         call = {k: kwargs.pop(k) for k in list(kwargs) if k in own or k.endswith("_kwargs")}
         call |= processor_kwargs or {}
         variables: Any = {**self.tokenizer.special_tokens_map, "tools": tools, "documents": documents, **kwargs}
@@ -236,8 +250,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
                 if call.get(name) is not None:
                     raise ValueError(f"{name}: its items were given twice, in the messages and by name.")
                 call[name] = [found.get(name, []) for found in media]  # a list for each text
-        call = self.bos_options(texts[0]) | call  # what the caller says wins
-        llm = {"text": texts} | ({"assistant_spans": spans} if return_assistant_tokens_mask else {})
+        llm: dict[str, Any] = {"text": texts, "default_options": self.bos_options(texts[0])}
+        llm |= {"assistant_spans": spans} if return_assistant_tokens_mask else {}
         out = self(llm_inputs=llm, return_tensors=return_tensors, **call)
         return out if return_dict else out["input_ids"]
 
@@ -286,11 +300,35 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
     video_token_id = property(lambda self: self._attribute("video", "token_id"))
     audio_token_id = property(lambda self: self._attribute("audio", "token_id"))
 
+    def create_mm_token_type_ids(self, input_ids) -> list[list[int]]:
+        """As in transformers, for ids ``(batch, length)``: 1 on placeholders of images, 2 of videos, 3 of sounds, 0 elsewhere.
+
+        ValueError for placeholders of another kind, which have no number.
+        """
+        rows = [row if isinstance(row, list) else row.tolist() for row in input_ids]
+        for name, number in self.placeholder_ids.items():
+            kind = self.config.modality(name)["kind"]
+            if kind not in MEDIA_KINDS and any(number in row for row in rows):
+                raise ValueError(f"{name}: mm_token_type_ids have no number for the kind {kind!r}: leave them out.")
+        return super().create_mm_token_type_ids(rows)
+
+    def _ids_of_kind(self, kind: str) -> list[int]:
+        return [self.placeholder_ids[name] for name in self.config.modalities_of_kind(kind)]
+
+    image_token_ids = property(lambda self: self._ids_of_kind("image"))
+    video_token_ids = property(lambda self: self._ids_of_kind("video"))
+    audio_token_ids = property(lambda self: self._ids_of_kind("audio"))
+
     @property
     def model_input_names(self) -> list[str]:
-        """Names of all tensors that a call may return."""
-        names = list(self.tokenizer.model_input_names)
-        return names + [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
+        """Names of the tensors that a call with text and items of every modality returns."""
+        names = list(dict.fromkeys([*self.tokenizer.model_input_names, "attention_mask"]))
+        for name in self.config.encoders:
+            entry = self.config.modality(name)
+            emitted = tensor_names(self.processors.get(name), entry["kind"], self._masked(name))
+            values = {key: torch.zeros(1, 1) for key in emitted}
+            names += self._for_encoder(name, values) if emitted else entry["input_names"]
+        return names
 
     # ---- saving and loading
 

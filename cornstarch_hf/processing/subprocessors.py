@@ -14,7 +14,7 @@ from ..parts.known_encoders import encoder_type
 from ..parts.stored_values import check_values
 from .media import keeps_scale, ready_image
 from .sounds import ready_audio
-from .video import run_on_frames
+from .video import FRAME_MASK, run_on_frames
 from .video_processors import is_video_processor, run_video_processor
 
 
@@ -231,6 +231,15 @@ def _audio_options(processor: Any, name: str, items: list, options: Mapping, mas
     if "return_attention_mask" in parameters and (padded or masked):
         found["return_attention_mask"] = True
     return found
+
+
+def tensor_names(processor: Any, kind: str, masked: bool) -> list[str]:
+    """Names of the tensors that `run_subprocessor` gives, as the processor states them; none where it does not."""
+    names = list(getattr(processor, "model_input_names", ()))
+    if isinstance(processor, FeatureExtractionMixin) and not isinstance(processor, ItemProcessor):
+        asked = _audio_options(processor, "", [], {}, masked).get("return_attention_mask")
+        names += ["attention_mask"] if asked else []
+    return [*names, FRAME_MASK] if kind == "video" and isinstance(processor, ImageProcessingMixin) else names
 
 
 def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:

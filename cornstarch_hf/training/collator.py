@@ -189,7 +189,9 @@ class MultimodalCollator:
         if row:  # each reader has taken its columns out
             raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
         llm = {"text": [text], "assistant_spans": None if spans is None else [spans], "item_lengths": True}
-        llm |= {"return_token_type_ids": False} | self.processor.bos_options(text)
+        # Rows are cut and padded here, whatever the tokenizer was built with.
+        llm |= {"return_token_type_ids": False, "padding": False, "truncation": False}
+        llm |= self.processor.bos_options(text)
         rates = {"sampling_rate": rate} if rate else {}
         out = dict(self.processor(llm_inputs=llm, **rates, **{name: [items] for name, items in media.items()}))
         ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")

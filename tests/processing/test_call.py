@@ -24,37 +24,39 @@ def processor():
 
 def sorted_media(processor, encoder_inputs=None, images=None, audio=None, **kwargs):
     by_kind = {"images": images, "videos": None, "audio": audio}
-    found = media_arguments(processor.config, by_kind, encoder_inputs, kwargs)
+    found = media_arguments(processor.config, processor.processors, by_kind, encoder_inputs, kwargs)
     return found, kwargs
 
 
 def test_the_arguments_are_those_of_the_call(processor):
-    names = call_arguments(processor.config)
+    names = call_arguments(processor.config, processor.processors)
     assert names == sorted(names) and {*PLURALS.values(), *TEXT_OPTIONS, "vision", "vision_kwargs"} <= set(names)
+    assert {"do_rescale", "size", "images_kwargs", "common_kwargs"} <= set(names) and "num_frames" not in names
 
 
 def test_text_and_options_are_told_apart():
-    kwargs = {"padding": True, "vision": 1, "text_kwargs": {"stride": 2}}
-    text, options, internal = text_arguments(None, {"text": "a", "padding": False, "item_lengths": True}, kwargs)
-    assert (text, options, kwargs) == ("a", {"padding": False, "stride": 2}, {"vision": 1})
+    kwargs = {"padding": True, "vision": 1, "text_kwargs": {"split_special_tokens": True}}
+    given = {"text": "a", "max_length": 5, "item_lengths": True, "truncation": True}
+    text, options, internal = text_arguments(None, given, kwargs, tiny.tokenizer())
+    assert text == "a" and kwargs == {"vision": 1}
+    assert options == {"padding": True, "split_special_tokens": True, "max_length": 5, "truncation": True}
     assert internal == {"assistant_spans": None, "item_lengths": True}
     with pytest.raises(ValueError, match="text was given twice"):
-        text_arguments("a", {"text": "b"}, {})
+        text_arguments("a", {"text": "b"}, {}, tiny.tokenizer())
     with pytest.raises(TypeError, match="Unknown arguments for the tokenizer: \\['evil'\\]"):
-        text_arguments("a", {"evil": 1}, {})
+        text_arguments("a", {"evil": 1}, {}, tiny.tokenizer())
 
 
 def test_items_and_options_of_each_modality(processor):
-    found, rest = sorted_media(
-        processor, images=[1], encoder_inputs={"audio": {"raw_speech": [2], "x": 3}}, sampling_rate=8, other=4
-    )
-    assert found == {"vision": {"items": [1]}, "audio": {"items": [2], "x": 3, "sampling_rate": 8}} and rest == {
-        "other": 4
-    }
-    both = {"images_kwargs": {"a": 1}, "vision_kwargs": {"a": 2}, "audio_kwargs": {"b": 1}}
-    assert sorted_media(processor, vision=[1], **both)[0] == {"vision": {"items": [1], "a": 2}}
-    turned = dict(reversed(both.items()))
-    assert sorted_media(processor, vision=[1], **turned)[0] == {"vision": {"items": [1], "a": 1}}
+    encoder_inputs = {"audio": {"raw_speech": [2], "truncation": True}}
+    found, rest = sorted_media(processor, images=[1], encoder_inputs=encoder_inputs, sampling_rate=8)
+    expected = {"vision": {"items": [1]}, "audio": {"items": [2], "truncation": True, "sampling_rate": 8}}
+    assert found == expected and rest == {}
+    with pytest.raises(TypeError, match=r"Unknown arguments \['other'\], this processor takes \[.*'vision_kwargs'\]"):
+        sorted_media(processor, images=[1], other=4)
+    both = {"images_kwargs": {"do_resize": False}, "do_rescale": False, "audio_kwargs": {"padding": "longest"}}
+    only = {"vision": {"items": [1], "do_resize": False, "do_rescale": False}}
+    assert sorted_media(processor, vision=[1], **both)[0] == only
 
 
 def test_items_that_were_given_twice_or_for_nobody(processor):
