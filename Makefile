@@ -16,7 +16,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python hub_examples/quickstart.py
 
-test: $(VENV)/.installed
+# transformers' own tests, of which tests/contracts/test_transformers_processing.py runs some, lie in its sdist alone.
+$(VENV)/.transformers-tests: tests/support/transformers_sdist.txt $(VENV)/.installed
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+		--require-hashes -r $< -d $(VENV)/sdist
+	tar -xzf $(VENV)/sdist/transformers-*.tar.gz -C $(VENV)
+	rm -r $(VENV)/sdist
+	touch $@
+
+test: $(VENV)/.installed $(VENV)/.transformers-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
 
 test-slow: $(VENV)/.installed

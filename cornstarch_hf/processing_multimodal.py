@@ -47,7 +47,7 @@ from .processing.subprocessors import (
 from .processing.video import named_for_encoder
 
 
-class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
+class MultimodalProcessor(ProcessorStorage):
     """Tokenizer and single-modality processors as one, for a composed model.
 
     Args:
@@ -123,7 +123,8 @@ class MultimodalProcessor(ProcessorStorage, ProcessorMixin):
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: placeholders and items that differ in number, unusable items, truncation that would cut features.
+            ValueError: nothing to process, something given twice or to no effect, placeholders and items that differ in
+                number, unusable items, truncation that would cut features.
         """
         text, options, llm = text_arguments(text, llm_inputs, kwargs, self.tokenizer)
         with_types = options.pop("return_mm_token_type_ids", False)

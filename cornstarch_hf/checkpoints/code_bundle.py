@@ -20,7 +20,7 @@ from transformers import BaseVideoProcessor, FeatureExtractionMixin
 from ..parts.classes import CODE_ENTRY, carries_code, language_model_class, resolve_class
 from ..parts.known_encoders import ENCODER_TYPES, EncoderType, registered_facts
 from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
-from .code_folder import CLASSES, SIDES, own_modules, read_entry, write_code
+from .code_folder import CLASSES, INSTALL, SIDES, own_modules, read_entry, write_code
 from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_module_of, own_stem, top_calls
 
 # They import all that each checkpoint needs.
@@ -240,7 +240,7 @@ def _place(part: Part, target: Any, carried: _Carried) -> list:
 
 _ENTRY_TEXT = '''"""The code of this checkpoint, for `trust_remote_code=True`; written when it was saved with include_code=True.
 
-`pip install cornstarch_hf` and `import cornstarch_hf` load it without running this.
+`{install}` (a clone or a wheel) and `import cornstarch_hf` load it without running this.
 """
 # ruff: noqa: F401
 
@@ -278,4 +278,7 @@ def _entry_text(carries: dict[str, Any]) -> str:
         registrations.append(f"register_encoder_type({name!r}, {', '.join(facts)})")
     carried = pprint.pformat(carries, width=120, compact=True)
     texts = {"imports": imports, "carries": [f"CARRIES = {carried}"], "registrations": registrations}
-    return _ENTRY_TEXT.format(**{key: "\n".join(lines) for key, lines in texts.items()}).rstrip("\n") + "\n"
+    return (
+        _ENTRY_TEXT.format(install=INSTALL, **{key: "\n".join(lines) for key, lines in texts.items()}).rstrip("\n")
+        + "\n"
+    )

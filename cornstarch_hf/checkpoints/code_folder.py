@@ -14,6 +14,8 @@ from ..parts.classes import CODE_ENTRY
 from .finding import CONFIG, PROCESSOR
 
 PACKAGE = "cornstarch_hf"
+# A path, to a clone or a wheel: the package is on no index, where its bare name would be whoever registers it.
+INSTALL = "pip install ./cornstarch_hf"
 # The package, or the folder of a checkpoint whose code is running: there its modules lie beside each other.
 ROOT = PACKAGE if __name__.startswith(f"{PACKAGE}.") else str(__package__)
 HERE = Path(__file__).resolve().parents[__name__.removeprefix(f"{ROOT}.").count(".")]
@@ -41,7 +43,9 @@ def own_modules() -> dict[str, str]:
 
 def needs_package(what: str) -> ImportError:
     """The error of a thin file whose whole one is asked for."""
-    return ImportError(f"{what} is not among the code of this checkpoint: pip install cornstarch_hf, and import it.")
+    return ImportError(
+        f"{what} is not among the code of this checkpoint: {INSTALL} (a clone or a wheel of it), and import it."
+    )
 
 
 def read_entry(folder: str | os.PathLike) -> dict:
@@ -89,12 +93,20 @@ def write_code(
     return {f"{stem}.py" for stem in surplus - set(texts)}
 
 
-_SHIM_TEXT = f'''"""This checkpoint was saved without its code: it is loaded by the package cornstarch_hf.
+_SHIM_TEXT = f'''"""This checkpoint was saved without its code: it is loaded by the package {PACKAGE}.
 
-    pip install cornstarch_hf
+    {INSTALL}
 
-and `import cornstarch_hf` first; then `trust_remote_code` is not needed.
+(a clone or a wheel of it) and `import {PACKAGE}` before loading; then `trust_remote_code` is not needed.
 """
 
-from {PACKAGE} import {", ".join(CLASSES)}  # noqa: F401
+try:  # else transformers would say to install what somebody may have registered under that name
+    from {PACKAGE} import {", ".join(CLASSES)}  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "{PACKAGE}":
+        raise
+    raise ImportError(
+        "This checkpoint carries no code: it is loaded by the package {PACKAGE}, which is not installed. {INSTALL} (a clone "
+        "or a wheel of it), and `import {PACKAGE}` before loading."
+    ) from error
 '''

@@ -58,10 +58,8 @@ def replaced_atomically(folder: str | os.PathLike, head: str, owned: Callable[[s
     inside = os.path.join(target, ".saved-" + os.path.basename(staging).rpartition("-")[2])
     with _locked(staging), _cleaned_up(staging, inside, target, head, existed):
         yield staging
-        for path in (
-            staging,
-            *map(str, Path(staging).rglob("*")),
-        ):  # the data is on the disk before anything points to it
+        # The data is on the disk before anything points to it.
+        for path in (staging, *map(str, Path(staging).rglob("*"))):
             _sync(path)
         with _locked(target, wait=True):  # of two saves one comes after the other, whole
             if beside:

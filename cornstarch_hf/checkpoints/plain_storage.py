@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..parts.classes import SharedCode
 from .code_bundle import export_code
+from .code_folder import INSTALL
 from .finding import HUB_ARGUMENTS, PROCESSOR, TEMPLATES, Bases, Options
 from .folder_swap import replaced_atomically
 from .loading import finish_load, plan_load
@@ -30,7 +31,7 @@ PUSHERS: dict[str, Callable[..., Any]] = {}
 def pusher(name: str) -> Callable[..., Any]:
     """A function of `push` by its name; ValueError where code that came with a checkpoint runs without the package."""
     if name not in PUSHERS:
-        raise ValueError("Pushing needs the package: pip install cornstarch_hf, then import cornstarch_hf.")
+        raise ValueError(f"Pushing needs the package: {INSTALL} (a clone or a wheel), then import cornstarch_hf.")
     return PUSHERS[name]
 
 
@@ -123,7 +124,7 @@ class ModelStorage(SharedCode, PreTrainedModel):
         """Bring back what transformers does not (in place)."""
 
 
-class ProcessorStorage(SharedCode):
+class ProcessorStorage(SharedCode, ProcessorMixin):
     """How a processor is saved and loaded, with the tokenizers of single modalities in folders of their own."""
 
     tokenizer: Any
@@ -143,7 +144,7 @@ class ProcessorStorage(SharedCode):
         replaced = replaced_atomically(save_directory, PROCESSOR, lambda name: name in TEMPLATES or name in surplus)
         tokenizers = {n: p for n, p in self.processors.items() if isinstance(p, PreTrainedTokenizerBase)}
         with _sides_written([self.tokenizer, *tokenizers.values()]), replaced as folder:
-            files = super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
+            files = super().save_pretrained(folder, **kwargs)
             for name, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(os.path.join(folder, tokenizer_folder(name)))
             surplus |= export_code(folder, "processor", self, save_directory, include_code, parts, False)
@@ -160,7 +161,7 @@ class ProcessorStorage(SharedCode):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; after an interrupted save, what is valid of the folder."""
         source, kwargs = valid_place(pretrained_model_name_or_path, kwargs, PROCESSOR)
-        return super().from_pretrained(source, *args, **kwargs)  # type: ignore[misc]
+        return super().from_pretrained(source, *args, **kwargs)
 
     def _before_save(self) -> None:
         """Refuse what a checkpoint cannot hold, and bring the configuration up to date."""

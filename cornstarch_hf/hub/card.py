@@ -12,10 +12,11 @@ import jinja2
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
+from ..checkpoints.code_folder import INSTALL
 from ..composition import UNKNOWN_COUNT, features_per_item, summaries, summary
 from ..parts.adapters import is_wrapped, unwrapped
 from ..parts.classes import COMMIT, names_repository
-from .card_facts import INSTALL, examples, find_licenses, license_fields, own_imports, training_facts
+from .card_facts import examples, find_licenses, license_fields, own_imports, training_facts
 
 LIBRARY = "cornstarch_hf"
 HUB = "https://huggingface.co"

@@ -36,7 +36,6 @@ _ARGUMENTS = {"warmup_steps": "warmup steps", "weight_decay": "weight decay", "m
 
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 TIMEOUT = 10.0  # seconds to ask for the licence of a base
-INSTALL = "pip install git+https://github.com/cornstarch-org/cornstarch_hf"
 OWN_MODULES = ("cornstarch_hf", "transformers", "torch", "peft", "builtins", "functools")
 # What an example imports, by what it holds then.
 _IMPORTS = {"np.": "import numpy as np", "Image.": "from PIL import Image"}

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from .names import modules_by_name
 from .versions import check_peft
 
+# Layers that hold adapters beside what they wrap, and what PEFT wraps whole models in.
+ADAPTER_LAYERS, ADAPTER_CONTAINERS = ("BaseTunerLayer", "AuxiliaryTrainingWrapper"), ("BaseTuner", "PeftModel")
+
 
 def peft_classes(*names: str) -> tuple[type, ...]:
     """Those of some classes of peft that are there; none, of which nothing is an instance, while peft is not imported."""
@@ -41,16 +44,6 @@ def tuner_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_adapted(module)]
 
 
-def adapter_layers() -> tuple[type, ...]:
-    """Classes of layers that hold adapters beside what they wrap; none while peft is not imported."""
-    return peft_classes("BaseTunerLayer", "AuxiliaryTrainingWrapper")
-
-
-def adapter_containers() -> tuple[type, ...]:
-    """Classes of what PEFT wraps whole models in."""
-    return peft_classes("BaseTuner", "PeftModel")
-
-
 def base_children(layer: nn.Module) -> list[nn.Module]:
     """Those children of an adapter layer that are, or hold, the module that it wraps."""
     wrapped = _wrapped_module(layer)
@@ -66,7 +59,7 @@ def check_all_kept(model: nn.Module) -> None:
     if not configs or "peft" not in sys.modules:
         return
     # Inside an adapter layer is what PEFT saves, but for the weights that it stands in front of.
-    layers = [module for module in model.modules() if isinstance(module, adapter_layers())]
+    layers = [module for module in model.modules() if isinstance(module, peft_classes(*ADAPTER_LAYERS))]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     inside -= {id(p) for layer in layers for p in _wrapped_module(layer).parameters()}
     biases = any(getattr(config, "bias", "none") != "none" for config in configs.values())  # PEFT saves these then

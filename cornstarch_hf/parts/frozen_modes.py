@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .adapters import adapter_containers, adapter_layers, base_children
+from .adapters import ADAPTER_CONTAINERS, ADAPTER_LAYERS, base_children, peft_classes
 
 # ---- reentrant checkpointing.  torch's reentrant checkpoint runs a function without gradients, and again with them in the
 # backward pass, where it sees only tensors that are positional arguments or direct results.  Tensors in keywords, tuples
@@ -87,8 +87,8 @@ def keep_frozen_in_eval(parts: Mapping[str, nn.Module]) -> None:
     they hold.  What has no parameters (dropout) is as the module around it.  A module that holds a list of layers, some
     of them frozen, does not train: it could not skip the others alone.
     """
-    layers = adapter_layers()
-    wrappers = (*layers, *adapter_containers())
+    layers = peft_classes(*ADAPTER_LAYERS)
+    wrappers = (*layers, *peft_classes(*ADAPTER_CONTAINERS))
     holding: set[nn.Module] = set()  # modules with a parameter at or below them
     training: set[nn.Module] = set()  # ... one that trains
     base: set[nn.Module] = set()  # ... one that trains and is no adapter's

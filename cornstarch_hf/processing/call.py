@@ -168,7 +168,8 @@ def options_of(processor: Any, kind: str) -> frozenset[str] | None:
             "video_metadata",
         }
     elif isinstance(processor, ImageProcessingMixin):
-        read = set(_read_by_images(type(processor)))
+        cls: Any = type(processor)
+        read = set(_read_by_images(cls))
     elif processor is None:
         return frozenset()
     else:

@@ -71,15 +71,25 @@ def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
             header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
             check_sound(header.frames, header.channels, header.samplerate, rate, where)
     if not isinstance(source, bytes):
-        return load_audio(str(item), sampling_rate=rate)
+        return _load_file(str(item), rate, where)
     # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
     handle, path = tempfile.mkstemp()
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(source)
-        return load_audio(path, sampling_rate=rate)
+        return _load_file(path, rate, where)
     finally:
         os.unlink(path)
+
+
+def _load_file(path: str, rate: int, where: str) -> np.ndarray:
+    try:
+        return load_audio(path, sampling_rate=rate)
+    except ImportError as error:  # transformers names its own extra, which knows nothing of this package's versions
+        raise ImportError(
+            f"{where}: sound files are decoded by soundfile and soxr, this package's extra 'audio', which is not installed: "
+            'pip install "./cornstarch_hf[audio]" (a clone of it), or soundfile and soxr; with transformers 5.20 also librosa.'
+        ) from error
 
 
 def check_sampling_rate(where: str, expected: int | None, given: int | None) -> None:

@@ -209,8 +209,8 @@ def refused(kind, words, call, *arguments, **options):
 
 
 refused(ImportError, "by reference (embed=False) is not among the code", model.save_pretrained, sys.argv[2], embed=False)
-refused(ImportError, "pip install cornstarch_hf", type(model), encoders=model.encoders, language_model=model.language_model)
-refused(ImportError, "pip install cornstarch_hf", model.describe)
+refused(ImportError, "pip install ./cornstarch_hf", type(model), encoders=model.encoders, language_model=model.language_model)
+refused(ImportError, "pip install ./cornstarch_hf", model.describe)
 refused(ValueError, "Pushing needs the package", model.push_to_hub, "a/b")
 code = sys.modules[type(model).__module__.rpartition(".")[0] + ".multimodal_code"]
 
@@ -329,10 +329,41 @@ def test_without_code_the_package_loads_it(tmp_path):
     check(load("imported", folder, tmp_path), *made)
 
 
+MEET = """
+import sys
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
+
+def said(call, *arguments, **options):
+    try:
+        call(*arguments, **options)
+    except (ImportError, ValueError) as error:
+        return str(error)
+    raise SystemExit(f"{call} loaded {arguments} with {options}")
+
+
+doors = [auto.from_pretrained for auto in (AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor)]
+doors.append(lambda folder, **options: pipeline("image-text-to-text", folder, **options))
+for door in doors:
+    # transformers' own words, in which only the name of the folder is ours: what it asks for leads on to our message.
+    assert "`trust_remote_code=True`" in said(door, sys.argv[1], trust_remote_code=False)
+    assert "`trust_remote_code=True`" in said(door, sys.argv[2], trust_remote_code=False)
+    words = said(door, sys.argv[1], trust_remote_code=True)
+    assert "pip install ./cornstarch_hf (a clone" in words and "`import cornstarch_hf` before loading" in words, words
+    assert "pip install cornstarch_hf" not in words
+"""
+
+
+def test_a_program_without_the_package_is_told_what_to_install_and_to_import(tmp_path):
+    made = compose(tiny.clip())
+    folders = [save(made, tmp_path / "plain"), save(made, tmp_path / "code", include_code=True)]
+    run_bare(["-c", MEET, *folders], tmp_path, ["cornstarch_hf"])
+
+
 def test_without_code_the_package_is_asked_for(tmp_path):
     folder = save(compose(tiny.clip()), tmp_path / "plain")
     assert set(python_files(folder)) == {"load_with_cornstarch_hf.py"}
-    with pytest.raises(AssertionError, match="following packages.* cornstarch_hf. Run `pip install cornstarch_hf`"):
+    package = r"package cornstarch_hf, which is not installed. pip install ./cornstarch_hf .*import cornstarch_hf"
+    with pytest.raises(AssertionError, match=package):
         load("absent", folder, tmp_path)
 
 

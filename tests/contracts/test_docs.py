@@ -34,6 +34,26 @@ def test_readme_parses_and_names_what_exists():
         assert (ROOT / "hub_examples" / name).exists()
 
 
+LOADS = re.compile(r"^.*\bAuto\w+\.from_pretrained\(.*$", re.M)
+SPOKEN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES, *(ROOT / "cornstarch_hf").rglob("*.py")]
+SPOKEN += [ROOT / "cornstarch_hf" / "hub" / "card_template.md", *(ROOT / "hub_examples").glob("*.py")]
+
+
+@pytest.mark.parametrize("page", [p for p in SPOKEN if p.suffix == ".md"], ids=lambda p: p.stem)
+def test_the_package_is_imported_beside_every_load(page):
+    for block in re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.M | re.S):
+        trusted = [line for line in LOADS.findall(block) if re.search(r"trust_remote_code=True|\{\{ trust \}\}", line)]
+        if len(LOADS.findall(block)) > len(trusted) or "{{ trust }}" in block:
+            assert re.search(r"^import cornstarch_hf\b", block, re.M), block
+
+
+def test_nothing_asks_for_what_anybody_could_register_on_an_index():
+    # A bare name, with or without extras; a path, an option or `git+...` names what it means.
+    bare = re.compile(r"pip install (?:-\S+ )*[\"'`]?cornstarch[-_]hf\b(?!-\d)|git\+https?://\S*cornstarch[-_]hf", re.I)
+    assert bare.search("pip install -U cornstarch_hf[audio]") and not bare.search("pip install ./cornstarch_hf")
+    assert {path.name: found for path in SPOKEN if (found := bare.findall(path.read_text()))} == {}
+
+
 def test_messages_that_the_page_about_sharing_quotes_are_said():
     page = (ROOT / "docs" / "sharing.md").read_text()
     rows = re.findall(r"^\| (`.*?) \|", page[page.index("## When it fails") :], re.M)

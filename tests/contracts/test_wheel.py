@@ -1,15 +1,21 @@
-"""The wheel that users install: every room is in it, and a model is composed, saved with its code and loaded from it."""
+"""What is handed on: the wheel, from which a model is composed, saved with its code and loaded; the sdist with its tests."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import cornstarch_hf
 
 ROOT = Path(cornstarch_hf.__file__).parents[1]
 HERE = Path(__file__).parents[1] / "support"
+FOLDERS = ("cornstarch_hf", "tests", "docs", "hub_examples", "benchmarks", ".ci", ".github")
+FILES = (
+    *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt"),
+    *("pyproject.toml", ".gitignore", ".pre-commit-config.yaml"),
+)
 WORK = """
 import importlib, pkgutil, sys
 from pathlib import Path
@@ -63,3 +69,20 @@ def test_the_wheel_holds_all_of_the_package_and_works_outside_the_clone(tmp_path
     paths = os.pathsep.join([str(site), str(HERE)])
     printed = run(sys.executable, "work.py", site, str(tmp_path / "saved"), cwd=tmp_path, PYTHONPATH=paths)
     assert int(printed.splitlines()[-1]) > 60
+
+
+def test_the_sdist_holds_what_its_tests_need(tmp_path):
+    source = tmp_path / "source"
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    files = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    build = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, str(tmp_path), cwd=source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as opened:
+        held = {Path(*Path(member.name).parts[1:]) for member in opened if member.isfile()}
+    assert files - held == set()
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {str(path) for path in held - files if "cornstarch_hf.egg-info" not in path.parts} == made

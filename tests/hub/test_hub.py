@@ -156,7 +156,7 @@ def test_every_kind_loads_equal_without_the_package(hub, client, pushed, tmp_pat
                 assert any(path.endswith("/multimodal_code.py") for _, path, _ in hub.asked())
     with pytest.raises(Failed, match="trust_remote_code"):
         loader("AutoModelForMultimodalLM.from_pretrained('user/code-one-single-full', trust_remote_code=False)")
-    with pytest.raises(Failed, match=r"following packages.* cornstarch_hf. Run `pip install cornstarch_hf`"):
+    with pytest.raises(Failed, match=r"package cornstarch_hf, which is not installed. pip install ./cornstarch_hf"):
         loader("AutoModelForMultimodalLM.from_pretrained('user/one-single-full', trust_remote_code=True)")
     card = hub.content("user/code-two-single-full")["README.md"].decode()
     snippet = re.search(r"```python\n(.*?)```", card, re.S)[1]

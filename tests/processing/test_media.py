@@ -11,6 +11,7 @@ import tiny
 import torch
 from PIL import Image
 
+from cornstarch_hf.processing import sounds
 from cornstarch_hf.processing.media import flatten, ready_image
 from cornstarch_hf.processing.sounds import check_sampling_rate, ready_audio
 
@@ -163,3 +164,18 @@ def test_images_that_cannot_be_decoded(tmp_path):
         with pytest.raises(ValueError, match="vision, item 3: the image cannot be decoded from .*Error: ") as caught:
             ready_image(form, "vision, item 3", 3, False)
         assert isinstance(caught.value.__cause__, (OSError, ValueError))
+
+
+@pytest.mark.parametrize(
+    "form", [lambda path: path, str, lambda path: path.read_bytes(), lambda path: {"path": str(path)}]
+)
+def test_without_a_decoder_of_sounds_this_packages_extra_is_named(tmp_path, monkeypatch, form):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, WAVE, 16_000)
+
+    def load_audio(source, sampling_rate):
+        raise ImportError("load_audio requires soundfile and soxr: `pip install transformers[audio]`")
+
+    monkeypatch.setattr(sounds, "load_audio", load_audio)
+    with pytest.raises(ImportError, match=r"audio, item 0: .*extra 'audio'.* pip install \"./cornstarch_hf\[audio\]\""):
+        ready_audio(form(path), "audio, item 0", 16_000, None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...parts.classes import CODE_ENTRY
 from ...parts.registries import CALLBACKS, PROJECTORS
-from ..code_folder import HERE, ROOT, SIDES, read_entry, write_code
+from ..code_folder import HERE, INSTALL, ROOT, SIDES, read_entry, write_code
 
 
 def export_code(
@@ -25,7 +25,7 @@ def export_code(
     if foreign or any(running["sides"].get(name) != found for name, found in others_code.items()):
         raise ValueError(
             f"The code of this checkpoint cannot be saved together with {foreign or sorted(others_code)}, which it did not "
-            "bring along: pip install cornstarch_hf and import it first, or save elsewhere, or with include_code=False."
+            f"bring along: {INSTALL} (a clone or a wheel) and import it first, or save elsewhere, or with include_code=False."
         )
     if type(owner).__name__ in vars(sys.modules[f"{ROOT}.{CODE_ENTRY}"]):  # a class of the user's
         classes |= {key: type(owner).__name__ for key in classes if key != "AutoConfig"}
