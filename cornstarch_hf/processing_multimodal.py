@@ -4,18 +4,17 @@
 """
 
 import copy
-import os
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
-from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
+from .configuration_multimodal import MultimodalConfig
 from .encoders.counting import FeatureCounter
 from .encoders.items import split_items, without_padding
 from .encoders.own_parts import settle_registered
@@ -25,7 +24,15 @@ from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
 from .processing.assistant_turns import assistant_spans
-from .processing.call import Media, call_arguments, check_items, encode_texts, media_arguments, text_arguments
+from .processing.call import (
+    ClientNames,
+    Media,
+    call_arguments,
+    check_items,
+    encode_texts,
+    media_arguments,
+    text_arguments,
+)
 from .processing.conversations import (
     DEFAULT_TEMPLATE,
     ConversationReader,
@@ -36,18 +43,12 @@ from .processing.conversations import (
 )
 from .processing.media import flatten
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
-from .processing.subprocessors import (
-    build_subprocessor,
-    check_padding,
-    describe_subprocessor,
-    resolve_subprocessor,
-    run_subprocessor,
-    tensor_names,
-)
+from .processing.stored_processors import describe_subprocessor, load_parts, named_parts
+from .processing.subprocessors import check_padding, resolve_subprocessor, run_subprocessor, tensor_names
 from .processing.video import named_for_encoder
 
 
-class MultimodalProcessor(ProcessorStorage):
+class MultimodalProcessor(ClientNames, ProcessorStorage):
     """Tokenizer and single-modality processors as one, for a composed model.
 
     Args:
@@ -283,43 +284,6 @@ class MultimodalProcessor(ProcessorStorage):
 
     # ---- what clients look for
 
-    def _attribute(self, kind: str, what: str) -> Any:
-        names = self.config.modalities_of_kind(kind)
-        if len(names) == 1:
-            value = self.processors.get(names[0]) if what == "processor" else self.config.modality(names[0])[what]
-            if value is not None:
-                return value
-        raise AttributeError(f"this processor has not exactly one modality of the kind {kind!r} with a {what}")
-
-    image_processor = property(lambda self: self._attribute("image", "processor"))
-    video_processor = property(lambda self: self._attribute("video", "processor"))
-    feature_extractor = property(lambda self: self._attribute("audio", "processor"))
-    image_token = property(lambda self: self._attribute("image", "token"))
-    video_token = property(lambda self: self._attribute("video", "token"))
-    audio_token = property(lambda self: self._attribute("audio", "token"))
-    image_token_id = property(lambda self: self._attribute("image", "token_id"))
-    video_token_id = property(lambda self: self._attribute("video", "token_id"))
-    audio_token_id = property(lambda self: self._attribute("audio", "token_id"))
-
-    def create_mm_token_type_ids(self, input_ids) -> list[list[int]]:
-        """As in transformers, for ids ``(batch, length)``: 1 on placeholders of images, 2 of videos, 3 of sounds, 0 elsewhere.
-
-        ValueError for placeholders of another kind, which have no number.
-        """
-        rows = [row if isinstance(row, list) else row.tolist() for row in input_ids]
-        for name, number in self.placeholder_ids.items():
-            kind = self.config.modality(name)["kind"]
-            if kind not in MEDIA_KINDS and any(number in row for row in rows):
-                raise ValueError(f"{name}: mm_token_type_ids have no number for the kind {kind!r}: leave them out.")
-        return super().create_mm_token_type_ids(rows)
-
-    def _ids_of_kind(self, kind: str) -> list[int]:
-        return [self.placeholder_ids[name] for name in self.config.modalities_of_kind(kind)]
-
-    image_token_ids = property(lambda self: self._ids_of_kind("image"))
-    video_token_ids = property(lambda self: self._ids_of_kind("video"))
-    audio_token_ids = property(lambda self: self._ids_of_kind("audio"))
-
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that a call with text and items of every modality returns."""
@@ -336,8 +300,9 @@ class MultimodalProcessor(ProcessorStorage):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary: every sub-processor, and the configuration by which features are counted."""
         described = {name: describe_subprocessor(processor, name) for name, processor in self.processors.items()}
-        described = {name: values for name, values in described.items() if values is not None}
-        found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict(), "processors": described}
+        kinds = {name: self.config.modality(name)["kind"] for name in self.config.encoders}
+        parts = named_parts({name: values for name, values in described.items() if values is not None}, kinds)
+        found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict()} | parts
         return found | ({"auto_map": self.auto_map} if getattr(self, "auto_map", None) else {})
 
     def __repr__(self) -> str:
@@ -358,26 +323,27 @@ class MultimodalProcessor(ProcessorStorage):
         if "model_config" not in values:
             where = f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor"
             raise ValueError(f"{where}: save the processor there by processor.save_pretrained(...).")
-        subfolder = kwargs.pop("subfolder", "")
         load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)  # defines what is named below
-        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))
         check_facts_registered(config.encoder_types)
-        processors = {name: build_subprocessor(d, name) for name, d in values.get("processors", {}).items()}
-        for name in config.encoders:
-            if name not in processors and config.modality(name)["kind"] == "text":
-                kwargs["subfolder"] = os.path.join(subfolder, tokenizer_folder(name))
-                processors[name] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return [tokenizer, processors, config]
+        kinds = {name: config.modality(name)["kind"] for name in config.encoders}
+        tokenizer, parts, unused = load_parts(pretrained_model_name_or_path, values, kinds, kwargs, tokenizer_folder)
+        if unused and not kwargs.get("return_unused_kwargs"):
+            raise TypeError(f"from_pretrained() got unexpected arguments {sorted(unused)}: no part takes them.")
+        return [tokenizer, parts, config, unused]
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         """Build a processor from its loaded parts."""
-        tokenizer, processors, config = args
-        return_unused = kwargs.pop("return_unused_kwargs", False)
-        template = kwargs.pop("chat_template", processor_dict.get("chat_template"))
+        tokenizer, processors, config, unused = args
+        template = kwargs.get("chat_template", processor_dict.get("chat_template"))
         processor = cls(tokenizer, processors, config=config, chat_template=template)
+        for name, number in processor.placeholder_ids.items():
+            if (stored := config.modality(name)["token_id"]) not in (None, number):
+                told = f"the placeholder {processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"
+                raise ValueError(
+                    f"{name}: {told}: build MultimodalProcessor(tokenizer, ..., model=model), which sets both."
+                )
         if auto_map := processor_dict.get("auto_map"):
             processor.auto_map = auto_map
-        return (processor, kwargs) if return_unused else processor
+        return (processor, unused) if kwargs.get("return_unused_kwargs") else processor

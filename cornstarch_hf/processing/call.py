@@ -12,7 +12,7 @@ from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokeniz
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import AudioKwargs, TextKwargs
 
-from ..configuration_multimodal import MultimodalConfig
+from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .placeholder_text import Spans, encode, expand, occurrences, pad_rows
 from .video import SAMPLING
 from .video_processors import is_video_processor
@@ -30,12 +30,57 @@ TEXT_OPTIONS = frozenset(
 )
 _OF_ALL_PARTS = {"return_tensors", "return_mm_token_type_ids", "return_offsets_mapping", "name"}
 # Methods of image processors that read settings by name; what lands in their `**kwargs` is read by none.
-_READERS = ("_preprocess", "preprocess", "process_image", "_prepare_image_like_inputs", "_preprocess_image_like_inputs")
-_READERS += ("_standardize_kwargs",)
+_READERS = ["_preprocess", "preprocess", "process_image", "_prepare_image_like_inputs", "_preprocess_image_like_inputs"]
+_READERS += ["_standardize_kwargs"]
 # Settings of image processors that are read only where another one is on.
 _SWITCHES = {"size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop", "pad_size": "do_pad"}
 _SWITCHES |= {"rescale_factor": "do_rescale", "image_mean": "do_normalize", "image_std": "do_normalize"}
 Media = dict[str, dict[str, Any]]
+
+
+class ClientNames:
+    """Attributes of transformers' processors that clients look for, by kind, where there is one modality of that."""
+
+    config: MultimodalConfig
+    processors: dict[Any, Any]
+    placeholder_ids: Any
+
+    def _attribute(self, kind: str, what: str) -> Any:
+        names = self.config.modalities_of_kind(kind)
+        if len(names) == 1:
+            value = self.processors.get(names[0]) if what == "processor" else self.config.modality(names[0])[what]
+            if value is not None:
+                return value
+        raise AttributeError(f"this processor has not exactly one modality of the kind {kind!r} with a {what}")
+
+    image_processor = property(lambda self: self._attribute("image", "processor"))
+    video_processor = property(lambda self: self._attribute("video", "processor"))
+    feature_extractor = property(lambda self: self._attribute("audio", "processor"))
+    image_token = property(lambda self: self._attribute("image", "token"))
+    video_token = property(lambda self: self._attribute("video", "token"))
+    audio_token = property(lambda self: self._attribute("audio", "token"))
+    image_token_id = property(lambda self: self._attribute("image", "token_id"))
+    video_token_id = property(lambda self: self._attribute("video", "token_id"))
+    audio_token_id = property(lambda self: self._attribute("audio", "token_id"))
+
+    def create_mm_token_type_ids(self, input_ids) -> list[list[int]]:
+        """As in transformers, for ids ``(batch, length)``: 1 on placeholders of images, 2 of videos, 3 of sounds, 0 elsewhere.
+
+        ValueError for placeholders of another kind, which have no number.
+        """
+        rows = [row if isinstance(row, list) else row.tolist() for row in input_ids]
+        for name, number in self.placeholder_ids.items():
+            kind = self.config.modality(name)["kind"]
+            if kind not in MEDIA_KINDS and any(number in row for row in rows):
+                raise ValueError(f"{name}: mm_token_type_ids have no number for the kind {kind!r}: leave them out.")
+        return super().create_mm_token_type_ids(rows)
+
+    def _ids_of_kind(self, kind: str) -> list[int]:
+        return [self.placeholder_ids[name] for name in self.config.modalities_of_kind(kind)]
+
+    image_token_ids = property(lambda self: self._ids_of_kind("image"))
+    video_token_ids = property(lambda self: self._ids_of_kind("video"))
+    audio_token_ids = property(lambda self: self._ids_of_kind("audio"))
 
 
 def call_arguments(config: MultimodalConfig, processors: Mapping[str, Any]) -> list[str]:

@@ -4,14 +4,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..limits import check
 from ..parts.known_encoders import encoder_type
-from ..parts.stored_values import check_values
 from .media import keeps_scale, ready_image
 from .sounds import ready_audio
 from .video import FRAME_MASK, run_on_frames
@@ -26,7 +24,6 @@ class ItemProcessor(FeatureExtractionMixin):
 
 
 ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
-TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
 _PARTS = {"image": ["image_processor"], "video": ["video_processor", "image_processor"], "audio": ["feature_extractor"]}
 # Attributes of configurations whose positions are computed or relative, for texts of any length.
 _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attention_num_buckets")
@@ -248,65 +245,3 @@ def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: its processor gave no tensors, but {sorted(output)}.")
     # A mask of floats (Pix2Struct) would be cast with the features, and its values are needed where shapes are counted.
     return {k: v.long() if k.endswith("mask") and v.is_floating_point() else v for k, v in tensors.items()}
-
-
-def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
-    """A JSON dictionary of a processor with its type (ValueError: it has none); None for a tokenizer, which has own files."""
-    if isinstance(processor, PreTrainedTokenizerBase):
-        return None
-    described = processor.to_dict() if hasattr(processor, "to_dict") else {}
-    if not any(key in described for key in TYPE_KEYS):
-        known = "image processor, feature extractor, video processor or tokenizer of transformers."
-        raise ValueError(f"{name}: {type(processor).__name__} cannot be saved, it is no {known}")
-    # JSON has no arrays.
-    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in described.items()}
-
-
-def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
-    """The processor that `describe_subprocessor` described (ValueError: of no known type, or it does not take its settings)."""
-    values = dict(described)
-    kinds = [values[key] for key in TYPE_KEYS if isinstance(values.get(key), str)]
-    if len(kinds) != 1:
-        raise ValueError(f"{name}: expected one of {TYPE_KEYS} in its processor's description, got {sorted(values)}.")
-    _check_settings(values, name)
-    try:
-        cls: Any = ITEM_PROCESSORS.get(kinds[0]) or ProcessorMixin.get_possibly_dynamic_module(kinds[0])
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: there is no processor class {kinds[0]!r:.100} in transformers.") from error
-    if lacking := [one for one in getattr(cls, "_backends", ()) if isinstance(one, str)]:  # stands in for a class
-        needs = f"{' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed"
-        raise ValueError(f"{name}: {kinds[0]} needs {needs}: pip install {' '.join(lacking)}.")
-    if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
-        raise ValueError(f"{name}: {kinds[0]!r} is no image processor or feature extractor.")
-    try:
-        return cls.from_dict(values)
-    except (ValueError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error!s:.200}"
-        raise ValueError(f"{name}: {kinds[0]!r} does not take its stored settings ({cause}).") from error
-
-
-# Settings whose products say how much memory a processor takes, and the cap of each product.
-_PRODUCTS = (
-    (("height", "width"), "MAX_IMAGE_PIXELS"),
-    (("chunk_length", "sampling_rate"), "MAX_AUDIO_SAMPLES"),
-    (("n_fft", "feature_size"), "MAX_AUDIO_SAMPLES"),
-    (("fft_length", "feature_size"), "MAX_AUDIO_SAMPLES"),
-)
-_EDGES = ("shortest_edge", "longest_edge", "height", "width", "max_height", "max_width")
-
-
-def _check_settings(values: Mapping[str, Any], name: str) -> None:
-    """Refuse stored settings by which a processor would make an endless image or window of any item (ValueError)."""
-    check_values(values, f"{name}: its processor")
-    counts_pixels = any(key in values for key in ("max_pixels", "merge_size"))  # there an edge is a number of pixels
-    for group in (values, *(v for v in values.values() if isinstance(v, Mapping))):
-        numbers = {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
-        for key, value in numbers.items():
-            edge = key in _EDGES and not counts_pixels
-            limit, square = ("MAX_IMAGE_PIXELS", "square of the ") if edge else ("MAX_AUDIO_SAMPLES", "")
-            check(value**2 if edge else value, limit, f"{name}: the {square}setting {key!r} of its processor is")
-        for keys, limit in _PRODUCTS:
-            if all(key in numbers for key in keys):
-                check(numbers[keys[0]] * numbers[keys[1]], limit, f"{name}: {' x '.join(keys)} of its processor is")
