@@ -19,6 +19,7 @@ from .encoders.counting import FeatureCounter
 from .encoders.items import split_items, without_padding
 from .encoders.own_parts import settle_registered
 from .encoders.towers import keyword_for, named_inputs
+from .parts.classes import carries_code
 from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
@@ -344,6 +345,6 @@ class MultimodalProcessor(ClientNames, ProcessorStorage):
                 raise ValueError(
                     f"{name}: {told}: build MultimodalProcessor(tokenizer, ..., model=model), which sets both."
                 )
-        if auto_map := processor_dict.get("auto_map"):
+        if carries_code(auto_map := processor_dict.get("auto_map")):  # what stands for no code is written anew
             processor.auto_map = auto_map
         return (processor, unused) if kwargs.get("return_unused_kwargs") else processor

@@ -4,11 +4,12 @@ Knows no encoder: `processing_multimodal` runs the sub-processors in between and
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase
+from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import AudioKwargs, TextKwargs
 
@@ -38,7 +39,7 @@ _SWITCHES |= {"rescale_factor": "do_rescale", "image_mean": "do_normalize", "ima
 Media = dict[str, dict[str, Any]]
 
 
-class ClientNames:
+class ClientNames(ProcessorMixin):
     """Attributes of transformers' processors that clients look for, by kind, where there is one modality of that."""
 
     config: MultimodalConfig
@@ -256,14 +257,20 @@ def check_options(processor: Any, kind: str, name: str, options: Mapping[str, An
 
 
 def check_lengths(options: Mapping[str, Any], stated: Mapping[str, Any], name: str) -> None:
-    """Refuse, of a tokenizer's options, a length that was stated and that it would leave aside (ValueError)."""
+    """Refuse, of a tokenizer's options, a length that was stated and that it would leave aside (ValueError).
+
+    Of `max_length` beside padding to the longest text a warning tells, as in transformers.
+    """
     padding, cuts = options.get("padding", False), options.get("truncation")
-    if stated.get("pad_to_multiple_of") is not None and padding in (False, None, "do_not_pad"):
+    padded = padding not in (False, None, "do_not_pad")
+    if stated.get("pad_to_multiple_of") is not None and not padded:
         raise ValueError(f"{name}: pad_to_multiple_of= does nothing without padding: pass padding=True too.")
     whole = cuts in (False, "do_not_truncate") or (cuts is None and padding is not False)  # as transformers reads them
     if stated.get("max_length") is not None and whole and padding != "max_length":
-        told = "max_length= does nothing here: pass truncation=True to cut, or padding='max_length' to fill up"
-        raise ValueError(f"{name}: {told}.")
+        told = f"{name}: max_length= does nothing here: pass truncation=True to cut, or padding='max_length' to fill up."
+        if cuts is not None or not padded:
+            raise ValueError(told)
+        warnings.warn(told, stacklevel=4)
 
 
 def merged(owner: str, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
