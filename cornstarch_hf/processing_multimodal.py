@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
 
 from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
@@ -45,8 +46,17 @@ from .processing.conversations import (
 from .processing.media import flatten
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.stored_processors import describe_subprocessor, load_parts, named_parts
-from .processing.subprocessors import check_padding, resolve_subprocessor, run_subprocessor, tensor_names
+from .processing.subprocessors import (
+    check_padding,
+    image_channels,
+    resolve_subprocessor,
+    run_subprocessor,
+    sampling_rate_of,
+    tensor_names,
+    tensors_of_size,
+)
 from .processing.video import named_for_encoder
+from .processing.video_processors import is_video_processor
 
 
 class MultimodalProcessor(ClientNames, ProcessorStorage):
@@ -263,8 +273,16 @@ class MultimodalProcessor(ClientNames, ProcessorStorage):
     ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
         """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
 
-        Parts without an item take those `given` by modality; turns count from the message `first` on.
+        Parts without an item take those `given` by modality; turns count from the message `first` on.  ValueError for variables
+        of the template that are options of this processor's call.
         """
+        own = {
+            key for key in variables if key in call_arguments(self.config, self.processors) or key.endswith("_kwargs")
+        }
+        if own:
+            raise ValueError(
+                f"chat_template_kwargs has {sorted(own)}, which are the processor's and no variables of a template."
+            )
         template = chosen_template(self.chat_template, chat_template)
         messages, media = self._reader().read(conversation, template, given)
         variables = {**self.tokenizer.special_tokens_map, **variables}
@@ -295,6 +313,22 @@ class MultimodalProcessor(ClientNames, ProcessorStorage):
             values = {key: torch.zeros(1, 1) for key in emitted}
             names += self._for_encoder(name, values) if emitted else entry["input_names"]
         return names
+
+    def _count_of_size(self, name: str, kind: str, size: Any, options: dict[str, Any]) -> tuple[int, int]:
+        """Features of an item of a size, and its rows of pixels: patches where its processor packs them, else 1."""
+        processor = self.processors.get(name)
+        if isinstance(processor, ImageProcessingMixin) and not is_video_processor(processor):
+            channels = image_channels(getattr(self.config, f"{name}_config"))
+            output = tensors_of_size(processor, name, size, options, channels, self.counter.has_preprocessing(name))
+        elif kind == "audio":
+            silence = {"array": np.zeros(size, np.float32), "sampling_rate": sampling_rate_of(processor)}
+            output = self._run_subprocessor(name, [silence], options)
+        else:
+            told = f"{type(processor).__name__} does not tell by its size what it makes of an item"
+            raise ValueError(f"{name}: {told}: call the processor with one of that size.")
+        used, names = self._for_encoder(name, output), self.config.modality(name)["input_names"]
+        (item,) = split_items({names[keyword]: value for keyword, value in used.items()}, 1, name)
+        return self.counter.count(name, without_padding(item)), len(next(iter(used.values())))
 
     # ---- saving and loading
 

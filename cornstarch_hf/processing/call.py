@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.processing_utils import AudioKwargs, TextKwargs
+from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwargs
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .placeholder_text import Spans, encode, expand, occurrences, pad_rows
@@ -45,6 +45,7 @@ class ClientNames(ProcessorMixin):
     config: MultimodalConfig
     processors: dict[Any, Any]
     placeholder_ids: Any
+    _count_of_size: Any
 
     def _attribute(self, kind: str, what: str) -> Any:
         names = self.config.modalities_of_kind(kind)
@@ -82,6 +83,32 @@ class ClientNames(ProcessorMixin):
     image_token_ids = property(lambda self: self._ids_of_kind("image"))
     video_token_ids = property(lambda self: self._ids_of_kind("video"))
     audio_token_ids = property(lambda self: self._ids_of_kind("audio"))
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes=None, video_sizes=None, audio_lengths=None, **kwargs: Any
+    ) -> MultiModalData:
+        """As in transformers: how many placeholder tokens items of these sizes will give, by arithmetic or on shapes alone.
+
+        Args:
+            image_sizes, video_sizes: ``(height, width)`` of each image, ``(frames, height, width)`` of each video.
+            audio_lengths: samples of each sound, at the rate that its feature extractor expects.
+            **kwargs: options of single processors, as in a call.
+
+        ValueError where there is not one modality of that kind.
+        """
+        options, found = media_options(self.config, self.processors, {}, kwargs), dict[str, list[int]]()
+        if kwargs:
+            raise TypeError(f"Unknown arguments {sorted(kwargs)}: expected options of single processors, as in a call.")
+        for kind, sizes in {"image": image_sizes, "video": video_sizes, "audio": audio_lengths}.items():
+            if sizes is None:
+                continue
+            if len(names := self.config.modalities_of_kind(kind)) != 1:
+                raise ValueError(f"Sizes of the kind {kind!r} need one encoder of that kind, the model has {names}.")
+            each = [self._count_of_size(names[0], kind, size, options[names[0]]) for size in sizes]
+            found[f"num_{kind}_tokens"] = [count for count, _ in each]
+            if kind == "image":
+                found["num_image_patches"] = [patches for _, patches in each]
+        return MultiModalData(**found)
 
 
 def call_arguments(config: MultimodalConfig, processors: Mapping[str, Any]) -> list[str]:
@@ -149,7 +176,7 @@ def media_arguments(
         else:
             _add_items(media, name, given[key])
             inside[name] = {k: v for k, v in given.items() if k != key}
-    for name, options in _media_options(config, processors, inside, kwargs).items():
+    for name, options in media_options(config, processors, inside, kwargs).items():
         if name in media and "items" in media[name]:
             media[name] |= options
         elif name in media and (idle := sorted(set(options) - {"sampling_rate"})):
@@ -163,13 +190,14 @@ def media_arguments(
     return media
 
 
-def _media_options(config: MultimodalConfig, processors: Mapping, inside: Media, kwargs: dict) -> Media:
+def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, kwargs: dict) -> Media:
     """Options of every modality, whether or not it has items in this call; takes them out of `kwargs`."""
     kinds = {name: config.modality(name)["kind"] for name in config.encoders}
     flat = {name: flat_options(processors.get(name), kind) for name, kind in kinds.items()}
     flat |= {name: flat[name] | {"sampling_rate"} for name, kind in kinds.items() if kind == "audio"}
     stated = {key: kwargs.pop(key) for key in list(kwargs) if any(key in names for names in flat.values())}
-    nested = {key: kwargs.pop(f"{key}_kwargs", None) or {} for key in (*config.encoders, *PLURALS.values())}
+    groups = dict.fromkeys([*config.encoders, *PLURALS.values()])  # "audio" may be a name and a plural
+    nested = {key: kwargs.pop(f"{key}_kwargs", None) or {} for key in groups}
     common = kwargs.pop("common_kwargs", None) or {}
     found: Media = {}
     for name, kind in kinds.items():
@@ -267,7 +295,9 @@ def check_lengths(options: Mapping[str, Any], stated: Mapping[str, Any], name: s
         raise ValueError(f"{name}: pad_to_multiple_of= does nothing without padding: pass padding=True too.")
     whole = cuts in (False, "do_not_truncate") or (cuts is None and padding is not False)  # as transformers reads them
     if stated.get("max_length") is not None and whole and padding != "max_length":
-        told = f"{name}: max_length= does nothing here: pass truncation=True to cut, or padding='max_length' to fill up."
+        told = (
+            f"{name}: max_length= does nothing here: pass truncation=True to cut, or padding='max_length' to fill up."
+        )
         if cuts is not None or not padded:
             raise ValueError(told)
         warnings.warn(told, stacklevel=4)

@@ -4,15 +4,20 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
 
-from ..limits import check
+from ..limits import check, check_image
 from ..parts.known_encoders import encoder_type
 from .media import keeps_scale, ready_image
 from .sounds import ready_audio
-from .video import FRAME_MASK, run_on_frames
+from .video import FRAME_MASK, run_on_frames, video_of_size
 from .video_processors import is_video_processor, run_video_processor
 
 
@@ -86,6 +91,12 @@ def sampling_rate_of(processor: Any) -> int | None:
     return getattr(processor, "sampling_rate", None) if isinstance(processor, FeatureExtractionMixin) else None
 
 
+def image_channels(encoder_config: Any) -> int:
+    """How many channels of an image an encoder of that configuration takes."""
+    channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+    return channels
+
+
 def run_subprocessor(
     processor: Any,
     name: str,
@@ -106,7 +117,7 @@ def run_subprocessor(
     options = dict(options)
     # Image processors and feature extractors of transformers, this package's own, tokenizers; then somebody's callable.
     if isinstance(processor, ImageProcessingMixin):
-        channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+        channels = image_channels(encoder_config)
         if is_video_processor(processor) or kind == "video":
             run = run_video_processor if is_video_processor(processor) else run_on_frames
             return run(processor, name, items, options, encoder_config, channels)
@@ -228,6 +239,50 @@ def _audio_options(processor: Any, name: str, items: list, options: Mapping, mas
     if "return_attention_mask" in parameters and (padded or masked):
         found["return_attention_mask"] = True
     return found
+
+
+class _Sized(PilBackend):
+    """Behind a processor's own methods: images and resized ones have a shape, and no memory for their pixels."""
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.moveaxis(image, -1, 0)  # (channels, height, width)
+
+    def resize(self, image: np.ndarray, size: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        found = tuple(image.shape[-2:])
+        if size.shortest_edge and size.longest_edge:
+            found = get_size_with_aspect_ratio(found, size.shortest_edge, size.longest_edge)
+        elif size.shortest_edge:
+            form: Any = {"default_to_square": False, "input_data_format": "channels_first"}
+            found = get_resize_output_image_size(image, size=size.shortest_edge, **form)
+        elif size.max_height and size.max_width:
+            found = get_image_size_for_max_height_width(found, size.max_height, size.max_width)
+        elif size.height and size.width:
+            found = (size.height, size.width)
+        return np.broadcast_to(np.zeros((), image.dtype), (*image.shape[:-2], *found))
+
+
+def tensors_of_size(
+    processor: Any, name: str, size: Sequence[int], options: Mapping[str, Any], channels: int, prepared: bool
+) -> dict[str, Any]:
+    """What an image processor makes of an image ``(height, width)``, or of a video ``(frames, height, width)``, of no content.
+
+    By the processor's own code on Pillow's backend, in which only the reading and resizing of pixels are left out; one without
+    that backend runs whole.  ValueError for more pixels than `limits.MAX_IMAGE_PIXELS`.
+    """
+    *frames, height, width = size
+    check_image(width, height, name)
+    image = np.broadcast_to(np.zeros((), np.uint8), (height, width, channels))
+    cls = (
+        type(processor)
+        if isinstance(processor, PilBackend)
+        else getattr(transformers, f"{type(processor).__name__}Pil", None)
+    )
+    if cls is not None:
+        processor = type(cls.__name__, (cls, _Sized), {}).from_dict(processor.to_dict())
+    options = {**options, "input_data_format": "channels_last"}
+    if frames:
+        return video_of_size(processor, name, image, frames[0], options)
+    return _run_on_images(processor, name, [image], options, prepared)
 
 
 def tensor_names(processor: Any, kind: str, masked: bool) -> list[str]:

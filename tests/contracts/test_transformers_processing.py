@@ -37,9 +37,7 @@ STRICTER = {
     ),
 }
 # What shall pass and does not yet; a row whose tests pass turns red.
-WAITING = {
-    r"test_chat_template_message_objects-\w+": "messages are dicts, objects of a client are refused",
-}
+WAITING = {r"test_chat_template_message_objects-\w+": "messages are dicts, objects of a client are refused"}
 
 
 def found(table, name, composition):
