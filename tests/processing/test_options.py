@@ -71,7 +71,6 @@ SAME = {
     (None, "default_to_square"): "reads a size that is one number, which these processors take in one way only",
     ("convnext", "do_pad"): "transformers' own names it and pads nothing: all come out in one size",
     ("convnext", "pad_size"): "transformers' own names it and pads nothing: all come out in one size",
-    ("convnext", "do_center_crop"): "ConvNext crops by crop_pct",
     (None, "add_special_tokens"): "the tiny tokenizers add none: see the test of one that does",
     ("esm", "split_special_tokens"): "there is no special token in the item",
     ("esm", "return_token_type_ids"): "the encoder takes none",
