@@ -36,8 +36,12 @@ STRICTER = {
         r"pass sampling_rate= \(Hz\)",
     ),
 }
-# What shall pass and does not yet; a row whose tests pass turns red.
-WAITING = {r"test_chat_template_message_objects-\w+": "messages are dicts, objects of a client are refused"}
+# What does not pass, told too; a row whose tests pass turns red.
+WAITING = {
+    r"test_chat_template_message_objects-\w+": "messages are dicts, objects of a client are refused",
+    r"test_get_num_multimodal_tokens_\w+_audio-(whisper|both)": "its sounds are longer than the tiny window, which is refused",
+    r"test_get_num_multimodal_tokens_\w+_call-whisper": "it gives images whatever the processor takes, which is refused",
+}
 
 
 def found(table, name, composition):
