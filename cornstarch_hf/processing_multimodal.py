@@ -4,7 +4,6 @@
 """
 
 import copy
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
 
 from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
@@ -21,12 +21,21 @@ from .encoders.counting import FeatureCounter
 from .encoders.items import split_items, without_padding
 from .encoders.own_parts import settle_registered
 from .encoders.towers import keyword_for, named_inputs
+from .parts.classes import carries_code
 from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
 from .processing.assistant_turns import assistant_spans
-from .processing.call import Media, check_items, encode_texts, media_arguments, text_arguments
+from .processing.call import (
+    ClientNames,
+    Media,
+    call_arguments,
+    check_items,
+    encode_texts,
+    media_arguments,
+    text_arguments,
+)
 from .processing.conversations import (
     ConversationReader,
     check_options,
@@ -41,19 +50,23 @@ from .processing.media import check_finite, flatten
 from .processing.placeholder_text import MarkedText, MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE, render, told
 from .processing.sounds import refuse_short
+from .processing.stored_processors import describe_subprocessor, load_parts, named_parts
 from .processing.subprocessors import (
-    build_subprocessor,
     check_padding,
-    describe_subprocessor,
+    image_channels,
     resolve_subprocessor,
     run_subprocessor,
     sampling_rate_of,
+    tensor_names,
+    tensors_of_size,
 )
 from .processing.template_probes import check_written
+from .processing.template_sandbox import template_contents
 from .processing.video import named_for_encoder
+from .processing.video_processors import is_video_processor
 
 
-class MultimodalProcessor(ProcessorStorage):
+class MultimodalProcessor(ClientNames, ProcessorStorage):
     """Tokenizer and single-modality processors as one, for a composed model.
 
     Args:
@@ -129,12 +142,13 @@ class MultimodalProcessor(ProcessorStorage):
 
         Raises:
             TypeError: an unknown argument.
-            ValueError: nothing to process, placeholders and items that differ in number, unusable items, truncation that
-                would cut features.
+            ValueError: nothing to process, something given twice or to no effect, placeholders and items that differ in
+                number, unusable items, truncation that would cut features.
         """
-        text, options, llm = text_arguments(text, llm_inputs, kwargs)
+        text, options, llm = text_arguments(text, llm_inputs, kwargs, self.tokenizer)
+        with_types = options.pop("return_mm_token_type_ids", False)
         by_kind = {"images": images, "videos": videos, "audio": audio}
-        media = media_arguments(self.config, by_kind, encoder_inputs, kwargs)
+        media = media_arguments(self.config, self.processors, by_kind, encoder_inputs, kwargs)
         if text is None and not media:
             raise ValueError(f"Nothing to process: give text=, or items of {self.config.encoders} by name or by kind.")
         tensors, lengths, samples = self._process_media(media)  # first: the text needs the numbers of features
@@ -145,6 +159,9 @@ class MultimodalProcessor(ProcessorStorage):
             with self.lock:  # a tokenizer keeps the options of its last call
                 spans = llm["assistant_spans"]
                 data = encode_texts(self.tokenizer, texts, self.tokens, ids, lengths, options, spans)
+            if with_types:
+                types = {"mm_token_type_ids": self.create_mm_token_type_ids(data["input_ids"])}
+                data |= BatchFeature(types, tensor_type=options.get("return_tensors"))
         if llm["item_lengths"]:  # the collator asks how many features each item has
             data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
@@ -193,9 +210,7 @@ class MultimodalProcessor(ProcessorStorage):
     def _used(self, name: str, output: dict[str, Any], count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What its encoder takes of a modality's tensors: by keyword, and by the encoder's own names for each item."""
         names = self.config.modality(name)["input_names"]  # keyword of the composed model -> parameter of the encoder
-        if self.config.modality(name)["kind"] == "video":
-            output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
-        used = named_inputs(output, name, names)
+        used = self._for_encoder(name, output)
         if not used:
             raise ValueError(f"{name}: its encoder takes {sorted(names)}, but got only {sorted(output)}.")
         check_padding(output, used, self.processors.get(name), name)
@@ -216,13 +231,25 @@ class MultimodalProcessor(ProcessorStorage):
         check_finite(used, name)
         return self._counted(name, split)[0]
 
+    def _for_encoder(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
+        """What its encoder takes of the tensors of a modality's processor, by keyword of the composed model."""
+        entry = self.config.modality(name)
+        names = entry["input_names"]  # keyword of the composed model -> parameter of the encoder
+        if entry["kind"] == "video":
+            output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
+        return named_inputs(output, name, names)
+
+    def _masked(self, name: str) -> bool:
+        """Whether a mask is wanted of what is padded to a window: to leave out the padding, or as the encoder's own input."""
+        entry = self.config.modality(name)
+        return entry["trim"] or any(taken.endswith("features_mask") for taken in entry["input_names"].values())
+
     def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         if name not in self.processors:
             raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
         entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
-        taken = entry["input_names"].values()
-        masked = entry["trim"] or any(parameter.endswith("features_mask") for parameter in taken)
-        maskless = not any(parameter.endswith("mask") for parameter in taken)
+        masked = self._masked(name)
+        maskless = not any(parameter.endswith("mask") for parameter in entry["input_names"].values())
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
         own, kind = self.processors[name], entry["kind"]
         with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
@@ -310,9 +337,10 @@ class MultimodalProcessor(ProcessorStorage):
             raise ValueError(
                 "llm_inputs must be a dict of the tokenizer's options: the text is that of the conversation."
             )
-        llm = llm | {"text": [MarkedText(text) for text in texts]}
+        # What the caller says of the tokens in front wins.
+        llm = llm | {"text": [MarkedText(text) for text in texts], "default_options": self.bos_options(texts[0])}
         llm |= {} if spans[0] is None else {"assistant_spans": spans}
-        return self(llm_inputs=llm, **self.bos_options(texts[0]) | call)  # what the caller says wins
+        return self(llm_inputs=llm, **call)
 
     def read_labelled(
         self,
@@ -326,9 +354,16 @@ class MultimodalProcessor(ProcessorStorage):
     ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
         """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
 
-        Parts without an item take those `given` by modality; turns count from the message `first` on.
+        Parts without an item take those `given` by modality; turns count from the message `first` on.  ValueError for variables
+        of the template that are options of this processor's call.
         """
         template, reader = chosen_template(self.chat_template, chat_template), self._reader()
+        calls = {
+            key for key in variables if key in call_arguments(self.config, self.processors) or key.endswith("_kwargs")
+        }
+        if own := sorted(calls - template_contents(template)[0]):
+            told = f"chat_template_kwargs has {own}, which are the processor's and no variables of a template"
+            raise ValueError(f"{told}: give them to the collator, in processor_kwargs=.")
         variables = reader.variables(template, self.tokenizer.special_tokens_map, tools=tools, **variables)
         messages, media = reader.read(conversation, template, given, variables)
         text, spans = assistant_spans(messages, template, first=first, specials=self._specials(), **variables)
@@ -350,37 +385,40 @@ class MultimodalProcessor(ProcessorStorage):
 
     # ---- what clients look for
 
-    def _attribute(self, kind: str, what: str) -> Any:
-        names = self.config.modalities_of_kind(kind)
-        if len(names) == 1:
-            value = self.processors.get(names[0]) if what == "processor" else self.config.modality(names[0])[what]
-            if value is not None:
-                return value
-        raise AttributeError(f"this processor has not exactly one modality of the kind {kind!r} with a {what}")
-
-    image_processor = property(lambda self: self._attribute("image", "processor"))
-    video_processor = property(lambda self: self._attribute("video", "processor"))
-    feature_extractor = property(lambda self: self._attribute("audio", "processor"))
-    image_token = property(lambda self: self._attribute("image", "token"))
-    video_token = property(lambda self: self._attribute("video", "token"))
-    audio_token = property(lambda self: self._attribute("audio", "token"))
-    image_token_id = property(lambda self: self._attribute("image", "token_id"))
-    video_token_id = property(lambda self: self._attribute("video", "token_id"))
-    audio_token_id = property(lambda self: self._attribute("audio", "token_id"))
-
     @property
     def model_input_names(self) -> list[str]:
-        """Names of all tensors that a call may return."""
-        names = list(self.tokenizer.model_input_names)
-        return names + [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
+        """Names of the tensors that a call with text and items of every modality returns."""
+        names = list(dict.fromkeys([*self.tokenizer.model_input_names, "attention_mask"]))
+        for name in self.config.encoders:
+            entry = self.config.modality(name)
+            emitted = tensor_names(self.processors.get(name), entry["kind"], self._masked(name))
+            values = {key: torch.zeros(1, 1) for key in emitted}
+            names += self._for_encoder(name, values) if emitted else entry["input_names"]
+        return names
+
+    def _count_of_size(self, name: str, kind: str, size: Any, options: dict[str, Any]) -> tuple[int, int]:
+        """Features of an item of a size, and its rows of pixels: patches where its processor packs them, else 1."""
+        processor = self.processors.get(name)
+        if isinstance(processor, ImageProcessingMixin) and not is_video_processor(processor):
+            channels = image_channels(getattr(self.config, f"{name}_config"))
+            output = tensors_of_size(processor, name, size, options, channels, self.counter.has_preprocessing(name))
+        elif kind == "audio":
+            return self.features_of_sound(name, size, options), 1
+        else:
+            told = f"{type(processor).__name__} does not tell by its size what it makes of an item"
+            raise ValueError(f"{name}: {told}: call the processor with one of that size.")
+        used, names = self._for_encoder(name, output), self.config.modality(name)["input_names"]
+        (item,) = split_items({names[keyword]: value for keyword, value in used.items()}, 1, name)
+        return self.counter.count(name, without_padding(item)), len(next(iter(used.values())))
 
     # ---- saving and loading
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary: every sub-processor, and the configuration by which features are counted."""
         described = {name: describe_subprocessor(processor, name) for name, processor in self.processors.items()}
-        described = {name: values for name, values in described.items() if values is not None}
-        found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict(), "processors": described}
+        kinds = {name: self.config.modality(name)["kind"] for name in self.config.encoders}
+        parts = named_parts({name: values for name, values in described.items() if values is not None}, kinds)
+        found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict()} | parts
         return found | ({"auto_map": self.auto_map} if getattr(self, "auto_map", None) else {})
 
     def __repr__(self) -> str:
@@ -401,26 +439,27 @@ class MultimodalProcessor(ProcessorStorage):
         if "model_config" not in values:
             where = f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor"
             raise ValueError(f"{where}: save the processor there by processor.save_pretrained(...).")
-        subfolder = kwargs.pop("subfolder", "")
         load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)  # defines what is named below
-        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # never asked for at a prompt
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config = MultimodalConfig.from_dict(dict(values["model_config"]))
         check_facts_registered(config.encoder_types)
-        processors = {name: build_subprocessor(d, name) for name, d in values.get("processors", {}).items()}
-        for name in config.encoders:
-            if name not in processors and config.modality(name)["kind"] == "text":
-                kwargs["subfolder"] = os.path.join(subfolder, tokenizer_folder(name))
-                processors[name] = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return [tokenizer, processors, config]
+        kinds = {name: config.modality(name)["kind"] for name in config.encoders}
+        tokenizer, parts, unused = load_parts(pretrained_model_name_or_path, values, kinds, kwargs, tokenizer_folder)
+        if unused and not kwargs.get("return_unused_kwargs"):
+            raise TypeError(f"from_pretrained() got unexpected arguments {sorted(unused)}: no part takes them.")
+        return [tokenizer, parts, config, unused]
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         """Build a processor from its loaded parts."""
-        tokenizer, processors, config = args
-        return_unused = kwargs.pop("return_unused_kwargs", False)
-        template = kwargs.pop("chat_template", processor_dict.get("chat_template"))
+        tokenizer, processors, config, unused = args
+        template = kwargs.get("chat_template", processor_dict.get("chat_template"))
         processor = cls(tokenizer, processors, config=config, chat_template=template)
-        if auto_map := processor_dict.get("auto_map"):
+        for name, number in processor.placeholder_ids.items():
+            if (stored := config.modality(name)["token_id"]) not in (None, number):
+                told = f"the placeholder {processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"
+                raise ValueError(
+                    f"{name}: {told}: build MultimodalProcessor(tokenizer, ..., model=model), which sets both."
+                )
+        if carries_code(auto_map := processor_dict.get("auto_map")):  # what stands for no code is written anew
             processor.auto_map = auto_map
-        return (processor, kwargs) if return_unused else processor
+        return (processor, unused) if kwargs.get("return_unused_kwargs") else processor

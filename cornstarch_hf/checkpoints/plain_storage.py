@@ -143,7 +143,7 @@ class ProcessorStorage(SharedCode, ProcessorMixin):
         surplus, parts = set[str](), [self.tokenizer, *self.processors.values()]
         replaced = replaced_atomically(save_directory, PROCESSOR, lambda name: name in TEMPLATES or name in surplus)
         tokenizers = {n: p for n, p in self.processors.items() if isinstance(p, PreTrainedTokenizerBase)}
-        with _sides_written([self.tokenizer, *tokenizers.values()]), replaced as folder:
+        with _as_built([self.tokenizer, *tokenizers.values()]), replaced as folder:
             files = super().save_pretrained(folder, **kwargs)
             for name, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(os.path.join(folder, tokenizer_folder(name)))
@@ -173,18 +173,25 @@ def tokenizer_folder(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _sides_written(tokenizers: Iterable[PreTrainedTokenizerBase]) -> Iterator[None]:
-    """Have tokenizers save the sides that were set as attributes; afterwards they are what they were."""
-    before = [(tokenizer, tokenizer.init_kwargs) for tokenizer in tokenizers]
-    try:
-        for tokenizer, options in before:
+def _as_built(tokenizers: Iterable[PreTrainedTokenizerBase]) -> Iterator[None]:
+    """Have tokenizers save the sides that were set as attributes, nothing of their last call, and be as before then."""
+    with contextlib.ExitStack() as stack:
+        for tokenizer in tokenizers:
+            options = tokenizer.init_kwargs
+            stack.callback(setattr, tokenizer, "init_kwargs", options)
             # A tokenizer writes what it was built with, not its attributes.
             sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
             tokenizer.init_kwargs = options | sides
+            if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+                cut, filled = (
+                    backend.truncation,
+                    backend.padding,
+                )  # of the last call; a load would take them for defaults
+                stack.callback(lambda b=backend, x=cut: b.enable_truncation(**x) if x else b.no_truncation())
+                stack.callback(lambda b=backend, x=filled: b.enable_padding(**x) if x else b.no_padding())
+                backend.no_truncation()
+                backend.no_padding()
         yield
-    finally:
-        for tokenizer, options in before:
-            tokenizer.init_kwargs = options
 
 
 def first_dtype(module: nn.Module) -> torch.dtype:

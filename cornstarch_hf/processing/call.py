@@ -1,90 +1,321 @@
-"""Sorts the arguments of a processor's call, and turns texts with as many placeholders as features into ids.
+"""Sorts the arguments of a processor's call by the part that takes them, and turns texts with their placeholders into ids.
 
 Knows no encoder: `processing_multimodal` runs the sub-processors in between and counts the features.
 """
 
+import inspect
+import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from transformers import BatchFeature
+from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwargs
 
-from ..configuration_multimodal import MultimodalConfig
+from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .placeholder_text import MarkedText, Spans, check_text, encode, expand, occurrences, pad_rows
+from .video import SAMPLING
+from .video_processors import is_video_processor
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}  # keyword of `__call__` for items of each kind
 # Names under which a modality's processor may take its items.
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
+# Of a tokenizer's call.  Its others change which tokens belong to which text or feature, or nothing.
 TEXT_OPTIONS = frozenset(
     [
         *("add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "return_attention_mask"),
-        *("return_offsets_mapping", "return_tensors", "return_token_type_ids", "split_special_tokens", "stride"),
-        "truncation",
+        *("return_mm_token_type_ids", "return_offsets_mapping", "return_tensors", "return_token_type_ids"),
+        *("split_special_tokens", "truncation"),
     ]
 )
+_OF_ALL_PARTS = {"return_tensors", "return_mm_token_type_ids", "return_offsets_mapping", "name"}
+# Methods of image processors that read settings by name; what lands in their `**kwargs` is read by none.
+_READERS = ["_preprocess", "preprocess", "process_image", "_prepare_image_like_inputs", "_preprocess_image_like_inputs"]
+_READERS += ["_standardize_kwargs"]
+# Settings of image processors that are read only where another one is on.
+_SWITCHES = {"size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop", "pad_size": "do_pad"}
+_SWITCHES |= {"rescale_factor": "do_rescale", "image_mean": "do_normalize", "image_std": "do_normalize"}
 Media = dict[str, dict[str, Any]]
 
 
-def call_arguments(config: MultimodalConfig) -> list[str]:
+class ClientNames(ProcessorMixin):
+    """Attributes of transformers' processors that clients look for, by kind, where there is one modality of that."""
+
+    config: MultimodalConfig
+    processors: dict[Any, Any]
+    placeholder_ids: Any
+    _count_of_size: Any
+
+    def _attribute(self, kind: str, what: str) -> Any:
+        names = self.config.modalities_of_kind(kind)
+        if len(names) == 1:
+            value = self.processors.get(names[0]) if what == "processor" else self.config.modality(names[0])[what]
+            if value is not None:
+                return value
+        raise AttributeError(f"this processor has not exactly one modality of the kind {kind!r} with a {what}")
+
+    image_processor = property(lambda self: self._attribute("image", "processor"))
+    video_processor = property(lambda self: self._attribute("video", "processor"))
+    feature_extractor = property(lambda self: self._attribute("audio", "processor"))
+    image_token = property(lambda self: self._attribute("image", "token"))
+    video_token = property(lambda self: self._attribute("video", "token"))
+    audio_token = property(lambda self: self._attribute("audio", "token"))
+    image_token_id = property(lambda self: self._attribute("image", "token_id"))
+    video_token_id = property(lambda self: self._attribute("video", "token_id"))
+    audio_token_id = property(lambda self: self._attribute("audio", "token_id"))
+
+    def create_mm_token_type_ids(self, input_ids) -> list[list[int]]:
+        """As in transformers, for ids ``(batch, length)``: 1 on placeholders of images, 2 of videos, 3 of sounds, 0 elsewhere.
+
+        ValueError for placeholders of another kind, which have no number.
+        """
+        rows = [row if isinstance(row, list) else row.tolist() for row in input_ids]
+        for name, number in self.placeholder_ids.items():
+            kind = self.config.modality(name)["kind"]
+            if kind not in MEDIA_KINDS and any(number in row for row in rows):
+                raise ValueError(f"{name}: mm_token_type_ids have no number for the kind {kind!r}: leave them out.")
+        return super().create_mm_token_type_ids(rows)
+
+    def _ids_of_kind(self, kind: str) -> list[int]:
+        return [self.placeholder_ids[name] for name in self.config.modalities_of_kind(kind)]
+
+    image_token_ids = property(lambda self: self._ids_of_kind("image"))
+    video_token_ids = property(lambda self: self._ids_of_kind("video"))
+    audio_token_ids = property(lambda self: self._ids_of_kind("audio"))
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes=None, video_sizes=None, audio_lengths=None, **kwargs: Any
+    ) -> MultiModalData:
+        """As in transformers: how many placeholder tokens items of these sizes will give, by arithmetic or on shapes alone.
+
+        Args:
+            image_sizes, video_sizes: ``(height, width)`` of each image, ``(frames, height, width)`` of each video.
+            audio_lengths: samples of each sound, at the rate that its feature extractor expects.
+            **kwargs: options of single processors, as in a call.
+
+        ValueError where there is not one modality of that kind.
+        """
+        options, found = media_options(self.config, self.processors, {}, kwargs), dict[str, list[int]]()
+        if kwargs:
+            raise TypeError(f"Unknown arguments {sorted(kwargs)}: expected options of single processors, as in a call.")
+        for kind, sizes in {"image": image_sizes, "video": video_sizes, "audio": audio_lengths}.items():
+            if sizes is None:
+                continue
+            if len(names := self.config.modalities_of_kind(kind)) != 1:
+                raise ValueError(f"Sizes of the kind {kind!r} need one encoder of that kind, the model has {names}.")
+            each = [self._count_of_size(names[0], kind, size, options[names[0]]) for size in sizes]
+            found[f"num_{kind}_tokens"] = [count for count, _ in each]
+            if kind == "image":
+                found["num_image_patches"] = [patches for _, patches in each]
+        return MultiModalData(**found)
+
+
+def call_arguments(config: MultimodalConfig, processors: Mapping[str, Any]) -> list[str]:
     """Names of all arguments that a processor takes for a model of that configuration."""
     names = {*config.encoders, *(f"{name}_kwargs" for name in config.encoders), *PLURALS.values(), *TEXT_OPTIONS}
-    return sorted({*names, "text", "sampling_rate", "text_kwargs"})
+    names |= {f"{plural}_kwargs" for plural in PLURALS.values()}
+    flat = (flat_options(processors.get(name), config.modality(name)["kind"]) for name in config.encoders)
+    return sorted(names.union(*flat, {"text", "sampling_rate", "text_kwargs", "common_kwargs"}))
 
 
-def text_arguments(text: Any, llm_inputs: Mapping | None, kwargs: dict) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The text, the tokenizer's options, and what only this package hands over; takes options out of `kwargs`."""
+def text_arguments(
+    text: Any, llm_inputs: Mapping | None, kwargs: dict, tokenizer: Any
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The text, the tokenizer's options, and what only this package hands over; takes options out of `kwargs`.
+
+    What the call says comes before ``common_kwargs``, and both before what the tokenizer was built with, as in transformers.
+    """
     given = dict(llm_inputs or {})
     if text is not None and "text" in given:
         raise ValueError("text was given twice: as text= and in llm_inputs.")
     text = given.pop("text", text)
     # From this package's own callers; no tokenizer takes them.
     internal = {key: given.pop(key, None) for key in ("assistant_spans", "item_lengths")}
-    options = {key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}
-    options |= kwargs.pop("text_kwargs", None) or {}
-    options |= given  # `llm_inputs` win
-    if unknown := sorted(set(options) - TEXT_OPTIONS):
+    known = TEXT_OPTIONS & set(TextKwargs.__annotations__)
+    own = {key: getattr(tokenizer, key, value) for key, value in tokenizer.init_kwargs.items() if key in known}
+    own |= given.pop("default_options", None) or {}
+    common = {key: value for key, value in (kwargs.get("common_kwargs") or {}).items() if key in TEXT_OPTIONS}
+    flat = {key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}
+    nested = kwargs.pop("text_kwargs", None) or {}
+    stated = merged("text", {"by its name": flat, "in text_kwargs": nested, "in llm_inputs": given})
+    if unknown := sorted(set(stated) - TEXT_OPTIONS):
         raise TypeError(f"Unknown arguments for the tokenizer: {unknown}, expected some of {sorted(TEXT_OPTIONS)}.")
+    if text is None and (idle := sorted(set(stated) - {"return_tensors"})):
+        raise ValueError(f"{idle} are the tokenizer's, and there is no text: options of a part go in {{name}}_kwargs=.")
+    options = own | common | stated
+    if (sort := options.get("return_tensors")) not in (None, "pt", "np"):
+        raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {sort!r}.")
+    check_lengths(options, stated, "text")
     return text, options, internal
 
 
-def media_arguments(config: MultimodalConfig, by_kind: Mapping, encoder_inputs: Mapping | None, kwargs: dict) -> Media:
+def media_arguments(
+    config: MultimodalConfig, processors: Mapping, by_kind: Mapping, encoder_inputs: Mapping | None, kwargs: dict
+) -> Media:
     """``{modality: {"items": ..., options}}`` from all the ways of handing items over; takes them out of `kwargs`.
 
     `by_kind` has items, or None, under the keywords of `PLURALS`; `encoder_inputs` items, options or tensors by modality;
-    `kwargs` items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, and ``sampling_rate``.  ValueError if
-    items are given twice, or for a modality that the model does not have; TypeError for what nothing takes.
+    `kwargs` items by modality, options in ``{modality}_kwargs`` and ``images_kwargs``, those of `flat_options`, and
+    ``sampling_rate``.  ValueError if something is given twice, or for a modality that the model does not have; TypeError for
+    what nothing takes.
     """
     media: Media = {}
-    rate = kwargs.pop("sampling_rate", None)
     for kind, plural in PLURALS.items():
         for name in config.modalities_for(kind) if by_kind[plural] is not None else ():
             _add_items(media, name, by_kind[plural])
     for name in config.encoders:
         if (items := kwargs.pop(name, None)) is not None:
             _add_items(media, name, items)
+    inside: Media = {}  # options beside items in `encoder_inputs`
     for name, given in (encoder_inputs or {}).items():
         config.modalities_for(name)  # raises for what the model does not have
         key = next((k for k in MEDIA_KEYS if k in given), None)
-        if key is not None:
+        if key is None:  # tensors that are processed already
+            media.setdefault(name, {}).update(given)
+        else:
             _add_items(media, name, given[key])
-        media.setdefault(name, {}).update({k: v for k, v in given.items() if k != key})
-    owners = {f"{name}_kwargs": [name] for name in config.encoders}
-    owners |= {f"{plural}_kwargs": config.modalities_of_kind(kind) for kind, plural in PLURALS.items()}
-    for key in [key for key in kwargs if key in owners]:  # in the caller's order: later options win
-        options = kwargs.pop(key) or {}
-        for name in set(owners[key]) & set(media):
-            media[name].update(options)
-    for name in media:
-        if rate is not None and config.modality(name)["kind"] == "audio":
-            media[name].setdefault("sampling_rate", rate)  # the modality's own option wins
+            inside[name] = {k: v for k, v in given.items() if k != key}
+    for name, options in media_options(config, processors, inside, kwargs).items():
+        if name in media and "items" in media[name]:
+            media[name] |= options
+        elif name in media and (idle := sorted(set(options) - {"sampling_rate"})):
+            raise ValueError(
+                f"{name}: its tensors are processed already, so that {idle} would do nothing: leave them out."
+            )
     if kwargs:
-        raise TypeError(f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(config)}.")
+        raise TypeError(
+            f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(config, processors)}."
+        )
     return media
+
+
+def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, kwargs: dict) -> Media:
+    """Options of every modality, whether or not it has items in this call; takes them out of `kwargs`."""
+    kinds = {name: config.modality(name)["kind"] for name in config.encoders}
+    flat = {name: flat_options(processors.get(name), kind) for name, kind in kinds.items()}
+    flat |= {name: flat[name] | {"sampling_rate"} for name, kind in kinds.items() if kind == "audio"}
+    stated = {key: kwargs.pop(key) for key in list(kwargs) if any(key in names for names in flat.values())}
+    groups = dict.fromkeys([*config.encoders, *PLURALS.values()])  # "audio" may be a name and a plural
+    nested = {key: kwargs.pop(f"{key}_kwargs", None) or {} for key in groups}
+    common = kwargs.pop("common_kwargs", None) or {}
+    found: Media = {}
+    for name, kind in kinds.items():
+        plural, processor = PLURALS.get(kind, name), processors.get(name)
+        sources = {
+            "by its name": {key: value for key, value in stated.items() if key in flat[name]},
+            f"in {plural}_kwargs": nested[plural],
+            "in encoder_inputs": inside.get(name, {}),
+        } | ({f"in {name}_kwargs": nested[name]} if name != plural else {})
+        options = merged(name, sources)
+        rate = {key: options.pop(key) for key in ("sampling_rate",) if kind == "audio" and key in options}
+        check_options(processor, kind, name, options)
+        taken = options_of(processor, kind)
+        shared = {key: value for key, value in common.items() if key in (taken or ()) and key != "return_tensors"}
+        found[name] = shared | options | rate
+    known = TEXT_OPTIONS.union(*(options_of(processors.get(name), kind) or () for name, kind in kinds.items()))
+    if unknown := sorted(set(common) - known):
+        raise TypeError(f"common_kwargs: no part takes {unknown}.")
+    for kind, plural in PLURALS.items():
+        if nested[plural] and kind not in kinds.values() and plural not in kinds:
+            raise TypeError(f"{plural}_kwargs was given, but the model has no encoder of the kind {kind!r}: {kinds}.")
+    return found
 
 
 def _add_items(media: Media, name: str, items: Any) -> None:
     if "items" in media.setdefault(name, {}):
         raise ValueError(f"{name}: its items were given twice, by kind and by name.")
     media[name]["items"] = items
+
+
+# ---- which options each part takes
+
+
+def options_of(processor: Any, kind: str) -> frozenset[str] | None:
+    """Names of the options that a modality's processor takes in a call; None for a callable that takes any."""
+    if isinstance(processor, PreTrainedTokenizerBase):  # without a mask, padding would pass for text
+        return TEXT_OPTIONS - _OF_ALL_PARTS - {"return_attention_mask"}
+    sampling = set(SAMPLING) if kind == "video" or is_video_processor(processor) else set()
+    if is_video_processor(processor):
+        read = set(processor.valid_kwargs.__annotations__) - {"return_metadata"} | {
+            "do_sample_frames",
+            "video_metadata",
+        }
+    elif isinstance(processor, ImageProcessingMixin):
+        cls: Any = type(processor)
+        read = set(_read_by_images(cls))
+    elif processor is None:
+        return frozenset()
+    else:
+        parameters = list(inspect.signature(processor).parameters.values())
+        if not isinstance(processor, FeatureExtractionMixin) and any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return None
+        read = {p.name for p in parameters[1:] if p.kind is not p.VAR_KEYWORD}  # without the items
+    return frozenset((read | sampling) - _OF_ALL_PARTS)
+
+
+@lru_cache(maxsize=256)
+def _read_by_images(cls: Any) -> frozenset[str]:
+    methods = [getattr(cls, name) for name in _READERS if hasattr(cls, name)]
+    named = {name for method in methods for name in inspect.signature(method).parameters}
+    valid = getattr(getattr(cls, "valid_kwargs", None), "__annotations__", named - {"self", "images", "kwargs"})
+    return frozenset(named & set(valid))
+
+
+def flat_options(processor: Any, kind: str) -> frozenset[str]:
+    """Those that a call may state for all modalities of a kind at once, as in transformers' processors."""
+    taken = options_of(processor, kind) or frozenset()
+    if kind == "audio":  # what else sounds and images have in common is meant for the images
+        return taken & set(AudioKwargs.__annotations__) - TEXT_OPTIONS
+    return taken if kind in ("image", "video") else frozenset()
+
+
+def check_options(processor: Any, kind: str, name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what a modality's processor does not take (TypeError), or takes and would not do (ValueError)."""
+    taken = options_of(processor, kind)
+    if taken is not None and (unknown := sorted(set(options) - taken)):
+        raise TypeError(f"{name}: {type(processor).__name__} takes no option {unknown} in a call, but {sorted(taken)}.")
+    if isinstance(processor, PreTrainedTokenizerBase):
+        check_lengths({"padding": True, "truncation": False, **options}, options, name)
+    for key, switch in _SWITCHES.items() if isinstance(processor, ImageProcessingMixin) else ():
+        if options.get(key) is not None and not options.get(switch, getattr(processor, switch, True)):
+            raise ValueError(
+                f"{name}: {key}= does nothing while {switch} is off: pass {switch}=True too, or leave it out."
+            )
+
+
+def check_lengths(options: Mapping[str, Any], stated: Mapping[str, Any], name: str) -> None:
+    """Refuse, of a tokenizer's options, a length that was stated and that it would leave aside (ValueError).
+
+    Of `max_length` beside padding to the longest text a warning tells, as in transformers.
+    """
+    padding, cuts = options.get("padding", False), options.get("truncation")
+    padded = padding not in (False, None, "do_not_pad")
+    if stated.get("pad_to_multiple_of") is not None and not padded:
+        raise ValueError(f"{name}: pad_to_multiple_of= does nothing without padding: pass padding=True too.")
+    whole = cuts in (False, "do_not_truncate") or (cuts is None and padding is not False)  # as transformers reads them
+    if stated.get("max_length") is not None and whole and padding != "max_length":
+        told = (
+            f"{name}: max_length= does nothing here: pass truncation=True to cut, or padding='max_length' to fill up."
+        )
+        if cuts is not None or not padded:
+            raise ValueError(told)
+        warnings.warn(told, stacklevel=4)
+
+
+def merged(owner: str, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All options of one part, by where they were given (ValueError: one that was given twice)."""
+    found: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, options in sources.items():
+        for key, value in options.items():
+            if key in found:
+                raise ValueError(f"{owner}: {key!r} was given twice, {origin[key]} and {source}: give it once.")
+            found[key], origin[key] = value, source
+    return found
+
+
+# ---- texts
 
 
 def encode_texts(
@@ -113,6 +344,10 @@ def encode_texts(
     # Not for the tokenizer's call: rows are padded last, with masks and offsets, when nothing can be cut any more.
     padding = {k: options.pop(k) for k in ("padding", "pad_to_multiple_of", "padding_side") if k in options}
     with_mask = options.pop("return_attention_mask", None)
+    cuts = options.get("truncation")
+    if cuts is None:  # a length alone cuts, as in transformers, where nothing is filled up to it
+        cuts = options.get("max_length") is not None and padding.get("padding", False) is False
+    options["truncation"] = cuts if cuts != "do_not_truncate" else False
     if spans is not None:  # from characters of the text to those of the expanded one
         spans = [[(e.moved(a), e.moved(b)) for a, b in turns] for e, turns in zip(expanded, spans, strict=True)]
     rows = encode(tokenizer, [e.text for e in expanded], spans, **options)

@@ -6,16 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch.nn.functional import pad
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
 
-from ..limits import check
+from ..limits import check, check_image
 from ..parts.known_encoders import encoder_type
-from ..parts.stored_values import check_values
 from .media import image_form, layout_of_call, ready_image
 from .sounds import ready_audio
-from .video import run_on_frames
+from .video import FRAME_MASK, run_on_frames, video_of_size
 from .video_processors import is_video_processor, run_video_processor
 
 
@@ -27,7 +30,6 @@ class ItemProcessor(FeatureExtractionMixin):
 
 
 ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
-TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
 _PARTS = {"image": ["image_processor"], "video": ["video_processor", "image_processor"], "audio": ["feature_extractor"]}
 # Attributes of configurations whose positions are computed or relative, for texts of any length.
 _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attention_num_buckets")
@@ -90,6 +92,12 @@ def sampling_rate_of(processor: Any) -> int | None:
     return getattr(processor, "sampling_rate", None) if isinstance(processor, FeatureExtractionMixin) else None
 
 
+def image_channels(encoder_config: Any) -> int:
+    """How many channels of an image an encoder of that configuration takes."""
+    channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+    return channels
+
+
 def run_subprocessor(
     processor: Any,
     name: str,
@@ -112,7 +120,7 @@ def run_subprocessor(
     options = dict(options)
     # Image processors and feature extractors of transformers, this package's own, tokenizers; then somebody's callable.
     if isinstance(processor, ImageProcessingMixin):
-        channels: Any = getattr(encoder_config, "num_channels", None) or getattr(encoder_config, "in_channels", 3)
+        channels = image_channels(encoder_config)
         if is_video_processor(processor) or kind == "video":
             run = run_video_processor if is_video_processor(processor) else run_on_frames
             return run(processor, name, items, options, encoder_config, channels)
@@ -272,71 +280,62 @@ def _audio_options(processor: Any, name: str, items: list, options: Mapping, mas
     return found
 
 
+class _Sized(PilBackend):
+    """Behind a processor's own methods: images and resized ones have a shape, and no memory for their pixels."""
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.moveaxis(image, -1, 0)  # (channels, height, width)
+
+    def resize(self, image: np.ndarray, size: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        found = tuple(image.shape[-2:])
+        if size.shortest_edge and size.longest_edge:
+            found = get_size_with_aspect_ratio(found, size.shortest_edge, size.longest_edge)
+        elif size.shortest_edge:
+            form: Any = {"default_to_square": False, "input_data_format": "channels_first"}
+            found = get_resize_output_image_size(image, size=size.shortest_edge, **form)
+        elif size.max_height and size.max_width:
+            found = get_image_size_for_max_height_width(found, size.max_height, size.max_width)
+        elif size.height and size.width:
+            found = (size.height, size.width)
+        return np.broadcast_to(np.zeros((), image.dtype), (*image.shape[:-2], *found))
+
+
+def tensors_of_size(
+    processor: Any, name: str, size: Sequence[int], options: Mapping[str, Any], channels: int, prepared: bool
+) -> dict[str, Any]:
+    """What an image processor makes of an image ``(height, width)``, or of a video ``(frames, height, width)``, of no content.
+
+    By the processor's own code on Pillow's backend, in which only the reading and resizing of pixels are left out; one without
+    that backend runs whole.  ValueError for more pixels than `limits.MAX_IMAGE_PIXELS`.
+    """
+    *frames, height, width = size
+    check_image(width, height, name)
+    image = np.broadcast_to(np.zeros((), np.uint8), (height, width, channels))
+    cls = (
+        type(processor)
+        if isinstance(processor, PilBackend)
+        else getattr(transformers, f"{type(processor).__name__}Pil", None)
+    )
+    if cls is not None:
+        processor = type(cls.__name__, (cls, _Sized), {}).from_dict(processor.to_dict())
+    options = {**options, "input_data_format": "channels_last"}
+    if frames:
+        return video_of_size(processor, name, image, frames[0], options)
+    return _run_on_images(processor, name, [image], options, prepared)
+
+
+def tensor_names(processor: Any, kind: str, masked: bool) -> list[str]:
+    """Names of the tensors that `run_subprocessor` gives, as the processor states them; none where it does not."""
+    names = list(getattr(processor, "model_input_names", ()))
+    if isinstance(processor, FeatureExtractionMixin) and not isinstance(processor, ItemProcessor):
+        asked = _audio_options(processor, "", [], {}, masked).get("return_attention_mask")
+        names += ["attention_mask"] if asked else []
+    return [*names, FRAME_MASK] if kind == "video" and isinstance(processor, ImageProcessingMixin) else names
+
+
 def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
     tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{name}: its processor gave no tensors, but {sorted(output)}.")
     # A mask of floats (Pix2Struct) would be cast with the features, and its values are needed where shapes are counted.
     return {k: v.long() if k.endswith("mask") and v.is_floating_point() else v for k, v in tensors.items()}
-
-
-def describe_subprocessor(processor: Any, name: str) -> dict[str, Any] | None:
-    """A JSON dictionary of a processor with its type (ValueError: it has none); None for a tokenizer, which has own files."""
-    if isinstance(processor, PreTrainedTokenizerBase):
-        return None
-    described = processor.to_dict() if hasattr(processor, "to_dict") else {}
-    if not any(key in described for key in TYPE_KEYS):
-        known = "image processor, feature extractor, video processor or tokenizer of transformers."
-        raise ValueError(f"{name}: {type(processor).__name__} cannot be saved, it is no {known}")
-    # JSON has no arrays.
-    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in described.items()}
-
-
-def build_subprocessor(described: Mapping[str, Any], name: str) -> Any:
-    """The processor that `describe_subprocessor` described (ValueError: of no known type, or it does not take its settings)."""
-    values = dict(described)
-    kinds = [values[key] for key in TYPE_KEYS if isinstance(values.get(key), str)]
-    if len(kinds) != 1:
-        raise ValueError(f"{name}: expected one of {TYPE_KEYS} in its processor's description, got {sorted(values)}.")
-    _check_settings(values, name)
-    try:
-        cls: Any = ITEM_PROCESSORS.get(kinds[0]) or ProcessorMixin.get_possibly_dynamic_module(kinds[0])
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: there is no processor class {kinds[0]!r:.100} in transformers.") from error
-    if lacking := [one for one in getattr(cls, "_backends", ()) if isinstance(one, str)]:  # stands in for a class
-        needs = f"{' and '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not installed"
-        raise ValueError(f"{name}: {kinds[0]} needs {needs}: pip install {' '.join(lacking)}.")
-    if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
-        raise ValueError(f"{name}: {kinds[0]!r} is no image processor or feature extractor.")
-    try:
-        return cls.from_dict(values)
-    except (ValueError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error!s:.200}"
-        raise ValueError(f"{name}: {kinds[0]!r} does not take its stored settings ({cause}).") from error
-
-
-# Settings whose products say how much memory a processor takes, and the cap of each product.
-_PRODUCTS = (
-    (("height", "width"), "MAX_IMAGE_PIXELS"),
-    (("chunk_length", "sampling_rate"), "MAX_AUDIO_SAMPLES"),
-    (("n_fft", "feature_size"), "MAX_AUDIO_SAMPLES"),
-    (("fft_length", "feature_size"), "MAX_AUDIO_SAMPLES"),
-)
-_EDGES = ("shortest_edge", "longest_edge", "height", "width", "max_height", "max_width")
-
-
-def _check_settings(values: Mapping[str, Any], name: str) -> None:
-    """Refuse stored settings by which a processor would make an endless image or window of any item (ValueError)."""
-    check_values(values, f"{name}: its processor")
-    counts_pixels = any(key in values for key in ("max_pixels", "merge_size"))  # there an edge is a number of pixels
-    for group in (values, *(v for v in values.values() if isinstance(v, Mapping))):
-        numbers = {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
-        for key, value in numbers.items():
-            edge = key in _EDGES and not counts_pixels
-            limit, square = ("MAX_IMAGE_PIXELS", "square of the ") if edge else ("MAX_AUDIO_SAMPLES", "")
-            check(value**2 if edge else value, limit, f"{name}: the {square}setting {key!r} of its processor is")
-        for keys, limit in _PRODUCTS:
-            if all(key in numbers for key in keys):
-                check(numbers[keys[0]] * numbers[keys[1]], limit, f"{name}: {' x '.join(keys)} of its processor is")

@@ -100,16 +100,31 @@ def run_on_frames(
     Each tensor of the processor is given as ``(videos, most frames, ...)``, shorter videos filled up with zeros, and
     `frame_mask` ``(videos, most frames)``, True where a frame is one.
     """
-    options = dict(options)
-    sampling = {key: options.pop(key, None) for key in SAMPLING}
-    if sampling["num_frames"] is None and sampling["fps"] is None:  # then by the processor's settings
-        sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
+    sampling, options = _sampling(processor, options)
     form, videos = image_form(processor, options, channels), []
     for i, item in enumerate(items):
         frames = ready_video(item, f"{name}, item {i}", form, sampling)
         check_frame_count(len(frames), encoder_config, name, i)
         videos.append(_processed(processor, name, frames, options | layout_of_call(processor, frames, form)))
     return joined_videos(videos, name)
+
+
+def video_of_size(
+    processor: Any, name: str, image: Any, count: int, options: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """What `run_on_frames` gives for one video of `count` frames that are all one image, ready for the processor."""
+    sampling, options = _sampling(processor, options)
+    kept = sampled_frames(count, name, **sampling)
+    check(len(kept), "MAX_VIDEO_FRAMES", f"{name}: sample fewer by num_frames=; the number of frames is")
+    return joined_videos([_processed(processor, name, [image] * len(kept), options)], name)
+
+
+def _sampling(processor: Any, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How frames are chosen, by the call or the processor's settings, and the other options."""
+    sampling = {key: options.get(key) for key in SAMPLING}
+    if sampling["num_frames"] is None and sampling["fps"] is None:
+        sampling |= {key: getattr(processor, key, None) for key in ("num_frames", "fps")}
+    return sampling, {key: value for key, value in options.items() if key not in SAMPLING}
 
 
 def check_frame_count(count: int, config: Any, name: str, i: int) -> None:

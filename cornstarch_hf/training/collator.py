@@ -211,10 +211,12 @@ class MultimodalCollator:
         text, spans, media = self._text(row, self._media(row))
         if row:  # each reader has taken its columns out
             raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
-        llm = {"text": [text], "assistant_spans": None if spans is None else [spans], "item_lengths": True}
-        llm |= {"return_token_type_ids": False}
-        # What the caller says of the tokens in front wins.
-        options = self.processor.bos_options(text) | self.processor_kwargs | ({"sampling_rate": rate} if rate else {})
+        llm: dict[str, Any] = {"text": [text], "item_lengths": True}
+        llm |= {} if spans is None else {"assistant_spans": [spans]}
+        # Rows are cut and padded here, whatever the tokenizer was built with; what the caller says of the tokens in front wins.
+        llm |= {"return_token_type_ids": False, "padding": False, "truncation": False}
+        llm |= {"default_options": self.processor.bos_options(text)}
+        options = self.processor_kwargs | ({"sampling_rate": rate} if rate else {})
         out = dict(self.processor(llm_inputs=llm, **options, **{name: [items] for name, items in media.items()}))
         ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
         # Labels: the row's own ids where the assistant wrote, never on placeholders.

@@ -348,7 +348,7 @@ def test_settings_of_processors(hostile):
         ({"image_mean": float("nan")}, "expected a finite number"),
     ]:
         values = copy.deepcopy(honest)
-        values["processors"]["vision"].update(change)
+        values["image_processor"].update(change)
         path.write_text(json.dumps(values))
         refused([AutoProcessor.from_pretrained], hostile.folder, match)
 

@@ -1,9 +1,16 @@
 """Arguments of a processor's call, sorted by whom they are for; placeholders, items and features counted against each other."""
 
+import itertools
+import tracemalloc
+
+import numpy as np
 import pytest
 import tiny
+import torch
 from helpers import compose_tiny
+from transformers import AutoTokenizer
 
+from cornstarch_hf import MultimodalProcessor
 from cornstarch_hf.processing.call import (
     PLURALS,
     TEXT_OPTIONS,
@@ -24,36 +31,39 @@ def processor():
 
 def sorted_media(processor, encoder_inputs=None, images=None, audio=None, **kwargs):
     by_kind = {"images": images, "videos": None, "audio": audio}
-    found = media_arguments(processor.config, by_kind, encoder_inputs, kwargs)
+    found = media_arguments(processor.config, processor.processors, by_kind, encoder_inputs, kwargs)
     return found, kwargs
 
 
 def test_the_arguments_are_those_of_the_call(processor):
-    names = call_arguments(processor.config)
+    names = call_arguments(processor.config, processor.processors)
     assert names == sorted(names) and {*PLURALS.values(), *TEXT_OPTIONS, "vision", "vision_kwargs"} <= set(names)
+    assert {"do_rescale", "size", "images_kwargs", "common_kwargs"} <= set(names) and "num_frames" not in names
 
 
 def test_text_and_options_are_told_apart():
-    kwargs = {"padding": True, "vision": 1, "text_kwargs": {"stride": 2}}
-    text, options, internal = text_arguments(None, {"text": "a", "padding": False, "item_lengths": True}, kwargs)
-    assert (text, options, kwargs) == ("a", {"padding": False, "stride": 2}, {"vision": 1})
+    kwargs = {"padding": True, "vision": 1, "text_kwargs": {"split_special_tokens": True}}
+    given = {"text": "a", "max_length": 5, "item_lengths": True, "truncation": True}
+    text, options, internal = text_arguments(None, given, kwargs, tiny.tokenizer())
+    assert text == "a" and kwargs == {"vision": 1}
+    assert options == {"padding": True, "split_special_tokens": True, "max_length": 5, "truncation": True}
     assert internal == {"assistant_spans": None, "item_lengths": True}
     with pytest.raises(ValueError, match="text was given twice"):
-        text_arguments("a", {"text": "b"}, {})
+        text_arguments("a", {"text": "b"}, {}, tiny.tokenizer())
     with pytest.raises(TypeError, match="Unknown arguments for the tokenizer: \\['evil'\\]"):
-        text_arguments("a", {"evil": 1}, {})
+        text_arguments("a", {"evil": 1}, {}, tiny.tokenizer())
 
 
 def test_items_and_options_of_each_modality(processor):
-    encoder_inputs = {"audio": {"raw_speech": [2], "x": 3}}
+    encoder_inputs = {"audio": {"raw_speech": [2], "truncation": True}}
     found, rest = sorted_media(processor, images=[1], encoder_inputs=encoder_inputs, sampling_rate=8)
-    assert found == {"vision": {"items": [1]}, "audio": {"items": [2], "x": 3, "sampling_rate": 8}} and rest == {}
+    expected = {"vision": {"items": [1]}, "audio": {"items": [2], "truncation": True, "sampling_rate": 8}}
+    assert found == expected and rest == {}
     with pytest.raises(TypeError, match=r"Unknown arguments \['other'\], this processor takes \[.*'vision_kwargs'\]"):
         sorted_media(processor, images=[1], other=4)
-    both = {"images_kwargs": {"a": 1}, "vision_kwargs": {"a": 2}, "audio_kwargs": {"b": 1}}
-    assert sorted_media(processor, vision=[1], **both)[0] == {"vision": {"items": [1], "a": 2}}
-    turned = dict(reversed(both.items()))
-    assert sorted_media(processor, vision=[1], **turned)[0] == {"vision": {"items": [1], "a": 1}}
+    both = {"images_kwargs": {"do_resize": False}, "do_rescale": False, "audio_kwargs": {"padding": "longest"}}
+    only = {"vision": {"items": [1], "do_resize": False, "do_rescale": False}}
+    assert sorted_media(processor, vision=[1], **both)[0] == only
 
 
 def test_items_that_were_given_twice_or_for_nobody(processor):
@@ -94,9 +104,194 @@ def test_texts_get_a_placeholder_for_each_feature(processor):
         encode_texts(processor.tokenizer, ["a" + tokens["vision"]], tokens, ids, lengths, short)
 
 
+# ---- options
+
+
 @pytest.mark.parametrize(
-    "nothing", [{}, {"text": None, "images": None}, {"encoder_inputs": {}}, {"return_tensors": "pt"}]
+    ("given", "match"),
+    [
+        (
+            {"padding": True, "text_kwargs": {"padding": "max_length"}},
+            r"text: 'padding' was given twice, by its name and in text_kw",
+        ),
+        (
+            {"padding": True, "llm_inputs": {"padding": True}},
+            "text: 'padding' was given twice, by its name and in llm_inputs",
+        ),
+        (
+            {"do_rescale": False, "images_kwargs": {"do_rescale": False}},
+            "vision: 'do_rescale' was given twice, by its name and in im",
+        ),
+        (
+            {"images_kwargs": {"size": 8}, "vision_kwargs": {"size": 8}},
+            "vision: 'size' was given twice, in images_kwargs and in vis",
+        ),
+        (
+            {"sampling_rate": 16_000, "audio_kwargs": {"sampling_rate": 16_000}},
+            "audio: 'sampling_rate' was given twice",
+        ),
+        (
+            {"images_kwargs": {"pad_size": {"height": 9, "width": 9}}},
+            "vision: pad_size= does nothing while do_pad is off",
+        ),
+        (
+            {"do_normalize": False, "image_mean": [0.0] * 3},
+            "vision: image_mean= does nothing while do_normalize is off",
+        ),
+        ({"pad_to_multiple_of": 8}, "text: pad_to_multiple_of= does nothing without padding"),
+        ({"max_length": 8, "truncation": False}, "text: max_length= does nothing here: pass truncation=True"),
+        ({"return_tensors": "tf"}, "return_tensors must be 'pt', 'np' or None, got 'tf'"),
+    ],
 )
-def test_a_call_without_anything_to_process_is_refused(pair, nothing):
-    with pytest.raises(ValueError, match=r"Nothing to process: give text=, or items of \['vision', 'audio'\]"):
-        pair[1](**nothing)
+def test_options_that_were_given_twice_or_would_do_nothing(processor, given, match):
+    with pytest.raises(ValueError, match=match):
+        processor(**{"text": "a fox"} | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"images_kwargs": {"colour": 1}}, r"vision: CLIP.* takes no option \['colour'\] in a call, but \['crop_size'"),
+        ({"images_kwargs": {"return_tensors": "np"}}, r"vision: .* takes no option \['return_tensors'\]"),
+        ({"audio_kwargs": {"colour": 1}}, r"audio: WhisperFeatureExtractor takes no option \['colour'\] in a call"),
+        ({"videos_kwargs": {"fps": 2}}, "videos_kwargs was given, but the model has no encoder of the kind 'video'"),
+        ({"fps": 2}, r"Unknown arguments \['fps'\]"),
+        ({"stride": 2}, r"Unknown arguments \['stride'\]"),
+        ({"common_kwargs": {"colour": 2}}, r"common_kwargs: no part takes \['colour'\]"),
+    ],
+)
+def test_options_that_nothing_takes(processor, given, match):
+    with pytest.raises(TypeError, match=match):
+        processor(text="a fox", **given)
+
+
+def test_options_of_the_tokenizer_without_a_text_and_of_tensors_that_are_processed_already(processor):
+    with pytest.raises(ValueError, match=r"\['padding'\] are the tokenizer's, and there is no text"):
+        processor(images=tiny.image(0), padding=True)
+    pixels = {"vision": {"pixel_values": processor(images=tiny.image(0))["pixel_values"]}}
+    with pytest.raises(
+        ValueError, match=r"vision: its tensors are processed already, so that \['do_rescale'\] would do nothing"
+    ):
+        processor(text="<image>", encoder_inputs=pixels, do_rescale=False)
+
+
+def test_flat_common_and_nested_options_are_one(processor):
+    call = {"text": "<image> a fox", "images": tiny.image(0)}
+    options = {"do_rescale": False, "size": {"shortest_edge": 16}}
+    nested = processor(
+        **call, images_kwargs=options, text_kwargs={"padding": "max_length", "max_length": 30}, return_tensors="pt"
+    )
+    flat = processor(**call, **options, padding="max_length", max_length=30, return_tensors="pt")
+    shared = {**options, "padding": "max_length", "max_length": 30, "return_tensors": "pt"}
+    common = processor(**call, common_kwargs=shared)
+    plain = processor(**call, return_tensors="pt")
+    for other in (flat, common):
+        assert all(torch.equal(nested[key], other[key]) for key in nested) and list(nested) == list(other)
+    assert not torch.equal(nested["pixel_values"], plain["pixel_values"]) and nested["input_ids"].shape == (1, 30)
+    assert processor(**call, common_kwargs=shared, text_kwargs={"max_length": 40})["input_ids"].shape == (1, 40)
+
+
+LENGTHS = [{}, {"max_length": 6}, {"max_length": 40}]
+PADDINGS = [
+    {},
+    {"padding": False},
+    {"padding": True},
+    {"padding": "longest"},
+    {"padding": "max_length"},
+    {"padding": "do_not_pad"},
+]
+CUTS = [
+    {},
+    {"truncation": True},
+    {"truncation": False},
+    {"truncation": "longest_first"},
+    {"truncation": "do_not_truncate"},
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "own", [{}, {"max_length": 9}, {"max_length": 30, "padding": "max_length"}, {"truncation": True, "max_length": 7}]
+)
+def test_lengths_are_those_of_transformers_by_the_call_and_by_the_tokenizers_own_defaults(tmp_path, processor, own):
+    made = tiny.tokenizer()
+    made.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, **own)
+    again = MultimodalProcessor(tokenizer, config=compose_tiny(["clip"])[0].config)
+    texts = ["the quick brown fox jumps", "a fox"]
+    for given in ({**a, **b, **c} for a, b, c in itertools.product(LENGTHS, PADDINGS, CUTS)):
+        # As `ProcessorMixin._merge_kwargs` does: what the call says, then what the tokenizer was built with.
+        expected = tokenizer(texts, **own | given)["input_ids"]
+        try:
+            found = again(text=texts, **given)["input_ids"]
+        except ValueError as error:
+            assert "max_length= does nothing here" in str(error)
+        else:
+            assert found == expected, given
+
+
+def test_types_of_tokens_are_those_of_transformers_processors(processor):
+    call = {
+        "text": ["<image> a <audio>", "a"],
+        "images": tiny.image(0),
+        "audio": tiny.sound(0),
+        "sampling_rate": 16_000,
+    }
+    for sort, cls in (("pt", torch.Tensor), ("np", np.ndarray), (None, list)):
+        found = processor(**call, padding=True, return_mm_token_type_ids=True, return_tensors=sort)
+        types, ids = found["mm_token_type_ids"], np.asarray(found["input_ids"])
+        assert isinstance(types, cls)
+        expected = np.select([ids == processor.image_token_id, ids == processor.audio_token_id], [1, 3], 0)
+        assert np.array_equal(np.asarray(types), expected) and 1 in expected and 3 in expected
+    protein = compose_tiny(["esm"])[1]
+    with pytest.raises(ValueError, match="protein: mm_token_type_ids have no number for the kind 'text'"):
+        protein(text="<protein>", protein=["MKV"], return_mm_token_type_ids=True)
+
+
+@pytest.mark.parametrize("keys", [[key] for key in tiny.ENCODERS] + [["clip", "whisper", "esm"]])
+def test_the_names_of_inputs_are_what_a_call_returns(keys):
+    processor = compose_tiny(keys)[1]
+    items = {name: [make(0)] for name, make in processor.items.items()}
+    rate = {"sampling_rate": 16_000} if "audio" in items else {}
+    assert set(processor(text="".join(processor.tokens.values()), **items, **rate)) == set(processor.model_input_names)
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("key", ["clip", "siglip", "dinov2", "convnext", "qwen2_vl"])
+def test_tokens_of_images_are_counted_by_their_sizes_alone(key):
+    processor = compose_tiny([key])[1]
+    sizes = [(12, 10), (60, 60), (33, 71), (200, 40), (5, 9)]
+    options = [{}, {"resample": 0}, {"max_pixels": 256} if key == "qwen2_vl" else {"do_normalize": False}]
+    for given in options:
+        found = processor._get_num_multimodal_tokens(image_sizes=sizes, **given)
+        calls = [processor(text="<image>", images=tiny.image(0, size), **given) for size in sizes]
+        assert found.num_image_tokens == [len(call["input_ids"][0]) for call in calls]
+        packed = "image_grid_thw" in calls[0]
+        assert found.num_image_patches == [len(call["pixel_values"]) if packed else 1 for call in calls]
+        assert found.num_video_tokens is None and found.num_audio_tokens is None
+    tracemalloc.start()
+    processor._get_num_multimodal_tokens(image_sizes=[(8_000, 7_000)])
+    assert tracemalloc.get_traced_memory()[1] < 8_000_000  # bytes; its pixels would be 168 million
+    tracemalloc.stop()
+    with pytest.raises(ValueError, match="vision: the image of 100000 x 100000 pixels has .*MAX_IMAGE_PIXELS"):
+        processor._get_num_multimodal_tokens(image_sizes=[(100_000, 100_000)])
+
+
+def test_tokens_of_sounds_and_videos_are_counted_by_their_sizes_alone(processor):
+    lengths = [1_600, 3_200]
+    for key in ("whisper", "wav2vec2"):
+        made = compose_tiny([key])[1]
+        calls = [made(text="<audio>", audio=tiny.sound(0, n), sampling_rate=16_000)["input_ids"][0] for n in lengths]
+        assert made._get_num_multimodal_tokens(audio_lengths=lengths).num_audio_tokens == [len(ids) for ids in calls]
+    film = compose_tiny({"film": "clip"}, film={"kind": "video"})[1]
+    for given in ({}, {"num_frames": 2}):
+        count = len(film(text="<video>", videos=[tiny.image(i) for i in range(6)], **given)["input_ids"][0])
+        assert film._get_num_multimodal_tokens(video_sizes=[(6, 12, 10)], **given).num_video_tokens == [count]
+    with pytest.raises(
+        ValueError, match=r"Sizes of the kind 'video' need one encoder of that kind, the model has \[\]"
+    ):
+        processor._get_num_multimodal_tokens(video_sizes=[(2, 3, 4)])
+    with pytest.raises(TypeError, match=r"Unknown arguments \['colour'\]"):
+        processor._get_num_multimodal_tokens(image_sizes=[(3, 4)], colour=1)

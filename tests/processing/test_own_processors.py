@@ -26,7 +26,8 @@ from cornstarch_hf import MultimodalCollator, PrecomputedFeaturesProcessor, Time
 from cornstarch_hf.encoders import counting as feature_counts
 from cornstarch_hf.processing.media import flatten
 from cornstarch_hf.processing.own_processors import ItemProcessor, default_processor
-from cornstarch_hf.processing.subprocessors import build_subprocessor, describe_subprocessor, run_subprocessor
+from cornstarch_hf.processing.stored_processors import build_subprocessor, describe_subprocessor
+from cornstarch_hf.processing.subprocessors import run_subprocessor
 
 PATCH = 8
 FIXED = {"context_length": 16, "patch_length": PATCH, "patch_stride": PATCH, "num_input_channels": 3}

@@ -1,6 +1,4 @@
-"""Processors of single modalities: taken out of larger ones, run, described and built again."""
-
-import json
+"""Processors of single modalities: taken out of larger ones, and run."""
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from transformers import (
     CLIPProcessor,
     DacFeatureExtractor,
     DetrImageProcessorPil,
-    Gemma3nAudioFeatureExtractor,
     GLPNImageProcessorPil,
     Idefics3ImageProcessorPil,
     IdeficsImageProcessorPil,
@@ -23,14 +20,7 @@ from transformers import (
 
 from cornstarch_hf import MultimodalCollator
 from cornstarch_hf.processing.media import FIRST, LAST
-from cornstarch_hf.processing.subprocessors import (
-    build_subprocessor,
-    check_padding,
-    describe_subprocessor,
-    resolve_subprocessor,
-    run_subprocessor,
-    sampling_rate_of,
-)
+from cornstarch_hf.processing.subprocessors import check_padding, resolve_subprocessor, run_subprocessor
 
 KINDS = {"vision": "image", "audio": "audio", "protein": "text"}
 
@@ -109,28 +99,6 @@ def test_other_callables_get_their_items_by_keyword_or_position():
     assert series["past_values"].tolist() == [[1.0]]
 
 
-@pytest.mark.parametrize("key", [key for key in tiny.ENCODERS if key != "esm"])
-def test_descriptions_are_json_and_build_the_same_processor(key):
-    processor = tiny.ENCODERS[key][2]()
-    described = json.loads(json.dumps(describe_subprocessor(processor, "x")))
-    again = build_subprocessor(described, "x")
-    assert type(again) is type(processor) and again.to_dict() == processor.to_dict()
-    assert sampling_rate_of(again) == (16_000 if tiny.ENCODERS[key][0] == "audio" else None)
-
-
-def test_what_has_no_description():
-    assert describe_subprocessor(tiny.protein_tokenizer(), "protein") is None
-    with pytest.raises(ValueError, match="smell: function cannot be saved"):
-        describe_subprocessor(lambda items: {}, "smell")
-    for described, message in (
-        ({}, r"x: expected one of \('image_processor_type'.*got \[\]"),
-        ({"image_processor_type": "A", "feature_extractor_type": "B"}, "expected one of"),
-        ({"image_processor_type": "LlamaModel"}, "x: 'LlamaModel' is no image processor"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build_subprocessor(described, "x")
-
-
 def test_sounds_are_cut_only_where_the_caller_asks_for_it():
     extractor = tiny.whisper_processor()
     sounds = [np.zeros(extractor.n_samples + extra, np.float32) for extra in (0, 1)]
@@ -195,15 +163,6 @@ def test_padding_that_the_encoder_would_not_hear_of():
     check_padding(output, {"pixel_values": 0, "vision_pixel_mask": 0}, processor, "vision")
     alone = run_subprocessor(processor, "vision", "image", images[:1], {}, tiny.clip().config)
     check_padding(alone, {"pixel_values": 0}, processor, "vision")
-
-
-def test_settings_that_are_arrays_are_described_as_lists():
-    means = [0.5 * i for i in range(4)]
-    extractor = Gemma3nAudioFeatureExtractor(feature_size=4, per_bin_mean=means, per_bin_stddev=[2.0] * 4)
-    described = json.loads(json.dumps(describe_subprocessor(extractor, "audio")))
-    again = build_subprocessor(described, "audio")
-    for made, expected in zip(again([tiny.sound(1)]).values(), extractor([tiny.sound(1)]).values(), strict=True):
-        np.testing.assert_array_equal(made, expected)
 
 
 # ---- where the channels are, and what a processor makes of numbers

@@ -15,7 +15,7 @@ from transformers.utils import is_torchvision_available
 from transformers.video_utils import VideoMetadata
 
 from cornstarch_hf import ModalEncoderModule, MultimodalCollator, MultimodalModel, MultimodalProcessor, compose, limits
-from cornstarch_hf.processing.subprocessors import build_subprocessor, describe_subprocessor
+from cornstarch_hf.processing.stored_processors import build_subprocessor, describe_subprocessor
 from cornstarch_hf.processing.video_processors import is_video_processor, run_video_processor
 
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="video processors need torchvision")

@@ -44,7 +44,7 @@ def told(modalities):
     class ToldProcessor(MultimodalProcessor):
         def __call__(self, *args, **kwargs):
             kwargs = {k: v for k, v in kwargs.items() if k not in ("num_frames", "fps")}
-            if kwargs.get("audio") is not None and "audio_kwargs" not in kwargs:
+            if kwargs.get("audio") is not None and "sampling_rate" not in kwargs.get("audio_kwargs", {}):
                 kwargs["sampling_rate"] = 16_000
             return super().__call__(*args, **kwargs)
 

@@ -13,7 +13,7 @@ import torch
 from datasets import Audio, Dataset, Features, Image, IterableDataset, Value
 from helpers import compose_tiny
 from tokenizers import processors
-from transformers import ByT5Tokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, ByT5Tokenizer, Trainer, TrainingArguments
 
 from cornstarch_hf import MultimodalCollator, MultimodalProcessor
 from cornstarch_hf.training.collator import check_labels
@@ -166,6 +166,28 @@ def test_tools_and_variables_of_the_template_come_from_columns(fresh_pair):
     )
     with pytest.raises(ValueError, match=r"row 0: unknown columns \['tools'\]"):
         MultimodalCollator(processor)([{"text": "x", "tools": TOOLS}])
+
+
+@pytest.mark.parametrize(
+    "option", [{"audio_kwargs": {"truncation": True}}, {"do_rescale": False}, {"padding": "max_length"}]
+)
+def test_options_of_the_processor_are_no_variables_of_a_template(option):
+    _, processor = compose_tiny(["clip"])
+    talk = [said("user", "rain?"), said("assistant", "no")]
+    with pytest.raises(
+        ValueError, match=rf"row 0: chat_template_kwargs has \['{next(iter(option))}'\], which are the processor's"
+    ):
+        MultimodalCollator(processor)([{"messages": talk, "chat_template_kwargs": option}])
+
+
+def test_what_a_tokenizer_was_built_with_neither_pads_nor_cuts_rows(tmp_path):
+    model, _ = compose_tiny(["clip"])
+    tiny.tokenizer().save_pretrained(tmp_path)
+    batches = []
+    for own in ({}, {"max_length": 4, "padding": "max_length", "truncation": True}):
+        processor = MultimodalProcessor(AutoTokenizer.from_pretrained(tmp_path, **own), config=model.config)
+        batches.append(MultimodalCollator(processor)([{"text": "the quick brown fox jumps"}]))
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
 
 
 def test_plain_text_that_begins_with_bos_gets_no_second_one(fresh_pair):

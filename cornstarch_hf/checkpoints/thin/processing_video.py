@@ -8,10 +8,17 @@ import torch
 from ...checkpoints.code_folder import needs_package
 
 FRAME_MASK = "frame_mask"
+SAMPLING = ("num_frames", "fps", "source_fps")
 
 
 def run_on_frames(
     processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
+) -> dict[str, torch.Tensor]:
+    raise needs_package("What processes videos")
+
+
+def video_of_size(
+    processor: Any, name: str, image: Any, count: int, options: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     raise needs_package("What processes videos")
 
