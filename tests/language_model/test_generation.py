@@ -441,6 +441,9 @@ WARPERS = [
 
 
 class Shift(LogitsProcessor):
+    def __repr__(self):  # part of names of tests, which must be the same in every process
+        return "Shift()"
+
     def __call__(self, input_ids, scores):
         return scores + torch.arange(scores.shape[-1]) / 100
 
