@@ -1,4 +1,4 @@
-"""Parts to configuration, and to a table: what live encoders and a language model are.  `rebuilding` builds them again."""
+"""Parts to configuration, and to a table: what live encoders and a language model are.  `module` builds them again."""
 
 import copy
 import math
@@ -16,8 +16,7 @@ from .encoders.feature_layout import typical_item
 from .encoders.module import ModalEncoderModule
 from .language_model.supported import check_language_model, embedding_width
 from .parts.adapters import is_wrapped, unwrapped
-from .parts.classes import language_model_class, origin_of
-from .parts.constructors import class_name, constructor_options
+from .parts.classes import class_name, constructor_options, language_model_class, origin_of
 from .parts.known_encoders import registered_facts
 from .parts.signatures import forward_parameters
 from .parts.stored_adapters import record_adapters

@@ -13,8 +13,7 @@ from .checkpoints.plain_storage import first_dtype
 from .checkpoints.storage import MultimodalStorageMixin, check_replaced
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
-from .encoders.module import ModalEncoderModule
-from .encoders.rebuilding import build_parts
+from .encoders.module import ModalEncoderModule, build_parts
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import EmbeddingsMixin, cached_length, run_backbone, run_language_model, text_keywords
 from .language_model.generation import MultimodalGenerationMixin

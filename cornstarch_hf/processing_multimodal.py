@@ -4,7 +4,6 @@
 """
 
 import copy
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -26,29 +25,11 @@ from .parts.known_encoders import check_facts_registered, grid_of, registered_fa
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
-from .processing.assistant_turns import assistant_spans
-from .processing.call import (
-    ClientNames,
-    Media,
-    call_arguments,
-    check_items,
-    encode_texts,
-    media_arguments,
-    text_arguments,
-)
-from .processing.conversations import (
-    ConversationReader,
-    check_options,
-    check_placed,
-    chosen_template,
-    control_tokens,
-    is_batch,
-    refuse_typed,
-    sorted_keywords,
-)
+from .processing.call import ClientNames, Media, check_items, encode_texts, media_arguments, text_arguments
+from .processing.chats import ChatTemplating
 from .processing.media import check_finite, flatten
-from .processing.placeholder_text import MarkedText, MultimodalBatch, add_placeholder_tokens, placeholder_tokens
-from .processing.rendering import DEFAULT_TEMPLATE, render, told
+from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
+from .processing.rendering import DEFAULT_TEMPLATE
 from .processing.sounds import refuse_short
 from .processing.stored_processors import describe_subprocessor, load_parts, named_parts
 from .processing.subprocessors import (
@@ -60,13 +41,10 @@ from .processing.subprocessors import (
     tensor_names,
     tensors_of_size,
 )
-from .processing.template_probes import check_written
-from .processing.template_sandbox import template_contents
-from .processing.video import named_for_encoder
-from .processing.video_processors import is_video_processor
+from .processing.video import is_video_processor, named_for_encoder
 
 
-class MultimodalProcessor(ClientNames, ProcessorStorage):
+class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
     """Tokenizer and single-modality processors as one, for a composed model.
 
     Args:
@@ -254,134 +232,6 @@ class MultimodalProcessor(ClientNames, ProcessorStorage):
         own, kind = self.processors[name], entry["kind"]
         with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
             return run_subprocessor(own, name, kind, items, options, config, masked, prepared, maskless)
-
-    def apply_chat_template(
-        self, conversation, chat_template: str | None = None, tools=None, documents=None,
-        add_generation_prompt: bool = False, continue_final_message: bool | str = False,
-        return_assistant_tokens_mask: bool = False, tokenize: bool = False, return_tensors=None,
-        return_dict: bool = False, load_audio_from_video: bool = False, processor_kwargs: dict | None = None,
-        sanitize_control_tokens: bool = False, **kwargs: Any,
-    ):  # fmt: skip
-        """Turn a conversation, or a batch of them, into text or into inputs.
-
-        A part's type is ``"text"``, a kind (``"image"``, ``"audio"``, ``"video"``) or a modality's name.  A placeholder
-        that a user typed in a message, a tool or a document stays text when tokenized; where text is returned it is refused
-        (ValueError).
-
-        Args:
-            conversation: a list of messages, or a list of such lists.
-            chat_template: a template, or the name of one; this processor's by default.
-            tools, documents: for templates that read them; another one refuses them.
-            continue_final_message: end where the last message's content ends, or its field of that name.
-            return_assistant_tokens_mask: adds `assistant_masks`, 1 on tokens that the assistant wrote.
-            load_audio_from_video: refused; a video's sound is a part of its own.
-            sanitize_control_tokens: the tokens that steer a chat stay text, too, where a user typed them.
-            tokenize, return_tensors, return_dict, add_generation_prompt: as in transformers.
-            processor_kwargs: arguments of this processor's call.
-            **kwargs: variables of the template; what it does not read are arguments of the call.
-
-        Returns:
-            text or a list of texts; with `tokenize` `input_ids`, or with `return_dict` a `BatchFeature`.
-
-        Raises:
-            ValueError: options that contradict one another, or that the template does not read; a message, role or tool call
-                that it does not write.
-            TypeError: something of a wrong type; an unknown argument.
-        """
-        tensors = None if return_tensors == "auto" else return_tensors
-        options = {
-            "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message,
-            "return_assistant_tokens_mask": return_assistant_tokens_mask, "tokenize": tokenize, "return_tensors": tensors,
-            "return_dict": return_dict, "load_audio_from_video": load_audio_from_video,
-            "sanitize_control_tokens": sanitize_control_tokens,
-        }  # fmt: skip
-        check_options(options)
-        template = chosen_template(self.chat_template, chat_template)
-        kwargs |= {} if tensors is None else {"return_tensors": tensors}
-        variables, call = sorted_keywords(template, kwargs, processor_kwargs or {}, tokenize)
-        reader = self._reader(control_tokens(self.tokenizer, template) if sanitize_control_tokens else ())
-        specials = self.tokenizer.special_tokens_map
-        variables = reader.variables(template, specials, tools=tools, documents=documents, **variables)
-        batched, read = is_batch(conversation), []
-        for sample, one in enumerate(conversation if batched else [conversation]):
-            with told(f"sample {sample}: " if batched else ""):
-                read.append(self._chat_text(reader, one, template, variables, options))
-        if not tokenize:
-            return [text for text, *_ in read] if batched else read[0][0]
-        out = self._chat_inputs(read, call)
-        return out if return_dict else out["input_ids"]
-
-    def _chat_text(
-        self, reader: ConversationReader, conversation: Any, template: str, variables: dict[str, Any], options: dict
-    ) -> tuple[str, Any, dict[str, list]]:
-        """A conversation's text, the spans to mark in it (None where no mask is asked for) and its media."""
-        messages, media = reader.read(conversation, template, variables=variables)
-        variables = {**variables, "add_generation_prompt": options["add_generation_prompt"]}
-        if options["return_assistant_tokens_mask"]:
-            return *assistant_spans(messages, template, specials=self._specials(), **variables), media
-        check_written(messages, template, variables)
-        text, _ = render(messages, template, continue_final_message=options["continue_final_message"], **variables)
-        return text if options["tokenize"] else refuse_typed(text), None, media
-
-    def _chat_inputs(self, read: list[tuple[str, Any, dict[str, list]]], call: dict[str, Any]) -> BatchFeature:
-        """What a call gives, of each conversation's text, spans and media, and of further arguments."""
-        texts, spans, media = (list(column) for column in zip(*read, strict=True))
-        check_placed(texts, self.tokens, self._kinds(), call)
-        for name in self.config.encoders:
-            if any(name in found for found in media):
-                if call.get(name) is not None:
-                    raise ValueError(f"{name}: its items were given twice, in the messages and by name.")
-                call[name] = [found.get(name, []) for found in media]  # a list for each text
-        llm = call.pop("llm_inputs", None) or {}
-        if not isinstance(llm, dict) or "text" in llm:
-            raise ValueError(
-                "llm_inputs must be a dict of the tokenizer's options: the text is that of the conversation."
-            )
-        # What the caller says of the tokens in front wins.
-        llm = llm | {"text": [MarkedText(text) for text in texts], "default_options": self.bos_options(texts[0])}
-        llm |= {} if spans[0] is None else {"assistant_spans": spans}
-        return self(llm_inputs=llm, **call)
-
-    def read_labelled(
-        self,
-        conversation,
-        *,
-        given=None,
-        first: int = 0,
-        chat_template: str | None = None,
-        tools=None,
-        **variables: Any,
-    ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
-        """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
-
-        Parts without an item take those `given` by modality; turns count from the message `first` on.  ValueError for variables
-        of the template that are options of this processor's call.
-        """
-        template, reader = chosen_template(self.chat_template, chat_template), self._reader()
-        calls = {
-            key for key in variables if key in call_arguments(self.config, self.processors) or key.endswith("_kwargs")
-        }
-        if own := sorted(calls - template_contents(template)[0]):
-            told = f"chat_template_kwargs has {own}, which are the processor's and no variables of a template"
-            raise ValueError(f"{told}: give them to the collator, in processor_kwargs=.")
-        variables = reader.variables(template, self.tokenizer.special_tokens_map, tools=tools, **variables)
-        messages, media = reader.read(conversation, template, given, variables)
-        text, spans = assistant_spans(messages, template, first=first, specials=self._specials(), **variables)
-        return MarkedText(text), spans, media
-
-    def bos_options(self, text: str) -> dict[str, Any]:
-        """The tokenizer's options for a text: one that begins with the bos token gets no second one."""
-        bos = self.tokenizer.bos_token
-        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-
-    def _kinds(self) -> dict[str, str]:
-        return {name: self.config.modality(name)["kind"] for name in self.tokens}
-
-    def _reader(self, control: Sequence[str] = ()) -> ConversationReader:
-        return ConversationReader(self.tokens, self.config.modalities_for, self._kinds(), control)
-
-    def _specials(self) -> list[str]:
-        return list(dict.fromkeys([*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()]))
 
     # ---- what clients look for
 

@@ -33,11 +33,10 @@ ROOMS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and path
 # Files that are tested together with another one.
 COVERED = {
     "encoders.building": "test_composition",
-    "encoders.rebuilding": "test_composition",
     "checkpoints.code_folder": "checkpoints/test_code_bundle",
     "checkpoints.finding": "checkpoints/test_checkpoint_files",
-    "parts.constructors": "parts/test_classes",
     "parts.stored_adapters": "parts/test_adapters",
+    "processing.chats": "processing/test_conversations",
     "processing.sounds": "processing/test_media",
     "checkpoints.plain_storage": "checkpoints/test_config_sync",
     "checkpoints.storage": "checkpoints/test_config_sync",
@@ -87,7 +86,7 @@ def test_every_room_and_file_on_top_has_its_layer():
 
 def test_the_house_stays_small_enough_to_be_drawn():
     assert len([name for name in FILES if "." not in name]) <= 10
-    assert len([name for name in FILES if name != "__init__"]) <= 78
+    assert len([name for name in FILES if name != "__init__"]) <= 76
 
 
 def test_a_twentieth_of_the_lines_have_comments():

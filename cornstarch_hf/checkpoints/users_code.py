@@ -32,7 +32,7 @@ _HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger
 # What a checkpoint carries by a thin file with the same names: in any case, or unless it names one of these.  Guards that
 # arrive inside the code that they guard protect nobody; what composes and exports needs the package.
 _UNLESS = {"checkpoints_loading": "references", "parts_stored_adapters": "adapters", "processing_sounds": "audio"}
-_UNLESS |= {"processing_video": "video", "processing_video_processors": "video"}
+_UNLESS |= {"processing_video": "video"}
 _THIN_STEMS = sorted(path.stem for path in THIN_FOLDER.glob("[!_]*.py"))
 THIN = {stem: frozenset([_UNLESS[stem]] if stem in _UNLESS else []) for stem in _THIN_STEMS}
 # What only a checkpoint carries that names one of these; nothing else imports it.

@@ -1,4 +1,4 @@
-"""One encoder as compose() is told of it, with its projector, and as the configuration holds it; `rebuilding` reads that."""
+"""One encoder as compose() is told of it, with its projector, and as the configuration holds it; `module` reads that."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..configuration_multimodal import MEDIA_KINDS, validate_encoder_names
 from ..configuration_projector import MultimodalProjectorConfig
 from ..parts.adapters import is_wrapped, unwrapped
-from ..parts.constructors import class_name, constructor_options
+from ..parts.classes import class_name, constructor_options
 from ..parts.known_encoders import ALL, LAST, encoder_type
 from ..parts.registries import PROJECTORS
 from ..parts.stored_modules import SLOTS

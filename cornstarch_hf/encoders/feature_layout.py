@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from ..configuration_projector import feature_width
 from ..limits import is_count
 from ..parts.adapters import unwrapped
-from ..parts.constructors import constructor_options
+from ..parts.classes import constructor_options
 from ..parts.known_encoders import PATCH_GRIDS
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes

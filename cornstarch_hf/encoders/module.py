@@ -1,4 +1,4 @@
-"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess."""
+"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess; and how it is built again."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import feature_width
+from ..language_model.supported import build_language_model
 from ..parts.adapters import unwrapped
-from ..parts.classes import origin_of
+from ..parts.classes import origin_of, resolve_class
 from ..parts.frozen_modes import is_checkpointing
-from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
+from ..parts.known_encoders import check_facts_registered, deterministic_inputs, encoder_type, refuse_random_encoder
 from ..parts.signatures import accepts, forward_parameters
-from ..parts.stored_modules import SLOTS
+from ..parts.stored_adapters import wrap_again
+from ..parts.stored_modules import SLOTS, build_callback
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
@@ -334,3 +337,35 @@ def _placed(value: Any, weight: Tensor | None) -> Any:
     if not isinstance(value, Tensor) or weight is None or weight.is_meta:
         return value
     return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+
+
+# ---- the parts of a model built again from its configuration, with fresh weights
+
+
+def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
+    """Build one encoder with its projector and callbacks; ValueError for an unknown class, callback or encoder type."""
+    # First: a type that was registered when this was saved must be registered here too.
+    check_facts_registered(config.encoder_types)
+    entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
+    cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
+    module = cls(encoder_config, **entry["encoder_kwargs"])
+    # Adapters go around the encoder before weights are loaded, whose names they change.
+    module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
+    if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
+        raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
+    options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
+    options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
+    projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
+    encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
+    encoder.name = name  # messages would else name it by its kind
+    return encoder
+
+
+def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
+    """Build what a configuration describes, with fresh weights; ValueError for an empty one or an unknown class or callback."""
+    if config.text_config is None:
+        raise ValueError(
+            "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
+            "MultimodalModel(encoders=..., language_model=...) or compose(...)."
+        )
+    return {name: build_encoder(config, name) for name in config.encoders}, build_language_model(config)

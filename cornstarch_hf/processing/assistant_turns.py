@@ -18,8 +18,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .rendering import GENERATION, TEMPLATE_ERRORS, render
-from .template_probes import bookends, call_with_bookend, check_written, said
+from .rendering import GENERATION, TEMPLATE_ERRORS, bookends, call_with_bookend, check_written, render, said
 
 _BOOKEND = re.compile("[\ud800-\udbff][\udc00-\uddff]")
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."

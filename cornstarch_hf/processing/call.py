@@ -15,8 +15,7 @@ from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwarg
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .placeholder_text import MarkedText, Spans, check_text, encode, expand, occurrences, pad_rows
-from .video import SAMPLING
-from .video_processors import is_video_processor
+from .video import SAMPLING, is_video_processor
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}  # keyword of `__call__` for items of each kind
 # Names under which a modality's processor may take its items.

@@ -1,7 +1,7 @@
 """Turns conversations, messages with media parts, into messages for a chat template, and what was given for one into options.
 
 Templates written for text alone get each message as one string; templates that know parts get parts, and place the
-media themselves where they can; `template_probes` tells which, for each role.  `rendering` makes the text of the messages,
+media themselves where they can; `rendering` tells which, for each role, and makes the text of the messages,
 `assistant_turns` finds the assistant's turns in it.
 """
 
@@ -12,8 +12,7 @@ from typing import Any
 
 from .call import PLURALS
 from .placeholder_text import BREAK, check_text, mark_typed, occurrences, token_pattern, unmark
-from .rendering import told, tool_schemas
-from .template_probes import forms, said, silent_content, writes_placeholder
+from .rendering import forms, said, silent_content, told, tool_schemas, writes_placeholder
 from .template_sandbox import template_contents
 
 # Names that would not reach a template: this package's own arguments of what renders it.

@@ -18,8 +18,7 @@ from ..limits import check, check_image
 from ..parts.known_encoders import encoder_type
 from .media import image_form, layout_of_call, ready_image
 from .sounds import ready_audio
-from .video import FRAME_MASK, run_on_frames, video_of_size
-from .video_processors import is_video_processor, run_video_processor
+from .video import FRAME_MASK, is_video_processor, run_on_frames, run_video_processor, video_of_size
 
 
 class ItemProcessor(FeatureExtractionMixin):

@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel, ViTModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from cornstarch_hf.parts.classes import language_model_class, resolve_class
-from cornstarch_hf.parts.constructors import class_name, constructor_options
+from cornstarch_hf.parts.classes import class_name, constructor_options, language_model_class, resolve_class
 
 
 @pytest.mark.parametrize("key", tiny.ENCODERS)

@@ -14,8 +14,7 @@ from cornstarch_hf.processing.conversations import (
     sorted_keywords,
 )
 from cornstarch_hf.processing.placeholder_text import mark_typed, occurrences, unmark
-from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE, render
-from cornstarch_hf.processing.template_probes import forms, writes_placeholder
+from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE, forms, render, writes_placeholder
 
 STRICT = (
     "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('text only') }}{% endif %}"

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from templates import PARTS, STRINGS
 
-from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE, render
-from cornstarch_hf.processing.template_probes import (
+from cornstarch_hf.processing.rendering import (
+    DEFAULT_TEMPLATE,
     bookends,
     call_with_bookend,
     check_written,
     forms,
+    render,
     said,
     silent_content,
     writes_placeholder,

@@ -16,7 +16,7 @@ from transformers.video_utils import VideoMetadata
 
 from cornstarch_hf import ModalEncoderModule, MultimodalCollator, MultimodalModel, MultimodalProcessor, compose, limits
 from cornstarch_hf.processing.stored_processors import build_subprocessor, describe_subprocessor
-from cornstarch_hf.processing.video_processors import is_video_processor, run_video_processor
+from cornstarch_hf.processing.video import is_video_processor, run_video_processor
 
 needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="video processors need torchvision")
 SQUARE = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...checkpoints.code_folder import needs_package
-from ...processing.rendering import GENERATION, render
-from ...processing.template_probes import check_written
+from ...processing.rendering import GENERATION, check_written, render
 
 
 def assistant_spans(

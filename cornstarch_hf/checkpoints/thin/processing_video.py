@@ -26,3 +26,14 @@ def video_of_size(
 def named_for_encoder(output: Mapping[str, Any], name: str, keyword: Callable[[str], str | None]) -> dict[str, Any]:
     """The tensors under the names that they have."""
     return dict(output)
+
+
+def is_video_processor(processor: Any) -> bool:
+    """No processor of this checkpoint is one."""
+    return False
+
+
+def run_video_processor(
+    processor: Any, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any, channels: int
+) -> dict[str, torch.Tensor]:
+    raise needs_package("What processes videos")
