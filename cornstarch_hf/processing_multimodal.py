@@ -294,7 +294,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         check_facts_registered(config.encoder_types)
         kinds = {name: config.modality(name)["kind"] for name in config.encoders}
         tokenizer, parts, unused = load_parts(pretrained_model_name_or_path, values, kinds, kwargs, tokenizer_folder)
-        if unused and not kwargs.get("return_unused_kwargs"):
+        # A pipeline hands the model's loading keywords on to every part.
+        if unused and not (kwargs.get("return_unused_kwargs") or kwargs.get("_from_pipeline")):
             raise TypeError(f"from_pretrained() got unexpected arguments {sorted(unused)}: no part takes them.")
         return [tokenizer, parts, config, unused]
 

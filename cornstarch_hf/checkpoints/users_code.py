@@ -67,8 +67,8 @@ def own_stem(path: Path) -> str | None:
 def bundled(text: str, module: str) -> tuple[str, set[str]]:
     """The text of a module as a checkpoint carries it, and the names of the files that it imports.
 
-    Each relative import names a file beside it.  Comments stay here: docstrings say what a reader who is to trust the code
-    wants to know.
+    Each relative import names a file beside it.  Comments, and what follows the first paragraph of a docstring, stay here:
+    that paragraph says what a reader who is to trust the code wants to know.
     """
     found = set()
 
@@ -77,12 +77,16 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
         found.add(stem)
         return f"{match[1]}from .{stem} import"
 
-    lines = text.splitlines(keepends=True)
+    lines, before = text.splitlines(keepends=True), tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        row, column = token.start
         if token.type == tokenize.COMMENT:
-            row, column = token.start
-            before = lines[row - 1][:column].rstrip()
-            lines[row - 1] = f"{before}\n" if before else ""
+            kept = lines[row - 1][:column].rstrip()
+            lines[row - 1] = f"{kept}\n" if kept else ""
+        elif token.type == tokenize.STRING and before == tokenize.INDENT and "\n\n" in token.string:
+            end = row + token.string[: token.string.index("\n\n")].count("\n")  # the last line of its first paragraph
+            lines[end - 1 : token.end[0]] = [lines[end - 1].rstrip("\n") + '"""\n', *[""] * (token.end[0] - end)]
+        before = before if token.type in (tokenize.COMMENT, tokenize.NL) else token.type
     return _IMPORT.sub(flat, "".join(lines)), found
 
 
