@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from .call import PLURALS
+from .call import PLURALS, mapped
 from .placeholder_text import BREAK, check_text, mark_typed, occurrences, token_pattern, unmark
 from .rendering import told, tool_schemas
 from .template_probes import forms, said, silent_content, writes_placeholder
@@ -242,6 +242,7 @@ def sorted_keywords(
         TypeError: there are arguments of the call, and `tokenize` does not call it.
     """
     names, _ = template_contents(template)
+    call = mapped(call, "processor_kwargs")
     others = {key: value for key, value in keywords.items() if key not in names}
     if twice := sorted(set(others) & set(call)):
         raise ValueError(f"{twice} were given twice, as keywords and in processor_kwargs.")

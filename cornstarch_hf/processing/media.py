@@ -296,6 +296,23 @@ def _moved(array: Any, layout: str | None, wanted: str) -> Any:
     return array.permute(order) if isinstance(array, torch.Tensor) else array.transpose(order)
 
 
+def ready_tensors(given: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
+    """What a caller processed already, as tensors ``(items, ...)`` (TypeError, ValueError: no numbers that are finite)."""
+    found = {}
+    for key, value in given.items():
+        try:
+            found[key] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            told = f"expected a tensor, an array or a list of numbers, got {type(value).__name__}"
+            raise TypeError(f"{name}: {key} in encoder_inputs: {told} ({error}).") from error
+        if found[key].ndim == 0:
+            raise ValueError(
+                f"{name}: {key} in encoder_inputs: expected a row for each item, got {value!r:.100} alone."
+            )
+    check_finite(found, name)
+    return found
+
+
 def check_finite(tensors: Mapping[str, Any], where: str) -> None:
     """Refuse what a processor made of an item where it holds NaN or infinity (ValueError)."""
     for key, value in tensors.items():

@@ -17,6 +17,7 @@ from transformers.image_utils import get_image_size_for_max_height_width
 from ..limits import check, check_image
 from ..parts.known_encoders import encoder_type
 from .media import image_form, layout_of_call, ready_image
+from .placeholder_text import check_text
 from .sounds import ready_audio
 from .video import FRAME_MASK, run_on_frames, video_of_size
 from .video_processors import is_video_processor, run_video_processor
@@ -42,6 +43,7 @@ def run_tokenizer(
     for i, item in enumerate(items):
         if not isinstance(item, str):
             raise TypeError(f"{name}, item {i}: expected a string, got {type(item).__name__}.")
+        check_text(item, f"{name}, item {i}: ")
     # Without the last one a tokenizer may cut by what its file says.
     call = {"padding": True, "padding_side": "right", "truncation": False} | dict(options)
     output = tokenizer(list(items), return_tensors="pt", **call)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzz_forms import FORMS, RATE, UNMENDED
+from fuzz_forms import FORMS, RATE
 from fuzz_parts import Composed, composed
 from PIL import Image
 
@@ -19,9 +19,8 @@ SAME = 10  # seeds in a row with one composition
 WORDS = [
     "what is", "the quick brown fox", "\n", "\t", " ", "  two  spaces ", "日本語", "עברית", "e\u0301", "👩‍👩‍👧‍👦", "<", ">", "<img>",
     "<s>", "{{ x }}", "{% endfor %}", "\u200b", "\ufeff", "\ue000", "\U000f0000", "\U000f0003", "\U0010fffd",
-    "\x00", "None", "a\r\nb", "</s", "&lt;", "\\n", "'quoted'", '"text"',
+    "\x00", "None", "a\r\nb", "</s", "&lt;", "\\n", "'quoted'", '"text"', "\ue0c0", "\ue0c1", "\ue0c2", "\ue0c0typed\ue0c1",
 ]  # fmt: skip
-WORDS += [] if UNMENDED else ["\ue0c0", "\ue0c1", "\ue0c2", "\ue0c0typed\ue0c1"]
 OPTIONS = [{"do_normalize": False}, {"do_convert_rgb": True}, {"resample": 3}, {"do_rescale": True}]
 Segment = str | tuple[str, int]  # text, or a slot and the number of its item in the sample
 Items = Mapping[str, Sequence[Sequence[Any]]]  # of each sample, by slot
@@ -277,6 +276,6 @@ def _options(chance: random.Random) -> dict[str, Any]:
         options["padding_side"] = chance.choice(["left", "right"])
     if chance.random() < 0.2:
         options["add_special_tokens"] = False
-    if chance.random() < 0.1 and not UNMENDED:
+    if chance.random() < 0.1:
         options["return_token_type_ids"] = True
     return options

@@ -12,7 +12,6 @@ import tiny
 import torch
 import transformers
 from catalog_processors import IMAGES, SOUNDS, build_encoder, build_processor
-from fuzz_forms import UNMENDED
 from shrunk import built, shrunk
 from transformers import TimesFm2_5Config, TimesFm2_5Model
 
@@ -71,9 +70,7 @@ def picture(chance: random.Random, degenerate: bool, pair: Any = None) -> np.nda
 
 def waveform(chance: random.Random, degenerate: bool, shortest: int = 1000, longest: int = 6000) -> np.ndarray:
     """A sound ``(samples,)`` of 16-bit steps, so that files hold it exactly; some too short for encoders."""
-    length = (
-        chance.choice([1, 2, 9, 17, 160, 399]) if degenerate and not UNMENDED else chance.randint(shortest, longest)
-    )
+    length = chance.choice([1, 2, 9, 17, 160, 399]) if degenerate else chance.randint(shortest, longest)
     steps = np.random.default_rng(chance.getrandbits(32)).integers(-9000, 9000, length)
     return (steps / 32768).astype(np.float32)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from fuzz_calls import Call, Wrong
-from fuzz_forms import UNMENDED, UNUSABLE
+from fuzz_forms import UNUSABLE
 
 
 def spoil(call: Call) -> None:
@@ -72,12 +72,6 @@ TEXTS: list[Any] = [
     torch.tensor([1]),
     object(),
 ]
-if UNMENDED:
-    OPTIONS = [
-        o
-        for o in OPTIONS
-        if o[1] not in ("padding_side", "pad_to_multiple_of", "encoder_inputs", "llm_inputs", "text_kwargs")
-    ]
 # Of these the value alone is judged: done or refused, by ValueError or TypeError.
 EITHER: list[tuple[str, Any]] = [
     ("max_length", 0), ("max_length", -1), ("max_length", 5.5), ("stride", 3), ("padding", None), ("truncation", None),
@@ -86,19 +80,14 @@ EITHER: list[tuple[str, Any]] = [
     ("videos", ()), ("sampling_rate", "16000"), ("sampling_rate", 16000.0), ("sampling_rate", None), ("sampling_rate", -1),
     ("images_kwargs", {"unknown_option": 1}), ("videos_kwargs", {"do_rescale": False}), ("audio_kwargs", None), ("padding", "do_not_pad"),
 ]  # fmt: skip
-if UNMENDED:
-    EITHER = [(key, value) for key, value in EITHER if value not in (-1, 0, 5.5, -8)]
 
 
 def _option(call: Call) -> None:
     draw = call.chance.random()
     if draw < 0.45:
-        plain = (
-            UNMENDED and call.turns is not None
-        )  # there an unknown keyword is a variable that the template does not read
-        word, key, value = call.chance.choice(OPTIONS[1:] if plain else OPTIONS)
+        word, key, value = call.chance.choice(OPTIONS)
         call.wrong, change = Wrong(f"{key}={value!r}", words=word), _put(key, value)
-    elif draw < 0.6 and call.turns is None and not UNMENDED:
+    elif draw < 0.6 and call.turns is None:
         value = call.chance.choice(TEXTS)
         call.wrong, change = Wrong(f"text={value!r}", words="text"), _put("text", value)
     else:
