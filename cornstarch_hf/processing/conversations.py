@@ -8,6 +8,7 @@ media themselves where they can; `template_probes` tells which, for each role.  
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Number
 from typing import Any
 
 from .call import PLURALS, mapped
@@ -143,6 +144,8 @@ class ConversationReader:
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
+            if isinstance(item, Number):  # several would pass for one list of numbers
+                raise TypeError(f"{name}, item {len(media[name])}: expected an item of a message, got {item!r}.")
             media[name].append(NO_ITEM if item is None else item)
         # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.
         alone = names[0] if len(names) == 1 and self.kinds[names[0]] == kind else None

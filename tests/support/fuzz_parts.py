@@ -40,6 +40,7 @@ class Part:
         kind: of the modality.
         build: makes the entry.
         call: arguments of the processor's call that this processor needs.
+        form: kind of the forms of its items, by default the modality's.
         item: makes an item from a source of chance, in its canonical form; the bool asks for one of a degenerate size.
     """
 
@@ -47,6 +48,7 @@ class Part:
     build: Callable[[], dict[str, Any]]
     item: Callable[[random.Random, bool], Any]
     call: Mapping[str, Any] = field(default_factory=dict)
+    form: str | None = None
 
 
 def pixels(chance: random.Random, *shape: int) -> np.ndarray:
@@ -133,6 +135,12 @@ PARTS: dict[str, Part] = {
     ),
     "features": Part(
         "features", lambda: {"model": PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=WIDTH))}, vectors
+    ),
+    "features as sounds": Part(
+        "audio",
+        lambda: {"model": PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=WIDTH)), "kind": "audio"},
+        vectors,
+        form="vectors",
     ),
     "timesfm": Part("time", _timesfm, series),
 }

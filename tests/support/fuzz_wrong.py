@@ -45,20 +45,19 @@ def _put(key: str, value: Any) -> Callable[[dict], dict]:
 # Keywords that must be refused: a word of the message, and the value.
 OPTIONS: list[tuple[str, str, Any]] = [
     ("unknown", "unknown_keyword", 5),
-    ("adding", "padding", "sideways"),
-    ("adding", "padding", 5),
-    ("adding", "padding_side", "middle"),
-    ("truncat", "truncation", "sometimes"),
-    ("", "return_tensors", "xx"),
-    ("", "max_length", "long"),
-    ("", "pad_to_multiple_of", 0),
-    ("", "pad_to_multiple_of", "eight"),
-    ("text_kwargs", "text_kwargs", 5),
     ("unknown_option", "text_kwargs", {"unknown_option": 5}),
-    ("missing", "encoder_inputs", {"missing": {"images": []}}),
-    ("encoder_inputs", "encoder_inputs", [1]),
-    ("llm_inputs", "llm_inputs", 5),
     ("unknown_option", "llm_inputs", {"unknown_option": 5}),
+    ("unknown_option", "common_kwargs", {"unknown_option": 5}),
+    ("missing", "encoder_inputs", {"missing": {"images": []}}),
+    *((key, key, value) for key in ("text_kwargs", "common_kwargs") for value in (5, "x", [1], ())),
+    *((key, key, value) for key in ("encoder_inputs", "llm_inputs") for value in (5, "x", [1])),
+    *(("padding", "padding", value) for value in ("sideways", 5, [])),
+    *(("padding_side", "padding_side", value) for value in ("middle", 5, "")),
+    *(("truncation", "truncation", value) for value in ("sometimes", 5, [])),
+    *(("return_tensors", "return_tensors", value) for value in ("xx", 5, "tf")),
+    *((key, key, value) for key in ("max_length", "pad_to_multiple_of") for value in (0, -8, 5.5, "long", True)),
+    *((key, key, "x") for key in ("add_special_tokens", "split_special_tokens", "return_offsets_mapping")),
+    *((key, key, 5) for key in ("return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids")),
 ]  # fmt: skip
 TEXTS: list[Any] = [
     5,
@@ -74,8 +73,8 @@ TEXTS: list[Any] = [
 ]
 # Of these the value alone is judged: done or refused, by ValueError or TypeError.
 EITHER: list[tuple[str, Any]] = [
-    ("max_length", 0), ("max_length", -1), ("max_length", 5.5), ("stride", 3), ("padding", None), ("truncation", None),
-    ("pad_to_multiple_of", -8), ("return_attention_mask", False), ("return_offsets_mapping", True), ("split_special_tokens", True),
+    ("stride", 3), ("padding", None), ("truncation", None),
+    ("return_attention_mask", False), ("return_offsets_mapping", True), ("split_special_tokens", True),
     ("return_tensors", None), ("text_kwargs", None), ("encoder_inputs", {}), ("llm_inputs", {}), ("images", []), ("audio", [[]]),
     ("videos", ()), ("sampling_rate", "16000"), ("sampling_rate", 16000.0), ("sampling_rate", None), ("sampling_rate", -1),
     ("images_kwargs", {"unknown_option": 1}), ("videos_kwargs", {"do_rescale": False}), ("audio_kwargs", None), ("padding", "do_not_pad"),
