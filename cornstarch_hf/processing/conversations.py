@@ -12,6 +12,7 @@ from numbers import Number
 from typing import Any
 
 from .call import PLURALS, mapped
+from .media import LIST_DEPTHS
 from .placeholder_text import BREAK, check_text, mark_typed, occurrences, token_pattern, unmark
 from .rendering import told, tool_schemas
 from .template_probes import forms, said, silent_content, writes_placeholder
@@ -144,7 +145,7 @@ class ConversationReader:
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
-            if isinstance(item, Number):  # several would pass for one list of numbers
+            if isinstance(item, Number) and LIST_DEPTHS.get(self.kinds[name]) == 1:  # several would pass for one item
                 raise TypeError(f"{name}, item {len(media[name])}: expected an item of a message, got {item!r}.")
             media[name].append(NO_ITEM if item is None else item)
         # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.

@@ -49,12 +49,12 @@ class ImageForm:
     wanted: str = LAST  # layout of the arrays that are handed on
 
 
-def image_form(processor: Any, options: dict[str, Any], channels: Any) -> ImageForm:
+def image_form(processor: Any, name: str, options: dict[str, Any], channels: Any) -> ImageForm:
     """How images are made ready for a processor by its settings and its call's `options`, whose layout is taken out."""
     stated = options.pop("input_data_format", None) or getattr(processor, "input_data_format", None)
     stated = getattr(stated, "value", stated)  # an enumeration's
     if stated not in (None, FIRST, LAST):
-        raise ValueError(f"input_data_format must be {FIRST!r} or {LAST!r}, got {stated!r:.100}.")
+        raise ValueError(f"{name}: input_data_format must be {FIRST!r} or {LAST!r}, got {stated!r:.100}.")
     rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
     # Each backend takes PIL images and arrays of one layout side by side.
     wanted = FIRST if getattr(processor, "backend", None) == "torchvision" else LAST

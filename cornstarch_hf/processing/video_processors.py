@@ -40,7 +40,7 @@ def run_video_processor(
         raise ValueError(f"{name}: expected {expected}, got {given!r:.200}.")
     if unknown := sorted(set(options) - (set(processor.valid_kwargs.__annotations__) - {"return_metadata"})):
         raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
-    form, videos = image_form(processor, options, channels), []
+    form, videos = image_form(processor, name, options, channels), []
     for i, item in enumerate(items):
         where = f"{name}, item {i}"
         frames, rate = opened_video(item, where, wanted["source_fps"])

@@ -288,6 +288,39 @@ def test_options_beside_items_that_were_given_elsewhere(processor):
         processor(**call, encoder_inputs={"vision": {"pixel_values": torch.zeros(1, 3, 8, 8)}})
 
 
+SOUND = np.random.default_rng(0).uniform(-0.1, 0.1, 3000).astype(np.float32)
+ITEMS = {"clip": ("vision", tiny.image(0)), "film": ("film", np.zeros((2, 8, 9, 3), np.uint8))}
+ITEMS |= dict.fromkeys(("whisper", "wav2vec2"), ("audio", SOUND)) | {"esm": ("protein", "LAGV")}
+WRONG = [
+    *((key, "input_data_format", value, "{name}: input_data_format must be") for key in ("clip", "film") for value in ("none", 5)),
+    *((key, option, value, "{name}, item 0: CLIPImageProcessor.* cannot process") for key in ("clip", "film") for option, value in (
+        ("do_rescale", 5), ("do_normalize", "x"), ("size", -1), ("size", {}), ("image_mean", "x"), ("crop_size", "x")
+    )),
+    ("film", "num_frames", 0, "film, item 0: num_frames must be a positive integer, got 0"),
+    ("film", "fps", "x", "film, item 0: frames per second must be positive"),
+    *((key, option, value, f"audio: {option} must be .*, got {value!r}") for key in ("whisper", "wav2vec2") for option, value in (
+        ("max_length", 0), ("max_length", -1), ("max_length", "long"), ("pad_to_multiple_of", 0), ("pad_to_multiple_of", -8),
+        ("return_attention_mask", "x"), ("truncation", "do_not_truncate"),
+    )),
+    *(("esm", option, value, f"protein: {option} must be .*, got {value!r}") for option, value in (
+        ("max_length", -1), ("padding", "sideways"), ("truncation", 5), ("padding_side", "middle"), ("split_special_tokens", "x")
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "option", "value", "told"), WRONG)
+def test_values_that_no_option_of_a_part_has(key, option, value, told):
+    name, item = ITEMS[key]
+    if key == "film":
+        encoder = {"model": tiny.clip(), "processor": tiny.clip_processor(), "kind": "video"}
+        processor = compose(tiny.llama(), {"film": encoder}, tokenizer=tiny.tokenizer())[1]
+    else:
+        processor = compose_tiny([key])[1]
+    rate = {"sampling_rate": 16_000} if name == "audio" else {"source_fps": 2} if option == "fps" else {}
+    with pytest.raises((ValueError, TypeError), match=told.format(name=name)):
+        processor(text=processor.tokens[name], **{name: [item], f"{name}_kwargs": {option: value} | rate})
+
+
 def test_a_sampling_rate_is_for_what_has_one():
     scene = PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=6))
     entries = {"scene": {"model": scene, "kind": "audio"}}

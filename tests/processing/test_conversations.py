@@ -346,9 +346,9 @@ def test_a_template_is_one_or_the_name_of_one():
         ([3], TypeError, "got 3"),
         ([{"type": "audio", "audio": 0.5}], TypeError, "audio, item 0: expected an item of a message, got 0.5"),
         (
-            [{"type": "image", "image": ITEM}, {"type": "image", "image": np.int64(3)}],
+            [{"type": "audio", "audio": ITEM}, {"type": "audio", "audio": np.float32(3)}],
             TypeError,
-            "vision, item 1: expected an item of a message, got",
+            "audio, item 1: expected an item of a message, got",
         ),
         ([{"type": "text", "text": None}], ValueError, "a string as its 'text', got None"),
         (

@@ -71,6 +71,15 @@ TEXTS: list[Any] = [
     torch.tensor([1]),
     object(),
 ]
+# Of the kind's processors, and named with the modality.
+OF_KINDS: dict[str, list[tuple[str, Any]]] = {
+    "image": [("do_rescale", 5), ("do_normalize", "x"), ("size", -1), ("image_mean", float("nan")), ("input_data_format", "none")],
+    "audio": [("max_length", 0), ("pad_to_multiple_of", 0), ("return_attention_mask", "x"), ("unknown_option", 5)],
+    "text": [("max_length", -1), ("padding", "sideways"), ("truncation", 5), ("padding_side", "middle")],
+    "features": [("sampling_rate", 16_000)],
+    "time": [("sampling_rate", 16_000)],
+}  # fmt: skip
+OF_KINDS["video"] = [*OF_KINDS["image"], ("num_frames", 0), ("fps", "x")]
 # Of these the value alone is judged: done or refused, by ValueError or TypeError.
 EITHER: list[tuple[str, Any]] = [
     ("stride", 3), ("padding", None), ("truncation", None),
@@ -83,7 +92,17 @@ EITHER: list[tuple[str, Any]] = [
 
 def _option(call: Call) -> None:
     draw = call.chance.random()
-    if draw < 0.45:
+    if draw < 0.2:
+        name, part = call.chance.choice(list(call.world.parts.items()))
+        key, value = call.chance.choice(OF_KINDS[part.kind])
+        # Without an item of it nobody looks at values, but at names.
+        used = any(call.forms[slot] and any(call.forms[slot]) for slot, names in call.slots.items() if name in names)
+        found = Wrong(f"{name}: {key}={value!r}", words=name) if used else Wrong(f"maybe {name}: {key}={value!r}")
+        call.wrong, change = (
+            found,
+            lambda given: given | {f"{name}_kwargs": given.get(f"{name}_kwargs", {}) | {key: value}},
+        )
+    elif draw < 0.45:
         word, key, value = call.chance.choice(OPTIONS)
         call.wrong, change = Wrong(f"{key}={value!r}", words=word), _put(key, value)
     elif draw < 0.6 and call.turns is None:
