@@ -24,7 +24,7 @@ TOGETHER = (
     r"cannot go in one batch|this encoder takes one number of frames|must have one length|padded it from|come out of their "
     r"processor in one size|no mask would tell|tensors want one length"
 )
-WHOLE = "takes no option"  # of all items
+WHOLE = "takes no option|does nothing while"  # of all items
 
 
 def print_of(value):
