@@ -4,7 +4,6 @@ Knows no encoder: `processing_multimodal` runs the sub-processors in between and
 """
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -14,20 +13,27 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwargs
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
-from .placeholder_text import MarkedText, Spans, check_text, encode, expand, occurrences, pad_rows
+from .media import ready_tensors
+from .placeholder_text import (
+    TEXT_OPTIONS,
+    MarkedText,
+    Spans,
+    check_even,
+    check_lengths,
+    check_text,
+    check_texts,
+    check_values,
+    encode,
+    expand,
+    occurrences,
+    pad_rows,
+)
+from .subprocessors import sampling_rate_of
 from .video import SAMPLING, is_video_processor
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}  # keyword of `__call__` for items of each kind
 # Names under which a modality's processor may take its items.
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
-# Of a tokenizer's call.  Its others change which tokens belong to which text or feature, or nothing.
-TEXT_OPTIONS = frozenset(
-    [
-        *("add_special_tokens", "max_length", "pad_to_multiple_of", "padding", "padding_side", "return_attention_mask"),
-        *("return_mm_token_type_ids", "return_offsets_mapping", "return_tensors", "return_token_type_ids"),
-        *("split_special_tokens", "truncation"),
-    ]
-)
 _OF_ALL_PARTS = {"return_tensors", "return_mm_token_type_ids", "return_offsets_mapping", "name"}
 # Methods of image processors that read settings by name; what lands in their `**kwargs` is read by none.
 _READERS = ["_preprocess", "preprocess", "process_image", "_prepare_image_like_inputs", "_preprocess_image_like_inputs"]
@@ -125,26 +131,27 @@ def text_arguments(
 
     What the call says comes before ``common_kwargs``, and both before what the tokenizer was built with, as in transformers.
     """
-    given = dict(llm_inputs or {})
+    given = dict(mapped(llm_inputs, "llm_inputs"))
     if text is not None and "text" in given:
         raise ValueError("text was given twice: as text= and in llm_inputs.")
-    text = given.pop("text", text)
+    text = check_texts(given.pop("text", text))
     # From this package's own callers; no tokenizer takes them.
     internal = {key: given.pop(key, None) for key in ("assistant_spans", "item_lengths")}
     known = TEXT_OPTIONS & set(TextKwargs.__annotations__)
     own = {key: getattr(tokenizer, key, value) for key, value in tokenizer.init_kwargs.items() if key in known}
     own |= given.pop("default_options", None) or {}
-    common = {key: value for key, value in (kwargs.get("common_kwargs") or {}).items() if key in TEXT_OPTIONS}
+    common = {
+        key: value for key, value in mapped(kwargs.get("common_kwargs"), "common_kwargs").items() if key in TEXT_OPTIONS
+    }
     flat = {key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}
-    nested = kwargs.pop("text_kwargs", None) or {}
+    nested = mapped(kwargs.pop("text_kwargs", None), "text_kwargs")
     stated = merged("text", {"by its name": flat, "in text_kwargs": nested, "in llm_inputs": given})
     if unknown := sorted(set(stated) - TEXT_OPTIONS):
         raise TypeError(f"Unknown arguments for the tokenizer: {unknown}, expected some of {sorted(TEXT_OPTIONS)}.")
     if text is None and (idle := sorted(set(stated) - {"return_tensors"})):
         raise ValueError(f"{idle} are the tokenizer's, and there is no text: options of a part go in {{name}}_kwargs=.")
+    check_values(common | stated, "text")
     options = own | common | stated
-    if (sort := options.get("return_tensors")) not in (None, "pt", "np"):
-        raise ValueError(f"return_tensors must be 'pt', 'np' or None, got {sort!r}.")
     check_lengths(options, stated, "text")
     return text, options, internal
 
@@ -167,14 +174,20 @@ def media_arguments(
         if (items := kwargs.pop(name, None)) is not None:
             _add_items(media, name, items)
     inside: Media = {}  # options beside items in `encoder_inputs`
-    for name, given in (encoder_inputs or {}).items():
+    for name, given in mapped(encoder_inputs, "encoder_inputs").items():
         config.modalities_for(name)  # raises for what the model does not have
-        key = next((k for k in MEDIA_KEYS if k in given), None)
-        if key is None:  # tensors that are processed already
-            media.setdefault(name, {}).update(given)
-        else:
+        if not mapped(given, f"encoder_inputs of {name}"):
+            raise ValueError(f"{name}: encoder_inputs has nothing for it: give items, or leave its name out.")
+        for key in (k for k in MEDIA_KEYS if k in given):
             _add_items(media, name, given[key])
-            inside[name] = {k: v for k, v in given.items() if k != key}
+        if name in media:
+            inside[name] = {k: v for k, v in given.items() if k not in MEDIA_KEYS}
+        else:  # tensors that are processed already, and options that would do nothing
+            taken = options_of(processors.get(name), config.modality(name)["kind"]) or frozenset()
+            inside[name] = {
+                k: given[k] for k in taken - set(config.modality(name)["input_names"].values()) if k in given
+            }
+            media[name] = ready_tensors({k: v for k, v in given.items() if k not in inside[name]}, name)
     for name, options in media_options(config, processors, inside, kwargs).items():
         if name in media and "items" in media[name]:
             media[name] |= options
@@ -193,10 +206,9 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
     """Options of every modality, whether or not it has items in this call; takes them out of `kwargs`."""
     kinds = {name: config.modality(name)["kind"] for name in config.encoders}
     flat = {name: flat_options(processors.get(name), kind) for name, kind in kinds.items()}
-    flat |= {name: flat[name] | {"sampling_rate"} for name, kind in kinds.items() if kind == "audio"}
     stated = {key: kwargs.pop(key) for key in list(kwargs) if any(key in names for names in flat.values())}
     groups = dict.fromkeys([*config.encoders, *PLURALS.values()])  # "audio" may be a name and a plural
-    nested = {key: kwargs.pop(f"{key}_kwargs", None) or {} for key in groups}
+    nested = {key: mapped(kwargs.pop(f"{key}_kwargs", None), f"{key}_kwargs") for key in groups}
     common = kwargs.pop("common_kwargs", None) or {}
     found: Media = {}
     for name, kind in kinds.items():
@@ -207,7 +219,7 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
             "in encoder_inputs": inside.get(name, {}),
         } | ({f"in {name}_kwargs": nested[name]} if name != plural else {})
         options = merged(name, sources)
-        rate = {key: options.pop(key) for key in ("sampling_rate",) if kind == "audio" and key in options}
+        rate = {key: options.pop(key) for key in _rate_option(processor, kind) if key in options}
         check_options(processor, kind, name, options)
         taken = options_of(processor, kind)
         shared = {key: value for key, value in common.items() if key in (taken or ()) and key != "return_tensors"}
@@ -223,7 +235,7 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
 
 def _add_items(media: Media, name: str, items: Any) -> None:
     if "items" in media.setdefault(name, {}):
-        raise ValueError(f"{name}: its items were given twice, by kind and by name.")
+        raise ValueError(f"{name}: its items were given twice, by kind, by name or in encoder_inputs: give them once.")
     media[name]["items"] = items
 
 
@@ -265,8 +277,15 @@ def flat_options(processor: Any, kind: str) -> frozenset[str]:
     """Those that a call may state for all modalities of a kind at once, as in transformers' processors."""
     taken = options_of(processor, kind) or frozenset()
     if kind == "audio":  # what else sounds and images have in common is meant for the images
-        return taken & set(AudioKwargs.__annotations__) - TEXT_OPTIONS
+        return taken & set(AudioKwargs.__annotations__) - TEXT_OPTIONS | _rate_option(processor, kind)
     return taken if kind in ("image", "video") else frozenset()
+
+
+def _rate_option(processor: Any, kind: str) -> frozenset[str]:
+    """``sampling_rate``, where it says how a modality's bare arrays were sampled."""
+    taken = options_of(processor, kind)
+    told = processor is None or taken is None or "sampling_rate" in taken or sampling_rate_of(processor) is not None
+    return frozenset(["sampling_rate"] if kind == "audio" and told else [])
 
 
 def check_options(processor: Any, kind: str, name: str, options: Mapping[str, Any]) -> None:
@@ -275,31 +294,13 @@ def check_options(processor: Any, kind: str, name: str, options: Mapping[str, An
     if taken is not None and (unknown := sorted(set(options) - taken)):
         raise TypeError(f"{name}: {type(processor).__name__} takes no option {unknown} in a call, but {sorted(taken)}.")
     if isinstance(processor, PreTrainedTokenizerBase):
+        check_values(options, name)
         check_lengths({"padding": True, "truncation": False, **options}, options, name)
     for key, switch in _SWITCHES.items() if isinstance(processor, ImageProcessingMixin) else ():
         if options.get(key) is not None and not options.get(switch, getattr(processor, switch, True)):
             raise ValueError(
                 f"{name}: {key}= does nothing while {switch} is off: pass {switch}=True too, or leave it out."
             )
-
-
-def check_lengths(options: Mapping[str, Any], stated: Mapping[str, Any], name: str) -> None:
-    """Refuse, of a tokenizer's options, a length that was stated and that it would leave aside (ValueError).
-
-    Of `max_length` beside padding to the longest text a warning tells, as in transformers.
-    """
-    padding, cuts = options.get("padding", False), options.get("truncation")
-    padded = padding not in (False, None, "do_not_pad")
-    if stated.get("pad_to_multiple_of") is not None and not padded:
-        raise ValueError(f"{name}: pad_to_multiple_of= does nothing without padding: pass padding=True too.")
-    whole = cuts in (False, "do_not_truncate") or (cuts is None and padding is not False)  # as transformers reads them
-    if stated.get("max_length") is not None and whole and padding != "max_length":
-        told = (
-            f"{name}: max_length= does nothing here: pass truncation=True to cut, or padding='max_length' to fill up."
-        )
-        if cuts is not None or not padded:
-            raise ValueError(told)
-        warnings.warn(told, stacklevel=4)
 
 
 def merged(owner: str, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -312,6 +313,13 @@ def merged(owner: str, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, An
                 raise ValueError(f"{owner}: {key!r} was given twice, {origin[key]} and {source}: give it once.")
             found[key], origin[key] = value, source
     return found
+
+
+def mapped(value: Any, where: str) -> Mapping[str, Any]:
+    """What a keyword holds by name, nothing for None (TypeError: no dict)."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{where} must be a dict, by name, got {type(value).__name__}.")
+    return {} if value is None else value
 
 
 # ---- texts
@@ -354,12 +362,16 @@ def encode_texts(
         for name, token in tokens.items():
             wanted, left = text.counts.get(token, 0), row["input_ids"].count(ids[name])
             if wanted != left:
-                need = f"{wanted} features need as many placeholder tokens ({token}), but {left} are left after"
-                raise ValueError(f"{name}, sample {sample}: {need} truncation: raise max_length, or shorten the text.")
+                need = f"{wanted} features need as many placeholder tokens ({token}), but {left} are left"
+                told = "after truncation: raise max_length, or shorten the text."
+                told = "with split_special_tokens=True: leave it out." if options.get("split_special_tokens") else told
+                raise ValueError(f"{name}, sample {sample}: {need} {told}")
     extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
     data = pad_rows(tokenizer, rows, extra, padding, options.get("max_length"))
     if with_mask is False:
         data.pop("attention_mask")
+    if as_tensors:
+        check_even(data["input_ids"], options.get("max_length"), padding.get("padding", False))
     return dict(BatchFeature(data, tensor_type=as_tensors)) if as_tensors else data
 
 

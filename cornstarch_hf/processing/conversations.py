@@ -8,9 +8,11 @@ media themselves where they can; `rendering` tells which, for each role, and mak
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Number
 from typing import Any
 
-from .call import PLURALS
+from .call import PLURALS, mapped
+from .media import LIST_DEPTHS
 from .placeholder_text import BREAK, check_text, mark_typed, occurrences, token_pattern, unmark
 from .rendering import forms, said, silent_content, told, tool_schemas, writes_placeholder
 from .template_sandbox import template_contents
@@ -142,6 +144,8 @@ class ConversationReader:
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:
+            if isinstance(item, Number) and LIST_DEPTHS.get(self.kinds[name]) == 1:  # several would pass for one item
+                raise TypeError(f"{name}, item {len(media[name])}: expected an item of a message, got {item!r}.")
             media[name].append(NO_ITEM if item is None else item)
         # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.
         alone = names[0] if len(names) == 1 and self.kinds[names[0]] == kind else None
@@ -241,6 +245,7 @@ def sorted_keywords(
         TypeError: there are arguments of the call, and `tokenize` does not call it.
     """
     names, _ = template_contents(template)
+    call = mapped(call, "processor_kwargs")
     others = {key: value for key, value in keywords.items() if key not in names}
     if twice := sorted(set(others) & set(call)):
         raise ValueError(f"{twice} were given twice, as keywords and in processor_kwargs.")

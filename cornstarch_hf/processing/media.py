@@ -49,12 +49,12 @@ class ImageForm:
     wanted: str = LAST  # layout of the arrays that are handed on
 
 
-def image_form(processor: Any, options: dict[str, Any], channels: Any) -> ImageForm:
+def image_form(processor: Any, name: str, options: dict[str, Any], channels: Any) -> ImageForm:
     """How images are made ready for a processor by its settings and its call's `options`, whose layout is taken out."""
     stated = options.pop("input_data_format", None) or getattr(processor, "input_data_format", None)
     stated = getattr(stated, "value", stated)  # an enumeration's
     if stated not in (None, FIRST, LAST):
-        raise ValueError(f"input_data_format must be {FIRST!r} or {LAST!r}, got {stated!r:.100}.")
+        raise ValueError(f"{name}: input_data_format must be {FIRST!r} or {LAST!r}, got {stated!r:.100}.")
     rescaled = options.get("do_rescale", getattr(processor, "do_rescale", True)) is False
     # Each backend takes PIL images and arrays of one layout side by side.
     wanted = FIRST if getattr(processor, "backend", None) == "torchvision" else LAST
@@ -294,6 +294,23 @@ def _moved(array: Any, layout: str | None, wanted: str) -> Any:
         return array
     order = (1, 2, 0) if wanted == LAST else (2, 0, 1)
     return array.permute(order) if isinstance(array, torch.Tensor) else array.transpose(order)
+
+
+def ready_tensors(given: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
+    """What a caller processed already, as tensors ``(items, ...)`` (TypeError, ValueError: no numbers that are finite)."""
+    found = {}
+    for key, value in given.items():
+        try:
+            found[key] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            told = f"expected a tensor, an array or a list of numbers, got {type(value).__name__}"
+            raise TypeError(f"{name}: {key} in encoder_inputs: {told} ({error}).") from error
+        if found[key].ndim == 0:
+            raise ValueError(
+                f"{name}: {key} in encoder_inputs: expected a row for each item, got {value!r:.100} alone."
+            )
+    check_finite(found, name)
+    return found
 
 
 def check_finite(tensors: Mapping[str, Any], where: str) -> None:

@@ -5,14 +5,17 @@ surrogate pairs: no encoding of text has them alone, so no text that a tokenizer
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
+from ..limits import check_count
 
 MARK_START, MARK_END = "\udffd", "\udffe"
 BREAK = MARK_START + MARK_END  # between two texts that would make a token together
@@ -20,6 +23,21 @@ _TYPED = f"{MARK_START}([^{BREAK}]*){MARK_END}"  # templates may cut texts: a ma
 _MARKS = re.compile(f"{_TYPED}|[{BREAK}]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 Spans = list[tuple[int, int]]
+# Of a tokenizer's call: what each may be, None for a positive integer.  Its others change which tokens belong to which text
+# or feature, or nothing.
+_CHOICES: dict[str, tuple[Any, ...] | None] = {
+    "padding": (True, False, None, "longest", "max_length", "do_not_pad"),
+    "truncation": (True, False, None, "longest_first", "only_first", "only_second", "do_not_truncate"),
+    "padding_side": ("left", "right", None),
+    "return_tensors": ("pt", "np", None),
+    "max_length": None,
+    "pad_to_multiple_of": None,
+    "add_special_tokens": (True, False),
+    "split_special_tokens": (True, False, None),
+    **dict.fromkeys(("return_attention_mask", "return_token_type_ids"), (True, False, None)),
+    **dict.fromkeys(("return_mm_token_type_ids", "return_offsets_mapping"), (True, False, None)),
+}
+TEXT_OPTIONS = frozenset(_CHOICES)
 
 
 def token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
@@ -33,8 +51,19 @@ class MarkedText(str):
     """A text that this package made, in which marks are its own."""
 
 
-def check_text(text: str, who: str = "") -> str:
+def check_texts(text: Any) -> Any:
+    """None, one text, or a sequence of texts, as given (TypeError: anything else; ValueError: none in it)."""
+    if isinstance(text, (bytes, bytearray, memoryview)) or not isinstance(text, (str, Sequence, type(None))):
+        raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}.")
+    if text is not None and not isinstance(text, str) and not len(text):
+        raise ValueError("text is an empty list: give one text or more, or leave it out.")
+    return text
+
+
+def check_text(text: Any, who: str = "") -> str:
     """The text, or ValueError if half of a surrogate pair stands in it: no tokenizer takes such, and marks are of the kind."""
+    if not isinstance(text, str):
+        raise TypeError(f"{who}the text must be a string, got {type(text).__name__}.")
     if found := _SURROGATE.search(text):
         where = f"{who}U+{ord(found[0]):04X} at character {found.start()}"
         raise ValueError(f"{where} is half of a surrogate pair, which is no text: decode bytes with errors='replace'.")
@@ -135,7 +164,7 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
 def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) -> dict[str, list]:
     """As `encode`, of a text that is cut at marks and at the ends of spans."""
     parts = [part or "" for part in _MARKS.split(text)]  # plain, typed, plain, typed, ..., plain
-    with_offsets = options.get("return_offsets_mapping", False)
+    with_offsets, split = options.get("return_offsets_mapping", False), bool(options.get("split_special_tokens"))
     # Pieces are tokenized without special tokens, which go around the whole.
     prefix, suffix = _special_frame(tokenizer) if options.get("add_special_tokens", True) else ([], [])
     ids, offsets, mask, position = list(prefix), [(0, 0)] * len(prefix), [0] * len(prefix), 0
@@ -144,7 +173,9 @@ def _encode_pieces(tokenizer, text: str, spans: Spans, options: dict[str, Any]) 
         cuts = sorted({cut for span in spans for cut in span if position < cut < end})  # starts of spans too
         for start, stop in zip([position, *cuts], [*cuts, end], strict=True) if part else ():
             piece = part[start - position : stop - position]
-            piece_ids, piece_offsets = _encode_piece(tokenizer, piece, index % 2 == 1, start == 0, with_offsets)
+            piece_ids, piece_offsets = _encode_piece(
+                tokenizer, piece, split or index % 2 == 1, start == 0, with_offsets
+            )
             ids += piece_ids
             offsets += [(a + start, b + start) for a, b in piece_offsets]
             mask += [int(any(a <= start and stop <= b for a, b in spans))] * len(piece_ids)
@@ -239,6 +270,47 @@ def pad_rows(tokenizer, rows: list[dict], extra: Mapping, padding: Mapping, max_
         blank = (0, 0) if key == "offset_mapping" else 0
         data[key] = [pad_list(v, len(ids), blank, side) for v, ids in zip(values, data["input_ids"], strict=True)]
     return data
+
+
+def check_lengths(options: Mapping[str, Any], stated: Mapping[str, Any], name: str) -> None:
+    """Refuse, of a tokenizer's options, a length that was stated and that it would leave aside (ValueError).
+
+    Of `max_length` beside padding to the longest text a warning tells, as in transformers.
+    """
+    padding, cuts = options.get("padding", False), options.get("truncation")
+    padded = padding not in (False, None, "do_not_pad")
+    if stated.get("pad_to_multiple_of") is not None and not padded:
+        raise ValueError(f"{name}: pad_to_multiple_of= does nothing without padding: pass padding=True too.")
+    whole = cuts in (False, "do_not_truncate") or (cuts is None and padding is not False)  # as transformers reads them
+    if stated.get("max_length") is not None and whole and padding != "max_length":
+        told = (
+            f"{name}: max_length= does nothing here: pass truncation=True to cut, or padding='max_length' to fill up."
+        )
+        if cuts is not None or not padded:
+            raise ValueError(told)
+        warnings.warn(told, stacklevel=4)
+
+
+def check_values(options: Mapping[str, Any], name: str) -> None:
+    """Refuse values that no tokenizer's option has (ValueError that names those that it has)."""
+    for key in sorted(TEXT_OPTIONS & set(options)):
+        value, choices = options[key], _CHOICES[key]
+        if choices is None:
+            whole = int(value) if isinstance(value, np.integer) else value
+            _ = value is None or check_count(whole, f"{name}: {key}")
+        elif not (isinstance(value, (str, bool, type(None))) and value in choices):
+            told = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+            raise ValueError(f"{name}: {key} must be {told}, got {value!r:.100}.")
+
+
+def check_even(rows: Sequence[Sequence[int]], max_length: int | None, padding: Any) -> None:
+    """Refuse rows of several lengths, which no tensor holds (ValueError with both numbers)."""
+    sizes = [len(row) for row in rows]
+    if len(set(sizes)) > 1:
+        sample = next(i for i, size in enumerate(sizes) if size != sizes[0])
+        told = f"sample {sample}: the text has {sizes[sample]} tokens and that of sample 0 {sizes[0]}, tensors want one length"
+        filled = f": padding={padding!r} fills up to {max_length} and cuts nothing" if padding == "max_length" else ""
+        raise ValueError(f"{told}{filled}: pass padding=True, or return_tensors=None for lists.")
 
 
 def pad_list(values: list, length: int, blank: Any, side: str) -> list:

@@ -53,8 +53,8 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
         item = item.detach().cpu().float().numpy() if item.is_floating_point() else item.cpu().numpy()
     if not isinstance(item, (np.ndarray, list, tuple)):
         raise TypeError(f"{where}: expected a waveform (array, tensor, path or URL), got {type(item).__name__}.")
-    check_sound(len(item), 1, None, None, where)  # before a long list becomes an array
-    wave = np.asarray(item)
+    check_sound(getattr(item, "size", 0) or len(item), 1, None, None, where)  # before a long list becomes an array
+    wave = decoded(np.asarray, item, where, "waveform")
     check_sound(wave.size, 1, None, None, where)  # with all channels
     if wave.ndim == 2 and 1 in wave.shape:
         wave = wave.reshape(-1)  # (1, samples) or (samples, 1): one channel

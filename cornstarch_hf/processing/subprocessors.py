@@ -17,6 +17,7 @@ from transformers.image_utils import get_image_size_for_max_height_width
 from ..limits import check, check_image
 from ..parts.known_encoders import encoder_type
 from .media import image_form, layout_of_call, ready_image
+from .placeholder_text import check_text, check_values
 from .sounds import ready_audio
 from .video import FRAME_MASK, is_video_processor, run_on_frames, run_video_processor, video_of_size
 
@@ -41,6 +42,7 @@ def run_tokenizer(
     for i, item in enumerate(items):
         if not isinstance(item, str):
             raise TypeError(f"{name}, item {i}: expected a string, got {type(item).__name__}.")
+        check_text(item, f"{name}, item {i}: ")
     # Without the last one a tokenizer may cut by what its file says.
     call = {"padding": True, "padding_side": "right", "truncation": False} | dict(options)
     output = tokenizer(list(items), return_tensors="pt", **call)
@@ -123,7 +125,7 @@ def run_subprocessor(
         if is_video_processor(processor) or kind == "video":
             run = run_video_processor if is_video_processor(processor) else run_on_frames
             return run(processor, name, items, options, encoder_config, channels)
-        form = image_form(processor, options, channels)
+        form = image_form(processor, name, options, channels)
         items = [ready_image(x, f"{name}, item {i}", form) for i, x in enumerate(items)]
         options |= layout_of_call(processor, items, form)
         return _run_on_images(processor, name, items, options, prepared)
@@ -258,6 +260,13 @@ def _called(processor: Any, name: str, items: list, options: Mapping[str, Any], 
 def _audio_options(processor: Any, name: str, items: list, options: Mapping, masked: bool) -> dict[str, Any]:
     """Arguments of a feature extractor's call; ValueError for sounds that it would cut without being asked for truncation."""
     parameters = inspect.signature(processor.__call__).parameters
+    cut = options.get("truncation")
+    if not isinstance(cut, (bool, type(None))) and isinstance(
+        parameters["truncation"].default, bool
+    ):  # some have words for it
+        raise ValueError(f"{name}: truncation must be True or False, got {cut!r:.100}.")
+    same = ("max_length", "pad_to_multiple_of", "return_attention_mask")  # everywhere
+    check_values({key: options[key] for key in same if key in options}, name)
     cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
     # In samples: what the call or the extractor's window (30 seconds of Whisper) keeps.
     limit = options.get("max_length") or getattr(processor, "n_samples", None)

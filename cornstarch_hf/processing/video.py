@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def sampled_frames(
         if source_fps is None:
             remedy = "pass source_fps=, or the item as {'video': frames, 'fps': rate}."
             raise ValueError(f"{where}: {fps=} needs the video's own rate: {remedy}")
-        if not all(math.isfinite(rate) and rate > 0 for rate in (fps, source_fps)):
+        if not all(isinstance(rate, Real) and math.isfinite(rate) and rate > 0 for rate in (fps, source_fps)):
             raise ValueError(f"{where}: frames per second must be positive, got {fps=}, {source_fps=}.")
         count = max(1, math.floor(total * fps / source_fps))
     if count > total:
@@ -105,11 +106,13 @@ def run_on_frames(
     `frame_mask` ``(videos, most frames)``, True where a frame is one.
     """
     sampling, options = _sampling(processor, options)
-    form, videos = image_form(processor, options, channels), []
+    form, videos = image_form(processor, name, options, channels), []
     for i, item in enumerate(items):
         frames = ready_video(item, f"{name}, item {i}", form, sampling)
         check_frame_count(len(frames), encoder_config, name, i)
-        videos.append(_processed(processor, name, frames, options | layout_of_call(processor, frames, form)))
+        videos.append(
+            _processed(processor, f"{name}, item {i}", frames, options | layout_of_call(processor, frames, form))
+        )
     return joined_videos(videos, name)
 
 
@@ -141,20 +144,24 @@ def check_frame_count(count: int, config: Any, name: str, i: int) -> None:
         raise ValueError(f"{name}, item {i}: {count} frames are left, but the encoder takes {expected}: {remedy}")
 
 
-def _processed(processor: Any, name: str, frames: list[Any], options: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _processed(processor: Any, where: str, frames: list[Any], options: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One video's tensors, ``(frames, ...)`` each."""
     # Some image processors take lists of frames as videos and give (1, frames, ...).
     whole = "videos" in inspect.signature(processor.preprocess).parameters
-    output = processor([frames] if whole else frames, return_tensors="pt", **options)
+    try:
+        output = processor([frames] if whole else frames, return_tensors="pt", **options)
+    except Exception as error:
+        failure = f"{type(processor).__name__} cannot process its {len(frames)} frames"
+        raise ValueError(f"{where}: {failure} ({type(error).__name__}: {error!s:.300}).") from error
     if packed := [key for key in output if key.endswith(PATCH_GRIDS)]:
         packs = f"{type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video"
         remedy = "give the encoder's video processor (it needs torchvision: pip install torchvision)."
-        raise ValueError(f"{name}: {packs}: {remedy}")
+        raise ValueError(f"{where}: {packs}: {remedy}")
     # (1, frames, ...) -> (frames, ...)
     tensors = {k: v[0] if whole else v for k, v in output.items() if isinstance(v, torch.Tensor)}
     if not tensors or any(len(value) != len(frames) for value in tensors.values()):
         shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-        raise ValueError(f"{name}: {type(processor).__name__} gave {shapes} for {len(frames)} frames.")
+        raise ValueError(f"{where}: {type(processor).__name__} gave {shapes} for {len(frames)} frames.")
     return tensors
 
 
@@ -227,7 +234,7 @@ def run_video_processor(
         raise ValueError(f"{name}: expected {expected}, got {given!r:.200}.")
     if unknown := sorted(set(options) - (set(processor.valid_kwargs.__annotations__) - {"return_metadata"})):
         raise TypeError(f"{name}: {type(processor).__name__} takes no argument {unknown} here.")
-    form, videos = image_form(processor, options, channels), []
+    form, videos = image_form(processor, name, options, channels), []
     for i, item in enumerate(items):
         where = f"{name}, item {i}"
         frames, rate = opened_video(item, where, wanted["source_fps"])

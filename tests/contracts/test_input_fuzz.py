@@ -17,14 +17,14 @@ from PIL import Image
 
 from cornstarch_hf.encoders.items import split_items
 
-CALLS = int(os.environ.get("INPUT_FUZZ", "60"))
+CALLS = int(os.environ.get("INPUT_FUZZ", "300"))
 MANY = int(os.environ.get("INPUT_FUZZ_SLOW", "3000"))
 # Why a call whose items are fine one by one may be refused.
 TOGETHER = (
     r"cannot go in one batch|this encoder takes one number of frames|must have one length|padded it from|come out of their "
-    r"processor in one size|no mask would tell"
+    r"processor in one size|no mask would tell|tensors want one length"
 )
-WHOLE = "takes no option"  # of all items
+WHOLE = "takes no option|does nothing while"  # of all items
 
 
 def print_of(value):

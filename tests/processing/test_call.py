@@ -1,6 +1,7 @@
 """Arguments of a processor's call, sorted by whom they are for; placeholders, items and features counted against each other."""
 
 import itertools
+import re
 import tracemalloc
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from helpers import compose_tiny
 from transformers import AutoTokenizer
 
-from cornstarch_hf import MultimodalProcessor
+from cornstarch_hf import MultimodalProcessor, PrecomputedFeatures, PrecomputedFeaturesConfig, compose
 from cornstarch_hf.processing.call import (
     PLURALS,
     TEXT_OPTIONS,
@@ -163,6 +164,174 @@ def test_options_that_were_given_twice_or_would_do_nothing(processor, given, mat
 def test_options_that_nothing_takes(processor, given, match):
     with pytest.raises(TypeError, match=match):
         processor(text="a fox", **given)
+
+
+VALUES = [
+    *(("max_length", value, f"a positive integer, got {value!r}") for value in (0, -1, 5.5, "long", True)),
+    *(("pad_to_multiple_of", value, f"a positive integer, got {value!r}") for value in (0, -8, 5.5, "eight", True)),
+    *(("padding_side", value, f"'left', 'right' or None, got {value!r}") for value in ("middle", "", 5)),
+    *(("padding", value, "'max_length' or 'do_not_pad', got") for value in ("sideways", 5, [])),
+    *(("truncation", value, "'only_second' or 'do_not_truncate', got") for value in ("sometimes", 5, [])),
+    *((key, "x", "True or False, got 'x'") for key in ("add_special_tokens",)),
+    *((key, "x", "True, False or None, got 'x'") for key in sorted(TEXT_OPTIONS) if key.startswith(("return_o", "return_a"))),
+    *((key, 5, "True, False or None, got 5") for key in sorted(TEXT_OPTIONS) if key.startswith(("split", "return_mm", "return_to"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "told"), VALUES)
+@pytest.mark.parametrize("road", ["flat", "text_kwargs", "llm_inputs", "common_kwargs", "chat"])
+def test_values_that_no_option_of_a_tokenizer_has(processor, road, key, value, told):
+    options = (
+        {key: value}
+        | ({"padding": True} if key != "padding" else {})
+        | ({"truncation": True} if key == "max_length" else {})
+    )
+    keywords = options if road in ("flat", "chat") else {road: options}
+    with pytest.raises(ValueError, match=rf"text: {key} must be .*{re.escape(told)}"):
+        if road == "chat":  # typed text goes another way through the tokenizer
+            chat = [{"role": "user", "content": "a typed <image>"}]
+            processor.apply_chat_template(chat, tokenize=True, return_dict=True, **keywords)
+        else:
+            processor(text="a fox", **keywords)
+
+
+def test_lengths_may_be_integers_of_numpy(processor):
+    given = {
+        "padding": "max_length",
+        "max_length": np.int64(9),
+        "pad_to_multiple_of": np.int32(4),
+        "return_tensors": "pt",
+    }
+    assert processor(text="a", **given)["input_ids"].shape == (1, 12)
+
+
+@pytest.mark.parametrize("value", [5, "x", [1], (), 0])
+@pytest.mark.parametrize(
+    "key",
+    ["llm_inputs", "encoder_inputs", "text_kwargs", "common_kwargs", "images_kwargs", "audio_kwargs", "vision_kwargs"],
+)
+def test_what_must_be_a_dict(processor, key, value):
+    with pytest.raises(TypeError, match=f"{key} must be a dict, by name, got {type(value).__name__}"):
+        processor(text="a", **{key: value})
+
+
+def test_what_must_be_a_dict_in_a_chat_and_of_one_modality(processor):
+    with pytest.raises(TypeError, match="processor_kwargs must be a dict, by name, got int"):
+        processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True, processor_kwargs=5)
+    with pytest.raises(TypeError, match="encoder_inputs of vision must be a dict, by name, got list"):
+        processor(text="a", encoder_inputs={"vision": [1]})
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "told"),
+    [
+        *((value, TypeError, f"text must be a string or a list of strings, got {type(value).__name__}") for value in (
+            5, b"text", {"a": "b"}, {"text"}, np.array(["text"]), torch.tensor([1]), object(), iter(["text"])
+        )),
+        *((["a", value], TypeError, f"sample 1: the text must be a string, got {type(value).__name__}") for value in (5, None, ["b"])),
+        (["a", "\ud800"], ValueError, r"sample 1: U\+D800 at character 0 is half of a surrogate pair"),
+        ([], ValueError, "text is an empty list"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["text", "llm_inputs"])
+def test_what_is_no_text(processor, where, text, error, told):
+    with pytest.raises(error, match=told):
+        processor(**({"text": text} if where == "text" else {"llm_inputs": {"text": text}}))
+
+
+@pytest.mark.parametrize("kind", ["pt", "np"])
+def test_texts_of_several_lengths_make_no_tensor(processor, kind):
+    texts = ["a", "a quick brown fox"]
+    sizes = [len(row) for row in processor(text=texts)["input_ids"]]
+    told = f"sample 1: the text has {sizes[1]} tokens and that of sample 0 {sizes[0]}, tensors want one length"
+    with pytest.raises(ValueError, match=told):
+        processor(text=texts, return_tensors=kind)
+    with pytest.raises(ValueError, match="padding='max_length' fills up to 2 and cuts nothing"):
+        processor(text=texts, return_tensors=kind, padding="max_length", max_length=2)
+
+
+def test_special_tokens_that_are_split_leave_no_placeholder(processor):
+    told = "vision, sample 0: .* with split_special_tokens=True: leave it out"
+    with pytest.raises(ValueError, match=told):
+        processor(text="<image>", images=tiny.image(0), split_special_tokens=True)
+    parts = [{"type": "image", "image": tiny.image(0)}, {"type": "text", "text": "a typed <image>"}]
+    with pytest.raises(ValueError, match=told):
+        processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=True, split_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"images": [1], "items": [1]}, ValueError, "vision: its items were given twice"),
+        ({"images": [1], "return_tensors": "np"}, TypeError, r"vision: .* takes no option \['return_tensors'\]"),
+        ({}, ValueError, "vision: encoder_inputs has nothing for it"),
+        (None, ValueError, "vision: encoder_inputs has nothing for it"),
+        ({"pixel_values": torch.zeros(1, 3, 8, 8), "do_rescale": False}, ValueError, r"\['do_rescale'\] would do nothing"),
+        ({"pixel_values": 5}, ValueError, "vision: pixel_values in encoder_inputs: expected a row for each item, got 5 alone"),
+        ({"pixel_values": "x"}, TypeError, "vision: pixel_values in encoder_inputs: expected a tensor, .* got str"),
+        ({"pixel_values": None}, TypeError, "vision: pixel_values in encoder_inputs: expected a tensor, .* got NoneType"),
+        ({"pixel_values": [[1.0], [1.0, 2.0]]}, TypeError, "vision: pixel_values in encoder_inputs: .* got list"),
+        ({"pixel_values": torch.full((1, 3, 8, 8), torch.nan)}, ValueError, "vision: .* pixel_values with values that are not finite"),
+    ],
+)  # fmt: skip
+def test_encoder_inputs_that_cannot_be_used(processor, given, error, told):
+    with pytest.raises(error, match=told):
+        processor(text="<image>", encoder_inputs={"vision": given})
+
+
+def test_options_beside_items_that_were_given_elsewhere(processor):
+    call = {"text": "<image>", "images": tiny.image(0), "return_tensors": "pt"}
+    options = {"do_rescale": False}
+    found, wanted = processor(**call, encoder_inputs={"vision": options}), processor(**call, images_kwargs=options)
+    assert torch.equal(found["pixel_values"], wanted["pixel_values"])
+    with pytest.raises(TypeError, match=r"vision: .* takes no option \['pixel_values'\]"):  # which items then?
+        processor(**call, encoder_inputs={"vision": {"pixel_values": torch.zeros(1, 3, 8, 8)}})
+
+
+SOUND = np.random.default_rng(0).uniform(-0.1, 0.1, 3000).astype(np.float32)
+ITEMS = {"clip": ("vision", tiny.image(0)), "film": ("film", np.zeros((2, 8, 9, 3), np.uint8))}
+ITEMS |= dict.fromkeys(("whisper", "wav2vec2"), ("audio", SOUND)) | {"esm": ("protein", "LAGV")}
+WRONG = [
+    *((key, "input_data_format", value, "{name}: input_data_format must be") for key in ("clip", "film") for value in ("none", 5)),
+    *((key, option, value, "{name}, item 0: CLIPImageProcessor.* cannot process") for key in ("clip", "film") for option, value in (
+        ("do_rescale", 5), ("do_normalize", "x"), ("size", -1), ("size", {}), ("image_mean", "x"), ("crop_size", "x")
+    )),
+    ("film", "num_frames", 0, "film, item 0: num_frames must be a positive integer, got 0"),
+    ("film", "fps", "x", "film, item 0: frames per second must be positive"),
+    *((key, option, value, f"audio: {option} must be .*, got {value!r}") for key in ("whisper", "wav2vec2") for option, value in (
+        ("max_length", 0), ("max_length", -1), ("max_length", "long"), ("pad_to_multiple_of", 0), ("pad_to_multiple_of", -8),
+        ("return_attention_mask", "x"), ("truncation", "do_not_truncate"),
+    )),
+    *(("esm", option, value, f"protein: {option} must be .*, got {value!r}") for option, value in (
+        ("max_length", -1), ("padding", "sideways"), ("truncation", 5), ("padding_side", "middle"), ("split_special_tokens", "x")
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "option", "value", "told"), WRONG)
+def test_values_that_no_option_of_a_part_has(key, option, value, told):
+    name, item = ITEMS[key]
+    if key == "film":
+        encoder = {"model": tiny.clip(), "processor": tiny.clip_processor(), "kind": "video"}
+        processor = compose(tiny.llama(), {"film": encoder}, tokenizer=tiny.tokenizer())[1]
+    else:
+        processor = compose_tiny([key])[1]
+    rate = {"sampling_rate": 16_000} if name == "audio" else {"source_fps": 2} if option == "fps" else {}
+    with pytest.raises((ValueError, TypeError), match=told.format(name=name)):
+        processor(text=processor.tokens[name], **{name: [item], f"{name}_kwargs": {option: value} | rate})
+
+
+def test_a_sampling_rate_is_for_what_has_one():
+    scene = PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=6))
+    entries = {"scene": {"model": scene, "kind": "audio"}}
+    processor = compose(tiny.llama(), entries, tokenizer=tiny.tokenizer())[1]
+    call = {"text": "<audio>", "audio": [np.ones((2, 6), np.float32)]}
+    assert len(processor(**call)["features"]) == 1
+    with pytest.raises(TypeError, match=r"Unknown arguments \['sampling_rate'\]"):
+        processor(**call, sampling_rate=16_000)
+    for key in ("audio_kwargs", "scene_kwargs"):
+        with pytest.raises(TypeError, match=r"scene: PrecomputedFeaturesProcessor takes no option \['sampling_rate'\]"):
+            processor(**call, **{key: {"sampling_rate": 16_000}})
 
 
 def test_options_of_the_tokenizer_without_a_text_and_of_tensors_that_are_processed_already(processor):

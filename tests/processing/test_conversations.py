@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from templates import PARTS, STRINGS
 
@@ -342,6 +343,12 @@ def test_a_template_is_one_or_the_name_of_one():
         ([{"type": "smell"}], ValueError, "'smell' is no modality"),
         ([{"text": "x"}], TypeError, "a dict with a 'type', got {'text': 'x'}"),
         ([3], TypeError, "got 3"),
+        ([{"type": "audio", "audio": 0.5}], TypeError, "audio, item 0: expected an item of a message, got 0.5"),
+        (
+            [{"type": "audio", "audio": ITEM}, {"type": "audio", "audio": np.float32(3)}],
+            TypeError,
+            "audio, item 1: expected an item of a message, got",
+        ),
         ([{"type": "text", "text": None}], ValueError, "a string as its 'text', got None"),
         (
             [{"type": "text", "text": "a", "image": ITEM}],

@@ -102,6 +102,14 @@ def test_a_waveform_in_any_wrapping_is_the_same():
         ([1, 2, 3], 16_000, ValueError, "int64 values"),
         (np.array([0.0, np.inf]), 16_000, ValueError, "not finite"),
         (3.5, 16_000, TypeError, "expected a waveform .*got float"),
+        (np.array(0.5), 16_000, ValueError, r"shape \(\)"),
+        (torch.tensor(0.5), 16_000, ValueError, r"shape \(\)"),
+        (
+            {"array": [[0.5], [0.5, 0.5]], "sampling_rate": 16_000},
+            None,
+            ValueError,
+            "the waveform cannot be decoded from .*inhomogeneous",
+        ),
     ],
 )
 def test_sounds_that_a_processor_would_spoil(item, rate, error, message):

@@ -91,6 +91,7 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_prefers():
         (["MKV", 3], TypeError, "protein, item 1: expected a string, got int"),
         ([b"MKV"], TypeError, "protein, item 0: expected a string, got bytes"),
         (["L", ""], ValueError, "protein, item 1: the text '' gives no token"),
+        (["L", "MK\ud800"], ValueError, r"protein, item 1: U\+D800 at character 2 is half of a surrogate pair"),
     ],
 )
 def test_what_is_no_text(items, error, message):

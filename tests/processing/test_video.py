@@ -108,7 +108,7 @@ def test_image_processors_run_on_each_frame():
     with pytest.raises(ValueError, match=r"the frames of item 1 become \(3, 9, 10\) and those of item 0 \(3, 12, 10\)"):
         sizes = {"do_resize": False, "do_center_crop": False}
         run_on_frames(processor, "film", [film(2), film(2, size=(9, 10))], sizes, config, 3)
-    with pytest.raises(ValueError, match="film: Qwen2VLImageProcessor.* packs .*video processor .*torchvision"):
+    with pytest.raises(ValueError, match="film, item 0: Qwen2VLImageProcessor.* packs .*video processor .*torchvision"):
         run_on_frames(tiny.qwen2_vl_processor(), "film", [film(2)], {}, tiny.qwen2_vl().config, 3)
 
 

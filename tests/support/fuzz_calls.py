@@ -9,20 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzz_forms import FORMS, RATE, UNMENDED
+from fuzz_forms import FORMS, LAYOUTS, RATE
 from fuzz_parts import Composed, composed
 from PIL import Image
 
-from cornstarch_hf.processing.call import PLURALS
+from cornstarch_hf.processing.call import PLURALS, flat_options
 
 SAME = 10  # seeds in a row with one composition
 WORDS = [
     "what is", "the quick brown fox", "\n", "\t", " ", "  two  spaces ", "日本語", "עברית", "e\u0301", "👩‍👩‍👧‍👦", "<", ">", "<img>",
     "<s>", "{{ x }}", "{% endfor %}", "\u200b", "\ufeff", "\ue000", "\U000f0000", "\U000f0003", "\U0010fffd",
-    "\x00", "None", "a\r\nb", "</s", "&lt;", "\\n", "'quoted'", '"text"',
+    "\x00", "None", "a\r\nb", "</s", "&lt;", "\\n", "'quoted'", '"text"', "\ue0c0", "\ue0c1", "\ue0c2", "\ue0c0typed\ue0c1",
 ]  # fmt: skip
-WORDS += [] if UNMENDED else ["\ue0c0", "\ue0c1", "\ue0c2", "\ue0c0typed\ue0c1"]
 OPTIONS = [{"do_normalize": False}, {"do_convert_rgb": True}, {"resample": 3}, {"do_rescale": True}]
+# Without do_resize=False: encoders of one size then refuse others themselves, in the forward pass and without a modality.
+FLAGS = [*OPTIONS, {"do_rescale": False}, {"do_resize": True}, {"do_center_crop": False}, {"do_pad": False}]
 Segment = str | tuple[str, int]  # text, or a slot and the number of its item in the sample
 Items = Mapping[str, Sequence[Sequence[Any]]]  # of each sample, by slot
 
@@ -56,7 +57,8 @@ class Call:
         samples: of each text its segments.
         turns: the same as conversations, None where the processor is called with texts.
         canonical, forms: items of each sample by slot, as `fuzz_parts` makes them and as they are handed over.
-        options: of the tokenizer and the chat template; `media_options` of modalities.
+        options: of the tokenizer and the chat template; `media_options` of modalities; `flat` of all that take it, given by
+            its name to the call and in ``{name}_kwargs`` to each sample alone.
         wrong: what must be refused, None for a call that must be done or be refused for a stated reason.
         change: makes the wrong keywords of the right ones.
     """
@@ -72,6 +74,7 @@ class Call:
     said: dict[str, list[str]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     media_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    flat: dict[str, Any] = field(default_factory=dict)
     wrong: Wrong | None = None
     change: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
@@ -100,13 +103,13 @@ class Call:
             conversations = (
                 conversations[0] if len(conversations) == 1 and self.chance.random() < 0.5 else conversations
             )
-            called, keywords = self._chat(conversations)
+            called, keywords = self._chat(conversations, flat=True)
             return called, keywords if self.change is None else self.change(keywords)
         texts: Any = ["".join(map(self.written, sample)) for sample in self.samples]
         texts = texts[0] if len(texts) == 1 and self.chance.random() < 0.5 else texts
         texts = tuple(texts) if isinstance(texts, list) and self.chance.random() < 0.1 else texts
         where = {"llm_inputs": {"text": texts}} if self.chance.random() < 0.1 else {"text": texts}
-        keywords = {**where, **self._media(self.forms, flat=True), **self._common(), **self.options}
+        keywords = {**where, **self._media(self.forms, flat=True), **self._common(flat=True), **self.options}
         return self.world.processor, keywords if self.change is None else self.change(keywords)
 
     def alone(self, sample: int) -> tuple[Callable, dict[str, Any]]:
@@ -117,13 +120,15 @@ class Call:
         text = ["".join(map(self.written, self.samples[sample]))]
         return self.world.processor, {"text": text, **self._media(items), **self._common(), **self.options}
 
-    def _common(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _common(self, flat: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = dict(self.flat) if flat else {}
         for name, part in self.world.parts.items():  # what a processor of the catalogue must be told
             options = dict(part.call.get("audio_kwargs", part.call)) | self.media_options.get(name, {})
+            taken = flat_options(self.world.processor.processors[name], part.kind)
+            options |= {} if flat else {key: value for key, value in self.flat.items() if key in taken}
             if options:
                 found[f"{name}_kwargs"] = options
-        audio = any(part.kind == "audio" for part in self.world.parts.values())
+        audio = any(part.kind == "audio" and part.form is None for part in self.world.parts.values())
         return found | ({"sampling_rate": RATE} if audio else {})
 
     def _media(self, items: Items, flat: bool = False) -> dict[str, Any]:
@@ -159,12 +164,12 @@ class Call:
 
     # ---- conversations
 
-    def _chat(self, conversation: Any) -> tuple[Callable, dict[str, Any]]:
+    def _chat(self, conversation: Any, flat: bool = False) -> tuple[Callable, dict[str, Any]]:
         keywords = {
             "tokenize": True,
             "return_dict": True,
             **self.options,
-            **self._common(),
+            **self._common(flat),
             "conversation": conversation,
         }
         return self.world.processor.apply_chat_template, keywords
@@ -192,7 +197,7 @@ class Call:
         turns = self.turns and [[(t.role, t.plain, t.segments) for t in turns] for turns in self.turns]
         return (
             f"seed {self.seed}: {self.world.keys}, template {self.world.template!r}, samples {self.samples!r}, turns {turns!r}, "
-            f"forms {self.said}, options {self.options} {self.media_options}, wrong {self.wrong}"
+            f"forms {self.said}, options {self.options} {self.media_options} {self.flat}, wrong {self.wrong}"
         )
 
 
@@ -210,16 +215,36 @@ def made_call(seed: int, folder: Path) -> Call:
     degenerate, count = chance.random() < 0.15, chance.choice([1, 1, 2, 3])
     for rows in (call.canonical, call.forms):
         rows.update({slot: [[] for _ in range(count)] for slot in call.slots})
+    call.options = _options(chance)
+    _add_media_options(call)
     for sample in range(count):
         call.samples.append(_sample(call, sample, folder, degenerate))
-    call.options = _options(chance)
-    for slot, names in call.slots.items():
-        if call.kind(slot) == "image" and chance.random() < 0.2 and not any(world.parts[n].call for n in names):
-            call.media_options |= dict.fromkeys(names, chance.choice(OPTIONS))
     if chance.random() < 0.35:
         call.turns = [_turns(chance, world, sample) for sample in call.samples]
         call.options |= {key: True for key in ("add_generation_prompt",) if chance.random() < 0.4}
     return call
+
+
+def _add_media_options(call: Call) -> None:
+    """Options of images' processors, by modality, or by their names to all that take them."""
+    chance, processors = call.chance, call.world.processor.processors
+    for slot, names in call.slots.items():
+        if call.kind(slot) != "image" or any(call.world.parts[n].call for n in names):
+            continue
+        if chance.random() < 0.2:
+            call.media_options |= dict.fromkeys(names, chance.choice(OPTIONS))
+        if chance.random() < 0.15 and all("input_data_format" in flat_options(processors[n], "image") for n in names):
+            stated = {"input_data_format": chance.choice(list(LAYOUTS))}
+            call.media_options |= {name: call.media_options.get(name, {}) | stated for name in names}
+    taken = [flat_options(processors[name], part.kind) for name, part in call.world.parts.items()]
+    flags = [flag for flag in FLAGS if any(set(flag) <= names for names in taken)]
+    if (
+        flags
+        and not call.media_options
+        and not any(part.call for part in call.world.parts.values())
+        and chance.random() < 0.2
+    ):
+        call.flat = chance.choice(flags)
 
 
 def _sample(call: Call, sample: int, folder: Path, degenerate: bool) -> list[Segment]:
@@ -228,7 +253,8 @@ def _sample(call: Call, sample: int, folder: Path, degenerate: bool) -> list[Seg
         part = call.world.parts[names[0]]
         for _ in range(chance.choice([0, 1, 1, 2])):
             item = part.item(chance, degenerate and chance.random() < 0.6)
-            name, form = FORMS[part.kind](item, chance, folder)
+            layout = call.media_options.get(names[0], {}).get("input_data_format")
+            name, form = FORMS[part.form or part.kind](item, chance, folder, *([layout] if layout else []))
             # An image of few pixels is no array that tells where its channels stand.
             call.canonical[slot][sample].append(Image.fromarray(item) if part.kind == "image" else item)
             call.forms[slot][sample].append(form)
@@ -277,6 +303,6 @@ def _options(chance: random.Random) -> dict[str, Any]:
         options["padding_side"] = chance.choice(["left", "right"])
     if chance.random() < 0.2:
         options["add_special_tokens"] = False
-    if chance.random() < 0.1 and not UNMENDED:
+    if chance.random() < 0.1:
         options["return_token_type_ids"] = True
     return options

@@ -1,6 +1,7 @@
 """The forms in which users hand over one item, all of the same content, and items that nobody can use.  A plain module, no tests."""
 
 import base64
+import functools
 import io
 import random
 import wave
@@ -12,8 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-# True leaves out what the changes to files, chats and options mend; set to False, and take away, when those are in.
-UNMENDED = True
 RATE = 16_000
 ORIENTATION = 0x0112  # the EXIF tag
 # Where the pixels of an oriented picture come from: each number's inverse, by which a picture is stored.
@@ -30,6 +29,12 @@ def _png(image: Image.Image, orientation: int = 1) -> bytes:
     exif[ORIENTATION] = orientation
     image = image.transpose(STORED[orientation]) if orientation != 1 else image
     image.save(file, "PNG", **({"exif": exif} if orientation != 1 else {}))
+    return file.getvalue()
+
+
+def _tiff(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "TIFF")
     return file.getvalue()
 
 
@@ -51,8 +56,14 @@ def _filed(data: bytes, kind: str, ending: str, folder: Path, chance: random.Ran
     return chance.choice(forms)
 
 
-def image_form(item: np.ndarray, chance: random.Random, folder: Path) -> tuple[str, Any]:
-    """An image ``(height, width, 3)`` in another form, and the name of that."""
+LAYOUTS = {  # of the forms that are arrays
+    "channels_last": ("array", "read-only", "tensor", "reversed", "list"),
+    "channels_first": ("channels first", "tensor, channels first", "list, channels first"),
+}
+
+
+def image_form(item: np.ndarray, chance: random.Random, folder: Path, layout: str | None = None) -> tuple[str, Any]:
+    """An image ``(height, width, 3)`` in another form, and the name of that; arrays in a layout where one is stated."""
     image = Image.fromarray(item)
     forms: dict[str, Callable[[], Any]] = {
         "PIL": lambda: image,
@@ -63,18 +74,20 @@ def image_form(item: np.ndarray, chance: random.Random, folder: Path) -> tuple[s
         "tensor, channels first": lambda: torch.from_numpy(item.copy()).permute(2, 0, 1),
         "reversed": lambda: item[::-1].copy()[::-1],
         "list": lambda: item.tolist(),
+        "list, channels first": lambda: item.transpose(2, 0, 1).tolist(),
         "dict": lambda: {"image": image},
+        "CMYK": lambda: image.convert("CMYK"),
+        "CMYK file": lambda: _filed(_tiff(image.convert("CMYK")), "image/tiff", "tiff", folder, chance),
         "RGBA": lambda: Image.merge("RGBA", [*image.split(), Image.new("L", image.size, 255)]),
         "file": lambda: _filed(_png(image), "image/png", "png", folder, chance),
         "EXIF": lambda: _filed(_png(image, chance.choice(list(STORED))), "image/png", "png", folder, chance),
         "palette": lambda: _palette(item),
     }
-    if {item.shape[0], item.shape[1]} & {1, 3, 4}:  # nobody can tell where the channels of such an array stand
-        forms = {
-            name: form for name, form in forms.items() if name in ("PIL", "dict", "RGBA", "file", "EXIF", "palette")
-        }
-    if UNMENDED:
-        del forms["EXIF"]
+    # Nobody can tell where the channels of an array stand one of whose sides may be channels too.
+    unclear = {item.shape[0], item.shape[1]} & {1, 3, 4} and layout is None
+    others = {key: names for key, names in LAYOUTS.items() if unclear or layout not in (None, key)}
+    for name in (name for names in others.values() for name in names):
+        del forms[name]
     name = chance.choice(list(forms))
     return name, forms[name]()
 
@@ -134,7 +147,7 @@ def film_form(item: np.ndarray, chance: random.Random, folder: Path) -> tuple[st
     return name, forms[name]()
 
 
-def numbers_form(item: np.ndarray, chance: random.Random, folder: Path) -> tuple[str, Any]:
+def numbers_form(item: np.ndarray, chance: random.Random, folder: Path, lists: bool = True) -> tuple[str, Any]:
     """Features or a series in another form."""
     forms: dict[str, Callable[[], Any]] = {
         "array": lambda: item,
@@ -144,7 +157,7 @@ def numbers_form(item: np.ndarray, chance: random.Random, folder: Path) -> tuple
         "dict": lambda: {"array": item},
         "reversed": lambda: item[::-1].copy()[::-1],
     }
-    name = chance.choice(list(forms))
+    name = chance.choice([name for name in forms if lists or name != "list"])
     return name, forms[name]()
 
 
@@ -154,6 +167,7 @@ FORMS: dict[str, Callable[[Any, random.Random, Path], tuple[str, Any]]] = {
     "video": film_form,
     "features": numbers_form,
     "time": numbers_form,
+    "vectors": functools.partial(numbers_form, lists=False),  # where a list of lists is a list of sounds
     "text": lambda item, chance, folder: ("text", item),
 }
 DOT = np.zeros((4, 5, 3), np.uint8)
@@ -212,7 +226,7 @@ UNUSABLE: dict[str, dict[str, Callable[[], Any]]] = {
         "empty text": lambda: "",
         "NUL in a path": lambda: "a\0b.wav",
         "number": lambda: 5,
-        "float": lambda: 0.5,
+        "float": lambda: {"array": 0.5, "sampling_rate": RATE},  # in a list, one alone is a sound of one sample
         "object": object,
         "dict of nothing": dict,
         "another rate": lambda: {"array": np.zeros(2000, np.float32), "sampling_rate": 8000},
@@ -261,7 +275,7 @@ UNUSABLE: dict[str, dict[str, Callable[[], Any]]] = {
         "strings": lambda: np.array(["a"]),
         "text": lambda: "series",
         "bools": lambda: np.ones(4, bool),
-        "number": lambda: 5,
+        "number": lambda: {"array": 5},  # in a list, one alone is a series of one value
         "dict of nothing": dict,
         "objects": lambda: np.array([1.0, None]),
     },
@@ -274,7 +288,3 @@ UNUSABLE: dict[str, dict[str, Callable[[], Any]]] = {
         "surrogate": lambda: "LAG\ud800",
     },
 }  # fmt: skip
-if UNMENDED:
-    del UNUSABLE["image"]["channels anywhere"], UNUSABLE["text"]["surrogate"]
-    for what in ("no axis", "no axis, tensor", "rate in words"):
-        del UNUSABLE["audio"][what]

@@ -12,7 +12,6 @@ import tiny
 import torch
 import transformers
 from catalog_processors import IMAGES, SOUNDS, build_encoder, build_processor
-from fuzz_forms import UNMENDED
 from shrunk import built, shrunk
 from transformers import TimesFm2_5Config, TimesFm2_5Model
 
@@ -41,6 +40,7 @@ class Part:
         kind: of the modality.
         build: makes the entry.
         call: arguments of the processor's call that this processor needs.
+        form: kind of the forms of its items, by default the modality's.
         item: makes an item from a source of chance, in its canonical form; the bool asks for one of a degenerate size.
     """
 
@@ -48,6 +48,7 @@ class Part:
     build: Callable[[], dict[str, Any]]
     item: Callable[[random.Random, bool], Any]
     call: Mapping[str, Any] = field(default_factory=dict)
+    form: str | None = None
 
 
 def pixels(chance: random.Random, *shape: int) -> np.ndarray:
@@ -71,9 +72,7 @@ def picture(chance: random.Random, degenerate: bool, pair: Any = None) -> np.nda
 
 def waveform(chance: random.Random, degenerate: bool, shortest: int = 1000, longest: int = 6000) -> np.ndarray:
     """A sound ``(samples,)`` of 16-bit steps, so that files hold it exactly; some too short for encoders."""
-    length = (
-        chance.choice([1, 2, 9, 17, 160, 399]) if degenerate and not UNMENDED else chance.randint(shortest, longest)
-    )
+    length = chance.choice([1, 2, 9, 17, 160, 399]) if degenerate else chance.randint(shortest, longest)
     steps = np.random.default_rng(chance.getrandbits(32)).integers(-9000, 9000, length)
     return (steps / 32768).astype(np.float32)
 
@@ -136,6 +135,12 @@ PARTS: dict[str, Part] = {
     ),
     "features": Part(
         "features", lambda: {"model": PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=WIDTH))}, vectors
+    ),
+    "features as sounds": Part(
+        "audio",
+        lambda: {"model": PrecomputedFeatures(PrecomputedFeaturesConfig(feature_size=WIDTH)), "kind": "audio"},
+        vectors,
+        form="vectors",
     ),
     "timesfm": Part("time", _timesfm, series),
 }

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from fuzz_calls import Call, Wrong
-from fuzz_forms import UNMENDED, UNUSABLE
+from fuzz_forms import UNUSABLE
 
 
 def spoil(call: Call) -> None:
@@ -45,20 +45,19 @@ def _put(key: str, value: Any) -> Callable[[dict], dict]:
 # Keywords that must be refused: a word of the message, and the value.
 OPTIONS: list[tuple[str, str, Any]] = [
     ("unknown", "unknown_keyword", 5),
-    ("adding", "padding", "sideways"),
-    ("adding", "padding", 5),
-    ("adding", "padding_side", "middle"),
-    ("truncat", "truncation", "sometimes"),
-    ("", "return_tensors", "xx"),
-    ("", "max_length", "long"),
-    ("", "pad_to_multiple_of", 0),
-    ("", "pad_to_multiple_of", "eight"),
-    ("text_kwargs", "text_kwargs", 5),
     ("unknown_option", "text_kwargs", {"unknown_option": 5}),
-    ("missing", "encoder_inputs", {"missing": {"images": []}}),
-    ("encoder_inputs", "encoder_inputs", [1]),
-    ("llm_inputs", "llm_inputs", 5),
     ("unknown_option", "llm_inputs", {"unknown_option": 5}),
+    ("unknown_option", "common_kwargs", {"unknown_option": 5}),
+    ("missing", "encoder_inputs", {"missing": {"images": []}}),
+    *((key, key, value) for key in ("text_kwargs", "common_kwargs") for value in (5, "x", [1], ())),
+    *((key, key, value) for key in ("encoder_inputs", "llm_inputs") for value in (5, "x", [1])),
+    *(("padding", "padding", value) for value in ("sideways", 5, [])),
+    *(("padding_side", "padding_side", value) for value in ("middle", 5, "")),
+    *(("truncation", "truncation", value) for value in ("sometimes", 5, [])),
+    *(("return_tensors", "return_tensors", value) for value in ("xx", 5, "tf")),
+    *((key, key, value) for key in ("max_length", "pad_to_multiple_of") for value in (0, -8, 5.5, "long", True)),
+    *((key, key, "x") for key in ("add_special_tokens", "split_special_tokens", "return_offsets_mapping")),
+    *((key, key, 5) for key in ("return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids")),
 ]  # fmt: skip
 TEXTS: list[Any] = [
     5,
@@ -72,33 +71,41 @@ TEXTS: list[Any] = [
     torch.tensor([1]),
     object(),
 ]
-if UNMENDED:
-    OPTIONS = [
-        o
-        for o in OPTIONS
-        if o[1] not in ("padding_side", "pad_to_multiple_of", "encoder_inputs", "llm_inputs", "text_kwargs")
-    ]
+# Of the kind's processors, and named with the modality.
+OF_KINDS: dict[str, list[tuple[str, Any]]] = {
+    "image": [("do_rescale", 5), ("do_normalize", "x"), ("size", -1), ("image_mean", float("nan")), ("input_data_format", "none")],
+    "audio": [("max_length", 0), ("pad_to_multiple_of", 0), ("return_attention_mask", "x"), ("unknown_option", 5)],
+    "text": [("max_length", -1), ("padding", "sideways"), ("truncation", 5), ("padding_side", "middle")],
+    "features": [("sampling_rate", 16_000)],
+    "time": [("sampling_rate", 16_000)],
+}  # fmt: skip
+OF_KINDS["video"] = [*OF_KINDS["image"], ("num_frames", 0), ("fps", "x")]
 # Of these the value alone is judged: done or refused, by ValueError or TypeError.
 EITHER: list[tuple[str, Any]] = [
-    ("max_length", 0), ("max_length", -1), ("max_length", 5.5), ("stride", 3), ("padding", None), ("truncation", None),
-    ("pad_to_multiple_of", -8), ("return_attention_mask", False), ("return_offsets_mapping", True), ("split_special_tokens", True),
+    ("stride", 3), ("padding", None), ("truncation", None),
+    ("return_attention_mask", False), ("return_offsets_mapping", True), ("split_special_tokens", True),
     ("return_tensors", None), ("text_kwargs", None), ("encoder_inputs", {}), ("llm_inputs", {}), ("images", []), ("audio", [[]]),
     ("videos", ()), ("sampling_rate", "16000"), ("sampling_rate", 16000.0), ("sampling_rate", None), ("sampling_rate", -1),
     ("images_kwargs", {"unknown_option": 1}), ("videos_kwargs", {"do_rescale": False}), ("audio_kwargs", None), ("padding", "do_not_pad"),
 ]  # fmt: skip
-if UNMENDED:
-    EITHER = [(key, value) for key, value in EITHER if value not in (-1, 0, 5.5, -8)]
 
 
 def _option(call: Call) -> None:
     draw = call.chance.random()
-    if draw < 0.45:
-        plain = (
-            UNMENDED and call.turns is not None
-        )  # there an unknown keyword is a variable that the template does not read
-        word, key, value = call.chance.choice(OPTIONS[1:] if plain else OPTIONS)
+    if draw < 0.2:
+        name, part = call.chance.choice(list(call.world.parts.items()))
+        key, value = call.chance.choice(OF_KINDS[part.kind])
+        # Without an item of it nobody looks at values, but at names.
+        used = any(call.forms[slot] and any(call.forms[slot]) for slot, names in call.slots.items() if name in names)
+        found = Wrong(f"{name}: {key}={value!r}", words=name) if used else Wrong(f"maybe {name}: {key}={value!r}")
+        call.wrong, change = (
+            found,
+            lambda given: given | {f"{name}_kwargs": given.get(f"{name}_kwargs", {}) | {key: value}},
+        )
+    elif draw < 0.45:
+        word, key, value = call.chance.choice(OPTIONS)
         call.wrong, change = Wrong(f"{key}={value!r}", words=word), _put(key, value)
-    elif draw < 0.6 and call.turns is None and not UNMENDED:
+    elif draw < 0.6 and call.turns is None:
         value = call.chance.choice(TEXTS)
         call.wrong, change = Wrong(f"text={value!r}", words="text"), _put("text", value)
     else:
