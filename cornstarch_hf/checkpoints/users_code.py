@@ -22,6 +22,7 @@ from .code_folder import HERE, PACKAGE, THIN_FOLDER, own_modules, read_entry
 _IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
 # What transformers takes for an import, in docstrings too.
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
+_PRIVATE = re.compile(r"_[^_]")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")  # an access token of the Hub
 # Calls that no definition needs: a file that makes one while it is imported is a program.
 _PROGRAM_CALLS = frozenset([
@@ -67,8 +68,8 @@ def own_stem(path: Path) -> str | None:
 def bundled(text: str, module: str) -> tuple[str, set[str]]:
     """The text of a module as a checkpoint carries it, and the names of the files that it imports.
 
-    Each relative import names a file beside it.  Comments, and what follows the first paragraph of a docstring, stay here:
-    that paragraph says what a reader who is to trust the code wants to know.
+    Each relative import names a file beside it.  Comments stay here, and of docstrings those of private names and what follows
+    the first paragraph: that says what a reader who is to trust the code wants to know.
     """
     found = set()
 
@@ -77,16 +78,24 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
         found.add(stem)
         return f"{match[1]}from .{stem} import"
 
-    lines, before = text.splitlines(keepends=True), tokenize.NEWLINE
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        row, column = token.start
+    lines, before, name = text.splitlines(keepends=True), tokenize.NEWLINE, ""
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
+    for place, token in enumerate(tokens):
+        (row, column), last = token.start, token.end[0]
         if token.type == tokenize.COMMENT:
             kept = lines[row - 1][:column].rstrip()
             lines[row - 1] = f"{kept}\n" if kept else ""
-        elif token.type == tokenize.STRING and before == tokenize.INDENT and "\n\n" in token.string:
-            end = row + token.string[: token.string.index("\n\n")].count("\n")  # the last line of its first paragraph
-            lines[end - 1 : token.end[0]] = [lines[end - 1].rstrip("\n") + '"""\n', *[""] * (token.end[0] - end)]
-        before = before if token.type in (tokenize.COMMENT, tokenize.NL) else token.type
+        elif token.type == tokenize.STRING and before == tokenize.INDENT:  # the docstring of what has that name
+            if _PRIVATE.match(name) and tokens[place + 2].type != tokenize.DEDENT:  # which is not all of its body
+                lines[row - 1 : last] = [""] * (last - row + 1)
+            elif "\n\n" in token.string:
+                end = row + token.string[: token.string.index("\n\n")].count(
+                    "\n"
+                )  # the last line of its first paragraph
+                lines[end - 1 : last] = [lines[end - 1].rstrip("\n") + '"""\n', *[""] * (last - end)]
+        elif match := re.match(r"\s*(?:def|class) (\w+)", token.line):
+            name = match[1]
+        before = before if token.type == tokenize.COMMENT else token.type
     return _IMPORT.sub(flat, "".join(lines)), found
 
 
