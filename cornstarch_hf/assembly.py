@@ -245,8 +245,8 @@ def _check_keywords(loading: Mapping[str, Any], **required: Any) -> None:
         )
 
 
-def _instead(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, 1, cutoff=0.8)
+def _instead(key: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, names, 1, cutoff=0.8)
     if found := _INSTEAD.get(key) or (f"{close[0]}=" if close else None):
         return found
     if key.endswith(("_encoder", "_encoders", "_tower", "_model")):
@@ -306,13 +306,13 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
     return encoder
 
 
-def _set_trim(name: str, asked: bool | None, model: MultimodalModel, processor: MultimodalProcessor) -> None:
+def _set_trim(name: str, wanted: bool | None, model: MultimodalModel, processor: MultimodalProcessor) -> None:
     """Leave out a window's padding (in place), where the encoder can and nothing needs the whole; ValueError: it cannot."""
     encoder = model.encoders[name]
-    if asked is None:  # a callback may be made for the window, and so may a projector that does not take any number
+    if wanted is None:  # a callback may be made for the window, and so may a projector that does not take any number
         free = encoder.kind == "audio" and not any(encoder.callbacks.values()) and _takes_any_number(encoder.projector)
         encoder.trim = free and _trims(name, processor)
-    elif asked and not _trims(name, processor):
+    elif wanted and not _trims(name, processor):
         told = "a mask leaves out nothing of what its processor and its encoder make of a short sound"
         raise ValueError(f"{name}: trim=True, but {told}: leave it out.")
     for config in (model.config, processor.config):

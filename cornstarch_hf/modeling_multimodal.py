@@ -231,11 +231,11 @@ class MultimodalModel(
         return False
 
     def _route(
-        self, kwargs: dict[str, Any], known: frozenset[str] = frozenset()
+        self, kwargs: dict[str, Any], others: frozenset[str] = frozenset()
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Split keyword arguments into each encoder's inputs (by its own names) and the language model's.
 
-        TypeError for those that neither takes and that are not `known`.
+        TypeError for those that neither takes and that are not `others`.
         """
         media: dict[str, dict[str, Any]] = {}
         text = dict(kwargs)
@@ -243,10 +243,8 @@ class MultimodalModel(
             names = self.config.modality(name)["input_names"]
             inputs = {names[key]: text.pop(key) for key in names if key in text}
             inputs = {key: value for key, value in inputs.items() if value is not None}
-            main, given = (
-                main_input(self.encoders[name].module),
-                [k for k, v in inputs.items() if isinstance(v, Tensor)],
-            )
+            main = main_input(self.encoders[name].module)
+            given = [key for key, value in inputs.items() if isinstance(value, Tensor)]
             has_main = inputs.get(main) is not None
             if given and not has_main and self.encoders[name].preprocess_callback is None:  # which makes it of others
                 raise ValueError(f"{name}: got {given} without {main!r}, the input that its encoder needs.")
@@ -255,7 +253,7 @@ class MultimodalModel(
                 media[name] = inputs
         # `shift_labels` are labels that were shifted already, for sequences that are split over devices.
         taken = sorted(text_keywords(self.language_model))
-        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels", *known}):
+        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels", *others}):
             keywords = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             raise TypeError(
                 f"forward() got unexpected keyword arguments {unknown}: the encoders take {keywords}, the language model "

@@ -135,13 +135,15 @@ def _checked(model: Any, processor: Any, repo_id: Any) -> tuple[Any, Any, str]:
     return model, processor, repo_id
 
 
-def _save(model: Any, processor: Any, folder: str, saving: Mapping[str, Any], token: str | bool | None) -> None:
-    code = {key: saving[key] for key in ("include_code",) if key in saving}
+def _save(
+    model: Any, processor: Any, folder: str, options_of_save: Mapping[str, Any], token: str | bool | None
+) -> None:
+    code = {key: options_of_save[key] for key in ("include_code",) if key in options_of_save}
     if model is not None:
         if hasattr(model, "encoders"):
-            options = {**saving, **({} if token is None else {"token": token})}  # the token reads the bases
+            options = {**options_of_save, **({} if token is None else {"token": token})}  # the token reads the bases
         else:  # a projector has no components to refer to
-            options = code | {key: saving[key] for key in WRITING if key in saving}
+            options = code | {key: options_of_save[key] for key in WRITING if key in options_of_save}
         model.save_pretrained(folder, **options)
     if processor is not None:
         processor.save_pretrained(folder, **code)

@@ -208,13 +208,13 @@ def _wait(error: BaseException, attempt: int) -> float | None:
 def _made(api: HfApi, repo_id: str, options: dict[str, Any], mark: str) -> CommitInfo | None:
     """The commit with our mark, if it was made although no answer came; ValueError if another one was, None if nothing."""
 
-    def number(ref: str) -> int:  # 7 of refs/pr/7
+    def pull_number(ref: str) -> int:  # 7 of refs/pr/7
         return int(ref.rpartition("/")[2])
 
     places = [options["revision"]]
     if options["create_pr"]:  # ours is one of the newest; some may be of others
         refs = with_retries(repo_id, lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
-        places = sorted((pull.ref for pull in refs.pull_requests or ()), key=number)[-PULL_REQUESTS:]
+        places = sorted((pull.ref for pull in refs.pull_requests or ()), key=pull_number)[-PULL_REQUESTS:]
     for place in places:
         # From the newest to the oldest.
         newest, *older = with_retries(repo_id, lambda ref=place: api.list_repo_commits(repo_id, revision=ref), place)
@@ -230,7 +230,7 @@ def _made(api: HfApi, repo_id: str, options: dict[str, Any], mark: str) -> Commi
                 commit_message=options["commit_message"],
                 commit_description=options["commit_description"],
                 oid=newest.commit_id,
-                pr_url=f"{page}/discussions/{number(place)}" if options["create_pr"] else None,
+                pr_url=f"{page}/discussions/{pull_number(place)}" if options["create_pr"] else None,
             )
     if not options["create_pr"] and newest.commit_id != options["parent_commit"]:
         raise _moved(repo_id, options["parent_commit"], newest.commit_id)

@@ -272,17 +272,17 @@ def pad_rows(tokenizer, rows: list[dict], extra: Mapping, padding: Mapping, max_
     return data
 
 
-def check_lengths(options: Mapping[str, Any], stated: Mapping[str, Any], name: str) -> None:
-    """Refuse, of a tokenizer's options, a length that was stated and that it would leave aside (ValueError).
+def check_lengths(options: Mapping[str, Any], given: Mapping[str, Any], name: str) -> None:
+    """Refuse, of a tokenizer's options, a length that was given and that it would leave aside (ValueError).
 
     Of `max_length` beside padding to the longest text a warning tells, as in transformers.
     """
     padding, cuts = options.get("padding", False), options.get("truncation")
     padded = padding not in (False, None, "do_not_pad")
-    if stated.get("pad_to_multiple_of") is not None and not padded:
+    if given.get("pad_to_multiple_of") is not None and not padded:
         raise ValueError(f"{name}: pad_to_multiple_of= does nothing without padding: pass padding=True too.")
     whole = cuts in (False, "do_not_truncate") or (cuts is None and padding is not False)  # as transformers reads them
-    if stated.get("max_length") is not None and whole and padding != "max_length":
+    if given.get("max_length") is not None and whole and padding != "max_length":
         told = (
             f"{name}: max_length= does nothing here: pass truncation=True to cut, or padding='max_length' to fill up."
         )

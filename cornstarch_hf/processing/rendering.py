@@ -161,12 +161,12 @@ def _known(probe: Callable) -> Callable:
     remembered = functools.lru_cache(maxsize=512)(probe)
 
     @functools.wraps(probe)
-    def asked(template: str, *key: Any, variables: Variables | None = None) -> Any:
+    def answer(template: str, *key: Any, variables: Variables | None = None) -> Any:
         found = remembered(template, *key)
         unsure = found is None or found == frozenset()  # some roles are written beside tools alone
         return probe(template, *key, variables=variables) if unsure and variables else found
 
-    return asked
+    return answer
 
 
 @_known

@@ -85,9 +85,9 @@ def _length(value: Any) -> int:
     return 8 * len(value) if isinstance(value, (list, tuple)) else 8
 
 
-def _at_most(most: int, number: int, what: str) -> None:
-    if number > most:
-        raise TemplateLimit(f"The chat template asks for {what} of {number:,}, more than {most:,}.")
+def _at_most(most: int, size: int, what: str) -> None:
+    if size > most:
+        raise TemplateLimit(f"The chat template asks for {what} of {size:,}, more than {most:,}.")
 
 
 def _widest(*given: Any, **named: Any) -> int:
