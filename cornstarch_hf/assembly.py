@@ -300,7 +300,7 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
         with _naming(f"{name}: its model", source):
             source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
     options = {k: v for k, v in spec.items() if k not in (*LOADING_KEYS, "model", "processor", "projector", "trim")}
-    encoder = ModalEncoderModule(source, projector, trim=bool(spec.get("trim")), **options)
+    encoder = ModalEncoderModule(source, projector, trim=spec.get("trim") or False, **options)
     if spec.get("kind") is None:
         check_kind(name, encoder)
     return encoder

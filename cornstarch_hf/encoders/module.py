@@ -94,6 +94,10 @@ class ModalEncoderModule(nn.Module):
             )
         # Registered even where it is missing, so that parameters keep their order, which optimizers rely on.
         self.register_module("projector", projector)
+        if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
+            raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
+        if not isinstance(trim, bool):
+            raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
         self.additional_args = list(additional_args or [])
         self.preprocess_callback = preprocess_callback
         self.postprocess_module_callback = _one_of(

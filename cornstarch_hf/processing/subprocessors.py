@@ -240,6 +240,8 @@ def _called(processor: Any, name: str, items: list, options: Mapping[str, Any], 
 
     try:
         return tensors(items)
+    except (MemoryError, torch.OutOfMemoryError, ImportError):  # of the machine, not of an item
+        raise
     except Exception as error:
         shapes = []
         for i, item in enumerate(items):  # one by one: which of them fails, or comes out in another shape?

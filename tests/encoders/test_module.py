@@ -333,3 +333,17 @@ def test_a_prefix_is_dropped_of_padded_items_as_of_each_alone(name):
             (alone,) = encoder.select(**item)[0]
             torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-4)
     assert len({len(one) for one in together}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"additional_args": "speaker"}, "additional_args must be a list of names of arguments, got 'speaker'"),
+        ({"additional_args": [1]}, r"additional_args must be a list of names of arguments, got \[1\]"),
+        ({"trim": "no"}, "trim must be True or False, got 'no'"),
+        ({"trim": 1}, "trim must be True or False, got 1"),
+    ],
+)
+def test_options_of_other_types_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        ModalEncoderModule(tiny.whisper(), **options)
