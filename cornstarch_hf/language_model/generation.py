@@ -26,34 +26,33 @@ from ..parts.adapters import unwrapped
 from ..parts.versions import CACHE, check_caches_known, peft_is_behind, take_cache
 from .calling import cache_keyword, cached_length, is_running_state
 from .extra_inputs import crosses_longrope_limit, first_position
-from .merging import cached_columns, check_tensors, group_by_sample, items_behind_cache, without_placeholders
+from .merging import (
+    cached_columns,
+    check_tensors,
+    check_text_requests,
+    group_by_sample,
+    items_behind_cache,
+    without_placeholders,
+)
 
 TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # of stop strings, token healing, drafts; `serve` gives the processor
 SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")  # among the chunks of a prefill; from 5.23 on
-# Options of `generate` that continuous batching passes over.
+# Options of `generate` that continuous batching passes over, or whose processors transformers does not say it can run in it.
 GENERATE_ALONE = (
     "num_beams", "stop_strings", "max_time", "token_healing", "prompt_lookup_num_tokens", "assistant_early_exit",
     "constraints", "force_words_ids", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+    "min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "begin_suppress_tokens", "guidance_scale", "watermarking_config", "min_p", "top_h",
+    "typical_p", "epsilon_cutoff", "eta_cutoff", "renormalize_logits", "remove_invalid_values",
 )  # fmt: skip
-
-
-def check_text_requests(
-    model: Any, prompts: Sequence[Sequence[int]], keywords: Mapping[str, Any] | None = None
-) -> None:
-    """Refuse what continuous batching cannot take (ValueError): placeholders in prompts of ids, and inputs beside ids."""
-    batching, remedy = "continuous batching (generate_batch) takes the ids of text alone", "call generate() instead"
-    for name, token_id in model.placeholder_ids(text_only=True).items():
-        for sample, ids in enumerate(prompts):
-            if count := sum(int(x) == token_id for x in ids):
-                raise ValueError(
-                    f"{name}, sample {sample}: {batching}, but the prompt has {count} placeholder tokens: {remedy}."
-                )
-    given = {key: value for key, value in (keywords or {}).items() if value is not None and key != "input_ids"}
-    if wrong := sorted(set(given) - {"attention_mask"}):
-        names = [n for n in model.config.encoders if set(wrong) & set(model.config.modality(n)["input_names"])]
-        raise ValueError(f"{', '.join(names) or 'generate_batch()'}: {batching}, got {wrong}: {remedy}.")
-    if "attention_mask" in given and not bool(given["attention_mask"].all()):
-        raise ValueError(f"attention_mask: {batching}: leave the padding out of them.")
+_NOTHING = {
+    "num_beams": 1,
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "typical_p": 1,
+    "guidance_scale": 1,
+}
 
 
 class SuppressPlaceholders(SuppressTokensLogitsProcessor):
@@ -232,7 +231,7 @@ class MultimodalGenerationMixin:
         check_text_requests(self, inputs, rest)
         for key in GENERATE_ALONE:
             value = getattr(generation_config, key, None)
-            if value not in (None, False) and (key, value) != ("num_beams", 1):
+            if value not in (None, False, 0) and value != _NOTHING.get(key):  # what changes nothing is no option
                 raise ValueError(f"generate_batch() cannot do {key}={value!r}: leave it out, or call generate().")
         return super().generate_batch(inputs, generation_config, *args, **own)
 

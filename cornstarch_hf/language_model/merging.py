@@ -196,6 +196,23 @@ def check_lengths(length: int, attention_mask: Any, labels: Tensor | None) -> No
     raise ValueError(f"{name} the length {given.shape[-1]}, but there are {length} tokens in a row: {remedy}.")
 
 
+def check_text_requests(model: Any, prompts: Sequence[Sequence[int]], keywords: Any = None) -> None:
+    """Refuse what continuous batching cannot take (ValueError): placeholders in prompts of ids, and inputs beside ids."""
+    batching, remedy = "continuous batching (generate_batch) takes the ids of text alone", "call generate() instead"
+    for name, token_id in model.placeholder_ids(text_only=True).items():
+        for sample, ids in enumerate(prompts):
+            if count := sum(int(x) == token_id for x in ids):
+                raise ValueError(
+                    f"{name}, sample {sample}: {batching}, but the prompt has {count} placeholder tokens: {remedy}."
+                )
+    given = {key: value for key, value in (keywords or {}).items() if value is not None and key != "input_ids"}
+    if wrong := sorted(set(given) - {"attention_mask"}):
+        names = [n for n in model.config.encoders if set(wrong) & set(model.config.modality(n)["input_names"])]
+        raise ValueError(f"{', '.join(names) or 'generate_batch()'}: {batching}, got {wrong}: {remedy}.")
+    if "attention_mask" in given and not bool(given["attention_mask"].all()):
+        raise ValueError(f"attention_mask: {batching}: leave the padding out of them.")
+
+
 class MergingMixin(PreTrainedModel):
     """How a composed model puts features in the places of its placeholders."""
 

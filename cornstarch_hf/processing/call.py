@@ -209,7 +209,7 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
     stated = {key: kwargs.pop(key) for key in list(kwargs) if any(key in names for names in flat.values())}
     groups = dict.fromkeys([*config.encoders, *PLURALS.values()])  # "audio" may be a name and a plural
     nested = {key: mapped(kwargs.pop(f"{key}_kwargs", None), f"{key}_kwargs") for key in groups}
-    common = kwargs.pop("common_kwargs", None) or {}
+    common = mapped(kwargs.pop("common_kwargs", None), "common_kwargs")
     found: Media = {}
     for name, kind in kinds.items():
         plural, processor = PLURALS.get(kind, name), processors.get(name)
@@ -220,9 +220,9 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
         } | ({f"in {name}_kwargs": nested[name]} if name != plural else {})
         options = merged(name, sources)
         rate = {key: options.pop(key) for key in _rate_option(processor, kind) if key in options}
-        check_options(processor, kind, name, options)
         taken = options_of(processor, kind)
         shared = {key: value for key, value in common.items() if key in (taken or ()) and key != "return_tensors"}
+        check_options(processor, kind, name, shared | options)
         found[name] = shared | options | rate
     known = TEXT_OPTIONS.union(*(options_of(processors.get(name), kind) or () for name, kind in kinds.items()))
     if unknown := sorted(set(common) - known):

@@ -422,7 +422,13 @@ def test_continuous_batching_refuses_media_by_name(pair):
         manager.add_requests(media)
 
 
-@pytest.mark.parametrize("option", [{"num_beams": 2}, {"stop_strings": ["a"]}, {"token_healing": True}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_beams": 2}, {"stop_strings": ["a"]}, {"token_healing": True}, {"repetition_penalty": 5.0}, {"min_p": 0.1},
+        {"no_repeat_ngram_size": 1}, {"encoder_repetition_penalty": 1.2}, {"min_new_tokens": 2}, {"bad_words_ids": [[5]]},
+    ],
+)  # fmt: skip
 def test_continuous_batching_refuses_what_it_would_pass_over(pair, option):
     model, processor = pair
     with pytest.raises(ValueError, match=rf"generate_batch\(\) cannot do {next(iter(option))}="):

@@ -464,3 +464,11 @@ def test_tokens_of_sounds_and_videos_are_counted_by_their_sizes_alone(processor)
         processor._get_num_multimodal_tokens(video_sizes=[(2, 3, 4)])
     with pytest.raises(TypeError, match=r"Unknown arguments \['colour'\]"):
         processor._get_num_multimodal_tokens(image_sizes=[(3, 4)], colour=1)
+
+
+def test_common_options_of_a_step_that_is_off_are_refused_as_others_are(processor):
+    given = {"images": tiny.image(), "text": "<image>", "do_center_crop": False}
+    with pytest.raises(ValueError, match="crop_size"):
+        processor(**given, common_kwargs={"crop_size": {"height": 4, "width": 4}})
+    with pytest.raises(TypeError, match="common_kwargs must be a dict"):
+        processor(text="a", common_kwargs=["padding"])
