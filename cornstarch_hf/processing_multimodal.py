@@ -257,9 +257,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         else:
             told = f"{type(processor).__name__} does not tell by its size what it makes of an item"
             raise ValueError(f"{name}: {told}: call the processor with one of that size.")
-        used, names = self._for_encoder(name, output), self.config.modality(name)["input_names"]
-        (item,) = split_items({names[keyword]: value for keyword, value in used.items()}, 1, name)
-        return self.counter.count(name, without_padding(item)), len(next(iter(used.values())))
+        used, split = self._used(name, output, 1)
+        return self._counted(name, split)[0], len(next(iter(used.values())))
 
     # ---- saving and loading
 

@@ -46,13 +46,9 @@ GENERATE_ALONE = (
     "exponential_decay_length_penalty", "begin_suppress_tokens", "guidance_scale", "watermarking_config", "min_p", "top_h",
     "typical_p", "epsilon_cutoff", "eta_cutoff", "renormalize_logits", "remove_invalid_values",
 )  # fmt: skip
-_NOTHING = {
-    "num_beams": 1,
-    "repetition_penalty": 1,
-    "encoder_repetition_penalty": 1,
-    "typical_p": 1,
-    "guidance_scale": 1,
-}
+_CHANGES_NOTHING = dict.fromkeys(
+    ("num_beams", "repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale"), 1
+)
 
 
 class SuppressPlaceholders(SuppressTokensLogitsProcessor):
@@ -217,9 +213,13 @@ class MultimodalGenerationMixin:
                 )
         return super().heal_tokens(input_ids, tokenizer)
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; requests with placeholders raise (ValueError)."""
-        return TextRequests(self, super().init_continuous_batching(*args, **kwargs))
+    def init_continuous_batching(self, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; options that it would pass over, and requests with placeholders, raise (ValueError)."""
+        for key in GENERATE_ALONE:
+            value = getattr(generation_config or self.generation_config, key, None)
+            if value not in (None, 0) and value != _CHANGES_NOTHING.get(key):
+                raise ValueError(f"generate_batch() cannot do {key}={value!r}: leave it out, or call generate().")
+        return TextRequests(self, super().init_continuous_batching(generation_config, *args, **kwargs))
 
     @functools.wraps(GenerationMixin.generate_batch)
     def generate_batch(self, inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -229,10 +229,6 @@ class MultimodalGenerationMixin:
         new = {key: value for key, value in kwargs.items() if getattr(generation_config, key, None) is not value}
         generation_config, rest = self._prepare_generation_config(generation_config, **new)
         check_text_requests(self, inputs, rest)
-        for key in GENERATE_ALONE:
-            value = getattr(generation_config, key, None)
-            if value not in (None, False, 0) and value != _NOTHING.get(key):  # what changes nothing is no option
-                raise ValueError(f"generate_batch() cannot do {key}={value!r}: leave it out, or call generate().")
         return super().generate_batch(inputs, generation_config, *args, **own)
 
     def prepare_inputs_for_generation(

@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .rendering import GENERATION, TEMPLATE_ERRORS, bookends, call_with_bookend, check_written, render, said
+from .rendering import GENERATION, TEMPLATE_ERRORS, bookends, check_written, render, said, with_bookends
 
 _BOOKEND = re.compile("[\ud800-\udbff][\udc00-\uddff]")
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."
@@ -95,7 +95,7 @@ class _Turns:
         self.template, self.variables, self.messages = template, variables, messages
         self.has_bookends = around != "none"
         if self.has_bookends:
-            self.messages = [_with_bookends(m, *bookends(i), around == "all") for i, m in enumerate(messages)]
+            self.messages = [with_bookends(m, *bookends(i), around == "all") for i, m in enumerate(messages)]
         self.whole, self.generated = render(self.messages, template, mark_assistant=True, **variables)
 
     def plain(self, end: int | None = None) -> str:
@@ -202,27 +202,3 @@ class _Turns:
 def _shared(a: str, b: str) -> str:
     """What two texts begin with alike."""
     return a[: next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
-
-
-def _with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
-    """A message with bookends around what it says; where it says nothing and `silent` is given, where it would stand."""
-    content = message.get("content")
-    if isinstance(content, str) and (content.strip() or (silent and not message.get("tool_calls"))):
-        return message | {"content": _enclosed(content, start, end)}
-    if not content or isinstance(content, str):
-        return call_with_bookend(message, end)
-    parts = list(content)
-    spoken = [k for k, part in enumerate(parts) if part.get("type") == "text" and part["text"].strip()]
-    if spoken:
-        parts[spoken[0]] = parts[spoken[0]] | {"text": _enclosed(parts[spoken[0]]["text"], start, "")}
-        parts[spoken[-1]] = parts[spoken[-1]] | {"text": _enclosed(parts[spoken[-1]]["text"], "", end)}
-    elif silent:
-        parts.append({"type": "text", "text": start + end})
-    return message | {"content": parts}
-
-
-def _enclosed(text: str, start: str, end: str) -> str:
-    """A text with bookends inside of the white space around it, which templates strip."""
-    before = len(text) - len(text.lstrip())
-    behind = max(before, len(text.rstrip()))  # white space alone: both bookends go to its end
-    return text[:before] + start + text[before:behind] + end + text[behind:]

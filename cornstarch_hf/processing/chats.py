@@ -11,7 +11,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from ..configuration_multimodal import MultimodalConfig
 from .assistant_turns import assistant_spans
-from .call import call_arguments
+from .call import call_arguments, mapped
 from .conversations import (
     ConversationReader,
     check_options,
@@ -111,13 +111,11 @@ class ChatTemplating(ProcessorMixin):
                 if call.get(name) is not None:
                     raise ValueError(f"{name}: its items were given twice, in the messages and by name.")
                 call[name] = [found.get(name, []) for found in media]  # a list for each text
-        llm = call.pop("llm_inputs", None) or {}
-        if not isinstance(llm, dict) or "text" in llm:
-            raise ValueError(
-                "llm_inputs must be a dict of the tokenizer's options: the text is that of the conversation."
-            )
+        llm = dict(mapped(call.pop("llm_inputs", None), "llm_inputs"))
+        if "text" in llm:
+            raise ValueError("llm_inputs has a text: in a chat that is the conversation's, leave it out.")
         # What the caller says of the tokens in front wins.
-        llm = llm | {"text": [MarkedText(text) for text in texts], "default_options": self.bos_options(texts[0])}
+        llm |= {"text": [MarkedText(text) for text in texts], "default_options": self.bos_options(texts[0])}
         llm |= {} if spans[0] is None else {"assistant_spans": spans}
         return self(llm_inputs=llm, **call)
 
@@ -137,12 +135,13 @@ class ChatTemplating(ProcessorMixin):
         of the template that are options of this processor's call.
         """
         template, reader = chosen_template(self.chat_template, chat_template), self._reader()
-        calls = {
-            key for key in variables if key in call_arguments(self.config, self.processors) or key.endswith("_kwargs")
-        }
+        known = call_arguments(self.config, self.processors) if variables else ()
+        calls = {key for key in variables if key in known or key.endswith("_kwargs")}
         if own := sorted(calls - template_contents(template)[0]):
-            told = f"chat_template_kwargs has {own}, which are the processor's and no variables of a template"
-            raise ValueError(f"{told}: give them to the collator, in processor_kwargs=.")
+            reason = "which are the processor's and no variables of a template"
+            raise ValueError(
+                f"chat_template_kwargs has {own}, {reason}: give them to the collator, in processor_kwargs=."
+            )
         variables = reader.variables(template, self.tokenizer.special_tokens_map, tools=tools, **variables)
         messages, media = reader.read(conversation, template, given, variables)
         text, spans = assistant_spans(messages, template, first=first, specials=self._specials(), **variables)

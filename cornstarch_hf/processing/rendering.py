@@ -267,32 +267,59 @@ def bookends(index: int) -> tuple[str, str]:
 
 
 def check_written(messages: list[dict], template: str, variables: Mapping[str, Any]) -> None:
-    """Refuse a conversation with a turn of tool calls, or a role, that the template does not write."""
-    # Written behind a tool's name, a bookend shows whether the template writes that name at all.
-    ended, wanted = list(messages), {}
+    """Refuse a conversation of which the template leaves out what a message says, or a tool that it calls (ValueError)."""
+    ended: list[dict] = []
+    wanted: list[tuple[tuple[str, ...], int, str, str]] = []  # marks, how many must come out, and what is missing else
     for index, message in enumerate(messages):
-        end = bookends(index)[1]
-        calling = call_with_bookend(message, end)
-        if calling != message:
-            ended[index] = calling
-            wanted[index] = ("calls a tool", "use a template that knows 'tool_calls', or write the call into 'content'")
-        elif message.get("content") and not forms(template, message["role"], variables=variables):
-            ended[index] = message | {"content": said(template, message["role"], f"x{end}", variables)}
-            wanted[index] = (f"is of the role {message['role']!r}", "use a template that knows it, or another role")
-    text = render(ended, template, **variables)[0] if wanted else ""
-    for index, (what, remedy) in wanted.items():
-        if bookends(index)[1] not in text:
-            raise ValueError(f"Message {index} {what}, but the chat template does not write that: {remedy}.")
+        named, name_end = message, bookends(len(messages) + index)[1]
+        if calls := message.get("tool_calls") or ():
+            named = call_with_bookend(message, name_end, every=True)
+            remedy = "use a template that knows 'tool_calls', or write the call into 'content'"
+            wanted.append(((name_end,), len(calls), f"Message {index} calls a tool", remedy))
+        told = with_bookends(message, *bookends(index), False)["content"] if message.get("content") else None
+        if told is not None and told != message["content"]:
+            named = named | {"content": told}
+            what = "has text beside the tools that it calls" if calls else f"is of the role {message['role']!r}"
+            remedy = "use a template that does, or another role"
+            wanted.append((bookends(index), 1, f"Message {index} {what}", remedy))  # one end is enough: some cut texts
+        ended.append(named)
+    text = _try(ended, template, variables) if wanted else None
+    for marks, count, what, remedy in wanted if text is not None else []:
+        escaped = [mark.encode("ascii", "backslashreplace").decode() for mark in marks]  # as a list is printed
+        if sum(text.count(mark) for mark in (*marks, *escaped)) < count:
+            raise ValueError(f"{what}, but the chat template does not write that: {remedy}.")
 
 
-def call_with_bookend(message: dict, end: str) -> dict:
-    """A message with a bookend behind the name of the last tool that it calls; without calls as it is."""
+def call_with_bookend(message: dict, end: str, every: bool = False) -> dict:
+    """A message with a bookend behind the name of the last tool that it calls, or of `every` one; without calls as it is."""
     calls = list(message.get("tool_calls") or ())
-    if not calls or not isinstance(calls[-1], dict):
-        return message
-    call = calls[-1].get("function") or calls[-1]
-    if not isinstance(call.get("name"), str):
-        return message
-    named = call | {"name": call["name"] + end}
-    calls[-1] = calls[-1] | {"function": named} if calls[-1].get("function") else named
-    return message | {"tool_calls": calls}
+    for place in range(0 if every else max(len(calls) - 1, 0), len(calls)):
+        function = calls[place].get("function") or calls[place] if isinstance(calls[place], dict) else {}
+        if isinstance(function.get("name"), str):
+            named = function | {"name": function["name"] + end}
+            calls[place] = calls[place] | {"function": named} if calls[place].get("function") else named
+    return message | {"tool_calls": calls} if calls else message
+
+
+def with_bookends(message: dict, start: str, end: str, silent: bool) -> dict:
+    """A message with bookends around what it says; where it says nothing and `silent` is given, where it would stand."""
+    content = message.get("content")
+    if isinstance(content, str) and (content.strip() or (silent and not message.get("tool_calls"))):
+        return message | {"content": _enclosed(content, start, end)}
+    if not content or isinstance(content, str):
+        return call_with_bookend(message, end)
+    parts = list(content)
+    spoken = [k for k, part in enumerate(parts) if part.get("type") == "text" and part["text"].strip()]
+    if spoken:
+        parts[spoken[0]] = parts[spoken[0]] | {"text": _enclosed(parts[spoken[0]]["text"], start, "")}
+        parts[spoken[-1]] = parts[spoken[-1]] | {"text": _enclosed(parts[spoken[-1]]["text"], "", end)}
+    elif silent:
+        parts.append({"type": "text", "text": start + end})
+    return message | {"content": parts}
+
+
+def _enclosed(text: str, start: str, end: str) -> str:
+    """A text with bookends inside of the white space around it, which templates strip."""
+    before = len(text) - len(text.lstrip())
+    behind = max(before, len(text.rstrip()))  # white space alone: both bookends go to its end
+    return text[:before] + start + text[before:behind] + end + text[behind:]

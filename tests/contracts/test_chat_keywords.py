@@ -19,7 +19,7 @@ ASKED = {"tokenize": True, "return_dict": True, "chat_template": TEMPLATE}
 TOOL = {"type": "function", "function": {"name": "area", "parameters": {}}}
 # A value of each keyword; with it the output differs from that without it, or what is raised is named.
 KEYWORDS = {
-    "chat_template": "{{ messages[0].content }}", "tools": [TOOL], "documents": [{"text": "page"}], "day": "Monday",
+    "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}", "tools": [TOOL], "documents": [{"text": "page"}], "day": "Monday",
     "add_generation_prompt": True, "continue_final_message": True, "return_assistant_tokens_mask": True, "tokenize": False,
     "return_tensors": "pt", "return_dict": False, "sanitize_control_tokens": True, "padding": "max_length",
     "truncation": True, "max_length": 3, "processor_kwargs": {"padding": "max_length", "max_length": 99},
@@ -169,8 +169,10 @@ def test_pictures_beside_a_chat_without_a_place_for_them(processor):
     placed[0]["content"][0]["image"] = tiny.image()
     held = processor.apply_chat_template(placed, tokenize=True, return_dict=True, return_tensors="pt")
     assert all(torch.equal(given[key], held[key]) for key in held)
-    for wrong in ({"text": "x"}, 5):
-        with pytest.raises(ValueError, match="llm_inputs must be a dict .*: the text is that of the conversation"):
+    with pytest.raises(ValueError, match="llm_inputs has a text: in a chat that is the conversation's"):
+        told(processor, llm_inputs={"text": "x"})
+    for wrong in (5, [], 0):
+        with pytest.raises(TypeError, match="llm_inputs must be a dict, by name, got"):
             told(processor, llm_inputs=wrong)
     assert told(processor, llm_inputs={"truncation": True, "max_length": 3}) == told(
         processor, truncation=True, max_length=3

@@ -132,6 +132,39 @@ def test_a_role_that_is_not_written_is_refused_unless_something_else_in_the_conv
     check_written([{"role": role, "content": ""}], template, {})
 
 
+ASIDE = {"role": "assistant", "content": "let me look", "tool_calls": [CALL]}
+CALLS_ALONE = "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+LAST_CALL = "{% for m in messages %}{{ m.content }}{{ m.tool_calls[-1].function.name if m.tool_calls }}{% endfor %}"
+FIRST_SYSTEM = "{% for m in messages %}{% if m.role != 'system' or loop.first %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "what"),
+    [
+        (CALLS_ALONE, ASIDE, "has text beside the tools that it calls"),
+        (LAST_CALL, ASIDE | {"tool_calls": [CALL, CALL]}, "calls a tool"),
+        (FIRST_SYSTEM, {"role": "system", "content": "be rude"}, "is of the role 'system'"),
+        (
+            "{{ messages[0].content }}",
+            {"role": "user", "content": [{"type": "text", "text": "b"}]},
+            "is of the role 'user'",
+        ),
+    ],
+)
+def test_what_a_template_leaves_out_of_a_message_is_refused(template, message, what):
+    user = {"role": "user", "content": "q"}
+    with pytest.raises(ValueError, match=f"Message 1 {what}, but the chat template does not write that"):
+        check_written([user, message], template, {})
+    check_written([message | {"content": "b"}] if template == FIRST_SYSTEM else [user], template, {})
+
+
+@pytest.mark.parametrize(
+    "written", ["{{ messages }}", "{{ messages | tojson }}", "{{ messages | tojson(ensure_ascii=true) }}"]
+)
+def test_what_is_printed_within_a_list_is_written(written):
+    check_written([{"role": "user", "content": "q"}, ASIDE | {"tool_calls": [CALL, CALL]}], written, {})
+
+
 def test_bookends_are_distinct_and_no_text_has_them():
     made = [bookend for index in (0, 1, 255, 256, 60_000) for bookend in bookends(index)]
     assert len(set(made)) == len(made)
