@@ -4,6 +4,7 @@
 """
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from .encoders.counting import FeatureCounter
 from .encoders.items import split_items, without_padding
 from .encoders.own_parts import settle_registered
 from .encoders.towers import keyword_for, named_inputs
+from .limits import check_count
 from .parts.classes import carries_code
 from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
 from .parts.registries import FEATURE_COUNTS
@@ -165,11 +167,20 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
                 used, lengths[name] = self._process_items(name, items, given)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
+                self._check_tensors(name, output)
                 grid = grid_of(output)  # packed patches have one row for each, their grids one for each item
                 used, split = self._used(name, output, len(next(iter(output.values())) if grid is None else grid))
                 lengths[name] = self._counted(name, split)
             tensors |= used
         return tensors, lengths, samples
+
+    def _check_tensors(self, name: str, tensors: dict[str, Any]) -> None:
+        """Refuse tensors that the encoder does not take (TypeError), unless its processor gives such besides."""
+        entry = self.config.modality(name)
+        names, emitted = entry["input_names"], tensor_names(self.processors.get(name), entry["kind"], True)
+        taken = {*names.values(), *emitted}
+        if wrong := [key for key in tensors if key not in taken and keyword_for(key, name, names) is None]:
+            raise TypeError(f"{name}: its encoder takes no tensors {wrong}, but {sorted(names)}.")
 
     def _process_items(self, name: str, items: list[Any], options: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """The tensors of one modality's items by keyword, and how many features each gives."""
@@ -246,9 +257,14 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             names += self._for_encoder(name, values) if emitted else entry["input_names"]
         return names
 
-    def _count_of_size(self, name: str, kind: str, size: Any, options: dict[str, Any]) -> tuple[int, int]:
-        """Features of an item of a size, and its rows of pixels: patches where its processor packs them, else 1."""
-        processor = self.processors.get(name)
+    def _count_of_size(self, name: str, kind: str, i: int, size: Any, options: dict[str, Any]) -> tuple[int, int]:
+        """Features of the i-th item, of a size, and its rows of pixels: patches where its processor packs them, else 1."""
+        processor, where = self.processors.get(name), f"{name}, item {i}"
+        axes = {"image": ["height", "width"], "video": ["frames", "height", "width"]}.get(kind, [])
+        if axes and (not isinstance(size, Sequence) or len(size) != len(axes)):
+            raise ValueError(f"{where}: expected its size as ({', '.join(axes)}), got {size!r:.100}.")
+        for what, number in zip(axes or ["number of samples"], size if axes else [size], strict=True):
+            check_count(number, f"{where}: its {what}")
         if isinstance(processor, ImageProcessingMixin) and not is_video_processor(processor):
             channels = image_channels(getattr(self.config, f"{name}_config"))
             output = tensors_of_size(processor, name, size, options, channels, self.counter.has_preprocessing(name))

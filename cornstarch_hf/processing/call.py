@@ -109,7 +109,7 @@ class ClientNames(ProcessorMixin):
                 continue
             if len(names := self.config.modalities_of_kind(kind)) != 1:
                 raise ValueError(f"Sizes of the kind {kind!r} need one encoder of that kind, the model has {names}.")
-            each = [self._count_of_size(names[0], kind, size, options[names[0]]) for size in sizes]
+            each = [self._count_of_size(names[0], kind, i, size, options[names[0]]) for i, size in enumerate(sizes)]
             found[f"num_{kind}_tokens"] = [count for count, _ in each]
             if kind == "image":
                 found["num_image_patches"] = [patches for _, patches in each]

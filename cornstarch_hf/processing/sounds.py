@@ -111,6 +111,8 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
         return
     if given is None:
         raise ValueError(f"{where}: pass sampling_rate= (Hz) with bare audio arrays; the encoder expects {expected}.")
+    if isinstance(given, str):
+        raise TypeError(f"{where}: sampling_rate must be a number in Hz, got {given!r:.100}.")
     if given != expected:
         remedy = f"resample it first, in a table by cast_column(..., Audio(sampling_rate={expected}))."
         raise ValueError(f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: {remedy}")

@@ -472,3 +472,35 @@ def test_common_options_of_a_step_that_is_off_are_refused_as_others_are(processo
         processor(**given, common_kwargs={"crop_size": {"height": 4, "width": 4}})
     with pytest.raises(TypeError, match="common_kwargs must be a dict"):
         processor(text="a", common_kwargs=["padding"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"image_sizes": [(12, 10), 12]}, r"vision, item 1: expected its size as \(height, width\), got 12"),
+        ({"image_sizes": [(12, 10, 3)]}, r"vision, item 0: expected its size as \(height, width\)"),
+        ({"image_sizes": [(12.5, 10)]}, "vision, item 0: its height must be a positive integer, got 12.5"),
+        ({"image_sizes": [(12, 10), (12, 0)]}, "vision, item 1: its width must be a positive integer, got 0"),
+        ({"audio_lengths": [800, -1]}, "audio, item 1: its number of samples must be a positive integer, got -1"),
+    ],
+)
+def test_sizes_of_items_that_cannot_be(sizes, message):
+    _, processor = compose_tiny(["clip", "whisper"])
+    with pytest.raises(ValueError, match=message):
+        processor._get_num_multimodal_tokens(**sizes)
+
+
+@pytest.mark.parametrize("wrong", ["features_msk", "foo"])
+def test_tensors_that_no_encoder_takes_are_refused(wrong):
+    _, processor = compose_tiny(["clip", "whisper"])
+    pixels = processor(images=tiny.image(), return_tensors="pt")["pixel_values"]
+    with pytest.raises(TypeError, match=rf"vision: its encoder takes no tensors \['{wrong}'\], but \[.*'pixel_values'"):
+        processor(text="<image>", encoder_inputs={"vision": {"pixel_values": pixels, wrong: pixels}})
+    whole = dict(tiny.clip_processor()(tiny.image(), return_tensors="pt"))
+    assert len(processor(text="<image>", encoder_inputs={"vision": whole})["input_ids"][0]) == 5
+
+
+def test_a_rate_that_is_no_number():
+    _, processor = compose_tiny(["whisper"])
+    with pytest.raises(TypeError, match="audio, item 0: sampling_rate must be a number in Hz, got '16000'"):
+        processor(text="<audio>", audio=tiny.sound(), sampling_rate="16000")
