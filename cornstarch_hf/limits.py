@@ -76,3 +76,10 @@ def check_count(value: Any, what: str, least: int = 1) -> int:
         expected = "a positive integer" if least == 1 else f"an integer >= {least}"
         raise ValueError(f"{what} must be {expected}, got {value!r}.")
     return value
+
+
+def check_switch(value: Any, what: str) -> Any:
+    """The value, if it is True, False or None; else TypeError that begins with `what`."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, got {value!r:.100}.")
+    return value

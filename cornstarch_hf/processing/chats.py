@@ -53,7 +53,8 @@ class ChatTemplating(ProcessorMixin):
             tools, documents: for templates that read them; another one refuses them.
             continue_final_message: end where the last message's content ends, or its field of that name.
             return_assistant_tokens_mask: adds `assistant_masks`, 1 on tokens that the assistant wrote.
-            load_audio_from_video: refused; a video's sound is a part of its own.
+            load_audio_from_video: changes nothing, as in transformers where there is no sound to load: videos are frames here,
+                and a video's sound is a part of its own.
             sanitize_control_tokens: the tokens that steer a chat stay text, too, where a user typed them.
             tokenize, return_tensors, return_dict, add_generation_prompt: as in transformers.
             processor_kwargs: arguments of this processor's call.

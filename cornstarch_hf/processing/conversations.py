@@ -11,6 +11,7 @@ from itertools import accumulate
 from numbers import Number
 from typing import Any
 
+from ..limits import check_switch
 from .call import PLURALS, mapped
 from .media import LIST_DEPTHS
 from .placeholder_text import BREAK, check_text, mark_typed, occurrences, token_pattern, unmark
@@ -25,6 +26,7 @@ _NEEDS = {  # what an option is nothing without
     **dict.fromkeys(("return_dict", "return_tensors", "sanitize_control_tokens"), ("tokenize",)),
 }
 _CONTRARY = {"add_generation_prompt": "begins a new message", "return_assistant_tokens_mask": "tells whole turns"}
+_NO_SWITCHES = ("return_tensors", "continue_final_message")  # options that are more than True or False
 NO_ITEM = object()  # a part that tells where an item stands, but not which
 
 
@@ -221,7 +223,13 @@ def chosen_template(own: str | Mapping[str, str] | None, chosen: str | None) -> 
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of `apply_chat_template` that contradict one another, or that nothing would be done with (ValueError)."""
+    """Refuse options of `apply_chat_template` that contradict one another, or that nothing would be done with (ValueError).
+
+    TypeError for a switch that is neither True nor False.
+    """
+    for name, value in options.items():
+        if name not in _NO_SWITCHES:
+            check_switch(value, name)
     for name, others in _NEEDS.items():
         if options[name] and not all(options[other] for other in others):
             needed = " and ".join(f"{other}=True" for other in others)
@@ -230,9 +238,6 @@ def check_options(options: Mapping[str, Any]) -> None:
         for name, does in _CONTRARY.items():
             if options[name]:
                 raise ValueError(f"continue_final_message leaves the last message open, {name} {does}: choose one.")
-    if options["load_audio_from_video"]:
-        remedy = "write a part {'type': 'audio', 'audio': ...} with the sound behind it."
-        raise ValueError(f"load_audio_from_video: a video's sound is not taken out of it here, {remedy}")
 
 
 def sorted_keywords(

@@ -1,6 +1,8 @@
 """Every keyword of transformers' two `apply_chat_template` changes what ours gives, or raises; and what each of them gives."""
 
+import base64
 import inspect
+import io
 
 import pytest
 import tiny
@@ -8,7 +10,7 @@ import torch
 from helpers import compose_tiny
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from cornstarch_hf import MultimodalCollator
+from cornstarch_hf import MultimodalCollator, compose
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for d in documents or [] %}{{ d.text }}{% endfor %}{{ day }}"
@@ -31,7 +33,7 @@ TOGETHER = {
     "tokenize": {"return_dict": False},
 }
 RAISES = {
-    "load_audio_from_video": (True, ValueError, "a video's sound is not taken out"),
+    "load_audio_from_video": ("yes", TypeError, "load_audio_from_video must be True or False, got 'yes'"),
     "tokenizer_kwargs": ({"padding": True}, TypeError, r"Unknown arguments \['tokenizer_kwargs'\]"),  # a tokenizer's, see processor_kwargs
     "kwargs": ({}, TypeError, r"Unknown arguments \['kwargs'\]"),
     "nights": (1, TypeError, r"Unknown arguments \['nights'\]"),
@@ -233,3 +235,37 @@ def test_columns_of_tokens_are_there_for_typed_and_plain_texts_alike(processor):
     out = processor.apply_chat_template(batch, **options, return_token_type_ids=True)
     assert out["token_type_ids"].shape == out["input_ids"].shape and not out["token_type_ids"].any()
     assert "token_type_ids" not in processor.apply_chat_template(batch, **options, return_token_type_ids=False)
+
+
+def uri(image):
+    image.save(buffer := io.BytesIO(), "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@pytest.mark.parametrize("encoders", [["clip"], ["clip", "whisper"]])
+@pytest.mark.parametrize("form", ["list", "uris"])
+def test_videos_go_through_as_the_server_of_transformers_hands_them_over(encoders, form):
+    parts = {"film": {"model": tiny.clip(), "processor": tiny.clip_processor(), "kind": "video"}}
+    parts |= (
+        {"audio": {"model": tiny.whisper(), "processor": tiny.whisper_processor()}} if "whisper" in encoders else {}
+    )
+    model, processor = compose(tiny.llama(), parts, "linear", tokenizer=tiny.tokenizer())
+    images = [tiny.image(i) for i in range(4)]
+    frames = images if form == "list" else [uri(image) for image in images]
+    talk = [{"role": "user", "content": [{"type": "video", "url": frames}, {"type": "text", "text": "what is it"}]}]
+    asked = {
+        "add_generation_prompt": True,
+        "tools": None,
+        "return_tensors": "pt",
+        "return_dict": True,
+        "tokenize": True,
+    }
+    served = processor.apply_chat_template(talk, **asked, load_audio_from_video=True, num_frames=2)
+    called = processor(
+        text=["user:\n<video>what is it\nassistant:\n"], videos=[images], num_frames=2, return_tensors="pt"
+    )
+    assert served.keys() == called.keys() and all(torch.equal(served[key], called[key]) for key in called)
+    model.generate(**served, max_new_tokens=2)
+    film = [{"role": "user", "content": [{"type": "video", "url": "film.mp4"}]}]
+    with pytest.raises(TypeError, match="film, item 0: expected the frames of a video, got a file: decode it"):
+        processor.apply_chat_template(film, **asked, load_audio_from_video=True, num_frames=2)

@@ -252,7 +252,7 @@ FILM = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": 
 @pytest.mark.parametrize(
     ("path", "body", "cause"),
     [
-        ("chat/completions", {"messages": FILM}, "load_audio_from_video: a video's sound is not taken out of it here"),
+        ("chat/completions", {"messages": FILM}, "'video' is no modality of this model, expected one of"),
         ("completions", {"prompt": "<image>"}, "vision: the text has 1 placeholder tokens (<image>) but there is no input"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Conversations: media taken out in order, templates of both sorts, assistant turns, typed placeholders."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -306,13 +307,19 @@ OPTIONS = dict.fromkeys(
         ({"return_tensors": "pt"}, "return_tensors='pt' needs tokenize=True"),
         ({"return_dict": True}, "needs tokenize=True"),
         ({"sanitize_control_tokens": True}, "needs tokenize=True"),
-        ({"load_audio_from_video": True}, "load_audio_from_video: .*'type': 'audio'"),
     ],
 )  # fmt: skip
 def test_options_that_contradict_or_do_nothing(given, match):
     check_options(OPTIONS | {"tokenize": True, "return_dict": True, "return_tensors": "pt"})
     with pytest.raises(ValueError, match=match):
         check_options(OPTIONS | given)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"return_tensors", "continue_final_message"}))
+@pytest.mark.parametrize("value", ["true", 1, [True]])
+def test_switches_are_true_or_false(name, value):
+    with pytest.raises(TypeError, match=rf"{name} must be True or False, got {re.escape(repr(value))}"):
+        check_options(OPTIONS | {"tokenize": True, "return_dict": True, name: value})
 
 
 def test_keywords_are_the_templates_or_the_calls():
