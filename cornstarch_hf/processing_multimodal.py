@@ -27,8 +27,9 @@ from .parts.known_encoders import check_facts_registered, grid_of, registered_fa
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
-from .processing.call import ClientNames, Media, check_items, encode_texts, media_arguments, text_arguments
+from .processing.call import Media, check_items, encode_texts, media_arguments, text_arguments
 from .processing.chats import ChatTemplating
+from .processing.client_names import ClientNames
 from .processing.media import check_finite, flatten
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwargs
+from transformers.processing_utils import AudioKwargs, TextKwargs
 
-from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
+from ..configuration_multimodal import MultimodalConfig
 from .media import ready_tensors
 from .placeholder_text import (
     TEXT_OPTIONS,
@@ -42,78 +42,6 @@ _READERS += ["_standardize_kwargs"]
 _SWITCHES = {"size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop", "pad_size": "do_pad"}
 _SWITCHES |= {"rescale_factor": "do_rescale", "image_mean": "do_normalize", "image_std": "do_normalize"}
 Media = dict[str, dict[str, Any]]
-
-
-class ClientNames(ProcessorMixin):
-    """Attributes of transformers' processors that clients look for, by kind, where there is one modality of that."""
-
-    config: MultimodalConfig
-    processors: dict[Any, Any]
-    placeholder_ids: Any
-    _count_of_size: Any
-
-    def _attribute(self, kind: str, what: str) -> Any:
-        names = self.config.modalities_of_kind(kind)
-        if len(names) == 1:
-            value = self.processors.get(names[0]) if what == "processor" else self.config.modality(names[0])[what]
-            if value is not None:
-                return value
-        raise AttributeError(f"this processor has not exactly one modality of the kind {kind!r} with a {what}")
-
-    image_processor = property(lambda self: self._attribute("image", "processor"))
-    video_processor = property(lambda self: self._attribute("video", "processor"))
-    feature_extractor = property(lambda self: self._attribute("audio", "processor"))
-    image_token = property(lambda self: self._attribute("image", "token"))
-    video_token = property(lambda self: self._attribute("video", "token"))
-    audio_token = property(lambda self: self._attribute("audio", "token"))
-    image_token_id = property(lambda self: self._attribute("image", "token_id"))
-    video_token_id = property(lambda self: self._attribute("video", "token_id"))
-    audio_token_id = property(lambda self: self._attribute("audio", "token_id"))
-
-    def create_mm_token_type_ids(self, input_ids) -> list[list[int]]:
-        """As in transformers, for ids ``(batch, length)``: 1 on placeholders of images, 2 of videos, 3 of sounds, 0 elsewhere.
-
-        ValueError for placeholders of another kind, which have no number.
-        """
-        rows = [row if isinstance(row, list) else row.tolist() for row in input_ids]
-        for name, number in self.placeholder_ids.items():
-            kind = self.config.modality(name)["kind"]
-            if kind not in MEDIA_KINDS and any(number in row for row in rows):
-                raise ValueError(f"{name}: mm_token_type_ids have no number for the kind {kind!r}: leave them out.")
-        return super().create_mm_token_type_ids(rows)
-
-    def _ids_of_kind(self, kind: str) -> list[int]:
-        return [self.placeholder_ids[name] for name in self.config.modalities_of_kind(kind)]
-
-    image_token_ids = property(lambda self: self._ids_of_kind("image"))
-    video_token_ids = property(lambda self: self._ids_of_kind("video"))
-    audio_token_ids = property(lambda self: self._ids_of_kind("audio"))
-
-    def _get_num_multimodal_tokens(
-        self, image_sizes=None, video_sizes=None, audio_lengths=None, **kwargs: Any
-    ) -> MultiModalData:
-        """As in transformers: how many placeholder tokens items of these sizes will give, by arithmetic or on shapes alone.
-
-        Args:
-            image_sizes, video_sizes: ``(height, width)`` of each image, ``(frames, height, width)`` of each video.
-            audio_lengths: samples of each sound, at the rate that its feature extractor expects.
-            **kwargs: options of single processors, as in a call.
-
-        ValueError where there is not one modality of that kind.
-        """
-        options, found = media_options(self.config, self.processors, {}, kwargs), dict[str, list[int]]()
-        if kwargs:
-            raise TypeError(f"Unknown arguments {sorted(kwargs)}: expected options of single processors, as in a call.")
-        for kind, sizes in {"image": image_sizes, "video": video_sizes, "audio": audio_lengths}.items():
-            if sizes is None:
-                continue
-            if len(names := self.config.modalities_of_kind(kind)) != 1:
-                raise ValueError(f"Sizes of the kind {kind!r} need one encoder of that kind, the model has {names}.")
-            each = [self._count_of_size(names[0], kind, i, size, options[names[0]]) for i, size in enumerate(sizes)]
-            found[f"num_{kind}_tokens"] = [count for count, _ in each]
-            if kind == "image":
-                found["num_image_patches"] = [patches for _, patches in each]
-        return MultiModalData(**found)
 
 
 def call_arguments(config: MultimodalConfig, processors: Mapping[str, Any]) -> list[str]:
@@ -195,11 +123,22 @@ def media_arguments(
             raise ValueError(
                 f"{name}: its tensors are processed already, so that {idle} would do nothing: leave them out."
             )
-    if kwargs:
-        raise TypeError(
-            f"Unknown arguments {sorted(kwargs)}, this processor takes {call_arguments(config, processors)}."
-        )
+    _refuse_unknown(config, processors, kwargs)
     return media
+
+
+def _refuse_unknown(config: MultimodalConfig, processors: Mapping, left: Mapping[str, Any]) -> None:
+    if left:
+        taken = call_arguments(config, processors)
+        raise TypeError(f"Unknown arguments {sorted(left, key=str)}, this processor takes {taken}.")
+
+
+def check_arguments(config: MultimodalConfig, processors: Mapping, given: Mapping[str, Any]) -> None:
+    """Refuse options for calls to come as a call would (TypeError, ValueError); `given` has no items and no text."""
+    kwargs = dict(given)
+    check_values({key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}, "text")
+    media_options(config, processors, {}, kwargs)
+    _refuse_unknown(config, processors, kwargs)
 
 
 def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, kwargs: dict) -> Media:

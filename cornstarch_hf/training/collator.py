@@ -1,5 +1,6 @@
 """Turns rows of conversations with media into padded batches with labels, for Trainer; rows that are too long are cut."""
 
+import contextlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 
 from ..encoders.items import split_items
 from ..limits import check_count
-from ..processing.call import PLURALS, TEXT_OPTIONS
+from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
@@ -22,6 +23,11 @@ TRUNCATIONS = ("raise", "right", "left")
 _OWN_ARGUMENTS = (TEXT_OPTIONS - {"add_special_tokens"}) | {
     *("text", "text_kwargs", "common_kwargs", "encoder_inputs", "llm_inputs", "sampling_rate")
 }
+# What to do about columns of other names, as tables for other trainers have them.
+_REMEDY = (
+    "rename them (dataset.rename_column), make messages of them (dataset.map(lambda row: {'messages': [{'role': 'user', "
+    "'content': [...]}, {'role': 'assistant', 'content': ...}]})), and remove the rest (dataset.remove_columns)."
+)
 Spans = list[tuple[int, int]]
 
 
@@ -158,12 +164,17 @@ class MultimodalCollator:
         if truncation != "raise" and max_length is None:
             raise ValueError(f"truncation={truncation!r} needs max_length=, the longest row in tokens.")
         own = _OWN_ARGUMENTS | {*processor.config.encoders, *PLURALS.values()}
-        if taken := sorted(own & set(processor_kwargs or {})):
+        given = mapped(processor_kwargs, "processor_kwargs")
+        if taken := sorted(own & set(given)):
             raise ValueError(
                 f"processor_kwargs has {taken}, which the collator gives the processor itself: by its own arguments, or from "
                 "the rows' columns."
             )
-        self.processor_kwargs = dict(processor_kwargs or {})
+        try:
+            check_arguments(processor.config, processor.processors, given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"processor_kwargs: {error}") from error
+        self.processor_kwargs = dict(given)
         self.processor, self.padding_side, self.max_length = processor, padding_side, max_length
         self.sampling_rate, self.pad_to_multiple_of = sampling_rate, pad_to_multiple_of
         self.truncation, self._warned = truncation, False
@@ -208,9 +219,10 @@ class MultimodalCollator:
         audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
         expected = next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
         rate = row.pop("sampling_rate", None) or self.sampling_rate or expected
-        text, spans, media = self._text(row, self._media(row))
+        given = list(row)
+        text, spans, media = self._text(row, self._media(row), given)
         if row:  # each reader has taken its columns out
-            raise ValueError(f"unknown columns {sorted(row)}: remove them, or name them after a modality.")
+            raise ValueError(f"unknown columns {sorted(row)} among {given}: {self._media_columns()}; {_REMEDY}")
         llm: dict[str, Any] = {"text": [text], "item_lengths": True}
         llm |= {} if spans is None else {"assistant_spans": [spans]}
         # Rows are cut and padded here, whatever the tokenizer was built with; what the caller says of the tokens in front wins.
@@ -231,7 +243,21 @@ class MultimodalCollator:
             )
         return self._cut({"input_ids": ids, "labels": labels, "media": out, "cut": None}, lengths)
 
-    def _text(self, row: dict[str, Any], media: dict[str, list]) -> tuple[str, Spans | None, dict[str, list]]:
+    def _media_columns(self) -> str:
+        """Which columns of a row hold media."""
+        config, told = self.processor.config, {}
+        for name in config.encoders:
+            kind, keys = config.modality(name)["kind"], [name]
+            with contextlib.suppress(
+                ValueError
+            ):  # where several modalities have a kind, its own name means none of them
+                keys += [PLURALS.get(kind, kind), kind] if name in config.modalities_for(kind) else []
+            told[name] = list(dict.fromkeys(keys))
+        return f"items in a column of one of the names {told}"
+
+    def _text(
+        self, row: dict[str, Any], media: dict[str, list], columns: list[str]
+    ) -> tuple[str, Spans | None, dict[str, list]]:
         """A row's text, the spans to learn (None for all of it) and its media; takes their columns out of the row."""
         if "messages" in row:
             return self._conversation(row, media, row.pop("messages"))
@@ -244,14 +270,15 @@ class MultimodalCollator:
             return text, [(len(prompt), len(text))], media
         if "text" in row:
             return _string("text", row.pop("text"), "a string"), None, media
-        raise ValueError(f"expected 'messages', 'text', or 'prompt' and 'completion', got the columns {sorted(row)}.")
+        expected = f"expected 'messages', 'text', or 'prompt' and 'completion', and {self._media_columns()}"
+        raise ValueError(f"{expected}; got the columns {columns}: {_REMEDY}")
 
     def _conversation(self, row, media, messages, first=0):
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"expected a list of messages, got {messages!r:.100}.")
         tools = row.pop("tools", None)
         variables = {"tools": _present(json.loads(tools) if isinstance(tools, str) else tools) or None}
-        variables |= _present(row.pop("chat_template_kwargs", None) or {})
+        variables |= _present(mapped(row.pop("chat_template_kwargs", None), "chat_template_kwargs"))
         read = []
         for message in messages:  # a table fills keys in that tool calls of other rows have
             calls = message.get("tool_calls") if isinstance(message, Mapping) else None

@@ -513,8 +513,8 @@ def test_arguments_of_the_processors_call_reach_it():
     assert batch["input_ids"][0].tolist() == expected["input_ids"][0].tolist()
     assert not torch.equal(expected["pixel_values"], processor(**call, return_tensors="pt")["pixel_values"])
     assert given == {"images_kwargs": {"do_normalize": False}, "audio_kwargs": {"return_attention_mask": True}}
-    with pytest.raises(TypeError, match="row 0: Unknown arguments .*pictures_kwargs"):
-        MultimodalCollator(processor, processor_kwargs={"pictures_kwargs": {}})([row])
+    with pytest.raises(TypeError, match="processor_kwargs: Unknown arguments .*pictures_kwargs"):
+        MultimodalCollator(processor, processor_kwargs={"pictures_kwargs": {}})
 
 
 @pytest.mark.parametrize("key", ["padding", "max_length", "truncation", "return_tensors", "text_kwargs", "sampling_rate", "images", "vision", "llm_inputs"])  # fmt: skip
@@ -524,3 +524,65 @@ def test_arguments_that_the_collator_gives_itself_are_refused(key):
         ValueError, match=rf"processor_kwargs has \['{key}'\], which the collator gives the processor itself"
     ):
         MultimodalCollator(processor, processor_kwargs={key: None})
+
+
+FOREIGN = {
+    "llava": ({"id": 3, "image": 0, "conversations": [{"from": "human", "value": "<image>\nwhat"}]}, ["clip"]),
+    "vqa": ({"image": 0, "question": "what", "answers": ["fox"]}, ["clip"]),
+    "speech": ({"audio": 1, "sentence": "the fox"}, ["clip", "whisper"]),
+    "captions": ({"vision": 0, "caption": "the fox"}, ["clip"]),
+    "unknown media": ({"img": 0, "text": "the fox"}, ["clip"]),
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_columns_of_other_trainers_are_refused_with_those_that_are_read_and_what_to_do(key):
+    row, encoders = FOREIGN[key]
+    _, processor = compose_tiny(encoders)
+    row = {
+        k: {0: tiny.image(), 1: tiny.sound()}.get(v, v) if isinstance(v, int) and k != "id" else v
+        for k, v in row.items()
+    }
+    with pytest.raises(ValueError) as caught:
+        MultimodalCollator(processor)([row])
+    told = str(caught.value)
+    assert str(list(row)) in told and "row 0: " in told
+    assert "'vision': ['vision', 'images', 'image']" in told
+    assert ("'audio': ['audio']" in told) == ("whisper" in encoders)
+    for remedy in ("dataset.rename_column", "dataset.map", "dataset.remove_columns", "messages"):
+        assert remedy in told
+    assert "text" in told
+
+
+def test_names_of_columns_that_would_mean_several_encoders_are_not_told():
+    _, processor = compose_tiny({"left": "clip", "right": "siglip"})
+    with pytest.raises(ValueError, match=r"names \{'left': \['left'\], 'right': \['right'\]\}"):
+        MultimodalCollator(processor)([{"question": "what"}])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        (["x"], TypeError, "processor_kwargs must be a dict, by name, got list"),
+        ("x", TypeError, "processor_kwargs must be a dict, by name, got str"),
+        ({"do_rescail": False}, TypeError, r"processor_kwargs: Unknown arguments \['do_rescail'\], this processor takes"),
+        ({"image_kwargs": {}}, TypeError, r"processor_kwargs: Unknown arguments \['image_kwargs'\]"),
+        ({"images_kwargs": {"do_rescail": False}}, TypeError, r"processor_kwargs: vision: .* takes no option \['do_rescail'\]"),
+        ({"images_kwargs": ["x"]}, TypeError, "processor_kwargs: images_kwargs must be a dict, by name, got list"),
+        ({"videos_kwargs": {"fps": 1}}, TypeError, "processor_kwargs: videos_kwargs was given, but the model has no encoder"),
+        ({"vision_kwargs": {"size": {"height": 8, "width": 8}, "do_resize": False}}, ValueError, "size= does nothing while do_resize"),
+        ({"add_special_tokens": "yes"}, ValueError, "processor_kwargs: text: add_special_tokens"),
+        ({1: 2}, TypeError, r"processor_kwargs: Unknown arguments \[1\]"),
+    ],
+)  # fmt: skip
+def test_arguments_of_the_processor_are_checked_when_the_collator_is_built(given, error, match):
+    _, processor = compose_tiny(["clip"])
+    with pytest.raises(error, match=match):
+        MultimodalCollator(processor, processor_kwargs=given)
+
+
+def test_template_variables_of_a_row_are_a_dict():
+    _, processor = compose_tiny(["clip"])
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(TypeError, match="row 0: chat_template_kwargs must be a dict, by name, got list"):
+        MultimodalCollator(processor)([row | {"chat_template_kwargs": ["x"]}])
