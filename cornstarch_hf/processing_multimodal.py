@@ -4,8 +4,8 @@
 """
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from .parts.known_encoders import check_facts_registered, grid_of, registered_fa
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
-from .processing.call import Media, check_items, encode_texts, media_arguments, text_arguments
+from .processing.call import ENCODER_SETTINGS, Media, check_items, encode_texts, media_arguments, text_arguments
 from .processing.chats import ChatTemplating
 from .processing.client_names import ClientNames
 from .processing.media import check_finite, flatten
@@ -45,6 +45,16 @@ from .processing.subprocessors import (
     tensors_of_size,
 )
 from .processing.video import is_video_processor, named_for_encoder
+
+
+@contextmanager
+def _of_item(name: str, i: int) -> Iterator[None]:
+    """What is refused of one item of a modality alone says which one it is."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error).removeprefix(f"{name}, item 0").removeprefix(f"{name}")
+        raise ValueError(f"{name}, item {i}{told}") from error
 
 
 class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
@@ -161,17 +171,18 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         samples: dict[str, Any] = {}
         for name, given in media.items():
             given = dict(given)
+            settings = {key: given.pop(key) for key in ENCODER_SETTINGS if key in given}
             if "items" in given:
                 items, samples[name] = flatten(given.pop("items"), self.config.modality(name)["kind"])
                 if not items:
                     continue  # there are samples, none with an item
-                used, lengths[name] = self._process_items(name, items, given)
+                used, lengths[name] = self._process_items(name, items, given, settings)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
                 self._check_tensors(name, output)
                 grid = grid_of(output)  # packed patches have one row for each, their grids one for each item
                 used, split = self._used(name, output, len(next(iter(output.values())) if grid is None else grid))
-                lengths[name] = self._counted(name, split)
+                lengths[name] = self._counted(name, split, settings)
             tensors |= used
         return tensors, lengths, samples
 
@@ -183,15 +194,20 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         if wrong := [key for key in tensors if key not in taken and keyword_for(key, name, names) is None]:
             raise TypeError(f"{name}: its encoder takes no tensors {wrong}, but {sorted(names)}.")
 
-    def _process_items(self, name: str, items: list[Any], options: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    def _process_items(
+        self, name: str, items: list[Any], options: dict[str, Any], settings: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[int]]:
         """The tensors of one modality's items by keyword, and how many features each gives."""
         try:
             used, split = self._used(name, self._run_subprocessor(name, items, options), len(items))
             for i, item in enumerate(split):
                 check_finite(item, f"{name}, item {i}")
-            return used, self._counted(name, split)
+            return used, self._counted(name, split, settings)
         except ValueError:
             if self.config.modality(name)["kind"] == "audio":
+                for i, item in enumerate(items) if len(items) > 1 else ():  # in a batch all are as long as the longest
+                    with _of_item(name, i):
+                        self._process_items(name, [item], options, settings)
                 features = partial(self.features_of_sound, name, options=options)
                 rate = sampling_rate_of(self.processors.get(name))
                 refuse_short(items, name, rate, options.get("sampling_rate"), features)
@@ -206,9 +222,12 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         check_padding(output, used, self.processors.get(name), name)
         return used, split_items({names[keyword]: value for keyword, value in used.items()}, count, name)
 
-    def _counted(self, name: str, split: list[dict[str, Any]]) -> list[int]:
+    def _counted(self, name: str, split: list[dict[str, Any]], settings: dict[str, Any]) -> list[int]:
         """Features of each item alone (ValueError: a sound of none, which would leave no trace)."""
-        counts = [self.counter.count(name, without_padding(item)) for item in split]
+        counts = []
+        for i, item in enumerate(split):
+            with _of_item(name, i):
+                counts.append(self.counter.count(name, without_padding(item) | settings))
         if self.config.modality(name)["kind"] == "audio" and 0 in counts:
             raise ValueError(f"{name}, item {counts.index(0)}: the sound gives no features: it is too short.")
         return counts
@@ -219,7 +238,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         sound = {"array": noise, "sampling_rate": sampling_rate_of(self.processors.get(name))}
         used, split = self._used(name, self._run_subprocessor(name, [sound], options), 1)
         check_finite(used, name)
-        return self._counted(name, split)[0]
+        return self._counted(name, split, {})[0]
 
     def _for_encoder(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         """What its encoder takes of the tensors of a modality's processor, by keyword of the composed model."""
@@ -261,6 +280,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
     def _count_of_size(self, name: str, kind: str, i: int, size: Any, options: dict[str, Any]) -> tuple[int, int]:
         """Features of the i-th item, of a size, and its rows of pixels: patches where its processor packs them, else 1."""
         processor, where = self.processors.get(name), f"{name}, item {i}"
+        settings = {key: options[key] for key in ENCODER_SETTINGS if key in options}
+        options = {key: value for key, value in options.items() if key not in settings}
         axes = {"image": ["height", "width"], "video": ["frames", "height", "width"]}.get(kind, [])
         if axes and (not isinstance(size, Sequence) or len(size) != len(axes)):
             raise ValueError(f"{where}: expected its size as ({', '.join(axes)}), got {size!r:.100}.")
@@ -275,7 +296,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             told = f"{type(processor).__name__} does not tell by its size what it makes of an item"
             raise ValueError(f"{name}: {told}: call the processor with one of that size.")
         used, split = self._used(name, output, 1)
-        return self._counted(name, split)[0], len(next(iter(used.values())))
+        return self._counted(name, split, settings)[0], len(next(iter(used.values())))
 
     # ---- saving and loading
 

@@ -24,7 +24,8 @@ from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from ..projectors.projector import Grid, per_item
-from .grids import frames_as_items, is_staged
+from .grids import first_frames, frames_as_items, is_staged
+from .item_sizes import refused_size
 from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule, build_encoder
 from .own_parts import OwnParts, settle
@@ -156,6 +157,8 @@ class FeatureCounter:
         # A callback in front of the module that declares nothing may hand it other inputs than a rule would see.
         count = None if None in declared.values() else self._by_rule(name, inputs, encoder.by_frame)
         if count is not None:
+            if told := self._refused(name, inputs):  # of which a rule knows nothing
+                raise ValueError(f"{name}: {told}")
             lengths, given_grids = [count], None
         else:  # without the callbacks whose counts are added afterwards
             without = tuple(slot for slot, fn in declared.items() if fn is not None)
@@ -238,12 +241,22 @@ class FeatureCounter:
                 return run(probe, {key: value for key, value in inputs.items() if key not in left_out})
             except Exception as error:
                 failed = failed or error
+        if told := self._refused(name, inputs):
+            raise ValueError(f"{name}: {told}") from failed
         shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
         raise ValueError(
             f"{name}: the number of features for an item of shapes {shapes} could not be found by running "
             f"{type(probe.module).__name__} and its callbacks on shapes ({type(failed).__name__}: {failed}). "
             f"State it: {_REMEDY.format(name)}"
         ) from failed
+
+    def _refused(self, name: str, inputs: Mapping[str, Any]) -> str | None:
+        """What to say of an item of a size that the encoder does not take; None where a callback makes its inputs."""
+        encoder = self._probe(name)
+        if encoder.preprocess_callback is not None:
+            return None
+        items = first_frames(inputs) if encoder.by_frame else inputs
+        return refused_size(encoder.module, items, "image" if encoder.by_frame else encoder.kind, name)
 
     def _probe(self, name: str) -> ModalEncoderModule:
         """The encoder without weights, of few layers unless these are known not to suffice."""

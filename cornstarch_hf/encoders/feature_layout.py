@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..configuration_projector import feature_width
-from ..limits import is_count
 from ..parts.adapters import unwrapped
 from ..parts.classes import constructor_options
 from ..parts.known_encoders import PATCH_GRIDS
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
+from .item_sizes import channels_of, configured_sides, first_positive_setting
 from .selection import FeatureAxes, Selection, as_output, axes_of, chosen_features, select_features
 
 Inputs = dict[str, Tensor]
@@ -42,7 +42,7 @@ def typical_inputs(names: Collection[str], config: PreTrainedConfig, kind: str) 
 def item_shapes(names: Collection[str], config: PreTrainedConfig, kind: str) -> dict[str, Shapes]:
     """Shapes to try of the inputs of which one holds an item, in order of preference."""
     first = functools.partial(first_positive_setting, config)
-    values = _channels(config) * _patch(config) ** 2
+    values = channels_of(config) * _patch(config) ** 2
     # Pix2Struct: each patch has its row and its column in front of its values.
     patches = dict.fromkeys((2 + values, 2 + first("patch_embed_hidden_size", default=values)))
     length, channels = first("context_length", default=512), first("num_input_channels", "input_size", default=1)
@@ -60,25 +60,10 @@ def item_shapes(names: Collection[str], config: PreTrainedConfig, kind: str) -> 
     }
 
 
-def first_positive_setting(config: PreTrainedConfig, *attributes: str, default: int) -> int:
-    """The first of some attributes that is a positive integer, or the largest entry of a list of such."""
-    for attribute in attributes:
-        value: Any = getattr(config, attribute, None)
-        if isinstance(value, (list, tuple)) and value and all(isinstance(x, int) for x in value):
-            value = max(value)
-        if is_count(value):
-            return value
-    return default
-
-
 def _tensor(key: str, shape: tuple[int, ...], config: PreTrainedConfig) -> Tensor:
     if key == "input_ids":  # no usual id of padding, so that every position counts
         return torch.full(shape, min(5, first_positive_setting(config, "vocab_size", default=6) - 1))
     return torch.empty(shape, device="meta")
-
-
-def _channels(config: PreTrainedConfig) -> int:
-    return first_positive_setting(config, "num_channels", "in_channels", "in_chans", default=3)
 
 
 def _patch(config: PreTrainedConfig) -> int:
@@ -87,12 +72,7 @@ def _patch(config: PreTrainedConfig) -> int:
 
 def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
     """Heights and widths to try: of the configuration, then usual ones."""
-    size = getattr(config, "image_size", None)
-    if isinstance(size, Mapping):
-        size = (size.get("height"), size.get("width"))
-    if isinstance(size, int):
-        size = (size, size)
-    own = [(int(size[0]), int(size[1]))] if isinstance(size, (list, tuple)) and len(size) == 2 and all(size) else []
+    own = [sides] if (sides := configured_sides(config)) else []
     # What divides into whole patches, merged squares and windows.
     unit = 2 * _patch(config) * first_positive_setting(config, "spatial_merge_size", "window_size", default=1)
     # Not only squares: axes of one length cannot be told apart.
@@ -102,7 +82,7 @@ def _sides(config: PreTrainedConfig) -> list[tuple[int, int]]:
 
 def _in_patches(key: str, names: Collection[str], config: PreTrainedConfig) -> list[Inputs]:
     """Patches of one item, where another input tells their numbers along each axis; empty where none does."""
-    side, channels = _patch(config), _channels(config)
+    side, channels = _patch(config), channels_of(config)
     values = channels * side**2  # of a patch
     made: list[tuple[tuple[int, ...], str, list[int]]] = []  # shape, and the other input with what it says
     if grid := next((name for name in names if name.endswith(PATCH_GRIDS)), None):  # of all items in a row
@@ -126,7 +106,7 @@ def _pixels(config: PreTrainedConfig, kind: str) -> Shapes:
     frames = first_positive_setting(config, "num_frames", "frames_per_clip", "num_frames_per_clip", default=8)
     shapes: Shapes = []
     for plane in _sides(config):
-        image = (1, _channels(config), *plane)  # (items, channels, height, width)
+        image = (1, channels_of(config), *plane)  # (items, channels, height, width)
         clips = [(1, frames, *image[1:]), (*image[:2], frames, *plane)]  # frames before the channels, or after
         shapes += [*clips, image] if kind == "video" else [image, *clips]
     return shapes
@@ -174,15 +154,6 @@ def _companions(inputs: Inputs, key: str, config: PreTrainedConfig) -> Inputs:
         "merge_sizes": torch.tensor([first_positive_setting(config, "spatial_merge_size", default=1)]),
         "bbox": torch.zeros(1, length, 4, dtype=torch.long),
     }
-
-
-def typical_item(config: PreTrainedConfig, kind: str) -> dict[str, Tensor] | None:
-    """Inputs of an ordinary item, where the encoder's configuration fixes their shape; on the meta device."""
-    if kind == "image" and getattr(config, "image_size", None) is not None:
-        return {"pixel_values": torch.empty(1, _channels(config), *_sides(config)[0], device="meta")}
-    if (positions := getattr(config, "max_source_positions", None)) and getattr(config, "num_mel_bins", None):
-        return {"input_features": torch.empty(1, config.num_mel_bins, 2 * positions, device="meta")}
-    return None
 
 
 _MOST_TRIES = 24  # dry runs of one encoder, before its inputs count as unknown

@@ -179,6 +179,11 @@ def frames_as_items(inputs: Mapping[str, Any], name: str) -> tuple[dict[str, Any
     return found, mask.sum(-1).tolist()
 
 
+def first_frames(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first frame of each item as an image, of tensors ``(items, frames, channels, height, width)``."""
+    return {key: x[:, 0] if isinstance(x, Tensor) and x.ndim == 5 else x for key, x in inputs.items()}
+
+
 def joined_frames(features: Tensor, lengths: Sequence[int] | None, counts: Sequence[int]) -> tuple[Tensor, list | None]:
     """Features of each item, ``(items, tokens, width)``, or packed with the tokens of each, from those of its frames.
 

@@ -21,6 +21,7 @@ from ..parts.stored_modules import SLOTS, build_callback
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
+from .item_sizes import refused_by
 from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
 from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
 from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
@@ -229,7 +230,12 @@ class ModalEncoderModule(nn.Module):
         fixed = deterministic_inputs(arguments, unwrapped(self.module).config)
         # A frozen encoder keeps no activations, unless gradients pass through it to its inputs.
         with nullcontext() if trains else torch.no_grad():
-            raw = as_output(self.module(**arguments, **fixed, **wanted))
+            try:
+                raw = as_output(self.module(**arguments, **fixed, **wanted))
+            except (RuntimeError, ValueError) as error:
+                if (told := self._refused_size(error, arguments)) is None:
+                    raise
+                raise ValueError(f"{self.name}: {told}") from error
         # The width tells maps with their channels first from maps with them last.
         width = self.projector.config.in_features if self.projector is not None else self.feature_width()
         count = item_count(arguments)
@@ -241,6 +247,15 @@ class ModalEncoderModule(nn.Module):
         if grid is not None:
             output["feature_grids"] = torch.tensor([grid] * len(features))  # (items, 2)
         return raw, output
+
+    def _refused_size(self, error: Exception, arguments: dict) -> str | None:
+        """What to say where the module failed because it was given another size than it takes; None where it was not."""
+        weight = first_weight(self.module)
+        if (
+            isinstance(error, torch.OutOfMemoryError) or weight is None or weight.is_meta
+        ):  # a dry run explains by itself
+            return None
+        return refused_by(self.module, arguments, "image" if self.by_frame else self.kind, self.name)
 
     def grids(self, inputs: dict, lengths: list | None, given: Any = None, changed: bool = False) -> list[Grid] | None:
         """The grid of each item's features: the given one, else by what `GridQuery` holds; None where the projector needs none.

@@ -13,6 +13,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import AudioKwargs, TextKwargs
 
 from ..configuration_multimodal import MultimodalConfig
+from ..limits import check_switch
 from .media import ready_tensors
 from .placeholder_text import (
     TEXT_OPTIONS,
@@ -41,6 +42,8 @@ _READERS += ["_standardize_kwargs"]
 # Settings of image processors that are read only where another one is on.
 _SWITCHES = {"size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop", "pad_size": "do_pad"}
 _SWITCHES |= {"rescale_factor": "do_rescale", "image_mean": "do_normalize", "image_std": "do_normalize"}
+# Arguments of encoders that say which sizes of items they take: for the count, and not for a modality's processor.
+ENCODER_SETTINGS = ("interpolate_pos_encoding",)
 Media = dict[str, dict[str, Any]]
 
 
@@ -112,17 +115,17 @@ def media_arguments(
             inside[name] = {k: v for k, v in given.items() if k not in MEDIA_KEYS}
         else:  # tensors that are processed already, and options that would do nothing
             taken = options_of(processors.get(name), config.modality(name)["kind"]) or frozenset()
-            inside[name] = {
-                k: given[k] for k in taken - set(config.modality(name)["input_names"].values()) if k in given
-            }
+            taken = taken - set(config.modality(name)["input_names"].values()) | _settings_of(config, name)
+            inside[name] = {k: given[k] for k in taken if k in given}
             media[name] = ready_tensors({k: v for k, v in given.items() if k not in inside[name]}, name)
     for name, options in media_options(config, processors, inside, kwargs).items():
         if name in media and "items" in media[name]:
             media[name] |= options
-        elif name in media and (idle := sorted(set(options) - {"sampling_rate"})):
-            raise ValueError(
-                f"{name}: its tensors are processed already, so that {idle} would do nothing: leave them out."
-            )
+        elif name in media:
+            if idle := sorted(set(options) - {"sampling_rate", *ENCODER_SETTINGS}):
+                told = f"its tensors are processed already, so that {idle} would do nothing: leave them out."
+                raise ValueError(f"{name}: {told}")
+            media[name] |= {key: options[key] for key in ENCODER_SETTINGS if key in options}
     _refuse_unknown(config, processors, kwargs)
     return media
 
@@ -159,6 +162,11 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
         } | ({f"in {name}_kwargs": nested[name]} if name != plural else {})
         options = merged(name, sources)
         rate = {key: options.pop(key) for key in _rate_option(processor, kind) if key in options}
+        rate |= {
+            key: check_switch(options.pop(key), f"{name}: {key}")
+            for key in _settings_of(config, name)
+            if key in options
+        }
         taken = options_of(processor, kind)
         shared = {key: value for key, value in common.items() if key in (taken or ()) and key != "return_tensors"}
         check_options(processor, kind, name, shared | options)
@@ -218,6 +226,10 @@ def flat_options(processor: Any, kind: str) -> frozenset[str]:
     if kind == "audio":  # what else sounds and images have in common is meant for the images
         return taken & set(AudioKwargs.__annotations__) - TEXT_OPTIONS | _rate_option(processor, kind)
     return taken if kind in ("image", "video") else frozenset()
+
+
+def _settings_of(config: MultimodalConfig, name: str) -> set[str]:
+    return set(ENCODER_SETTINGS) & set(config.modality(name)["input_names"].values())
 
 
 def _rate_option(processor: Any, kind: str) -> frozenset[str]:

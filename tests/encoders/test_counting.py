@@ -46,7 +46,7 @@ from cornstarch_hf import (
 from cornstarch_hf.checkpoints.storage import sync_config
 from cornstarch_hf.encoders import counting as feature_counts
 from cornstarch_hf.encoders.counting import FeatureCounter
-from cornstarch_hf.encoders.feature_layout import typical_item
+from cornstarch_hf.encoders.item_sizes import typical_item
 from cornstarch_hf.encoders.module import ModalEncoderModule
 from cornstarch_hf.parts.known_encoders import ALL, ENCODER_TYPES, OWN_TYPES
 from cornstarch_hf.parts.registries import CALLBACKS, FEATURE_COUNTS
@@ -527,5 +527,5 @@ def test_an_adapter_that_masks_its_own_features_is_counted_and_batches_are_as_al
 
 def test_more_is_dropped_than_there_is():
     _, processor = compose_tiny(["clip"], vision={"drop_prefix": 99})
-    with pytest.raises(ValueError, match="vision: drop_prefix=99 needs items of more tokens than that, got 5"):
+    with pytest.raises(ValueError, match="vision, item 0: drop_prefix=99 needs items of more tokens than that, got 5"):
         processor(text="<image>", images=tiny.image())

@@ -22,9 +22,12 @@ WORDS = [
     "\x00", "None", "a\r\nb", "</s", "&lt;", "\\n", "'quoted'", '"text"', "\ue0c0", "\ue0c1", "\ue0c2", "\ue0c0typed\ue0c1",
 ]  # fmt: skip
 OPTIONS = [{"do_normalize": False}, {"do_convert_rgb": True}, {"resample": 3}, {"do_rescale": True}]
-# Without do_resize=False and do_center_crop=False: encoders of one size then refuse others themselves, in the forward pass and
-# without a modality.
-FLAGS = [*OPTIONS, {"do_rescale": False}, *[{"do_resize": True}] * 2, {"do_pad": False}]
+FLAGS = [
+    *OPTIONS,
+    *({key: False} for key in ("do_rescale", "do_resize", "do_center_crop", "do_pad")),
+    {"do_resize": True},
+]
+FLAGS += [{"do_resize": False, "do_center_crop": False}]
 Segment = str | tuple[str, int]  # text, or a slot and the number of its item in the sample
 Items = Mapping[str, Sequence[Sequence[Any]]]  # of each sample, by slot
 
