@@ -7,12 +7,14 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
@@ -34,6 +36,7 @@ from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE
 from .processing.sounds import refuse_short
 from .processing.stored_processors import describe_subprocessor, load_parts, named_parts
+from .processing.stored_templates import as_given, with_media
 from .processing.subprocessors import (
     check_padding,
     image_channels,
@@ -298,6 +301,12 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             if FEATURE_COUNTS.get(name) is None:  # else that count is final, and no part is asked
                 settle_registered(self.config, own)
 
+    def _after_write(self, folder: str) -> None:
+        # The default template, and named ones.
+        for path in (*Path(folder).glob(CHAT_TEMPLATE_FILE), *Path(folder, CHAT_TEMPLATE_DIR).glob("*.jinja")):
+            template = with_media(path.read_bytes().decode(), self.tokens, self.config.modalities_for, self._kinds())
+            path.write_bytes(template.encode())
+
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         values = processor_dict or {}
@@ -319,7 +328,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         """Build a processor from its loaded parts."""
         tokenizer, processors, config, unused = args
         template = kwargs.get("chat_template", processor_dict.get("chat_template"))
-        processor = cls(tokenizer, processors, config=config, chat_template=template)
+        tokenizer.chat_template = as_given(tokenizer.chat_template)
+        processor = cls(tokenizer, processors, config=config, chat_template=as_given(template))
         for name, number in processor.placeholder_ids.items():
             if (stored := config.modality(name)["token_id"]) not in (None, number):
                 told = f"the placeholder {processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"

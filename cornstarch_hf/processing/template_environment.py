@@ -46,7 +46,7 @@ def as_json(value: Any, ensure_ascii: bool = False, *given: Any, **named: Any) -
 
 
 class _Joins(NodeTransformer):
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         listed = nodes.List(node.nodes).set_lineno(node.lineno)
         return nodes.Filter(listed, joined.__name__, [], [], None, None).set_lineno(node.lineno)

@@ -299,7 +299,7 @@ def _tables() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     theirs = TemplateEnvironment()
     filters = {n: _bounded_filter(n, f) for n, f in theirs.filters.items() if n not in REFUSED_FILTERS}
     filters |= {function.__name__: function for function in (_loop, _strings, _made, _text, _compared, _part)}
-    tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}
+    tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}  # type: ignore[arg-type]
     return filters, tests, {name: value for name, value in theirs.globals.items() if name != "lipsum"}  # endless text
 
 
