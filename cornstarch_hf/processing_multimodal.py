@@ -7,12 +7,14 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
@@ -27,14 +29,22 @@ from .parts.known_encoders import check_facts_registered, grid_of, registered_fa
 from .parts.registries import FEATURE_COUNTS
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
-from .processing.call import ENCODER_SETTINGS, Media, check_items, encode_texts, media_arguments, text_arguments
+from .processing.call import (
+    ENCODER_SETTINGS,
+    ClientNames,
+    Media,
+    check_items,
+    encode_texts,
+    media_arguments,
+    text_arguments,
+)
 from .processing.chats import ChatTemplating
-from .processing.client_names import ClientNames
 from .processing.media import check_finite, flatten
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE
 from .processing.sounds import refuse_short
 from .processing.stored_processors import describe_subprocessor, load_parts, named_parts
+from .processing.stored_templates import as_given, with_media
 from .processing.subprocessors import (
     check_padding,
     image_channels,
@@ -320,6 +330,12 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             if FEATURE_COUNTS.get(name) is None:  # else that count is final, and no part is asked
                 settle_registered(self.config, own)
 
+    def _after_write(self, folder: str) -> None:
+        # The default template, and named ones.
+        for path in (*Path(folder).glob(CHAT_TEMPLATE_FILE), *Path(folder, CHAT_TEMPLATE_DIR).glob("*.jinja")):
+            template = with_media(path.read_bytes().decode(), self.tokens, self.config.modalities_for, self._kinds())
+            path.write_bytes(template.encode())
+
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         values = processor_dict or {}
@@ -341,7 +357,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         """Build a processor from its loaded parts."""
         tokenizer, processors, config, unused = args
         template = kwargs.get("chat_template", processor_dict.get("chat_template"))
-        processor = cls(tokenizer, processors, config=config, chat_template=template)
+        tokenizer.chat_template = as_given(tokenizer.chat_template)
+        processor = cls(tokenizer, processors, config=config, chat_template=as_given(template))
         for name, number in processor.placeholder_ids.items():
             if (stored := config.modality(name)["token_id"]) not in (None, number):
                 told = f"the placeholder {processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"

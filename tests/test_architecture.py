@@ -37,7 +37,6 @@ COVERED = {
     "checkpoints.finding": "checkpoints/test_checkpoint_files",
     "parts.stored_adapters": "parts/test_adapters",
     "processing.chats": "processing/test_conversations",
-    "processing.client_names": "processing/test_call",
     "processing.sounds": "processing/test_media",
     "checkpoints.plain_storage": "checkpoints/test_config_sync",
     "checkpoints.storage": "checkpoints/test_config_sync",

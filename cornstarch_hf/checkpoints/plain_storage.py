@@ -145,6 +145,7 @@ class ProcessorStorage(SharedCode, ProcessorMixin):
         tokenizers = {n: p for n, p in self.processors.items() if isinstance(p, PreTrainedTokenizerBase)}
         with _as_built([self.tokenizer, *tokenizers.values()]), replaced as folder:
             files = super().save_pretrained(folder, **kwargs)
+            self._after_write(folder)
             for name, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(os.path.join(folder, tokenizer_folder(name)))
             surplus |= export_code(folder, "processor", self, save_directory, include_code, parts, False)
@@ -165,6 +166,9 @@ class ProcessorStorage(SharedCode, ProcessorMixin):
 
     def _before_save(self) -> None:
         """Refuse what a checkpoint cannot hold, and bring the configuration up to date."""
+
+    def _after_write(self, folder: str) -> None:
+        """Change what transformers has written into a folder."""
 
 
 def tokenizer_folder(name: str) -> str:

@@ -68,8 +68,8 @@ def own_stem(path: Path) -> str | None:
 def bundled(text: str, module: str) -> tuple[str, set[str]]:
     """The text of a module as a checkpoint carries it, and the names of the files that it imports.
 
-    Each relative import names a file beside it.  Comments stay here, and of docstrings those of private names and what follows
-    the first paragraph: that says what a reader who is to trust the code wants to know.
+    Each relative import names a file beside it.  Comments stay here, and docstrings but for the first paragraphs of those of
+    modules, classes and their public methods: they say what a reader who is to trust the code wants to know.
     """
     found = set()
 
@@ -78,7 +78,7 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
         found.add(stem)
         return f"{match[1]}from .{stem} import"
 
-    lines, before, name = text.splitlines(keepends=True), tokenize.NEWLINE, ""
+    lines, before, silent = text.splitlines(keepends=True), tokenize.NEWLINE, False
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
     for place, token in enumerate(tokens):
         (row, column), last = token.start, token.end[0]
@@ -86,15 +86,15 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
             kept = lines[row - 1][:column].rstrip()
             lines[row - 1] = f"{kept}\n" if kept else ""
         elif token.type == tokenize.STRING and before == tokenize.INDENT:  # the docstring of what has that name
-            if _PRIVATE.match(name) and tokens[place + 2].type != tokenize.DEDENT:  # which is not all of its body
+            if silent and tokens[place + 2].type != tokenize.DEDENT:  # which is not all of its body
                 lines[row - 1 : last] = [""] * (last - row + 1)
             elif "\n\n" in token.string:
                 end = row + token.string[: token.string.index("\n\n")].count(
                     "\n"
                 )  # the last line of its first paragraph
                 lines[end - 1 : last] = [lines[end - 1].rstrip("\n") + '"""\n', *[""] * (last - end)]
-        elif match := re.match(r"\s*(?:def|class) (\w+)", token.line):
-            name = match[1]
+        elif match := re.match(r"(def|\s*(?:def|class)) (\w+)", token.line):
+            silent = match[1] == "def" or bool(_PRIVATE.match(match[2]))
         before = before if token.type == tokenize.COMMENT else token.type
     return _IMPORT.sub(flat, "".join(lines)), found
 

@@ -3,16 +3,14 @@
 Knows no encoder: `processing_multimodal` runs the sub-processors in between and counts the features.
 """
 
-import inspect
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
-from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.processing_utils import AudioKwargs, TextKwargs
+from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwargs
 
-from ..configuration_multimodal import MultimodalConfig
+from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from ..limits import check_switch
 from .media import ready_tensors
 from .placeholder_text import (
@@ -29,22 +27,89 @@ from .placeholder_text import (
     occurrences,
     pad_rows,
 )
-from .subprocessors import sampling_rate_of
-from .video import SAMPLING, is_video_processor
+from .subprocessors import options_of, sampling_rate_of
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}  # keyword of `__call__` for items of each kind
 # Names under which a modality's processor may take its items.
 MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "speech", "text", "sequences", "items")
-_OF_ALL_PARTS = {"return_tensors", "return_mm_token_type_ids", "return_offsets_mapping", "name"}
-# Methods of image processors that read settings by name; what lands in their `**kwargs` is read by none.
-_READERS = ["_preprocess", "preprocess", "process_image", "_prepare_image_like_inputs", "_preprocess_image_like_inputs"]
-_READERS += ["_standardize_kwargs"]
 # Settings of image processors that are read only where another one is on.
 _SWITCHES = {"size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop", "pad_size": "do_pad"}
 _SWITCHES |= {"rescale_factor": "do_rescale", "image_mean": "do_normalize", "image_std": "do_normalize"}
 # Arguments of encoders that say which sizes of items they take: for the count, and not for a modality's processor.
 ENCODER_SETTINGS = ("interpolate_pos_encoding",)
 Media = dict[str, dict[str, Any]]
+
+
+class ClientNames(ProcessorMixin):
+    """Attributes of transformers' processors that clients look for, by kind, where there is one modality of that."""
+
+    config: MultimodalConfig
+    processors: dict[Any, Any]
+    placeholder_ids: Any
+    _count_of_size: Any
+
+    def _attribute(self, kind: str, what: str) -> Any:
+        names = self.config.modalities_of_kind(kind)
+        if len(names) == 1:
+            value = self.processors.get(names[0]) if what == "processor" else self.config.modality(names[0])[what]
+            if value is not None:
+                return value
+        raise AttributeError(f"this processor has not exactly one modality of the kind {kind!r} with a {what}")
+
+    image_processor = property(lambda self: self._attribute("image", "processor"))
+    video_processor = property(lambda self: self._attribute("video", "processor"))
+    feature_extractor = property(lambda self: self._attribute("audio", "processor"))
+    image_token = property(lambda self: self._attribute("image", "token"))
+    video_token = property(lambda self: self._attribute("video", "token"))
+    audio_token = property(lambda self: self._attribute("audio", "token"))
+    image_token_id = property(lambda self: self._attribute("image", "token_id"))
+    video_token_id = property(lambda self: self._attribute("video", "token_id"))
+    audio_token_id = property(lambda self: self._attribute("audio", "token_id"))
+
+    def create_mm_token_type_ids(self, input_ids) -> list[list[int]]:
+        """As in transformers, for ids ``(batch, length)``: 1 on placeholders of images, 2 of videos, 3 of sounds, 0 elsewhere.
+
+        ValueError for placeholders of another kind, which have no number.
+        """
+        rows = [row if isinstance(row, list) else row.tolist() for row in input_ids]
+        for name, number in self.placeholder_ids.items():
+            kind = self.config.modality(name)["kind"]
+            if kind not in MEDIA_KINDS and any(number in row for row in rows):
+                raise ValueError(f"{name}: mm_token_type_ids have no number for the kind {kind!r}: leave them out.")
+        return super().create_mm_token_type_ids(rows)
+
+    def _ids_of_kind(self, kind: str) -> list[int]:
+        return [self.placeholder_ids[name] for name in self.config.modalities_of_kind(kind)]
+
+    image_token_ids = property(lambda self: self._ids_of_kind("image"))
+    video_token_ids = property(lambda self: self._ids_of_kind("video"))
+    audio_token_ids = property(lambda self: self._ids_of_kind("audio"))
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes=None, video_sizes=None, audio_lengths=None, **kwargs: Any
+    ) -> MultiModalData:
+        """As in transformers: how many placeholder tokens items of these sizes will give, by arithmetic or on shapes alone.
+
+        Args:
+            image_sizes, video_sizes: ``(height, width)`` of each image, ``(frames, height, width)`` of each video.
+            audio_lengths: samples of each sound, at the rate that its feature extractor expects.
+            **kwargs: options of single processors, as in a call.
+
+        ValueError where there is not one modality of that kind.
+        """
+        options, found = media_options(self.config, self.processors, {}, kwargs), dict[str, list[int]]()
+        if kwargs:
+            raise TypeError(f"Unknown arguments {sorted(kwargs)}: expected options of single processors, as in a call.")
+        for kind, sizes in {"image": image_sizes, "video": video_sizes, "audio": audio_lengths}.items():
+            if sizes is None:
+                continue
+            if len(names := self.config.modalities_of_kind(kind)) != 1:
+                raise ValueError(f"Sizes of the kind {kind!r} need one encoder of that kind, the model has {names}.")
+            each = [self._count_of_size(names[0], kind, i, size, options[names[0]]) for i, size in enumerate(sizes)]
+            found[f"num_{kind}_tokens"] = [count for count, _ in each]
+            if kind == "image":
+                found["num_image_patches"] = [patches for _, patches in each]
+        return MultiModalData(**found)
 
 
 def call_arguments(config: MultimodalConfig, processors: Mapping[str, Any]) -> list[str]:
@@ -187,37 +252,6 @@ def _add_items(media: Media, name: str, items: Any) -> None:
 
 
 # ---- which options each part takes
-
-
-def options_of(processor: Any, kind: str) -> frozenset[str] | None:
-    """Names of the options that a modality's processor takes in a call; None for a callable that takes any."""
-    if isinstance(processor, PreTrainedTokenizerBase):  # without a mask, padding would pass for text
-        return TEXT_OPTIONS - _OF_ALL_PARTS - {"return_attention_mask"}
-    sampling = set(SAMPLING) if kind == "video" or is_video_processor(processor) else set()
-    if is_video_processor(processor):
-        read = set(processor.valid_kwargs.__annotations__) - {"return_metadata"} | {
-            "do_sample_frames",
-            "video_metadata",
-        }
-    elif isinstance(processor, ImageProcessingMixin):
-        cls: Any = type(processor)
-        read = set(_read_by_images(cls))
-    elif processor is None:
-        return frozenset()
-    else:
-        parameters = list(inspect.signature(processor).parameters.values())
-        if not isinstance(processor, FeatureExtractionMixin) and any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return None
-        read = {p.name for p in parameters[1:] if p.kind is not p.VAR_KEYWORD}  # without the items
-    return frozenset((read | sampling) - _OF_ALL_PARTS)
-
-
-@lru_cache(maxsize=256)
-def _read_by_images(cls: Any) -> frozenset[str]:
-    methods = [getattr(cls, name) for name in _READERS if hasattr(cls, name)]
-    named = {name for method in methods for name in inspect.signature(method).parameters}
-    valid = getattr(getattr(cls, "valid_kwargs", None), "__annotations__", named - {"self", "images", "kwargs"})
-    return frozenset(named & set(valid))
 
 
 def flat_options(processor: Any, kind: str) -> frozenset[str]:

@@ -27,6 +27,7 @@ _NEEDS = {  # what an option is nothing without
 }
 _CONTRARY = {"add_generation_prompt": "begins a new message", "return_assistant_tokens_mask": "tells whole turns"}
 _NO_SWITCHES = ("return_tensors", "continue_final_message")  # options that are more than True or False
+PART_TYPES = {"image_url": "image"}  # OpenAI's word for a kind
 NO_ITEM = object()  # a part that tells where an item stands, but not which
 
 
@@ -142,7 +143,7 @@ class ConversationReader:
                 raise ValueError(f"A part of type 'text' has an item as its {held}: give it a part of its own.")
             # A table fills keys of other parts in; templates ask for some of them.
             return {k: self._marked(v) for k, v in part.items() if k not in media_keys and v is not None}
-        kind = "image" if part["type"] == "image_url" else part["type"]  # OpenAI's word for it
+        kind: Any = PART_TYPES.get(part["type"], part["type"])
         names = self.names_of(kind)
         item = _payload(part, [kind, *(self.kinds[name] for name in names)])
         for name in names:

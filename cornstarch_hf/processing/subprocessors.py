@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from transformers.image_utils import get_image_size_for_max_height_width
 from ..limits import check, check_image
 from ..parts.known_encoders import encoder_type
 from .media import image_form, layout_of_call, ready_image
-from .placeholder_text import check_text, check_values
+from .placeholder_text import TEXT_OPTIONS, check_text, check_values
 from .sounds import ready_audio
-from .video import FRAME_MASK, is_video_processor, run_on_frames, run_video_processor, video_of_size
+from .video import FRAME_MASK, SAMPLING, is_video_processor, run_on_frames, run_video_processor, video_of_size
 
 
 class ItemProcessor(FeatureExtractionMixin):
@@ -31,6 +32,10 @@ class ItemProcessor(FeatureExtractionMixin):
 
 ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
 _PARTS = {"image": ["image_processor"], "video": ["video_processor", "image_processor"], "audio": ["feature_extractor"]}
+_OF_ALL_PARTS = {"return_tensors", "return_mm_token_type_ids", "return_offsets_mapping", "name"}
+# Methods of image processors that read settings by name; what lands in their `**kwargs` is read by none.
+_READERS = ["_preprocess", "preprocess", "process_image", "_prepare_image_like_inputs", "_preprocess_image_like_inputs"]
+_READERS += ["_standardize_kwargs"]
 # Attributes of configurations whose positions are computed or relative, for texts of any length.
 _ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attention_num_buckets")
 
@@ -91,6 +96,37 @@ def resolve_subprocessor(processor: Any, kind: str, name: str) -> Any:
 def sampling_rate_of(processor: Any) -> int | None:
     """The rate in Hz that a feature extractor expects, None for other processors."""
     return getattr(processor, "sampling_rate", None) if isinstance(processor, FeatureExtractionMixin) else None
+
+
+def options_of(processor: Any, kind: str) -> frozenset[str] | None:
+    """Names of the options that a modality's processor takes in a call; None for a callable that takes any."""
+    if isinstance(processor, PreTrainedTokenizerBase):  # without a mask, padding would pass for text
+        return TEXT_OPTIONS - _OF_ALL_PARTS - {"return_attention_mask"}
+    sampling = set(SAMPLING) if kind == "video" or is_video_processor(processor) else set()
+    if is_video_processor(processor):
+        read = set(processor.valid_kwargs.__annotations__) - {"return_metadata"} | {
+            "do_sample_frames",
+            "video_metadata",
+        }
+    elif isinstance(processor, ImageProcessingMixin):
+        cls: Any = type(processor)
+        read = set(_read_by_images(cls))
+    elif processor is None:
+        return frozenset()
+    else:
+        parameters = list(inspect.signature(processor).parameters.values())
+        if not isinstance(processor, FeatureExtractionMixin) and any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return None
+        read = {p.name for p in parameters[1:] if p.kind is not p.VAR_KEYWORD}  # without the items
+    return frozenset((read | sampling) - _OF_ALL_PARTS)
+
+
+@lru_cache(maxsize=256)
+def _read_by_images(cls: Any) -> frozenset[str]:
+    methods = [getattr(cls, name) for name in _READERS if hasattr(cls, name)]
+    named = {name for method in methods for name in inspect.signature(method).parameters}
+    valid = getattr(getattr(cls, "valid_kwargs", None), "__annotations__", named - {"self", "images", "kwargs"})
+    return frozenset(named & set(valid))
 
 
 def image_channels(encoder_config: Any) -> int:

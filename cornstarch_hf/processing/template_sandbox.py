@@ -5,9 +5,7 @@ and test is a step of a `Budget`, and what could grow is measured before it is m
 (filters, globals, the tags `generation`, `break`, `continue`) is what transformers gives it.
 """
 
-import contextlib
 import functools
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView
@@ -17,17 +15,14 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ..limits import cap, check
+from .template_environment import Spans, TemplateEnvironment, printed
 
 REFUSED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _BITS = 4096  # of an integer that a template computes
 _WIDTH = 10_000  # of a padded or indented string
-_ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89a-f][0-9a-f]{2})")  # behind an even number of backslashes
-Spans = list[tuple[int, int]]
 
 
 class TemplateLimit(jinja2.TemplateError, ValueError):
@@ -169,15 +164,13 @@ _OF_LISTS = frozenset(
 # ---- the parts of a template that are counted
 
 
-class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """An environment of transformers' chat templates with the bounds of this module."""
+class BoundedEnvironment(TemplateEnvironment):
+    """The environment of chat templates with the bounds of this module."""
 
     intercepted_binops = frozenset(OPERATORS)
 
     def __init__(self) -> None:
-        theirs = _compile_jinja_template("").environment
-        extensions = [type(extension) for extension in theirs.extensions.values()]
-        super().__init__(trim_blocks=theirs.trim_blocks, lstrip_blocks=theirs.lstrip_blocks, extensions=extensions)
+        super().__init__()
         self.filters, self.tests, self.globals = _tables()
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -225,17 +218,11 @@ def _made(value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """What is written out: containers as Python prints them, but for marks, halves of surrogate pairs, which it escapes."""
-    printed = isinstance(_made(value), (Mapping, list, tuple, MappingView))
-    return _ESCAPED.sub(lambda found: found[1] + chr(int(found[2], 16)), str(value)) if printed else value
+    return printed(_made(value))
 
 
 def _strings(parts: list[Any]) -> str:
     return "".join(str(_text(part)) for part in _made(parts))
-
-
-def _as_string(value: Any) -> str:
-    return str(_text(value))
 
 
 def _compared(value: Any) -> Any:
@@ -306,25 +293,13 @@ def _bounded_test(function: Callable) -> Callable:
     return bounded
 
 
-def _as_json(value: Any, ensure_ascii: bool = False, *given: Any, **named: Any) -> str:
-    """As transformers' `tojson`; marks, halves of surrogate pairs, are not escaped, as nothing would find them then."""
-    text = _compile_jinja_template("").environment.filters["tojson"](value, False, *given, **named)
-    return (
-        re.sub(r"[^\x00-\x7f\ud800-\udfff]", lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
-    )
-
-
-_OWN = {"tojson": _as_json, "string": _as_string}
-
-
 @functools.cache
 def _tables() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The filters, tests and globals that transformers' chat templates find, bounded."""
-    theirs = _compile_jinja_template("").environment
-    filters = {n: _bounded_filter(n, f) for n, f in (theirs.filters | _OWN).items()}
-    filters = {n: f for n, f in filters.items() if n not in REFUSED_FILTERS}
+    theirs = TemplateEnvironment()
+    filters = {n: _bounded_filter(n, f) for n, f in theirs.filters.items() if n not in REFUSED_FILTERS}
     filters |= {function.__name__: function for function in (_loop, _strings, _made, _text, _compared, _part)}
-    tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}
+    tests = {name: _bounded_test(test) for name, test in theirs.tests.items()}  # type: ignore[arg-type]
     return filters, tests, {name: value for name, value in theirs.globals.items() if name != "lipsum"}  # endless text
 
 
@@ -362,23 +337,18 @@ def render_template(
         jinja2.TemplateError, ValueError, TypeError: the template refuses the conversation, or fails.
     """
     made, code = BoundedEnvironment(), _compiled(template)  # an environment's tracker of generation marks holds a state
-    program = jinja2.Template.from_code(made, code, made.make_globals(None))
     given = plain({"messages": messages, **variables})
-    blocks: list[str] = []
-    spans: Spans = []
-    size = 0
     outer = _budget.set(Budget())  # of this rendering alone
     try:
-        with made.activate_tracker(blocks, spans) if mark_assistant else contextlib.nullcontext():  # type: ignore[attr-defined]
-            for block in program.generate(given):
-                size += len(block)
-                _check(size, "MAX_TEMPLATE_OUTPUT", "the characters that the chat template writes are")
-                blocks.append(block)
+        return made.write(code, given, mark_assistant, _check_output)
     except (RecursionError, OverflowError, MemoryError) as error:
         raise TemplateLimit(f"The chat template goes too deep or too far ({type(error).__name__}).") from error
     finally:
         _budget.reset(outer)
-    return "".join(blocks), [tuple(span) for span in spans]
+
+
+def _check_output(size: int) -> None:
+    _check(size, "MAX_TEMPLATE_OUTPUT", "the characters that the chat template writes are")
 
 
 def plain(value: Any) -> Any:

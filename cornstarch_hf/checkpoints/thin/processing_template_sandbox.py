@@ -1,14 +1,22 @@
 """Chat templates rendered as transformers renders them: the checkpoint that brings one brought this code too."""
 
+import functools
+from types import CodeType
 from typing import Any
 
 import jinja2
 from transformers.utils import chat_template_utils
-from transformers.utils.chat_template_utils import render_jinja_template
+
+from ...processing.template_environment import Spans, TemplateEnvironment
 
 
 class TemplateLimit(jinja2.TemplateError, ValueError):
     """A chat template went beyond its bounds, of which there are none here."""
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(template: str) -> CodeType:
+    return TemplateEnvironment().compiled(template)
 
 
 def template_contents(template: str) -> tuple[frozenset[str], str]:
@@ -21,10 +29,7 @@ def template_contents(template: str) -> tuple[frozenset[str], str]:
 
 def render_template(
     messages: list[dict[str, Any]], template: str, *, mark_assistant: bool = False, **variables: Any
-) -> tuple[str, list[tuple[int, int]]]:
+) -> tuple[str, Spans]:
     """The text of one conversation, and where the template's `generation` blocks lie in it."""
-    found: Any = render_jinja_template(
-        [messages], chat_template=template, return_assistant_tokens_mask=mark_assistant, **variables
-    )
-    texts, spans = found
-    return texts[0], [tuple(span) for span in spans[0]] if spans else []
+    code = _compiled(template)
+    return TemplateEnvironment().write(code, {"messages": messages, **variables}, mark_assistant)
