@@ -12,7 +12,7 @@ from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwarg
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from ..limits import check_switch
-from .media import ready_tensors
+from .media import check_kinds, ready_tensors
 from .placeholder_text import (
     TEXT_OPTIONS,
     MarkedText,
@@ -281,6 +281,11 @@ def check_options(processor: Any, kind: str, name: str, options: Mapping[str, An
     if isinstance(processor, PreTrainedTokenizerBase):
         check_values(options, name)
         check_lengths({"padding": True, "truncation": False, **options}, options, name)
+    elif taken is not None and processor is not None:
+        check_kinds(processor, name, options)
+        by_rate = options.get("fps") or (options.get("num_frames") is None and getattr(processor, "fps", None))
+        if options.get("source_fps") is not None and not by_rate and not hasattr(processor, "get_video_processor_dict"):
+            raise ValueError(f"{name}: source_fps= does nothing without fps=, the frames per second that are kept.")
     for key, switch in _SWITCHES.items() if isinstance(processor, ImageProcessingMixin) else ():
         if options.get(key) is not None and not options.get(switch, getattr(processor, switch, True)):
             raise ValueError(

@@ -11,13 +11,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from ..limits import cap, check, check_image
+from ..limits import cap, check, check_image, check_switch, is_count
+from .placeholder_text import check_lengths
 
 # At most 8 bits per channel, and Pillow converts them.
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
@@ -329,3 +331,18 @@ def layout_of_call(processor: Any, images: Iterable[Any], form: ImageForm) -> di
         return {"input_data_format": form.wanted} if known else {}
     # Of PIL images each backend knows it; one that was set for arrays must not speak of them.
     return {} if getattr(processor, "input_data_format", None) is None else {"input_data_format": None}
+
+
+def check_kinds(processor: Any, name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of kinds that they do not have, and lengths that would be left aside (TypeError, ValueError)."""
+    defaults = {key: parameter.default for key, parameter in inspect.signature(processor).parameters.items()}
+    for key in sorted(set(options) - {"padding", "truncation"}):  # some processors have words for these
+        default = defaults.get(key, getattr(processor, key, None))
+        if key.startswith(("do_", "return_")) or isinstance(default, bool):
+            check_switch(options[key], f"{name}: {key}")
+    resample, filters = options.get("resample"), {one.name: int(one) for one in Image.Resampling}
+    known = isinstance(resample, Enum) or (is_count(resample, least=0) and resample in filters.values())
+    if resample is not None and not known:
+        raise ValueError(f"{name}: resample must be one of PIL.Image.Resampling, {filters}, got {resample!r:.100}.")
+    if defaults.get("truncation") is False:  # feature extractors that are called with padding=True
+        check_lengths({"padding": True, "truncation": False, **options}, options, name)

@@ -288,7 +288,8 @@ def _called(processor: Any, name: str, items: list, options: Mapping[str, Any], 
                 size = tuple(item.shape) if hasattr(item, "shape") else getattr(item, "size", None)
                 size = " x ".join(map(str, size)) if isinstance(size, tuple) and len(size) == 2 else size
                 failure = f"{type(processor).__name__} cannot process it, its size is {size}"
-                raise kind(f"{name}, item {first + i}: {failure} ({type(cause).__name__}: {cause!s:.300}).") from cause
+                told = f"({type(cause).__name__}: {cause!s:.300}); its options are {options!r:.300}"
+                raise kind(f"{name}, item {first + i}: {failure} {told}.") from cause
             shapes.append(tuple(next(iter(one.values())).shape[1:]))
         if len(set(shapes)) > 1:
             raise ValueError(_uneven(processor, name, shapes)) from error

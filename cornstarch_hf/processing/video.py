@@ -152,7 +152,8 @@ def _processed(processor: Any, where: str, frames: list[Any], options: dict[str,
         output = processor([frames] if whole else frames, return_tensors="pt", **options)
     except Exception as error:
         failure = f"{type(processor).__name__} cannot process its {len(frames)} frames"
-        raise ValueError(f"{where}: {failure} ({type(error).__name__}: {error!s:.300}).") from error
+        told = f"({type(error).__name__}: {error!s:.300}); its options are {options!r:.300}"
+        raise ValueError(f"{where}: {failure} {told}.") from error
     if packed := [key for key in output if key.endswith(PATCH_GRIDS)]:
         packs = f"{type(processor).__name__} packs the patches of images ({packed[0]}) and cannot make those of a video"
         remedy = "give the encoder's video processor (it needs torchvision: pip install torchvision)."

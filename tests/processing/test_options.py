@@ -1,17 +1,21 @@
 """Every keyword of everything that the processor wraps: it changes what a call gives, or raises, or the table says why neither."""
 
 import copy
+import functools
 import inspect
+import re
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from helpers import compose_tiny
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 from transformers.processing_utils import AudioKwargs, ImagesKwargs, ProcessingKwargs, TextKwargs, VideosKwargs
 
+from cornstarch_hf import compose
 from cornstarch_hf.processing.call import TEXT_OPTIONS, call_arguments, options_of
 
 SIZES = [(20, 30), (14, 9)]
@@ -191,3 +195,84 @@ def test_every_reason_is_of_a_keyword_that_changes_nothing_somewhere(processors)
         keys = [encoder] if encoder else ENCODERS
         taking = [key for key in keys if keyword in of_the_part(processors[key], key)]
         assert any(not changes(processors[key], key, keyword, "part") for key in taking), keyword
+
+
+def kinds_of(part, key):
+    """``{keyword: "switch" or "number"}`` of a part's options, by what transformers and its signature annotate."""
+    typed = ImagesKwargs if hasattr(part, "backend") else TextKwargs if key == "esm" else AudioKwargs
+    own = {p.name: p.annotation for p in inspect.signature(part.__call__).parameters.values()}
+    valid = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
+    found = {}
+    for keyword in options_of(part, {"whisper": "audio", "wav2vec2": "audio", "esm": "text"}.get(key, "image")):
+        told = {str(where[keyword]) for where in (typed.__annotations__, own, valid) if keyword in where}
+        if any(re.search(r"\bstr\b|Strategy|Tensor", one) for one in told):
+            continue  # has words
+        if told and all("bool" in one for one in told):
+            found[keyword] = "switch"
+        elif told and all(re.search(r"\bint\b|float", one) for one in told):
+            found[keyword] = "number"
+    return found
+
+
+WRONG = {"switch": ["x", "False", 7, 0.5, [True]], "number": ["x", ["x"]]}
+
+
+@pytest.mark.parametrize("how", ["part", "flat"])
+@pytest.mark.parametrize("key", ENCODERS)
+def test_values_of_another_kind_are_refused_with_the_name_of_their_option(processors, key, how):
+    processor, name = processors[key], tiny.ENCODERS[key][0]
+    kinds = kinds_of(processor.processors[name], key)
+    assert set(kinds.values()) == {"switch", "number"}
+    taken = []
+    for keyword, kind in kinds.items():
+        if how == "flat" and keyword not in call_arguments(processor.config, processor.processors):
+            continue
+        for value in WRONG[kind]:
+            given = {keyword: value} if how == "flat" else {f"{name}_kwargs": {keyword: value}}
+            try:
+                called(processor, key, **given)
+            except (TypeError, ValueError) as error:
+                assert keyword in str(error), f"{keyword}={value!r} is not named: {error}"
+            else:
+                taken.append((keyword, value))
+    assert taken == []
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "match"),
+    [
+        ("whisper", {"do_normalize": "x"}, "audio: do_normalize must be True or False, got 'x'"),
+        ("clip", {"resample": "x"}, r"vision: resample must be one of PIL.Image.Resampling, .*'BICUBIC': 3.*, got 'x'"),
+        ("clip", {"resample": 99}, "got 99"),
+        ("clip", {"resample": True}, "got True"),
+        ("wav2vec2", {"max_length": 900}, "audio: max_length= does nothing here: pass truncation=True to cut"),
+        ("wav2vec2", {"max_length": 900, "truncation": False}, "audio: max_length= does nothing here"),
+        ("wav2vec2", {"padding": "x"}, "its options are .*'padding': 'x'"),
+        ("qwen2_vl", {"patch_size": -1}, "its options are .*'patch_size': -1"),
+        ("film", {"source_fps": 3}, "source_fps= does nothing without fps="),
+        ("film", {"source_fps": 3, "num_frames": 2}, "source_fps= does nothing without fps="),
+        ("film", {"source_fps": "x", "fps": 1}, "source_fps='x'"),
+    ],
+)  # fmt: skip
+def test_options_that_would_do_nothing_or_another_thing(processors, key, options, match):
+    if key == "film":
+        parts = {"film": {"model": tiny.clip(), "processor": tiny.clip_processor(), "kind": "video"}}
+        _, processor = compose(tiny.llama(), parts, "linear", tokenizer=tiny.tokenizer())
+        call = functools.partial(processor, text="<video>", videos=[[tiny.image(i) for i in range(3)]])
+        assert call(videos_kwargs={"source_fps": 3, "fps": 1})
+    else:
+        call = functools.partial(called, processors[key], key)
+    with pytest.raises((TypeError, ValueError), match=match):
+        call(**{f"{'film' if key == 'film' else tiny.ENCODERS[key][0]}_kwargs": options})
+
+
+@pytest.mark.parametrize("filter", [0, 3, Image.Resampling.BICUBIC])
+def test_filters_of_resampling_are_taken(processors, filter):
+    assert called(processors["clip"], "clip", vision_kwargs={"resample": filter})
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_length": 900, "truncation": True}, {"max_length": 4_000, "padding": "max_length"}]
+)
+def test_lengths_that_cut_or_fill_up_are_taken(processors, options):
+    assert called(processors["wav2vec2"], "wav2vec2", audio_kwargs=options)
