@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..parts.adapters import unwrapped
 from ..parts.signatures import forward_parameters
@@ -85,18 +86,25 @@ def find_stand_in(model: Any, name: str) -> dict[str, Tensor]:
 def run_stand_in(encoder: ModalEncoderModule, inputs: dict[str, Tensor]) -> list[Tensor]:
     """The features of a stand-in, one ``(n, hidden)`` tensor per item.
 
-    In evaluation mode: nothing is drawn at random, and no statistics of batches change.
+    In evaluation mode, but for what is checkpointed: nothing is drawn at random, and no statistics of batches change.
     """
     modes = {module: module.training for module in encoder.modules()}
-    if any(isinstance(module, nn.SyncBatchNorm) and modes[module] for module in modes):
-        told = "its SyncBatchNorm waits for the statistics of every process, and this one has no item"
+    # These run again in the backward pass, in the mode that they have then, and gather their weights again.
+    again = {m for top in modes if getattr(top, "gradient_checkpointing", False) for m in top.modules()}
+    norms = [module for module, training in modes.items() if training and isinstance(module, _BatchNorm)]
+    waits = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
+    if waits or (is_sharded(encoder) and not again.isdisjoint(norms)):
+        told = "its batch norms would count what stands in for an item that this process does not have"
         raise ValueError(f"{encoder.name}: {told}: freeze it, or give each step of each process an item.")
+    again = again if again.isdisjoint(norms) else set()
     weight = first_weight(encoder)
     device = torch.device("cpu") if weight is None or weight.is_meta else weight.device
+    inputs = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in inputs.items()}
     try:
-        for module in modes:
+        for module in modes.keys() - again:
             module.training = False
-        items = encoder(**{k: x.to(device) if isinstance(x, Tensor) else x for k, x in inputs.items()}).pooler_output
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            items = encoder(**inputs).pooler_output
     finally:
         for module, training in modes.items():
             module.training = training

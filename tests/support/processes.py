@@ -105,6 +105,7 @@ def zero(stage, folder, kinds, options, rank):
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     engine, *_ = deepspeed.initialize(model=model.float(), optimizer=optimizer(model), config=config)
