@@ -14,6 +14,7 @@ from .checkpoints.storage import MultimodalStorageMixin, check_replaced
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.module import ModalEncoderModule, build_parts
+from .encoders.stand_ins import find_stand_in, idle_encoders, run_stand_in
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import EmbeddingsMixin, cached_length, run_backbone, run_language_model, text_keywords
 from .language_model.generation import MultimodalGenerationMixin
@@ -99,6 +100,7 @@ class MultimodalModel(
         self.language_model = language_model
         self.loss_type = "ForCausalLM"  # transformers would guess it from the name of the class
         self._inherit_from_language_model(supplied)
+        self._stand_ins: dict[str, dict[str, Tensor]] = {}  # by modality, as far as they were needed
         self._untied = untied_weights(self) if supplied else frozenset()  # a live head without its tie stays as it is
         self.post_init()  # when all parts are there: it gathers their tied weights
         if not supplied:
@@ -199,13 +201,17 @@ class MultimodalModel(
         paged = is_paged(cache)
         # each encoder's tensors, and what is the language model's
         media, text = self._route(kwargs, PAGED_INPUTS if paged else frozenset())
-        outputs = self._encode(media, given)  # pooler_output: per item (n_i, hidden)
-        masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)  # (batch, length) by modality
         # Continuous batching is asked for placeholders at its door: no step of it may wait for the device.
         prefill = not paged and cached_length(cache) == 0
+        tokens: Any = inputs_embeds if input_ids is None else input_ids
+        decodes = paged or (not prefill and tokens is not None and tokens.shape[1] == 1)
+        encoded = given is not None and not torch.is_grad_enabled()  # by `generate`, in every process
+        # pooler_output: per item (n_i, hidden); features of encoders that ran without an item, (n, hidden) each
+        outputs, unused = self._encode(media, given, None if decodes or encoded else [inputs_embeds])
+        masks = self._placeholder_masks(input_ids, inputs_embeds, text_only=not outputs)  # (batch, length) by modality
         self._check_merge(masks, outputs, encoded_here=set(media), prefill=prefill)
         # Text alone stays ids (batch, length); with features it becomes embeddings (batch, length, hidden).
-        ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text)
+        ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text, unused)
         return {"input_ids": ids, "inputs_embeds": embeds, **text}, masks, outputs
 
     def _attach_features(self, output: ModelOutput, outputs: EncoderOutputs) -> None:
@@ -261,13 +267,24 @@ class MultimodalModel(
             )
         return media, text
 
-    def _encode(self, media: dict[str, dict[str, Any]], given: dict[str, Any] | None) -> EncoderOutputs:
+    def _encode(
+        self, media: dict[str, dict[str, Any]], given: dict[str, Any] | None, others: list[Any] | None
+    ) -> tuple[EncoderOutputs, list[Tensor]]:
+        """Outputs by modality, and features of encoders that run without an item; `others` have gradients, None: none."""
         outputs: EncoderOutputs = {self._named(key): value for key, value in (given or {}).items() if value is not None}
-        for name, inputs in media.items():
-            if name in outputs:
-                raise ValueError(f"{name}: give either its inputs or its mm_encoder_outputs, not both.")
-            outputs[name] = self.encoders[name](**inputs)
-        return outputs
+        if twice := sorted(set(outputs) & set(media)):
+            raise ValueError(f"{twice[0]}: give either its inputs or its mm_encoder_outputs, not both.")
+        ready = [item for output in outputs.values() for item in output.pooler_output]
+        idle = [] if others is None else idle_encoders(self, {*outputs, *media}, [*others, *ready])
+        unused: list[Tensor] = []
+        for name, encoder in self.encoders.items():  # in this order in every process
+            if name in media:
+                outputs[name] = encoder(**media[name])
+            elif name in idle:
+                if name not in self._stand_ins:
+                    self._stand_ins[name] = find_stand_in(self, name)
+                unused += run_stand_in(encoder, self._stand_ins[name])
+        return outputs, unused
 
     @PerInstanceSignature
     def get_image_features(

@@ -123,6 +123,11 @@ class FeatureCounter:
         check_features(count, name)  # each time: a user may lower the cap, or raise it and ask again
         return count
 
+    def dry_count(self, name: str, inputs: Mapping[str, Any]) -> int:
+        """Features of one item by a dry run of the whole encoder, callbacks and projector (ValueError if it fails)."""
+        with self._lock:
+            return sum(map(len, self._output(name, inputs, ModalEncoderModule.__call__).pooler_output))
+
     def has_preprocessing(self, name: str) -> bool:
         """Whether a callback sees the inputs of an encoder before it does."""
         own = self.own[name].callbacks if name in self.own else {}

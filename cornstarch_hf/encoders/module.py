@@ -119,6 +119,8 @@ class ModalEncoderModule(nn.Module):
         if trim and set(MASKS).isdisjoint(self.parameter_names):
             told = f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}"
             raise ValueError(f"{self.kind}: {told}: leave it out.")
+        # Inputs of one item, by which it runs in a step that has none; None: `stand_ins` finds some where they are needed.
+        self.stand_in: dict[str, Tensor] | None = None
         self.name = self.kind  # until composing gives it the modality's name
 
     @property

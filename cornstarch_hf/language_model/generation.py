@@ -312,7 +312,8 @@ class MultimodalGenerationMixin:
         """Run the encoders and hand their outputs on, so that no step and no beam runs them again."""
         keywords = [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
         media, _ = self._route({key: model_kwargs.pop(key) for key in keywords if key in model_kwargs})
-        outputs = self._encode(media, model_kwargs.get("mm_encoder_outputs"))  # by name, items of (n_i, hidden) each
+        # By name, items of (n_i, hidden) each; `unused` are of encoders that run because those of other processes do.
+        outputs, unused = self._encode(media, model_kwargs.get("mm_encoder_outputs"), [])
         is_ids = model_input_name != "inputs_embeds"
         ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
         masks = self._placeholder_masks(ids, embeds, text_only=not outputs)  # by name, (batch, length)
@@ -333,7 +334,7 @@ class MultimodalGenerationMixin:
                 "prefill_chunk_size, or upgrade transformers to 5.23."
             )
         model_kwargs.pop("mm_encoder_outputs", None)
-        return model_kwargs | ({"mm_encoder_outputs": outputs} if outputs else {})
+        return model_kwargs | ({"mm_encoder_outputs": outputs} if outputs or unused else {})
 
     def _expand_multimodal_outputs(
         self, input_ids: Any, mm_encoder_output: dict[str, Any], expand_size: int = 1, inputs_embeds: Any = None

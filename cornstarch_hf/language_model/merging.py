@@ -213,6 +213,26 @@ def check_text_requests(model: Any, prompts: Sequence[Sequence[int]], keywords: 
         raise ValueError(f"attention_mask: {batching}: leave the padding out of them.")
 
 
+class _Unused(torch.autograd.Function):
+    """Embeddings as they are; features that take part in the backward pass, with gradients that are exactly zero."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, *features: Tensor) -> Tensor:
+        ctx.features = [(x.shape, x.dtype, x.device) for x in features]
+        return embeddings.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        zeros: Iterator = (torch.zeros(shape, dtype=kind, device=place) for shape, kind, place in ctx.features)
+        return (*gradients, *zeros)
+
+
+def with_unused(embeddings: Tensor, features: list[Tensor]) -> Tensor:
+    """Embeddings ``(batch, length, hidden)``, equal to the bit, whose backward pass runs through features besides."""
+    used = [x for x in features if x.requires_grad]
+    return _Unused.apply(embeddings, *used) if used and torch.is_grad_enabled() else embeddings
+
+
 class MergingMixin(PreTrainedModel):
     """How a composed model puts features in the places of its placeholders."""
 
@@ -284,11 +304,17 @@ class MergingMixin(PreTrainedModel):
                     f"encoder (0 features): pass {list(entry['input_names'])}."
                 )
 
-    def _merge(self, input_ids, inputs_embeds, outputs: dict[str, Any], masks: dict[str, Tensor], text: dict[str, Any]):
-        """``(input_ids, None, text)`` for text alone, else ``(None, embeddings with the features in them, text)``."""
-        if not outputs:
-            return input_ids, inputs_embeds, text
-        every = torch.stack(list(masks.values())).any(0)  # (modalities, batch, length) -> (batch, length)
+    def _merge(
+        self, input_ids, inputs_embeds, outputs: dict[str, Any], masks: dict[str, Tensor], text: dict[str, Any], unused
+    ):
+        """``(input_ids, None, text)`` for text alone, else ``(None, embeddings with the features in them, text)``.
+
+        `unused` features get gradients, which are zero, and are nowhere.
+        """
+        if not outputs and (not unused or input_ids is None):
+            return input_ids, with_unused(inputs_embeds, unused) if unused else inputs_embeds, text
+        # (modalities, batch, length) -> (batch, length)
+        every = torch.stack(list(masks.values())).any(0) if masks else torch.zeros_like(input_ids, dtype=torch.bool)
         # The language model's other inputs get those that it computes from the ids, which are gone then.
         given = {key for key, value in text.items() if value is not None}
         text = text | id_inputs(self.language_model, input_ids, every, given)
@@ -300,7 +326,7 @@ class MergingMixin(PreTrainedModel):
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
             # features: (all of the modality's, hidden), in the order of their placeholders
             inputs_embeds = scatter_features(inputs_embeds, masks[name].to(inputs_embeds.device), features)
-        return None, inputs_embeds, text
+        return None, with_unused(inputs_embeds, unused), text
 
     def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:
         """Labels ``(batch, length)`` with -100 at placeholders; so are the `shift_labels` in `text` (in place)."""
