@@ -11,6 +11,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..limits import cap, check, check_image
 # At most 8 bits per channel, and Pillow converts them.
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
 FIRST, LAST = "channels_first", "channels_last"  # of the three axes of an image
+_IMAGE_KEYS = ("image", "bytes", "url", "path", "base64")  # under which a dict holds an image
 # How deep lists of numbers are nested that are one item.
 LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
 
@@ -115,9 +117,9 @@ def ready_image(item: Any, where: str, form: ImageForm) -> Any:
             one of those.
         where: modality and item, for messages.
     """
-    item = held(item, ("image", "bytes", "url", "path", "base64"), otherwise=item)
+    item = held(item, _IMAGE_KEYS, otherwise=item)
     if is_file(item):
-        item = decoded(lambda x: _open_image(x, where), item, where, "image")
+        item = decoded(lambda x: _open_image(x, where, _oriented), item, where, "image")
     elif isinstance(item, Image.Image):
         check_image(*item.size, where)
         item = decoded(_oriented, item, where, "image")
@@ -136,11 +138,27 @@ def ready_image(item: Any, where: str, form: ImageForm) -> Any:
     raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
 
 
-def _open_image(item: Any, where: str) -> Image.Image:
+def image_size(item: Any, where: str) -> tuple[int, int] | None:
+    """``(height, width)`` that `ready_image` would give a PIL image, or one in a file by its header; None of anything else."""
+    item = held(item, _IMAGE_KEYS, otherwise=item)
+    if is_file(item):
+        return decoded(lambda x: _open_image(x, where, partial(_turned_size, where=where)), item, where, "image")
+    return decoded(partial(_turned_size, where=where), item, where, "image") if isinstance(item, Image.Image) else None
+
+
+def _turned_size(image: Image.Image, where: str) -> tuple[int, int]:
+    if image.format not in (None, "JPEG", "PNG", "WEBP"):
+        image.load()  # others have another size once they are decoded (TIFF is turned, ICO has several)
+    _check_pil(image, where)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # a quarter
+    return image.size if turned else image.size[::-1]
+
+
+def _open_image(item: Any, where: str, read: Callable[[Image.Image], Any]) -> Any:
     source = opened(item, where)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         check_image(*image.size, where)  # the header is read, the pixels are not
-        return _oriented(image)
+        return read(image)
 
 
 def _oriented(image: Image.Image) -> Image.Image:
@@ -230,7 +248,7 @@ def _without_secrets(source: str) -> str:
     return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
-def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
+def _check_pil(image: Image.Image, where: str) -> None:
     if min(image.size) == 0:
         raise ValueError(f"{where}: the image is empty (width x height = {image.size[0]} x {image.size[1]}).")
     if image.mode not in PLAIN_MODES:
@@ -238,6 +256,10 @@ def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
             f"{where}: the image has mode {image.mode!r}, expected one of {PLAIN_MODES}: more than 8 bits per channel and "
             "floats are clipped without a word by image processors. Scale it to 0..255 and convert it to 'L' or 'RGB' first."
         )
+
+
+def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
+    _check_pil(image, where)
     wanted = {1: "L", 3: "RGB"}.get(channels, image.mode)
     return image if image.mode == wanted else image.convert(wanted)  # which would copy an image that is right already
 
