@@ -11,7 +11,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,16 +141,22 @@ def image_size(item: Any, where: str) -> tuple[int, int] | None:
     """``(height, width)`` that `ready_image` would give a PIL image, or one in a file by its header; None of anything else."""
     item = held(item, _IMAGE_KEYS, otherwise=item)
     if is_file(item):
-        return decoded(lambda x: _open_image(x, where, partial(_turned_size, where=where)), item, where, "image")
-    return decoded(partial(_turned_size, where=where), item, where, "image") if isinstance(item, Image.Image) else None
+        mode, size = decoded(lambda x: _open_image(x, where, _turned), item, where, "image")
+    elif isinstance(item, Image.Image):
+        check_image(*item.size, where)
+        mode, size = decoded(_turned, item, where, "image")
+    else:
+        return None
+    _check_pil(mode, size, where)
+    return size[1], size[0]
 
 
-def _turned_size(image: Image.Image, where: str) -> tuple[int, int]:
+def _turned(image: Image.Image) -> tuple[str, tuple[int, int]]:
+    """Mode, and ``(width, height)`` as `_oriented` gives it, by an image's header where that tells."""
     if image.format not in (None, "JPEG", "PNG", "WEBP"):
         image.load()  # others have another size once they are decoded (TIFF is turned, ICO has several)
-    _check_pil(image, where)
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # a quarter
-    return image.size if turned else image.size[::-1]
+    quarter = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return image.mode, image.size[::-1] if quarter else image.size
 
 
 def _open_image(item: Any, where: str, read: Callable[[Image.Image], Any]) -> Any:
@@ -248,18 +253,18 @@ def _without_secrets(source: str) -> str:
     return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
-def _check_pil(image: Image.Image, where: str) -> None:
-    if min(image.size) == 0:
-        raise ValueError(f"{where}: the image is empty (width x height = {image.size[0]} x {image.size[1]}).")
-    if image.mode not in PLAIN_MODES:
+def _check_pil(mode: str, size: tuple[int, int], where: str) -> None:
+    if min(size) == 0:
+        raise ValueError(f"{where}: the image is empty (width x height = {size[0]} x {size[1]}).")
+    if mode not in PLAIN_MODES:
         raise ValueError(
-            f"{where}: the image has mode {image.mode!r}, expected one of {PLAIN_MODES}: more than 8 bits per channel and "
+            f"{where}: the image has mode {mode!r}, expected one of {PLAIN_MODES}: more than 8 bits per channel and "
             "floats are clipped without a word by image processors. Scale it to 0..255 and convert it to 'L' or 'RGB' first."
         )
 
 
 def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
-    _check_pil(image, where)
+    _check_pil(image.mode, image.size, where)
     wanted = {1: "L", 3: "RGB"}.get(channels, image.mode)
     return image if image.mode == wanted else image.convert(wanted)  # which would copy an image that is right already
 
