@@ -39,7 +39,7 @@ from .processing.call import (
     text_arguments,
 )
 from .processing.chats import ChatTemplating
-from .processing.media import check_finite, flatten
+from .processing.media import check_finite, flatten, image_size
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE
 from .processing.sounds import refuse_short
@@ -51,6 +51,7 @@ from .processing.subprocessors import (
     resolve_subprocessor,
     run_subprocessor,
     sampling_rate_of,
+    tells_by_size,
     tensor_names,
     tensors_of_size,
 )
@@ -152,7 +153,9 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         media = media_arguments(self.config, self.processors, by_kind, encoder_inputs, kwargs)
         if text is None and not media:
             raise ValueError(f"Nothing to process: give text=, or items of {self.config.encoders} by name or by kind.")
-        tensors, lengths, samples = self._process_media(media)  # first: the text needs the numbers of features
+        tensors, lengths, samples = self._process_media(
+            media, llm["by_size"]
+        )  # first: the text needs the numbers of features
         data: dict[str, Any] = {}
         if text is not None:
             texts, ids = [text] if isinstance(text, str) else list(text), self.placeholder_ids
@@ -174,8 +177,11 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         """Id of each modality's placeholder token."""
         return {name: self.config.modality(name)["token_id"] for name in self.tokens}
 
-    def _process_media(self, media: Media):
-        """Tensors by keyword, features of each item by modality, items per sample where they were given so."""
+    def _process_media(self, media: Media, by_size: bool | None):
+        """Tensors by keyword, features of each item by modality, items per sample where they were given so.
+
+        With `by_size` there are no tensors of images whose files tell their sizes.
+        """
         tensors: dict[str, Any] = {}
         lengths: dict[str, list[int]] = {name: [] for name in self.config.encoders}
         samples: dict[str, Any] = {}
@@ -186,7 +192,9 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
                 items, samples[name] = flatten(given.pop("items"), self.config.modality(name)["kind"])
                 if not items:
                     continue  # there are samples, none with an item
-                used, lengths[name] = self._process_items(name, items, given, settings)
+                # What the encoder is told besides may change the number of features.
+                counts = self._counted_by_size(name, items, given) if by_size and not settings else None
+                used, lengths[name] = ({}, counts) if counts else self._process_items(name, items, given, settings)
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
                 self._check_tensors(name, output)
@@ -222,6 +230,19 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
                 rate = sampling_rate_of(self.processors.get(name))
                 refuse_short(items, name, rate, options.get("sampling_rate"), features)
             raise
+
+    def _counted_by_size(self, name: str, items: list[Any], options: dict[str, Any]) -> list[int] | None:
+        """Features of each item by its size, without its pixels; None where only the processor itself tells them."""
+        kind = self.config.modality(name)["kind"]
+        if kind != "image" or not tells_by_size(self.processors.get(name)):
+            return None
+        sizes = [image_size(item, f"{name}, item {i}") for i, item in enumerate(items)]
+        if None in sizes:
+            return None
+        try:
+            return [self._count_of_size(name, kind, i, size, options)[0] for i, size in enumerate(sizes)]
+        except (ValueError, TypeError):  # which the processor says better, with the items themselves
+            return None
 
     def _used(self, name: str, output: dict[str, Any], count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What its encoder takes of a modality's tensors: by keyword, and by the encoder's own names for each item."""

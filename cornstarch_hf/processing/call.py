@@ -132,7 +132,7 @@ def text_arguments(
         raise ValueError("text was given twice: as text= and in llm_inputs.")
     text = check_texts(given.pop("text", text))
     # From this package's own callers; no tokenizer takes them.
-    internal = {key: given.pop(key, None) for key in ("assistant_spans", "item_lengths")}
+    internal = {key: given.pop(key, None) for key in ("assistant_spans", "item_lengths", "by_size")}
     known = TEXT_OPTIONS & set(TextKwargs.__annotations__)
     own = {key: getattr(tokenizer, key, value) for key, value in tokenizer.init_kwargs.items() if key in known}
     own |= given.pop("default_options", None) or {}

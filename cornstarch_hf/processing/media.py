@@ -24,6 +24,7 @@ from .placeholder_text import check_lengths
 # At most 8 bits per channel, and Pillow converts them.
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
 FIRST, LAST = "channels_first", "channels_last"  # of the three axes of an image
+_IMAGE_KEYS = ("image", "bytes", "url", "path", "base64")  # under which a dict holds an image
 # How deep lists of numbers are nested that are one item.
 LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
 
@@ -117,9 +118,9 @@ def ready_image(item: Any, where: str, form: ImageForm) -> Any:
             one of those.
         where: modality and item, for messages.
     """
-    item = held(item, ("image", "bytes", "url", "path", "base64"), otherwise=item)
+    item = held(item, _IMAGE_KEYS, otherwise=item)
     if is_file(item):
-        item = decoded(lambda x: _open_image(x, where), item, where, "image")
+        item = decoded(lambda x: _open_image(x, where, _oriented), item, where, "image")
     elif isinstance(item, Image.Image):
         check_image(*item.size, where)
         item = decoded(_oriented, item, where, "image")
@@ -138,11 +139,33 @@ def ready_image(item: Any, where: str, form: ImageForm) -> Any:
     raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
 
 
-def _open_image(item: Any, where: str) -> Image.Image:
+def image_size(item: Any, where: str) -> tuple[int, int] | None:
+    """``(height, width)`` that `ready_image` would give a PIL image, or one in a file by its header; None of anything else."""
+    item = held(item, _IMAGE_KEYS, otherwise=item)
+    if is_file(item):
+        mode, size = decoded(lambda x: _open_image(x, where, _turned), item, where, "image")
+    elif isinstance(item, Image.Image):
+        check_image(*item.size, where)
+        mode, size = decoded(_turned, item, where, "image")
+    else:
+        return None
+    _check_pil(mode, size, where)
+    return size[1], size[0]
+
+
+def _turned(image: Image.Image) -> tuple[str, tuple[int, int]]:
+    """Mode, and ``(width, height)`` as `_oriented` gives it, by an image's header where that tells."""
+    if image.format not in (None, "JPEG", "PNG", "WEBP"):
+        image.load()  # others have another size once they are decoded (TIFF is turned, ICO has several)
+    quarter = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return image.mode, image.size[::-1] if quarter else image.size
+
+
+def _open_image(item: Any, where: str, read: Callable[[Image.Image], Any]) -> Any:
     source = opened(item, where)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         check_image(*image.size, where)  # the header is read, the pixels are not
-        return _oriented(image)
+        return read(image)
 
 
 def _oriented(image: Image.Image) -> Image.Image:
@@ -232,14 +255,18 @@ def _without_secrets(source: str) -> str:
     return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
-def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
-    if min(image.size) == 0:
-        raise ValueError(f"{where}: the image is empty (width x height = {image.size[0]} x {image.size[1]}).")
-    if image.mode not in PLAIN_MODES:
+def _check_pil(mode: str, size: tuple[int, int], where: str) -> None:
+    if min(size) == 0:
+        raise ValueError(f"{where}: the image is empty (width x height = {size[0]} x {size[1]}).")
+    if mode not in PLAIN_MODES:
         raise ValueError(
-            f"{where}: the image has mode {image.mode!r}, expected one of {PLAIN_MODES}: more than 8 bits per channel and "
+            f"{where}: the image has mode {mode!r}, expected one of {PLAIN_MODES}: more than 8 bits per channel and "
             "floats are clipped without a word by image processors. Scale it to 0..255 and convert it to 'L' or 'RGB' first."
         )
+
+
+def _ready_pil(image: Image.Image, where: str, channels: int) -> Image.Image:
+    _check_pil(image.mode, image.size, where)
     wanted = {1: "L", 3: "RGB"}.get(channels, image.mode)
     return image if image.mode == wanted else image.convert(wanted)  # which would copy an image that is right already
 

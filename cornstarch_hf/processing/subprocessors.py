@@ -371,6 +371,11 @@ def tensors_of_size(
     return _run_on_images(processor, name, [image], options, prepared)
 
 
+def tells_by_size(processor: Any) -> bool:
+    """Whether `tensors_of_size` gives the sizes that an image processor gives: one of transformers, which read no content."""
+    return isinstance(processor, ImageProcessingMixin) and type(processor).__module__.startswith("transformers.")
+
+
 def tensor_names(processor: Any, kind: str, masked: bool) -> list[str]:
     """Names of the tensors that `run_subprocessor` gives, as the processor states them; none where it does not."""
     names = list(getattr(processor, "model_input_names", ()))

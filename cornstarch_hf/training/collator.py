@@ -3,19 +3,19 @@
 import contextlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import jinja2
 import torch
 
-from ..encoders.items import split_items
 from ..limits import check_count
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
+from .truncation import inputs_within, place_items, whole_items_within
 
 IGNORED = -100  # a label that no loss counts
 TRUNCATIONS = ("raise", "right", "left")
@@ -23,83 +23,14 @@ TRUNCATIONS = ("raise", "right", "left")
 _OWN_ARGUMENTS = (TEXT_OPTIONS - {"add_special_tokens"}) | {
     *("text", "text_kwargs", "common_kwargs", "encoder_inputs", "llm_inputs", "sampling_rate")
 }
+# Columns of rows beside those of media.
+_COLUMNS = {"messages", "text", "prompt", "completion", "tools", "chat_template_kwargs", "sampling_rate"}
 # What to do about columns of other names, as tables for other trainers have them.
 _REMEDY = (
     "rename them (dataset.rename_column), make messages of them (dataset.map(lambda row: {'messages': [{'role': 'user', "
     "'content': [...]}, {'role': 'assistant', 'content': ...}]})), and remove the rest (dataset.remove_columns)."
 )
 Spans = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class PlacedItem:
-    """One item's features in a row: the `index`-th item of its modality, from position `start` to before `stop`."""
-
-    modality: str
-    index: int
-    start: int
-    stop: int
-
-
-def place_items(
-    ids: Sequence[int], token_ids: Mapping[str, int], lengths: Mapping[str, Sequence[int]]
-) -> list[PlacedItem]:
-    """Where each item's features are in one row's ids, whose placeholders are repeated for them.
-
-    `token_ids` are the placeholders by modality, `lengths` the features of each item, in order.
-
-    >>> [(p.start, p.stop) for p in place_items([7, 9, 9, 9, 7], {"vision": 9}, {"vision": [2, 1]})]
-    [(1, 3), (3, 4)]
-    """
-    placed = []
-    for name, sizes in lengths.items():  # an item's placeholders follow one another, those of two items may touch
-        positions = [i for i, token in enumerate(ids) if token == token_ids[name]]
-        used, reached = 0, 0
-        for index, size in enumerate(sizes):
-            start = positions[used] if size else reached  # an item without features stands behind the last one
-            reached, used = start + size, used + size
-            placed.append(PlacedItem(name, index, start, reached))
-    return placed
-
-
-def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, side: str) -> tuple[int, int]:
-    """Start and stop of what is kept of a row: at most `limit` of its `length` tokens, no item in part.
-
-    `side` ``"right"`` cuts the end of the row, ``"left"`` its start.
-
-    >>> whole_items_within([PlacedItem("vision", 0, 2, 6)], 8, 4, "right")
-    (0, 2)
-    """
-    if length <= limit:
-        return 0, length
-    cut = limit if side == "right" else length - limit  # behind what is kept, or in front of it
-    for item in items:
-        if item.start < cut < item.stop:  # the item lies across the cut
-            cut = item.start if side == "right" else item.stop
-    return (0, cut) if side == "right" else (cut, length)
-
-
-def inputs_within(
-    inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Encoders' inputs of the items between `start` and `stop` of a row, and how many items of each modality lie elsewhere.
-
-    `names` are those of each modality's tensors among the `inputs`, whose rows must tell the items apart (ValueError).
-    """
-    kept, dropped = dict(inputs), {}
-    for modality, keys in names.items():
-        own = {key: inputs[key] for key in keys if key in inputs}
-        placed = sorted((item for item in items if item.modality == modality), key=lambda item: item.index)
-        inside = [item.index for item in placed if start <= item.start and item.stop <= stop]
-        if len(inside) == len(placed):
-            continue  # its tensors stay as they are
-        dropped[modality] = len(placed) - len(inside)
-        parts = split_items(own, len(placed), modality)  # of each item, (1, ...) or its own packed patches
-        for key in own:
-            del kept[key]
-            if inside:  # else the batch has no such input
-                kept[key] = torch.cat([parts[index][key] for index in inside])
-    return kept, dropped
 
 
 class MultimodalCollator:
@@ -129,12 +60,13 @@ class MultimodalCollator:
         truncation: of longer rows.  ``"raise"``: an error.  ``"right"`` or ``"left"``: a cut on that side, where an item that
             does not fit whole goes with its placeholders, its tensors and what is beyond it; a warning tells once how much.
         processor_kwargs: further arguments of the processor's call, such as ``{"images_kwargs": {"do_rescale": False}}``.
+        length_column_name: column of numbers that is left out, as Trainer's option of that name says; see `lengths`.
 
     Raises:
         TypeError: a tokenizer or anything else that is not the processor of a composed model.
         ValueError: an unknown option, an argument of the processor's call that the collator gives itself; when called: a row
             without text, with unknown columns, too long, with media that do not fit it or cannot be decoded, or without
-            anything to learn in a conversation or after a cut; names the row.
+            anything to learn (no label behind its first token), cut or not; names the row.
         TypeError: when called: a row or an item of a wrong type; names the row.
     """
 
@@ -147,6 +79,7 @@ class MultimodalCollator:
         pad_to_multiple_of: int | None = None,
         truncation: str = "raise",
         processor_kwargs: Mapping[str, Any] | None = None,
+        length_column_name: str = "length",
     ):
         if not hasattr(processor, "read_labelled"):
             raise TypeError(
@@ -175,6 +108,12 @@ class MultimodalCollator:
         except (TypeError, ValueError) as error:
             raise type(error)(f"processor_kwargs: {error}") from error
         self.processor_kwargs = dict(given)
+        read = _COLUMNS | {*processor.config.encoders, *PLURALS, *PLURALS.values()}
+        if length_column_name in read - {"length"}:  # a modality may have that name: its column is its own then
+            raise ValueError(
+                f"length_column_name={length_column_name!r} is a column that the collator reads: rename it."
+            )
+        self.length_column_name = length_column_name
         self.processor, self.padding_side, self.max_length = processor, padding_side, max_length
         self.sampling_rate, self.pad_to_multiple_of = sampling_rate, pad_to_multiple_of
         self.truncation, self._warned = truncation, False
@@ -183,20 +122,25 @@ class MultimodalCollator:
         """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, encoders' inputs."""
         if not rows:
             raise ValueError("The collator got no rows.")
-        encoded = []
-        for index, row in enumerate(rows):
-            if not isinstance(row, Mapping):
-                raise TypeError(f"row {index}: expected a dict of columns, got {type(row).__name__}.")
-            try:
-                encoded.append(self._encode(row))
-            except TypeError as error:
-                raise TypeError(f"row {index}: {error}") from error
-            except (ValueError, LookupError, jinja2.TemplateError) as error:  # a template may refuse a conversation
-                raise ValueError(f"row {index}: {error}") from error
+        encoded = [self._encode_row(index, row) for index, row in enumerate(rows)]
         self._warn([row["cut"] for row in encoded if row["cut"] is not None])
         batch = self._batch(encoded)
         check_labels(batch, self.processor.placeholder_ids)
         return batch
+
+    def lengths(self, rows: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Tokens of each row as a batch would have it: features of media included, cut where the collator cuts.
+
+        For Trainer's `train_sampling_strategy="group_by_length"`, as a column of a data set.  Of pictures in files nothing is
+        read but their headers, where these tell the size; sounds and videos are processed.
+
+        Raises:
+            TypeError, ValueError: as when called; names the row.
+        """
+        if isinstance(rows, (Mapping, str)) or not isinstance(rows, Iterable):
+            remedy = "give a list with a dict for each row, or a data set"
+            raise TypeError(f"lengths() takes rows, got {type(rows).__name__}: {remedy}.")
+        return [len(self._encode_row(i, row, by_size=True)["input_ids"]) for i, row in enumerate(rows)]
 
     def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for row in encoded:
@@ -213,17 +157,29 @@ class MultimodalCollator:
             batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
         return batch
 
-    def _encode(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """One row's ids, labels and encoder inputs."""
+    def _encode_row(self, index: int, row: Any, by_size: bool = False) -> dict[str, Any]:
+        """As `_encode`, of the row of that number, which errors name."""
+        if not isinstance(row, Mapping):
+            raise TypeError(f"row {index}: expected a dict of columns, got {type(row).__name__}.")
+        try:
+            return self._encode(row, by_size)
+        except TypeError as error:
+            raise TypeError(f"row {index}: {error}") from error
+        except (ValueError, LookupError, jinja2.TemplateError) as error:  # a template may refuse a conversation
+            raise ValueError(f"row {index}: {error}") from error
+
+    def _encode(self, columns: Mapping[str, Any], by_size: bool) -> dict[str, Any]:
+        """One row's ids, labels and encoder inputs; `by_size` leaves those out that are not needed to count features."""
         row = {key: value for key, value in columns.items() if value is not None}  # None fills the gaps of a table
         audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
         expected = next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
         rate = row.pop("sampling_rate", None) or self.sampling_rate or expected
         given = list(row)
         text, spans, media = self._text(row, self._media(row), given)
+        self._drop_bookkeeping(row)
         if row:  # each reader has taken its columns out
             raise ValueError(f"unknown columns {sorted(row)} among {given}: {self._media_columns()}; {_REMEDY}")
-        llm: dict[str, Any] = {"text": [text], "item_lengths": True}
+        llm: dict[str, Any] = {"text": [text], "item_lengths": True, "by_size": by_size}
         llm |= {} if spans is None else {"assistant_spans": [spans]}
         # Rows are cut and padded here, whatever the tokenizer was built with; what the caller says of the tokens in front wins.
         llm |= {"return_token_type_ids": False, "padding": False, "truncation": False}
@@ -236,12 +192,17 @@ class MultimodalCollator:
         del out["attention_mask"]  # made anew once the row is cut and padded
         silent = set(self.processor.placeholder_ids.values())
         labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
-        if spans is not None and all(label == IGNORED for label in labels):
-            raise ValueError(
-                "there is no token to learn: expected a turn of the assistant, or a completion, with text in it. If there is "
-                "one, the chat template's generation marks leave it out."
-            )
+        if not learnable(labels):
+            raise ValueError(f"there is no token to learn: {_why_not(labels, spans)}")
         return self._cut({"input_ids": ids, "labels": labels, "media": out, "cut": None}, lengths)
+
+    def _drop_bookkeeping(self, row: dict[str, Any]) -> None:
+        """Take out of a row its length, and what `datasets` adds for itself (``__key__``, ``__index_level_0__``)."""
+        name = self.length_column_name
+        if isinstance(row.get(name), Real) or getattr(row.get(name), "ndim", None) == 0:  # a number, or a tensor of one
+            del row[name]
+        for key in [key for key in row if key.startswith("__") and key.endswith("__")]:
+            del row[key]
 
     def _media_columns(self) -> str:
         """Which columns of a row hold media."""
@@ -312,10 +273,11 @@ class MultimodalCollator:
         # The cut moves to the edge of an item that lies across it.
         items = place_items(ids, self.processor.placeholder_ids, lengths)
         start, stop = whole_items_within(items, len(ids), limit, self.truncation)
-        if all(label == IGNORED for label in labels[start:stop]):
+        if not learnable(labels[start:stop]):
             raise ValueError(
                 f"the row has {len(ids)} tokens, and of the {stop - start} that are left by max_length={limit} and "
-                f"truncation={self.truncation!r} none has a label: raise max_length, or shorten what stands before the answer."
+                f"truncation={self.truncation!r} none has a label that one before it could predict: raise max_length, or "
+                "shorten what stands before the answer."
             )
         names = {name: list(self.processor.config.modality(name)["input_names"]) for name in lengths}
         media, dropped = inputs_within(encoded["media"], names, items, start, stop)
@@ -333,6 +295,25 @@ class MultimodalCollator:
             f"by {sum(cut['tokens'] for cut in cuts)} tokens; items dropped: {counts or 'none'}. Later batches tell nothing.",
             stacklevel=3,
         )
+
+
+def learnable(labels: Sequence[int]) -> bool:
+    """Whether a row's loss counts any of its labels: the first one stands behind no token that could predict it.
+
+    >>> learnable([5, 6]), learnable([5, -100]), learnable([])
+    (True, False, False)
+    """
+    return any(label != IGNORED for label in labels[1:])
+
+
+def _why_not(labels: Sequence[int], spans: Spans | None) -> str:
+    if any(label != IGNORED for label in labels):
+        told = "the only label is that of the row's first token, before which no token stands that could predict it"
+        return f"{told}. Put text in front of it, or the tokenizer's bos_token."
+    if spans is None:
+        return "expected text in 'text', there is none beside placeholders, which are not learned."
+    told = "expected a turn of the assistant, or a completion, with text in it"
+    return f"{told}. If there is one, the chat template's generation marks leave it out."
 
 
 def _string(name: str, value: Any, what: str) -> str:

@@ -109,6 +109,9 @@ class Checker:
         features = iter(n for (n,) in alone)
         assert counted == [list(itertools.islice(features, len(row))) for row in rows]
         assert encoded(self.model, self.modality, batch) == [n for row in counted for n in row]
+        asked = {"text": texts, "item_lengths": True, "by_size": True}  # as the collator asks for lengths alone
+        sized = self.processor(llm_inputs=asked, **{self.modality: items}, **self.options | {"return_tensors": None})
+        assert sized["item_lengths"][self.modality] == [n for row in counted for n in row]
         assert self.model(**batch).logits.shape[:2] == batch["input_ids"].shape
 
 

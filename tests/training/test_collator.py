@@ -48,7 +48,7 @@ def test_collator_labels_only_what_is_to_be_learnt(fresh_pair):
 
 def test_collator_joins_sequences_of_different_lengths():
     model, processor = compose_tiny(["wav2vec2"])
-    items = [{"text": "<audio>", "audio": [tiny.sound(i, n)]} for i, n in enumerate((300, 500))]
+    items = [{"text": "<audio> it", "audio": [tiny.sound(i, n)]} for i, n in enumerate((300, 500))]
     batch = MultimodalCollator(processor)(items)
     assert batch["audio_attention_mask"].sum(-1).tolist() == [300, 500]
     alone = [MultimodalCollator(processor)([item]) for item in items]
@@ -289,7 +289,7 @@ def test_a_sound_at_another_rate_is_resampled_from_a_file_as_from_its_bytes(fres
     raw, path = wav(tiny.sound(0, 800), 8_000), tmp_path / "x.wav"
     path.write_bytes(raw)
     forms = [raw, str(path), path, {"bytes": raw, "path": "gone.wav"}, {"bytes": None, "path": str(path)}]
-    batches = [MultimodalCollator(processor)([{"text": "a<audio>", "audio": form}]) for form in forms]
+    batches = [MultimodalCollator(processor)([{"text": "<audio>a", "audio": form}]) for form in forms]
     for batch in batches[1:]:
         equal(batch, batches[0])
     with pytest.raises(ValueError, match=r"row 0: audio, item 0: .*8000 Hz, the encoder expects 16000 Hz.*cast_column"):
@@ -364,13 +364,13 @@ def test_packed_items_are_cut_whole_and_told_once():
     with pytest.warns(
         UserWarning, match=r"1 rows .*max_length=\d+ and cut on the right, by \d+ tokens; items dropped: 1 of 'vision'"
     ):
-        cut = collate([{"text": "x"}, row])
+        cut = collate([{"text": "x y"}, row])
     assert torch.equal(cut["image_grid_thw"], whole["image_grid_thw"][:2]) and len(set(counts)) > 1
     assert torch.equal(cut["pixel_values"], whole["pixel_values"][: whole["image_grid_thw"][:2].prod(-1).sum()])
-    assert learnt(processor, cut) == ["x", "seven"]
+    assert learnt(processor, cut) == ["x y", "seven"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        equal(collate([{"text": "x"}, row]), cut)
+        equal(collate([{"text": "x y"}, row]), cut)
     left = MultimodalCollator(processor, max_length=text + counts[2] + counts[1], truncation="left")
     with pytest.warns(UserWarning, match="cut on the left.*1 of 'vision'"):
         after = left([row])
@@ -381,7 +381,7 @@ def test_packed_items_are_cut_whole_and_told_once():
         ValueError,
         match=r"row 1: the row has \d+ tokens, and of the 1 that are left by max_length=4 .* none has a label",
     ):
-        MultimodalCollator(processor, max_length=4, truncation="right")([{"text": "x"}, row])
+        MultimodalCollator(processor, max_length=4, truncation="right")([{"text": "x y"}, row])
 
 
 def test_padding_on_the_left_moves_nothing_else(fresh_pair):
@@ -459,7 +459,7 @@ def test_every_batch_is_checked(fresh_pair):
             return batch
 
     with pytest.raises(ValueError, match=r"row 1: the label at position \d+ is 7"):
-        Wrong(fresh_pair[1])([{"text": "the fox jumps over the lazy dog"}, {"text": "x"}])
+        Wrong(fresh_pair[1])([{"text": "the fox jumps over the lazy dog"}, {"text": "x y"}])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cornstarch_hf.training.collator import PlacedItem, inputs_within, place_items, whole_items_within
+from cornstarch_hf.training.truncation import PlacedItem, inputs_within, place_items, whole_items_within
 
 TOKEN_IDS = {"vision": 9, "audio": 8}
 PARTS = st.lists(
