@@ -26,10 +26,12 @@ MIN_MODULES = 20_000  # what is allowed however few tensors are stored
 
 # ---- what a chat template does
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # of the template itself
+MAX_TEMPLATE_TOKENS = 40_000  # words, numbers, signs and pieces of text of which it is written
+MAX_TEMPLATE_CODE = 2_000_000  # characters of Python to which it is compiled
 MAX_TEMPLATE_STEPS = 2_000_000  # passes through loops, calls, filters and tests
 MAX_TEMPLATE_WORK = 200_000_000  # characters and list entries made in between
 MAX_TEMPLATE_OUTPUT = 50_000_000  # characters of the text
-MAX_TEMPLATE_SECONDS = 5.0  # of computing
+MAX_TEMPLATE_SECONDS = 5.0  # of computing, while it is compiled and each time that it is rendered
 
 
 def check(value: float, cap: str, what: str) -> None:
