@@ -199,6 +199,40 @@ attempts = {{
     assert {name: kind for name, (kind, _) in found.items()} == {"image": "ValueError", "sound": "ValueError"}, found
 
 
+@pytest.mark.slow
+def test_small_items_that_would_become_large_within_time_and_memory():
+    found = refusals("""
+import functools, io, cornstarch_hf, numpy as np, tiny, transformers
+from PIL import Image
+from cornstarch_hf.processing.subprocessors import run_subprocessor
+from helpers import compose_tiny
+file = io.BytesIO()
+Image.new("L", (10_000, 1)).save(file, "PNG")
+model, processor = compose_tiny(["clip", "wav2vec2"])
+processor.processors["vision"] = transformers.CLIPImageProcessorPil()
+names = ["CLIP", "Levit", "TextNet", "Owlv2", "Llava", "Siglip2", "LlavaNext", "Idefics3"]
+frames = np.zeros((4_000, 20, 100, 3), np.uint8)
+config = tiny.clip().config
+def image(name, **options):
+    made = getattr(transformers, name + "ImageProcessorPil")()
+    return run_subprocessor(made, "vision", "image", [file.getvalue()], options, config, prepared=True)
+call = functools.partial
+attempts = {name: call(image, name) for name in ("CLIP", "Levit", "TextNet", "Owlv2")} | {
+    "llava": call(image, "Llava", do_pad=True), "siglip2": call(image, "Siglip2", max_num_patches=10**8),
+    "edge": call(image, "ViT", size={"height": 30_000, "width": 30_000}), "pixels": call(image, "Qwen2VL", min_pixels=10**9, max_pixels=10**10),
+    "composed": call(processor, text="<image>", images=file.getvalue()),
+    "counted": call(processor._get_num_multimodal_tokens, image_sizes=[(1, 10_000)]),
+    "frames": call(run_subprocessor, transformers.CLIPImageProcessorPil(), "film", "video", [frames], {}, config),
+    "sound": call(processor, text="<audio>", audio=np.zeros(9_000, np.float32), sampling_rate=16_000, audio_kwargs={"padding": "max_length", "max_length": 10**9}),
+    "text": call(processor, text="a", padding="max_length", max_length=10**9),
+}
+""")
+    assert {name: kind for name, (kind, _) in found.items()} == dict.fromkeys(found, "ValueError"), found
+    assert len(found) == 13 and all(
+        "cornstarch_hf.limits.MAX_" in told or name == "pixels" for name, (_, told) in found.items()
+    ), found
+
+
 # ---- chat templates
 
 BOMBS = {

@@ -12,13 +12,15 @@ from cornstarch_hf import limits
 from cornstarch_hf.processing.image_bounds import Pixels, _BoundedTensors, bounded_processor
 from cornstarch_hf.processing.subprocessors import run_subprocessor, tensors_of_size
 
+PAN_AND_SCAN = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 1, "pan_and_scan_max_num_crops": 1_000}
+PAN_AND_SCAN |= {"pan_and_scan_min_ratio_to_activate": 1.0}
 # Class -> further settings.  Each resizes or pads in its own way.
 KINDS = {
     "CLIPImageProcessorPil": {}, "DetrImageProcessorPil": {}, "ViTImageProcessorPil": {}, "ViltImageProcessorPil": {},
     "Qwen2VLImageProcessorPil": {}, "LlavaImageProcessorPil": {"do_pad": True}, "LlavaNextImageProcessorPil": {}, "Owlv2ImageProcessorPil": {},
     "Idefics2ImageProcessorPil": {}, "Idefics3ImageProcessorPil": {}, "PixtralImageProcessorPil": {}, "Siglip2ImageProcessorPil": {},
     "DeepseekVLImageProcessorPil": {}, "JanusImageProcessorPil": {}, "TextNetImageProcessorPil": {}, "LevitImageProcessorPil": {},
-    "ConvNextImageProcessorPil": {}, "PoolFormerImageProcessorPil": {}, "Gemma3ImageProcessorPil": {"do_pan_and_scan": True},
+    "ConvNextImageProcessorPil": {}, "PoolFormerImageProcessorPil": {}, "Gemma3ImageProcessorPil": PAN_AND_SCAN,
     "MllamaImageProcessorPil": {}, "GotOcr2ImageProcessorPil": {"crop_to_patches": True}, "Pix2StructImageProcessorPil": {},
 }  # fmt: skip
 
@@ -84,13 +86,15 @@ def test_who_what_and_the_cap_are_named_and_can_be_raised(pair, monkeypatch):
     _, processor = pair
     images = [tiny.image(), Image.new("RGB", (500, 1))]
     monkeypatch.setattr(limits, "MAX_IMAGE_PIXELS", 60_000)
-    edge = processor.processors["vision"].size.shortest_edge or processor.processors["vision"].size.height
-    made = 500 * edge * edge
-    match = rf"vision, item 1: \w+ cannot process it, its size is 500 x 1 .*resized to {500 * edge} x {edge}, has pixels: {made:,}, more than .*MAX_IMAGE_PIXELS"
-    with pytest.raises(ValueError, match=match):
-        processor(text="<image><image>", images=images)
-    monkeypatch.setattr(limits, "MAX_IMAGE_PIXELS", made)
-    processor(text="<image><image>", images=images)
+    options = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "do_center_crop": True}
+    made = r"its size is 500 x 1 .*the image of 500 x 1 pixels, resized to 14000 x 28, has pixels: 392,000, more than"
+    with pytest.raises(
+        ValueError,
+        match=rf"vision, item 1: CLIPImageProcessor\w* cannot process it, {made} .*MAX_IMAGE_PIXELS = 60,000",
+    ):
+        processor(text="<image><image>", images=images, images_kwargs=options)
+    monkeypatch.setattr(limits, "MAX_IMAGE_PIXELS", 392_000)
+    processor(text="<image><image>", images=images, images_kwargs=options)
 
 
 def test_sizes_are_bounded_where_only_they_are_counted():
@@ -101,11 +105,9 @@ def test_sizes_are_bounded_where_only_they_are_counted():
 
 def test_all_that_is_made_of_an_image_is_bounded(monkeypatch):
     processor = transformers.Gemma3ImageProcessorPil(size={"height": 100, "width": 100})
-    options = {"do_pan_and_scan": True, "pan_and_scan_max_num_crops": 1_000, "pan_and_scan_min_crop_size": 1}
-    options["pan_and_scan_min_ratio_to_activate"] = 1.0
     monkeypatch.setattr(limits, "MAX_MADE_PIXELS", 200_000)
     with pytest.raises(ValueError, match="all else that is made of it, has pixels: .*MAX_MADE_PIXELS = 200,000"):
-        processed(processor, [Image.new("RGB", (900, 3))], **options)
+        processed(processor, [Image.new("RGB", (900, 3))], **PAN_AND_SCAN)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_tensors_are_measured_before_an_operation_makes_them(monkeypatch):
 
 
 def test_frames_of_a_video_are_bounded_together(monkeypatch):
-    processor, frames = transformers.CLIPImageProcessorPil(), np.zeros((8, 1, 40, 3), np.uint8)
+    processor, frames = transformers.CLIPImageProcessorPil(), np.zeros((8, 2, 80, 3), np.uint8)
     config = tiny.clip().config
 
     def run(**options):
@@ -157,9 +159,9 @@ def test_frames_of_a_video_are_bounded_together(monkeypatch):
     ):
         run()
     run(num_frames=7)
-    monkeypatch.setattr(limits, "MAX_VIDEO_PIXELS", 319)
+    monkeypatch.setattr(limits, "MAX_VIDEO_PIXELS", 1_279)
     with pytest.raises(
-        ValueError, match="film, item 0: sample fewer by num_frames=; 8 frames of 40 x 1 have pixels: 320, more than"
+        ValueError, match="film, item 0: sample fewer by num_frames=; 8 frames of 80 x 2 have pixels: 1,280, more than"
     ):
         run()
 
