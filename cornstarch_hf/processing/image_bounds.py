@@ -22,6 +22,8 @@ from .media import image_size, resized_size
 _BYTES_OF_PIXEL = 12  # three channels of float32
 # Settings that say how many pieces of one size are made of an image, whether or not it has as many.
 _PIECES = ("max_patches", "max_num_patches", "max_image_tiles", "max_num_tiles", "max_soft_tokens")
+# Operations of torch that make no more elements than they are given: they need no measure.
+_OF_ONE_SIZE = frozenset(f"aten::{name}" for name in ("clone", "round", "clamp", "detach", "view", "permute"))
 _OPERATIONS = ("resize", "pad", "pad_to_square", "center_crop")
 
 
@@ -49,9 +51,11 @@ class Pixels:
 
     def add_bytes(self, size: int) -> None:
         """Count what a tensor operation is about to make of all images or frames together (ValueError: too much)."""
-        pixels = size // (_BYTES_OF_PIXEL * self.items)
-        cap = "MAX_VIDEO_PIXELS" if self.frames > 1 else "MAX_IMAGE_PIXELS"
-        check(pixels, cap, "crop or shrink it: resized or padded, it has pixels:")
+        pixels = size // _BYTES_OF_PIXEL
+        told = "resized or padded, it has pixels:"
+        check(pixels // self.items, "MAX_IMAGE_PIXELS", f"crop or shrink it: {told}")
+        if self.frames > 1:
+            check(pixels, "MAX_VIDEO_PIXELS", f"sample fewer frames by num_frames=, or crop or shrink it: {told}")
 
 
 class _BoundedTensors(ThreadDispatchMode):
@@ -62,7 +66,9 @@ class _BoundedTensors(ThreadDispatchMode):
         self.pixels = pixels
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.pixels.add_bytes(made_bytes(func, args, kwargs or {}))
+        name = func._schema.name
+        if name not in _OF_ONE_SIZE and not name.endswith("_"):  # what works in place makes nothing
+            self.pixels.add_bytes(made_bytes(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -144,6 +144,17 @@ def test_tensors_are_measured_before_an_operation_makes_them(monkeypatch):
     assert torch.equal(resized, torch.nn.functional.interpolate(images, size=(50, 50), mode="bilinear", antialias=True))
 
 
+def test_tensors_of_a_video_are_measured_together(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_VIDEO_PIXELS", 10_000)
+    frames = torch.rand(5, 3, 20, 20)
+    with _BoundedTensors(Pixels(5, 5)):
+        torch.nn.functional.interpolate(frames, size=(44, 44))
+        with pytest.raises(
+            ValueError, match="sample fewer frames .*it has pixels: 10,125, more than .*MAX_VIDEO_PIXELS = 10,000"
+        ):
+            torch.nn.functional.interpolate(frames, size=(45, 45))
+
+
 def test_frames_of_a_video_are_bounded_together(monkeypatch):
     processor, frames = transformers.CLIPImageProcessorPil(), np.zeros((8, 2, 80, 3), np.uint8)
     config = tiny.clip().config
