@@ -27,7 +27,15 @@ from .parts.classes import (
     subclasses_of,
 )
 from .parts.registries import last_definition
-from .parts.stored_values import POINTER, check_names, check_part_dtypes, check_switches, check_types, check_values
+from .parts.stored_values import (
+    POINTER,
+    check_names,
+    check_part_dtypes,
+    check_switches,
+    check_types,
+    check_values,
+    read_text,
+)
 
 STATIC_TABLES = tuple(
     f"MODEL_FOR_{task}_MAPPING_NAMES" for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
@@ -140,6 +148,11 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         for key, value in implementations.items():  # last: setting it hands it on to every part
             if value is not None:
                 setattr(self, f"_{key}", value)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        read_text(json_file, f"{cls.__name__}: {json_file}")  # a file beyond the caps is refused before it is parsed
+        return super()._dict_from_json_file(json_file)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -10,7 +10,7 @@ from .limits import check_count
 from .parts.classes import SharedCode, carries_code
 from .parts.registries import PROJECTORS
 from .parts.stored_modules import as_json
-from .parts.stored_values import check_values
+from .parts.stored_values import check_values, read_text
 
 BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
 CUSTOM_PROJECTION = "custom"
@@ -76,6 +76,11 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         self.encoder_model_type = getattr(encoder_config, "model_type", kwargs.pop("encoder_model_type", None))
         self.language_model_type = getattr(text_config, "model_type", kwargs.pop("language_model_type", None))
         super().__init__(**kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        read_text(json_file, f"{cls.__name__}: {json_file}")  # a file beyond the caps is refused before it is parsed
+        return super()._dict_from_json_file(json_file)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

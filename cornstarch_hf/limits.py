@@ -6,9 +6,12 @@ A user may set each of them, ``cornstarch_hf.limits.MAX_IMAGE_PIXELS = 400_000_0
 from typing import Any
 
 # ---- what people send
-MAX_IMAGE_PIXELS = 64_000_000  # width x height of one image, before it is decoded
-MAX_AUDIO_SAMPLES = 100_000_000  # frames x channels of one sound, as stored and as resampled
+MAX_IMAGE_PIXELS = 64_000_000  # width x height of one image, before it is decoded, and as resized or padded
+MAX_MADE_PIXELS = 256_000_000  # of all that a processor makes of one image: resized, padded, in crops
+MAX_AUDIO_SAMPLES = 100_000_000  # frames x channels of one sound, as stored, as resampled and as padded
 MAX_VIDEO_FRAMES = 4_096  # frames of one video that are processed
+MAX_VIDEO_PIXELS = 1_000_000_000  # frames x width x height of one video, as given and as resized
+MAX_PADDED_TOKENS = 10_000_000  # to which the texts of one call are filled up
 MAX_ITEM_FEATURES = 262_144  # placeholder tokens into which one item is expanded
 MAX_FILE_BYTES = 512_000_000  # of one encoded image or sound, as file or as bytes
 
@@ -26,10 +29,12 @@ MIN_MODULES = 20_000  # what is allowed however few tensors are stored
 
 # ---- what a chat template does
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # of the template itself
+MAX_TEMPLATE_TOKENS = 40_000  # words, numbers, signs and pieces of text of which it is written
+MAX_TEMPLATE_CODE = 2_000_000  # characters of Python to which it is compiled
 MAX_TEMPLATE_STEPS = 2_000_000  # passes through loops, calls, filters and tests
 MAX_TEMPLATE_WORK = 200_000_000  # characters and list entries made in between
 MAX_TEMPLATE_OUTPUT = 50_000_000  # characters of the text
-MAX_TEMPLATE_SECONDS = 5.0  # of computing
+MAX_TEMPLATE_SECONDS = 5.0  # of computing, while it is compiled and each time that it is rendered
 
 
 def check(value: float, cap: str, what: str) -> None:

@@ -39,7 +39,7 @@ from .processing.call import (
     text_arguments,
 )
 from .processing.chats import ChatTemplating
-from .processing.media import check_finite, flatten, image_size
+from .processing.media import check_finite, flatten, size_of_item
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE
 from .processing.sounds import refuse_short
@@ -236,7 +236,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         kind = self.config.modality(name)["kind"]
         if kind != "image" or not tells_by_size(self.processors.get(name)):
             return None
-        sizes = [image_size(item, f"{name}, item {i}") for i, item in enumerate(items)]
+        sizes = [size_of_item(item, f"{name}, item {i}") for i, item in enumerate(items)]
         if None in sizes:
             return None
         try:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from ..configuration_multimodal import MultimodalConfig
 from ..parts.build_bounds import build_guard
 from ..parts.classes import COMMIT, KEYS, is_repo_id, resolve_class
+from ..parts.stored_values import read_text
 from ..parts.threads import PrivateRandom
 from .files import check_files, stored_shapes
 from .finding import COMPOSITION, CONFIG, HUB_OPTIONS, INDEX, SHARD_OF_MODEL, WEIGHTS, CheckpointFiles, Options, picked
@@ -67,9 +68,9 @@ def _weight_files(files: CheckpointFiles, component: str) -> dict[str, Entry]:
                 f"{component}: {files.source!r} has no {WEIGHTS}, and a checkpoint refers to safetensors only: store the "
                 f"weights, embed=[{component!r}]."
             )
-        with open(index, encoding="utf-8") as file:
-            # Read as text: nothing but names of shards is taken from it.
-            names = [INDEX, *sorted(set(re.findall(SHARD_OF_MODEL, file.read())))]
+        # Read as text: nothing but names of shards is taken from it.
+        text = read_text(index, f"{component}: {files.source}: {INDEX}")
+        names = [INDEX, *sorted(set(re.findall(SHARD_OF_MODEL, text)))]
     return describe_files({name: str(path) for name, path in files.find_all(names).items()})
 
 

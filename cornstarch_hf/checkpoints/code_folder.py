@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..parts.classes import CODE_ENTRY
+from ..parts.stored_values import read_json
 from .finding import CONFIG, PROCESSOR
 
 PACKAGE = "cornstarch_hf"
@@ -79,12 +80,12 @@ def write_code(
     entry, texts = (CODE_ENTRY, texts) if texts is not None else (SHIM, {SHIM: _SHIM_TEXT})
     file = SIDES[side][0]
     if (path := folder / file).is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, str(path))
         values["auto_map"] = {key: f"{entry}.{name}" for key, name in classes.items()}
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # The other side of the checkpoint may still name what this one needs no more.
     others = [target / name for name, _ in SIDES.values() if name != file and (target / name).is_file()]
-    maps = [json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {} for path in others]
+    maps = [read_json(path, str(path)).get("auto_map") or {} for path in others]
     others_need = {str(reference).partition(".")[0] for found in maps for reference in found.values()} - {entry}
     old = {CODE_ENTRY: read_entry(target).get("files", []), SHIM: [SHIM]}
     surplus = {stem for key, stems in old.items() if key not in others_need for stem in stems}

@@ -11,15 +11,15 @@ from typing import Any
 
 from ..limits import cap
 from ..parts.build_bounds import build_guard
-from ..parts.stored_values import SHARD, check_auto_map, read_json
-from .finding import CONFIG, DESCRIPTIONS, INDEX, WEIGHTS, CheckpointFiles, Options, of_variant
+from ..parts.stored_values import SHARD, check_auto_map, check_number_of_values, read_json
+from .finding import CONFIG, DESCRIPTIONS, GENERATION, INDEX, WEIGHTS, CheckpointFiles, Options, of_variant
 from .manifest import LoadPlan, checked_composition, first_weights, valid_place
 
 
 def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[str, Any]:
     """Refuse a checkpoint whose files name something outside of it, or hold pickled code; returns its configuration's values.
 
-    Of a repository only the configuration and the index of shards are fetched.
+    Of a repository only the configurations of model and generation, and the index of shards, are fetched.
 
     Raises:
         ValueError: a path that leaves the folder, weights other than safetensors, an `auto_map` of elsewhere, a
@@ -28,7 +28,7 @@ def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[s
     if ".." in os.path.normpath(files.subfolder or ".").split(os.sep) or os.path.isabs(files.subfolder):
         raise ValueError(f"subfolder {files.subfolder!r} leaves {files.source}.")
     config: Mapping[str, Any] = {}
-    for name in DESCRIPTIONS if files.is_local else (CONFIG,):
+    for name in DESCRIPTIONS if files.is_local else (CONFIG, GENERATION):
         if (path := files.find(name)) is not None:
             where = f"{files.source}: {name}"
             values = read_json(path, where)
@@ -106,6 +106,7 @@ def header_shapes(path: str) -> dict[str, tuple[int, ...]]:
         length = int.from_bytes(file.read(8), "little")
         # The length is the file's own claim: it must fit into the file, and into the cap.
         text = file.read(length) if length <= min(size - 8, cap("MAX_CONFIG_BYTES")) else b""
+    check_number_of_values(text.decode("latin-1"), f"The header of {path}")
     try:
         header = json.loads(text)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}

@@ -20,6 +20,8 @@ COMPOSITION, DELTA = "composition.json", "composition.safetensors"
 TEMPLATES = frozenset(["chat_template.jinja", "chat_template.json"])  # an old one would be read beside a new tokenizer
 # JSON files that a load may read, looked at before.
 DESCRIPTIONS = (CONFIG, GENERATION, PROCESSOR, "preprocessor_config.json", "tokenizer_config.json", ADAPTERS)
+# Those of processors and tokenizers, that transformers reads.
+PROCESSOR_FILES = (*DESCRIPTIONS[2:5], "special_tokens_map.json", "added_tokens.json", *sorted(TEMPLATES))
 SHARD_OF_MODEL = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Of `from_pretrained`: where on the Hub files lie, and where in a repository or a folder.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")

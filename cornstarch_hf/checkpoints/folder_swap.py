@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from glob import glob
 from pathlib import Path
 
-from ..parts.stored_values import POINTER
+from ..parts.stored_values import POINTER, read_json
 from .finding import CONFIG, PROCESSOR, files_below
 
 try:
@@ -122,9 +122,8 @@ def valid_folder(folder: str | os.PathLike, head: str) -> str:
 def pointer_of(head: str) -> str | None:
     """The folder that a head file points to, None if it points nowhere or is no JSON object (ValueError: another pointer)."""
     try:
-        with open(head, encoding="utf-8") as file:
-            values = json.load(file)
-    except (OSError, ValueError, RecursionError):  # whoever loads it says what is wrong with it
+        values = read_json(head, head)
+    except (OSError, ValueError):  # whoever loads it says what is wrong with it
         return None
     inside = values.get(POINTER) if isinstance(values, dict) else None
     if inside is not None and not (isinstance(inside, str) and _INSIDE.fullmatch(inside)):

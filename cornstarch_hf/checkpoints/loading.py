@@ -2,17 +2,32 @@
 
 import copy
 import os
+from glob import glob
 from typing import Any
 
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from ..configuration_multimodal import MultimodalConfig
+from ..limits import check
 from ..parts.build_bounds import Shapes, build_guard
-from ..parts.stored_values import read_json
+from ..parts.stored_values import read_json, read_text
 from ..parts.weightless import build_without_weights, without_dtypes
 from .files import checked_files
-from .finding import ADAPTERS, COMPOSITION, CONFIG, DELTA, GENERATION, PLACES, Bases, CheckpointFiles, Options
+from .finding import (
+    ADAPTERS,
+    COMPOSITION,
+    CONFIG,
+    DELTA,
+    GENERATION,
+    PLACES,
+    PROCESSOR_FILES,
+    Bases,
+    CheckpointFiles,
+    Options,
+    picked,
+)
 from .manifest import REMEDY, LoadPlan, components_of, first_weights, read_composition
 from .references import assemble_state
 from .references import write_reference as write_reference
@@ -41,6 +56,23 @@ def plan_load(
     # The configuration is handed over as it was checked, and not read from the file again.
     pinned = {"config": config} if files.is_local else {"config": config, "revision": files.options.get("revision")}
     return plan._replace(options={**options, **pinned})
+
+
+def check_processor_files(source: Any, options: Options) -> None:
+    """Refuse files of a processor and its tokenizers that are beyond the caps (ValueError), before transformers reads them."""
+    folder = os.path.join(source, options.get("subfolder") or "")
+    inside = ["", *glob("*_tokenizer/", root_dir=folder)] if os.path.isdir(folder) else [""]
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    for below in inside:
+        for name in PROCESSOR_FILES:
+            path = cached_file(source, os.path.join(below, name), **picked(options, PLACES), **quiet)
+            if path is None:
+                continue
+            where = f"{source}: {below}{name}"
+            if name.endswith(".json"):
+                read_text(path, where)
+            else:
+                check(os.path.getsize(path), "MAX_CONFIG_BYTES", f"{where}: its size in bytes is")
 
 
 def _base_of_adapters(plan: LoadPlan, files: CheckpointFiles) -> LoadPlan:

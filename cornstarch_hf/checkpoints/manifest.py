@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..parts.stored_values import read_json
 from .finding import ADAPTERS, COMPOSITION, CONFIG, DELTA, CheckpointFiles, Options, files_below, weights_pattern
 from .folder_swap import replaced_atomically, valid_folder
 
@@ -110,10 +111,9 @@ def sha256_of(path: str) -> str:
 def read_composition(path: str) -> Composition:
     """Read `composition.json`; ValueError if it is none, was written by a newer version, or says what it must not."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{COMPOSITION} is no JSON ({type(error).__name__}: {error}). {REMEDY}") from error
+        values = read_json(path, COMPOSITION)
+    except ValueError as error:
+        raise ValueError(f"{error} {REMEDY}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"{COMPOSITION} must say format {FORMAT!r}, got {values!r:.100}.")
     version = values.get("format_version")

@@ -7,6 +7,7 @@ needs (writing that survives a kill, guards, other repositories) stands in files
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from .code_bundle import export_code
 from .code_folder import INSTALL
 from .finding import HUB_ARGUMENTS, PROCESSOR, TEMPLATES, Bases, Options
 from .folder_swap import replaced_atomically
-from .loading import finish_load, plan_load
+from .loading import check_processor_files, finish_load, plan_load
 from .manifest import StagedSave, staged_save, valid_place
 from .trusted_code import with_shared_code
 
@@ -91,7 +92,8 @@ class ModelStorage(SharedCode, PreTrainedModel):
                 names; they must hold the very same files.
 
         Raises:
-            ValueError: files that are not what was saved, a base that is another one.
+            ValueError: files that are not what was saved, a base that is another one; tensors that the model lacks or that it
+                does not take (with ``output_loading_info=True`` they are listed, as transformers lists them).
             OSError: a repository that cannot be read; names the component and the remedy.
         """
         source = pretrained_model_name_or_path
@@ -103,6 +105,8 @@ class ModelStorage(SharedCode, PreTrainedModel):
             loaded: Any = super().from_pretrained(plan.source, *args, output_loading_info=True, **plan.options)
         model, info = loaded
         model._after_load(source, info, wants_info)
+        if plan.composition is not None and not wants_info:
+            check_taken(model, info, source)
         finish_load(model, plan, info)
         return (model, info) if wants_info else model
 
@@ -160,8 +164,9 @@ class ProcessorStorage(SharedCode, ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; after an interrupted save, what is valid of the folder."""
+        """As in transformers; after an interrupted save, what is valid of the folder (ValueError: files beyond the caps)."""
         source, kwargs = valid_place(pretrained_model_name_or_path, kwargs, PROCESSOR)
+        check_processor_files(source, kwargs)
         return super().from_pretrained(source, *args, **kwargs)
 
     def _before_save(self) -> None:
@@ -196,6 +201,26 @@ def _as_built(tokenizers: Iterable[PreTrainedTokenizerBase]) -> Iterator[None]:
                 backend.no_truncation()
                 backend.no_padding()
         yield
+
+
+# Buffers that older versions of transformers stored with a model, and that no version reads.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias)$")
+
+
+def check_taken(model: nn.Module, info: Options, source: Any) -> None:
+    """Refuse a model that took not all of a checkpoint's tensors (ValueError): it is another one than was saved."""
+    computed = {name for name, _ in model.named_buffers()}  # some that were stored once are computed by now
+    surplus = [key for key in map(str, info.get("unexpected_keys") or ()) if key not in computed]
+    surplus = sorted(key for key in surplus if not _COMPUTED.search(key))
+    if surplus and getattr(model, "hf_quantizer", None) is not None:  # which stores further tensors of a layer
+        layers = {f"{name}." for name, module in model.named_modules() if name and not any(module.children())}
+        surplus = [key for key in surplus if not any(key.startswith(layer) for layer in layers)]
+    if surplus:
+        raise ValueError(
+            f"{source} holds {len(surplus)} tensors that the model does not take ({surplus[:3]}): its configuration describes "
+            "another model than was saved, with fewer layers or without a part. Restore the configuration that was saved with "
+            "the weights; to load the rest alone, pass output_loading_info=True, which lists them."
+        )
 
 
 def first_dtype(module: nn.Module) -> torch.dtype:

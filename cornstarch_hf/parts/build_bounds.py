@@ -34,11 +34,16 @@ class BoundedTensors(ThreadDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _makes_real(func, args, kwargs):
-            self.made += _bytes(func, args, kwargs)
+        if made := made_bytes(func, args, kwargs):
+            self.made += made
             what = f"By {func} the bytes of tensors that the configuration asks to compute are"
             check(self.made, "MAX_BUILD_BYTES", what)
         return func(*args, **kwargs)
+
+
+def made_bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    """Bytes of new memory that an operation of torch is about to fill."""
+    return _bytes(func, args, kwargs) if _makes_real(func, args, kwargs) else 0
 
 
 def _makes_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:

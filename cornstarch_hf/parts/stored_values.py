@@ -27,6 +27,9 @@ _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _CODE_ENTRY = re.compile(r"(?:(?P<repo>[\w.-]+(?:/[\w.-]+)?)--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
 _UNBOUNDED = re.compile(r"limit|clip|max|min")
 SHARD = re.compile(r"[^/\\]+\.safetensors")
+# In the text of JSON what stands for one more value: a comma, or the start of a container that holds one.  A string is passed
+# over as a whole.
+_BEFORE_VALUES = re.compile(r'"(?:[^"\\]|\\.)*+"|,|[{\[](?!\s*[}\]])', re.DOTALL)
 
 
 def check_values(values: Any, where: str) -> None:
@@ -181,9 +184,32 @@ def _operators(parsed: Any, inside: bool = False) -> Iterator[tuple[str, int, bo
             yield from _operators(part, inside)
 
 
+def read_text(path: str | os.PathLike, what: str) -> str:
+    """The text of a JSON file (ValueError: it is too large, has too many values, or is no text)."""
+    check(os.path.getsize(path), "MAX_CONFIG_BYTES", f"{what}: its size in bytes is")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is no JSON file ({error}).") from error
+    check_number_of_values(text, what)
+    return text
+
+
+def check_number_of_values(text: str, what: str) -> None:
+    """Refuse JSON of more than `MAX_CONFIG_VALUES` values (ValueError), before they take up to 40 times the text."""
+    most = cap("MAX_CONFIG_VALUES")
+    if sum(map(text.count, ",{[")) < most:  # also those within strings: mostly that is enough
+        return
+    seen = 1
+    for found in _BEFORE_VALUES.finditer(text):
+        seen += text[found.start()] != '"'
+        if seen > most:
+            check(seen, "MAX_CONFIG_VALUES", f"{what}: its number of values is at least")
+
+
 def read_json(path: str | os.PathLike, what: str) -> Any:
     """A JSON file; ValueError where it is too large, no JSON, nested too deeply, or has a key twice in one object."""
-    check(os.path.getsize(path), "MAX_CONFIG_BYTES", f"{what}: its size in bytes is")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -192,10 +218,10 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
             raise ValueError(f"{what} has the key {twice!r} twice in one object: readers would take different ones.")
         return found
 
+    text = read_text(path, what)
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError(f"{what} is nested too deeply to be read.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"{what} is no JSON file ({error}).") from error

@@ -18,6 +18,7 @@ from .placeholder_text import (
     MarkedText,
     Spans,
     check_even,
+    check_filled,
     check_lengths,
     check_text,
     check_texts,
@@ -357,6 +358,7 @@ def encode_texts(
                 told = "with split_special_tokens=True: leave it out." if options.get("split_special_tokens") else told
                 raise ValueError(f"{name}, sample {sample}: {need} {told}")
     extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
+    check_filled(tokenizer, options | padding, len(texts), "text")
     data = pad_rows(tokenizer, rows, extra, padding, options.get("max_length"))
     if with_mask is False:
         data.pop("attention_mask")

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
+from transformers.image_utils import get_image_size_for_max_height_width
 
 from ..limits import cap, check, check_image, check_switch, is_count
 from .placeholder_text import check_lengths
@@ -139,7 +141,7 @@ def ready_image(item: Any, where: str, form: ImageForm) -> Any:
     raise TypeError(f"{where}: expected an image (PIL, array, tensor, path or URL), got {type(item).__name__}.")
 
 
-def image_size(item: Any, where: str) -> tuple[int, int] | None:
+def size_of_item(item: Any, where: str) -> tuple[int, int] | None:
     """``(height, width)`` that `ready_image` would give a PIL image, or one in a file by its header; None of anything else."""
     item = held(item, _IMAGE_KEYS, otherwise=item)
     if is_file(item):
@@ -323,6 +325,28 @@ def _moved(array: Any, layout: str | None, wanted: str) -> Any:
         return array
     order = (1, 2, 0) if wanted == LAST else (2, 0, 1)
     return array.permute(order) if isinstance(array, torch.Tensor) else array.transpose(order)
+
+
+def image_size(image: Any) -> tuple[int, int]:
+    """Height and width of a PIL image, of an array ``(..., height, width)``, or of one with its few channels last."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    shape = tuple(image.shape)
+    height, width = shape[:2] if len(shape) == 3 and shape[-1] <= 4 < shape[0] else shape[-2:]
+    return int(height), int(width)
+
+
+def resized_size(image: np.ndarray, size: Any) -> tuple[int, int] | None:
+    """The ``(height, width)`` to which Pillow's backend resizes an image ``(..., height, width)``; None where it refuses."""
+    found = tuple(image.shape[-2:])
+    if size.shortest_edge and size.longest_edge:
+        return get_size_with_aspect_ratio(found, size.shortest_edge, size.longest_edge)
+    if size.shortest_edge:
+        form: Any = {"default_to_square": False, "input_data_format": "channels_first"}
+        return get_resize_output_image_size(image, size=size.shortest_edge, **form)
+    if size.max_height and size.max_width:
+        return get_image_size_for_max_height_width(found, size.max_height, size.max_width)
+    return (size.height, size.width) if size.height and size.width else None
 
 
 def ready_tensors(given: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizerBase
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
-from ..limits import check_count
+from ..limits import check, check_count
 
 MARK_START, MARK_END = "\udffd", "\udffe"
 BREAK = MARK_START + MARK_END  # between two texts that would make a token together
@@ -270,6 +270,19 @@ def pad_rows(tokenizer, rows: list[dict], extra: Mapping, padding: Mapping, max_
         blank = (0, 0) if key == "offset_mapping" else 0
         data[key] = [pad_list(v, len(ids), blank, side) for v, ids in zip(values, data["input_ids"], strict=True)]
     return data
+
+
+def check_filled(tokenizer: Any, options: Mapping[str, Any], texts: int, name: str) -> None:
+    """Refuse a length to which so many texts would be filled up without end (ValueError)."""
+    most = options.get("max_length") if options.get("padding") == "max_length" else None
+    if (
+        most is None and options.get("padding") == "max_length" and tokenizer.model_max_length <= 1e20
+    ):  # else it has none
+        most = tokenizer.model_max_length
+    for key, length in {"max_length": most, "pad_to_multiple_of": options.get("pad_to_multiple_of")}.items():
+        if length is not None:
+            told = f"{name}: ask for less: filled up by {key}={int(length):,}, {texts} texts have tokens:"
+            check(int(length) * texts, "MAX_PADDED_TOKENS", told)
 
 
 def check_lengths(options: Mapping[str, Any], given: Mapping[str, Any], name: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers.audio_utils import load_audio
 from transformers.utils import is_soundfile_available
 
-from ..limits import check_sound
+from ..limits import check, check_sound
 from .media import decoded, held, is_file, opened, rated
 
 # Decoded files and mixes go a little beyond 1; integers written as floats far beyond.
@@ -116,6 +116,20 @@ def check_sampling_rate(where: str, expected: int | None, given: int | None) -> 
     if given != expected:
         remedy = f"resample it first, in a table by cast_column(..., Audio(sampling_rate={expected}))."
         raise ValueError(f"{where}: the sampling rate is {given} Hz, the encoder expects {expected} Hz: {remedy}")
+
+
+def check_padding_of_sounds(processor: Any, options: Mapping[str, Any], name: str) -> None:
+    """Refuse a length, of the call or of the extractor, to which sounds would be filled up without end (ValueError)."""
+    # Some fill up the sound's samples, and tell their window's; others rows of features.
+    bins = getattr(processor, "num_mel_bins", None) or getattr(processor, "feature_size", None)
+    row = bins if isinstance(bins, int) and getattr(processor, "n_samples", None) is None else 1
+    lengths = {key: options.get(key) for key in ("max_length", "pad_to_multiple_of")}
+    if lengths["max_length"] is None and options.get("padding", getattr(processor, "padding", None)) == "max_length":
+        lengths["max_length"] = getattr(processor, "max_length", None)
+    for key, length in lengths.items():
+        if isinstance(length, int):
+            told = f"{name}: ask for less: {key}={length:,} rows of {row} values, to which a sound is filled up, are"
+            check(length * row, "MAX_AUDIO_SAMPLES", told)
 
 
 def fewest_samples(features: Callable[[int], int], most: int) -> int | None:

@@ -12,14 +12,13 @@ from torch.nn.functional import pad
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
-from transformers.image_utils import get_image_size_for_max_height_width
 
 from ..limits import check, check_image
 from ..parts.known_encoders import encoder_type
-from .media import image_form, layout_of_call, ready_image
-from .placeholder_text import TEXT_OPTIONS, check_text, check_values
-from .sounds import ready_audio
+from .image_bounds import bounded_processor
+from .media import image_form, layout_of_call, ready_image, resized_size
+from .placeholder_text import TEXT_OPTIONS, check_filled, check_text, check_values
+from .sounds import check_padding_of_sounds, ready_audio
 from .video import FRAME_MASK, SAMPLING, is_video_processor, run_on_frames, run_video_processor, video_of_size
 
 
@@ -50,6 +49,7 @@ def run_tokenizer(
         check_text(item, f"{name}, item {i}: ")
     # Without the last one a tokenizer may cut by what its file says.
     call = {"padding": True, "padding_side": "right", "truncation": False} | dict(options)
+    check_filled(tokenizer, call, len(items), name)
     output = tokenizer(list(items), return_tensors="pt", **call)
     ids, mask = output["input_ids"], output.get("attention_mask")
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(-1).tolist()
@@ -271,7 +271,10 @@ def _called(processor: Any, name: str, items: list, options: Mapping[str, Any], 
     """The tensors that a processor makes of items; its own errors say which, counted from `first`, it could not do."""
 
     def tensors(some: list[Any]) -> dict[str, Any]:
-        output = processor(some, **{**options, "return_tensors": "pt"})
+        # What is small may become large: resized, padded, in crops.
+        bounded, within = bounded_processor(processor, options, len(some))
+        with within:
+            output = bounded(some, **{**options, "return_tensors": "pt"})
         return _tensors({processor.model_input_names[0]: output} if isinstance(output, torch.Tensor) else output, name)
 
     try:
@@ -307,6 +310,7 @@ def _audio_options(processor: Any, name: str, items: list, options: Mapping, mas
     same = ("max_length", "pad_to_multiple_of", "return_attention_mask")  # everywhere
     check_values({key: options[key] for key in same if key in options}, name)
     cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
+    check_padding_of_sounds(processor, options, name)
     # In samples: what the call or the extractor's window (30 seconds of Whisper) keeps.
     limit = options.get("max_length") or getattr(processor, "n_samples", None)
     for i, item in enumerate(items) if cuts and limit is not None else ():
@@ -334,16 +338,8 @@ class _Sized(PilBackend):
         return np.moveaxis(image, -1, 0)  # (channels, height, width)
 
     def resize(self, image: np.ndarray, size: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        found = tuple(image.shape[-2:])
-        if size.shortest_edge and size.longest_edge:
-            found = get_size_with_aspect_ratio(found, size.shortest_edge, size.longest_edge)
-        elif size.shortest_edge:
-            form: Any = {"default_to_square": False, "input_data_format": "channels_first"}
-            found = get_resize_output_image_size(image, size=size.shortest_edge, **form)
-        elif size.max_height and size.max_width:
-            found = get_image_size_for_max_height_width(found, size.max_height, size.max_width)
-        elif size.height and size.width:
-            found = (size.height, size.width)
+        found = resized_size(image, size) or tuple(image.shape[-2:])
+        check_image(found[1], found[0], "crop or shrink it: resized")
         return np.broadcast_to(np.zeros((), image.dtype), (*image.shape[:-2], *found))
 
 

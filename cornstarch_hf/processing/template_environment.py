@@ -6,12 +6,13 @@ Python and JSON escape halves of surrogate pairs, by which nothing would find th
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, MappingView
+from collections.abc import Callable, Mapping, MappingView, Sequence
 from types import CodeType
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -55,11 +56,11 @@ class _Joins(NodeTransformer):
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """Filters, tests, globals and tags of transformers' chat templates."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: Sequence[type[Extension]] = ()) -> None:
         theirs = _compile_jinja_template("").environment
         extensions = [type(extension) for extension in theirs.extensions.values()]
         lines = {"trim_blocks": theirs.trim_blocks, "lstrip_blocks": theirs.lstrip_blocks}
-        super().__init__(extensions=extensions, finalize=printed, **lines)
+        super().__init__(extensions=[*extensions, *more], finalize=printed, **lines)
         own = {"tojson": as_json, "string": as_string, joined.__name__: joined}
         self.filters, self.tests, self.globals = theirs.filters | own, theirs.tests, theirs.globals
 

@@ -17,7 +17,8 @@ from transformers.video_utils import VideoMetadata
 
 from ..limits import check, check_count
 from ..parts.known_encoders import PATCH_GRIDS, encoder_type, grid_of
-from .media import ImageForm, held, image_form, is_file, layout_of_call, ready_image
+from .image_bounds import bounded_processor
+from .media import ImageForm, held, image_form, image_size, is_file, layout_of_call, ready_image
 
 FRAME_MASK = "frame_mask"
 SAMPLING = ("num_frames", "fps", "source_fps")
@@ -89,6 +90,9 @@ def ready_frames(frames: Sequence[Any], kept: Sequence[int], where: str, form: I
     # Only the frames that are kept are converted.
     ready = [ready_image(frames[i], f"{where}, frame {i}", form) for i in kept]
     sizes = [(one.height, one.width) if isinstance(one, Image.Image) else tuple(one.shape) for one in ready]
+    height, width = image_size(ready[0])
+    told = f"{where}: sample fewer by num_frames=; {len(ready)} frames of {width} x {height}"
+    check(len(ready) * height * width, "MAX_VIDEO_PIXELS", f"{told} have pixels:")
     for i, size in zip(kept, sizes, strict=True):
         if size != sizes[0]:
             remedy = "the frames of a video have one size, resize them first."
@@ -149,7 +153,9 @@ def _processed(processor: Any, where: str, frames: list[Any], options: dict[str,
     # Some image processors take lists of frames as videos and give (1, frames, ...).
     whole = "videos" in inspect.signature(processor.preprocess).parameters
     try:
-        output = processor([frames] if whole else frames, return_tensors="pt", **options)
+        bounded, within = bounded_processor(processor, options, len(frames), len(frames))
+        with within:
+            output = bounded([frames] if whole else frames, return_tensors="pt", **options)
     except Exception as error:
         failure = f"{type(processor).__name__} cannot process its {len(frames)} frames"
         told = f"({type(error).__name__}: {error!s:.300}); its options are {options!r:.300}"
@@ -282,6 +288,8 @@ def _kept(
     if metadata.frames_indices is not None:
         remedy = "pass do_sample_frames=False, or leave that out."
         raise ValueError(f"{where}: its video_metadata says its frames are samples already (frames_indices): {remedy}")
+    asked = num_frames or (None if fps else getattr(processor, "num_frames", None))
+    check(asked or 0, "MAX_VIDEO_FRAMES", f"{where}: sample fewer by num_frames=; the number of frames is")
     chosen = copy.copy(processor)  # whose attributes stand in for what is not given
     if explicit:
         sampled_frames(count, where, num_frames, fps, metadata.fps)  # for its refusals alone
@@ -330,7 +338,9 @@ def _by_video_processor(
         video = torch.stack([torch.as_tensor(frame) for frame in frames])  # laid out as the frames are
     told = {"do_sample_frames": False, "video_metadata": [metadata]}  # these frames are the samples
     try:
-        output = processor(videos=[video], return_tensors="pt", **told, **options)
+        bounded, within = bounded_processor(processor, options, len(frames), len(frames))
+        with within:
+            output = bounded(videos=[video], return_tensors="pt", **told, **options)
     except Exception as error:
         frame, cause = tuple(video.shape[1:]), f"{type(error).__name__}: {error!s:.300}"
         failure = f"{type(processor).__name__} cannot process its {len(frames)} frames of {frame} ({cause})."

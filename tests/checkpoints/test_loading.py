@@ -2,14 +2,17 @@
 
 import json
 import logging
+from functools import partial
 
 import pytest
+import tiny
 import torch
 from helpers import compose_tiny
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedModel
 
-from cornstarch_hf import MultimodalConfig, MultimodalModel
+from cornstarch_hf import MultimodalConfig, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
+from cornstarch_hf.checkpoints.manifest import read_composition, write_composition
 from cornstarch_hf.parts.stored_values import POINTER
 
 
@@ -148,3 +151,92 @@ def test_a_path_that_is_not_there(tmp_path):
         OSError, match="is no folder of this machine, and cannot be the id of a repository: check the path"
     ):
         MultimodalModel.from_pretrained(tmp_path / "typo")
+
+
+def edited(folder, **changes):
+    """The checkpoint with some values of a part's configuration changed: ``text_config={...}``."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for part, change in changes.items():
+        values[part] |= change
+    path.write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor"),
+    [
+        ({"text_config": {"num_hidden_layers": 1}}, "language_model.model.layers.1"),
+        ({"text_config": {"num_hidden_layers": 0}}, "language_model.model.layers.0"),
+        ({"text_config": {"num_hidden_layers": -2}}, "language_model.model.layers.0"),
+        ({"text_config": {"attention_bias": False}}, "language_model.model.layers.0.self_attn.k_proj.bias"),
+        ({"vision_config": {"num_hidden_layers": 1}}, "vision_encoder.module.encoder.layers.1"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+def test_tensors_that_the_model_does_not_take_are_refused_or_told(tmp_path, change, tensor, shards):
+    language = tiny.llama(attention_bias=True)
+    model, _ = compose_tiny(["clip"], language_model=language)
+    model.save_pretrained(tmp_path, **shards)
+    whole = AutoConfig.from_pretrained(tmp_path)
+    edited(tmp_path, **change)
+    loads = [AutoModel.from_pretrained, MultimodalModel.from_pretrained]
+    # A configuration that the caller changed is no other case.
+    loads += [partial(load, config=AutoConfig.from_pretrained(tmp_path)) for load in loads]
+    for load in loads:
+        with pytest.raises(
+            ValueError, match=rf"holds \d+ tensors that the model does not take \(\['{tensor}.*output_loading_info"
+        ):
+            load(tmp_path)
+        _, info = load(tmp_path, output_loading_info=True)
+        assert any(key.startswith(tensor) for key in info["unexpected_keys"]) and not info["missing_keys"]
+    again = MultimodalModel.from_pretrained(tmp_path, config=whole)
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
+        "language_model.model.rotary_emb.inv_freq",
+        "vision_encoder.module.embeddings.position_ids",
+        "language_model.model.layers.0.self_attn.masked_bias",
+    ],
+)
+def test_tensors_that_older_versions_stored_are_no_surplus(tmp_path, extra):
+    model, _ = compose_tiny(["clip"])
+    state = model.state_dict()
+    model.save_pretrained(tmp_path / "old", state_dict=state | {extra: torch.ones(3)})
+    assert extra in load_file(tmp_path / "old" / "model.safetensors")
+    again = AutoModel.from_pretrained(tmp_path / "old")
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in state.items())
+    model.save_pretrained(tmp_path / "other", state_dict=state | {"language_model.model.other": torch.ones(3)})
+    with pytest.raises(
+        ValueError, match=r"holds 1 tensors that the model does not take \(\['language_model.model.other'\]"
+    ):
+        AutoModel.from_pretrained(tmp_path / "other")
+
+
+def test_a_head_that_is_stored_beside_the_table_it_is_tied_to_is_no_surplus(tmp_path):
+    model, _ = compose_tiny(["clip"], language_model=tiny.llama(tie_word_embeddings=True))
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert "language_model.lm_head.weight" in state
+    model.save_pretrained(tmp_path)
+    with_head = dict(load_file(tmp_path / "model.safetensors")) | {
+        "language_model.lm_head.weight": state["language_model.lm_head.weight"]
+    }
+    save_file(with_head, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    write_composition(str(tmp_path), read_composition(tmp_path / "composition.json").components)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert again.language_model.lm_head.weight is again.language_model.get_input_embeddings().weight
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in state.items())
+
+
+def test_a_projector_of_fewer_layers_than_stored(tmp_path):
+    config = MultimodalProjectorConfig(projection_type="mlp", in_features=4, out_features=4, num_layers=3)
+    MultimodalProjector(config).save_pretrained(tmp_path)
+    edited(tmp_path, projection_kwargs={"num_layers": 2})
+    for load in (AutoModel.from_pretrained, MultimodalProjector.from_pretrained):
+        with pytest.raises(ValueError, match="tensors that the model does not take"):
+            load(tmp_path)

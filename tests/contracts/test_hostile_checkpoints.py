@@ -11,7 +11,8 @@ from bounded import refusals
 from helpers import compose_tiny
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from cornstarch_hf import MultimodalConfig, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
+import cornstarch_hf
+from cornstarch_hf import MultimodalConfig, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig, limits
 
 
 @pytest.fixture(scope="module")
@@ -393,6 +394,77 @@ attempts = {{name: functools.partial(MultimodalModel.from_pretrained, {str(tmp_p
     assert kinds == dict.fromkeys(edits, "ValueError"), found
     assert "model.embed_tokens.weight: (2000000000, 32) here" in found["vocabulary"][1]
     assert "MAX_LAYERS" in found["layers"][1] and "do not belong together" in found["layers below the cap"][1]
+
+
+# Who reads each of the JSON files of a checkpoint.
+READERS = {
+    "config.json": ["AutoModel", "MultimodalModel", "MultimodalConfig"], "generation_config.json": ["MultimodalModel"],
+    "composition.json": ["AutoModel", "MultimodalModel"], "model.safetensors.index.json": ["MultimodalModel"],
+    "adapter_config.json": ["MultimodalModel"], "projector/config.json": ["MultimodalProjector", "MultimodalProjectorConfig"],
+    "processor_config.json": ["MultimodalProcessor"], "tokenizer_config.json": ["AutoProcessor", "MultimodalProcessor"],
+    "chat_template.jinja": ["MultimodalProcessor"], "special_tokens_map.json": ["MultimodalProcessor"],
+    "vision_tokenizer/tokenizer_config.json": ["MultimodalProcessor"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_every_file_is_measured_before_it_is_parsed(saved, tmp_path, file, monkeypatch):
+    shutil.copytree(saved, tmp_path / "x")
+    path = tmp_path / "x" / file
+    path.parent.mkdir(exist_ok=True)
+    text = path.read_text() if path.exists() else "{}"
+    path.write_text(text + " " * (200_001 - len(text.encode())))
+    if file != "composition.json":
+        (tmp_path / "x" / "composition.json").unlink()
+    monkeypatch.setattr(limits, "MAX_CONFIG_BYTES", 200_000)
+    folder = path.parent if "projector" in file else tmp_path / "x"
+    find = {"AutoModel": AutoModel, "AutoProcessor": AutoProcessor}
+    for reader in READERS[file]:
+        with pytest.raises(
+            ValueError, match=f"{path.name}: its size in bytes is 200,001, more than .*MAX_CONFIG_BYTES = 200,000"
+        ):
+            (find.get(reader) or getattr(cornstarch_hf, reader)).from_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_files_that_are_larger_than_their_text(saved, tmp_path):
+    """Of either kind: beyond the bytes, and within them with values that would take forty times as much."""
+    calls = []
+    for file, readers in READERS.items():
+        for kind in ("bytes", "values"):
+            if file.endswith(".jinja") and kind == "values":
+                continue  # no values in it
+            folder = tmp_path / f"{file.replace('/', '_')}-{kind}"
+            shutil.copytree(saved, folder, copy_function=os.link)
+            path = folder / file
+            path.parent.mkdir(exist_ok=True)
+            text = path.read_text().rstrip() if path.exists() else "{"
+            text = text.removesuffix("}") + ("," if path.exists() else "") + '"x": ['
+            path.unlink(missing_ok=True)
+            with path.open("w") as out:
+                out.write(text)
+                if kind == "values":
+                    out.write("{}," * 1_100_000 + "1]}")
+            if kind == "bytes":
+                os.truncate(path, 100_000_001)  # a hole, which takes no place on the disk
+            if file != "composition.json":
+                (folder / "composition.json").unlink()
+            calls += [
+                (f"{path.relative_to(tmp_path)} {reader}", reader, str(path.parent if "projector" in file else folder))
+                for reader in readers
+            ]
+    found = refusals(f"""
+import cornstarch_hf, transformers, functools
+def load(reader, folder):
+    return (getattr(cornstarch_hf, reader, None) or getattr(transformers, reader)).from_pretrained(folder)
+attempts = {{name: functools.partial(load, reader, folder) for name, reader, folder in {calls!r}}}
+""")
+    assert len(found) == len(calls) > 25
+    for name, (kind, message) in found.items():
+        expected = "MAX_CONFIG_BYTES = 100,000,000" if "-bytes" in name else "MAX_CONFIG_VALUES = 1,000,000"
+        if name.startswith("config.json-bytes/config.json Auto"):
+            continue  # AutoConfig reads that by itself, before any class of this package is asked
+        assert kind == "ValueError" and expected in message, (name, kind, message)
 
 
 @pytest.mark.slow

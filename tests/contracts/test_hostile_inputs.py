@@ -17,6 +17,7 @@ from helpers import compose_tiny
 from PIL import Image
 
 from cornstarch_hf import MultimodalProcessor, limits, register_feature_count
+from cornstarch_hf.processing.template_sandbox import TemplateLimit, template_contents
 
 
 def png(width, height):
@@ -198,6 +199,40 @@ attempts = {{
     assert {name: kind for name, (kind, _) in found.items()} == {"image": "ValueError", "sound": "ValueError"}, found
 
 
+@pytest.mark.slow
+def test_small_items_that_would_become_large_within_time_and_memory():
+    found = refusals("""
+import functools, io, cornstarch_hf, numpy as np, tiny, transformers
+from PIL import Image
+from cornstarch_hf.processing.subprocessors import run_subprocessor
+from helpers import compose_tiny
+file = io.BytesIO()
+Image.new("L", (10_000, 1)).save(file, "PNG")
+model, processor = compose_tiny(["clip", "wav2vec2"])
+processor.processors["vision"] = transformers.CLIPImageProcessorPil()
+names = ["CLIP", "Levit", "TextNet", "Owlv2", "Llava", "Siglip2", "LlavaNext", "Idefics3"]
+frames = np.zeros((4_000, 20, 100, 3), np.uint8)
+config = tiny.clip().config
+def image(name, **options):
+    made = getattr(transformers, name + "ImageProcessorPil")()
+    return run_subprocessor(made, "vision", "image", [file.getvalue()], options, config, prepared=True)
+call = functools.partial
+attempts = {name: call(image, name) for name in ("CLIP", "Levit", "TextNet", "Owlv2")} | {
+    "llava": call(image, "Llava", do_pad=True), "siglip2": call(image, "Siglip2", max_num_patches=10**8),
+    "edge": call(image, "ViT", size={"height": 30_000, "width": 30_000}), "pixels": call(image, "Qwen2VL", min_pixels=10**9, max_pixels=10**10),
+    "composed": call(processor, text="<image>", images=file.getvalue()),
+    "counted": call(processor._get_num_multimodal_tokens, image_sizes=[(1, 10_000)]),
+    "frames": call(run_subprocessor, transformers.CLIPImageProcessorPil(), "film", "video", [frames], {}, config),
+    "sound": call(processor, text="<audio>", audio=np.zeros(9_000, np.float32), sampling_rate=16_000, audio_kwargs={"padding": "max_length", "max_length": 10**9}),
+    "text": call(processor, text="a", padding="max_length", max_length=10**9),
+}
+""")
+    assert {name: kind for name, (kind, _) in found.items()} == dict.fromkeys(found, "ValueError"), found
+    assert len(found) == 13 and all(
+        "cornstarch_hf.limits.MAX_" in told or name == "pixels" for name, (_, told) in found.items()
+    ), found
+
+
 # ---- chat templates
 
 BOMBS = {
@@ -260,6 +295,73 @@ attempts = {{n: functools.partial(render_template, [{{"role": "user", "content":
 """)
     assert {name: kind for name, (kind, _) in found.items()} == dict.fromkeys(BOMBS, "ValueError"), found
     assert "MAX_TEMPLATE_WORK" in found["doubling by ~"][1] and "MAX_TEMPLATE_STEPS" in found["nested loops"][1]
+
+
+SETS = "".join(f"{{% set a{i} = 1 %}}" for i in range(3000))
+# What takes long, or much, to compile: beyond a cap, and right below all of them.
+SOURCES = {
+    "outputs": "{{ x }}" * 140_000, "lists": "{{ [" + "1," * 400_000 + "] }}", "chains": "{{ x" + "|e" * 400_000 + " }}",
+    "sums": "{{ " + "x+" * 400_000 + "x }}", "blocks": "{% if x %}a{% endif %}" * 40_000, "brackets": "{{ " + "[" * 9_000 + "]" * 9_000 + " }}",
+    "braces": "{" * 1_000_000, "names": "{{ " + "a" * 900_000 + " }}", "names in blocks": SETS + "{% if x %}a{% endif %}" * 2_500,
+    "names in files": SETS + "{% include 'x' %}" * 4_500, "digits": "{{ " + "9" * 900_000 + " }}", "hexadecimal": "{{ 0x" + "f" * 900_000 + " }}",
+    "outputs below": "{{ x }}" * 13_300, "filters below": "{{ x|e|e|e|e }}" * 3_600, "loops below": "{% for i in x %}a{% endfor %}" * 3_900,
+    "comparisons below": "{{ " + "x<" * 19_000 + "x }}", "comments below": "{##}" * 250_000, "macros below": "{% macro a() %}{% endmacro %}" * 4_400,
+    "texts below": "{{ '" + "\\\\" * 400_000 + "' }}", "constants below": "{{ 'a' * 10 ** 9 }}{{ 9 ** 9 ** 9 }}{{ range(10 ** 9) | list }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.slow
+def test_templates_that_are_bombs_before_they_run(part):
+    """A quarter of them in a process: each template has seconds of its own, and a process has 20."""
+    sources = dict(list(SOURCES.items())[part::4])
+    found = refusals(f"""
+import functools
+from cornstarch_hf.processing.template_sandbox import template_contents
+attempts = {{name: functools.partial(template_contents, source) for name, source in {sources!r}.items()}}
+""")
+    expected = {name: "accepted" if "below" in name else "ValueError" for name in sources}
+    assert {name: kind for name, (kind, _) in found.items()} == expected, found
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if "below" not in name])
+def test_what_compiling_a_template_takes_is_bounded_by_counts(name):
+    limit = {
+        "names": "MAX_TEMPLATE_CODE",
+        "names in blocks": "MAX_TEMPLATE_CODE",
+        "names in files": "MAX_TEMPLATE_CODE",
+    }
+    nested, numbers = ("brackets", "braces"), ("digits", "hexadecimal")
+    match = (
+        "too deeply"
+        if name in nested
+        else "cannot be compiled"
+        if name in numbers
+        else limit.get(name, "MAX_TEMPLATE_TOKENS")
+    )
+    with pytest.raises(TemplateLimit, match=match):
+        template_contents(SOURCES[name])
+
+
+def test_a_limit_of_time_holds_while_a_template_is_compiled(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_TEMPLATE_SECONDS", 0.0)
+    with pytest.raises(TemplateLimit, match="seconds that compiling the chat template takes .*MAX_TEMPLATE_SECONDS"):
+        template_contents("{{ never_seen_before }}")
+
+
+def test_the_largest_templates_that_there_are_stay_far_below_the_bounds(monkeypatch):
+    """60,000 characters, as dense as those of tool calls are: no piece of white space, and no text that is long."""
+    block = (
+        "{%- if messages[N].role == 'assistant' and messages[N].tool_calls is defined %}{%- for call in messages[N].tool_calls %}"
+        "{%- set args = call.function.arguments if call.function is mapping else call.arguments %}{{- '<tool_call>' ~ call.name }}"
+        "{%- for key, value in args|items %}{{- key ~ '=' ~ (value|tojson if value is not string else value) }}{%- endfor %}"
+        "{%- endfor %}{%- elif loop is defined and not loop.last %}{{- messages[N].content|trim }}{%- endif %}"
+    )
+    template = "".join(block.replace("N", str(i)) for i in range(130))
+    assert len(template) > 60_000
+    for cap in ("MAX_TEMPLATE_TOKENS", "MAX_TEMPLATE_CODE"):
+        monkeypatch.setattr(limits, cap, int(getattr(limits, cap) * 0.6))
+    assert "messages" in template_contents(template)[0]
 
 
 @pytest.mark.parametrize(

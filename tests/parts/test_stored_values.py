@@ -8,6 +8,7 @@ from cornstarch_hf import limits
 from cornstarch_hf.parts.stored_values import (
     check_auto_map,
     check_dtype,
+    check_number_of_values,
     check_pattern,
     check_switches,
     check_types,
@@ -134,3 +135,18 @@ def test_files_are_read_strictly(tmp_path, monkeypatch):
     path.write_text(json.dumps("x" * 20))
     with pytest.raises(ValueError, match="MAX_CONFIG_BYTES"):
         read_json(path, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [('{"a": [1, {}, "x,[{"], "b": "\\",[{"}', 6), ("[[[[ ]]]]", 4), ('[",,,,,,", "\\\\", 3]', 4), ("[{},{},{}]", 4)],
+)
+def test_values_are_counted_before_they_are_made(text, values, monkeypatch):
+    json.loads(text)  # is JSON
+    monkeypatch.setattr(limits, "MAX_CONFIG_VALUES", values)
+    check_number_of_values(text, "x")
+    monkeypatch.setattr(limits, "MAX_CONFIG_VALUES", values - 1)
+    with pytest.raises(
+        ValueError, match=f"x: its number of values is at least {values}, more than .*MAX_CONFIG_VALUES"
+    ):
+        check_number_of_values(text, "x")

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from cornstarch_hf import limits
-from cornstarch_hf.processing.template_sandbox import GROWING, OPERATORS, Budget, TemplateLimit, weight
+from cornstarch_hf.processing.template_bounds import GROWING, OPERATORS, Budget, TemplateLimit, weight
 
 
 def test_weights_count_what_is_shared_each_time_and_stop(monkeypatch):

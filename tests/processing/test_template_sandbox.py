@@ -8,13 +8,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE
 from cornstarch_hf.processing.rendering import render as render_template
-from cornstarch_hf.processing.template_sandbox import (
-    _METHODS,
-    REFUSED_FILTERS,
-    BoundedEnvironment,
-    plain,
-    template_contents,
-)
+from cornstarch_hf.processing.template_bounds import METHODS
+from cornstarch_hf.processing.template_sandbox import REFUSED_FILTERS, BoundedEnvironment, plain, template_contents
 
 MESSAGES = [
     {"role": "system", "content": "be brief"},
@@ -134,7 +129,7 @@ def test_threads_mark_what_the_assistant_wrote_each_for_itself():
 
 
 def test_every_method_that_is_measured_is_called():
-    methods = {name for name in _METHODS if any(hasattr(kind, name) for kind in (str, bytes, int, list, tuple))}
+    methods = {name for name in METHODS if any(hasattr(kind, name) for kind in (str, bytes, int, list, tuple))}
     assert set(CALLS) == methods
 
 

@@ -26,6 +26,9 @@ def plan_load(
     return LoadPlan(files.source, {**options, **pinned}, files, composition=composition)
 
 
+def check_processor_files(source: Any, options: Options) -> None: ...
+
+
 def finish_load(model: PreTrainedModel, loading: LoadPlan, info: Options) -> None: ...
 
 

@@ -19,6 +19,15 @@ def check_part_dtypes(stored: Any) -> None: ...
 def check_names(names: Any, where: str) -> None: ...
 
 
+def check_number_of_values(text: str, what: str) -> None: ...
+
+
+def read_text(path: str | os.PathLike, what: str) -> str:
+    """The text of a file."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
 def read_json(path: str | os.PathLike, what: str) -> Any:
     """A JSON file."""
     with open(path, encoding="utf-8") as file:
