@@ -4,6 +4,7 @@ What `media` is for images; `refuse_short` finds the shortest sound that an enco
 """
 
 import base64
+import contextlib
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -93,16 +94,14 @@ def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
 
 def _has_header(source: str | bytes, rate: int, where: str) -> bool:
     """Whether soundfile knows the header of a sound, which is refused by it if it is too long (ValueError)."""
-    if not is_soundfile_available():
-        return False
-    import soundfile
+    header = None
+    if is_soundfile_available():
+        import soundfile
 
-    try:
-        header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except soundfile.LibsndfileError:
-        return False
-    check_sound(header.frames, header.channels, header.samplerate, rate, where)
-    return True
+        with contextlib.suppress(soundfile.LibsndfileError):
+            header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
+            check_sound(header.frames, header.channels, header.samplerate, rate, where)
+    return header is not None
 
 
 def _head(path: str) -> bytes:
