@@ -254,6 +254,24 @@ def test_files_in_messages_and_rows(processor, files, kind, monkeypatch):
     processor.apply_chat_template(talk({"type": kind}), tokenize=True, processor_kwargs={column: str(path)})
 
 
+def test_a_server_of_transformers_goes_by_the_limit(processor, files, server, monkeypatch):
+    utils = pytest.importorskip("transformers.cli.serving.utils")
+    for url in (str(files / "x.png"), (files / "x.png").as_uri(), f"{server.url}/x"):
+        sent = [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what"}],
+            }
+        ]
+        messages = utils.BaseHandler.get_processor_inputs_from_messages(sent, utils.Modality.MULTIMODAL)
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True, "tokenize": True}
+        monkeypatch.setattr(limits, "LOCAL_MEDIA", True)
+        processor.apply_chat_template(messages, **options)
+        monkeypatch.setattr(limits, "LOCAL_MEDIA", False)
+        with pytest.raises(ValueError, match="vision, item 0: .*local_media=False"):
+            processor.apply_chat_template(messages, **options)
+
+
 def test_what_is_no_file_stays_as_it_is(processor, files):
     raw = (files / "x.png").read_bytes()
     text = base64.b64encode(raw).decode()
