@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
+from .checkpoints.finding import CONFIG
 from .composition import check_encoders
 from .configuration_multimodal import MultimodalConfig, valid_groups
 from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
@@ -34,7 +35,8 @@ from .encoders.towers import packs_frames
 from .language_model.supported import check_language_model
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import unwrapped
-from .parts.classes import language_model_class
+from .parts.classes import FAMILIES, language_model_class
+from .parts.stored_values import check_kernels, check_quantization, read_json
 from .processing.own_processors import default_processor
 from .processing.subprocessors import sampling_rate_of
 from .processing.video import video_processor_missing
@@ -129,7 +131,7 @@ def compose(
     _check_loads(specs, language_model, tokenizer, common, revision)
     # What needs no weights comes first: a missing tokenizer or a misspelt key is told before anything large is loaded.
     text_loading = hub | ({"revision": revision} if revision else {})
-    _check_causal(language_model, text_loading)
+    _check_causal(language_model, text_loading, common)
     tokenizer = _tokenizer(tokenizer, language_model, text_loading, chat_template)
     modules, found = {}, {}
     for name, spec in specs.items():
@@ -166,16 +168,32 @@ def _naming(who: str, source: Any) -> Iterator[None]:
         raise kind(f"{who} could not be loaded from {str(source)!r}. {type(error).__name__}: {error}") from error
 
 
-def _check_causal(language_model: Any, options: Mapping[str, Any]) -> None:
+def _refuse_kernels(source: Any, options: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Refuse a configuration by which transformers would fetch kernels, unless it is trusted (ValueError).
+
+    `given` are further options of loading.  Returns whether there is a configuration: a folder of adapters names its model
+    elsewhere.
+    """
+    places = {key: value for key, value in options.items() if key != "trust_remote_code"}
+    file = cached_file(source, CONFIG, **places, _raise_exceptions_for_missing_entries=False)
+    if file is None or options.get("trust_remote_code"):
+        return file is not None
+    values, where = read_json(file, f"{source}: {CONFIG}"), f"{source}: {CONFIG}"
+    # The caller's argument takes the place of this one key, and transformers lets others that are stored win.
+    asked = [f"{family}_implementation" for family in FAMILIES if given.get(f"{family}_implementation")]
+    check_kernels({key: value for key, value in values.items() if key not in asked}, where)
+    check_quantization(values, where, given)
+    return True
+
+
+def _check_causal(language_model: Any, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse what is no causal language model before anything large is loaded (TypeError, ValueError)."""
     if not is_path(language_model):
         check_language_model(language_model)
         return
     with _naming("The language model", language_model):
-        quiet = {"_raise_exceptions_for_missing_entries": False}
-        places = {key: value for key, value in options.items() if key != "trust_remote_code"}
-        if cached_file(language_model, "config.json", **places, **quiet) is None:
-            return  # a folder of adapters names its model elsewhere
+        if not _refuse_kernels(language_model, options, given):
+            return
         config = AutoConfig.from_pretrained(language_model, **options)
     by_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not isinstance(config, MultimodalConfig) and (by_code or language_model_class(config) is not None):
@@ -298,6 +316,7 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
         # What an encoder says of itself wins over what the call says of all.
         own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
         with _naming(f"{name}: its model", source):
+            _refuse_kernels(source, hub | {k: own[k] for k in ("revision", "subfolder") if k in own}, common | own)
             source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
     options = {k: v for k, v in spec.items() if k not in (*LOADING_KEYS, "model", "processor", "projector", "trim")}
     encoder = ModalEncoderModule(source, projector, trim=spec.get("trim") or False, **options)

@@ -17,6 +17,7 @@ from transformers.models.auto import modeling_auto
 from .configuration_projector import MultimodalProjectorConfig
 from .limits import check_count
 from .parts.classes import (
+    FAMILIES,
     SharedCode,
     SharedConfig,
     apply_implementations,
@@ -29,12 +30,14 @@ from .parts.classes import (
 from .parts.registries import last_definition
 from .parts.stored_values import (
     POINTER,
+    check_kernels,
     check_names,
     check_part_dtypes,
     check_switches,
     check_types,
     check_values,
     read_text,
+    without_implementations,
 )
 
 STATIC_TABLES = tuple(
@@ -156,8 +159,20 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers; ValueError for values that no configuration needs, or of wrong types."""
-        check_values(config_dict, cls.__name__)
+        """As in transformers; ValueError for values that no configuration needs, or of wrong types.
+
+        Of implementations of attention and experts the caller's argument counts, if it is one name, and no stored one; stored
+        ones that are kernels, or would be fetched as such, are refused.
+        """
+        asked = [family for family in FAMILIES if isinstance(kwargs.get(f"{family}_implementation"), str)]
+        check_values(config_dict, cls.__name__, asked)
+        config_dict = without_implementations(config_dict, asked)
+        check_kernels(config_dict, cls.__name__)
+        return cls.from_checked(config_dict, **kwargs)
+
+    @classmethod
+    def from_checked(cls, config_dict, **kwargs):
+        """As `from_dict`, for values that `check_values` has looked at: nothing is built by them, or the caller gave them."""
         token = _checked.set(True)
         try:
             with _stored_values(cls.__name__):
@@ -225,7 +240,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not any(isinstance(getattr(self, key, None), SharedConfig) for key in self.sub_configs):
             return self
         values = {key: value for key, value in self.to_dict().items() if key != "auto_map"}
-        again = type(self).from_dict(values | {"name_or_path": self.name_or_path})
+        again = type(self).from_checked(values | {"name_or_path": self.name_or_path})
         again.auto_map = self.auto_map
         return again
 

@@ -10,7 +10,7 @@ from .limits import check_count
 from .parts.classes import SharedCode, carries_code
 from .parts.registries import PROJECTORS
 from .parts.stored_modules import as_json
-from .parts.stored_values import check_values, read_text
+from .parts.stored_values import check_kernels, check_values, read_text, without_implementations
 
 BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
 CUSTOM_PROJECTION = "custom"
@@ -85,7 +85,10 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers; entries that neither the projection nor `PreTrainedConfig` knows are kept, not refused."""
-        check_values(config_dict, cls.__name__)
+        asked = ["attn"] if isinstance(kwargs.get("attn_implementation"), str) else []
+        check_values(config_dict, cls.__name__, asked)
+        config_dict = without_implementations(config_dict, asked)
+        check_kernels(config_dict, cls.__name__)
         known = {*_BASE_KEYS, *inspect.signature(cls.__init__).parameters}
         options = options_of(config_dict.get("projection_type", "linear"), tuple(config_dict))
         extras = {k: v for k, v in config_dict.items() if k not in known | options and not k.startswith("_")}

@@ -14,6 +14,13 @@ MAX_VIDEO_PIXELS = 1_000_000_000  # frames x width x height of one video, as giv
 MAX_PADDED_TOKENS = 10_000_000  # to which the texts of one call are filled up
 MAX_ITEM_FEATURES = 262_144  # placeholder tokens into which one item is expanded
 MAX_FILE_BYTES = 512_000_000  # of one encoded image or sound, as file or as bytes
+MAX_FETCH_SECONDS = 60.0  # from the first look at an address to the last byte of what lies there
+LOCAL_MEDIA = True  # whether messages and rows may name files of this machine, and addresses in its networks
+# Of pictures as files and bytes, by Pillow's names: those that it decodes by itself, and by no other program.
+IMAGE_FORMATS: tuple[str, ...] = (
+    "AVIF", "BMP", "CUR", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI",
+    "SGI", "TGA", "TIFF", "WEBP", "XBM",
+)  # fmt: skip
 
 # ---- what a checkpoint says
 MAX_LAYERS = 2_000  # entries of a configuration that name layers, depths, blocks or stages

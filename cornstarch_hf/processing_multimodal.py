@@ -27,6 +27,7 @@ from .limits import check_count
 from .parts.classes import carries_code
 from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
 from .parts.registries import FEATURE_COUNTS
+from .parts.stored_values import check_values
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
 from .processing.call import (
@@ -364,7 +365,9 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             where = f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor"
             raise ValueError(f"{where}: save the processor there by processor.save_pretrained(...).")
         load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)  # defines what is named below
-        config = MultimodalConfig.from_dict(dict(values["model_config"]))
+        described = dict(values["model_config"])
+        check_values(described, "MultimodalConfig")
+        config = MultimodalConfig.from_checked(described)  # parts that count run by no kernel, whatever was stored
         check_facts_registered(config.encoder_types)
         kinds = {name: config.modality(name)["kind"] for name in config.encoders}
         tokenizer, parts, unused = load_parts(pretrained_model_name_or_path, values, kinds, kwargs, tokenizer_folder)

@@ -78,7 +78,7 @@ def part_tensors(
     component: str, files: CheckpointFiles, origin: Mapping[str, Any], dtype: torch.dtype, options: Options
 ) -> dict[str, Tensor]:
     """The tensors of a part by its own names, loaded through the class that loads its repository."""
-    check_files(files)
+    check_files(files, options=options)
     # Weights that the repository lacks are drawn at random: the caller's random state stays as it was.
     with base_errors_explained(component, origin), PrivateRandom():
         try:  # code of the base's own is never run unasked, and never asked for at a prompt

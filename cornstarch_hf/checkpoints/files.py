@@ -11,19 +11,22 @@ from typing import Any
 
 from ..limits import cap
 from ..parts.build_bounds import build_guard
-from ..parts.stored_values import SHARD, check_auto_map, check_number_of_values, read_json
+from ..parts.stored_values import SHARD, check_auto_map, check_number_of_values, check_quantization, read_json
 from .finding import CONFIG, DESCRIPTIONS, GENERATION, INDEX, WEIGHTS, CheckpointFiles, Options, of_variant
 from .manifest import LoadPlan, checked_composition, first_weights, valid_place
 
 
-def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[str, Any]:
+def check_files(
+    files: CheckpointFiles, variant: str | None = None, options: Options | None = None
+) -> Mapping[str, Any]:
     """Refuse a checkpoint whose files name something outside of it, or hold pickled code; returns its configuration's values.
 
     Of a repository only the configurations of model and generation, and the index of shards, are fetched.
 
     Raises:
-        ValueError: a path that leaves the folder, weights other than safetensors, an `auto_map` of elsewhere, a
-            JSON file that has a key twice (its values are the configuration class's to check).
+        ValueError: a path that leaves the folder, weights other than safetensors, an `auto_map` of elsewhere, quantization by
+            kernels that the `options` of loading do not allow, a JSON file that has a key twice (its values are the
+            configuration class's to check).
     """
     if ".." in os.path.normpath(files.subfolder or ".").split(os.sep) or os.path.isabs(files.subfolder):
         raise ValueError(f"subfolder {files.subfolder!r} leaves {files.source}.")
@@ -36,6 +39,7 @@ def check_files(files: CheckpointFiles, variant: str | None = None) -> Mapping[s
                 raise ValueError(f"{where} must hold one JSON object, got {type(values).__name__}.")
             check_auto_map(values.get("auto_map"), where, None if files.is_local else files.source, here_only=True)
             config = values if name == CONFIG else config
+    check_quantization(config, f"{files.source}: {CONFIG}", options or {})
     explicit = config.get("transformers_weights")
     if explicit is not None and not (isinstance(explicit, str) and _is_weights(explicit.removesuffix(".index.json"))):
         raise ValueError(
@@ -124,7 +128,7 @@ def checked_files(source: str | os.PathLike, options: Options, verify: bool, wan
     `CheckpointFiles`, `check_files`, `checked_composition` and `stored_shapes` do."""
     source, options = valid_place(source, options, CONFIG)
     files, variant = CheckpointFiles(source, options), options.get("variant")
-    values = check_files(files, variant)
+    values = check_files(files, variant, options)
     composition = checked_composition(files, variant, verify, wants_info)
     explicit = first_weights(composition, variant) if composition is not None else None
     shapes = None

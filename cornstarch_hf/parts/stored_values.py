@@ -9,12 +9,14 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
+from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
+from transformers.utils import is_kernels_available
 
 from ..limits import cap, check
 
@@ -24,6 +26,12 @@ _TAKEN = {name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedC
 _TAKEN |= {"attribute_map", "sub_configs", "config_class", "extra_files"}
 _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$|^(n|num)_\w*(layer|depth|block|stage)")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_FAMILIES = ("attn", "experts")
+_OF_PARTS = "part_implementations"  # {part: {"attn": ..., "experts": ...}}
+_KERNEL_SWITCHES = ("use_kernels", "allow_all_kernels", "kernel_config")
+# What transformers does with kernels that it fetches from repositories of its choice.
+_KERNEL_EXPERTS = frozenset(["deepgemm", "deepgemm_megamoe", "sonicmoe"])
+_KERNEL_METHODS = frozenset(["eetq", "fbgemm_fp8", "fp8", "gguf", "metal", "mxfp4", "mxfp8", "nvfp4"])
 _CODE_ENTRY = re.compile(r"(?:(?P<repo>[\w.-]+(?:/[\w.-]+)?)--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
 _UNBOUNDED = re.compile(r"limit|clip|max|min")
 SHARD = re.compile(r"[^/\\]+\.safetensors")
@@ -32,25 +40,130 @@ SHARD = re.compile(r"[^/\\]+\.safetensors")
 _BEFORE_VALUES = re.compile(r'"(?:[^"\\]|\\.)*+"|,|[{\[](?!\s*[}\]])', re.DOTALL)
 
 
-def check_values(values: Any, where: str) -> None:
+def check_values(values: Any, where: str, asked: Collection[str] = ()) -> None:
     """Refuse, at any depth of what JSON gave, keys that would replace methods, kernels from a repository, data types that do
-    not exist, layers, labels, nesting or size above the caps, NaN, and integers beyond 64 bits (ValueError)."""
-    pending, seen = [(values, where, "", 0)], 0  # value, path to it, its key, depth
+    not exist, layers, labels, nesting or size above the caps, NaN, and integers beyond 64 bits (ValueError).
+
+    `asked` are the families of implementations (``"attn"``, ``"experts"``) of which the caller's word counts and no stored one.
+    """
+    # Each value with the path to it, its key, the implementations that it tells of, and its depth.
+    pending, seen = [(values, where, "", "", 0)], 0
     deepest, most = cap("MAX_CONFIG_DEPTH"), cap("MAX_CONFIG_VALUES")
     while pending:
-        value, path, key, depth = pending.pop()
+        value, path, key, family, depth = pending.pop()
         seen += 1
         if depth > deepest or seen > most:  # messages are made only then: there may be a million values
             check(depth, "MAX_CONFIG_DEPTH", f"{where}: its values are nested to a depth of")
             check(seen, "MAX_CONFIG_VALUES", f"{where}: its number of values is at least")
+        if family in _FAMILIES and family not in asked and not isinstance(value, Mapping):
+            _check_implementation(value, path, family)
         if isinstance(value, Mapping):
             if set(value) != {"__float__"}:  # how transformers writes infinity
                 _check_keys(value, path, is_config=depth == 0 or key.endswith("_config") or "model_type" in value)
-            pending += [(v, f"{path}.{k}" if depth else f"{where}: {k}", str(k), depth + 1) for k, v in value.items()]
+            pending += [
+                (v, f"{path}.{k}" if depth else f"{where}: {k}", str(k), _family(str(k), family), depth + 1)
+                for k, v in value.items()
+            ]
         elif isinstance(value, (list, tuple, set, frozenset)):
-            pending += [(v, path, key, depth + 1) for v in value]
+            pending += [(v, path, key, family, depth + 1) for v in value]
         else:
             _check_leaf(value, path, key)
+
+
+def _family(key: str, above: str) -> str:
+    """Of which implementations a value under a key tells, by the key or what it stands in; "" of none."""
+    if found := _IMPLEMENTATION.fullmatch(key):
+        return found[1]
+    if above == _OF_PARTS and key in _FAMILIES:
+        return key
+    return _OF_PARTS if key == _OF_PARTS else above
+
+
+def _check_implementation(value: Any, path: str, family: str) -> None:
+    """Refuse what is no name of an implementation that transformers or an installed package has (ValueError)."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{path} is {value!r:.100}, expected the name of an implementation, such as 'sdpa'.")
+    if value and "/" in value:
+        raise ValueError(
+            f"{path} asks for the implementation {value!r:.200}: kernels from a repository are code. Remove that from the "
+            f"file, or pass {family}_implementation={value!r:.200} yourself if you trust it."
+        )
+
+
+def without_implementations(values: Any, families: Collection[str], above: str = "") -> Any:
+    """Checked values without what they say of some families of implementations; the values themselves where that is none."""
+    if not families:
+        return values
+    if isinstance(values, Mapping):
+        kept = {key: (value, _family(str(key), above)) for key, value in values.items()}
+        return {k: without_implementations(v, families, own) for k, (v, own) in kept.items() if own not in families}
+    return [without_implementations(v, families, above) for v in values] if isinstance(values, list) else values
+
+
+def check_kernels(values: Mapping[str, Any], where: str) -> None:
+    """Refuse names of implementations for which transformers would fetch and run kernels (ValueError).
+
+    Those are repositories; and where the package `kernels` is installed flash attention, if its own package is missing or a
+    type of model prefers a kernel, and some implementations of experts.
+    """
+    found = list(_implementations(values, f"{where}:"))
+    for key, value, path, family in found:
+        if key != "model_type":
+            _check_implementation(value, path, family)
+    if not is_kernels_available():
+        return
+    types = {value for key, value, _, _ in found if key == "model_type"}
+    for _, value, path, family in found:
+        if (family == "attn" and _fetches(value, types)) or (family == "experts" and value in _KERNEL_EXPERTS):
+            raise ValueError(
+                f"{path} asks for the implementation {value!r}, for which transformers would fetch a kernel from the Hub "
+                "here, and kernels are code. Install its package (flash-attn), remove that from the file, or pass "
+                f"{family}_implementation={value!r}, or another one, yourself."
+            )
+
+
+def _implementations(values: Any, path: str, key: str = "", family: str = "") -> Iterator[tuple]:
+    """Each name of an implementation and each type of model: its key, the name, the path to it, of what it tells."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            below = f"{path} {name}" if path.endswith(":") else f"{path}.{name}"
+            yield from _implementations(value, below, str(name), _family(str(name), family))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _implementations(value, path, key, family)
+    elif isinstance(values, str) and (family in _FAMILIES or key == "model_type"):
+        yield key, values, path, family
+
+
+def _fetches(name: str, model_types: Collection[str]) -> bool:
+    """Whether transformers gets an attention by a kernel: its package is missing, or a model has it replaced by one."""
+    if "flash" not in name:
+        return False
+    version = name.rpartition("_")[2]
+    package = FLASH_ATTENTION_COMPATIBILITY_MATRIX.get(int(version)) if version.isdecimal() else None
+    if package is None or not package["general_availability_check"]():
+        return True
+    configs = [CONFIG_MAPPING[kind] for kind in model_types if kind in CONFIG_MAPPING]
+    models = [MODEL_MAPPING[config] for config in configs if config in MODEL_MAPPING]
+    replaced = [getattr(model, "_compatible_flash_implementations", None) or () for model in models]
+    return any("/" in other for others in replaced for other in others)
+
+
+def check_quantization(values: Mapping[str, Any], where: str, options: Mapping[str, Any]) -> None:
+    """Refuse stored quantization that transformers runs by kernels from the Hub, where it can fetch them (ValueError).
+
+    The caller allows it by a `quantization_config`, or `trust_remote_code`, among the `options` of loading.
+    """
+    stored = values.get("quantization_config")
+    if not isinstance(stored, Mapping) or options.get("trust_remote_code") or options.get("quantization_config"):
+        return
+    method = str(stored.get("quant_method", "")).lower()
+    if (method in _KERNEL_METHODS or stored.get("use_optimized_inference")) and is_kernels_available():
+        raise ValueError(
+            f"{where}: quantization_config has the quant_method {method!r}, which transformers runs by kernels that it "
+            "fetches from the Hub, and kernels are code. Pass quantization_config= yourself, or trust_remote_code=True, "
+            "if you trust them; or use weights that are not quantized so."
+        )
 
 
 def _check_keys(values: Mapping[Any, Any], path: str, is_config: bool) -> None:
@@ -63,16 +176,14 @@ def _check_keys(values: Mapping[Any, Any], path: str, is_config: bool) -> None:
         raise ValueError(f"{path} has the keys {taken}, which would replace methods of the configuration: remove them.")
     if not isinstance(values.get("model_type", ""), str):
         raise ValueError(f"{path} has the model_type {values['model_type']!r:.100}, expected a string.")
+    if asking := [key for key in _KERNEL_SWITCHES if values.get(key)]:
+        told = f"{asking[0]}={values[asking[0]]!r:.100}: kernels from the Hub are code"
+        raise ValueError(f"{path} asks for {told}. Remove that from the file, or pass it to from_pretrained yourself.")
     check_auto_map(values.get("auto_map"), path)
 
 
 def _check_leaf(value: Any, path: str, key: str) -> None:
     if isinstance(value, str):
-        if _IMPLEMENTATION.fullmatch(key) and "/" in value:
-            raise ValueError(
-                f"{path} asks for the implementation {value!r}: kernels from a repository are code, pass "
-                f"attn_implementation={value!r} yourself if you trust it."
-            )
         if key in ("dtype", "torch_dtype") and value != "auto":
             check_dtype(value, path)
     elif isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not _UNBOUNDED.search(path))):

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import BatchFeature, ProcessorMixin
 
 from ..configuration_multimodal import MultimodalConfig
+from .addresses import local_allowed
 from .assistant_turns import assistant_spans
 from .call import call_arguments, mapped
 from .conversations import (
@@ -39,7 +40,7 @@ class ChatTemplating(ProcessorMixin):
         add_generation_prompt: bool = False, continue_final_message: bool | str = False,
         return_assistant_tokens_mask: bool = False, tokenize: bool = False, return_tensors=None,
         return_dict: bool = False, load_audio_from_video: bool = False, processor_kwargs: dict | None = None,
-        sanitize_control_tokens: bool = False, **kwargs: Any,
+        sanitize_control_tokens: bool = False, local_media: bool | None = None, **kwargs: Any,
     ):  # fmt: skip
         """Turn a conversation, or a batch of them, into text or into inputs.
 
@@ -56,6 +57,8 @@ class ChatTemplating(ProcessorMixin):
             load_audio_from_video: changes nothing, as in transformers where there is no sound to load: videos are frames here,
                 and a video's sound is a part of its own.
             sanitize_control_tokens: the tokens that steer a chat stay text, too, where a user typed them.
+            local_media: whether messages may name files of this machine, and addresses in its networks; by default
+                `limits.LOCAL_MEDIA`.  Arguments of the call (``images=``) may in any case.
             tokenize, return_tensors, return_dict, add_generation_prompt: as in transformers.
             processor_kwargs: arguments of this processor's call.
             **kwargs: variables of the template; what it does not read are arguments of the call.
@@ -79,7 +82,8 @@ class ChatTemplating(ProcessorMixin):
         template = chosen_template(self.chat_template, chat_template)
         kwargs |= {} if tensors is None else {"return_tensors": tensors}
         variables, call = sorted_keywords(template, kwargs, processor_kwargs or {}, tokenize)
-        reader = self._reader(control_tokens(self.tokenizer, template) if sanitize_control_tokens else ())
+        control = control_tokens(self.tokenizer, template) if sanitize_control_tokens else ()
+        reader = self._reader(control, local_media)
         specials = self.tokenizer.special_tokens_map
         variables = reader.variables(template, specials, tools=tools, documents=documents, **variables)
         batched, read = is_batch(conversation), []
@@ -128,6 +132,7 @@ class ChatTemplating(ProcessorMixin):
         first: int = 0,
         chat_template: str | None = None,
         tools=None,
+        local_media: bool | None = None,
         **variables: Any,
     ) -> tuple[str, list[tuple[int, int]], dict[str, list]]:
         """A conversation's text, the spans of the assistant's turns in it, and its media, for the collator.
@@ -135,7 +140,7 @@ class ChatTemplating(ProcessorMixin):
         Parts without an item take those `given` by modality; turns count from the message `first` on.  ValueError for variables
         of the template that are options of this processor's call.
         """
-        template, reader = chosen_template(self.chat_template, chat_template), self._reader()
+        template, reader = chosen_template(self.chat_template, chat_template), self._reader((), local_media)
         known = call_arguments(self.config, self.processors) if variables else ()
         calls = {key for key in variables if key in known or key.endswith("_kwargs")}
         if own := sorted(calls - template_contents(template)[0]):
@@ -156,8 +161,9 @@ class ChatTemplating(ProcessorMixin):
     def _kinds(self) -> dict[str, str]:
         return {name: self.config.modality(name)["kind"] for name in self.tokens}
 
-    def _reader(self, control: Sequence[str] = ()) -> ConversationReader:
-        return ConversationReader(self.tokens, self.config.modalities_for, self._kinds(), control)
+    def _reader(self, control: Sequence[str], local_media: bool | None) -> ConversationReader:
+        allowed = local_allowed(local_media)
+        return ConversationReader(self.tokens, self.config.modalities_for, self._kinds(), control, allowed)
 
     def _specials(self) -> list[str]:
         return list(dict.fromkeys([*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()]))

@@ -12,6 +12,7 @@ from numbers import Number
 from typing import Any
 
 from ..limits import check_switch
+from .addresses import foreign
 from .call import PLURALS, mapped
 from .media import LIST_DEPTHS
 from .placeholder_text import BREAK, check_text, mark_typed, occurrences, token_pattern, unmark
@@ -39,6 +40,7 @@ class ConversationReader:
     names_of: Callable[[str], list[str]]  # modalities that a part's type means, a name or a kind; ValueError if unclear
     kinds: Mapping[str, str]  # of the modalities
     control: Sequence[str] = ()  # further tokens that stay text where a user typed them
+    local: bool = True  # whether messages may name files of this machine and addresses in its networks
 
     def read(
         self,
@@ -149,6 +151,7 @@ class ConversationReader:
         for name in names:
             if isinstance(item, Number) and LIST_DEPTHS.get(self.kinds[name]) == 1:  # several would pass for one item
                 raise TypeError(f"{name}, item {len(media[name])}: expected an item of a message, got {item!r}.")
+            item = item if self.local or self.kinds[name] not in LIST_DEPTHS else foreign(item)
             media[name].append(NO_ITEM if item is None else item)
         # A part stays where the template itself writes this modality's placeholder; else its tokens stand as text.
         alone = names[0] if len(names) == 1 and self.kinds[names[0]] == kind else None

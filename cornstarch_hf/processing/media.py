@@ -8,19 +8,20 @@ import inspect
 import io
 import os
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
 from transformers.image_utils import get_image_size_for_max_height_width
 
 from ..limits import cap, check, check_image, check_switch, is_count
+from .addresses import REFUSED, Foreign, fetch
 from .placeholder_text import check_lengths
 
 # At most 8 bits per channel, and Pillow converts them.
@@ -125,6 +126,15 @@ def ready_image(item: Any, where: str, form: ImageForm) -> Any:
         item = decoded(lambda x: _open_image(x, where, _oriented), item, where, "image")
     elif isinstance(item, Image.Image):
         check_image(*item.size, where)
+        # Pillow decodes when asked for pixels; what a package beside it has opened is that one's.
+        if (
+            getattr(item, "tile", None)
+            and type(item).__module__.startswith("PIL.")
+            and item.format not in [*_formats(), "MPO"]
+        ):
+            raise ValueError(
+                f"{where}: the image is not loaded, and its format {item.format!r} is {_none_of_formats()}."
+            )
         item = decoded(_oriented, item, where, "image")
     if isinstance(item, Image.Image):
         return _ready_pil(item, where, form.channels)
@@ -165,9 +175,24 @@ def _turned(image: Image.Image) -> tuple[str, tuple[int, int]]:
 
 def _open_image(item: Any, where: str, read: Callable[[Image.Image], Any]) -> Any:
     source = opened(item, where)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    try:
+        opening = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError(f"its format is {_none_of_formats()}") from error
+    with opening as image:
         check_image(*image.size, where)  # the header is read, the pixels are not
         return read(image)
+
+
+def _formats() -> list[str]:
+    """Formats of pictures that are decoded, in Pillow's order: Pillow itself would hand EPS to Ghostscript."""
+    Image.init()  # its order is known once all formats are
+    wanted = {name.upper() for name in cap("IMAGE_FORMATS")}
+    return [name for name in Image.ID if name in wanted]
+
+
+def _none_of_formats() -> str:
+    return f"none of {', '.join(_formats())}: save it as one of them, or add its name to limits.IMAGE_FORMATS"
 
 
 def _oriented(image: Image.Image) -> Image.Image:
@@ -195,20 +220,23 @@ def _addressed(text: str) -> str | bytes:
     scheme, _, rest = text.partition(":")
     if (scheme := scheme.lower()) in ("http", "https"):
         address = urllib.parse.quote(text, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and letters, as browsers write them
-        with urllib.request.urlopen(address, timeout=60) as answer:
-            return answer.read(cap("MAX_FILE_BYTES") + 1)  # one byte more than allowed shows that there are too many
+        return fetch(address, public=isinstance(text, Foreign))
     if scheme == "file":
+        if isinstance(text, Foreign):
+            raise ValueError(f"it names a file of this machine, {REFUSED}")
         parts = urllib.parse.urlsplit(text)
         if parts.netloc not in ("", "localhost"):
             raise ValueError(f"the file lies on another machine, {parts.netloc!r}")
-        return urllib.request.url2pathname(parts.path)
+        return url2pathname(parts.path)
     if scheme == "data":
         content = rest.partition(",")[2]
         # What is written out byte by byte is no base64.
         return _base64(urllib.parse.unquote(content)) or urllib.parse.unquote_to_bytes(content)
-    if os.path.isfile(text):
+    if not isinstance(text, Foreign) and os.path.isfile(text):
         return text
     if (found := _base64(text)) is None:
+        if isinstance(text, Foreign):
+            raise ValueError(f"it is no address (http, https, data) and no base64 text, but names a file, {REFUSED}")
         raise ValueError("there is no such file, and it is no address (http, https, file, data) and no base64 text")
     return found
 
@@ -235,11 +263,13 @@ def _read(file: Any) -> bytes:
 
 
 def decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> Any:
-    """What a decoder makes of an item; ValueError with its cause if it cannot."""
+    """What a decoder makes of an item; ValueError with its cause if it cannot, TimeoutError if an address takes too long."""
     try:
         return decode(item)
     except (ImportError, MemoryError):  # a package is missing
         raise
+    except TimeoutError as error:
+        raise TimeoutError(f"{where}: the {kind} at {_without_secrets(str(item))!r:.200}: {error}") from error
     except Image.DecompressionBombError as error:
         limit = f"cornstarch_hf.limits.MAX_IMAGE_PIXELS is {cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
         raise ValueError(f"{where}: the image has more pixels than Pillow decodes ({error}); {limit}") from error

@@ -3,16 +3,16 @@
 What `media` is for images; `refuse_short` finds the shortest sound that an encoder takes.
 """
 
+import base64
 import contextlib
 import io
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.audio_utils import load_audio
+from transformers import audio_utils
+from transformers.audio_utils import get_audio_filetype, load_audio
 from transformers.utils import is_soundfile_available
 
 from ..limits import check, check_sound
@@ -76,33 +76,37 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
 
 def _load_sound(item: Any, rate: int, where: str) -> np.ndarray:
     source = opened(item, where)
-    if is_soundfile_available():
-        import soundfile
-
-        # Too long a sound is refused by its header; what has none that is known here another backend may read.
-        with contextlib.suppress(soundfile.LibsndfileError):
-            header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
-            check_sound(header.frames, header.channels, header.samplerate, rate, where)
-    if isinstance(source, str):
-        return _load_file(source, rate, where)
-    # Through a file, so that bytes are decoded, mixed and resampled as files are, whichever backend does that.
-    handle, path = tempfile.mkstemp()
+    if not _has_header(source, rate, where):
+        # Another backend may read it, by what it is: lists of files and the like would send FFmpeg elsewhere.
+        get_audio_filetype(source if isinstance(source, bytes) else _head(source))
+    # librosa, of transformers 5.20, hands a file that soundfile fails on to other programs, but no bytes.
+    if isinstance(source, str) and hasattr(audio_utils, "librosa"):
+        with open(source, "rb") as file:
+            source = file.read()
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(source)
-        return _load_file(path, rate, where)
-    finally:
-        os.unlink(path)
-
-
-def _load_file(path: str, rate: int, where: str) -> np.ndarray:
-    try:
-        return load_audio(path, sampling_rate=rate)
+        return load_audio(source if isinstance(source, str) else base64.b64encode(source).decode(), sampling_rate=rate)
     except ImportError as error:  # transformers names its own extra, which knows nothing of this package's versions
         raise ImportError(
             f"{where}: sound files are decoded by soundfile and soxr, this package's extra 'audio', which is not installed: "
             'pip install "./cornstarch_hf[audio]" (a clone of it), or soundfile and soxr; with transformers 5.20 also librosa.'
         ) from error
+
+
+def _has_header(source: str | bytes, rate: int, where: str) -> bool:
+    """Whether soundfile knows the header of a sound, which is refused by it if it is too long (ValueError)."""
+    header = None
+    if is_soundfile_available():
+        import soundfile
+
+        with contextlib.suppress(soundfile.LibsndfileError):
+            header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
+            check_sound(header.frames, header.channels, header.samplerate, rate, where)
+    return header is not None
+
+
+def _head(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4096)
 
 
 def check_sampling_rate(where: str, expected: int | None, given: int | None) -> None:
@@ -162,7 +166,7 @@ def refuse_short(
     wheres = [f"{name}, item {i}" for i in range(len(items))]
     try:
         lengths = [len(ready_audio(item, where, expected, given)) for item, where in zip(items, wheres, strict=True)]
-    except (ValueError, TypeError):  # which its caller has met before
+    except (ValueError, TypeError, TimeoutError):  # which its caller has met before
         return
 
     def counted(samples: int) -> int:

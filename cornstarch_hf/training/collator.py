@@ -11,6 +11,7 @@ import jinja2
 import torch
 
 from ..limits import check_count
+from ..processing.addresses import foreign, local_allowed
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.placeholder_text import pad_list
@@ -61,12 +62,15 @@ class MultimodalCollator:
             does not fit whole goes with its placeholders, its tensors and what is beyond it; a warning tells once how much.
         processor_kwargs: further arguments of the processor's call, such as ``{"images_kwargs": {"do_rescale": False}}``.
         length_column_name: column of numbers that is left out, as Trainer's option of that name says; see `lengths`.
+        local_media: whether rows may name files of this machine, and addresses in its networks; by default
+            `limits.LOCAL_MEDIA` at each call.
 
     Raises:
         TypeError: a tokenizer or anything else that is not the processor of a composed model.
         ValueError: an unknown option, an argument of the processor's call that the collator gives itself; when called: a row
             without text, with unknown columns, too long, with media that do not fit it or cannot be decoded, or without
             anything to learn (no label behind its first token), cut or not; names the row.
+        TimeoutError: when called: an address takes too long; names the row.
         TypeError: when called: a row or an item of a wrong type; names the row.
     """
 
@@ -80,6 +84,7 @@ class MultimodalCollator:
         truncation: str = "raise",
         processor_kwargs: Mapping[str, Any] | None = None,
         length_column_name: str = "length",
+        local_media: bool | None = None,
     ):
         if not hasattr(processor, "read_labelled"):
             raise TypeError(
@@ -117,6 +122,8 @@ class MultimodalCollator:
         self.processor, self.padding_side, self.max_length = processor, padding_side, max_length
         self.sampling_rate, self.pad_to_multiple_of = sampling_rate, pad_to_multiple_of
         self.truncation, self._warned = truncation, False
+        local_allowed(local_media)
+        self.local_media = local_media
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, encoders' inputs."""
@@ -165,6 +172,8 @@ class MultimodalCollator:
             return self._encode(row, by_size)
         except TypeError as error:
             raise TypeError(f"row {index}: {error}") from error
+        except TimeoutError as error:
+            raise TimeoutError(f"row {index}: {error}") from error
         except (ValueError, LookupError, jinja2.TemplateError) as error:  # a template may refuse a conversation
             raise ValueError(f"row {index}: {error}") from error
 
@@ -244,11 +253,12 @@ class MultimodalCollator:
         for message in messages:  # a table fills keys in that tool calls of other rows have
             calls = message.get("tool_calls") if isinstance(message, Mapping) else None
             read.append({**message, "tool_calls": _present(calls)} if calls else message)
-        return self.processor.read_labelled(read, given=media, first=first, **variables)
+        local = self.local_media
+        return self.processor.read_labelled(read, given=media, first=first, local_media=local, **variables)
 
     def _media(self, row: dict[str, Any]) -> dict[str, list]:
         """Items by modality; takes their columns out of the row."""
-        config, media = self.processor.config, {}
+        config, media, local = self.processor.config, {}, local_allowed(self.local_media)
         kinds = {plural: kind for kind, plural in PLURALS.items()}
         for key in dict.fromkeys([*config.encoders, *PLURALS.values(), *PLURALS]):
             value = row.pop(key, None)
@@ -257,7 +267,9 @@ class MultimodalCollator:
             for name in config.modalities_for(kinds.get(key, key)):
                 if name in media:
                     raise ValueError(f"{name}: its items were given twice, by kind and by name.")
-                media[name] = _items(value, config.modality(name)["kind"])
+                kind = config.modality(name)["kind"]
+                items = _items(value, kind)
+                media[name] = items if local or kind not in LIST_DEPTHS else foreign(items)
         return {name: items for name, items in media.items() if items}
 
     def _cut(self, encoded: dict[str, Any], lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:

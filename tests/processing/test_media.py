@@ -1,8 +1,10 @@
 """Items as users hand them over: order, files of every form on one road, images, sounds."""
 
 import base64
+import contextlib
 import functools
 import io
+import os
 import tempfile
 import threading
 import urllib.parse
@@ -14,12 +16,14 @@ import pytest
 import soundfile
 import tiny
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers.image_utils import load_image
 
+from cornstarch_hf import limits
 from cornstarch_hf.processing import sounds
 from cornstarch_hf.processing.media import FIRST, LAST, PLAIN_MODES, ImageForm, flatten, ready_image
 from cornstarch_hf.processing.sounds import check_sampling_rate, fewest_samples, ready_audio
+from cornstarch_hf.processing.video import ready_video
 
 RGB, GREY = ImageForm(3), ImageForm(1)
 WAVE = np.linspace(-1, 1, 8, dtype=np.float32)
@@ -194,6 +198,101 @@ def test_without_a_decoder_of_sounds_this_packages_extra_is_named(tmp_path, monk
     monkeypatch.setattr(sounds, "load_audio", load_audio)
     with pytest.raises(ImportError, match=r"audio, item 0: .*extra 'audio'.* pip install \"./cornstarch_hf\[audio\]\""):
         ready_audio(form(path), "audio, item 0", 16_000, None)
+
+
+# ---- formats: of pictures and sounds that are decoded in this process
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n"
+DOS_EPS = b"\xc5\xd0\xd3\xc6" + (30).to_bytes(4, "little") + len(EPS).to_bytes(4, "little") + bytes(18) + EPS
+SPELT = {"jpg": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A file that tells which other programs were started, of those that decoders know."""
+    told, folder = tmp_path / "started", tmp_path / "bin"
+    told.write_text("")
+    folder.mkdir()
+    for name in ("gs", "gswin64c", "gswin32c", "djpeg", "cjpeg", "ffmpeg", "avconv", "madplay", "sox"):
+        (folder / name).write_text(f"#!/bin/sh\necho {name} >> {told}\nexit 1\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    # What Pillow has found out about Ghostscript, it keeps.
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return told
+
+
+@pytest.mark.parametrize("content", [EPS, DOS_EPS])
+def test_no_picture_starts_another_program(programs, served, content):
+    path = served[0] / "x.png"  # whatever its name says
+    path.write_bytes(content)
+    given = forms(path, served[1])
+    for name, form in {**given, "lazy": Image.open(path)}.items():
+        with pytest.raises(ValueError, match="vision, item 0: .*none of .*JPEG.*PNG.*limits.IMAGE_FORMATS"):
+            ready_image(form, "vision, item 0", RGB)
+            raise AssertionError(name)
+        with pytest.raises(ValueError, match="film, item 0, frame 0: .*none of "):
+            ready_video([form], "film, item 0", RGB)
+    assert programs.read_text() == "", "nothing was started"
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    ["png", "jpg", "webp", "gif", "bmp", "tif", "ico", "ppm", "jp2", "tga", "dds", "pcx", "sgi", "avif", "icns", "qoi"],
+)
+def test_common_formats_are_decoded(suffix):
+    name, raw, picture = SPELT.get(suffix, suffix.upper()), io.BytesIO(), tiny.image(size=(64, 64))
+    if name not in Image.SAVE and Image.init() and name not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {name}")
+    picture.save(raw, name)
+    expected = Image.open(io.BytesIO(raw.getvalue())).convert("RGB")
+    assert ready_image(raw.getvalue(), "vision, item 0", RGB).tobytes() == expected.tobytes()
+
+
+def test_a_format_that_the_user_adds_is_decoded(monkeypatch):
+    raw = io.BytesIO()
+    tiny.image().save(raw, "IM")
+    with pytest.raises(ValueError, match="none of .*limits.IMAGE_FORMATS"):
+        ready_image(raw.getvalue(), "vision, item 0", RGB)
+    monkeypatch.setattr(limits, "IMAGE_FORMATS", [*limits.IMAGE_FORMATS, "im", "HEIF"])  # HEIF: of no plugin here
+    assert ready_image(raw.getvalue(), "vision, item 0", RGB).size == tiny.image().size
+
+
+def test_several_pictures_in_one_jpeg():
+    raw = io.BytesIO()
+    tiny.image().save(raw, "MPO", save_all=True, append_images=[tiny.image(1)])
+    assert Image.open(raw).format == "MPO"
+    for form in (raw.getvalue(), Image.open(raw)):
+        assert ready_image(form, "vision, item 0", RGB).size == tiny.image().size
+
+
+SOUNDS = {
+    "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n", "list": b"ffconcat version 1.0\nfile /etc/passwd\n", "text": b"v=0\n",
+    "broken": b"fLaC" + bytes(60),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_no_sound_starts_another_program(programs, served, name):
+    path = served[0] / f"{name}.wav"
+    path.write_bytes(SOUNDS[name])
+    for form in forms(path, served[1]).values():
+        if isinstance(form, dict) and "image" in form:
+            form = {"audio": form["image"]}
+        with pytest.raises(ValueError, match="audio, item 0: the sound cannot be decoded"):
+            ready_audio(form, "audio, item 0", 16_000, None)
+    assert programs.read_text() == "", "nothing was started"
+
+
+def test_a_sound_that_breaks_off_behind_its_header_starts_no_program(programs, tmp_path):
+    path = tmp_path / "x.flac"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 80_000), 16_000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) // 2))
+    for form in (path, path.read_bytes()):
+        with contextlib.suppress(ValueError):
+            ready_audio(form, "audio, item 0", 16_000, None)
+    assert programs.read_text() == ""
 
 
 # ---- one road
