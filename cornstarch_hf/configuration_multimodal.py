@@ -30,6 +30,7 @@ from .parts.classes import (
 from .parts.registries import last_definition
 from .parts.stored_values import (
     POINTER,
+    check_frozen_parts,
     check_kernels,
     check_names,
     check_part_dtypes,
@@ -56,7 +57,8 @@ RESERVED_NAMES = frozenset([
 ])  # fmt: skip
 # Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = (
-    "language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "part_dtypes", "origins",
+    "language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "frozen_parts", "part_dtypes",
+    "origins",
 )  # fmt: skip
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
@@ -130,6 +132,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
         check_part_dtypes(kwargs.get("part_dtypes"))
         check_names(kwargs.get("frozen") or [], "frozen")
+        check_frozen_parts(kwargs.get("frozen_parts"))
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
         kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}

@@ -117,7 +117,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         config = copy.deepcopy(config)
         for name in config.encoders:
             config.modality(name).update(token=self.tokens[name], token_id=ids[name])
-        for key in ("adapters", "frozen", "part_dtypes", "origins"):  # what only the weights need
+        for key in ("adapters", "frozen", "frozen_parts", "part_dtypes", "origins"):  # what only the weights need
             setattr(config, key, None)
         config.__dict__.pop("auto_map", None)
         self.counter = FeatureCounter(config, None if model is None else model.encoders)

@@ -21,7 +21,7 @@ from ..parts.freezing import frozen_patterns, restore_frozen
 from ..parts.gathering import gathered_ties, nearest_models, untied_weights
 from ..parts.known_encoders import check_facts_registered, registered_facts
 from ..parts.names import as_regex, compress, matches
-from ..parts.stored_adapters import check_not_injected, record_adapters
+from ..parts.stored_adapters import check_no_views, check_not_injected, record_adapters
 from ..parts.stored_modules import check_callbacks_storable
 from ..parts.weightless import build_without_weights, without_dtypes
 from .finding import Bases, Options
@@ -83,6 +83,7 @@ class MultimodalStorageMixin(ModelStorage):
         if whole:
             check_quantized(self)  # before anything asks for the state: bitsandbytes changes 4-bit weights then
             sync_config(self, self.config, self.encoders, self.language_model)
+            check_no_views(self)
             check_rebuildable(self)
             # Adapters may have come or gone; saving reads `_tied_weights_keys`, loading the other one.
             self.all_tied_weights_keys = gathered_ties(self)

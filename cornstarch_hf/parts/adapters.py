@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .names import modules_by_name
+from .names import modules_by_name, parameters_by_name
 from .versions import check_peft
 
 # Layers that hold adapters beside what they wrap, and what PEFT wraps whole models in.
@@ -80,11 +80,23 @@ def _wrapped_module(layer: Any) -> nn.Module:
 
 
 def adapter_parameter_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that a wrapped part trains: adapter weights and copies kept by `modules_to_save`."""
+    """Names of the parameters that PEFT trains in a wrapped part as it is now: of the active adapters, unless they are off,
+    with tokens, copies kept by `modules_to_save` and biases of the part itself."""
     if not is_wrapped(model):
         return set()
-    prefix = getattr(model.base_model, "prefix", "lora_")  # of the names of all parameters of its kind
-    return {name for name, _ in model.named_parameters() if prefix in name or ".modules_to_save." in name}
+    tuner: Any = model.base_model
+    off = any(layer.disable_adapters for layer in tuner_layers(model))
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    # Each type of adapter has its own rule: PEFT itself marks what trains, as when it wraps, which is read off and put back.
+    try:
+        model.requires_grad_(False)
+        tuner._mark_only_adapters_as_trainable(tuner.model)
+        if not off:  # afterwards, as when it wraps: some types mark copies in `modules_to_save` as frozen
+            tuner.set_requires_grad(tuner.active_adapters)
+        return {name for name, p in parameters_by_name(model) if p.requires_grad}
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
 
 
 # ---- tensors that adapters bring along or stand in front of: names, ties, buffers that no checkpoint holds
@@ -143,9 +155,16 @@ def check_buffers_restorable(made: nn.Module) -> None:
     """Refuse adapters of a model built without weights whose unsaved buffers cannot be made again (VeRA; ValueError)."""
     # A buffer that is real was computed while its adapter was made, as loading will; `restore_token_rows` fills the rest.
     if lost := [n for n, b in adapter_buffers(made).items() if b.is_meta and _TOKEN_ROWS not in n.split(".")]:
+        configs = [config for part in made.modules() if is_wrapped(part) for config in part.peft_config.values()]
+        # Some types have an option that saves what they drew.
+        options = sorted(
+            {key for config in configs for key in vars(config) if key in ("save_projection", "save_indices")}
+        )
+        option = f"use {options[0]}=True in the adapter configuration, or " if options else ""
         raise ValueError(
             f"A checkpoint would not hold the buffers {lost[:2]} ({len(lost)}) that adapters need, and loading cannot make "
-            "them again: use save_projection=True in the adapter configuration, or merge_and_unload() the part before saving."
+            f"them again: {option}merge_and_unload() the part before saving, or wrap the composed model: "
+            "get_peft_model(mllm, config)."
         )
 
 
@@ -155,6 +174,16 @@ def restore_token_rows(model: nn.Module) -> None:
         for name, rows in getattr(layer, _TOKEN_ROWS, {}).items():
             if name not in layer.merged_adapters:
                 rows.copy_(layer.get_base_layer().weight.data[layer.token_indices[name]])
+
+
+def _written_by_peft(model: nn.Module, name: str) -> set[str]:
+    """Names of the tensors that PEFT writes for an adapter of a model, whatever it calls them in its file."""
+    peft: Any = sys.modules["peft"]  # imported by now: transformers has put the adapter on
+    state = model.state_dict()
+    written = {
+        id(value) for value in peft.get_peft_model_state_dict(model, state_dict=state, adapter_name=name).values()
+    }
+    return {key for key, value in state.items() if id(value) in written}
 
 
 class WholeAdaptersMixin(PreTrainedModel):
@@ -184,11 +213,33 @@ class WholeAdaptersMixin(PreTrainedModel):
         check_peft("add_adapter")
         super().add_adapter(*args, **kwargs)
 
-    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; ValueError where a part has adapters of its own, or PEFT is too old for transformers."""
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which `AutoModel.from_pretrained` calls for a folder of adapters; ValueError where a part has
+        adapters of its own, PEFT is too old for transformers, or transformers would not load all of them as they were saved."""
         self._check_no_wrapped_part()
-        check_peft("load_adapter")
-        return super().load_adapter(*args, **kwargs)
+        name = kwargs.get("adapter_name") or (args[0] if args else None) or "default"
+        where = f"{peft_model_id}: " if peft_model_id is not None else ""
+        check_peft(f"{where}load_adapter")
+        remedy = (
+            f"Remedy: PEFT's own loader, AutoPeftModelForCausalLM.from_pretrained({str(peft_model_id or '...')!r}), or "
+            "PeftModel.from_pretrained(model, folder)."
+        )
+        known = name in self.__dict__.get("_whole_peft_config", ())
+        try:
+            loaded = super().load_adapter(peft_model_id, *args, **kwargs)
+        except ValueError as error:
+            if known:  # nothing is wrong with the adapters
+                raise
+            raise ValueError(f"{where}transformers does not load these adapters: {error} {remedy}") from error
+        missing = set(getattr(loaded, "missing_keys", None) or ())
+        if lost := sorted(missing & _written_by_peft(self, name)):
+            raise ValueError(
+                f"{where}transformers does not find {len(lost)} tensors of these adapters in their file ({lost[:2]}), where "
+                f"PEFT writes them by other names, and they would be random. {remedy}"
+            )
+        if missing:  # made with the adapters, and never in a file: AdaLoRA's `ranknum`
+            loaded.missing_keys -= missing
+        return loaded
 
     def _check_no_wrapped_part(self) -> None:
         # PEFT would leave trainable what its adapters around the whole do not hold, those around a part too.

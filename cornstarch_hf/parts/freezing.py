@@ -62,12 +62,42 @@ def restore_frozen(model: nn.Module, patterns: Iterable[str] | None) -> int:
     return len(frozen)
 
 
-def set_part_trainable(part: nn.Module, trainable: bool) -> None:
-    """Train or freeze a part; of a PEFT-wrapped one only the adapters are ever trained."""
+def usually_trains(part: nn.Module) -> set[str]:
+    """What trains of a part that trains: all of it; of a PEFT-wrapped one what its adapters train, not the weights below."""
     # As `get_peft_model` leaves it: whoever wraps a part wants its base weights to stay.
-    only_adapters = trainable and is_wrapped(part)
-    chosen = adapter_parameter_names(part) if only_adapters else (name for name, _ in part.named_parameters())
-    set_trainable(part, chosen, trainable)
+    every = {name for name, p in parameters_by_name(part) if p.is_floating_point() or p.is_complex()}
+    return adapter_parameter_names(part) if is_wrapped(part) else every
+
+
+# ---- parts that `train(llm_mode=False)` froze train again as before.  What of them differs from `usually_trains` is remembered
+# in `config.frozen_parts`, by part: "held" back by hand, trained in "addition", and whether the part is "off" at the moment.
+
+
+def freeze_part(part: nn.Module, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Freeze a part (in place), and say what trained until then; `before` is what was said the last time."""
+    parameters = dict(parameters_by_name(part))
+    trains = {name for name, p in parameters.items() if p.requires_grad}
+    if before.get("off") and not trains:
+        return dict(before)  # frozen once more
+    usual = usually_trains(part)
+    set_trainable(part, trains, False)
+    found = {
+        "off": True,
+        "held": compress(usual - trains, parameters),
+        "addition": compress(trains - usual, parameters),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def train_part(part: nn.Module, before: Mapping[str, Any], asked: bool) -> dict[str, Any]:
+    """Train a part (in place) as before it was frozen; as usual if nothing trained then and it is `asked` for by name."""
+    names = {name for name, _ in parameters_by_name(part)}
+    usual = usually_trains(part)
+    chosen = (usual - matches(before.get("held", ()), names)) | matches(before.get("addition", ()), names)
+    if asked and not chosen and usual:
+        chosen, before = usual, {}
+    set_trainable(part, chosen, True)
+    return {key: value for key, value in before.items() if key != "off"}
 
 
 _Modes = Mapping[str, tuple[bool, bool]]
@@ -97,17 +127,31 @@ class FreezingMixin(PreTrainedModel):
         return self._set_frozen(select_parameters(self, patterns), frozen=True)
 
     def unfreeze(self, *patterns: str):
-        """Train parts again; without names, everything (of PEFT-wrapped parts the adapters only)."""
+        """Train parts again; without names, everything (of PEFT-wrapped parts what their active adapters train).
+
+        Call it after `merge_and_unload()`: PEFT leaves the weights below its adapters frozen, and saving keeps that.
+        """
         if patterns:
-            return self._set_frozen(select_parameters(self, patterns), frozen=False)
+            chosen = select_parameters(self, patterns)
+            self._release(chosen)
+            return self._set_frozen(chosen, frozen=False)
+        self.config.frozen_parts = None
         for part in self._parts().values():
-            set_part_trainable(part, True)
+            set_trainable(part, usually_trains(part), True)
         return self._set_frozen(set(), frozen=False)
 
     def _set_frozen(self, names: Iterable[str], frozen: bool):
         set_trainable(self, names, not frozen)
         self.config.frozen = frozen_patterns(self) or None
         return self.train(self.training)  # the modes of frozen layers follow
+
+    def _release(self, names: set[str]) -> None:
+        """Hold parameters no longer back that are held back while their part is frozen."""
+        known, parts = self.config.frozen_parts or {}, self._parts()
+        for name in known.keys() & parts.keys():
+            inside = [parameter for parameter, _ in parameters_by_name(parts[name])]
+            left = {n for n in matches(known[name].get("held", ()), inside) if f"{name}.{n}" not in names}
+            known[name]["held"] = compress(left, inside)
 
     def _parts(self) -> dict[str, nn.Module]:
         parts = {"language_model": self.language_model}
@@ -123,6 +167,10 @@ class FreezingMixin(PreTrainedModel):
             encoders_mode: Cornstarch's form of freezing: ``{name: (encoder trains, projector trains)}`` sets
                 `requires_grad` and mode together.  Left out, all encoders follow `llm_mode`.
             llm_mode: likewise for the language model.
+
+        A part that is frozen so and trained again trains what it did before, after a save and a load too: parameters that
+        were frozen by hand stay frozen, and of a PEFT-wrapped part the active adapters train, with their tokens and biases.
+        A part of which nothing trained before trains as a whole when it is named (`llm_mode` names the language model).
 
         Raises:
             ValueError: an encoder that the model does not have, or a value that is no pair; parameters that train but
@@ -140,6 +188,7 @@ class FreezingMixin(PreTrainedModel):
         return self
 
     def _set_modes(self, encoders_mode: _Modes | None, llm_mode: bool | None) -> None:
+        follow = encoders_mode is None
         if encoders_mode is None:
             encoders_mode = dict.fromkeys(self.config.encoders, (bool(llm_mode),) * 2)
         if unknown := sorted(set(encoders_mode) - set(self.config.encoders)):
@@ -147,10 +196,17 @@ class FreezingMixin(PreTrainedModel):
         for name, pair in encoders_mode.items():
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"encoders_mode[{name!r}] must be (encoder trains, projector trains), got {pair!r}.")
-            for part, trains in zip((self.encoders[name].module, self.encoders[name].projector), pair, strict=True):
-                set_part_trainable(part, bool(trains))
+        modes = {f"{name}_encoder.module": bool(pair[0]) for name, pair in encoders_mode.items()}
+        modes |= {f"{name}_encoder.projector": bool(pair[1]) for name, pair in encoders_mode.items()}
         if llm_mode is not None:
-            set_part_trainable(self.language_model, bool(llm_mode))
+            modes["language_model"] = bool(llm_mode)
+        parts, known = self._parts(), self.config.frozen_parts or {}
+        for name, trains in modes.items():
+            before = known.get(name, {})
+            asked = name == "language_model" or not follow
+            now = train_part(parts[name], before, asked) if trains else freeze_part(parts[name], before)
+            known = {key: value for key, value in known.items() if key != name} | ({name: now} if now else {})
+        self.config.frozen_parts = known or None
         self.config.frozen = frozen_patterns(self) or None
 
     def enable_input_require_grads(self) -> None:

@@ -85,6 +85,19 @@ def check_not_injected(model: nn.Module, where: str) -> None:
         )
 
 
+def check_no_views(model: nn.Module) -> None:
+    """Refuse adapters of wrapped parts that are views of each other (of tied targets): loading would part them (ValueError)."""
+    for where, part in [(name, module) for name, module in model.named_modules() if is_wrapped(module)]:
+        first: dict[int, str] = {}
+        for name, p in part.named_parameters():  # each tensor once; those without memory have no address
+            if p.data_ptr() and first.setdefault(p.data_ptr(), name) != name:
+                raise ValueError(
+                    f"{where}: {first[p.data_ptr()]} and {name} are views of one tensor (ensure_weight_tying=True with tied "
+                    "target_modules), which a checkpoint cannot hold. Use ensure_weight_tying=False, name one of the two "
+                    "modules in modules_to_save instead, or merge_and_unload() the part before saving."
+                )
+
+
 def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: str) -> nn.Module:
     """Wrap a rebuilt part in the adapters that `describe_adapters` described; weights are loaded afterwards.
 

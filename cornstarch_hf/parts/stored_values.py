@@ -245,6 +245,16 @@ def check_names(names: Any, where: str) -> None:
         raise ValueError(f"{where} must be a list of names, got {names!r:.100}.")
 
 
+def check_frozen_parts(stored: Any) -> None:
+    """Refuse what does not say, by part, what of it trains when it trains again (ValueError)."""
+    for part, found in (stored or {}).items():
+        if not isinstance(found, Mapping) or set(found) - {"off", "held", "addition"}:
+            raise ValueError(f"frozen_parts[{part!r:.100}] must hold 'off', 'held' and 'addition', got {found!r:.100}.")
+        check_types(found, {"off": (bool,)}, f"frozen_parts[{part!r:.100}]")
+        for key in ("held", "addition"):
+            check_names(found.get(key) or [], f"frozen_parts[{part!r:.100}][{key!r}]")
+
+
 def check_part_dtypes(stored: Any) -> None:
     """Refuse stored data types of parts that name what is no data type, or no names of parts (ValueError)."""
     for dtype, patterns in (stored or {}).items():

@@ -105,8 +105,9 @@ def check_peft(method: str) -> None:
     if peft_is_behind():
         raise ValueError(
             f"{method}() of transformers {_FOUND} needs peft >= {MIN_PEFT_VERSION}, but peft "
-            f"{importlib.metadata.version('peft')} is installed. Remedy: a newer peft; or get_peft_model(model, config) and "
-            "PeftModel.from_pretrained(model, folder), which work with this one."
+            f"{importlib.metadata.version('peft')} is installed. Remedy: a newer peft; or get_peft_model(model, config), "
+            "PeftModel.from_pretrained(model, folder) and AutoPeftModelForCausalLM.from_pretrained(folder), which work with "
+            "this one."
         )
 
 

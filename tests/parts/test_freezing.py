@@ -89,3 +89,66 @@ def test_no_gradient_is_computed_for_frozen_parts(model):
     model(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8), labels=ids).loss.backward()
     with_gradient = [n for n, p in model.named_parameters() if p.grad is not None]
     assert with_gradient == [f"vision_encoder.projector.projection.{k}" for k in ("weight", "bias")]
+
+
+def by_hand(model):
+    """Parts of which the user trains some weights alone."""
+    for part in (model.vision_encoder.module, model.vision_encoder.projector, model.language_model):
+        for parameter in list(part.parameters())[::2]:
+            parameter.requires_grad_(False)
+    return model
+
+
+MODES = {
+    "all follow": ({"llm_mode": False}, {"llm_mode": True}),
+    "named": (
+        {"encoders_mode": {"vision": (False, False)}, "llm_mode": False},
+        {"encoders_mode": {"vision": (True, True)}, "llm_mode": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("change", [by_hand, lambda model: model], ids=["by hand", "Whisper's own"])
+@pytest.mark.parametrize("modes", MODES)
+def test_what_trained_before_trains_again(tmp_path, model, modes, change):
+    names = trainable(change(model))
+    off, on = MODES[modes]
+    for _ in range(2):
+        frozen = trainable(model.train(**off).train(**off))  # twice: what is frozen already has nothing new to say
+        assert all(name.startswith("audio") for name in frozen) and bool(frozen) == (modes == "named")
+        model.save_pretrained(tmp_path)
+        again = MultimodalModel.from_pretrained(tmp_path)
+        assert trainable(again) == frozen and trainable(again.train(**on)) == names
+        assert trainable(again.train(**on)) == names, "and nothing more the second time"
+        assert trainable(model.train(**on)) == names
+    assert not any("off" in found for found in (model.config.frozen_parts or {}).values())
+
+
+def test_a_part_frozen_as_a_whole_trains_when_it_is_named_and_else_stays_frozen(model):
+    names = trainable(model.freeze("vision_encoder.module", "language_model"))
+    model.train(llm_mode=False).train(llm_mode=True)
+    text = [name for name in trainable(model) if name.startswith("language_model")]
+    assert len(text) == len(list(model.language_model.parameters()))
+    assert trainable(model)[: -len(text)] == names
+    model.train(encoders_mode={"vision": (True, True)})
+    assert all(p.requires_grad for p in model.vision_encoder.parameters())
+
+
+def test_what_is_unfrozen_meanwhile_is_not_held_back(model):
+    names = trainable(by_hand(model))
+    model.train(llm_mode=False)
+    model.unfreeze("language_model.model.layers.0")
+    model.train(llm_mode=True)
+    layer = {n for n, _ in model.named_parameters() if n.startswith("language_model.model.layers.0.")}
+    assert set(trainable(model)) == {*names, *layer}
+    model.train(llm_mode=False).unfreeze()
+    assert all(p.requires_grad for p in model.train(llm_mode=True).parameters()) and model.config.frozen_parts is None
+
+
+@pytest.mark.parametrize(
+    "stored", [{"language_model": ["a"]}, {"language_model": {"held": "a"}}, {"language_model": {"on": True}}, ["a"]]
+)
+def test_a_stored_state_of_parts_that_is_none_is_refused(model, stored):
+    values = model.config.to_dict() | {"frozen_parts": stored}
+    with pytest.raises(ValueError, match="frozen_parts"):
+        type(model.config).from_dict(values)

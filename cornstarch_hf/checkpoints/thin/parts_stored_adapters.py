@@ -23,6 +23,9 @@ def check_not_injected(model: nn.Module, where: str) -> None:
         raise needs_package(f"What stores the adapters of {where}")
 
 
+def check_no_views(model: nn.Module) -> None: ...  # of adapters, of which there are none
+
+
 def wrap_again(model: PreTrainedModel, described: dict[str, Any] | None, where: str) -> nn.Module:
     """The model itself; ImportError where a configuration describes adapters."""
     if described:
