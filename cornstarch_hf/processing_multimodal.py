@@ -39,13 +39,12 @@ from .processing.call import (
     media_arguments,
     text_arguments,
 )
-from .processing.chats import ChatTemplating
+from .processing.chats import ChatTemplating, as_given, with_media
 from .processing.media import check_finite, flatten, size_of_item
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE
 from .processing.sounds import refuse_short
 from .processing.stored_processors import describe_subprocessor, load_parts, named_parts
-from .processing.stored_templates import as_given, with_media
 from .processing.subprocessors import (
     check_padding,
     image_channels,

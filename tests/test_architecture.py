@@ -36,8 +36,8 @@ COVERED = {
     "checkpoints.code_folder": "checkpoints/test_code_bundle",
     "checkpoints.finding": "checkpoints/test_checkpoint_files",
     "parts.stored_adapters": "parts/test_adapters",
-    "processing.chats": "processing/test_conversations",
     "processing.sounds": "processing/test_media",
+    "processing.opening": "processing/test_media",
     "checkpoints.plain_storage": "checkpoints/test_config_sync",
     "checkpoints.storage": "checkpoints/test_config_sync",
 }

@@ -34,6 +34,12 @@ _HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger
 # arrive inside the code that they guard protect nobody; what composes and exports needs the package.
 _UNLESS = {"checkpoints_loading": "references", "parts_stored_adapters": "adapters", "processing_sounds": "audio"}
 _UNLESS |= {"processing_video": "video"}
+# Thin files that are carried as one, with all of their names: none of them imports another module that imports one.
+_JOINED = (
+    *("checkpoints_trusted_code", "encoders_feature_layout", "processing_addresses", "processing_assistant_turns"),
+    *("processing_image_bounds", "processing_sounds", "processing_video"),
+)
+JOINT = "thin_files"
 _THIN_STEMS = sorted(path.stem for path in THIN_FOLDER.glob("[!_]*.py"))
 THIN = {stem: frozenset([_UNLESS[stem]] if stem in _UNLESS else []) for stem in _THIN_STEMS}
 # What only a checkpoint carries that names one of these; nothing else imports it.
@@ -69,7 +75,7 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
     """The text of a module as a checkpoint carries it, and the names of the files that it imports.
 
     Each relative import names a file beside it.  Comments stay here, and docstrings but for the first paragraphs of those of
-    modules, classes and their public methods: they say what a reader who is to trust the code wants to know.
+    modules and classes: they say what a reader who is to trust the code wants to know.
     """
     found = set()
 
@@ -85,16 +91,17 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
         if token.type == tokenize.COMMENT:
             kept = lines[row - 1][:column].rstrip()
             lines[row - 1] = f"{kept}\n" if kept else ""
-        elif token.type == tokenize.STRING and before == tokenize.INDENT:  # the docstring of what has that name
-            if silent and tokens[place + 2].type != tokenize.DEDENT:  # which is not all of its body
+        elif token.type == tokenize.STRING and (before == tokenize.INDENT or place == 0):  # a docstring
+            behind = next(other.type for other in tokens[place + 2 :] if other.type != tokenize.COMMENT)
+            if silent and behind != tokenize.DEDENT:  # which is not all of its body
                 lines[row - 1 : last] = [""] * (last - row + 1)
             elif "\n\n" in token.string:
                 end = row + token.string[: token.string.index("\n\n")].count(
                     "\n"
                 )  # the last line of its first paragraph
                 lines[end - 1 : last] = [lines[end - 1].rstrip("\n") + '"""\n', *[""] * (last - end)]
-        elif match := re.match(r"(def|\s*(?:def|class)) (\w+)", token.line):
-            silent = match[1] == "def" or bool(_PRIVATE.match(match[2]))
+        elif match := re.match(r"\s*(async def|def|class) (\w+)", token.line):
+            silent = match[1] != "class" or bool(_PRIVATE.match(match[2]))
         before = before if token.type == tokenize.COMMENT else token.type
     return _IMPORT.sub(flat, "".join(lines)), found
 
@@ -113,6 +120,7 @@ class CodeFiles:
     def __init__(self, roots: tuple[str, ...], needs: Collection[str] = ()):
         self._roots = [*roots, *(stem for stem, names in OPTIONAL.items() if not names.isdisjoint(needs))]
         self._whole = {stem for stem, names in THIN.items() if stem in needs or not names.isdisjoint(needs)}
+        self.joint: list[str] = []  # thin files that are carried as one
         self.added: set[str] = set()  # modules of this package that only a user's file needs, or needs whole
         self.own = self._collected()  # texts of modules of this package by the stem under which they are carried
         self.users: dict[str, str] = {}  # texts of a user's files likewise
@@ -148,7 +156,15 @@ class CodeFiles:
             if (stem := pending.pop()) not in texts:
                 texts[stem], imported = self._bundled(stem)
                 pending += imported
-        return texts
+        return self._with_joint(texts)
+
+    def _with_joint(self, texts: dict[str, str]) -> dict[str, str]:
+        """Texts of which the small thin ones are one."""
+        stems = self.joint = [stem for stem in _JOINED if stem in texts and stem not in self._whole]
+        imports = re.compile(rf"^(\s*from )\.(?:{'|'.join(stems)}) import", re.M)
+        joint = "\n".join(texts[stem] for stem in stems)
+        others = {stem: text for stem, text in texts.items() if stem not in stems} | ({JOINT: joint} if stems else {})
+        return {stem: imports.sub(rf"\1.{JOINT} import", text) if stems else text for stem, text in others.items()}
 
     def _bundled(self, stem: str) -> tuple[str, set[str]]:
         path = self.source(stem)
@@ -176,7 +192,7 @@ class CodeFiles:
     def _free_stem(self, path: Path) -> str:
         folder = re.sub(r"[^0-9a-zA-Z_]", "_", path.parent.name)
         stem = re.sub(r"\W", "_", path.parent.name if path.stem == "__init__" else path.stem)
-        taken = {*own_modules(), *self.users, CODE_ENTRY, PACKAGE}
+        taken = {JOINT, *own_modules(), *self.users, CODE_ENTRY, PACKAGE}
         candidates = [stem, f"{folder}_{stem}", f"users_{stem}", *(f"users_{stem}_{i}" for i in range(2, 100))]
         return next(name for name in candidates if name not in taken and name.isidentifier())
 

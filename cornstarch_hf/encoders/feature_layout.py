@@ -21,6 +21,7 @@ from ..parts.classes import constructor_options
 from ..parts.known_encoders import PATCH_GRIDS
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
+from .counting import FeatureCounter
 from .selection import FeatureAxes, Selection, as_output, axes_of, chosen_features, select_features
 from .towers import channels_of, configured_sides, first_positive_setting
 
@@ -187,3 +188,23 @@ def find_feature_axes(module: nn.Module, kind: str, selection: Selection, name: 
             return layout._replace(width=select_features(as_output(output), every, name, items=1)[0].shape[-1])
     usual = axes_of(shapes, None, guess=True) if shapes else None
     return usual and usual._replace(width=usual.width * len(selection.layers))
+
+
+def find_stand_in(model: Any, name: str) -> dict[str, Tensor]:
+    """Inputs of one ordinary item of an encoder, zeros where they are floats; ValueError if none is known that it takes."""
+    encoder: Any = model.encoders[name]
+    if encoder.stand_in is not None:
+        return encoder.stand_in
+    inner: Any = unwrapped(encoder.module)
+    counter, failed = FeatureCounter(model.config, model.encoders), None
+    inputs = typical_inputs(forward_parameters(inner), inner.config, encoder.kind)
+    for item in itertools.islice(inputs, _MOST_TRIES):
+        try:
+            if counter.dry_count(name, item):
+                return {k: torch.zeros_like(x, device="cpu") if x.is_meta else x for k, x in item.items()}
+        except ValueError as error:
+            failed = error
+    raise ValueError(
+        f"{name}: there is no item for it in this step, and no inputs are known that could stand in for one: give each step "
+        f"an item, freeze the encoder and its projector, or set model.{name}_encoder.stand_in to the inputs of one item."
+    ) from failed

@@ -4,7 +4,6 @@ Processes that train together must run the same parts: gradients are summed over
 by all when one needs them.  A process whose batch has no image would leave the others waiting, or stop.
 """
 
-import itertools
 from collections.abc import Collection
 from typing import Any
 
@@ -12,13 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..parts.adapters import unwrapped
-from ..parts.signatures import forward_parameters
-from .counting import FeatureCounter
-from .feature_layout import typical_inputs
 from .module import ModalEncoderModule, first_weight
-
-_MOST_TRIES = 24  # dry runs of one encoder
 
 
 def together() -> bool:
@@ -61,26 +54,6 @@ def idle_encoders(model: Any, outputs: Collection[str], features: Any) -> list[s
         return [name for name, encoder in idle.items() if name in learners or is_sharded(encoder)]
     others = [encoder for name, encoder in model.encoders.items() if name in outputs]
     return [] if not learners or trains(features) or any(map(trains, (model.language_model, *others))) else learners
-
-
-def find_stand_in(model: Any, name: str) -> dict[str, Tensor]:
-    """Inputs of one ordinary item of an encoder, zeros where they are floats; ValueError if none is known that it takes."""
-    encoder: ModalEncoderModule = model.encoders[name]
-    if encoder.stand_in is not None:
-        return encoder.stand_in
-    inner: Any = unwrapped(encoder.module)
-    counter, failed = FeatureCounter(model.config, model.encoders), None
-    inputs = typical_inputs(forward_parameters(inner), inner.config, encoder.kind)
-    for item in itertools.islice(inputs, _MOST_TRIES):
-        try:
-            if counter.dry_count(name, item):
-                return {k: torch.zeros_like(x, device="cpu") if x.is_meta else x for k, x in item.items()}
-        except ValueError as error:
-            failed = error
-    raise ValueError(
-        f"{name}: there is no item for it in this step, and no inputs are known that could stand in for one: give each step "
-        f"an item, freeze the encoder and its projector, or set model.{name}_encoder.stand_in to the inputs of one item."
-    ) from failed
 
 
 def run_stand_in(encoder: ModalEncoderModule, inputs: dict[str, Tensor]) -> list[Tensor]:

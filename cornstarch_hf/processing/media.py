@@ -3,16 +3,12 @@
 What a processor would clip or stretch without a word is refused.  Every picture goes one road, however it is handed over.
 """
 
-import base64
 import inspect
 import io
-import os
-import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -20,8 +16,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
 from transformers.image_utils import get_image_size_for_max_height_width
 
-from ..limits import cap, check, check_image, check_switch, is_count
-from .addresses import REFUSED, Foreign, fetch
+from ..limits import cap, check_image, check_switch, is_count
+from .opening import decoded, opened
 from .placeholder_text import check_lengths
 
 # At most 8 bits per channel, and Pillow converts them.
@@ -199,92 +195,6 @@ def _oriented(image: Image.Image) -> Image.Image:
     image.load()  # PIL opens files lazily, and turns TIFF by itself
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image  # which would copy any other
-
-
-def opened(item: Any, where: str) -> str | bytes:
-    """The path of a local file, or the bytes behind anything else that `is_file` (ValueError: no file, or too large a one)."""
-    if isinstance(item, (bytes, bytearray, memoryview)):
-        source: str | bytes = bytes(item)
-    elif hasattr(item, "__fspath__"):
-        source = os.fsdecode(item)
-    elif isinstance(item, str):
-        source = _addressed(item)
-    else:
-        source = _read(item)
-    size = os.path.getsize(source) if isinstance(source, str) else len(source)
-    check(size, "MAX_FILE_BYTES", f"{where}: the number of bytes of the encoded item is at least")
-    return source
-
-
-def _addressed(text: str) -> str | bytes:
-    scheme, _, rest = text.partition(":")
-    if (scheme := scheme.lower()) in ("http", "https"):
-        address = urllib.parse.quote(text, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and letters, as browsers write them
-        return fetch(address, public=isinstance(text, Foreign))
-    if scheme == "file":
-        if isinstance(text, Foreign):
-            raise ValueError(f"it names a file of this machine, {REFUSED}")
-        parts = urllib.parse.urlsplit(text)
-        if parts.netloc not in ("", "localhost"):
-            raise ValueError(f"the file lies on another machine, {parts.netloc!r}")
-        return url2pathname(parts.path)
-    if scheme == "data":
-        content = rest.partition(",")[2]
-        # What is written out byte by byte is no base64.
-        return _base64(urllib.parse.unquote(content)) or urllib.parse.unquote_to_bytes(content)
-    if not isinstance(text, Foreign) and os.path.isfile(text):
-        return text
-    if (found := _base64(text)) is None:
-        if isinstance(text, Foreign):
-            raise ValueError(f"it is no address (http, https, data) and no base64 text, but names a file, {REFUSED}")
-        raise ValueError("there is no such file, and it is no address (http, https, file, data) and no base64 text")
-    return found
-
-
-def _base64(text: str) -> bytes | None:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True) or None  # line breaks inside are usual
-    except ValueError:
-        return None
-
-
-def _read(file: Any) -> bytes:
-    """All bytes of an open file, which stays where it was."""
-    seekable = hasattr(file, "seekable") and file.seekable()
-    position = file.tell() if seekable else 0
-    if seekable:
-        file.seek(0)
-    content = file.read(cap("MAX_FILE_BYTES") + 1)
-    if seekable:
-        file.seek(position)
-    if not isinstance(content, bytes):
-        raise TypeError(f"the file gives {type(content).__name__} and no bytes: open it in the mode 'rb'")
-    return content
-
-
-def decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> Any:
-    """What a decoder makes of an item; ValueError with its cause if it cannot, TimeoutError if an address takes too long."""
-    try:
-        return decode(item)
-    except (ImportError, MemoryError):  # a package is missing
-        raise
-    except TimeoutError as error:
-        raise TimeoutError(f"{where}: the {kind} at {_without_secrets(str(item))!r:.200}: {error}") from error
-    except Image.DecompressionBombError as error:
-        limit = f"cornstarch_hf.limits.MAX_IMAGE_PIXELS is {cap('MAX_IMAGE_PIXELS'):,}: send a smaller one."
-        raise ValueError(f"{where}: the image has more pixels than Pillow decodes ({error}); {limit}") from error
-    except Exception as error:  # of many sorts: OSError, SyntaxError, RuntimeError, ...
-        if "cornstarch_hf.limits." in str(error):  # a cap of this package: its message says what to do
-            raise
-        what = f"{len(item)} bytes" if isinstance(item, (bytes, bytearray)) else f"{_without_secrets(str(item))!r:.200}"
-        cause = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}: the {kind} cannot be decoded from {what}: {cause}") from error
-
-
-def _without_secrets(source: str) -> str:
-    """An address without user, password and query, which may hold a token; anything else as it is."""
-    parts = urllib.parse.urlsplit(source) if source.lower().startswith(("http:", "https:")) else None
-    return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
 def _check_pil(mode: str, size: tuple[int, int], where: str) -> None:

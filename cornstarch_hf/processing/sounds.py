@@ -16,7 +16,8 @@ from transformers.audio_utils import get_audio_filetype, load_audio
 from transformers.utils import is_soundfile_available
 
 from ..limits import check, check_sound
-from .media import decoded, held, is_file, opened, rated
+from .media import held, is_file, rated
+from .opening import decoded, opened
 
 # Decoded files and mixes go a little beyond 1; integers written as floats far beyond.
 LOUDEST = 10.0

@@ -7,7 +7,7 @@ from transformers.dynamic_module_utils import check_imports, get_relative_import
 
 from cornstarch_hf.checkpoints.code_bundle import ROOTS
 from cornstarch_hf.checkpoints.code_folder import HERE, THIN_FOLDER, own_modules, read_entry
-from cornstarch_hf.checkpoints.users_code import CodeFiles, bundled, is_installed, own_file
+from cornstarch_hf.checkpoints.users_code import JOINT, CodeFiles, bundled, is_installed, own_file
 
 
 @pytest.fixture
@@ -41,15 +41,18 @@ def test_package_files_are_seen_by_transformers_as_python_sees_them(tmp_path):
         path = tmp_path / f"{stem}.py"
         assert set(get_relative_imports(path)) <= set(files.own), stem
         check_imports(path)
-        whole, carried = (ast.parse(source) for source in (files.source(stem).read_text(), text))
+        sources = [files.source(one).read_text() for one in (files.joint if stem == JOINT else [stem])]
+        whole, carried = ast.parse("\n".join(sources)), ast.parse(text)
         for node in (*ast.walk(whole), *ast.walk(carried)):
             if isinstance(node, ast.ImportFrom) and node.level:
                 node.module, node.level = "", 1
         for node in ast.walk(whole):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node, clean=False)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (
+                text := ast.get_docstring(node, clean=False)
+            ):
                 node.body[0].value.value = text.partition("\n\n")[0]
-                silent = node in whole.body and isinstance(node, ast.FunctionDef)
-                silent |= node.name.startswith("_") and not node.name.startswith("__")
+                silent = isinstance(node, ast.FunctionDef)
+                silent |= isinstance(node, ast.ClassDef) and node.name.startswith("_")
                 del node.body[: len(node.body) > 1 and silent]
         # All of it, but for the places of modules, comments, and docstrings of functions and private names, and further paragraphs.
         assert ast.dump(carried) == ast.dump(whole), stem

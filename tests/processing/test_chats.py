@@ -11,8 +11,8 @@ from templates import PARTS, STRINGS
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 from cornstarch_hf import MultimodalProcessor, compose
+from cornstarch_hf.processing.chats import as_given, with_media
 from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE
-from cornstarch_hf.processing.stored_templates import as_given, with_media
 
 FOLDER = Path(find_spec("trl").origin).parent / "chat_templates"
 TEXT_ONLY_PARTS = (
