@@ -452,7 +452,7 @@ def same(inputs, output):
 def test_the_window_stays_where_something_may_need_it(entry, count):
     whole = {"audio": entry} if isinstance(entry.get("model"), ModalEncoderModule) else live("audio", audio=entry)
     if count is None:
-        with pytest.raises(ValueError, match="audio: num_tokens asks for 16 features, but the item has 6"):
+        with pytest.raises(ValueError, match="audio, item 0: num_tokens asks for 16 features, but the item has 6"):
             told(build(whole)[1])
         return
     model, processor = build(whole)

@@ -335,5 +335,7 @@ def check_kinds(processor: Any, name: str, options: Mapping[str, Any]) -> None:
     known = isinstance(resample, Enum) or (is_count(resample, least=0) and resample in filters.values())
     if resample is not None and not known:
         raise ValueError(f"{name}: resample must be one of PIL.Image.Resampling, {filters}, got {resample!r:.100}.")
-    if defaults.get("truncation") is False:  # feature extractors that are called with padding=True
+    most = options.get("max_length")
+    # Feature extractors that are called with padding=True; what is no length at all is told where they are.
+    if defaults.get("truncation") is False and (is_count(most) or isinstance(most, np.integer)):
         check_lengths({"padding": True, "truncation": False, **options}, options, name)

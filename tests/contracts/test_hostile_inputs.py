@@ -169,16 +169,16 @@ def test_an_item_that_would_be_a_billion_features(monkeypatch):
     _, again = compose_tiny({"bombed": "clip"})
     with pytest.raises(
         ValueError,
-        match="bombed: the number of features of one item is 1,000,000,000, more than cornstarch_hf.limits.MAX_ITEM_FEATURES",
+        match="bombed, item 0: the number of features of one item is 1,000,000,000, more than cornstarch_hf.limits.MAX_ITEM_FEATURES",
     ):
         again(text="<image>", images=tiny.image())
     monkeypatch.setattr(limits, "MAX_ITEM_FEATURES", 4)
-    with pytest.raises(ValueError, match="vision: .* is 5, more than .*MAX_ITEM_FEATURES = 4"):
+    with pytest.raises(ValueError, match="vision, item 0: .* is 5, more than .*MAX_ITEM_FEATURES = 4"):
         processor(text="<image>", images=tiny.image())
     monkeypatch.setattr(limits, "MAX_ITEM_FEATURES", 5)
     assert len(processor(text="<image>", images=tiny.image())["input_ids"][0]) >= 5
     monkeypatch.setattr(limits, "MAX_ITEM_FEATURES", 4)  # a count that is remembered meets the cap of the moment
-    with pytest.raises(ValueError, match="vision: .* is 5, more than .*MAX_ITEM_FEATURES = 4"):
+    with pytest.raises(ValueError, match="vision, item 0: .* is 5, more than .*MAX_ITEM_FEATURES = 4"):
         processor(text="<image>", images=tiny.image())
 
 

@@ -244,9 +244,9 @@ def test_files_in_messages_and_rows(processor, files, kind, monkeypatch):
         monkeypatch.setattr(limits, "LOCAL_MEDIA", True)
     token, column = {"image": ("<image>", "images"), "audio": ("<audio>", "audio")}[kind]
     for cell in ([str(path)], str(path), [{"path": str(path), "bytes": None}]):
-        MultimodalCollator(processor)([{"text": token, column: cell}])
+        MultimodalCollator(processor)([{"text": f"{token} seen", column: cell}])
         with refused:
-            collator([{"text": token, column: cell}])
+            collator([{"text": f"{token} seen", column: cell}])
         with refused:
             collator([{"messages": talk({"type": kind}) + answer, column: cell}])
     monkeypatch.setattr(limits, "LOCAL_MEDIA", False)

@@ -294,8 +294,10 @@ ITEMS |= dict.fromkeys(("whisper", "wav2vec2"), ("audio", SOUND)) | {"esm": ("pr
 WRONG = [
     *((key, "input_data_format", value, "{name}: input_data_format must be") for key in ("clip", "film") for value in ("none", 5)),
     *((key, option, value, "{name}, item 0: CLIPImageProcessor.* cannot process") for key in ("clip", "film") for option, value in (
-        ("do_rescale", 5), ("do_normalize", "x"), ("size", -1), ("size", {}), ("image_mean", "x"), ("crop_size", "x")
+        ("size", -1), ("size", {}), ("image_mean", "x"), ("crop_size", "x")
     )),
+    *((key, option, value, f"{{name}}: {option} must be True or False") for key in ("clip", "film")
+      for option, value in (("do_rescale", 5), ("do_normalize", "x"))),
     ("film", "num_frames", 0, "film, item 0: num_frames must be a positive integer, got 0"),
     ("film", "fps", "x", "film, item 0: frames per second must be positive"),
     *((key, option, value, f"audio: {option} must be .*, got {value!r}") for key in ("whisper", "wav2vec2") for option, value in (
