@@ -19,6 +19,7 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIB
 from transformers.utils import is_kernels_available
 
 from ..limits import cap, check
+from .classes import FAMILIES
 
 POINTER = "cornstarch_saved_in"
 # Attributes of a configuration that are code or decide how attributes are found; a stored value would replace them.
@@ -26,7 +27,6 @@ _TAKEN = {name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedC
 _TAKEN |= {"attribute_map", "sub_configs", "config_class", "extra_files"}
 _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$|^(n|num)_\w*(layer|depth|block|stage)")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-_FAMILIES = ("attn", "experts")
 _OF_PARTS = "part_implementations"  # {part: {"attn": ..., "experts": ...}}
 _KERNEL_SWITCHES = ("use_kernels", "allow_all_kernels", "kernel_config")
 # What transformers does with kernels that it fetches from repositories of its choice.
@@ -55,7 +55,7 @@ def check_values(values: Any, where: str, asked: Collection[str] = ()) -> None:
         if depth > deepest or seen > most:  # messages are made only then: there may be a million values
             check(depth, "MAX_CONFIG_DEPTH", f"{where}: its values are nested to a depth of")
             check(seen, "MAX_CONFIG_VALUES", f"{where}: its number of values is at least")
-        if family in _FAMILIES and family not in asked and not isinstance(value, Mapping):
+        if family in FAMILIES and family not in asked and not isinstance(value, Mapping):
             _check_implementation(value, path, family)
         if isinstance(value, Mapping):
             if set(value) != {"__float__"}:  # how transformers writes infinity
@@ -74,7 +74,7 @@ def _family(key: str, above: str) -> str:
     """Of which implementations a value under a key tells, by the key or what it stands in; "" of none."""
     if found := _IMPLEMENTATION.fullmatch(key):
         return found[1]
-    if above == _OF_PARTS and key in _FAMILIES:
+    if above == _OF_PARTS and key in FAMILIES:
         return key
     return _OF_PARTS if key == _OF_PARTS else above
 
@@ -131,7 +131,7 @@ def _implementations(values: Any, path: str, key: str = "", family: str = "") ->
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _implementations(value, path, key, family)
-    elif isinstance(values, str) and (family in _FAMILIES or key == "model_type"):
+    elif isinstance(values, str) and (family in FAMILIES or key == "model_type"):
         yield key, values, path, family
 
 

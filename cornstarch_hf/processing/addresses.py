@@ -1,13 +1,11 @@
-"""Fetches what lies at an address, in bounded time and size; what strangers wrote may name nothing of this machine.
+"""Fetches what lies at an address, in bounded time and size, and of the public network alone where that is asked for.
 
-`media` opens whatever users hand over, and asks here where that is an address.
+`opening` opens whatever users hand over, and asks here where that is an address.
 """
 
 import asyncio
 import ipaddress
-import os
 import socket
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,27 +15,6 @@ from ..limits import cap
 
 REFUSED = "which local_media=False (limits.LOCAL_MEDIA) keeps out of messages and rows"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-class Foreign(str):
-    """A text that a stranger wrote, which may name no file of this machine and no address in its networks."""
-
-
-def foreign(item: Any) -> Any:
-    """An item whose paths and addresses, at any depth, are `Foreign`; what is in memory already stays as it is."""
-    if isinstance(item, (str, os.PathLike)):
-        return Foreign(os.fsdecode(item))
-    if isinstance(item, Mapping):
-        return {key: foreign(value) for key, value in item.items()}
-    return type(item)(map(foreign, item)) if type(item) in (list, tuple) else item
-
-
-def local_allowed(given: bool | None) -> bool:
-    """Whether messages and rows may name files of this machine: as given, else `limits.LOCAL_MEDIA` (ValueError: no bool)."""
-    allowed = cap("LOCAL_MEDIA") if given is None else given
-    if not isinstance(allowed, bool):
-        raise ValueError(f"local_media must be True or False, or None for limits.LOCAL_MEDIA, got {allowed!r:.100}.")
-    return allowed
 
 
 def fetch(address: str, public: bool) -> bytes:

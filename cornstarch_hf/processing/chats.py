@@ -11,7 +11,6 @@ from typing import Any
 from transformers import BatchFeature, ProcessorMixin
 
 from ..configuration_multimodal import MultimodalConfig
-from .addresses import local_allowed
 from .assistant_turns import assistant_spans
 from .call import call_arguments, mapped
 from .conversations import (
@@ -25,6 +24,7 @@ from .conversations import (
     refuse_typed,
     sorted_keywords,
 )
+from .opening import local_allowed
 from .placeholder_text import MarkedText
 from .rendering import check_written, forms, render, told, writes_placeholder
 from .template_sandbox import template_contents

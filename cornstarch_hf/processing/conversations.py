@@ -12,9 +12,9 @@ from numbers import Number
 from typing import Any
 
 from ..limits import check_switch
-from .addresses import foreign
 from .call import PLURALS, mapped
 from .media import LIST_DEPTHS
+from .opening import foreign
 from .placeholder_text import BREAK, check_text, mark_typed, occurrences, token_pattern, unmark
 from .rendering import forms, said, silent_content, told, tool_schemas, writes_placeholder
 from .template_sandbox import template_contents

@@ -1,16 +1,40 @@
-"""Opens what users hand over: paths, bytes, addresses, base64, open files; and tells what could not be decoded of it."""
+"""Opens what users hand over: paths, bytes, addresses, base64, open files; and tells what could not be decoded of it.
+
+What strangers wrote may name nothing of this machine.
+"""
 
 import base64
 import os
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.request import url2pathname
 
 from PIL import Image
 
 from ..limits import cap, check
-from .addresses import REFUSED, Foreign, fetch
+from .addresses import REFUSED, fetch
+
+
+class Foreign(str):
+    """A text that a stranger wrote, which may name no file of this machine and no address in its networks."""
+
+
+def foreign(item: Any) -> Any:
+    """An item whose paths and addresses, at any depth, are `Foreign`; what is in memory already stays as it is."""
+    if isinstance(item, (str, os.PathLike)):
+        return Foreign(os.fsdecode(item))
+    if isinstance(item, Mapping):
+        return {key: foreign(value) for key, value in item.items()}
+    return type(item)(map(foreign, item)) if type(item) in (list, tuple) else item
+
+
+def local_allowed(given: bool | None) -> bool:
+    """Whether messages and rows may name files of this machine: as given, else `limits.LOCAL_MEDIA` (ValueError: no bool)."""
+    allowed = cap("LOCAL_MEDIA") if given is None else given
+    if not isinstance(allowed, bool):
+        raise ValueError(f"local_media must be True or False, or None for limits.LOCAL_MEDIA, got {allowed!r:.100}.")
+    return allowed
 
 
 def opened(item: Any, where: str) -> str | bytes:

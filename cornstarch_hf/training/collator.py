@@ -11,9 +11,9 @@ import jinja2
 import torch
 
 from ..limits import check_count
-from ..processing.addresses import foreign, local_allowed
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
+from ..processing.opening import foreign, local_allowed
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
 from .truncation import inputs_within, place_items, whole_items_within
@@ -218,9 +218,8 @@ class MultimodalCollator:
         config, told = self.processor.config, {}
         for name in config.encoders:
             kind, keys = config.modality(name)["kind"], [name]
-            with contextlib.suppress(
-                ValueError
-            ):  # where several modalities have a kind, its own name means none of them
+            # Where several modalities have a kind, its own name means none of them.
+            with contextlib.suppress(ValueError):
                 keys += [PLURALS.get(kind, kind), kind] if name in config.modalities_for(kind) else []
             told[name] = list(dict.fromkeys(keys))
         return f"items in a column of one of the names {told}"

@@ -26,21 +26,12 @@ from peft import (
 from safetensors.torch import load_file
 from trainers import losses, rows, trainer
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from tuners import moved
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 
 TARGETS = ["q_proj", "v_proj"]
 LORA = {"r": 2, "target_modules": TARGETS}
-
-
-def moved(model, only="", seed=5):
-    """A model whose trainable parameters hold other values than those they were made with."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad and only in name:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    return model
 
 
 def lora(model=None, **options):

@@ -33,6 +33,7 @@ from peft import (
 )
 from trainers import losses, trainer
 from transformers import AutoModel, BitsAndBytesConfig, LlamaForCausalLM
+from tuners import moved
 
 from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel, MultimodalProcessor
 
@@ -47,16 +48,6 @@ def lora(**options):
 
 def trainable(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
-
-
-def moved(model):
-    """The model with what trains moved off its start, so that a lost adapter shows."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    return model.eval()
 
 
 def composed(vision=None, text=None, build=tiny.llama, edit=None, projector="linear", **sizes):
@@ -74,7 +65,7 @@ def composed(vision=None, text=None, build=tiny.llama, edit=None, projector="lin
     tokenizer.padding_side = "left"
     processor = MultimodalProcessor(tokenizer, {"vision": tiny.clip_processor()}, model=model)
     processor.items = {"vision": tiny.image}
-    return moved(model), processor
+    return moved(model).eval(), processor
 
 
 def logits(model, inputs):
@@ -168,7 +159,7 @@ def in_state(state, late):
     if late:
         second(None, model.language_model)
     STATES[state](model.language_model)
-    return moved(model), processor
+    return moved(model).eval(), processor
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
@@ -265,7 +256,7 @@ def check_outside(folder, configs):
     jobs, expected = [], []
     for name, config in configs.items():
         base, inputs, _ = saved_base(folder / "base")
-        model = moved(get_peft_model(base, config))
+        model = moved(get_peft_model(base, config)).eval()
         model.save_pretrained(folder / name)
         assert "model.safetensors" not in os.listdir(folder / name)
         # PEFT itself does not load prompts to train them.
@@ -290,7 +281,7 @@ def test_adapters_of_every_kind_around_the_whole_come_back_in_a_fresh_process(tm
 def test_prompts_go_before_media_in_training_and_generation(tmp_path):
     base, inputs, _ = saved_base(tmp_path)
     plain = logits(base, inputs)
-    model = moved(get_peft_model(base, OUTSIDE["prompt"]))
+    model = moved(get_peft_model(base, OUTSIDE["prompt"])).eval()
     found = logits(model, inputs)
     assert found.shape[1] == plain.shape[1] + 3
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -304,7 +295,7 @@ def test_prompts_go_before_media_in_training_and_generation(tmp_path):
 
 def test_merged_whole_is_a_plain_model(tmp_path):
     base, inputs, processor = saved_base(tmp_path / "base")
-    model = moved(get_peft_model(base, lora(modules_to_save=["projector"])))
+    model = moved(get_peft_model(base, lora(modules_to_save=["projector"]))).eval()
     wrapped = logits(model, inputs)
     merged = model.merge_and_unload()
     assert type(merged) is MultimodalModel

@@ -10,6 +10,7 @@ from helpers import compose_tiny, needs_attaching, uneven_inputs
 from own_memory import check_comes_back, own_memory, weights
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModel
+from tuners import moved
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
 from cornstarch_hf.parts import versions
@@ -22,29 +23,19 @@ def trainable(model):
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
-def moved(model):
-    """The model with what trains moved off its start, so that a lost adapter shows."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    return model.eval()
-
-
 def composed(kind, part, **options):
     """A composed model with a type of adapter inside one part, and its processor."""
     if part == "vision":
         options |= (
             {"target_modules": ["position_embedding"], "token_indices": [3]} if kind == "TRAINABLE_TOKENS" else {}
         )
-        encoder = moved(get_peft_model(tiny.clip(), tuners.config(kind, **options)))
+        encoder = moved(get_peft_model(tiny.clip(), tuners.config(kind, **options))).eval()
         model = MultimodalModel(encoders={"vision": ModalEncoderModule(encoder)}, language_model=tiny.llama()).eval()
         processor = MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.clip_processor()}, model=model)
         processor.items = {"vision": tiny.image}
         return model, processor
     text = tiny.llama(attention_bias=True)
-    return compose_tiny(["clip"], moved(get_peft_model(text, tuners.config(kind, **CAUSAL, **options))))
+    return compose_tiny(["clip"], moved(get_peft_model(text, tuners.config(kind, **CAUSAL, **options))).eval())
 
 
 # ---- the table
@@ -136,7 +127,7 @@ def test_an_adapter_around_the_model_comes_back_by_each_loader(tmp_path, base, k
     if within != "language_model" and kind in {*tuners.PROMPT_LEARNING, "TRAINABLE_TOKENS"}:
         return  # which have no layers, or those of words
     folder, inputs = base
-    model = moved(get_peft_model(AutoModel.from_pretrained(folder), tuners.config(kind, within, **CAUSAL)))
+    model = moved(get_peft_model(AutoModel.from_pretrained(folder), tuners.config(kind, within, **CAUSAL))).eval()
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(AutoModel.from_pretrained(folder), tmp_path), inputs), expected)
@@ -155,7 +146,7 @@ def test_an_adapter_around_the_model_comes_back_by_each_loader(tmp_path, base, k
 def test_folders_of_adapters_that_transformers_does_not_know_well(tmp_path, base, kind, options):
     folder, inputs = base
     model = get_peft_model(AutoModel.from_pretrained(folder), tuners.config(kind, "language_model", **CAUSAL | options))
-    moved(model).save_pretrained(tmp_path)
+    moved(model).eval().save_pretrained(tmp_path)
     if kind == "ADALORA":
         assert torch.equal(logits(AutoModel.from_pretrained(tmp_path), inputs), logits(model, inputs))
         return
@@ -193,7 +184,7 @@ def test_adapters_of_tied_embeddings_come_back(tmp_path, base, key, ensure):
     text = get_peft_model(tiny.llama(tie_word_embeddings=True), copy.deepcopy(config))
     if key not in ("targets", "both targets"):
         text.add_adapter("second", copy.deepcopy(config))
-    model, processor = compose_tiny(["clip"], moved(text))
+    model, processor = compose_tiny(["clip"], moved(text).eval())
     inputs = uneven_inputs(processor)
     if ensure and "targets" in key:  # one side is a transposed view of the other
         with pytest.raises(ValueError, match=r"language_model: .*lora_\S+ are views of one.*ensure_weight_tying=False"):
@@ -206,7 +197,7 @@ def test_adapters_of_tied_embeddings_come_back(tmp_path, base, key, ensure):
 
     plain, _ = compose_tiny(["clip"], tiny.llama(tie_word_embeddings=True))
     plain.save_pretrained(tmp_path / "base")
-    outer = moved(get_peft_model(AutoModel.from_pretrained(tmp_path / "base"), config))
+    outer = moved(get_peft_model(AutoModel.from_pretrained(tmp_path / "base"), config)).eval()
     outer.save_pretrained(tmp_path / "adapters")
     loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "adapters")
     assert torch.equal(logits(loaded, inputs), logits(outer, inputs))

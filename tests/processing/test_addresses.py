@@ -16,8 +16,9 @@ from helpers import compose_tiny
 
 from cornstarch_hf import MultimodalCollator, limits
 from cornstarch_hf.processing import addresses
-from cornstarch_hf.processing.addresses import Foreign, fetch, foreign, is_public
+from cornstarch_hf.processing.addresses import fetch, is_public
 from cornstarch_hf.processing.media import ImageForm
+from cornstarch_hf.processing.opening import Foreign, foreign
 from cornstarch_hf.processing.video import ready_video
 
 

@@ -1,5 +1,6 @@
 """One configuration of each adapter type that the installed PEFT has; a type without one fails `test_peft_tuners`."""
 
+import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 QV = ["q_proj", "v_proj"]
@@ -48,3 +49,13 @@ def config(kind, within=None, **more):
         names = targets if isinstance(targets, str) else rf".*\.({'|'.join(targets)})"
         options["target_modules"] = rf".*{within}{names}"
     return found(**options)
+
+
+def moved(model, only="", seed=5):
+    """The model with what trains moved off its start, so that a lost adapter shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and only in name:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    return model

@@ -1,10 +1,7 @@
 """What lies at addresses, in bounded time; those that strangers wrote are left to the package, which looks where they lead."""
 
 import asyncio
-import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from huggingface_hub.utils import httpx
 
@@ -12,24 +9,6 @@ from ...checkpoints.code_folder import needs_package
 from ...limits import cap
 
 REFUSED = "which local_media=False (limits.LOCAL_MEDIA) keeps out of messages and rows"
-
-
-class Foreign(str):
-    """A text that a stranger wrote, which may name no file of this machine and no address."""
-
-
-def foreign(item: Any) -> Any:
-    """An item whose paths and addresses, at any depth, are `Foreign`."""
-    if isinstance(item, (str, os.PathLike)):
-        return Foreign(os.fsdecode(item))
-    if isinstance(item, Mapping):
-        return {key: foreign(value) for key, value in item.items()}
-    return type(item)(map(foreign, item)) if type(item) in (list, tuple) else item
-
-
-def local_allowed(given: bool | None) -> bool:
-    """Whether messages and rows may name files of this machine: as given, else `limits.LOCAL_MEDIA`."""
-    return bool(cap("LOCAL_MEDIA") if given is None else given)
 
 
 def fetch(address: str, public: bool) -> bytes:
