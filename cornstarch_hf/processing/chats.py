@@ -5,6 +5,7 @@ wrote.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -249,7 +250,11 @@ def as_given(template: Any) -> Any:
     """A template, or named ones, as before `with_media`."""
     if isinstance(template, Mapping):
         return {name: as_given(one) for name, one in template.items()}
-    return template.partition(_END)[2] if isinstance(template, str) and template.startswith(_BEGIN) else template
+    if not isinstance(template, str) or not template.startswith(_BEGIN):
+        return template
+    # An editor may have other ends of lines; where somebody took the second comment out, all of it is theirs.
+    _, found, rest = template.partition(_END.rstrip())
+    return re.sub(r"\A\r?\n", "", rest) if found else template
 
 
 def _names(type: str, names_of: Callable) -> list[str]:

@@ -159,6 +159,21 @@ def test_templates_of_known_models(path, pair, tmp_path):
         assert tokenizer.apply_chat_template(talk, tokenize=False) == expected
 
 
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_template_that_was_edited_by_hand_is_kept(ends, pair, tmp_path):
+    _, processor = pair
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    front, end, _ = path.read_text().rpartition("{#- The chat template. #}")
+    path.write_bytes(f"{front}{end}\n<{{{{ messages[0].content }}}}>".replace("\n", ends).encode())
+    talk = [{"role": "user", "content": "hi"}]
+    assert AutoProcessor.from_pretrained(tmp_path).apply_chat_template(talk, tokenize=False) == "<hi>"
+    path.write_bytes(
+        f"{front}\n<{{{{ messages[0].content }}}}>".replace("\n", ends).encode()
+    )  # the second comment is gone
+    assert AutoProcessor.from_pretrained(tmp_path).apply_chat_template(talk, tokenize=False).strip() == "<hi>"
+
+
 def test_a_template_that_takes_no_users_stays():
     refuses = "{{ raise_exception('no') }}"
     assert with_media(refuses, {"vision": "<image>"}, lambda kind: ["vision"], {"vision": "image"}) == refuses
