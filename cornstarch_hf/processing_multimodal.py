@@ -104,7 +104,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         self.tokens = placeholder_tokens(config, tokens or {})
         ids = add_placeholder_tokens(tokenizer, self.tokens)
         check_hooks(ProcessorMixin, PROCESSOR_HOOKS)
-        template = chat_template or getattr(tokenizer, "chat_template", None) or DEFAULT_TEMPLATE
+        tokenizer.chat_template = as_given(getattr(tokenizer, "chat_template", None))  # it may be of a checkpoint
+        template = as_given(chat_template) or tokenizer.chat_template or DEFAULT_TEMPLATE
         super().__init__(tokenizer, chat_template=template)
         tokenizer._set_processor_class(type(self).__name__)  # as saving does, which would change a fingerprint
         kinds = {name: config.modality(name)["kind"] for name in config.encoders}
@@ -380,8 +381,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         """Build a processor from its loaded parts."""
         tokenizer, processors, config, unused = args
         template = kwargs.get("chat_template", processor_dict.get("chat_template"))
-        tokenizer.chat_template = as_given(tokenizer.chat_template)
-        processor = cls(tokenizer, processors, config=config, chat_template=as_given(template))
+        processor = cls(tokenizer, processors, config=config, chat_template=template)
         for name, number in processor.placeholder_ids.items():
             if (stored := config.modality(name)["token_id"]) not in (None, number):
                 told = f"the placeholder {processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"

@@ -45,6 +45,8 @@ async def _within_time(address: str, public: bool) -> bytes:
         ) from error
     except httpx.InvalidURL as error:
         raise ValueError(f"it is no address ({error})") from error
+    except ExceptionGroup as error:  # of connections that are tried together
+        raise OSError(f"it cannot be fetched ({error.exceptions[0]})") from error
     except httpx.HTTPError as error:
         raise OSError(f"it cannot be fetched ({type(error).__name__}: {error})") from error
 

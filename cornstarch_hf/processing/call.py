@@ -310,6 +310,8 @@ def mapped(value: Any, where: str) -> Mapping[str, Any]:
     """What a keyword holds by name, nothing for None (TypeError: no dict)."""
     if value is not None and not isinstance(value, Mapping):
         raise TypeError(f"{where} must be a dict, by name, got {type(value).__name__}.")
+    if wrong := [key for key in value or () if not isinstance(key, str)]:
+        raise TypeError(f"{where} must have names as its keys, got {wrong[0]!r:.100}.")
     return {} if value is None else value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
-from ..configuration_multimodal import MultimodalConfig
+from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .assistant_turns import assistant_spans
 from .call import call_arguments, mapped
 from .conversations import (
@@ -28,7 +28,7 @@ from .conversations import (
 from .opening import local_allowed
 from .placeholder_text import MarkedText
 from .rendering import check_written, forms, render, told, writes_placeholder
-from .template_sandbox import template_contents
+from .template_sandbox import TemplateLimit, template_contents
 
 
 class ChatTemplating(ProcessorMixin):
@@ -178,72 +178,92 @@ class ChatTemplating(ProcessorMixin):
 _BEGIN = "{#- Media parts become placeholders, as MultimodalProcessor of cornstarch_hf makes them. #}"
 _END = "{#- The chat template. #}\n"  # the newline goes with the comment, as behind every block
 _IN_FRONT = """
-{%- set tokens = TOKENS %}
-{%- set kept = KEPT %}
-{%- set joined = JOINED %}
-{%- set wrapped = WRAPPED %}
-{%- set given = namespace(messages=[]) %}
+{%- set composed_tokens = TOKENS %}
+{%- set composed_forms = FORMS %}
+{%- set composed = namespace(messages=[]) %}
 {%- for message in messages %}
 {%- set content = message['content'] %}
-{%- set role = message['role'] if message['role'] in kept else 'user' %}
-{%- if content is defined and content is sequence and content is not string and content is not mapping %}
-{%- set given.text, given.parts = '', [] %}
+{%- set form = composed_forms[message['role'] if message['role'] in composed_forms else ''] %}
+{%- if form['takes'] and content is defined and content is sequence and content is not string and content is not mapping %}
+{%- set composed.text = '' %}
+{%- set composed.parts = [] %}
 {%- for part in content %}
-{%- set type = 'text' if part is string else part['type'] %}
-{%- if type != 'text' and type not in tokens %}
-{%- set names = tokens.keys() | join(', ') %}
+{%- if part is string %}
+{%- set part = {'type': 'text', 'text': part} %}
+{%- endif %}
+{%- set held = 'text' if part['text'] is defined else part.keys() | select('in', composed_tokens) | first %}
+{%- set type = part['type'] if part['type'] is defined else held %}
+{%- if type in composed_tokens %}
+{%- set kept = {'type': form['writes'][type]} if type in form['writes'] %}
+{%- set part = kept if type in form['writes'] else {'type': 'text', 'text': composed_tokens[type]} %}
+{%- set composed.text = composed.text ~ composed_tokens[type] %}
+{%- elif type == 'text' and part['text'] is string %}
+{%- set composed.text = composed.text ~ part['text'] %}
+{%- elif type == 'text' or type in MEDIA or form['takes'] != 'parts' %}
+{%- set names = composed_tokens.keys() | join(', ') %}
 {{- raise_exception('A part of the type ' ~ type ~ ' has no place here, expected text or one of ' ~ names ~ '.') }}
 {%- endif %}
-{%- set text = part if part is string else part['text'] if type == 'text' else tokens[type] %}
-{%- set given.text = given.text ~ text %}
-{%- if type in kept[role] %}
-{%- set given.parts = given.parts + [{'type': kept[role][type]}] %}
-{%- else %}
-{%- set given.parts = given.parts + [{'type': 'text', 'text': text}] %}
-{%- endif %}
+{%- set composed.parts = composed.parts + [part] %}
 {%- endfor %}
-{%- set content = given.text if role in joined else given.parts %}
+{%- set content = composed.parts if form['takes'] == 'parts' else composed.text %}
 {%- endif %}
-{%- if content is string and role in wrapped %}
+{%- if content is string and form['wraps'] %}
 {%- set content = [{'type': 'text', 'text': content}] %}
 {%- endif %}
-{%- set given.messages = given.messages + [message if content is not defined else dict(message, content=content)] %}
+{%- set composed.messages = composed.messages + [message if content is not defined else dict(message, content=content)] %}
 {%- endfor %}
-{%- set messages = given.messages %}
+{%- set messages = composed.messages %}
 """
-ROLES = ("user", "system", "assistant", "tool")  # others as the first
+_ROLES = ("user", "system", "assistant", "tool")
+_OTHER = "cornstarchrole"  # a role that no template knows by name
+# Roles that a template asks for, in comparisons and lists.
+_ASKED = re.compile(r"""role['"\]]*\s*(?:[!=]=|(?:not\s+)?in\s*[\[(])\s*((?:['"][\w-]+['"][\s,]*)+)""")
+# Parts of these types are nothing but an item, for which there is no encoder.
+_MEDIA = [*MEDIA_KINDS, "image_url", "video_url", "audio_url", "input_audio"]
 
 
 def with_media(template: str, tokens: Mapping[str, str], names_of: Callable, kinds: Mapping[str, str]) -> str:
     """A template that makes of messages with media parts what the processor makes of them.
 
-    One that refuses every message of a user, or writes none, stays as it is.
+    One that refuses every message of a user, writes none, or meets a bound, stays as it is; so does, in the others, what they
+    refuse or leave out: a role, a type of part that is no item.
 
     Args:
         tokens, kinds: placeholder and kind of each modality.
         names_of: the modalities that a part's type means; ValueError if that is unclear.
     """
-    known = {role: forms(template, role) for role in ROLES}
-    if not known["user"]:
-        return template
     types = {type: _names(type, names_of) for type in (*tokens, *kinds.values(), *PART_TYPES) if type != "text"}
     types = {type: names for type, names in types.items() if names}
     written = {type: "".join(tokens[name] for name in names) for type, names in types.items()}
-    kept = {
-        role: {
-            type: kind
-            for type, names in types.items()
-            for kind in [PART_TYPES.get(type, type)]
-            if len(names) == 1 and kinds[names[0]] == kind and writes_placeholder(template, role, kind, written[type])
-        }
-        for role in ROLES
+    asked = [role for found in _ASKED.findall(template) for role in re.findall(r"[\w-]+", found)]
+    try:
+        if not forms(template, "user"):
+            return template
+        told = {role: _form(template, role, types, written, kinds) for role in dict.fromkeys([*_ROLES, *asked, _OTHER])}
+    except TemplateLimit:
+        return template
+    values = {
+        "TOKENS": written,
+        "FORMS": {"" if role == _OTHER else role: form for role, form in told.items()},
+        "MEDIA": _MEDIA,
     }
-    joined = [role for role in ROLES if "parts" not in (known[role] or known["user"])]
-    wrapped = [role for role in ROLES if "string" not in (known[role] or known["user"])]
-    front = _IN_FRONT
-    for name, value in (("TOKENS", written), ("KEPT", kept), ("JOINED", joined), ("WRAPPED", wrapped)):
-        front = front.replace(name, json.dumps(value, ensure_ascii=False))
+    front = re.sub("|".join(values), lambda name: json.dumps(values[name[0]], ensure_ascii=False), _IN_FRONT)
     return _BEGIN + front + _END + template
+
+
+def _form(
+    template: str, role: str, types: Mapping[str, list], written: Mapping[str, str], kinds: Mapping[str, str]
+) -> dict:
+    """What a template takes as the content of a role ("parts", "string", "" for unknown), and which media it writes itself."""
+    known = forms(template, role) or frozenset()
+    own = {type: PART_TYPES.get(type, type) for type, names in types.items() if len(names) == 1}
+    writes = {
+        type: kind
+        for type, kind in own.items()
+        if kinds[types[type][0]] == kind and writes_placeholder(template, role, kind, written[type])
+    }
+    takes = "parts" if "parts" in known else "string" if known else ""
+    return {"takes": takes, "wraps": int(bool(known) and "string" not in known), "writes": writes}
 
 
 def as_given(template: Any) -> Any:

@@ -90,11 +90,15 @@ def _read(file: Any) -> bytes:
     position = file.tell() if seekable else 0
     if seekable:
         file.seek(0)
-    content = file.read(cap("MAX_FILE_BYTES") + 1)
+    most, content = cap("MAX_FILE_BYTES") + 1, b""
+    while (
+        len(content) < most and (piece := file.read(most - len(content))) != b""
+    ):  # raw files give what is there already
+        if not isinstance(piece, bytes):
+            raise TypeError(f"the file gives {type(piece).__name__} and no bytes: open it in the mode 'rb'")
+        content += piece
     if seekable:
         file.seek(position)
-    if not isinstance(content, bytes):
-        raise TypeError(f"the file gives {type(content).__name__} and no bytes: open it in the mode 'rb'")
     return content
 
 
@@ -119,5 +123,10 @@ def decoded(decode: Callable[[Any], Any], item: Any, where: str, kind: str) -> A
 
 def _without_secrets(source: str) -> str:
     """An address without user, password and query, which may hold a token; anything else as it is."""
-    parts = urllib.parse.urlsplit(source) if source.lower().startswith(("http:", "https:")) else None
-    return source if parts is None else f"{parts.scheme}://{parts.hostname}{parts.path}"
+    if not source.lower().startswith(("http:", "https:")):
+        return source
+    try:
+        parts = urllib.parse.urlsplit(source)
+    except ValueError:  # it is none, and may hold one all the same
+        return "an address"
+    return f"{parts.scheme}://{parts.hostname}{parts.path}"

@@ -114,6 +114,8 @@ class MultimodalCollator:
             raise type(error)(f"processor_kwargs: {error}") from error
         self.processor_kwargs = dict(given)
         read = _COLUMNS | {*processor.config.encoders, *PLURALS, *PLURALS.values()}
+        if not isinstance(length_column_name, str):
+            raise TypeError(f"length_column_name must be the name of a column, got {length_column_name!r:.100}.")
         if length_column_name in read - {"length"}:  # a modality may have that name: its column is its own then
             raise ValueError(
                 f"length_column_name={length_column_name!r} is a column that the collator reads: rename it."
@@ -182,18 +184,21 @@ class MultimodalCollator:
         row = {key: value for key, value in columns.items() if value is not None}  # None fills the gaps of a table
         audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
         expected = next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
-        rate = row.pop("sampling_rate", None) or self.sampling_rate or expected
+        rate = row.pop("sampling_rate", None)
+        rate = self.sampling_rate or expected if rate is None else rate
         given = list(row)
         text, spans, media = self._text(row, self._media(row), given)
         self._drop_bookkeeping(row)
         if row:  # each reader has taken its columns out
-            raise ValueError(f"unknown columns {sorted(row)} among {given}: {self._media_columns()}; {_REMEDY}")
+            raise ValueError(
+                f"unknown columns {sorted(row, key=str)} among {given}: {self._media_columns()}; {_REMEDY}"
+            )
         llm: dict[str, Any] = {"text": [text], "item_lengths": True, "by_size": by_size}
         llm |= {} if spans is None else {"assistant_spans": [spans]}
         # Rows are cut and padded here, whatever the tokenizer was built with; what the caller says of the tokens in front wins.
         llm |= {"return_token_type_ids": False, "padding": False, "truncation": False}
         llm |= {"default_options": self.processor.bos_options(text)}
-        options = self.processor_kwargs | ({"sampling_rate": rate} if rate else {})
+        options = self.processor_kwargs | ({} if rate is None else {"sampling_rate": rate})
         out = dict(self.processor(llm_inputs=llm, **options, **{name: [items] for name, items in media.items()}))
         ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
         # Labels: the row's own ids where the assistant wrote, never on placeholders.
@@ -210,7 +215,7 @@ class MultimodalCollator:
         name = self.length_column_name
         if isinstance(row.get(name), Real) or getattr(row.get(name), "ndim", None) == 0:  # a number, or a tensor of one
             del row[name]
-        for key in [key for key in row if key.startswith("__") and key.endswith("__")]:
+        for key in [key for key in row if isinstance(key, str) and key.startswith("__") and key.endswith("__")]:
             del row[key]
 
     def _media_columns(self) -> str:
@@ -246,8 +251,15 @@ class MultimodalCollator:
         if not isinstance(messages, (list, tuple)) or not messages:
             raise ValueError(f"expected a list of messages, got {messages!r:.100}.")
         tools = row.pop("tools", None)
-        variables = {"tools": _present(json.loads(tools) if isinstance(tools, str) else tools) or None}
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        if not isinstance(tools, (list, tuple, type(None))):
+            raise TypeError(f"expected a list of tools, or JSON of one, got {tools!r:.100}.")
+        variables = {"tools": _present(tools) or None}
         variables |= _present(mapped(row.pop("chat_template_kwargs", None), "chat_template_kwargs"))
+        if taken := sorted({"conversation", "given", "first", "local_media"} & set(variables)):
+            raise ValueError(
+                f"chat_template_kwargs has {taken}: the template cannot read variables of these names here."
+            )
         read = []
         for message in messages:  # a table fills keys in that tool calls of other rows have
             calls = message.get("tool_calls") if isinstance(message, Mapping) else None

@@ -10,7 +10,7 @@ from helpers import compose_tiny
 from templates import PARTS, STRINGS
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
-from cornstarch_hf import MultimodalProcessor, compose
+from cornstarch_hf import MultimodalProcessor, compose, limits
 from cornstarch_hf.processing.chats import as_given, with_media
 from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE
 
@@ -90,6 +90,73 @@ def test_a_tokenizer_renders_what_the_processor_renders(name, pair, tmp_path):
     assert (tmp_path / "chat_template.jinja").read_bytes() == first
 
 
+BY_ROLE = (
+    "{% for m in messages %}{% if m.role == 'developer' %}<d>{% for c in m.content %}{{ c.text }}{% endfor %}"
+    "{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+)
+IN_LIST = (
+    "{% for m in messages %}{% if m.role in ['developer', 'critic'] %}({{ m.content }}){% else %}{% for c in m.content %}"
+    "{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "content", ["be brief", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], [PART]]
+)
+@pytest.mark.parametrize("role", ["developer", "critic", "function", "user", "tool"])
+@pytest.mark.parametrize("template", [MIXED, BY_ROLE, IN_LIST, STRINGS, PARTS])
+def test_every_role_is_written_as_the_processor_writes_it(template, role, content, pair, tmp_path):
+    model, own = pair
+    processor = MultimodalProcessor(own.tokenizer, own.processors, config=model.config, chat_template=template)
+    processor.save_pretrained(tmp_path)
+    talk = [{"role": "user", "content": "q"}, {"role": role, "content": content}]
+    expected = processor.apply_chat_template(talk, tokenize=False)
+    assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(talk, tokenize=False) == expected
+
+
+def test_parts_that_are_no_items_and_variables_stay_the_templates_own(pair, tmp_path):
+    template = (
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'thinking' %}[{{ c.thinking }}]"
+        "{% elif 'text' in c %}{{ c.text }}{{ '!' if c.bold }}{% else %}<image>{% endif %}{% endfor %}{% endfor %}"
+        "{{ tokens }}{{ given }}"
+    )
+    model, own = pair
+    processor = MultimodalProcessor(own.tokenizer, own.processors, config=model.config, chat_template=template)
+    processor.save_pretrained(tmp_path)
+    bold = {"type": "text", "text": "x", "bold": True}
+    parts = [{"type": "thinking", "thinking": "T"}, bold, {"text": "y"}, {"vision": "z"}]
+    talk = [{"role": "user", "content": parts}]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(talk, tokenize=False, tokens=5) == "[T]x!y<image>5"
+    )
+
+
+@pytest.mark.parametrize("token", ["<TOKENS>", "<FORMS>", "<MEDIA>", '<"q">', "{{x}}", "%}"])
+def test_placeholders_may_be_any_text(token, pair, tmp_path):
+    model, own = pair
+    given = {"tokens": {"vision": token}, "chat_template": STRINGS}
+    processor = MultimodalProcessor(own.tokenizer, own.processors, config=model.config, **given)
+    processor.save_pretrained(tmp_path)
+    text = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(TALKS["image"], tokenize=False)
+    assert text == processor.apply_chat_template(TALKS["image"], tokenize=False) and token in text
+
+
+def test_a_processor_of_a_stored_tokenizer_has_the_template_alone(pair, tmp_path):
+    model, processor = pair
+    processor.save_pretrained(tmp_path)
+    again = MultimodalProcessor(AutoTokenizer.from_pretrained(tmp_path), processor.processors, config=model.config)
+    assert again.chat_template == again.tokenizer.chat_template == processor.chat_template
+
+
+def test_a_template_that_meets_a_bound_is_stored_as_it_is(pair, tmp_path, monkeypatch):
+    model, own = pair
+    endless = "{% for i in range(99999) %}{% endfor %}" + STRINGS
+    processor = MultimodalProcessor(own.tokenizer, own.processors, config=model.config, chat_template=endless)
+    monkeypatch.setattr(limits, "MAX_TEMPLATE_STEPS", 1_000)
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == endless
+
+
 @pytest.mark.parametrize("name", ["default", "strings", "parts", "parts of text", "first part"])
 def test_the_text_pipeline_tells_of_images_it_does_not_see(name, pair, tmp_path):
     model, own = pair
@@ -111,7 +178,13 @@ def test_every_encoder_has_its_placeholder_and_others_are_refused(tmp_path):
     parts = [{"type": name} for name in ("right", "left", "audio")]
     text = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
     assert "".join(processor.tokens[name] for name in ("right", "left", "ear")) in text
-    for part in ({"type": "image"}, {"type": "video"}, {"type": "image_url"}, {"text": "x"}):  # of two, or of none
+    for part in (
+        {"type": "image"},
+        {"type": "video"},
+        {"type": "image_url"},
+        {},
+        {"type": "text", "text": None},
+    ):  # of two, or of none
         with pytest.raises(
             jinja2.TemplateError, match="A part of the type .* has no place here, expected text or one of "
         ):

@@ -22,6 +22,7 @@ from transformers.image_utils import load_image
 from cornstarch_hf import limits
 from cornstarch_hf.processing import sounds
 from cornstarch_hf.processing.media import FIRST, LAST, PLAIN_MODES, ImageForm, flatten, ready_image
+from cornstarch_hf.processing.opening import opened
 from cornstarch_hf.processing.sounds import check_sampling_rate, fewest_samples, ready_audio
 from cornstarch_hf.processing.video import ready_video
 
@@ -499,3 +500,25 @@ def test_the_fewest_samples_that_give_a_feature(least, most, fewest):
     asked = []
     assert fewest_samples(lambda n: asked.append(n) or n // least, most) == fewest
     assert len(asked) <= 22
+
+
+class Raw(io.RawIOBase):
+    """A file that gives less than was asked for."""
+
+    def __init__(self, content):
+        self.rest = content
+
+    def read(self, size=-1):
+        piece, self.rest = self.rest[: min(size, 1000)], self.rest[min(size, 1000) :]
+        return piece
+
+
+def test_raw_files_are_read_to_their_end():
+    content = bytes(range(256)) * 40
+    assert opened(Raw(content), "image, item 0") == content
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:99999/x.png"])
+def test_addresses_that_are_none_name_the_item(address):
+    with pytest.raises(ValueError, match="vision, item 0: the image cannot be decoded"):
+        ready_image(address, "vision, item 0", ImageForm(3))

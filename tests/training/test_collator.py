@@ -572,7 +572,7 @@ def test_names_of_columns_that_would_mean_several_encoders_are_not_told():
         ({"videos_kwargs": {"fps": 1}}, TypeError, "processor_kwargs: videos_kwargs was given, but the model has no encoder"),
         ({"vision_kwargs": {"size": {"height": 8, "width": 8}, "do_resize": False}}, ValueError, "size= does nothing while do_resize"),
         ({"add_special_tokens": "yes"}, ValueError, "processor_kwargs: text: add_special_tokens"),
-        ({1: 2}, TypeError, r"processor_kwargs: Unknown arguments \[1\]"),
+        ({1: 2}, TypeError, r"processor_kwargs must have names as its keys, got 1"),
     ],
 )  # fmt: skip
 def test_arguments_of_the_processor_are_checked_when_the_collator_is_built(given, error, match):
@@ -586,3 +586,31 @@ def test_template_variables_of_a_row_are_a_dict():
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.raises(TypeError, match="row 0: chat_template_kwargs must be a dict, by name, got list"):
         MultimodalCollator(processor)([row | {"chat_template_kwargs": ["x"]}])
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "match"),
+    [
+        ({3: 4}, ValueError, r"row 0: unknown columns \[3\]"),
+        (
+            {"chat_template_kwargs": {"local_media": False}},
+            ValueError,
+            r"row 0: chat_template_kwargs has \['local_media'\]",
+        ),
+        ({"chat_template_kwargs": {1: 2}}, TypeError, "row 0: chat_template_kwargs must have names as its keys, got 1"),
+        ({"tools": "3"}, TypeError, "row 0: expected a list of tools, or JSON of one, got 3"),
+        ({"sampling_rate": 0, "text": "<audio>x"}, ValueError, "row 0: .*sampling_rate"),
+    ],
+)
+def test_columns_of_wrong_kinds_name_the_row(row, error, match):
+    _, processor = compose_tiny(["whisper"])
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = row | ({"audio": tiny.sound()} if "text" in row else {"messages": talk})
+    with pytest.raises(error, match=match):
+        MultimodalCollator(processor)([row])
+
+
+@pytest.mark.parametrize("name", [["a"], None, 3])
+def test_the_column_of_lengths_has_a_name(name):
+    with pytest.raises(TypeError, match="length_column_name must be the name of a column"):
+        MultimodalCollator(compose_tiny(["clip"])[1], length_column_name=name)
