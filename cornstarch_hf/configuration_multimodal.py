@@ -37,6 +37,7 @@ from .parts.stored_values import (
     check_switches,
     check_types,
     check_values,
+    fingerprint,
     read_text,
     without_implementations,
 )
@@ -77,6 +78,7 @@ _KEYS_OF_ALL = {*dir(PreTrainedConfig), *dir(PreTrainedModel), *dir(GenerationMi
 _KEYS_OF_ALL |= {"quantization_config", "generation_config", "language_model_class"}
 _TOKEN_KEYS = {f"{k}_token_id" for k in ("bos", "eos", "pad", "sep", "unk", "mask", "decoder_start")}
 
+_READ = "_read_from"  # an attribute that is not stored
 # Whether the values from which a configuration is being made have been looked at already, all of them.
 _checked: ContextVar[bool] = ContextVar("_checked", default=False)
 
@@ -169,9 +171,13 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         """
         asked = [family for family in FAMILIES if isinstance(kwargs.get(f"{family}_implementation"), str)]
         check_values(config_dict, cls.__name__, asked)
-        config_dict = without_implementations(config_dict, asked)
-        check_kernels(config_dict, cls.__name__)
-        return cls.from_checked(config_dict, **kwargs)
+        values = without_implementations(config_dict, asked)
+        check_kernels(values, cls.__name__)
+        made = cls.from_checked(values, **kwargs)
+        config = made[0] if kwargs.get("return_unused_kwargs") else made
+        # Of what, and as what it was read: so that loading sees whether the file, or the configuration, has changed since.
+        vars(config)[_READ] = (fingerprint(config_dict), fingerprint(config.to_dict()), kwargs)
+        return made
 
     @classmethod
     def from_checked(cls, config_dict, **kwargs):
@@ -257,14 +263,20 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
                 return self.modality(found[0])["token_id"]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")
 
+    @property
+    def read_from(self) -> tuple[str, str, dict[str, Any]] | None:
+        """Fingerprints of the values it was read from and of what it was then, with the reader's arguments; None if made."""
+        return vars(self).get(_READ)
+
     def __eq__(self, other):
-        # Where a checkpoint's code lies says nothing about what the model is.
-        mine, others = ({k: v for k, v in vars(c).items() if k != "auto_map"} for c in (self, other))
+        # Where a checkpoint's code lies, or when it was read, says nothing about what the model is.
+        mine, others = ({k: v for k, v in vars(c).items() if k not in ("auto_map", _READ)} for c in (self, other))
         return isinstance(other, MultimodalConfig) and mine == others
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; includes the attention and experts implementations of the parts."""
         output = super().to_dict()
+        output.pop(_READ, None)
         for key in self.sub_configs:
             source = (output.get(key) or {}).get("_name_or_path")
             if source and not is_repo_id(source):  # where a part lay on this machine is nobody else's business

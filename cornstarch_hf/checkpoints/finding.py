@@ -1,14 +1,16 @@
 """The files of a checkpoint: their names, and where they lie, in a folder or in a repository of the Hub at one commit."""
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import httpx
 from transformers.utils import hub
 
 from ..parts.classes import names_repository
@@ -59,6 +61,22 @@ def picked(options: Options, keys: Iterable[str]) -> dict[str, Any]:
     return {key: options[key] for key in keys if options.get(key) is not None}
 
 
+@contextlib.contextmanager
+def network_errors_named(what: str) -> Iterator[None]:
+    """OSError that says what could not be read, where the Hub fails or no answer comes; its other answers stay as they are."""
+    try:
+        yield
+    except (httpx.HTTPError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None and status < 500 and status != 429:  # an answer about the repository, which names it
+            raise
+        cause = error.__cause__ or error
+        raise OSError(
+            f"{what} could not be read from the Hub ({type(cause).__name__}: {str(cause)[:300]}): try again later; what was "
+            "loaded once can be loaded with local_files_only=True."
+        ) from error
+
+
 class CheckpointFiles:
     """Finds the files of one checkpoint, a folder or a repository (OSError: neither); all of a Hub repository's come from one
     commit."""
@@ -82,15 +100,16 @@ class CheckpointFiles:
         if self.is_local:
             path = os.path.join(self.folder, name)
             return path if os.path.isfile(path) else None
-        try:
-            return hf_hub_download(self.source, name, **self.options)
-        except LocalEntryNotFoundError:
-            # Not in the cache: of no weight where nothing else was asked, a failure where the Hub did not answer.
-            if constants.HF_HUB_OFFLINE or self.options.get("local_files_only"):
+        with network_errors_named(f"{self.source}: {name}"):
+            try:
+                return hf_hub_download(self.source, name, **self.options)
+            except LocalEntryNotFoundError:
+                # Not in the cache: of no weight where nothing else was asked, a failure where the Hub did not answer.
+                if constants.HF_HUB_OFFLINE or self.options.get("local_files_only"):
+                    return None
+                raise
+            except EntryNotFoundError:
                 return None
-            raise
-        except EntryNotFoundError:
-            return None
 
     def find_all(self, names: Iterable[str]) -> dict[str, str | None]:
         """`find` for several files; those on the Hub are downloaded several at a time."""

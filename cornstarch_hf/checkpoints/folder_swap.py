@@ -17,6 +17,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from glob import glob
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from ..parts.stored_values import POINTER, read_json
 from .finding import CONFIG, PROCESSOR, files_below
@@ -30,6 +33,9 @@ logger = logging.getLogger(__name__)
 HEADS = (CONFIG, PROCESSOR)
 _INSIDE = re.compile(r"\.saved-[0-9a-z_]{8,}")
 _BETWEEN = (".placing", ".pointing")  # what a killed save may leave of single steps
+_LONGEST_BESIDE = (
+    230  # bytes of a folder's name, to which the name of the folder beside it adds some; file systems take 255
+)
 
 
 @contextlib.contextmanager
@@ -48,25 +54,30 @@ def replaced_atomically(folder: str | os.PathLike, head: str, owned: Callable[[s
     existed = os.path.isdir(target)
     if os.path.exists(target) and not existed:
         raise NotADirectoryError(f"{target} is a file: give a folder to save into.")
+    made = _missing_folders(target)
     os.makedirs(target, exist_ok=True)
     _complete(target, head)
     report_leftovers(target, remove=True)
     parent, name = os.path.split(target)
     # Beside the target if a rename leads from there into it: that needs the right to write, and one file system.
     beside = os.access(parent, os.W_OK) and os.stat(parent).st_dev == os.stat(target).st_dev
+    beside = beside and len(os.fsencode(name)) <= _LONGEST_BESIDE
     staging = tempfile.mkdtemp(prefix=f".{name}.saving-" if beside else ".saved-", dir=parent if beside else target)
     inside = os.path.join(target, ".saved-" + os.path.basename(staging).rpartition("-")[2])
-    with _locked(staging), _cleaned_up(staging, inside, target, head, existed):
-        yield staging
-        # The data is on the disk before anything points to it.
-        for path in (staging, *map(str, Path(staging).rglob("*"))):
-            _sync(path)
-        with _locked(target, wait=True):  # of two saves one comes after the other, whole
-            if beside:
-                os.rename(staging, inside)
-            _sync(target)  # and so is the folder's new name
-            _point(inside, target, head)
-            _put_in_place(inside, target, head, owned)
+    with _locked(staging):
+        with _cleaned_up(staging, inside, target, head, existed):
+            with _full_disks_told(target):
+                yield staging
+            # The data is on the disk before anything points to it, and so are the names of folders that were made for it.
+            for path in (staging, *map(str, Path(staging).rglob("*")), *map(os.path.dirname, made)):
+                _sync(path)
+            with _locked(target, wait=True):  # of two saves one comes after the other, whole
+                if beside:
+                    os.rename(staging, inside)
+                _sync(target)  # and so is the folder's new name
+                _point(inside, target, head)
+                _put_in_place(inside, target, head, owned)
+        _finish(inside, target)
     report_leftovers(target, remove=True)
 
 
@@ -78,6 +89,7 @@ def _complete(target: str, head: str) -> None:
         inside = pointer_of(os.path.join(target, head))
         if inside is not None and os.path.isfile(os.path.join(target, inside, head)):
             _put_in_place(os.path.join(target, inside), target, head, lambda name: False)
+            _finish(os.path.join(target, inside), target)
 
 
 @contextlib.contextmanager
@@ -97,6 +109,57 @@ def _cleaned_up(staging: str, inside: str, target: str, head: str, existed: bool
             if not existed and not os.listdir(target):
                 os.rmdir(target)
         raise
+
+
+def _missing_folders(target: str) -> list[str]:
+    """The folders that are to be made so that there is the target, from the outermost on."""
+    missing: list[str] = []
+    while not os.path.isdir(target):
+        missing.insert(0, target)
+        target = os.path.dirname(target)
+    return missing
+
+
+@contextlib.contextmanager
+def _full_disks_told(target: str) -> Iterator[None]:
+    """OSError, as of any other writer, where the library that writes weights fails for a reason of the system's."""
+    try:
+        yield
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), f"{os.strerror(int(found[1]))}, while weights were written", target) from error
+
+
+def read_between_saves(folder: str, head: str, read: Callable[[], Any]) -> Any:
+    """What `read` reads of a local folder's checkpoint, all of it from one save.
+
+    Nobody is kept waiting at first.  Where another process saved into the folder meanwhile (each save puts a new head in its
+    place), whatever came of it, an error too, is forgotten and read once more, while saves wait.  ValueError where the file
+    system has no locks and the checkpoint was replaced again.
+    """
+    for last in (False, True):
+        with _locked(folder, wait=True, shared=True) if last else contextlib.nullcontext():
+            before = _state(folder, head)
+            try:
+                found = read()
+            except Exception:
+                if last or _state(folder, head) == before:
+                    raise
+            else:
+                if _state(folder, head) == before:
+                    return found
+        logger.info("%s was saved again while it was read: it is read once more.", folder)
+    raise ValueError(f"{folder} was saved again while it was read, and could be mixed of both: load again.")
+
+
+def _state(folder: str, head: str) -> tuple[int, ...] | None:
+    """What differs after each save of a checkpoint; None where there is none."""
+    try:
+        found = os.stat(os.path.join(folder, head))
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def valid_folder(folder: str | os.PathLike, head: str) -> str:
@@ -155,8 +218,8 @@ def report_leftovers(target: str, remove: bool) -> list[str]:
 
 
 @contextlib.contextmanager
-def _locked(folder: str, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder by a lock that ends with the process; says whether it is held."""
+def _locked(folder: str, wait: bool = False, shared: bool = False) -> Iterator[bool]:
+    """Hold a folder by a lock that ends with the process, alone or beside others that share it; says whether it is held."""
     with contextlib.ExitStack() as stack:
         held = False
         # The save of that folder has just ended, another process holds it, or the file system has no locks.
@@ -164,13 +227,14 @@ def _locked(folder: str, wait: bool = False) -> Iterator[bool]:
             if fcntl is not None:
                 descriptor = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
                 held = True
         yield held
 
 
 def _put_in_place(inside: str, target: str, head: str, owned: Callable[[str], bool]) -> None:
-    """Give the files of the valid checkpoint in the folder `inside` the places of the old ones, then remove that folder."""
+    """Give the files of the valid checkpoint in the folder `inside` the places of the old ones."""
     new = [name for name in files_below(inside) if not name.endswith(_BETWEEN)]
     old = [name for name in os.listdir(target) if os.path.isfile(os.path.join(target, name))]
     # Indexes name their shards: they go first and come last, so that no reader finds one beside shards of another save.
@@ -183,8 +247,19 @@ def _put_in_place(inside: str, target: str, head: str, owned: Callable[[str], bo
         if name == head:
             _sync(target)  # the head is last: all that it stands for is in place
         _place(inside, target, name)
-    _sync(target)
-    shutil.rmtree(inside)
+
+
+def _finish(inside: str, target: str) -> None:
+    """Have the new names on the disk, and only then remove the folder from which the files came."""
+    try:
+        _sync(target)
+        shutil.rmtree(inside)
+    except BaseException as error:
+        error.add_note(
+            f"The new checkpoint is whole, valid and in its place in {target}; what failed is its last step, after which "
+            f"{os.path.basename(inside)} is left over there. The next save into the same folder removes that."
+        )
+        raise
 
 
 def _point(inside: str, target: str, head: str) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
 from ..configuration_multimodal import MultimodalConfig
 from ..limits import check
 from ..parts.build_bounds import Shapes, build_guard
-from ..parts.stored_values import read_json, read_text
+from ..parts.stored_values import fingerprint, read_json, read_text
 from ..parts.weightless import build_without_weights, without_dtypes
 from .files import checked_files
 from .finding import (
@@ -26,7 +25,6 @@ from .finding import (
     Bases,
     CheckpointFiles,
     Options,
-    picked,
 )
 from .manifest import REMEDY, LoadPlan, components_of, first_weights, read_composition
 from .references import assemble_state
@@ -60,15 +58,13 @@ def plan_load(
 
 def check_processor_files(source: Any, options: Options) -> None:
     """Refuse files of a processor and its tokenizers that are beyond the caps (ValueError), before transformers reads them."""
-    folder = os.path.join(source, options.get("subfolder") or "")
-    inside = ["", *glob("*_tokenizer/", root_dir=folder)] if os.path.isdir(folder) else [""]
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    files = CheckpointFiles(source, options)
+    inside = ["", *glob("*_tokenizer/", root_dir=files.folder)] if files.is_local else [""]
     for below in inside:
-        for name in PROCESSOR_FILES:
-            path = cached_file(source, os.path.join(below, name), **picked(options, PLACES), **quiet)
+        for name, path in files.find_all(f"{below}{name}" for name in PROCESSOR_FILES).items():
             if path is None:
                 continue
-            where = f"{source}: {below}{name}"
+            where = f"{source}: {name}"
             if name.endswith(".json"):
                 read_text(path, where)
             else:
@@ -93,7 +89,7 @@ def _config_of(
     options = dict(options)
     given = options.pop("config", None)
     if isinstance(given, model_class.config_class or PreTrainedConfig):
-        return copy.copy(given), options  # transformers makes a deep copy itself
+        return copy.copy(_still_read(given, files)), options  # transformers makes a deep copy itself
     # The options that are for loading alone, and that a configuration would otherwise take for its own.
     keys = ("dtype", "torch_dtype", "quantization_config", *PLACES)
     kept = {key: options.pop(key) for key in keys if key in options}
@@ -101,6 +97,25 @@ def _config_of(
     options |= {"return_unused_kwargs": True, **files.options}
     config, unused = model_class.config_class.from_pretrained(source, **options)
     return config, {**unused, **kept}
+
+
+def _still_read(config: Any, files: CheckpointFiles) -> Any:
+    """A given configuration, read anew where it came from an earlier save into this folder: the Auto classes read it before
+    anything else.  ValueError where it was changed besides, and so belongs to weights that are gone."""
+    known, path = getattr(config, "read_from", None), files.find(CONFIG) if files.is_local else None
+    if known is None or path is None or os.path.abspath(config.name_or_path or "") != os.path.abspath(files.source):
+        return config
+    before, unchanged, arguments = known
+    values = read_json(path, f"{files.source}: {CONFIG}")
+    if fingerprint(values) == before:
+        return config
+    if fingerprint(config.to_dict()) != unchanged:
+        raise ValueError(
+            f"{files.source} was saved again since its configuration was read, which was changed meanwhile: read the "
+            "configuration again, change that one, and load with it."
+        )
+    again = type(config).from_dict(values, **{k: v for k, v in arguments.items() if k != "return_unused_kwargs"})
+    return again.with_shared_parts()
 
 
 def _by_reference(

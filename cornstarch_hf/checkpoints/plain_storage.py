@@ -5,6 +5,7 @@ needs (writing that survives a kill, guards, other repositories) stands in files
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -19,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..parts.classes import SharedCode
 from .code_bundle import export_code
 from .code_folder import INSTALL
-from .finding import HUB_ARGUMENTS, PROCESSOR, TEMPLATES, Bases, Options
-from .folder_swap import replaced_atomically
+from .finding import CONFIG, HUB_ARGUMENTS, PROCESSOR, TEMPLATES, Bases, Options
+from .folder_swap import read_between_saves, replaced_atomically
 from .loading import check_processor_files, finish_load, plan_load
 from .manifest import StagedSave, staged_save, valid_place
 from .trusted_code import with_shared_code
@@ -96,9 +97,14 @@ class ModelStorage(SharedCode, PreTrainedModel):
                 does not take (with ``output_loading_info=True`` they are listed, as transformers lists them).
             OSError: a repository that cannot be read; names the component and the remedy.
         """
-        source = pretrained_model_name_or_path
+        source, options = pretrained_model_name_or_path, cls._load_options(kwargs)
+        read = functools.partial(cls._from_files, source, args, options, bases, verify)
+        return _whole(source, options, CONFIG, read)
+
+    @classmethod
+    def _from_files(cls, source: Any, args: tuple[Any, ...], options: Options, bases: Bases, verify: bool) -> Any:
         # Before the configuration is read, which may name the user's classes.
-        options = with_shared_code(source, cls._load_options(kwargs))
+        options = with_shared_code(source, dict(options))
         wants_info = options.pop("output_loading_info", False)
         plan = plan_load(cls, source, options, bases, verify, wants_info)
         with plan.guard:
@@ -165,15 +171,26 @@ class ProcessorStorage(SharedCode, ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; after an interrupted save, what is valid of the folder (ValueError: files beyond the caps)."""
-        source, kwargs = valid_place(pretrained_model_name_or_path, kwargs, PROCESSOR)
-        check_processor_files(source, kwargs)
-        return super().from_pretrained(source, *args, **kwargs)
+        read = functools.partial(cls._from_files, pretrained_model_name_or_path, args, kwargs)
+        return _whole(pretrained_model_name_or_path, kwargs, PROCESSOR, read)
+
+    @classmethod
+    def _from_files(cls, source: Any, args: tuple[Any, ...], options: Options) -> Any:
+        source, options = valid_place(source, options, PROCESSOR)
+        check_processor_files(source, options)
+        return super().from_pretrained(source, *args, **options)
 
     def _before_save(self) -> None:
         """Refuse what a checkpoint cannot hold, and bring the configuration up to date."""
 
     def _after_write(self, folder: str) -> None:
         """Change what transformers has written into a folder."""
+
+
+def _whole(source: Any, options: Options, head: str, read: Callable[[], Any]) -> Any:
+    """What `read` reads of a checkpoint, of one save where that is a folder."""
+    folder = os.path.normpath(os.path.join(source or "", options.get("subfolder") or ""))
+    return read_between_saves(folder, head, read) if source and os.path.isdir(folder) else read()
 
 
 def tokenizer_folder(name: str) -> str:

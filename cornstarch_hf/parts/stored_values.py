@@ -4,6 +4,7 @@ Refuses what would replace a method, name code of others or a file outside of th
 without end; `build_bounds` watches what is then built.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -346,3 +347,10 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
         raise ValueError(f"{what} is nested too deeply to be read.") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{what} is no JSON file ({error}).") from error
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """A hash of a file's values, or of those that a file would get; not of those about one reading or one save."""
+    passing = ("name_or_path", POINTER)
+    lasting = {key: value for key, value in values.items() if not key.startswith("_") and key not in passing}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True, default=str).encode()).hexdigest()

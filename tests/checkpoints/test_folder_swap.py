@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -113,6 +114,61 @@ def test_a_disk_that_fills_up_after_the_new_one_became_valid(tmp_path, monkeypat
     assert content(tmp_path / "a") == {"config.json": '{"value": 3}', "extra/words.txt": "3", "model.bin": "3"}
 
 
+@pytest.mark.parametrize("failing", ["fsync", "rmtree"])
+def test_a_last_step_that_fails_says_that_the_new_one_is_in_place(tmp_path, monkeypatch, failing):
+    save(tmp_path / "a", 1)
+    owner = {"fsync": os, "rmtree": snapshots.shutil}[failing]
+    done, real = [], getattr(owner, failing)
+
+    def fail(*arguments, **options):
+        # After the head has come to its place: nothing is left but to sync it, and to remove where it came from.
+        head = tmp_path / "a" / "config.json"
+        if head.read_text() == '{"value": 2}':
+            done.append(failing)
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, failing, fail)
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            save(tmp_path / "a", 2)
+    assert done and any("whole, valid and in its place" in note for note in caught.value.__notes__)
+    assert valid_folder(tmp_path / "a", "config.json") == str(tmp_path / "a")
+    assert (tmp_path / "a" / "model.bin").read_text() == "2"
+    save(tmp_path / "a", 3)
+    assert content(tmp_path / "a") == {"config.json": '{"value": 3}', "extra/words.txt": "3", "model.bin": "3"}
+
+
+@pytest.mark.parametrize("name", ["n" * 230, "n" * 231, "n" * 239, "n" * 255, "ä" * 127], ids=len)
+def test_folders_of_any_name_that_the_file_system_takes(tmp_path, name):
+    save(tmp_path / name, 1)
+    save(tmp_path / name, 2, shards=2)
+    assert content(tmp_path / name)["model-1.bin"] == "2" and os.listdir(tmp_path) == [name]
+
+
+def test_the_weights_writer_s_error_of_a_full_disk(tmp_path):
+    """The library that writes safetensors has an error of its own, in whose words the system's number stands."""
+    script = """
+        import resource, signal, sys, torch
+        from helpers import compose_tiny
+        model = compose_tiny(["clip"])[0]
+        model.save_pretrained(sys.argv[1])
+        before = open(sys.argv[1] + "/model.safetensors", "rb").read()
+        torch.nn.init.normal_(model.language_model.lm_head.weight)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            model.save_pretrained(sys.argv[1])
+        except OSError as error:
+            assert type(error) is OSError and error.filename == sys.argv[1], error
+            print(error.errno, open(sys.argv[1] + "/model.safetensors", "rb").read() == before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "a")]
+    done = subprocess.run(command, cwd=HERE, env=os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}"},
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.stdout.split() == [str(errno.EFBIG), "True"], done.stderr[-2000:]
+
+
 def test_beside_the_folder_or_inside_where_that_is_another_file_system(tmp_path, monkeypatch):
     save(tmp_path / "a", 1)
     monkeypatch.setattr(os, "access", lambda *_: False)  # the parent cannot be written
@@ -171,6 +227,62 @@ def test_everything_is_synced_before_it_becomes_valid(tmp_path, monkeypatch):
     assert {"model-0.bin", "model-1.bin", "model.index.json", "words.txt", "config.json", "a"} <= synced
     placed = [name for what, name in steps[valid + 1 :] if what == "replace"]
     assert placed[-2:] == ["model.index.json", "config.json"]  # shards first, then their index, then the head
+
+
+def test_a_first_save_has_the_names_of_new_folders_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    point = snapshots._point
+    monkeypatch.setattr(snapshots, "_point", lambda *places: (synced.append("valid"), point(*places)))
+    save(tmp_path / "new" / "a", 1)
+    before = synced[: synced.index("valid")]
+    assert {str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "a")} <= set(before)
+    synced.clear()
+    save(tmp_path / "new" / "a", 2)  # it was there: nothing above it changes
+    assert str(tmp_path) not in synced
+
+
+@pytest.mark.parametrize("ends", ["returns", "raises"])
+def test_what_a_save_disturbed_is_read_once_more_while_saves_wait(tmp_path, ends):
+    save(tmp_path, 1)
+    reads, writer = [], threading.Thread(target=save, args=(tmp_path, 3))
+
+    def read():
+        found = [(tmp_path / "model.bin").read_text()]
+        if not reads:
+            save(tmp_path, 2)
+        else:
+            writer.start()
+            writer.join(timeout=0.5)
+            assert writer.is_alive()  # it comes after this reader
+        reads.append((tmp_path / "config.json").read_text())
+        if ends == "raises" and len(reads) == 1:
+            raise RuntimeError("half a checkpoint")
+        return [*found, reads[-1]]
+
+    assert snapshots.read_between_saves(str(tmp_path), "config.json", read) == ["2", '{"value": 2}']
+    writer.join()
+    assert len(reads) == 2 and (tmp_path / "model.bin").read_text() == "3"
+
+
+def test_an_error_that_no_save_caused_is_raised_at_once(tmp_path):
+    save(tmp_path, 1)
+    reads = []
+
+    def read():
+        reads.append(1)
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        snapshots.read_between_saves(str(tmp_path), "config.json", read)
+    assert reads == [1]
+
+
+def test_where_nothing_can_be_locked_a_second_save_is_reported(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(snapshots, "fcntl", None)
+    with pytest.raises(ValueError, match=r"was saved again while it was read.*load again"):
+        snapshots.read_between_saves(str(tmp_path), "config.json", lambda: save(tmp_path, 2))
 
 
 def run_killed(folder, size, points):

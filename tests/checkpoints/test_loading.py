@@ -1,5 +1,6 @@
 """What `from_pretrained` takes reaches the model, for whole and for reference checkpoints alike."""
 
+import copy
 import json
 import logging
 from functools import partial
@@ -140,10 +141,43 @@ def test_replaced_while_it_is_read(folder, monkeypatch):
         return load(*args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(meanwhile))
-    with pytest.raises(ValueError, match=r"was saved again while it was read.*load again"):
-        MultimodalModel.from_pretrained(folder)
-    again = MultimodalModel.from_pretrained(folder)
-    assert torch.equal(again.language_model.lm_head.weight, other.language_model.lm_head.weight)
+    loaded = MultimodalModel.from_pretrained(folder)
+    assert torch.equal(loaded.language_model.lm_head.weight, other.language_model.lm_head.weight) and len(saves) == 1
+
+
+def wider(folder):
+    """A model that has another configuration than the one in the folder."""
+    layers = json.loads((folder / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    return compose_tiny(["clip"], tiny.llama(num_hidden_layers=layers + 1))[0]
+
+
+def test_saved_with_another_configuration_since_that_was_read(folder):
+    """The Auto classes read the configuration before anything of this package runs."""
+    config = AutoConfig.from_pretrained(folder, dtype=torch.bfloat16)
+    other = wider(folder)
+    other.save_pretrained(folder)
+    loaded = AutoModel.from_pretrained(folder, config=config)
+    assert loaded.config.text_config.num_hidden_layers == other.config.text_config.num_hidden_layers
+    assert loaded.dtype == torch.bfloat16  # what was asked for when it was read
+    assert torch.equal(loaded.language_model.lm_head.weight, other.language_model.lm_head.weight.to(torch.bfloat16))
+
+
+def test_a_changed_configuration_of_a_model_that_is_gone(folder):
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config.rope_parameters["rope_theta"] = 7.0
+    AutoModel.from_pretrained(folder, config=config)  # the caller's own
+    wider(folder).save_pretrained(folder)
+    with pytest.raises(
+        ValueError, match="was saved again since its configuration was read, which was changed meanwhile"
+    ):
+        AutoModel.from_pretrained(folder, config=config)
+
+
+def test_when_a_configuration_was_read_is_not_part_of_it(folder, tmp_path):
+    config = AutoConfig.from_pretrained(folder)
+    assert config == AutoConfig.from_pretrained(folder) and config == copy.deepcopy(config)
+    config.save_pretrained(tmp_path / "c")
+    assert "_read" not in (tmp_path / "c" / "config.json").read_text() and "_read" not in str(config)
 
 
 def test_a_path_that_is_not_there(tmp_path):

@@ -464,6 +464,25 @@ def test_faults_while_loading_are_mended_or_raise(hub, client, pushed, tmp_path,
     loader.close()
 
 
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [("MultimodalModel", "composition.json"), ("MultimodalProcessor", "processor_config.json"),
+     ("MultimodalProcessor", "tokenizer_config.json")],
+)  # fmt: skip
+@pytest.mark.parametrize("fault", [{"status": 500}, {"drop": True}], ids=str)
+def test_a_hub_that_fails_is_told_with_the_file(hub, pushed, tmp_path, what, name, fault):
+    loader = fresh(hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    # The client waits longer each time before it tries again: it need not.
+    loader(
+        "import time; from huggingface_hub.utils import _http; _http.time = type('Time', (), {'sleep': staticmethod(lambda s: None), 'time': time.time})"
+    )
+    for method in ("GET", "HEAD"):
+        hub.fail(method, rf"/{name}$", times=100, **fault)
+    with pytest.raises(Failed, match=f"OSError: user/one-single-full: {name} could not be read from the Hub"):
+        loader("import cornstarch_hf; getattr(cornstarch_hf, what).from_pretrained('user/one-single-full')", what=what)
+    loader.close()
+
+
 def test_a_flipped_bit_on_the_hub(hub, client, tmp_path):
     client("model, processor = make(); push_to_hub(model, processor, 'user/flipped')")
     hub.flip_bit("user/flipped", "model.safetensors")

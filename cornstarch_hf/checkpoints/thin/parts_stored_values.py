@@ -40,3 +40,8 @@ def read_json(path: str | os.PathLike, what: str) -> Any:
     """A JSON file."""
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """Nothing: what compares them stays behind."""
+    return ""
