@@ -6,8 +6,6 @@ that other software looks for; `encoders` keeps their order, and `{name}_modalit
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -28,6 +26,7 @@ from .parts.classes import (
     subclasses_of,
 )
 from .parts.registries import last_definition
+from .parts.stored_errors import explained, make_config
 from .parts.stored_values import (
     POINTER,
     check_frozen_parts,
@@ -168,18 +167,18 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         ones that are kernels, or would be fetched as such, are refused.
         """
         asked = [family for family in FAMILIES if isinstance(kwargs.get(f"{family}_implementation"), str)]
-        check_values(config_dict, cls.__name__, asked)
-        config_dict = without_implementations(config_dict, asked)
-        check_kernels(config_dict, cls.__name__)
-        return cls.from_checked(config_dict, **kwargs)
+        with explained("config.json"):
+            check_values(config_dict, cls.__name__, asked)
+            config_dict = without_implementations(config_dict, asked)
+            check_kernels(config_dict, cls.__name__)
+            return cls.from_checked(config_dict, **kwargs)
 
     @classmethod
     def from_checked(cls, config_dict, **kwargs):
         """As `from_dict`, for values that `check_values` has looked at: nothing is built by them, or the caller gave them."""
-        token = _checked.set(True)
+        token, of_base = _checked.set(True), super().from_dict
         try:
-            with _stored_values(cls.__name__):
-                return super().from_dict(config_dict, **kwargs)
+            return make_config(lambda values: of_base(values, **kwargs), config_dict, cls.__name__, whole=True)
         finally:
             _checked.reset(token)
 
@@ -189,7 +188,10 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config", auto_map is not None))
         projector = parts[f"{name}_projector_config"]
         if isinstance(projector, dict):
-            projector = MultimodalProjectorConfig.from_dict(projector | ({"auto_map": auto_map} if auto_map else {}))
+            with explained(f"{name}_projector_config"):
+                projector = MultimodalProjectorConfig.from_dict(
+                    projector | ({"auto_map": auto_map} if auto_map else {})
+                )
             projector.__dict__.pop("auto_map", None)  # it was only to say that the type may be defined by that code
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
@@ -301,21 +303,7 @@ def _as_config(value, key: str, shared: bool = False) -> PreTrainedConfig:
     values = {k: v for k, v in value.items() if k != "model_type"}
     # What `from_dict` does besides is to write the values out for the log.
     plain = found[0].from_dict.__func__ is PreTrainedConfig.from_dict.__func__
-    with _stored_values(key):
-        return found[0](**values) if plain else found[0].from_dict(values)
-
-
-@contextmanager
-def _stored_values(where: str) -> Iterator[None]:
-    """ValueError for whatever else a constructor raises on stored values of wrong types."""
-    try:
-        yield
-    except (ValueError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{where} does not take its stored values ({type(error).__name__}: {error!s:.300})."
-        ) from error
+    return make_config(lambda given: found[0](**given) if plain else found[0].from_dict(given), values, key)
 
 
 def valid_groups(groups, names: list[str]) -> list[list[str]]:

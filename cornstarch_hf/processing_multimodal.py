@@ -4,6 +4,7 @@
 """
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -27,6 +28,7 @@ from .limits import check_count
 from .parts.classes import carries_code
 from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
 from .parts.registries import FEATURE_COUNTS
+from .parts.stored_errors import explained
 from .parts.stored_values import check_values
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
@@ -64,7 +66,7 @@ def _of_item(name: str, i: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        told = str(error).removeprefix(f"{name}, item 0").removeprefix(f"{name}")
+        told = re.sub(rf"^{name}(, item 0)?\b", "", str(error))
         raise ValueError(f"{name}, item {i}{told}") from error
 
 
@@ -365,10 +367,11 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             where = f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor"
             raise ValueError(f"{where}: save the processor there by processor.save_pretrained(...).")
         load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)  # defines what is named below
-        described = dict(values["model_config"])
-        check_values(described, "MultimodalConfig")
-        config = MultimodalConfig.from_checked(described)  # parts that count run by no kernel, whatever was stored
-        check_facts_registered(config.encoder_types)
+        with explained("processor_config.json: model_config"):
+            described = dict(values["model_config"])
+            check_values(described, "MultimodalConfig")
+            config = MultimodalConfig.from_checked(described)  # parts that count run by no kernel, whatever was stored
+            check_facts_registered(config.encoder_types)
         kinds = {name: config.modality(name)["kind"] for name in config.encoders}
         tokenizer, parts, unused = load_parts(pretrained_model_name_or_path, values, kinds, kwargs, tokenizer_folder)
         # A pipeline hands the model's loading keywords on to every part.

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from ..configuration_multimodal import MultimodalConfig
 from ..limits import check
 from ..parts.build_bounds import Shapes, build_guard
-from ..parts.stored_values import read_json, read_text
+from ..parts.stored_values import read_json
 from ..parts.weightless import build_without_weights, without_dtypes
 from .files import checked_files
 from .finding import (
@@ -70,7 +70,8 @@ def check_processor_files(source: Any, options: Options) -> None:
                 continue
             where = f"{source}: {below}{name}"
             if name.endswith(".json"):
-                read_text(path, where)
+                if not isinstance(values := read_json(path, where), dict):
+                    raise ValueError(f"{where} must hold one JSON object, got {type(values).__name__}.")
             else:
                 check(os.path.getsize(path), "MAX_CONFIG_BYTES", f"{where}: its size in bytes is")
 
@@ -112,7 +113,7 @@ def _by_reference(
 
     def build(shapes: Shapes) -> PreTrainedModel:
         def build_guarded() -> PreTrainedModel:
-            with build_guard(shapes, sized=False):
+            with build_guard(shapes, sized=False, whose=f"{files.source}: {CONFIG}"):
                 return model_class(without_dtypes(copy.deepcopy(config)))
 
         return build_without_weights(build_guarded)
@@ -128,7 +129,9 @@ def _by_reference(
             f"missing. {REMEDY}"
         )
     state = assemble_state(build, load_file(changed), references, bases, options, verify)
-    guard = build_guard({name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False)
+    guard = build_guard(
+        {name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False, whose=f"{files.source}: {CONFIG}"
+    )
     # What is loaded lies in memory now: options about files would send transformers to look for some.
     options = {key: value for key, value in options.items() if key not in (*PLACES, "variant", "use_safetensors")}
     return plan._replace(source=None, options=options | {"config": config, "state_dict": state}, guard=guard)

@@ -20,6 +20,7 @@ from ..parts.build_bounds import bounded_tensors, build_guard
 from ..parts.classes import resolve_class
 from ..parts.known_encoders import ALL, encoder_type
 from ..parts.registries import FEATURE_COUNTS
+from ..parts.stored_errors import explained
 from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
@@ -298,10 +299,10 @@ class FeatureCounter:
             with build_guard(), bounded_tensors():
                 return build_encoder(plain, name)
 
-        try:
+        with explained(
+            f"{name}: its encoder cannot be built to count features"
+        ):  # a tensor of a size that no machine has
             encoder = build_without_weights(build)
-        except RuntimeError as error:  # a tensor of a size that no machine has
-            raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
         if own is not None:
             own.put_into(encoder)
         weights_to_meta(encoder.eval())

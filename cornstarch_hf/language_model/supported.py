@@ -12,6 +12,7 @@ from ..parts.adapters import unwrapped
 from ..parts.classes import language_model_class, resolve_class
 from ..parts.signatures import forward_parameters
 from ..parts.stored_adapters import wrap_again
+from ..parts.stored_errors import build_part
 
 OTHER = "Choose another language model."
 
@@ -134,6 +135,6 @@ def build_language_model(config: MultimodalConfig) -> nn.Module:
     cls: Any = language_model_class(text) if name is None else resolve_class(name, text, "language_model")
     if cls is None:
         raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
-    model = cls(text, **(config.language_model_kwargs or {}))
+    model = build_part(cls, text, config.language_model_kwargs or {}, "language_model", "text_config")
     check_language_model(model)
     return wrap_again(model, config.adapters_of("language_model"), "language_model")

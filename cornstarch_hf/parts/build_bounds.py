@@ -117,18 +117,23 @@ class _CountedTensors(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[None]:
+def build_guard(shapes: Shapes | None = None, sized: bool = True, whose: str = "") -> Iterator[None]:
     """Bound what this thread builds within: layers by what is stored, computed tensors by `MAX_BUILD_BYTES` (ValueError).
 
     Args:
         shapes: of everything that will be loaded, by name; None where that is not known (nothing is compared then).
         sized: whether `check_built` compares shapes, not only names and numbers (not for quantized weights).
+        whose: the file that describes what is built, with which each ValueError then begins.
     """
     before = getattr(_active, "expected", None)
     _active.expected = (shapes, sized)
     try:
         with _CountedTensors(len(shapes or ())):
             yield
+    except ValueError as error:
+        if whose in str(error):  # it is said already, or there is no file
+            raise
+        raise ValueError(f"{whose}: {error}") from error
     finally:
         _active.expected = before
 

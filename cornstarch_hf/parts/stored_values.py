@@ -68,6 +68,8 @@ def check_values(values: Any, where: str, asked: Collection[str] = ()) -> None:
             pending += [(v, path, key, family, depth + 1) for v in value]
         else:
             _check_leaf(value, path, key)
+        if key in ("dtype", "torch_dtype") and not isinstance(value, (str, Mapping, type(None))):
+            check_dtype(value, path)
 
 
 def _family(key: str, above: str) -> str:
@@ -193,6 +195,8 @@ def _check_leaf(value: Any, path: str, key: str) -> None:
             raise ValueError(f"{path} is an integer of {value.bit_length()} bits, expected at most 63.")
         if key == "num_labels" or _LAYERS.search(key):
             check(value, "MAX_LABELS" if key == "num_labels" else "MAX_LAYERS", f"{path} is")
+            if value < 0 and key.startswith(("n_", "num_")):  # else it may be the last layer but so many
+                raise ValueError(f"{path} is {value}, expected a number that is not negative.")
 
 
 def check_dtype(name: Any, where: str) -> None:
