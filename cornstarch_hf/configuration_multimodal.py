@@ -200,6 +200,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         values = dict(parts[f"{name}_modality"] or {})
         check_types(values, _ENTRY_TYPES, f"{name}_modality")
         check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
+        check_names(values.get("additional_args") or [], f"{name}_modality: additional_args")
+        check_names(list((values.get("input_names") or {}).values()), f"{name}_modality: the values of input_names")
         if unknown := sorted(set(values) - set(MODALITY_DEFAULTS)):
             raise ValueError(
                 f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "

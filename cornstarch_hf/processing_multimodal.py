@@ -167,8 +167,10 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
                 spans = llm["assistant_spans"]
                 data = encode_texts(self.tokenizer, texts, self.tokens, ids, lengths, options, spans)
             if with_types:
-                types = {"mm_token_type_ids": self.create_mm_token_type_ids(data["input_ids"])}
-                data |= BatchFeature(types, tensor_type=options.get("return_tensors"))
+                types: Any = self.create_mm_token_type_ids(data["input_ids"])
+                kind = options.get("return_tensors")  # of empty texts alone torch and numpy would make floats
+                types = {"mm_token_type_ids": np.asarray(types, np.int64) if kind else types}
+                data |= BatchFeature(types, tensor_type=kind)
         if llm["item_lengths"]:  # the collator asks how many features each item has
             data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
@@ -384,13 +386,13 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         """Build a processor from its loaded parts."""
         tokenizer, processors, config, unused = args
         template = kwargs.get("chat_template", processor_dict.get("chat_template"))
-        processor = cls(tokenizer, processors, config=config, chat_template=template)
-        for name, number in processor.placeholder_ids.items():
-            if (stored := config.modality(name)["token_id"]) not in (None, number):
-                told = f"the placeholder {processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"
-                raise ValueError(
-                    f"{name}: {told}: build MultimodalProcessor(tokenizer, ..., model=model), which sets both."
-                )
+        with explained("processor_config.json, tokenizer_config.json or another file of the processor"):
+            processor = cls(tokenizer, processors, config=config, chat_template=template)
+            for name, number in processor.placeholder_ids.items():
+                if (stored := config.modality(name)["token_id"]) not in (None, number):
+                    told = f"{processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"
+                    remedy = "build MultimodalProcessor(tokenizer, ..., model=model), which sets both."
+                    raise ValueError(f"{name}: the placeholder {told}: {remedy}")
         if carries_code(auto_map := processor_dict.get("auto_map")):  # what stands for no code is written anew
             processor.auto_map = auto_map
         return (processor, unused) if kwargs.get("return_unused_kwargs") else processor

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import operator
 import os
 from collections.abc import Mapping
@@ -159,6 +160,12 @@ def stored_shapes(
     return found
 
 
+# Bytes of an element by the names that safetensors has for data types.
+_BYTES = dict.fromkeys(("BOOL", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0", "I8", "U8"), 1.0)
+_BYTES |= dict.fromkeys(("BF16", "F16", "I16", "U16"), 2.0) | dict.fromkeys(("F32", "I32", "U32"), 4.0)
+_BYTES |= dict.fromkeys(("C64", "F64", "I64", "U64"), 8.0) | {"F4": 0.5, "F6_E2M3": 0.75, "F6_E3M2": 0.75}
+
+
 def header_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in one safetensors file (ValueError for another file); no data is read.
 
@@ -174,10 +181,26 @@ def header_shapes(path: str) -> dict[str, tuple[int, ...]]:
     try:
         header = json.loads(text)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        offsets = {name: tuple(map(operator.index, entry["data_offsets"])) for name, entry in tensors.items()}
+        places = [(begin, after, name) for name, (begin, after) in offsets.items()]
         shapes = {name: tuple(map(operator.index, entry["shape"])) for name, entry in tensors.items()}
+        dtypes = {name: _BYTES[entry["dtype"]] for name, entry in tensors.items()}
+        texts = header.get("__metadata__", {})
+        if not all(isinstance(value, str) for value in texts.values()):
+            raise TypeError(f"its metadata {texts!r:.80} are no texts")
     except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({type(error).__name__}: {error!s:.100}).") from error
+    end = 0
+    for begin, after, name in sorted(places):
+        wanted = math.prod(shapes[name]) * dtypes[name]
+        if (
+            begin != end or (after - begin) != wanted or min(shapes[name], default=0) < 0
+        ):  # one behind the other, each whole
+            raise ValueError(
+                f"{path} is no whole safetensors file: {name!r:.200} of shape {shapes[name]} and {tensors[name]['dtype']} lies "
+                f"in the bytes {begin} to {after}, expected {end} to {end + wanted}."
+            )
+        end = after
     if 8 + length + end != size:  # its length, the header and the data, and no byte more
         raise ValueError(f"{path} is no whole safetensors file: it has {size} bytes, expected {8 + length + end}.")
     return shapes

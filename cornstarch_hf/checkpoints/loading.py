@@ -12,9 +12,10 @@ from transformers.utils import cached_file
 from ..configuration_multimodal import MultimodalConfig
 from ..limits import check
 from ..parts.build_bounds import Shapes, build_guard
+from ..parts.stored_errors import explained
 from ..parts.stored_values import read_json
 from ..parts.weightless import build_without_weights, without_dtypes
-from .files import checked_files
+from .files import checked_files, header_shapes
 from .finding import (
     ADAPTERS,
     COMPOSITION,
@@ -128,7 +129,9 @@ def _by_reference(
             f"{files.source}: {COMPOSITION} refers to bases of {sorted(references)}, but {DELTA} with all else is "
             f"missing. {REMEDY}"
         )
-    state = assemble_state(build, load_file(changed), references, bases, options, verify)
+    header_shapes(changed)  # refuses a file that is broken, by its name
+    with explained(files.source):
+        state = assemble_state(build, load_file(changed), references, bases, options, verify)
     guard = build_guard(
         {name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False, whose=f"{files.source}: {CONFIG}"
     )

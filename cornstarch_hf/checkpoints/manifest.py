@@ -135,8 +135,8 @@ def read_composition(path: str) -> Composition:
     for name, value in manifest.items():
         if not _FILE.fullmatch(name) or not valid_entry(value):
             raise ValueError(
-                f"{COMPOSITION} lists the file {name!r:.200} as {value!r:.200}, expected a name inside the checkpoint with "
-                "its `sha256` and `size`."
+                f"{COMPOSITION}: its manifest lists the file {name!r:.200} as {value!r:.200}, expected a name inside the "
+                "checkpoint with its `sha256` and `size`."
             )
     return Composition(components, {name: Entry(**value) for name, value in manifest.items()})
 

@@ -371,11 +371,17 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
     cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
     module = build_part(cls, encoder_config, entry["encoder_kwargs"], f"{name}_encoder", f"{name}_config")
     # Adapters go around the encoder before weights are loaded, whose names they change.
-    module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
+    with explained(f"adapters of {name}_encoder.module"):
+        module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
     if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
         raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
     with explained(f"{name}_projector_config"):
         projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
+        if projector.projection is None:
+            sizes = f"in_features={projector.config.in_features} and out_features={projector.config.out_features}"
+            raise ValueError(
+                f"it says {sizes}, expected the widths of the encoder's and the language model's features."
+            )
     with explained(f"{name}_modality"):
         options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
         options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
