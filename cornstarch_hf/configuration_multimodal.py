@@ -127,11 +127,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not _checked.get():  # `from_dict` has looked at all of them
             given = {"text_config": text_config, **kwargs}
             check_values({key: value for key, value in given.items() if isinstance(value, dict)}, type(self).__name__)
-        check_types(kwargs, _TYPES, type(self).__name__)
-        check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
-        check_part_dtypes(kwargs.get("part_dtypes"))
-        check_names(kwargs.get("frozen") or [], "frozen")
-        check_frozen_parts(kwargs.get("frozen_parts"))
+        _check_settings(kwargs, type(self).__name__)
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
         kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
@@ -207,6 +203,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
                 f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "
                 "written by a newer version needs that version."
             )
+        values = {key: value for key, value in values.items() if value is not None}  # null is the default
         entry = copy.deepcopy(MODALITY_DEFAULTS) | values  # so that no two share a list
         check_count(entry["drop_prefix"], f"{name}: drop_prefix (a number of tokens)", least=0)
         layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
@@ -279,6 +276,17 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             if not output.get(key):
                 output.pop(key, None)
         return output
+
+
+def _check_settings(values: dict[str, Any], where: str) -> None:
+    """Refuse settings of the whole that it cannot have (ValueError)."""
+    check_types(values, _TYPES, where)
+    check_switches(values.get("language_model_kwargs"), "language_model_kwargs")
+    check_part_dtypes(values.get("part_dtypes"))
+    check_names(values.get("frozen") or [], "frozen")
+    check_frozen_parts(values.get("frozen_parts"))
+    if values.get("is_encoder_decoder"):
+        raise ValueError("is_encoder_decoder is true, but the language model of a composed model is a decoder alone.")
 
 
 def _own_keys(name: str) -> tuple[str, str, str]:

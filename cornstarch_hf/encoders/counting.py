@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -185,7 +185,8 @@ class FeatureCounter:
             return None  # packed features have no prefix to drop, as a run says
         # A video for an encoder of images is (frames, channels, height, width): the rule counts for one frame.
         items, frames = frames_as_items(inputs, name) if by_frame else (inputs, [1])
-        count = known.count(items, encoder_config)
+        with _by_configuration(name):
+            count = known.count(items, encoder_config)
         if count is None:
             return None
         check_count(count, f"{name}: the count of {encoder_config.model_type!r}", least=0)
@@ -261,7 +262,8 @@ class FeatureCounter:
         if encoder.preprocess_callback is not None:
             return None
         items = first_frames(inputs) if encoder.by_frame else inputs
-        return refused_size(encoder.module, items, "image" if encoder.by_frame else encoder.kind, name)
+        with _by_configuration(name):
+            return refused_size(encoder.module, items, "image" if encoder.by_frame else encoder.kind, name)
 
     def _probe(self, name: str) -> ModalEncoderModule:
         """The encoder without weights, of few layers unless these are known not to suffice."""
@@ -307,6 +309,18 @@ class FeatureCounter:
             own.put_into(encoder)
         weights_to_meta(encoder.eval())
         return self._probes.setdefault((name, few_layers), encoder)
+
+
+@contextlib.contextmanager
+def _by_configuration(name: str) -> Iterator[None]:
+    """What arithmetic with settings of an encoder raises where these make no sense is a ValueError that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name}: features cannot be counted by {name}_config and the names of inputs in {name}_modality "
+            f"({type(error).__name__}: {error!s:.300}): restore the values that were saved."
+        ) from error
 
 
 def _names_layers(config: PreTrainedConfig) -> bool:

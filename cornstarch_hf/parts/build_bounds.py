@@ -87,6 +87,7 @@ def _has_large(values: Any, sizes: set[int]) -> bool:
     most, pending = cap("MAX_PLAIN_SIZE"), [("", values)]
     while pending:
         key, value = pending.pop()
+        key = str(key)  # numbers are keys in the tables of labels
         if isinstance(value, int) and value > most and value not in sizes and not key.endswith(("_id", "_theta")):
             return True
         if isinstance(value, (list, tuple)):

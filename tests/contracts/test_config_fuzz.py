@@ -95,7 +95,17 @@ def outcomes(world, count, scratch):
     return list(zip(made, results, strict=True))
 
 
-PARTS = ("text_config", "language_model", "vision", "audio", "adapters", "tokenizer", "config.json", "safetensors")
+PARTS = (
+    "text_config",
+    "language_model",
+    "vision",
+    "audio",
+    "adapters",
+    "tokenizer",
+    "config.json",
+    "safetensors",
+    "the encoders",
+)
 
 
 def names_place(change, result):
