@@ -6,8 +6,6 @@ that other software looks for; `encoders` keeps their order, and `{name}_modalit
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -28,6 +26,7 @@ from .parts.classes import (
     subclasses_of,
 )
 from .parts.registries import last_definition
+from .parts.stored_errors import explained, make_config
 from .parts.stored_values import (
     POINTER,
     check_frozen_parts,
@@ -130,11 +129,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not _checked.get():  # `from_dict` has looked at all of them
             given = {"text_config": text_config, **kwargs}
             check_values({key: value for key, value in given.items() if isinstance(value, dict)}, type(self).__name__)
-        check_types(kwargs, _TYPES, type(self).__name__)
-        check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
-        check_part_dtypes(kwargs.get("part_dtypes"))
-        check_names(kwargs.get("frozen") or [], "frozen")
-        check_frozen_parts(kwargs.get("frozen_parts"))
+        _check_settings(kwargs, type(self).__name__)
         parts = {key: kwargs.pop(key, None) for name in names for key in _own_keys(name)}
         kwargs.pop(POINTER, None)  # of the save, not of the model
         implementations = {key: kwargs.pop(key, None) for key in ("attn_implementation", "experts_implementation")}
@@ -170,10 +165,11 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         ones that are kernels, or would be fetched as such, are refused.
         """
         asked = [family for family in FAMILIES if isinstance(kwargs.get(f"{family}_implementation"), str)]
-        check_values(config_dict, cls.__name__, asked)
-        values = without_implementations(config_dict, asked)
-        check_kernels(values, cls.__name__)
-        made = cls.from_checked(values, **kwargs)
+        with explained("config.json"):
+            check_values(config_dict, cls.__name__, asked)
+            values = without_implementations(config_dict, asked)
+            check_kernels(values, cls.__name__)
+            made = cls.from_checked(values, **kwargs)
         config = made[0] if kwargs.get("return_unused_kwargs") else made
         # Of what, and as what it was read: so that loading sees whether the file, or the configuration, has changed since.
         vars(config)[_READ] = (fingerprint(config_dict), fingerprint(config.to_dict()), kwargs)
@@ -182,10 +178,9 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     @classmethod
     def from_checked(cls, config_dict, **kwargs):
         """As `from_dict`, for values that `check_values` has looked at: nothing is built by them, or the caller gave them."""
-        token = _checked.set(True)
+        token, of_base = _checked.set(True), super().from_dict
         try:
-            with _stored_values(cls.__name__):
-                return super().from_dict(config_dict, **kwargs)
+            return make_config(lambda values: of_base(values, **kwargs), config_dict, cls.__name__, whole=True)
         finally:
             _checked.reset(token)
 
@@ -195,7 +190,10 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config", auto_map is not None))
         projector = parts[f"{name}_projector_config"]
         if isinstance(projector, dict):
-            projector = MultimodalProjectorConfig.from_dict(projector | ({"auto_map": auto_map} if auto_map else {}))
+            with explained(f"{name}_projector_config"):
+                projector = MultimodalProjectorConfig.from_dict(
+                    projector | ({"auto_map": auto_map} if auto_map else {})
+                )
             projector.__dict__.pop("auto_map", None)  # it was only to say that the type may be defined by that code
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
@@ -204,11 +202,14 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         values = dict(parts[f"{name}_modality"] or {})
         check_types(values, _ENTRY_TYPES, f"{name}_modality")
         check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
+        check_names(values.get("additional_args") or [], f"{name}_modality: additional_args")
+        check_names(list((values.get("input_names") or {}).values()), f"{name}_modality: the values of input_names")
         if unknown := sorted(set(values) - set(MODALITY_DEFAULTS)):
             raise ValueError(
                 f"{name}_modality has unknown keys {unknown}, expected some of {sorted(MODALITY_DEFAULTS)}. A checkpoint "
                 "written by a newer version needs that version."
             )
+        values = {key: value for key, value in values.items() if value is not None}  # null is the default
         entry = copy.deepcopy(MODALITY_DEFAULTS) | values  # so that no two share a list
         check_count(entry["drop_prefix"], f"{name}: drop_prefix (a number of tokens)", least=0)
         layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
@@ -289,6 +290,17 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         return output
 
 
+def _check_settings(values: dict[str, Any], where: str) -> None:
+    """Refuse settings of the whole that it cannot have (ValueError)."""
+    check_types(values, _TYPES, where)
+    check_switches(values.get("language_model_kwargs"), "language_model_kwargs")
+    check_part_dtypes(values.get("part_dtypes"))
+    check_names(values.get("frozen") or [], "frozen")
+    check_frozen_parts(values.get("frozen_parts"))
+    if values.get("is_encoder_decoder"):
+        raise ValueError("is_encoder_decoder is true, but the language model of a composed model is a decoder alone.")
+
+
 def _own_keys(name: str) -> tuple[str, str, str]:
     return f"{name}_config", f"{name}_projector_config", f"{name}_modality"
 
@@ -313,21 +325,7 @@ def _as_config(value, key: str, shared: bool = False) -> PreTrainedConfig:
     values = {k: v for k, v in value.items() if k != "model_type"}
     # What `from_dict` does besides is to write the values out for the log.
     plain = found[0].from_dict.__func__ is PreTrainedConfig.from_dict.__func__
-    with _stored_values(key):
-        return found[0](**values) if plain else found[0].from_dict(values)
-
-
-@contextmanager
-def _stored_values(where: str) -> Iterator[None]:
-    """ValueError for whatever else a constructor raises on stored values of wrong types."""
-    try:
-        yield
-    except (ValueError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{where} does not take its stored values ({type(error).__name__}: {error!s:.300})."
-        ) from error
+    return make_config(lambda given: found[0](**given) if plain else found[0].from_dict(given), values, key)
 
 
 def valid_groups(groups, names: list[str]) -> list[list[str]]:

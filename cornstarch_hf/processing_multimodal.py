@@ -4,6 +4,7 @@
 """
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -27,6 +28,7 @@ from .limits import check_count
 from .parts.classes import carries_code
 from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
 from .parts.registries import FEATURE_COUNTS
+from .parts.stored_errors import explained
 from .parts.stored_values import check_values
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
@@ -64,7 +66,7 @@ def _of_item(name: str, i: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        told = str(error).removeprefix(f"{name}, item 0").removeprefix(f"{name}")
+        told = re.sub(rf"^{name}(, item 0)?\b", "", str(error))
         raise ValueError(f"{name}, item {i}{told}") from error
 
 
@@ -165,8 +167,10 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
                 spans = llm["assistant_spans"]
                 data = encode_texts(self.tokenizer, texts, self.tokens, ids, lengths, options, spans)
             if with_types:
-                types = {"mm_token_type_ids": self.create_mm_token_type_ids(data["input_ids"])}
-                data |= BatchFeature(types, tensor_type=options.get("return_tensors"))
+                types: Any = self.create_mm_token_type_ids(data["input_ids"])
+                kind = options.get("return_tensors")  # of empty texts alone torch and numpy would make floats
+                types = {"mm_token_type_ids": np.asarray(types, np.int64) if kind else types}
+                data |= BatchFeature(types, tensor_type=kind)
         if llm["item_lengths"]:  # the collator asks how many features each item has
             data["item_lengths"] = lengths
         if options.get("return_tensors") == "np":
@@ -365,10 +369,11 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             where = f"{pretrained_model_name_or_path} has no processor_config.json of a MultimodalProcessor"
             raise ValueError(f"{where}: save the processor there by processor.save_pretrained(...).")
         load_shared_code(pretrained_model_name_or_path, values.get("auto_map"), kwargs)  # defines what is named below
-        described = dict(values["model_config"])
-        check_values(described, "MultimodalConfig")
-        config = MultimodalConfig.from_checked(described)  # parts that count run by no kernel, whatever was stored
-        check_facts_registered(config.encoder_types)
+        with explained("processor_config.json: model_config"):
+            described = dict(values["model_config"])
+            check_values(described, "MultimodalConfig")
+            config = MultimodalConfig.from_checked(described)  # parts that count run by no kernel, whatever was stored
+            check_facts_registered(config.encoder_types)
         kinds = {name: config.modality(name)["kind"] for name in config.encoders}
         tokenizer, parts, unused = load_parts(pretrained_model_name_or_path, values, kinds, kwargs, tokenizer_folder)
         # A pipeline hands the model's loading keywords on to every part.
@@ -381,13 +386,13 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         """Build a processor from its loaded parts."""
         tokenizer, processors, config, unused = args
         template = kwargs.get("chat_template", processor_dict.get("chat_template"))
-        processor = cls(tokenizer, processors, config=config, chat_template=template)
-        for name, number in processor.placeholder_ids.items():
-            if (stored := config.modality(name)["token_id"]) not in (None, number):
-                told = f"the placeholder {processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"
-                raise ValueError(
-                    f"{name}: {told}: build MultimodalProcessor(tokenizer, ..., model=model), which sets both."
-                )
+        with explained("processor_config.json, tokenizer_config.json or another file of the processor"):
+            processor = cls(tokenizer, processors, config=config, chat_template=template)
+            for name, number in processor.placeholder_ids.items():
+                if (stored := config.modality(name)["token_id"]) not in (None, number):
+                    told = f"{processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"
+                    remedy = "build MultimodalProcessor(tokenizer, ..., model=model), which sets both."
+                    raise ValueError(f"{name}: the placeholder {told}: {remedy}")
         if carries_code(auto_map := processor_dict.get("auto_map")):  # what stands for no code is written anew
             processor.auto_map = auto_map
         return (processor, unused) if kwargs.get("return_unused_kwargs") else processor

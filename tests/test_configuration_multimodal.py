@@ -142,6 +142,33 @@ def test_missing_sub_config_and_bad_values_are_refused():
             MultimodalConfig(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("input_names", {"pixel_values": ["x"]}, "vision_modality: the values of input_names must be a list of names"),
+        ("additional_args", [1], "vision_modality: additional_args must be a list of names"),
+    ],
+)
+def test_names_of_inputs_are_texts(key, value, message):
+    values = composed().config.to_dict()
+    values["vision_modality"][key] = value
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        MultimodalConfig.from_dict(values)
+
+
+def test_an_encoder_decoder_is_no_composed_model():
+    with pytest.raises(ValueError, match="is_encoder_decoder is true"):
+        MultimodalConfig.from_dict(composed().config.to_dict() | {"is_encoder_decoder": True})
+
+
+@pytest.mark.parametrize("key", ["output_hidden_states", "return_dict", "use_cache"])
+def test_switches_are_true_or_false(key):
+    values = composed().config.to_dict()
+    values["vision_config"][key] = -0.5
+    with pytest.raises(ValueError, match=f"config.json: .*vision_config: {key} is -0.5, expected true or false"):
+        MultimodalConfig.from_dict(values)
+
+
 def test_token_ids_are_read_by_name_and_by_kind():
     model = composed()
     model.set_modality_token_ids({"vision": 7, "audio": 8})

@@ -156,8 +156,9 @@ def check_base(component: str, entry: Mapping[str, Any], files: CheckpointFiles,
         found = files.find_all([*pinned, CONFIG])
     if all(path is None for path in found.values()):
         raise OSError(
-            f"{component}: the base {files.source!r} at {entry['revision'][:8]} is not in the local cache, and the Hub may not "
-            f"be asked now. Load once while online, or give a folder: bases={{{component!r}: folder}}."
+            f"{component}: the base {files.source!r} at {entry['revision'][:8]}, which {COMPOSITION} names, is not in the "
+            "local cache, and the Hub may not be asked now. Load once while online, or give a folder: "
+            f"bases={{{component!r}: folder}}."
         )
     check_sizes(pinned, found.get, whose)
     # The Hub's cache links to large files by their SHA-256 (to small ones by 40 hex digits).  That name is enough, unless all

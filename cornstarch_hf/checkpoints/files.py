@@ -4,14 +4,26 @@
 """
 
 import json
+import math
 import operator
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..limits import cap
+from transformers import GenerationConfig
+
+from ..limits import cap, is_count
 from ..parts.build_bounds import build_guard
-from ..parts.stored_values import SHARD, check_auto_map, check_number_of_values, check_quantization, read_json
+from ..parts.stored_errors import make_config
+from ..parts.stored_values import (
+    SHARD,
+    check_auto_map,
+    check_number_of_values,
+    check_quantization,
+    check_types,
+    check_values,
+    read_json,
+)
 from .finding import CONFIG, DESCRIPTIONS, GENERATION, INDEX, WEIGHTS, CheckpointFiles, Options, of_variant
 from .manifest import LoadPlan, checked_composition, first_weights, valid_place
 
@@ -39,6 +51,8 @@ def check_files(
                 raise ValueError(f"{where} must hold one JSON object, got {type(values).__name__}.")
             check_auto_map(values.get("auto_map"), where, None if files.is_local else files.source, here_only=True)
             config = values if name == CONFIG else config
+            if name == GENERATION:
+                _check_generation(values, where)
     check_quantization(config, f"{files.source}: {CONFIG}", options or {})
     explicit = config.get("transformers_weights")
     if explicit is not None and not (isinstance(explicit, str) and _is_weights(explicit.removesuffix(".index.json"))):
@@ -60,6 +74,53 @@ def check_files(
             "safetensors files, or convert them where you trust their source."
         )
     return config
+
+
+# Of `generate`: what it compares and counts with, beyond what `GenerationConfig` looks at itself.
+_NUMBERS = (
+    *(
+        "encoder_repetition_penalty",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "guidance_scale",
+        "length_penalty",
+        "max_time",
+        "min_p",
+    ),
+    *("repetition_penalty", "temperature", "top_h", "top_p", "typical_p"),
+)
+_COUNTS = (
+    *(
+        "encoder_no_repeat_ngram_size",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "min_new_tokens",
+        "no_repeat_ngram_size",
+    ),
+    *("num_beam_groups", "num_beams", "num_return_sequences", "prefill_chunk_size", "top_k"),
+)
+_SWITCHES = (
+    *("disable_compile", "do_sample", "output_attentions", "output_hidden_states", "output_logits", "output_scores"),
+    *("remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "use_cache"),
+)
+_TOKENS = (
+    *("begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_bos_token_id"),
+    *("forced_eos_token_id", "pad_token_id", "suppress_tokens"),
+)
+_GENERATION: dict[str, tuple[type, ...]] = dict.fromkeys(_NUMBERS, (int, float)) | dict.fromkeys(_COUNTS, (int,))
+_GENERATION |= dict.fromkeys(_SWITCHES, (bool,)) | dict.fromkeys(_TOKENS, (int, list))
+
+
+def _check_generation(values: Mapping[str, Any], where: str) -> None:
+    """Refuse settings of `generate` that it does not take (ValueError)."""
+    check_values(values, where)
+    check_types(values, _GENERATION, where)
+    for key in _TOKENS:
+        listed = values[key] if isinstance(values.get(key), list) else []
+        if wrong := [each for each in listed if not is_count(each, least=0)]:
+            raise ValueError(f"{where}: {key} has {wrong[0]!r:.100}, expected ids of tokens.")
+    make_config(GenerationConfig.from_dict, values, where)
 
 
 def _is_weights(name: Any) -> bool:
@@ -99,6 +160,12 @@ def stored_shapes(
     return found
 
 
+# Bytes of an element by the names that safetensors has for data types.
+_BYTES = dict.fromkeys(("BOOL", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0", "I8", "U8"), 1.0)
+_BYTES |= dict.fromkeys(("BF16", "F16", "I16", "U16"), 2.0) | dict.fromkeys(("F32", "I32", "U32"), 4.0)
+_BYTES |= dict.fromkeys(("C64", "F64", "I64", "U64"), 8.0) | {"F4": 0.5, "F6_E2M3": 0.75, "F6_E3M2": 0.75}
+
+
 def header_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in one safetensors file (ValueError for another file); no data is read.
 
@@ -114,10 +181,26 @@ def header_shapes(path: str) -> dict[str, tuple[int, ...]]:
     try:
         header = json.loads(text)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        offsets = {name: tuple(map(operator.index, entry["data_offsets"])) for name, entry in tensors.items()}
+        places = [(begin, after, name) for name, (begin, after) in offsets.items()]
         shapes = {name: tuple(map(operator.index, entry["shape"])) for name, entry in tensors.items()}
+        dtypes = {name: _BYTES[entry["dtype"]] for name, entry in tensors.items()}
+        texts = header.get("__metadata__", {})
+        if not all(isinstance(value, str) for value in texts.values()):
+            raise TypeError(f"its metadata {texts!r:.80} are no texts")
     except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is no whole safetensors file ({type(error).__name__}: {error!s:.100}).") from error
+    end = 0
+    for begin, after, name in sorted(places):
+        wanted = math.prod(shapes[name]) * dtypes[name]
+        if (
+            begin != end or (after - begin) != wanted or min(shapes[name], default=0) < 0
+        ):  # one behind the other, each whole
+            raise ValueError(
+                f"{path} is no whole safetensors file: {name!r:.200} of shape {shapes[name]} and {tensors[name]['dtype']} lies "
+                f"in the bytes {begin} to {after}, expected {end} to {end + wanted}."
+            )
+        end = after
     if 8 + length + end != size:  # its length, the header and the data, and no byte more
         raise ValueError(f"{path} is no whole safetensors file: it has {size} bytes, expected {8 + length + end}.")
     return shapes
@@ -137,5 +220,6 @@ def checked_files(source: str | os.PathLike, options: Options, verify: bool, wan
         shapes = stored_shapes(files, variant, explicit or values.get("transformers_weights"))
     # Quantized, renamed or mismatched weights have other names or shapes than the model that is built.
     others = (values.get("quantization_config"), options.get("quantization_config"), options.get("key_mapping"))
-    guard = build_guard(shapes, sized=not any(others) and not options.get("ignore_mismatched_sizes"))
+    sized = not any(others) and not options.get("ignore_mismatched_sizes")
+    guard = build_guard(shapes, sized, f"{files.source}: {CONFIG}")
     return LoadPlan(files.source, options, files, guard, composition)

@@ -11,9 +11,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from ..configuration_multimodal import MultimodalConfig
 from ..limits import check
 from ..parts.build_bounds import Shapes, build_guard
-from ..parts.stored_values import fingerprint, read_json, read_text
+from ..parts.stored_errors import explained
+from ..parts.stored_values import fingerprint, read_json
 from ..parts.weightless import build_without_weights, without_dtypes
-from .files import checked_files
+from .files import checked_files, header_shapes
 from .finding import (
     ADAPTERS,
     COMPOSITION,
@@ -66,7 +67,8 @@ def check_processor_files(source: Any, options: Options) -> None:
                 continue
             where = f"{source}: {name}"
             if name.endswith(".json"):
-                read_text(path, where)
+                if not isinstance(values := read_json(path, where), dict):
+                    raise ValueError(f"{where} must hold one JSON object, got {type(values).__name__}.")
             else:
                 check(os.path.getsize(path), "MAX_CONFIG_BYTES", f"{where}: its size in bytes is")
 
@@ -127,7 +129,7 @@ def _by_reference(
 
     def build(shapes: Shapes) -> PreTrainedModel:
         def build_guarded() -> PreTrainedModel:
-            with build_guard(shapes, sized=False):
+            with build_guard(shapes, sized=False, whose=f"{files.source}: {CONFIG}"):
                 return model_class(without_dtypes(copy.deepcopy(config)))
 
         return build_without_weights(build_guarded)
@@ -142,8 +144,12 @@ def _by_reference(
             f"{files.source}: {COMPOSITION} refers to bases of {sorted(references)}, but {DELTA} with all else is "
             f"missing. {REMEDY}"
         )
-    state = assemble_state(build, load_file(changed), references, bases, options, verify)
-    guard = build_guard({name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False)
+    header_shapes(changed)  # refuses a file that is broken, by its name
+    with explained(files.source):
+        state = assemble_state(build, load_file(changed), references, bases, options, verify)
+    guard = build_guard(
+        {name: tuple(tensor.shape) for name, tensor in state.items()}, sized=False, whose=f"{files.source}: {CONFIG}"
+    )
     # What is loaded lies in memory now: options about files would send transformers to look for some.
     options = {key: value for key, value in options.items() if key not in (*PLACES, "variant", "use_safetensors")}
     return plan._replace(source=None, options=options | {"config": config, "state_dict": state}, guard=guard)

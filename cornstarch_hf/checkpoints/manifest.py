@@ -127,7 +127,9 @@ def read_composition(path: str) -> Composition:
         raise ValueError(f"{COMPOSITION} must have the objects `components` and `manifest`, got {sorted(values)}.")
     for name, entry in components.items():
         if not _COMPONENT.fullmatch(name) or not isinstance(entry, dict):
-            raise ValueError(f"{COMPOSITION} describes the component {name!r:.100} as {entry!r:.100}, not an object.")
+            raise ValueError(
+                f"{COMPOSITION} describes among its components {name!r:.100} as {entry!r:.100}, not an object."
+            )
         if entry.get("source") not in ("embedded", "reference"):
             raise ValueError(
                 f"{name} has the source {entry.get('source')!r:.100} in {COMPOSITION}, expected 'embedded' or 'reference'."
@@ -135,8 +137,8 @@ def read_composition(path: str) -> Composition:
     for name, value in manifest.items():
         if not _FILE.fullmatch(name) or not valid_entry(value):
             raise ValueError(
-                f"{COMPOSITION} lists the file {name!r:.200} as {value!r:.200}, expected a name inside the checkpoint with "
-                "its `sha256` and `size`."
+                f"{COMPOSITION}: its manifest lists the file {name!r:.200} as {value!r:.200}, expected a name inside the "
+                "checkpoint with its `sha256` and `size`."
             )
     return Composition(components, {name: Entry(**value) for name, value in manifest.items()})
 

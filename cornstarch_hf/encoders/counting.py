@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..parts.build_bounds import bounded_tensors, build_guard
 from ..parts.classes import resolve_class
 from ..parts.known_encoders import ALL, encoder_type
 from ..parts.registries import FEATURE_COUNTS
+from ..parts.stored_errors import explained
 from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
@@ -184,7 +185,8 @@ class FeatureCounter:
             return None  # packed features have no prefix to drop, as a run says
         # A video for an encoder of images is (frames, channels, height, width): the rule counts for one frame.
         items, frames = frames_as_items(inputs, name) if by_frame else (inputs, [1])
-        count = known.count(items, encoder_config)
+        with _by_configuration(name):
+            count = known.count(items, encoder_config)
         if count is None:
             return None
         check_count(count, f"{name}: the count of {encoder_config.model_type!r}", least=0)
@@ -260,7 +262,8 @@ class FeatureCounter:
         if encoder.preprocess_callback is not None:
             return None
         items = first_frames(inputs) if encoder.by_frame else inputs
-        return refused_size(encoder.module, items, "image" if encoder.by_frame else encoder.kind, name)
+        with _by_configuration(name):
+            return refused_size(encoder.module, items, "image" if encoder.by_frame else encoder.kind, name)
 
     def _probe(self, name: str) -> ModalEncoderModule:
         """The encoder without weights, of few layers unless these are known not to suffice."""
@@ -298,14 +301,26 @@ class FeatureCounter:
             with build_guard(), bounded_tensors():
                 return build_encoder(plain, name)
 
-        try:
+        with explained(
+            f"{name}: its encoder cannot be built to count features"
+        ):  # a tensor of a size that no machine has
             encoder = build_without_weights(build)
-        except RuntimeError as error:  # a tensor of a size that no machine has
-            raise ValueError(f"{name}: its encoder cannot be built to count features ({error!s:.300}).") from error
         if own is not None:
             own.put_into(encoder)
         weights_to_meta(encoder.eval())
         return self._probes.setdefault((name, few_layers), encoder)
+
+
+@contextlib.contextmanager
+def _by_configuration(name: str) -> Iterator[None]:
+    """What arithmetic with settings of an encoder raises where these make no sense is a ValueError that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name}: features cannot be counted by {name}_config and the names of inputs in {name}_modality "
+            f"({type(error).__name__}: {error!s:.300}): restore the values that were saved."
+        ) from error
 
 
 def _names_layers(config: PreTrainedConfig) -> bool:

@@ -17,6 +17,7 @@ from ..parts.frozen_modes import is_checkpointing
 from ..parts.known_encoders import check_facts_registered, deterministic_inputs, encoder_type, refuse_random_encoder
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_adapters import wrap_again
+from ..parts.stored_errors import build_part, explained
 from ..parts.stored_modules import SLOTS, build_callback
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
@@ -368,15 +369,23 @@ def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
     check_facts_registered(config.encoder_types)
     entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
     cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
-    module = cls(encoder_config, **entry["encoder_kwargs"])
+    module = build_part(cls, encoder_config, entry["encoder_kwargs"], f"{name}_encoder", f"{name}_config")
     # Adapters go around the encoder before weights are loaded, whose names they change.
-    module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
+    with explained(f"adapters of {name}_encoder.module"):
+        module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
     if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
         raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
-    options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
-    options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
-    projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
-    encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
+    with explained(f"{name}_projector_config"):
+        projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
+        if projector.projection is None:
+            sizes = f"in_features={projector.config.in_features} and out_features={projector.config.out_features}"
+            raise ValueError(
+                f"it says {sizes}, expected the widths of the encoder's and the language model's features."
+            )
+    with explained(f"{name}_modality"):
+        options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
+        options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
+        encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
     encoder.name = name  # messages would else name it by its kind
     return encoder
 

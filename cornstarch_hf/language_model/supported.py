@@ -12,6 +12,7 @@ from ..parts.adapters import unwrapped
 from ..parts.classes import language_model_class, resolve_class
 from ..parts.signatures import forward_parameters
 from ..parts.stored_adapters import wrap_again
+from ..parts.stored_errors import build_part, explained
 
 OTHER = "Choose another language model."
 
@@ -117,6 +118,11 @@ def check_language_model(model: Any) -> None:
     """TypeError for what is no instance of a transformers model, ValueError for one with a `refusal`."""
     if isinstance(model, type) or not isinstance(unwrapped(model), PreTrainedModel):
         raise TypeError(f"language_model must be a transformers.PreTrainedModel instance, got {model!r:.100}.")
+    if getattr(unwrapped(model).config, "return_dict", True) is False:
+        raise ValueError(
+            "The language model's configuration says return_dict=False, by which its own layers' outputs are tuples without "
+            "names: set model.config.return_dict = True, or true in text_config."
+        )
     if reason := refusal(unwrapped(model)):
         raise ValueError(reason)
 
@@ -134,6 +140,7 @@ def build_language_model(config: MultimodalConfig) -> nn.Module:
     cls: Any = language_model_class(text) if name is None else resolve_class(name, text, "language_model")
     if cls is None:
         raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
-    model = cls(text, **(config.language_model_kwargs or {}))
+    model = build_part(cls, text, config.language_model_kwargs or {}, "language_model", "text_config")
     check_language_model(model)
-    return wrap_again(model, config.adapters_of("language_model"), "language_model")
+    with explained("adapters of language_model"):
+        return wrap_again(model, config.adapters_of("language_model"), "language_model")

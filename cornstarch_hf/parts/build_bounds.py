@@ -87,6 +87,7 @@ def _has_large(values: Any, sizes: set[int]) -> bool:
     most, pending = cap("MAX_PLAIN_SIZE"), [("", values)]
     while pending:
         key, value = pending.pop()
+        key = str(key)  # numbers are keys in the tables of labels
         if isinstance(value, int) and value > most and value not in sizes and not key.endswith(("_id", "_theta")):
             return True
         if isinstance(value, (list, tuple)):
@@ -117,18 +118,23 @@ class _CountedTensors(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[None]:
+def build_guard(shapes: Shapes | None = None, sized: bool = True, whose: str = "") -> Iterator[None]:
     """Bound what this thread builds within: layers by what is stored, computed tensors by `MAX_BUILD_BYTES` (ValueError).
 
     Args:
         shapes: of everything that will be loaded, by name; None where that is not known (nothing is compared then).
         sized: whether `check_built` compares shapes, not only names and numbers (not for quantized weights).
+        whose: the file that describes what is built, with which each ValueError then begins.
     """
     before = getattr(_active, "expected", None)
     _active.expected = (shapes, sized)
     try:
         with _CountedTensors(len(shapes or ())):
             yield
+    except ValueError as error:
+        if whose in str(error):  # it is said already, or there is no file
+            raise
+        raise ValueError(f"{whose}: {error}") from error
     finally:
         _active.expected = before
 

@@ -5,7 +5,8 @@ peft is imported when adapters are made: it takes a second to import, and who ha
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -170,6 +171,12 @@ def _adapter_config(values: Any, where: str, config_classes: Mapping[Any, Any]) 
         keys = (value or ()) if key.endswith("_pattern") else ()  # dictionaries have the patterns as keys
         for pattern in [value] if isinstance(value, str) else keys:
             check_pattern(pattern, f"{where}: {key}")
+    for name, hint in get_type_hints(
+        config_classes[kind]
+    ).items():  # peft looks at what stands in those when it is called
+        nested, value = any(map(is_dataclass, (hint, *get_args(hint)))), options.get(name)
+        if nested and not isinstance(value, (bool, Mapping, type(None))):
+            raise ValueError(f"{where}: {name} of the {kind} adapter is {value!r:.100}, expected an object or null.")
     try:
         return config_classes[kind](**options)
     except TypeError as error:

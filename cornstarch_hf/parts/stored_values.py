@@ -29,6 +29,15 @@ _TAKEN |= {"attribute_map", "sub_configs", "config_class", "extra_files"}
 _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$|^(n|num)_\w*(layer|depth|block|stage)")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _OF_PARTS = "part_implementations"  # {part: {"attn": ..., "experts": ...}}
+# What any configuration of transformers takes as true or false, and looks at first when a model is called.
+_SWITCHES = (
+    "is_encoder_decoder",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "tie_word_embeddings",
+    "use_cache",
+)
 _KERNEL_SWITCHES = ("use_kernels", "allow_all_kernels", "kernel_config")
 # What transformers does with kernels that it fetches from repositories of its choice.
 _KERNEL_EXPERTS = frozenset(["deepgemm", "deepgemm_megamoe", "sonicmoe"])
@@ -69,6 +78,8 @@ def check_values(values: Any, where: str, asked: Collection[str] = ()) -> None:
             pending += [(v, path, key, family, depth + 1) for v in value]
         else:
             _check_leaf(value, path, key)
+        if key in ("dtype", "torch_dtype") and not isinstance(value, (str, Mapping, type(None))):
+            check_dtype(value, path)
 
 
 def _family(key: str, above: str) -> str:
@@ -177,6 +188,13 @@ def _check_keys(values: Mapping[Any, Any], path: str, is_config: bool) -> None:
         raise ValueError(f"{path} has the keys {taken}, which would replace methods of the configuration: remove them.")
     if not isinstance(values.get("model_type", ""), str):
         raise ValueError(f"{path} has the model_type {values['model_type']!r:.100}, expected a string.")
+    for key in _SWITCHES:
+        value = values.get(key)
+        layers = (
+            key == "output_hidden_states" and isinstance(value, (list, tuple)) and all(type(n) is int for n in value)
+        )
+        if value is not None and not isinstance(value, bool) and not layers:
+            raise ValueError(f"{path}: {key} is {value!r:.100}, expected true or false.")
     if asking := [key for key in _KERNEL_SWITCHES if values.get(key)]:
         told = f"{asking[0]}={values[asking[0]]!r:.100}: kernels from the Hub are code"
         raise ValueError(f"{path} asks for {told}. Remove that from the file, or pass it to from_pretrained yourself.")
@@ -194,6 +212,8 @@ def _check_leaf(value: Any, path: str, key: str) -> None:
             raise ValueError(f"{path} is an integer of {value.bit_length()} bits, expected at most 63.")
         if key == "num_labels" or _LAYERS.search(key):
             check(value, "MAX_LABELS" if key == "num_labels" else "MAX_LAYERS", f"{path} is")
+            if value < 0 and key.startswith(("n_", "num_")):  # else it may be the last layer but so many
+                raise ValueError(f"{path} is {value}, expected a number that is not negative.")
 
 
 def check_dtype(name: Any, where: str) -> None:

@@ -6,6 +6,7 @@ Knows no encoder: `processing_multimodal` runs the sub-processors in between and
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwargs
@@ -366,6 +367,8 @@ def encode_texts(
         data.pop("attention_mask")
     if as_tensors:
         check_even(data["input_ids"], options.get("max_length"), padding.get("padding", False))
+    if as_tensors and not any(data["input_ids"]):  # of empty texts alone, of which torch and numpy would make floats
+        data = {key: np.zeros((len(texts), 0, 2)[: 3 if key == "offset_mapping" else 2], np.int64) for key in data}
     return dict(BatchFeature(data, tensor_type=as_tensors)) if as_tensors else data
 
 

@@ -23,6 +23,9 @@ from .opening import decoded, opened
 LOUDEST = 10.0
 
 
+_MIX = "mix the channels, in a table by cast_column(..., Audio(num_channels=1))."
+
+
 def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:
     """A mono waveform as float32 ``(samples,)``; refuses what a feature extractor would misread.
 
@@ -60,7 +63,7 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     if wave.ndim == 2 and 1 in wave.shape:
         wave = wave.reshape(-1)  # (1, samples) or (samples, 1): one channel
     if wave.ndim != 1 or wave.size == 0:
-        remedy = "mix the channels, in a table by cast_column(..., Audio(num_channels=1))."
+        remedy = _MIX if wave.ndim > 1 else "give the samples of a sound."
         raise ValueError(f"{where}: expected one mono waveform (samples,), got the shape {wave.shape}: {remedy}")
     if not np.issubdtype(wave.dtype, np.floating):
         by = np.iinfo(wave.dtype).max + 1 if wave.dtype.kind == "i" else "its range"

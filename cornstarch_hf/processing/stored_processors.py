@@ -15,6 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import TextKwargs
 
 from ..limits import check
+from ..parts.stored_errors import explained
 from ..parts.stored_values import check_values
 from .call import TEXT_OPTIONS
 from .subprocessors import ITEM_PROCESSORS
@@ -114,12 +115,13 @@ def load_parts(
     }
     stated = {key: options.pop(key, None) for key in ("tokenizer", "processors", *PART_NAMES.values())}
     parts, used = parts_by_modality(stated, kinds), {"use_fast"}
-    for name, described in parts_by_modality(values, kinds).items():
-        settings = {key: options[key] for key in settings_of(described, name) & set(options)}
-        if name not in parts:
-            parts[name] = build_subprocessor(described, name, settings)
-            used |= set(settings)
-    load, subfolder = functools.partial(AutoTokenizer.from_pretrained, source), loading.pop("subfolder", "")
+    with explained(f"{source}: processor_config.json"):
+        for name, described in parts_by_modality(values, kinds).items():
+            settings = {key: options[key] for key in settings_of(described, name) & set(options)}
+            if name not in parts:
+                parts[name] = build_subprocessor(described, name, settings)
+                used |= set(settings)
+    load, subfolder = functools.partial(_load_tokenizer, source), loading.pop("subfolder", "")
     if (tokenizer := stated["tokenizer"]) is None:
         tokenizer = load(subfolder=subfolder, **loading)
         if settings := {key: options[key] for key in tokenizer_settings(tokenizer) & set(options) - {"use_fast"}}:
@@ -129,6 +131,11 @@ def load_parts(
         if name not in parts and kind == "text":
             parts[name] = load(subfolder=os.path.join(subfolder, folder_of(name)), **loading)
     return tokenizer, parts, {key: value for key, value in options.items() if key not in used}
+
+
+def _load_tokenizer(source: str | os.PathLike, subfolder: str, **options: Any) -> PreTrainedTokenizerBase:
+    with explained(f"{source}: {os.path.join(subfolder, 'tokenizer_config.json')}, or the tokenizer's other files"):
+        return AutoTokenizer.from_pretrained(source, subfolder=subfolder, **options)
 
 
 def build_subprocessor(described: Mapping[str, Any], name: str, settings: Mapping[str, Any] | None = None) -> Any:

@@ -202,7 +202,6 @@ def edited(folder, **changes):
     [
         ({"text_config": {"num_hidden_layers": 1}}, "language_model.model.layers.1"),
         ({"text_config": {"num_hidden_layers": 0}}, "language_model.model.layers.0"),
-        ({"text_config": {"num_hidden_layers": -2}}, "language_model.model.layers.0"),
         ({"text_config": {"attention_bias": False}}, "language_model.model.layers.0.self_attn.k_proj.bias"),
         ({"vision_config": {"num_hidden_layers": 1}}, "vision_encoder.module.encoder.layers.1"),
     ],

@@ -51,7 +51,7 @@ def test_weight_files_by_their_names():
         ({"format_version": 0}, "format_version 0"),
         ({"format_version": "1"}, "format_version '1'"),
         ({"components": []}, "must have the objects"),
-        ({"components": {"../x": {"source": "embedded"}}}, "describes the component '../x'"),
+        ({"components": {"../x": {"source": "embedded"}}}, "describes among its components '../x'"),
         ({"components": {"language_model": {"source": "url"}}}, "language_model has the source 'url'"),
         ({"manifest": {"../config.json": {"sha256": "0" * 64, "size": 2}}}, "lists the file '../config.json'"),
         ({"manifest": {"/etc/passwd": {"sha256": "0" * 64, "size": 2}}}, "lists the file '/etc/passwd'"),

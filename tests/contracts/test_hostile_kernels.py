@@ -11,31 +11,9 @@ import sys
 
 import pytest
 from helpers import HERE, compose_tiny
+from kernels_stand_in import put_kernels
 from tiny import clip, llama
 
-STAND_IN = """
-import types
-ASKED, __version__ = [], "VERSION"
-def get_kernel(name, *args, **kwargs):
-    ASKED.append(name)
-    module = types.ModuleType("kernel")
-    module.flash_attn_varlen_func = module.flash_attn_func = lambda *args, **kwargs: None
-    return module
-class _Any:
-    def __init__(self, *args, **kwargs): pass
-    def __call__(self, *args, **kwargs): return args[0] if args and callable(args[0]) else self
-    def __getattr__(self, name): return _Any()
-    def __or__(self, other): return self
-class Device(_Any): pass
-class Mode: TRAINING = INFERENCE = TORCH_COMPILE = 1
-class LayerRepository(_Any): pass
-class CUDAProperties(_Any): pass
-def use_kernel_forward_from_hub(name): return lambda cls: cls
-def use_kernelized_func(*args, **kwargs): return lambda cls: cls
-def __getattr__(name):
-    if name.startswith("__"): raise AttributeError(name)
-    return _Any()
-"""
 DRIVER = """
 import json, sys
 import kernels
@@ -101,16 +79,7 @@ METHODS = ("mxfp4", "fp8", "eetq", "nvfp4", "metal", "fbgemm_fp8")
 def told(tmp_path_factory):
     """What each attempt came to, and which repositories were asked for: name -> (text, names)."""
     root = tmp_path_factory.mktemp("kernels")
-    package = root / "packages" / "kernels"
-    package.mkdir(parents=True)
-    from transformers.utils import import_utils
-
-    version = import_utils.KERNELS_MIN_VERSION
-    (package / "__init__.py").write_text(STAND_IN.replace("VERSION", version))
-    meta = root / "packages" / f"kernels-{version}.dist-info"
-    meta.mkdir()
-    (meta / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
-    (meta / "RECORD").write_text("kernels/__init__.py,,\n")
+    put_kernels(root / "packages")
     model, processor = compose_tiny(["clip"])
     honest = root / "honest"
     model.save_pretrained(honest)

@@ -529,3 +529,18 @@ def test_more_is_dropped_than_there_is():
     _, processor = compose_tiny(["clip"], vision={"drop_prefix": 99})
     with pytest.raises(ValueError, match="vision, item 0: drop_prefix=99 needs items of more tokens than that, got 5"):
         processor(text="<image>", images=tiny.image())
+
+
+@pytest.mark.parametrize("change", [{"image_size": -1}, {"patch_size": 0}])
+def test_settings_with_which_nothing_can_be_counted(change):
+    _, processor = compose_tiny(["clip"])
+    vars(processor.config.vision_config).update(change)
+    processor.counter = FeatureCounter(processor.config)
+    with pytest.raises(ValueError, match=r"vision.*(features cannot be counted by vision_config|cannot be built)"):
+        processor(text="<image>", images=tiny.image())
+
+
+def test_a_missing_input_by_which_a_rule_counts_is_named():
+    _, processor = compose_tiny(["whisper"])
+    with pytest.raises(ValueError, match=r"audio: features cannot be counted .* inputs in audio_modality \(KeyError"):
+        processor.counter.count("audio", {"features": torch.zeros(1, 8, 12)})

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
-from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES, refusal
+from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES, check_language_model, refusal
 
 
 class Draft(LlamaForCausalLM):
@@ -64,6 +64,13 @@ def test_roformer_is_refused_where_it_turns_values_by_positions():
     assert "its configuration has rotary_value=True" in refusal(
         catalog_llms.built(catalog_llms.model_class("roformer"), config)
     )
+
+
+def test_outputs_without_names_are_refused():
+    model = tiny.llama()
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="return_dict=False, by which its own layers' outputs are tuples"):
+        check_language_model(model)
 
 
 def test_an_assistant_is_refused_with_its_use():

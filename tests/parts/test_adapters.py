@@ -96,6 +96,12 @@ def test_an_adapter_type_that_this_version_does_not_know():
         wrap_again(tiny.llama(), described, "audio")
 
 
+def test_what_stands_in_an_adapters_options_is_an_object():
+    described = {"configs": {"default": {"peft_type": "LORA", "target_modules": ["q_proj"], "loftq_config": "x"}}}
+    with pytest.raises(ValueError, match="audio: loftq_config of the LORA adapter is 'x', expected an object or null"):
+        wrap_again(tiny.llama(), described, "audio")
+
+
 def test_peft_that_another_thread_is_just_importing_is_left_alone(monkeypatch):
     model = tiny.llama()
     for module in [name for name in sys.modules if name.split(".")[0] == "peft" and name != "peft"]:

@@ -118,3 +118,10 @@ def test_the_context_does_nothing_outside_of_the_guard():
 def test_computed_tables_are_bounded_where_a_size_could_make_them_large(values, bounded):
     with build_guard({"embedding": (32_000, 64)}), bounded_tensors(values) as mode:
         assert isinstance(mode, BoundedTensors) is bounded
+
+
+def test_keys_that_are_numbers_name_no_size():
+    """A table of labels has numbers as keys; what stands there may be anything."""
+    with build_guard({"a": (2,)}):
+        assert isinstance(bounded_tensors({"id2label": {1: 2**40}}), BoundedTensors)
+        assert not isinstance(bounded_tensors({"id2label": {1: 2}}), BoundedTensors)

@@ -250,6 +250,30 @@ def test_texts_of_several_lengths_make_no_tensor(processor, kind):
         processor(text=texts, return_tensors=kind, padding="max_length", max_length=2)
 
 
+@pytest.mark.parametrize("text", ["", [""], ["", ""]], ids=repr)
+@pytest.mark.parametrize("padding", [{}, {"padding": True}, {"padding": "max_length", "max_length": 4}], ids=repr)
+@pytest.mark.parametrize("kind", ["pt", "np", None])
+def test_empty_texts_give_integers(processor, text, padding, kind):
+    batch = processor(text=text, return_tensors=kind, return_mm_token_type_ids=True, **padding)
+    rows, length = len(text) if isinstance(text, list) else 1, padding.get("max_length", 0)
+    expected = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    assert batch.keys() == expected.keys()
+    for key, value in expected.items():
+        if kind is None:
+            assert batch[key] == [[value] * length] * rows
+        else:
+            assert batch[key].dtype == (torch.int64 if kind == "pt" else np.int64)
+            assert batch[key].shape == (rows, length) and (batch[key] == value).all()
+    native = processor.tokenizer(text, return_tensors=kind, **padding)
+    assert type(native["input_ids"]) is type(batch["input_ids"]) or kind is None
+
+
+def test_an_empty_text_beside_another(processor):
+    both = processor(text=["", "a dog"], padding=True, return_tensors="pt")
+    alone = processor(text="a dog", return_tensors="pt")
+    assert torch.equal(both["input_ids"][1:], alone["input_ids"]) and both["attention_mask"][0].sum() == 0
+
+
 def test_special_tokens_that_are_split_leave_no_placeholder(processor):
     told = "vision, sample 0: .* with split_special_tokens=True: leave it out"
     with pytest.raises(ValueError, match=told):

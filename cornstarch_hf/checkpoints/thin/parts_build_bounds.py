@@ -19,7 +19,7 @@ def bounded_tensors(*configs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def build_guard(shapes: Shapes | None = None, sized: bool = True) -> Iterator[None]:
+def build_guard(shapes: Shapes | None = None, sized: bool = True, whose: str = "") -> Iterator[None]:
     """A context that bounds nothing."""
     yield
 
