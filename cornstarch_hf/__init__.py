@@ -19,6 +19,7 @@ from .configuration_projector import MultimodalProjectorConfig
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
+from .language_model.text_head import TextModelWithHead
 from .modeling_multimodal import MultimodalModel
 from .parts.known_encoders import register_encoder_type
 from .parts.registries import register_callback, register_feature_count, register_projector
@@ -34,8 +35,9 @@ from .training.optimizer_groups import parameter_groups
 __all__ = [
     "BatchMetrics", "ModalEncoderModule", "MultimodalCollator", "MultimodalConfig", "MultimodalModel",
     "MultimodalProcessor", "MultimodalProjector", "MultimodalProjectorConfig", "PrecomputedFeatures",
-    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TimeSeriesProcessor", "compose", "parameter_groups",
-    "push_to_hub", "register_callback", "register_encoder_type", "register_feature_count", "register_projector",
+    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TextModelWithHead", "TimeSeriesProcessor", "compose",
+    "parameter_groups", "push_to_hub", "register_callback", "register_encoder_type", "register_feature_count",
+    "register_projector",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
