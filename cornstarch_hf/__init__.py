@@ -19,10 +19,17 @@ from .configuration_projector import MultimodalProjectorConfig
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
+from .language_model.positions import Positions
 from .language_model.text_head import TextModelWithHead
 from .modeling_multimodal import MultimodalModel
 from .parts.known_encoders import register_encoder_type
-from .parts.registries import register_callback, register_feature_count, register_projector
+from .parts.registries import (
+    register_callback,
+    register_feature_count,
+    register_mask_rule,
+    register_position_rule,
+    register_projector,
+)
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
 from .projectors.projector import MultimodalProjector
@@ -37,12 +44,13 @@ __all__ = [
     "MultimodalProcessor", "MultimodalProjector", "MultimodalProjectorConfig", "PrecomputedFeatures",
     "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TextModelWithHead", "TimeSeriesProcessor", "compose",
     "parameter_groups", "push_to_hub", "register_callback", "register_encoder_type", "register_feature_count",
-    "register_projector",
+    "register_mask_rule", "register_position_rule", "register_projector",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
 # Their files register them as projection types.
 REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
+STEPS = (Positions,)  # whose files put them where models look for them
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

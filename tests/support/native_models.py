@@ -1,8 +1,19 @@
 """Tiny random native multimodal models of transformers, their inputs, and compositions of their parts.  A plain module, no tests."""
 
+import copy
+
 import torch
 import transformers
+from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    TextModelWithHead,
+)
 
 IMAGE, VIDEO, VOCABULARY = 250, 251, 256
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -83,3 +94,112 @@ def randomized(model, seed=0):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.08) if parameter.ndim > 1 else parameter.add_(noise * 0.1)
     return model
+
+
+# ---- inputs of native models
+
+
+def rows(counts, tokens=IMAGE, seed=3, around=None, text_row=True):
+    """Left-padded rows of ids and their mask: `counts[i]` features of each item of row i, `tokens` the placeholder of each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(n):
+        return torch.randint(5, 200, (n,), generator=generator).tolist()
+
+    made = []
+    for i, items in enumerate(counts):
+        row = words(2 + i)
+        for item in items:
+            count, token = item if isinstance(item, tuple) else (item, tokens)
+            middle = [token] * count
+            row += [*middle, *words(3)] if around is None else [around[0], *middle, around[1], *words(2)]
+        made.append(row)
+    made += [words(6)] if text_row else []
+    length = max(map(len, made))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in made])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in made])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def patches(grids, width, seed=5):
+    """Packed random patches ``(sum of patches, width)`` of items with grids ``(frames, height, width)``."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(int(torch.tensor(grids).prod(-1).sum()), width, generator=generator)
+
+
+def types(ids):
+    """`mm_token_type_ids` as native processors give them."""
+    return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+
+
+# ---- compositions of a native model's parts
+
+MROPE_RULE = {"rule": "mrope", "axes": 3}
+APART = MROPE_RULE | {"frames_apart": True}
+RULES: dict[str, dict] = {
+    "qwen2_vl": {"positions": MROPE_RULE},
+    "qwen2_5_vl": {"positions": MROPE_RULE | {"time_step": {"video": 4}}},
+    "glm4v": {"positions": APART},
+    "glm46v": {"positions": APART},
+    "qwen3_vl": {"positions": APART},
+    "qwen3_vl_moe": {"positions": APART},
+    "qwen3_5": {"positions": APART},
+}
+HEAD_OPTIONS: dict[str, dict] = {
+    "muse_glimmer": {"scale": 0.19611613513818404, "softcap": 20.0},
+    "paligemma": {"softcap": 3.0},
+    "gemma4": {"softcap": 5.0},
+}
+
+
+def head(native):
+    """A copy of a native model's text stack and head, as a language model."""
+    stack = copy.deepcopy(native.get_decoder())
+    stack.config.tie_word_embeddings = False
+    return TextModelWithHead(stack, copy.deepcopy(native.lm_head), **HEAD_OPTIONS.get(native.config.model_type, {}))
+
+
+def plain(module, **options):
+    """An encoder whose features are the language model's embeddings already."""
+    return ModalEncoderModule(
+        module, MultimodalProjector(MultimodalProjectorConfig(), projection=nn.Identity()), **options
+    )
+
+
+def compose(native, video=False, **options):
+    """A composition of copies of a native model's parts, with its rules, in evaluation mode."""
+    model_type = native.config.model_type
+    tower = native.model.visual
+    encoders = {"image": plain(copy.deepcopy(tower), kind="image")}
+    if video:
+        more = ["second_per_grid_ts"] if model_type == "qwen2_5_vl" else []
+        encoders["video"] = plain(copy.deepcopy(tower), kind="video", additional_args=more)
+    rules = copy.deepcopy(RULES.get(model_type, {}))
+    if not video and rules.get("positions"):
+        rules["positions"].pop("time_step", None)
+    model = MultimodalModel(encoders=encoders, language_model=head(native), **rules | options)
+    model.set_modality_token_ids({"image": IMAGE, "video": VIDEO} if video else {"image": IMAGE})
+    return model.eval()
+
+
+# Of images and of videos, (frames, height, width) in patches; sides are merged two by two.
+IMAGES, VIDEOS = [[1, 8, 12], [1, 4, 8], [1, 8, 4]], [[2, 4, 8], [3, 4, 4]]
+
+
+def image_inputs(native):
+    """A batch with one and two images of uneven sizes, and a row of text."""
+    vision = native.config.vision_config
+    width = 3 * vision.temporal_patch_size * vision.patch_size**2
+    inputs = rows([[24], [8, 8]]) | {"pixel_values": patches(IMAGES, width), "image_grid_thw": torch.tensor(IMAGES)}
+    return inputs | {"mm_token_type_ids": types(inputs["input_ids"])}
+
+
+def video_inputs(native, apart):
+    """A batch with an image and a video in a row, and another video; `apart` says whether text parts frames."""
+    vision = native.config.vision_config
+    width = 3 * vision.temporal_patch_size * vision.patch_size**2
+    films = [[(8, VIDEO)] * 2, [(4, VIDEO)] * 3] if apart else [[(16, VIDEO)], [(12, VIDEO)]]
+    inputs = rows([[(24, IMAGE), *films[0]], films[1]])
+    inputs |= {"pixel_values": patches(IMAGES[:1], width), "image_grid_thw": torch.tensor(IMAGES[:1])}
+    inputs |= {"pixel_values_videos": patches(VIDEOS, width), "video_grid_thw": torch.tensor(VIDEOS)}
+    return inputs | {"mm_token_type_ids": types(inputs["input_ids"])}
