@@ -19,6 +19,7 @@ from .configuration_projector import MultimodalProjectorConfig
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
+from .language_model.masks import Masks
 from .language_model.positions import Positions
 from .language_model.text_head import TextModelWithHead
 from .modeling_multimodal import MultimodalModel
@@ -50,7 +51,7 @@ __version__ = "0.1.0"
 
 # Their files register them as projection types.
 REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
-STEPS = (Positions,)  # whose files put them where models look for them
+STEPS = (Masks, Positions)  # whose files put them where models look for them
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

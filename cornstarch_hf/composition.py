@@ -34,7 +34,7 @@ def compose_config(
     Raises TypeError for parts of wrong types, ValueError for names, widths, shared weights or an unusable language model.
     """
     # Refusals first: from `separate_configs` on the live parts are changed.
-    check_language_model(language_model)
+    check_language_model(language_model, masked=bool((rules or {}).get("mask")))
     check_encoders(encoders, language_model)
     separate_configs(encoders, language_model)
     warn_of_quantized(encoders, language_model)

@@ -244,8 +244,9 @@ def register_mask_rule(name: str, fn: Callable) -> None:
 
     Args:
         name: the name that a checkpoint holds.
-        fn: ``fn(types, **options) -> blocks``, of int64 ``(batch, length)`` that is 0 for text and i where a feature of the
-            i-th modality stands: tokens of one block, ``(batch, length)``, attend to each other both ways, -1 for none.
+        fn: ``fn(types, marks, **options) -> blocks``, of int64 ``(batch, length)`` that is 0 for text and i where the i-th
+            modality is seen, and of `token_type_ids` or None: tokens of one block, ``(batch, length)``, attend to each other
+            both ways, -1 for none.  With the attribute ``masks_text = True`` it is asked for prompts without features too.
 
     Raises:
         ValueError: another function has that name.
