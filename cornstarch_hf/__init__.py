@@ -3,6 +3,8 @@
 Importing this registers the composed model with transformers' Auto classes.
 """
 
+import importlib
+
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -16,6 +18,7 @@ from transformers import (
 from .assembly import compose
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
+from .conversion import steps  # noqa: F401  # registers the callbacks of converted models
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
@@ -24,6 +27,7 @@ from .parts.known_encoders import register_encoder_type
 from .parts.registries import register_callback, register_feature_count, register_projector
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
+from .projectors.native import NativeProjection
 from .projectors.projector import MultimodalProjector
 from .projectors.reductions import FrameStackProjection, PixelShuffleProjection
 from .projectors.resampler import ResamplerProjection
@@ -34,13 +38,14 @@ from .training.optimizer_groups import parameter_groups
 __all__ = [
     "BatchMetrics", "ModalEncoderModule", "MultimodalCollator", "MultimodalConfig", "MultimodalModel",
     "MultimodalProcessor", "MultimodalProjector", "MultimodalProjectorConfig", "PrecomputedFeatures",
-    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TimeSeriesProcessor", "compose", "parameter_groups",
+    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TimeSeriesProcessor", "compose", "from_native", "parameter_groups",
     "push_to_hub", "register_callback", "register_encoder_type", "register_feature_count", "register_projector",
+    "to_native",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
 # Their files register them as projection types.
-REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
+REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 
@@ -56,7 +61,12 @@ def register_auto_classes() -> None:
     AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
 
 
+_LAZY = {"from_native": ".conversion.native", "to_native": ".conversion.native"}
+
+
 def __getattr__(name: str):
+    if name in _LAZY:  # who converts nothing does not wait for it
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
     if name == "BatchMetrics":  # Trainer's callbacks are slow to import, and few programs need them
         from .training.batch_metrics import BatchMetrics
 

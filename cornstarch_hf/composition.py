@@ -43,6 +43,7 @@ def compose_config(
         {name: encoder.parameter_names for name, encoder in encoders.items()},
         {name: encoder.kind for name, encoder in encoders.items()},
         forward_parameters(text),
+        {name: encoder.input_names for name, encoder in encoders.items()},
     )
     values: dict[str, Any] = {}
     for name, encoder in encoders.items():

@@ -58,19 +58,19 @@ RESERVED_NAMES = frozenset([
 # Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = (
     "language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "frozen_parts", "part_dtypes",
-    "origins",
+    "origins", "native",
 )  # fmt: skip
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
     "layer": -1, "drop_prefix": 0, "data_format": None, "trim": False, "additional_args": [], "input_names": {},
-    "callbacks": {},
+    "callbacks": {}, "shares": None,
 }  # fmt: skip
 
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
 _TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (object,)}  # `check_origins` says more
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
-_ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
+_ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format", "shares"), (str,))
 _ENTRY_TYPES |= {"token_id": (int,), "trim": (bool,), "additional_args": (list, tuple)}
 # What transformers has on every configuration and every model, and names of usual tokens.
 _KEYS_OF_ALL = {*dir(PreTrainedConfig), *dir(PreTrainedModel), *dir(GenerationMixin)}

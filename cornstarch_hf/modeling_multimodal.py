@@ -26,7 +26,7 @@ from .parts.freezing import FreezingMixin, restore_frozen
 from .parts.frozen_modes import is_checkpointing
 from .parts.gathering import GatheringMixin, untied_weights
 from .parts.signatures import PerInstanceSignature
-from .parts.stored_modules import mark_initialized
+from .parts.stored_modules import KeptTensors, mark_initialized
 from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, PAGED_INPUTS, check_hooks, is_paged, take_cache
 from .parts.weightless import WithoutInitializers
 
@@ -99,6 +99,8 @@ class MultimodalModel(
         for name, encoder in encoders.items():
             self.add_module(f"{name}_encoder", encoder)  # in this order, by which optimizers number parameters
         self.language_model = language_model
+        if kept := (config.native or {}).get("tensors"):
+            self.native_rest = KeptTensors(kept)
         self.loss_type = "ForCausalLM"  # transformers would guess it from the name of the class
         self._inherit_from_language_model(supplied)
         self._stand_ins: dict[str, dict[str, Tensor]] = {}  # by modality, as far as they were needed

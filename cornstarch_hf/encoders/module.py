@@ -1,6 +1,6 @@
 """One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess; and how it is built again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -53,6 +53,8 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: leading tokens of each item to drop.
         data_format: which axis of the encoder's output holds the features' width: ``"channels_last"``, ``"channels_first"`` or
             ``"layers_first"``; found by a dry run when None.
+        input_names: keywords of the composed model for inputs of the encoder or its callbacks, ``{keyword: input}``; others
+            keep the names that processors give them.
         trim: whether its processor tells which frames of a window hold sound, by the mask that the encoder takes: the others
             are no features then.
 
@@ -80,6 +82,7 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: int = 0,
         data_format: str | None = None,
         trim: bool = False,
+        input_names: Mapping[str, str] | None = None,
         module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
@@ -119,6 +122,9 @@ class ModalEncoderModule(nn.Module):
         if trim and set(MASKS).isdisjoint(self.parameter_names):
             told = f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}"
             raise ValueError(f"{self.kind}: {told}: leave it out.")
+        self.input_names = dict(input_names or {})
+        if unknown := sorted(set(self.input_names.values()) - set(self.parameter_names)):
+            raise ValueError(f"{self.kind}: input_names names {unknown}, expected some of {self.parameter_names}.")
         # Inputs of one item, by which it runs in a step that has none; None: `stand_ins` finds some where they are needed.
         self.stand_in: dict[str, Tensor] | None = None
         self.name = self.kind  # until composing gives it the modality's name
@@ -171,7 +177,7 @@ class ModalEncoderModule(nn.Module):
         # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
-            inputs = self.preprocess_callback(inputs)
+            inputs = self.preprocess_callback(inputs, **_wishes(self.preprocess_callback, self.module))
             if not isinstance(inputs, dict):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
@@ -305,7 +311,7 @@ class ModalEncoderModule(nn.Module):
         grids = self.grids(inputs, lengths, output.feature_grids, changed=lengths != encoded)
         try:
             # (items, fewer, hidden), or (sum of them, hidden) where items differ in length
-            reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids)
+            reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids, inputs=inputs)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return with_features(EncoderOutput(), reduced.last_hidden_state, reduced.feature_lens)
@@ -337,6 +343,12 @@ def _one_of(**values: Any) -> Any:
     if len(given) > 1:
         raise ValueError(f"{'= and '.join(values)}= are two names of one argument, give one of them.")
     return given[0] if given else None
+
+
+def _wishes(callback: Any, module: nn.Module) -> dict[str, Any]:
+    """The encoder's configuration, for a callback whose attribute `takes_config` asks for it."""
+    asks = getattr(getattr(callback, "func", callback), "takes_config", False)
+    return {"config": unwrapped(module).config} if asks else {}
 
 
 def _lengths_of(output: EncoderOutput) -> list[int] | None:
