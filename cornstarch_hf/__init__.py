@@ -22,6 +22,7 @@ from .conversion import steps  # noqa: F401  # registers the callbacks of conver
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
+from .language_model.text_head import TextModelWithHead
 from .modeling_multimodal import MultimodalModel
 from .parts.known_encoders import register_encoder_type
 from .parts.registries import register_callback, register_feature_count, register_projector
@@ -38,9 +39,9 @@ from .training.optimizer_groups import parameter_groups
 __all__ = [
     "BatchMetrics", "ModalEncoderModule", "MultimodalCollator", "MultimodalConfig", "MultimodalModel",
     "MultimodalProcessor", "MultimodalProjector", "MultimodalProjectorConfig", "PrecomputedFeatures",
-    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TimeSeriesProcessor", "compose", "from_native", "parameter_groups",
-    "push_to_hub", "register_callback", "register_encoder_type", "register_feature_count", "register_projector",
-    "to_native",
+    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TextModelWithHead", "TimeSeriesProcessor",
+    "compose", "from_native", "parameter_groups", "push_to_hub", "register_callback", "register_encoder_type",
+    "register_feature_count", "register_projector", "to_native",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -72,6 +72,7 @@ _TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (
 _ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
 _ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format", "shares"), (str,))
 _ENTRY_TYPES |= {"token_id": (int,), "trim": (bool,), "additional_args": (list, tuple)}
+_HEAD_OPTIONS: dict[str, tuple[type, ...]] = {"scale": (int, float), "softcap": (int, float), "backbone": (str,)}
 # What transformers has on every configuration and every model, and names of usual tokens.
 _KEYS_OF_ALL = {*dir(PreTrainedConfig), *dir(PreTrainedModel), *dir(GenerationMixin)}
 _KEYS_OF_ALL |= {"quantization_config", "generation_config", "language_model_class"}
@@ -129,7 +130,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             given = {"text_config": text_config, **kwargs}
             check_values({key: value for key, value in given.items() if isinstance(value, dict)}, type(self).__name__)
         check_types(kwargs, _TYPES, type(self).__name__)
-        check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs")
+        others = _HEAD_OPTIONS if kwargs.get("language_model_class") == "TextModelWithHead" else {}
+        check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs", others)
         check_part_dtypes(kwargs.get("part_dtypes"))
         check_names(kwargs.get("frozen") or [], "frozen")
         check_frozen_parts(kwargs.get("frozen_parts"))

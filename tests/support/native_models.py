@@ -1,0 +1,85 @@
+"""Tiny random native multimodal models of transformers, their inputs, and compositions of their parts.  A plain module, no tests."""
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+IMAGE, VIDEO, VOCABULARY = 250, 251, 256
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+TEXT = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MROPE = {"rope_parameters": ROPE | {"mrope_section": [4, 2, 2]}}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "depth": 2}
+LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SIGLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+}
+DEEP = TOWER | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+GLM = TOWER | {"out_hidden_size": 64, "intermediate_size": 64, "image_size": 32}
+QWEN3_5 = {
+    "head_dim": 32, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25},
+}  # fmt: skip
+# model_type -> (class, text configuration, vision configuration, outer settings)
+NATIVE: dict[str, tuple[str, dict, dict, dict]] = {
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", MROPE, {"embed_dim": 32, "hidden_size": 64, "num_heads": 2, "depth": 2, "patch_size": 4}, {}),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", MROPE, TOWER | {"out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 16, "tokens_per_second": 4}, {}),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", MROPE | {"head_dim": 16}, DEEP, {}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", MROPE | EXPERTS | {"head_dim": 16}, DEEP, {}),
+    "glm4v": ("Glm4vForConditionalGeneration", MROPE, GLM, {"image_start_token_id": 240, "image_end_token_id": 241, "video_start_token_id": 242, "video_end_token_id": 243}),
+    "glm46v": ("Glm46VForConditionalGeneration", MROPE, GLM, {"image_start_token_id": 240, "image_end_token_id": 241, "video_start_token_id": 242, "video_end_token_id": 243}),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", QWEN3_5, DEEP, {}),
+    "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration", MROPE | {"head_dim": 16}, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4}, {}),
+    "hunyuan_vl": ("HunYuanVLForConditionalGeneration", {"head_dim": 16, "rope_parameters": ROPE | {"xdrope_section": [2, 2, 2, 2]}}, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "out_hidden_size": 64, "text_hidden_size": 64, "max_image_size": 64}, {"im_start_id": 240, "im_end_id": 241, "im_newline_id": 242}),
+    "molmo2": ("Molmo2ForConditionalGeneration", {"head_dim": 16, "additional_vocab_size": 16}, SIGLIP | {"num_key_value_heads": 2, "head_dim": 16, "image_size": [32, 32], "num_position_embeddings": 64}, {"adapter_config": {"vision_feature_layer": [-1, -2], "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "text_hidden_size": 64}, "image_patch_id": IMAGE, "image_start_token_id": 240, "image_end_token_id": 241, "low_res_image_start_token_id": 242}),
+    "muse_glimmer": ("MuseGlimmerForConditionalGeneration", {"head_dim": 16, "sliding_window": 16}, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8}, {"out_hidden_size": 128, "projector_hidden_size": 64}),
+    "gemma3": ("Gemma3ForConditionalGeneration", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, SIGLIP, {"mm_tokens_per_image": 16}),
+    "gemma4": ("Gemma4ForConditionalGeneration", {"head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "use_bidirectional_attention": "vision", "final_logit_softcapping": 5.0, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}, {"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4}, {"audio_config": None}),
+    "paligemma": ("PaliGemmaForConditionalGeneration", {"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 8}, SIGLIP | {"model_type": "siglip_vision_model", "projection_dim": 64}, {"projection_dim": 64, "hidden_size": 64}),
+    "ovis2": ("Ovis2ForConditionalGeneration", {}, SIGLIP | {"vocab_size": 48}, {"hidden_size": 64, "vocab_size": VOCABULARY, "visual_indicator_token_ids": [243, 244, 245, 246, 247]}),
+    "cohere2_vision": ("Cohere2VisionForConditionalGeneration", {"logit_scale": 0.25, "sliding_window": 8}, SIGLIP | {"model_type": "siglip_vision_model"}, {"downsample_factor": 2, "alignment_intermediate_size": 64}),
+}  # fmt: skip
+
+
+def configuration(model_type, text=None, **outer):
+    """A tiny configuration of a native model; `text` and `outer` change its text part and itself."""
+    _, own, vision, settings = NATIVE[model_type]
+    cls = CONFIG_MAPPING[model_type]
+    default = cls()
+    text_values = {"model_type": default.text_config.model_type} | TEXT | own
+    vision_values = {"model_type": getattr(default.vision_config, "model_type", None)} | vision
+    names = ("image_token_id", "image_token_index")
+    tokens = {"tie_word_embeddings": False} | {key: IMAGE for key in names if key in vars(default)}
+    tokens |= {"video_token_id": VIDEO} if "video_token_id" in vars(default) else {}
+    return cls(text_config=text_values | (text or {}), vision_config=vision_values, **tokens | settings | outer)
+
+
+def native(model_type, seed=0, **changes):
+    """The native model, every parameter drawn at random, in evaluation mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, NATIVE[model_type][0])(configuration(model_type, **changes)).eval()
+    return randomized(model, seed)
+
+
+def randomized(model, seed=0):
+    """A model whose parameters are far from neutral."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.08) if parameter.ndim > 1 else parameter.add_(noise * 0.1)
+    return model
