@@ -36,7 +36,7 @@ def _native(model_type: str, names: Mapping[str, str] | str = _CONNECTOR) -> Pro
     """A module of the native model as it is; see `projectors.native`."""
     names = {"": names} if isinstance(names, str) else names
     found = {f"module.{ours}".rstrip("."): theirs for ours, theirs in names.items()}
-    return Projector("native", {"model_type": model_type, "settings": NativeSettings(model_type)}, found)
+    return Projector("native", {"native_type": model_type, "settings": NativeSettings(model_type)}, found)
 
 
 def _linear(inside: Any, out: Any, bias: Any = True) -> dict[str, Any]:
@@ -224,7 +224,7 @@ _PACKED: dict[str, Native] = {
             {"0": "model.vision_adapter.fc1", "2": "model.vision_adapter.fc2", "4": "model.vision_projection"},
         ),
         steps={"postprocess_projector_callback": Step("native_unit_rms", {"eps": At("text_config.rms_norm_eps")})},
-    )}, plain_head=True),
+    )}, plain_head=True, scale=At("text_config.output_multiplier"), softcap=At("text_config.final_logit_softcapping")),
 }  # fmt: skip
 
 # ---- sounds

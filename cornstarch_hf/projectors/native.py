@@ -27,6 +27,11 @@ def _plain(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs
     return module(features), lengths
 
 
+def _as_maps(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
+    """Items that become maps ``(items, height, columns, hidden)``, which are read row by row."""
+    return module(features).flatten(1, 2), None
+
+
 def _maps(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
     """Items as maps ``(items, width, height, columns)``."""
     height, width = (grids or [()])[0]
@@ -84,7 +89,7 @@ def _merged(module: Any, features: Tensor, lengths: Lengths, grids: Grids, input
 
 def _sound_frames(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
     """Four frames joined, and the features of valid frames kept (GLM-ASR)."""
-    joined = module(features.reshape(len(features), -1, 4 * features.shape[-1]))
+    joined = module(features.reshape(len(features), -1, module.linear_1.in_features))
     frames = (inputs["input_features_mask"].sum(-1) - 1) // 2 + 1  # after the strided convolution
     return joined, ((frames - 4) // 4 + 1).tolist()
 
@@ -178,6 +183,7 @@ NATIVE_MODULES: dict[str, NativeModule] = {
     "cohere2_vision": NativeModule(
         "Cohere2VisionMultiModalProjector",
         ("downsample_factor", "alignment_intermediate_size", "vision_config.hidden_size", "text_config.hidden_size"),
+        _as_maps,
     ),
     "idefics2": NativeModule(
         "Idefics2Connector",
@@ -260,7 +266,7 @@ class NativeProjection(nn.Module):
     """The projector of a native model.
 
     Args:
-        model_type: of the native model, a key of `NATIVE_MODULES`.
+        native_type: of the native model, a key of `NATIVE_MODULES`.
         settings: what the module reads of the native configuration, see `native_settings`.
 
     Raises:
@@ -269,17 +275,17 @@ class NativeProjection(nn.Module):
 
     whole = True  # it takes all items at once, with what is known of them
 
-    def __init__(self, model_type: str, settings: Mapping[str, Any]):
+    def __init__(self, native_type: str, settings: Mapping[str, Any]):
         super().__init__()
-        self.model_type, self.settings = model_type, dict(settings)
-        self._of = _BY_TYPE[model_type]
-        family = self._of.family or model_type
+        self.native_type, self.settings = native_type, dict(settings)
+        self._of = _BY_TYPE[native_type]
+        family = self._of.family or native_type
         modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         cls, values = getattr(modeling, self._of.class_name), _as_object(self.settings)
         try:
             self.module = cls(values) if self._of.bridge is None else self._of.bridge(values, cls)
         except (AttributeError, TypeError) as error:
-            raise ValueError(f"The native projector of {model_type!r} does not take its settings: {error}.") from error
+            raise ValueError(f"The native projector of {native_type!r} does not take its settings: {error}.") from error
 
     @property
     def needs_grid(self) -> bool:
