@@ -64,13 +64,16 @@ OPTIONAL_KEYS = (
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
     "layer": -1, "drop_prefix": 0, "data_format": None, "trim": False, "additional_args": [], "input_names": {},
-    "callbacks": {}, "shares": None,
+    "callbacks": {}, "shares": {},
 }  # fmt: skip
+
+# Parts that an encoder may share with one before it, and the ending of the key of their configuration, which stands there once.
+SHARED_KEYS = {"module": "config", "projector": "projector_config"}
 
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
 _TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (object,)}  # `check_origins` says more
-_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
-_ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format", "shares"), (str,))
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks", "shares"), (dict,))
+_ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
 _ENTRY_TYPES |= {"token_id": (int,), "trim": (bool,), "additional_args": (list, tuple)}
 _HEAD_OPTIONS: dict[str, tuple[type, ...]] = {"scale": (int, float), "softcap": (int, float), "backbone": (str,)}
 # What transformers has on every configuration and every model, and names of usual tokens.
@@ -186,6 +189,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             _checked.reset(token)
 
     def _add_encoder(self, name: str, parts: dict[str, Any], auto_map: dict | None) -> None:
+        check_types({"modality": parts[f"{name}_modality"]}, {"modality": (dict,)}, name)
+        self._take_shared(name, parts)
         if parts[f"{name}_config"] is None:
             raise ValueError(f"The encoder {name!r} is listed in `encoders` but has no {name}_config.")
         setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config", auto_map is not None))
@@ -196,7 +201,6 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
         setattr(self, f"{name}_projector_config", projector)
-        check_types({"modality": parts[f"{name}_modality"]}, {"modality": (dict,)}, name)
         values = dict(parts[f"{name}_modality"] or {})
         check_types(values, _ENTRY_TYPES, f"{name}_modality")
         check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
@@ -211,6 +215,19 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
             raise ValueError(f"{name}: layer must be an integer or a list of integers, got {entry['layer']!r}.")
         setattr(self, f"{name}_modality", entry)
+
+    def _take_shared(self, name: str, parts: dict[str, Any]) -> None:
+        """Put the configurations of what an encoder shares with one before it among its own (in place)."""
+        shares = (parts[f"{name}_modality"] or {}).get("shares") or {}
+        check_types({"shares": shares}, {"shares": (dict,)}, f"{name}_modality")
+        before = self.encoders[: self.encoders.index(name)]
+        for part, lender in shares.items():
+            if part not in SHARED_KEYS or lender not in before:
+                raise ValueError(
+                    f"{name}_modality: shares has {part!r}: {lender!r}, expected some of {list(SHARED_KEYS)} of an encoder "
+                    f"before it, one of {before}."
+                )
+            parts[f"{name}_{SHARED_KEYS[part]}"] = getattr(self, f"{lender}_{SHARED_KEYS[part]}")
 
     def modality(self, name: str) -> dict[str, Any]:
         """The entry of one modality; ValueError that lists the names for an unknown one."""
@@ -267,6 +284,9 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; includes the attention and experts implementations of the parts."""
         output = super().to_dict()
+        for name in self.encoders:
+            for part in self.modality(name)["shares"]:
+                output.pop(f"{name}_{SHARED_KEYS[part]}", None)
         for key in self.sub_configs:
             source = (output.get(key) or {}).get("_name_or_path")
             if source and not is_repo_id(source):  # where a part lay on this machine is nobody else's business

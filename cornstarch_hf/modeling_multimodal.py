@@ -14,7 +14,8 @@ from .checkpoints.storage import MultimodalStorageMixin, check_replaced
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.feature_layout import find_stand_in
-from .encoders.module import ModalEncoderModule, build_parts
+from .encoders.module import ModalEncoderModule
+from .encoders.rebuilding import build_parts
 from .encoders.stand_ins import idle_encoders, run_stand_in
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import EmbeddingsMixin, cached_length, run_backbone, run_language_model, text_keywords

@@ -164,6 +164,7 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
         check_not_injected(encoder.module, f"{name}_encoder.module")
         encoder.projector.check_storable(f"{name}_encoder.projector")
         config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+        config.modality(name)["shares"] = encoder.shares
     record_adapters(config, encoders, language_model)
     check_facts_registered(config.encoder_types)  # what is not known here would be left out
     config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])

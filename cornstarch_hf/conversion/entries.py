@@ -196,7 +196,7 @@ class Part:
         projector: what maps its features.
         layer, output, drop_prefix, additional_args, input_names: as of `ModalEncoderModule`.
         steps: callbacks by their places.
-        shares: name of the part whose tower, and projector where this has none, it uses.
+        shares: name of the part before it whose tower, and whose projector, it uses where it has none of its own.
         width: of ready features.
     """
 

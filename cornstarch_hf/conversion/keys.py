@@ -36,7 +36,7 @@ def prefixes(native: Any, model: Any, entry: Native) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, part in entry.parts.items():
         ours = f"{name}_encoder"
-        if part.tower is not None and part.shares is None:
+        if part.tower is not None:
             found[f"{ours}.module"] = path_of(native, tower_of(native, part))
         names = part.projector.names if part.projector is not None else {}
         found |= {f"{ours}.projector.projection.{a}".rstrip("."): b for a, b in names.items()}

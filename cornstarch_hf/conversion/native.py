@@ -113,8 +113,11 @@ def _compose(native: Any, entry: Native) -> MultimodalModel:
 
 def _encoder(native: Any, part: Part, made: dict[str, ModalEncoderModule]) -> ModalEncoderModule:
     config = native.config
-    if part.tower is None:
-        module: Any = PrecomputedFeatures(PrecomputedFeaturesConfig(hidden_size=resolved(part.width, config)))
+    lender = made.get(part.shares or "")
+    if lender is not None and part.tower is None:
+        module: Any = lender.module
+    elif part.tower is None:
+        module = PrecomputedFeatures(PrecomputedFeaturesConfig(hidden_size=resolved(part.width, config)))
     else:
         tower = tower_of(native, part)
         module = built(type(tower), tower.config, **constructor_options(tower))
@@ -123,9 +126,11 @@ def _encoder(native: Any, part: Part, made: dict[str, ModalEncoderModule]) -> Mo
         for slot, step in part.steps.items()
     }
     layer = resolved(part.layer, config)
+    projector = lender.projector if lender is not None and part.projector is None else _projector(native, part)
     return ModalEncoderModule(
-        module, _projector(native, part), list(part.additional_args), kind=part.kind, layer=layer, output=part.output,
-        drop_prefix=resolved(part.drop_prefix, config), input_names=dict(part.input_names), **callbacks,
+        module, projector, list(part.additional_args), kind=part.kind, layer=layer, output=part.output,
+        drop_prefix=resolved(part.drop_prefix, config), input_names=dict(part.input_names), shares=part.shares,
+        **callbacks,
     )  # fmt: skip
 
 

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import feature_width
-from ..language_model.supported import build_language_model
 from ..parts.adapters import unwrapped
-from ..parts.classes import origin_of, resolve_class
+from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
-from ..parts.known_encoders import check_facts_registered, deterministic_inputs, encoder_type, refuse_random_encoder
+from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
 from ..parts.signatures import accepts, forward_parameters
-from ..parts.stored_adapters import wrap_again
-from ..parts.stored_modules import SLOTS, build_callback
+from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
@@ -53,6 +50,8 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: leading tokens of each item to drop.
         data_format: which axis of the encoder's output holds the features' width: ``"channels_last"``, ``"channels_first"`` or
             ``"layers_first"``; found by a dry run when None.
+        shares: name of the modality whose very module, and projector where it is that too, these are: one tower for images and
+            videos, which is stored once.
         input_names: keywords of the composed model for inputs of the encoder or its callbacks, ``{keyword: input}``; others
             keep the names that processors give them.
         trim: whether its processor tells which frames of a window hold sound, by the mask that the encoder takes: the others
@@ -82,11 +81,14 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: int = 0,
         data_format: str | None = None,
         trim: bool = False,
+        shares: str | None = None,
         input_names: Mapping[str, str] | None = None,
         module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
         super().__init__()
+        self.shares_with = shares  # until composing makes it so
+        self._lenders: dict[str, tuple[str, ModalEncoderModule]] = {}
         given = _one_of(model=model, module=module)
         self.module = resolve_tower(given, kind)
         self.origin = origin_of(given, self.module)  # what it was loaded from, and which part of that encodes
@@ -128,6 +130,21 @@ class ModalEncoderModule(nn.Module):
         # Inputs of one item, by which it runs in a step that has none; None: `stand_ins` finds some where they are needed.
         self.stand_in: dict[str, Tensor] | None = None
         self.name = self.kind  # until composing gives it the modality's name
+
+    def share(self, part: str, name: str, lender: "ModalEncoderModule") -> None:
+        """Use the ``"module"`` or ``"projector"`` of another encoder of that modality instead of one of its own (in place)."""
+        self._modules.pop(part, None)
+        self._lenders[part] = name, lender
+
+    @property
+    def shares(self) -> dict[str, str]:
+        """What this encoder has not itself: ``{"module": modality, "projector": modality}``."""
+        return {part: name for part, (name, _) in self._lenders.items() if part not in self._modules}
+
+    def __getattr__(self, name: str) -> Any:
+        # Looked up each time, so that what is put in a shared part's place (an adapter around it) serves both.
+        lent = self.__dict__.get("_lenders", {}).get(name)
+        return super().__getattr__(name) if lent is None else getattr(lent[1], name)
 
     @property
     def callbacks(self) -> dict[str, Callable | None]:
@@ -369,35 +386,3 @@ def _placed(value: Any, weight: Tensor | None) -> Any:
     if not isinstance(value, Tensor) or weight is None or weight.is_meta:
         return value
     return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-
-
-# ---- the parts of a model built again from its configuration, with fresh weights
-
-
-def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    """Build one encoder with its projector and callbacks; ValueError for an unknown class, callback or encoder type."""
-    # First: a type that was registered when this was saved must be registered here too.
-    check_facts_registered(config.encoder_types)
-    entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
-    cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
-    module = cls(encoder_config, **entry["encoder_kwargs"])
-    # Adapters go around the encoder before weights are loaded, whose names they change.
-    module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
-    if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
-        raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
-    options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
-    options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
-    projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
-    encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
-    encoder.name = name  # messages would else name it by its kind
-    return encoder
-
-
-def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
-    """Build what a configuration describes, with fresh weights; ValueError for an empty one or an unknown class or callback."""
-    if config.text_config is None:
-        raise ValueError(
-            "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
-            "MultimodalModel(encoders=..., language_model=...) or compose(...)."
-        )
-    return {name: build_encoder(config, name) for name in config.encoders}, build_language_model(config)
