@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_multimodal import SHARED_KEYS, MultimodalConfig, validate_encoder_names
+from .configuration_multimodal import SHARED_PARTS, MultimodalConfig, validate_encoder_names
 from .encoders.building import assign_input_names, complete_projector, modality_entry
 from .encoders.counting import FeatureCounter
 from .encoders.module import ModalEncoderModule
@@ -78,14 +78,15 @@ def share_parts(encoders: Any) -> None:
         other = getattr(encoder, "shares_with", None)
         if other is not None and encoder.shares == {}:
             lender: Any = before.get(other)
-            same = [part for part in SHARED_KEYS if lender is not None and getattr(lender, part) is getattr(encoder, part)]
+            same = [part for part in SHARED_PARTS if lender is not None and getattr(lender, part) is getattr(encoder, part)]
             if not [part for part in same if getattr(encoder, part) is not None]:
                 raise ValueError(
                     f"{name}: shares={other!r}, but it has neither the module nor the projector of an encoder of that name before "
                     f"it, one of {list(before)}: give it that very module, encoders[{other!r}].module."
                 )
             for part in same:
-                encoder.share(part, other, lender)
+                if isinstance(getattr(encoder, part), nn.Module):  # a function as a callback is no weight
+                    encoder.share(part, other, lender)
         before[name] = encoder
 
 

@@ -28,6 +28,7 @@ from .parts.classes import (
     subclasses_of,
 )
 from .parts.registries import last_definition
+from .parts.stored_modules import SLOTS
 from .parts.stored_values import (
     POINTER,
     check_frozen_parts,
@@ -69,6 +70,7 @@ MODALITY_DEFAULTS: dict[str, Any] = {
 
 # Parts that an encoder may share with one before it, and the ending of the key of their configuration, which stands there once.
 SHARED_KEYS = {"module": "config", "projector": "projector_config"}
+SHARED_PARTS = (*SHARED_KEYS, *SLOTS)
 
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
 _TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (object,)}  # `check_origins` says more
@@ -222,12 +224,13 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         check_types({"shares": shares}, {"shares": (dict,)}, f"{name}_modality")
         before = self.encoders[: self.encoders.index(name)]
         for part, lender in shares.items():
-            if part not in SHARED_KEYS or lender not in before:
+            if part not in SHARED_PARTS or lender not in before:
                 raise ValueError(
-                    f"{name}_modality: shares has {part!r}: {lender!r}, expected some of {list(SHARED_KEYS)} of an encoder "
+                    f"{name}_modality: shares has {part!r}: {lender!r}, expected some of {list(SHARED_PARTS)} of an encoder "
                     f"before it, one of {before}."
                 )
-            parts[f"{name}_{SHARED_KEYS[part]}"] = getattr(self, f"{lender}_{SHARED_KEYS[part]}")
+            if part in SHARED_KEYS:
+                parts[f"{name}_{SHARED_KEYS[part]}"] = getattr(self, f"{lender}_{SHARED_KEYS[part]}")
 
     def modality(self, name: str) -> dict[str, Any]:
         """The entry of one modality; ValueError that lists the names for an unknown one."""
@@ -285,7 +288,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         """A JSON-ready dictionary; includes the attention and experts implementations of the parts."""
         output = super().to_dict()
         for name in self.encoders:
-            for part in self.modality(name)["shares"]:
+            for part in SHARED_KEYS.keys() & self.modality(name)["shares"].keys():
                 output.pop(f"{name}_{SHARED_KEYS[part]}", None)
         for key in self.sub_configs:
             source = (output.get(key) or {}).get("_name_or_path")

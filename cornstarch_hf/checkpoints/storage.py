@@ -163,7 +163,7 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
         setattr(config, f"{name}_projector_config", encoder.projector.config)  # of one that was put in place of another
         check_not_injected(encoder.module, f"{name}_encoder.module")
         encoder.projector.check_storable(f"{name}_encoder.projector")
-        config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+        config.modality(name)["callbacks"] = check_callbacks_storable(encoder.own_callbacks, name)
         config.modality(name)["shares"] = encoder.shares
     record_adapters(config, encoders, language_model)
     check_facts_registered(config.encoder_types)  # what is not known here would be left out

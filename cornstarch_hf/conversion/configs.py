@@ -23,7 +23,7 @@ def _places(config: Any, part: Any, path: str = "") -> Iterator[str]:
 def held_configs(native: Any, entry: Native) -> dict[str, Any]:
     """``{path in the native configuration: key of ours}`` of configurations that parts of a composition hold."""
     texts = {"text_config": native.get_submodule(entry.language_model).config}
-    towers = {f"{n}_config": tower_of(native, p).config for n, p in entry.parts.items() if p.tower}
+    towers = {f"{n}_config": tower_of(native, p).config for n, p in entry.parts_for(native.config).items() if p.tower}
     found = {}
     for key, part in (texts | towers).items():
         place = next(_places(native.config, part), None)

@@ -85,10 +85,11 @@ class Ratio:
 
     value: Any
     by: Any
+    exact: bool = True  # else the rest is left out
 
     def read(self, config: Any) -> int:
         value, by = (setting(config, x) if isinstance(x, str) else resolved(x, config) for x in (self.value, self.by))
-        if value % by:
+        if self.exact and value % by:
             raise ValueError(f"{self.value}={value} of {type(config).__name__} is no multiple of {self.by}={by}.")
         return value // by
 
@@ -197,6 +198,7 @@ class Part:
         layer, output, drop_prefix, additional_args, input_names: as of `ModalEncoderModule`.
         steps: callbacks by their places.
         shares: name of the part before it whose tower, and whose projector, it uses where it has none of its own.
+        shared_steps: places of callbacks that are those of that part.
         width: of ready features.
     """
 
@@ -211,6 +213,7 @@ class Part:
     input_names: Mapping[str, str] = field(default_factory=dict)
     steps: Mapping[str, Step] = field(default_factory=dict)
     shares: str | None = None
+    shared_steps: Sequence[str] = ()
     width: Any = None
 
 
@@ -234,3 +237,14 @@ class Native:
     scale: Any = None
     softcap: Any = None
     only: Mapping[str, Any] = field(default_factory=dict)
+
+    def parts_for(self, config: Any) -> dict[str, Part]:
+        """The parts that a configuration has placeholders of, each its own: models for images alone name none for videos."""
+        found: dict[str, Part] = {}
+        tokens = set()
+        for name, part in self.parts.items():
+            token = setting(config, part.token) if name == next(iter(self.parts)) else getattr(config, part.token, None)
+            if token is not None and token not in tokens:
+                found[name] = part
+                tokens.add(token)
+        return found

@@ -34,7 +34,7 @@ def has_head(text: Any) -> bool:
 def prefixes(native: Any, model: Any, entry: Native) -> dict[str, str]:
     """``{name of ours: name of the native model's}`` of modules and single tensors; all below them have equal names."""
     found: dict[str, str] = {}
-    for name, part in entry.parts.items():
+    for name, part in entry.parts_for(native.config).items():
         ours = f"{name}_encoder"
         if part.tower is not None:
             found[f"{ours}.module"] = path_of(native, tower_of(native, part))

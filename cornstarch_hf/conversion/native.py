@@ -86,7 +86,7 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False) -> Multimoda
     hand_over(native, model, with_buffers(names, native, model, entry))
     model._untied = frozenset()  # ties are those of the native model, which the text configuration tells
     model.generation_config = copy.deepcopy(native.generation_config)
-    for name, part in entry.parts.items():
+    for name, part in entry.parts_for(native.config).items():
         model.config.modality(name)["token_id"] = setting(native.config, part.token)
     return model.train(native.training)
 
@@ -106,7 +106,7 @@ def _warn_of_dropped(native: Any, rest: dict[str, Any]) -> None:
 
 def _compose(native: Any, entry: Native) -> MultimodalModel:
     made: dict[str, ModalEncoderModule] = {}
-    for name, part in entry.parts.items():
+    for name, part in entry.parts_for(native.config).items():
         made[name] = _encoder(native, part, made)
     return MultimodalModel(encoders=made, language_model=_language_model(native, entry))
 
@@ -125,6 +125,7 @@ def _encoder(native: Any, part: Part, made: dict[str, ModalEncoderModule]) -> Mo
         slot: build_callback({"name": step.name, "arguments": resolved(step.arguments, config)}, slot)
         for slot, step in part.steps.items()
     }
+    callbacks |= {slot: getattr(lender, slot) for slot in part.shared_steps}
     layer = resolved(part.layer, config)
     projector = lender.projector if lender is not None and part.projector is None else _projector(native, part)
     return ModalEncoderModule(

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..parts.registries import register_callback
+from ..projectors.projector import per_item
 
 
 def patches_with_pixels(mask: Tensor, patch_size: int, whole: bool = False) -> Tensor:
@@ -91,7 +92,11 @@ class AnyResolution(nn.Module):
         self.image_newline = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, inputs: dict[str, Any], output: Any) -> BaseModelOutput:
-        """Projected tiles ``(tiles of all images, tokens, hidden)`` to one ``(n_i, hidden)`` per image."""
+        """Projected tiles ``(tiles of all images, tokens, hidden)`` to one ``(n_i, hidden)`` per image; and of videos, which have
+        no `image_sizes`, frames ``(videos, frames * tokens, hidden)`` to a quarter of them and the vector."""
+        if inputs.get("image_sizes") is None:
+            videos: Any = per_item(output.last_hidden_state, output.lengths, "video")
+            return BaseModelOutput(last_hidden_state=[self._video(x) for x in videos])  # type: ignore[arg-type]
         counts = _tile_counts(inputs, self.pinpoints, self.image_size)
         images = output.last_hidden_state.split(counts)
         packed: Any = [self._packed(x, size) for x, size in zip(images, inputs["image_sizes"], strict=True)]
@@ -111,6 +116,13 @@ class AnyResolution(nn.Module):
         maps = torch.cat([maps, newline[:, None, None].expand(*maps.shape[:-1], 1)], dim=-1)
         return torch.cat([features[0], maps.flatten(1, 2).transpose(0, 1)])
 
+    def _video(self, features: Tensor) -> Tensor:
+        side = self.image_size // self.patch_size
+        maps = features.unflatten(0, (-1, side, side)).permute(0, 3, 1, 2).contiguous()  # (frames, hidden, rows, columns)
+        half = [math.ceil(n / 2) for n in maps.shape[2:]]
+        pooled = nn.functional.interpolate(maps, size=half, mode="bilinear").permute(0, 2, 3, 1)
+        return torch.cat([pooled.reshape(-1, pooled.shape[-1]), self.image_newline.to(features)[None]])
+
     def _fewer(self, maps: Tensor, side: int) -> Tensor:
         if self.aspect_ratio is None:
             return maps
@@ -119,6 +131,24 @@ class AnyResolution(nn.Module):
         if ratio <= 1.1:
             return maps
         return nn.functional.interpolate(maps[None], [int(height // ratio), int(width // ratio)], mode="bilinear")[0]
+
+
+def pooled_frames(inputs: dict[str, Any], output: Any, mode: str, stride: int, side: int) -> Any:
+    """Features of frames, ``side * side`` each, pooled over squares of `stride` (LLaVA-NeXT-Video).
+
+    The output's features are ``(videos, frames * tokens, width)``, or packed.
+    """
+    lengths, features = output.lengths, output.last_hidden_state
+    maps = features.reshape(-1, side, side, features.shape[-1]).permute(0, 3, 1, 2)  # (frames of all videos, width, ...)
+    pool = nn.functional.avg_pool2d if mode == "average" else nn.functional.max_pool2d
+    pooled = pool(maps, stride, stride).flatten(2).transpose(1, 2).contiguous()  # (frames of all videos, fewer, width)
+    left = pooled.shape[1]
+    if lengths is None:
+        output["last_hidden_state"] = pooled.reshape(len(features), -1, pooled.shape[-1])
+        return output
+    output["last_hidden_state"] = pooled.flatten(0, 1)
+    output["feature_lens"] = torch.tensor([n // side**2 * left for n in lengths])
+    return output
 
 
 def unit_rms(inputs: dict[str, Any], output: Any, eps: float) -> Any:
@@ -151,6 +181,7 @@ def sound_lengths(inputs: dict[str, Any], output: Any) -> Any:
 sound_mask.takes_config = True  # type: ignore[attr-defined]
 register_callback("native_any_resolution", AnyResolution)
 register_callback("native_patch_mask", patch_mask)
+register_callback("native_pooled_frames", pooled_frames)
 register_callback("native_real_images", real_images)
 register_callback("native_tiles", tiles)
 register_callback("native_unit_rms", unit_rms)

@@ -62,6 +62,12 @@ def _packed_tiles(**options: Any) -> Step:
     return Step("native_any_resolution", arguments | options, {"image_newline": "model.image_newline"})
 
 
+def _video(*others: str, **options: Any) -> Part:
+    """Videos through the tower and the projector of images; `others` are inputs beside the pixels."""
+    names = {"pixel_values_videos": "pixel_values"} | {f"video_{name}": name for name in others}
+    return Part(None, "video", _VIDEO, shares="vision", input_names=names, **options)
+
+
 def _any_resolution(*others: str, **options: Any) -> Part:
     return Part(
         _TOWER, "image", _IMAGE, _TWO_LAYERS, **_LAYER, additional_args=("image_sizes", *others),
@@ -97,12 +103,22 @@ _LLAVA: dict[str, Native] = {
         layer=HiddenState("vision_feature_layer"), drop_prefix=1,
     )}),
     "llava_next": Native("LlavaNextForConditionalGeneration", _TEXT, {"vision": _any_resolution()}),
-    "llava_next_video": Native("LlavaNextVideoForConditionalGeneration", _TEXT, {"vision": _any_resolution()}),
+    "llava_next_video": Native("LlavaNextVideoForConditionalGeneration", _TEXT, {
+        "vision": _any_resolution(),
+        "video": _video(**_LAYER, steps={"postprocess_module_callback": Step("native_pooled_frames", {
+            "mode": Case("spatial_pool_mode", {"average": "average", "max": "max"}), "stride": At("spatial_pool_stride"),
+            "side": Ratio("vision_config.image_size", "vision_config.patch_size", exact=False),
+        })}),
+    }),
     "llava_onevision": Native("LlavaOnevisionForConditionalGeneration", _TEXT, {
-        "vision": _any_resolution("batch_num_images", aspect_ratio=At("vision_aspect_ratio"))
+        "vision": _any_resolution("batch_num_images", aspect_ratio=At("vision_aspect_ratio")),
+        "video": _video(**_LAYER, shared_steps=("postprocess_projector_callback",)),
     }),
     "video_llava": Native("VideoLlavaForConditionalGeneration", _TEXT, {"vision": Part(
         "model.image_tower", "image", _IMAGE, _TWO_LAYERS, **_LAYER, input_names={"pixel_values_images": "pixel_values"},
+    ), "video": Part(
+        "model.video_tower", "video", _VIDEO, layer=HiddenState("vision_feature_layer"), shares="vision",
+        input_names={"pixel_values_videos": "pixel_values"},
     )}),
     "internvl": Native("InternVLForConditionalGeneration", _TEXT, {"vision": _INTERNVL}),
     "qianfan_ocr": Native("QianfanOCRForConditionalGeneration", _TEXT, {"vision": _INTERNVL}),
@@ -194,23 +210,29 @@ _IMAGES: dict[str, Native] = {
 
 # ---- packed patches of images and videos
 
+_GRID_NAMES = {"pixel_values": "pixel_values", "image_grid_thw": "grid_thw"}
+# Of towers that call their patches hidden states.
+_PACKED_VIDEO = Part(
+    None, "video", _VIDEO, shares="vision", input_names={"pixel_values_videos": "hidden_states", "video_grid_thw": "grid_thw"}
+)
+_UNIT_RMS = {"postprocess_projector_callback": Step("native_unit_rms", {"eps": At("text_config.rms_norm_eps")})}
 _PACKED: dict[str, Native] = {
     "lfm3_vl": Native("Lfm3VlForConditionalGeneration", _TEXT, {"vision": Part(
-        _TOWER, "image", _IMAGE, _native("lfm3_vl"),
-    )}),
+        _TOWER, "image", _IMAGE, _native("lfm3_vl"), input_names=_GRID_NAMES,
+    ), "video": _video("grid_thw")}),
     "hyperclovax_vision_v2": Native("HyperCLOVAXVisionV2ForConditionalGeneration", _TEXT, {"vision": Part(
         "model.vision_model", "image", _IMAGE, Projector("linear", {}, {"": "model.projector"}),
-    )}),
+    ), "video": _PACKED_VIDEO}),
     "exaone4_5": Native("Exaone4_5_ForConditionalGeneration", _TEXT, {"vision": Part(
         "model.visual", "image", _IMAGE, _IDENTITY,
-    )}),
+    ), "video": _PACKED_VIDEO}),
     "video_llama_3": Native("VideoLlama3ForConditionalGeneration", _TEXT, {"vision": Part(
         "model.vision_model", "image", _IMAGE, _mlp("model.projector", "readout.0", "readout.2", activation="gelu"),
-        input_names={"image_merge_sizes": "merge_sizes"},
-    )}),
+        input_names=_GRID_NAMES | {"image_merge_sizes": "merge_sizes"},
+    ), "video": _video("grid_thw", "merge_sizes")}),
     "kimi_k25": Native("Kimi_K25ForConditionalGeneration", _TEXT, {"vision": Part(
-        _TOWER, "image", _IMAGE, _native("kimi_k25", "model.mm_projector"),
-    )}),
+        _TOWER, "image", _IMAGE, _native("kimi_k25", "model.mm_projector"), input_names=_GRID_NAMES,
+    ), "video": _video("grid_thw")}),
     "muse_glimmer": Native("MuseGlimmerForConditionalGeneration", _TEXT, {"vision": Part(
         _TOWER, "image", _IMAGE,
         Projector(
@@ -223,8 +245,8 @@ _PACKED: dict[str, Native] = {
             ]}},
             {"0": "model.vision_adapter.fc1", "2": "model.vision_adapter.fc2", "4": "model.vision_projection"},
         ),
-        steps={"postprocess_projector_callback": Step("native_unit_rms", {"eps": At("text_config.rms_norm_eps")})},
-    )}, plain_head=True, scale=At("text_config.output_multiplier"), softcap=At("text_config.final_logit_softcapping")),
+        steps=_UNIT_RMS, input_names=_GRID_NAMES,
+    ), "video": _video("grid_thw", steps=_UNIT_RMS)}, plain_head=True, scale=At("text_config.output_multiplier"), softcap=At("text_config.final_logit_softcapping")),
 }  # fmt: skip
 
 # ---- sounds

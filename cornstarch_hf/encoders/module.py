@@ -132,14 +132,15 @@ class ModalEncoderModule(nn.Module):
         self.name = self.kind  # until composing gives it the modality's name
 
     def share(self, part: str, name: str, lender: "ModalEncoderModule") -> None:
-        """Use the ``"module"`` or ``"projector"`` of another encoder of that modality instead of one of its own (in place)."""
+        """Use the ``"module"``, the ``"projector"`` or a callback of the encoder of another modality as its own (in place)."""
         self._modules.pop(part, None)
+        self.__dict__.pop(part, None)  # None, where it has no such callback itself
         self._lenders[part] = name, lender
 
     @property
     def shares(self) -> dict[str, str]:
-        """What this encoder has not itself: ``{"module": modality, "projector": modality}``."""
-        return {part: name for part, (name, _) in self._lenders.items() if part not in self._modules}
+        """What this encoder has not itself: ``{"module": modality, "projector": modality, ...}``."""
+        return {part: name for part, (name, _) in self._lenders.items() if part not in {**self._modules, **self.__dict__}}
 
     def __getattr__(self, name: str) -> Any:
         # Looked up each time, so that what is put in a shared part's place (an adapter around it) serves both.
@@ -150,6 +151,11 @@ class ModalEncoderModule(nn.Module):
     def callbacks(self) -> dict[str, Callable | None]:
         """The callbacks by the name of their place."""
         return {slot: getattr(self, slot) for slot in SLOTS}
+
+    @property
+    def own_callbacks(self) -> dict[str, Callable | None]:
+        """The callbacks without those of another encoder."""
+        return {slot: callback for slot, callback in self.callbacks.items() if slot not in self.shares}
 
     @property
     def parameter_names(self) -> list[str]:
