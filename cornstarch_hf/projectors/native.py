@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from ..parts.registries import Registry, register_projector
 from ..parts.stored_modules import as_json
@@ -251,15 +251,17 @@ def native_settings(model_type: str, config: Any) -> dict[str, Any]:
     return as_json(found, "settings")
 
 
-def _as_object(value: Any) -> Any:
-    """Stored settings with attributes instead of keys: a configuration where they name its type."""
+def _as_object(value: Any, cls: Any = None) -> Any:
+    """Stored settings with attributes instead of keys; of a native configuration's class, its own ones made again."""
     if not isinstance(value, Mapping):
         return value
     if value and all(key.isdigit() for key in value):  # JSON has texts as keys
         return {int(key): each for key, each in value.items()}
-    if isinstance(value.get("model_type"), str):
-        return CONFIG_MAPPING[value["model_type"]](**{k: v for k, v in value.items() if k != "model_type"})
-    return SimpleNamespace(**{key: _as_object(each) for key, each in value.items()})
+    if isinstance(value.get("model_type"), str):  # all of a configuration
+        made = CONFIG_MAPPING[value["model_type"]] if cls in (None, AutoConfig) else cls
+        return made(**{key: each for key, each in value.items() if key != "model_type"})
+    inner = getattr(cls, "sub_configs", None) or {}
+    return SimpleNamespace(**{key: _as_object(each, inner.get(key)) for key, each in value.items()})
 
 
 class NativeProjection(nn.Module):
@@ -281,7 +283,7 @@ class NativeProjection(nn.Module):
         self._of = _BY_TYPE[native_type]
         family = self._of.family or native_type
         modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        cls, values = getattr(modeling, self._of.class_name), _as_object(self.settings)
+        cls, values = getattr(modeling, self._of.class_name), _as_object(self.settings, CONFIG_MAPPING[native_type])
         try:
             self.module = cls(values) if self._of.bridge is None else self._of.bridge(values, cls)
         except (AttributeError, TypeError) as error:
