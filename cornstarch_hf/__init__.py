@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .assembly import compose
+from .checkpoints.storage import CONVERTERS
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .conversion import steps  # noqa: F401  # registers the callbacks of converted models
@@ -75,4 +76,5 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+CONVERTERS["from_native"] = lambda *args, **kwargs: __getattr__("from_native")(*args, **kwargs)
 register_auto_classes()

@@ -201,7 +201,10 @@ def _check_causal(language_model: Any, options: Mapping[str, Any], given: Mappin
         return
     whole = getattr(config, "text_config", None) is not None
     remedy = (
-        "it is multimodal already: name the checkpoint of its language model" if whole else "pass a decoder-only one"
+        f"it is multimodal already: take it apart by from_native({str(language_model)!r}), or name the checkpoint of its "
+        "language model"
+        if whole
+        else "pass a decoder-only one"
     )
     raise ValueError(
         f"The language model {str(language_model)!r} has the model_type {config.model_type!r} ({type(config).__name__}), "

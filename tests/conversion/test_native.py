@@ -7,11 +7,12 @@ from pathlib import Path
 
 import native_models
 import pytest
+import tiny
 import torch
 from native_models import TYPES
 from own_memory import own_memory
 
-from cornstarch_hf import MultimodalModel, from_native, to_native
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose, from_native, to_native
 from cornstarch_hf.conversion.table import NATIVE
 
 SUPPRESSED = [native_models.IMAGE, native_models.VIDEO, native_models.AUDIO]
@@ -99,3 +100,99 @@ def test_images_and_videos_of_one_row_are_equal_and_their_tower_is_stored_once(m
 def test_every_type_of_the_table_has_a_native_model_here():
     missing = {"llama4", "deepseek_vl_hybrid"}  # held by tests of their own
     assert set(TYPES) | missing >= set(NATIVE)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A native model and the folder in which it lies."""
+    model, folder = native_models.build("llava"), tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_a_checkpoint_is_loaded_by_its_path_with_options_of_loading(llava):
+    native, folder = llava
+    model, _ = from_native(str(folder), dtype=torch.bfloat16, attn_implementation="eager")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.language_model.config._attn_implementation == model.config.vision_config._attn_implementation == "eager"
+    same = MultimodalModel.from_pretrained_multimodal_model(folder)
+    assert digests(to_native(same)) == digests(native)
+    assert digests(to_native(from_native((native, None))[0])) == digests(native)
+
+
+def test_sources_that_are_none_are_refused(llava):
+    native, _ = llava
+    with pytest.raises(TypeError, match="from_native takes a Hub id, a path or a model of transformers, got 3"):
+        from_native(3)
+    with pytest.raises(TypeError, match=r"\['dtype'\] are for loading, but the model is live"):
+        from_native(native, dtype=torch.float16)
+    with pytest.raises(ValueError, match="takes the whole LlavaForConditionalGeneration, got LlavaModel"):
+        from_native(native.model)
+    with pytest.raises(TypeError, match="to_native takes a MultimodalModel, got LlavaForConditionalGeneration"):
+        to_native(native)
+
+
+def test_a_native_folder_is_no_composition_and_a_native_model_no_part_of_one(llava):
+    native, folder = llava
+    with pytest.raises(ValueError, match=r"holds a model of the type 'llava', MultimodalModel loads .* from_native\('"):
+        MultimodalModel.from_pretrained(folder)
+    encoders = {"audio": ModalEncoderModule(tiny.whisper())}
+    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration is multimodal already .* by from_native\(model\)"):
+        MultimodalModel(encoders=encoders, language_model=native)
+    with pytest.raises(ValueError, match=r"it is multimodal already: take it apart by from_native\('"):
+        compose(str(folder), {"audio": tiny.whisper()}, tokenizer=tiny.tokenizer())
+
+
+def test_tensors_without_a_part_are_kept_or_dropped_in_a_warning(tmp_path):
+    native = native_models.build("janus")
+    kept, _ = from_native(native)
+    names = [name for name, _ in kept.native_rest.named_buffers()]
+    assert names and all(name.startswith(("model.vqmodel", "model.generation")) for name in names)
+    with pytest.warns(UserWarning, match=r"\d+ tensors of [\d,]+ bytes that no part uses were dropped.*model\.generation"):
+        dropped, _ = from_native(native, drop_rest=True)
+    assert not hasattr(dropped, "native_rest")
+    dropped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tensors that this composition does not .* without drop_rest=True"):
+        to_native(MultimodalModel.from_pretrained(tmp_path))
+
+
+def test_parts_share_memory_and_parameters_are_their_own(llava):
+    native, _ = llava
+    model, _ = from_native(native)
+    mine, theirs = model.language_model.model.embed_tokens.weight, native.model.language_model.embed_tokens.weight
+    assert mine is not theirs and mine.data_ptr() == theirs.data_ptr()
+    model.freeze("language_model")
+    assert all(p.requires_grad for p in native.parameters())
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_the_outer_configuration_decides_whether_the_head_is_tied(outer, tmp_path):
+    native = native_models.build("internvl", tie_word_embeddings=outer, text_config={"tie_word_embeddings": not outer})
+    head, table = native.lm_head.weight, native.get_input_embeddings().weight
+    assert (head is table) is outer
+    model, _ = from_native(native)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is outer
+    inputs = native_models.batch(TYPES["internvl"].media(native))
+    check_equal(native, model, inputs)
+    assert (native.lm_head.weight is native.get_input_embeddings().weight) is outer
+    assert files(to_native(model), tmp_path / "again") == files(native, tmp_path / "native")
+    model.save_pretrained(tmp_path / "composed")
+    back = to_native(MultimodalModel.from_pretrained(tmp_path / "composed"))
+    assert (back.lm_head.weight is back.get_input_embeddings().weight) is outer and digests(back) == digests(native)
+
+
+def test_a_composition_that_never_was_native_is_refused():
+    model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=tiny.llama())
+    with pytest.raises(ValueError, match="This composition never was a native model"):
+        to_native(model)
+    with pytest.raises(ValueError, match="This composition was a 'llava', and cannot become a 'internvl'"):
+        to_native(from_native(native_models.build("llava"))[0], model_type="internvl")
+
+
+def test_what_a_composition_learns_comes_back_with_its_processor(llava):
+    native, _ = llava
+    model, _ = from_native(native)
+    with torch.no_grad():
+        model.vision_encoder.projector.projection[0].weight = torch.nn.Parameter(torch.ones(32, 32))
+    back, processor = to_native(model, "a processor")
+    assert processor == "a processor" and back.model.multi_modal_projector.linear_1.weight.eq(1).all()
