@@ -19,7 +19,7 @@ from .assembly import compose
 from .checkpoints.storage import CONVERTERS
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
-from .conversion import steps  # noqa: F401  # registers the callbacks of converted models
+from .conversion.steps import AnyResolution
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
@@ -46,8 +46,11 @@ __all__ = [
 ]  # fmt: skip
 __version__ = "0.1.0"
 
-# Their files register them as projection types.
-REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection)
+# Their files register them as projection types, or as callbacks.
+REDUCERS = (
+    AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection,
+)  # fmt: skip
+STEPS = (AnyResolution,)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

@@ -68,7 +68,7 @@ def compose_config(
 
 
 def share_parts(encoders: Any) -> None:
-    """Have encoders that say so use the very module, or projector, of another one from there (in place): it is stored once then.
+    """Have encoders that say so use the very module, or projector, of another one from there (in place), which is stored once.
 
     ValueError where they share neither, or name no encoder before them.
     """
@@ -78,11 +78,13 @@ def share_parts(encoders: Any) -> None:
         other = getattr(encoder, "shares_with", None)
         if other is not None and encoder.shares == {}:
             lender: Any = before.get(other)
-            same = [part for part in SHARED_PARTS if lender is not None and getattr(lender, part) is getattr(encoder, part)]
+            same = [
+                part for part in SHARED_PARTS if lender is not None and getattr(lender, part) is getattr(encoder, part)
+            ]
             if not [part for part in same if getattr(encoder, part) is not None]:
                 raise ValueError(
-                    f"{name}: shares={other!r}, but it has neither the module nor the projector of an encoder of that name before "
-                    f"it, one of {list(before)}: give it that very module, encoders[{other!r}].module."
+                    f"{name}: shares={other!r}, but it has neither the module nor the projector of an encoder of that name "
+                    f"before it, one of {list(before)}: give it that very module, encoders[{other!r}].module."
                 )
             for part in same:
                 if isinstance(getattr(encoder, part), nn.Module):  # a function as a callback is no weight

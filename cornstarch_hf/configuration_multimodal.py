@@ -74,7 +74,9 @@ SHARED_PARTS = (*SHARED_KEYS, *SLOTS)
 
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
 _TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (object,)}  # `check_origins` says more
-_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks", "shares"), (dict,))
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(
+    ("encoder_kwargs", "input_names", "callbacks", "shares"), (dict,)
+)
 _ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
 _ENTRY_TYPES |= {"token_id": (int,), "trim": (bool,), "additional_args": (list, tuple)}
 _HEAD_OPTIONS: dict[str, tuple[type, ...]] = {"scale": (int, float), "softcap": (int, float), "backbone": (str,)}

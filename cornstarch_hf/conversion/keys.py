@@ -79,7 +79,9 @@ def key_map(native: Any, model: Any, entry: Native) -> tuple[dict[str, str], lis
     ValueError where a tensor of ours has no native one, or two have the same: the row does not fit the model.
     """
     pairs, there = prefixes(native, model, entry), dict(tensors(native, persistent=True))
-    found = {name: native_name(name, pairs) for name, _ in tensors(model, persistent=True) if not name.startswith(REST)}
+    found: Any = {
+        name: native_name(name, pairs) for name, _ in tensors(model, persistent=True) if not name.startswith(REST)
+    }
     wrong = [name for name, of in found.items() if of not in there]
     if wrong or len(set(found.values())) != len(found):
         raise ValueError(

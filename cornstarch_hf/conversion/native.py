@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..configuration_projector import MultimodalProjectorConfig
 from ..encoders.module import ModalEncoderModule
 from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from ..language_model.text_head import TextModelWithHead
@@ -15,11 +16,10 @@ from ..modeling_multimodal import MultimodalModel
 from ..parts.classes import constructor_options, language_model_class
 from ..parts.stored_modules import KeptTensors, build_callback, describe_tensors
 from ..parts.weightless import build_without_weights, without_dtypes
-from ..configuration_projector import MultimodalProjectorConfig
 from ..projectors.projector import MultimodalProjector
 from .configs import held_configs, native_config, outer_values
 from .entries import Native, Part, resolved, setting
-from .keys import REST, has_head, hand_over, key_map, tensors, tower_of, with_buffers
+from .keys import REST, hand_over, has_head, key_map, tensors, tower_of, with_buffers
 from .refusals import check_model, entry_of
 
 
@@ -71,7 +71,11 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False) -> Multimoda
     """The composition of a live native model's parts, by a row of the table; raises as `from_native` does."""
     check_model(native, entry)
     model = build_without_weights(lambda: _compose(native, entry))
-    values = {"model_type": native.config.model_type, "config": outer_values(native, entry), "parts": held_configs(native, entry)}
+    values = {
+        "model_type": native.config.model_type,
+        "config": outer_values(native, entry),
+        "parts": held_configs(native, entry),
+    }
     names, rest = key_map(native, model, entry)
     there = dict(tensors(native))
     kept = {} if drop_rest else {name: there[name] for name in rest}

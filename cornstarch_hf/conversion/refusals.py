@@ -5,12 +5,15 @@ from typing import Any
 from .entries import Native, setting
 from .table import NATIVE
 
-_CROSS = "its text attends to images by cross attention in the layers of the language model, which a composition has no place for"
-_ENCODER_DECODER = "its text is made by the decoder of an encoder-decoder, and a composition has a decoder-only language model"
+_CROSS = "its text attends to images by cross attention within the language model, which a composition has no place for"
+_ENCODER_DECODER = (
+    "its text is made by the decoder of an encoder-decoder, and a composition has a decoder-only language model"
+)
 _DISCRETE = "its images are tokens of the language model's own vocabulary, so there are no features to project"
 OUTSIDE: dict[str, str] = {
     **dict.fromkeys(("mllama", "idefics", "blip", "evolla"), _CROSS),
-    **dict.fromkeys(("florence2", "pix2struct", "pp_formulanet", "udop", "t5gemma2", "vision-encoder-decoder"), _ENCODER_DECODER),
+    **dict.fromkeys(("florence2", "pix2struct", "pp_formulanet"), _ENCODER_DECODER),
+    **dict.fromkeys(("udop", "t5gemma2", "vision-encoder-decoder"), _ENCODER_DECODER),
     **dict.fromkeys(("chameleon", "emu3"), _DISCRETE),
     "git": "it puts its image before the text by itself and widens every mask by it",
     "diffusion_gemma": "it fills in blocks of text by diffusion and does not predict one token after the other",

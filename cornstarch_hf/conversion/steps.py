@@ -92,8 +92,10 @@ class AnyResolution(nn.Module):
         self.image_newline = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, inputs: dict[str, Any], output: Any) -> BaseModelOutput:
-        """Projected tiles ``(tiles of all images, tokens, hidden)`` to one ``(n_i, hidden)`` per image; and of videos, which have
-        no `image_sizes`, frames ``(videos, frames * tokens, hidden)`` to a quarter of them and the vector."""
+        """Projected tiles ``(tiles of all images, tokens, hidden)`` to one ``(n_i, hidden)`` per image.
+
+        Of videos, which have no `image_sizes`, frames ``(videos, frames * tokens, hidden)`` to a quarter and the vector.
+        """
         if inputs.get("image_sizes") is None:
             videos: Any = per_item(output.last_hidden_state, output.lengths, "video")
             return BaseModelOutput(last_hidden_state=[self._video(x) for x in videos])  # type: ignore[arg-type]
@@ -118,7 +120,9 @@ class AnyResolution(nn.Module):
 
     def _video(self, features: Tensor) -> Tensor:
         side = self.image_size // self.patch_size
-        maps = features.unflatten(0, (-1, side, side)).permute(0, 3, 1, 2).contiguous()  # (frames, hidden, rows, columns)
+        maps = (
+            features.unflatten(0, (-1, side, side)).permute(0, 3, 1, 2).contiguous()
+        )  # (frames, hidden, rows, columns)
         half = [math.ceil(n / 2) for n in maps.shape[2:]]
         pooled = nn.functional.interpolate(maps, size=half, mode="bilinear").permute(0, 2, 3, 1)
         return torch.cat([pooled.reshape(-1, pooled.shape[-1]), self.image_newline.to(features)[None]])
@@ -139,7 +143,9 @@ def pooled_frames(inputs: dict[str, Any], output: Any, mode: str, stride: int, s
     The output's features are ``(videos, frames * tokens, width)``, or packed.
     """
     lengths, features = output.lengths, output.last_hidden_state
-    maps = features.reshape(-1, side, side, features.shape[-1]).permute(0, 3, 1, 2)  # (frames of all videos, width, ...)
+    maps = features.reshape(-1, side, side, features.shape[-1]).permute(
+        0, 3, 1, 2
+    )  # (frames of all videos, width, ...)
     pool = nn.functional.avg_pool2d if mode == "average" else nn.functional.max_pool2d
     pooled = pool(maps, stride, stride).flatten(2).transpose(1, 2).contiguous()  # (frames of all videos, fewer, width)
     left = pooled.shape[1]

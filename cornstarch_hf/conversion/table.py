@@ -180,7 +180,11 @@ _IMAGES: dict[str, Native] = {
         _TOWER, "image", _IMAGE, _native("lfm2_vl"),
     )}),
     "llama4": Native("Llama4ForConditionalGeneration", "language_model", {"vision": Part(
-        "vision_model", "image", _IMAGE, Projector("torch", {"module": _linear(At("vision_config.vision_output_dim"), At("text_config.hidden_size"), False)}, {"": "multi_modal_projector.linear_1"}),
+        "vision_model", "image", _IMAGE, Projector(
+            "torch",
+            {"module": _linear(At("vision_config.vision_output_dim"), At("text_config.hidden_size"), False)},
+            {"": "multi_modal_projector.linear_1"},
+        ),
     )}),
     "aria": Native("AriaForConditionalGeneration", _TEXT, {"vision": Part(
         _TOWER, "image", _IMAGE, _native("aria"), layer=LastState(), additional_args=("pixel_mask",),
@@ -213,7 +217,11 @@ _IMAGES: dict[str, Native] = {
 _GRID_NAMES = {"pixel_values": "pixel_values", "image_grid_thw": "grid_thw"}
 # Of towers that call their patches hidden states.
 _PACKED_VIDEO = Part(
-    None, "video", _VIDEO, shares="vision", input_names={"pixel_values_videos": "hidden_states", "video_grid_thw": "grid_thw"}
+    None,
+    "video",
+    _VIDEO,
+    shares="vision",
+    input_names={"pixel_values_videos": "hidden_states", "video_grid_thw": "grid_thw"},
 )
 _UNIT_RMS = {"postprocess_projector_callback": Step("native_unit_rms", {"eps": At("text_config.rms_norm_eps")})}
 _PACKED: dict[str, Native] = {
@@ -246,20 +254,30 @@ _PACKED: dict[str, Native] = {
             {"0": "model.vision_adapter.fc1", "2": "model.vision_adapter.fc2", "4": "model.vision_projection"},
         ),
         steps=_UNIT_RMS, input_names=_GRID_NAMES,
-    ), "video": _video("grid_thw", steps=_UNIT_RMS)}, plain_head=True, scale=At("text_config.output_multiplier"), softcap=At("text_config.final_logit_softcapping")),
+    ), "video": _video("grid_thw", steps=_UNIT_RMS)},
+        plain_head=True, scale=At("text_config.output_multiplier"), softcap=At("text_config.final_logit_softcapping"),
+    ),
 }  # fmt: skip
 
 # ---- sounds
 
 _STACK = {"head.linear_1": f"{_CONNECTOR}.linear_1", "head.linear_2": f"{_CONNECTOR}.linear_2"}
-_SOUND = {"tower": "model.audio_tower", "kind": "audio", "token": _AUDIO}
+_SOUND: dict[str, Any] = {"tower": "model.audio_tower", "kind": "audio", "token": _AUDIO}
 _MASK = ("input_features_mask",)
 _QUERIES = Part(
-    "model.encoder", "audio", _AUDIO, _native("granite_speech", "model.projector"), additional_args=_MASK,
+    "model.encoder",
+    "audio",
+    _AUDIO,
+    _native("granite_speech", "model.projector"),
+    additional_args=_MASK,
     input_names={"input_features": "hidden_states"},
 )
 _QUERIES_PLUS = Part(
-    "model.encoder", "audio", _AUDIO, _native("granite_speech_plus", "model.projector"), additional_args=_MASK,
+    "model.encoder",
+    "audio",
+    _AUDIO,
+    _native("granite_speech_plus", "model.projector"),
+    additional_args=_MASK,
     input_names={"input_features": "hidden_states"},
 )
 _SOUNDS: dict[str, Native] = {

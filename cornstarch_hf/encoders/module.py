@@ -1,4 +1,4 @@
-"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess; and how it is built again."""
+"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -99,10 +99,7 @@ class ModalEncoderModule(nn.Module):
             )
         # Registered even where it is missing, so that parameters keep their order, which optimizers rely on.
         self.register_module("projector", projector)
-        if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
-            raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
-        if not isinstance(trim, bool):
-            raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
+        _check_types(additional_args, trim)
         self.additional_args = list(additional_args or [])
         self.preprocess_callback = preprocess_callback
         self.postprocess_module_callback = _one_of(
@@ -117,8 +114,7 @@ class ModalEncoderModule(nn.Module):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
         # One that takes single images, (items, channels, height, width), gets a video as its frames.
-        images = self.kind == "video" and infer_kind(self.module) == "image"
-        self.by_frame = images and not packs_frames(self.module)
+        self.by_frame = self.kind == "video" and infer_kind(self.module) == "image" and not packs_frames(self.module)
         self.selection = Selection(output, tuple(layer) if isinstance(layer, list) else layer, drop_prefix, data_format)
         self.trim = trim
         if trim and set(MASKS).isdisjoint(self.parameter_names):
@@ -127,7 +123,7 @@ class ModalEncoderModule(nn.Module):
         self.input_names = dict(input_names or {})
         if unknown := sorted(set(self.input_names.values()) - set(self.parameter_names)):
             raise ValueError(f"{self.kind}: input_names names {unknown}, expected some of {self.parameter_names}.")
-        # Inputs of one item, by which it runs in a step that has none; None: `stand_ins` finds some where they are needed.
+        # Inputs of one item, for a step that has none; None: `stand_ins` finds some where they are needed.
         self.stand_in: dict[str, Tensor] | None = None
         self.name = self.kind  # until composing gives it the modality's name
 
@@ -140,7 +136,9 @@ class ModalEncoderModule(nn.Module):
     @property
     def shares(self) -> dict[str, str]:
         """What this encoder has not itself: ``{"module": modality, "projector": modality, ...}``."""
-        return {part: name for part, (name, _) in self._lenders.items() if part not in {**self._modules, **self.__dict__}}
+        return {
+            part: name for part, (name, _) in self._lenders.items() if part not in {**self._modules, **self.__dict__}
+        }
 
     def __getattr__(self, name: str) -> Any:
         # Looked up each time, so that what is put in a shared part's place (an adapter around it) serves both.
@@ -359,6 +357,14 @@ class ModalEncoderModule(nn.Module):
         if given_grids is None or given_grids is grids:
             given_grids = grids if same else None
         return with_features(result, after, given_lengths, feature_grids=given_grids)
+
+
+def _check_types(additional_args: Any, trim: Any) -> None:
+    """TypeError for arguments of a `ModalEncoderModule` that are of another kind."""
+    if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
+        raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
+    if not isinstance(trim, bool):
+        raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
 
 
 def _one_of(**values: Any) -> Any:

@@ -64,7 +64,10 @@ def _blocks(module: Any, features: Tensor, lengths: Lengths, grids: Grids, input
     columns = shapes[:, 1, None]  # of patches, (images, 1)
     counts = (shapes // factor).prod(-1)  # blocks of each image
     block = torch.arange(patches // factor**2, device=features.device)[None]  # (1, blocks of the largest image)
-    inside, of_image = torch.arange(factor, device=features.device), torch.arange(images, device=features.device) * patches
+    inside, of_image = (
+        torch.arange(factor, device=features.device),
+        torch.arange(images, device=features.device) * patches,
+    )
     row = (block // (columns // factor) * factor)[..., None, None] + inside[:, None]
     column = (block % (columns // factor) * factor)[..., None, None] + inside
     place = of_image[:, None, None, None] + row * columns[..., None, None] + column  # (images, blocks, factor, factor)
@@ -135,7 +138,7 @@ class QFormerBridge(nn.Module):
         self.language_projection = nn.Linear(former.hidden_size, width)
 
     def forward(self, features: Tensor, input_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """``(items, length, width)``, with ids ``(items, text)`` of an instruction and their mask, to ``(items, queries, out)``."""
+        """Features ``(items, length, width)`` to ``(items, queries, out)``; ids and mask ``(items, text)`` instruct it."""
         queries = self.query_tokens.expand(len(features), -1, -1)
         seen = torch.ones(features.shape[:-1], dtype=torch.long, device=features.device)
         text: dict[str, Any] = {}

@@ -295,7 +295,9 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             projected, counts = self._project(inputs_embeds, lengths, grids, inputs)
             reduced = projected, counts if counts is None else torch.tensor(counts)
         else:
-            reduced = self._reduce(inputs_embeds, lengths, grids) if self.reduces else (self._project(inputs_embeds), None)
+            reduced = (
+                self._reduce(inputs_embeds, lengths, grids) if self.reduces else (self._project(inputs_embeds), None)
+            )
         output = ProjectorOutput(last_hidden_state=reduced[0], feature_lens=reduced[1])
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from pathlib import Path
 
 import native_models
@@ -114,7 +113,9 @@ def test_a_checkpoint_is_loaded_by_its_path_with_options_of_loading(llava):
     native, folder = llava
     model, _ = from_native(str(folder), dtype=torch.bfloat16, attn_implementation="eager")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.language_model.config._attn_implementation == model.config.vision_config._attn_implementation == "eager"
+    assert (
+        model.language_model.config._attn_implementation == model.config.vision_config._attn_implementation == "eager"
+    )
     same = MultimodalModel.from_pretrained_multimodal_model(folder)
     assert digests(to_native(same)) == digests(native)
     assert digests(to_native(from_native((native, None))[0])) == digests(native)
@@ -137,7 +138,9 @@ def test_a_native_folder_is_no_composition_and_a_native_model_no_part_of_one(lla
     with pytest.raises(ValueError, match=r"holds a model of the type 'llava', MultimodalModel loads .* from_native\('"):
         MultimodalModel.from_pretrained(folder)
     encoders = {"audio": ModalEncoderModule(tiny.whisper())}
-    with pytest.raises(ValueError, match=r"LlavaForConditionalGeneration is multimodal already .* by from_native\(model\)"):
+    with pytest.raises(
+        ValueError, match=r"LlavaForConditionalGeneration is multimodal already .* by from_native\(model\)"
+    ):
         MultimodalModel(encoders=encoders, language_model=native)
     with pytest.raises(ValueError, match=r"it is multimodal already: take it apart by from_native\('"):
         compose(str(folder), {"audio": tiny.whisper()}, tokenizer=tiny.tokenizer())
@@ -148,7 +151,9 @@ def test_tensors_without_a_part_are_kept_or_dropped_in_a_warning(tmp_path):
     kept, _ = from_native(native)
     names = [name for name, _ in kept.native_rest.named_buffers()]
     assert names and all(name.startswith(("model.vqmodel", "model.generation")) for name in names)
-    with pytest.warns(UserWarning, match=r"\d+ tensors of [\d,]+ bytes that no part uses were dropped.*model\.generation"):
+    with pytest.warns(
+        UserWarning, match=r"\d+ tensors of [\d,]+ bytes that no part uses were dropped.*model\.generation"
+    ):
         dropped, _ = from_native(native, drop_rest=True)
     assert not hasattr(dropped, "native_rest")
     dropped.save_pretrained(tmp_path)

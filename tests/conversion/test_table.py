@@ -76,7 +76,11 @@ def test_an_unknown_type_is_refused_with_those_that_are_known():
     ("model_type", "change", "told"),
     [
         ("llava", {"vision_feature_select_strategy": "full", "vision_feature_layer": 99}, "layer 99 does not exist"),
-        ("granite_speech", {"has_lora_adapter": True}, "'granite_speech' with has_lora_adapter=True cannot be converted"),
+        (
+            "granite_speech",
+            {"has_lora_adapter": True},
+            "'granite_speech' with has_lora_adapter=True cannot be converted",
+        ),
         ("llava_next_video", {"spatial_pool_mode": "conv"}, "spatial_pool_mode='conv' of LlavaNextVideoConfig cannot"),
         ("voxtral", {"audio_config": {"intermediate_size": 48}}, "audio_config.intermediate_size=48 .* no multiple of"),
     ],
@@ -101,7 +105,9 @@ def test_values_of_a_row_read_the_configuration():
         Ratio("vision_config.hidden_size", 5).read(config)
     with pytest.raises(ValueError, match="InternVLConfig has no setting 'vision_config.nothing'"):
         setting(config, "vision_config.nothing")
-    with pytest.raises(ValueError, match=r"downsample_ratio=0.5 of InternVLConfig cannot be converted, expected one of \[1\]"):
+    with pytest.raises(
+        ValueError, match=r"downsample_ratio=0.5 of InternVLConfig cannot be converted, expected one of \[1\]"
+    ):
         Case("downsample_ratio", {1: 2}).read(config)
     config.vision_feature_layer = [-1, -2]
     assert HiddenState("vision_feature_layer").read(config) == [2, -2]

@@ -14,18 +14,44 @@ from transformers import CONFIG_MAPPING
 
 IMAGE, VIDEO, AUDIO, VOCABULARY = 90, 91, 92, 96
 # What makes any configuration small, by the names that configurations have for it.
-_WIDTHS = dict.fromkeys(("hidden_size", "embed_dim", "d_model", "dim", "width", "projection_dim", "hidden_dim", "out_dim"), 32)
+_WIDTHS = dict.fromkeys(
+    ("hidden_size", "embed_dim", "d_model", "dim", "width", "projection_dim", "hidden_dim", "out_dim"), 32
+)
 _INNER = dict.fromkeys(
-    ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "mlp_dim", "intermediate_size_mlp", "mlp_hidden"), 48
+    (
+        "intermediate_size",
+        "ffn_dim",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+        "mlp_dim",
+        "intermediate_size_mlp",
+        "mlp_hidden",
+    ),
+    48,
 )
 _LAYERS = dict.fromkeys(
-    ("num_hidden_layers", "num_layers", "depth", "n_layers", "encoder_layers", "num_encoder_blocks", "decoder_layers"), 2
+    ("num_hidden_layers", "num_layers", "depth", "n_layers", "encoder_layers", "num_encoder_blocks", "decoder_layers"),
+    2,
 )
 _HEADS = dict.fromkeys(
-    ("num_attention_heads", "num_heads", "encoder_attention_heads", "attention_heads", "num_key_value_heads", "n_heads"), 4
+    (
+        "num_attention_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "attention_heads",
+        "num_key_value_heads",
+        "n_heads",
+    ),
+    4,
 )
 _EXPERTS = dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"), 2)
-_EXPERTS |= {"num_experts_per_tok": 1, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+_EXPERTS |= {
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+}
 _LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 _OTHERS = {"vocab_size": VOCABULARY, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
            "eos_token_id": 2, "num_query_tokens": 4, "sliding_window": 64, "image_size": 32, "patch_size": 8,
@@ -45,9 +71,17 @@ def small(config_class: Any, changes: dict[str, Any] | None = None) -> Any:
         if (part := getattr(default, name, None)) is not None and hasattr(part, "to_dict"):
             values[name] = small(type(part), changes.get(name))
     given = {key: value for key, value in changes.items() if key not in values}
-    own = {key: value for key, value in (SMALL | _TOKENS).items() if key in names and (key in _TOKENS or getattr(default, key, None) is not None)}
-    own = {k: [v, v] if isinstance(getattr(default, k), (list, tuple)) and k == "image_size" else v for k, v in own.items()}
-    return config_class(**(own if not config_class.sub_configs else {k: v for k, v in own.items() if k in _TOKENS}) | given | values)
+    own = {
+        key: value
+        for key, value in (SMALL | _TOKENS).items()
+        if key in names and (key in _TOKENS or getattr(default, key, None) is not None)
+    }
+    own = {
+        k: [v, v] if isinstance(getattr(default, k), (list, tuple)) and k == "image_size" else v for k, v in own.items()
+    }
+    return config_class(
+        **(own if not config_class.sub_configs else {k: v for k, v in own.items() if k in _TOKENS}) | given | values
+    )
 
 
 def build(model_type: str, **changes: Any) -> Any:
@@ -172,7 +206,9 @@ def instructed(model: Any) -> Media:
 
 
 def queried(model: Any) -> Media:
-    return Media({"pixel_values": _noise(3, 3, _side(model), _side(model))}, {IMAGE: [model.config.num_query_tokens] * 3})
+    return Media(
+        {"pixel_values": _noise(3, 3, _side(model), _side(model))}, {IMAGE: [model.config.num_query_tokens] * 3}
+    )
 
 
 def ready_patches(model: Any) -> Media:
@@ -206,7 +242,7 @@ def mel(length: Callable[[Any], int], mask: str | None, item: bool = True, **ext
         inputs: dict[str, Any] = {"input_features": _noise(3, audio.num_mel_bins, frames)}
         if mask is not None:
             inputs[mask] = (torch.arange(frames)[None] < lengths[:, None]).long()
-        inputs |= {key: inputs[mask] for key in extra.get("copies", ())} if mask else {}
+        inputs |= dict.fromkeys(extra.get("copies", ()), inputs[mask]) if mask else {}
         items = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(3)]
         return Media(inputs, {AUDIO: [sum(count(model, "audio", **one)) for one in items]})
 
