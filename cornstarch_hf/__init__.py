@@ -23,10 +23,17 @@ from .conversion.steps import AnyResolution
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
+from .language_model.positions import Positions
 from .language_model.text_head import TextModelWithHead
 from .modeling_multimodal import MultimodalModel
 from .parts.known_encoders import register_encoder_type
-from .parts.registries import register_callback, register_feature_count, register_projector
+from .parts.registries import (
+    register_callback,
+    register_feature_count,
+    register_mask_rule,
+    register_position_rule,
+    register_projector,
+)
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
 from .projectors.native import NativeProjection
@@ -42,15 +49,15 @@ __all__ = [
     "MultimodalProcessor", "MultimodalProjector", "MultimodalProjectorConfig", "PrecomputedFeatures",
     "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TextModelWithHead", "TimeSeriesProcessor",
     "compose", "from_native", "parameter_groups", "push_to_hub", "register_callback", "register_encoder_type",
-    "register_feature_count", "register_projector", "to_native",
+    "register_feature_count", "register_mask_rule", "register_position_rule", "register_projector", "to_native",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
-# Their files register them as projection types, or as callbacks.
+# Their files register them as projection types, or put them where models and checkpoints look for them.
 REDUCERS = (
     AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection,
 )  # fmt: skip
-STEPS = (AnyResolution,)
+STEPS = (AnyResolution, Positions)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

@@ -27,6 +27,7 @@ def compose_config(
     language_model: PreTrainedModel,
     init_projector_type: str = "linear",
     init_activation: str = "gelu",
+    rules: Mapping[str, Any] | None = None,
 ) -> MultimodalConfig:
     """Describe live parts, whose configurations become sub-configurations as they are; missing projectors are created.
 
@@ -55,7 +56,7 @@ def compose_config(
         if "projector" not in encoder.shares:
             values[f"{name}_projector_config"] = encoder.projector.config
         values[f"{name}_modality"] = modality_entry(encoder) | {"input_names": names[name]}
-    config = MultimodalConfig(text_config=text.config, encoders=list(encoders), **values)
+    config = MultimodalConfig(text_config=text.config, encoders=list(encoders), **values, **(rules or {}))
     if language_model_class(text.config) is not type(text):  # else the configuration alone tells the class
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)

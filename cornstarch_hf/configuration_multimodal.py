@@ -59,7 +59,7 @@ RESERVED_NAMES = frozenset([
 # Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = (
     "language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "frozen_parts", "part_dtypes",
-    "origins", "native",
+    "origins", "positions", "mask", "native",
 )  # fmt: skip
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
@@ -105,6 +105,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         encoders: the encoders' names, in order; each matches ``[a-z][a-z0-9_]{0,63}`` and brings
             ``{name}_config``, ``{name}_projector_config`` and ``{name}_modality`` (see `MODALITY_DEFAULTS`).
         share_inputs: groups of modality names that see the same items.
+        positions, mask: rules that the language model's own do not know, ``{"rule": name, **options}``: how tokens are numbered
+            (`register_position_rule`), and which attend to each other both ways (`register_mask_rule`).
         loss_at_labels: in training mode, run the head at labelled positions only; the output then has no `logits`.
         **kwargs: those three for each encoder, settings that a checkpoint keeps (`OPTIONAL_KEYS`; `origins` says from
             which repository each part came), and whatever `transformers.PreTrainedConfig` takes.
@@ -139,6 +141,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         check_types(kwargs, _TYPES, type(self).__name__)
         others = _HEAD_OPTIONS if kwargs.get("language_model_class") == "TextModelWithHead" else {}
         check_switches(kwargs.get("language_model_kwargs"), "language_model_kwargs", others)
+        check_rules(kwargs)
         check_part_dtypes(kwargs.get("part_dtypes"))
         check_names(kwargs.get("frozen") or [], "frozen")
         check_frozen_parts(kwargs.get("frozen_parts"))
@@ -258,6 +261,11 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             raise ValueError(f"{what!r} is no modality of this model, expected one of {self.encoders} or its kind.")
         return names
 
+    @property
+    def steps(self) -> list[str]:
+        """What this composition does between merging and the language model and others do not, see `registries.STEPS`."""
+        return [key for key in ("positions", "mask") if getattr(self, key, None)]
+
     def adapters_of(self, part: str) -> dict[str, Any] | None:
         """The adapters around a part (``"language_model"``, ``"vision_encoder.module"``), None where there are none."""
         return (self.adapters or {}).get(part)
@@ -302,6 +310,14 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             if not output.get(key):
                 output.pop(key, None)
         return output
+
+
+def check_rules(values: dict[str, Any]) -> None:
+    """ValueError for a rule of positions or masks that has no name."""
+    for key in ("positions", "mask"):
+        rule = values.get(key)
+        if rule and not isinstance(rule.get("rule"), str):
+            raise ValueError(f'{key} must be {{"rule": name, ...options}}, got {rule!r:.200}.')
 
 
 def _own_keys(name: str) -> tuple[str, str, str]:

@@ -93,7 +93,7 @@ def _needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
         return {config.projection_type} & NEEDS
     needs = {getattr(config, f"{name}_projector_config").projection_type for name in config.encoders}
     needs |= {config.modality(name)["kind"] for name in config.encoders} & {"audio", "video"}
-    needs |= {config.language_model_class}
+    needs |= {config.language_model_class, *config.steps}
     needs |= {"video" for other in others if isinstance(other, BaseVideoProcessor)}
     needs |= {"audio" for other in others if isinstance(other, FeatureExtractionMixin)}
     needs |= {"own processors" for each in others if own_stem(_file_of(type(each))) == "processing_own_processors"}

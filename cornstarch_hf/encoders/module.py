@@ -17,7 +17,7 @@ from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
-from .grids import Grid, GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
+from .grids import Grid, GridQuery, final_grids, found_grids, frames_as_items, joined_frames
 from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
 from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
 from .towers import NOT_INPUTS, infer_kind, packs_frames, refused_by, resolve_tower
@@ -167,10 +167,11 @@ class ModalEncoderModule(nn.Module):
         width = feature_width(unwrapped(self.module).config)
         return width and width * len(self.selection.layers)
 
-    def forward(self, **inputs: Any) -> EncoderOutput:
+    def forward(self, *, state_grids: bool = False, **inputs: Any) -> EncoderOutput:
         """Encode and project items.
 
         Args:
+            state_grids: whether the output says how the features of each item lie, as `feature_grids`.
             **inputs: of the encoder's `forward`, and the additional arguments; floats are cast to the encoder's dtype.
 
         Returns:
@@ -187,7 +188,9 @@ class ModalEncoderModule(nn.Module):
         output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
         output = self._postprocess("postprocess_projector_callback", inputs, output)
         items = per_item(output[0], output.lengths, self.name)  # one (n_i, hidden) per item
-        return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
+        query = GridQuery(inputs, unwrapped(self.module).config, self.kind, [len(item) for item in items])
+        stated = final_grids(query, output.feature_grids, encoded, self.by_frame, self.name) if state_grids else {}
+        return with_features(raw, raw.last_hidden_state, None, pooler_output=items, **stated)
 
     def select(self, **inputs: Any) -> EncoderOutput:
         """The selected features of items as `last_hidden_state`, before the callbacks that come after the module."""
@@ -294,13 +297,8 @@ class ModalEncoderModule(nn.Module):
             return None
         config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
         query = GridQuery(inputs, config, self.kind, lengths, changed, dropped)
-        try:
-            if given is not None:
-                return grids_of_tensor(given)  # (items, 2 or 3)
-            return frame_grids(query, self.name) if self.by_frame else item_grids(query)
-        except ValueError as error:
-            what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
-            raise ValueError(f"{self.name}: {what}. {error}") from error
+        reason = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
+        return found_grids(query, given, self.by_frame, self.name, reason)
 
     def _project(self, inputs: dict, output: EncoderOutput, encoded: list[int] | None) -> EncoderOutput:
         """Features, ``(items, tokens, width)`` or packed, in the language model's width; the projector may leave fewer.

@@ -4,17 +4,17 @@ import copy
 import hashlib
 from pathlib import Path
 
-import native_models
+import convertible_models
 import pytest
 import tiny
 import torch
-from native_models import TYPES
+from convertible_models import TYPES
 from own_memory import own_memory
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose, from_native, to_native
 from cornstarch_hf.conversion.table import NATIVE
 
-SUPPRESSED = [native_models.IMAGE, native_models.VIDEO, native_models.AUDIO]
+SUPPRESSED = [convertible_models.IMAGE, convertible_models.VIDEO, convertible_models.AUDIO]
 WITH_VIDEOS = [name for name, row in TYPES.items() if row.videos]
 
 
@@ -54,8 +54,8 @@ def check_media_matter(native, inputs, real, logits):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_native_model_and_its_composition_are_equal_there_and_back(model_type, tmp_path):
-    native = native_models.build(model_type)
-    inputs = native_models.batch(TYPES[model_type].media(native))
+    native = convertible_models.build(model_type)
+    inputs = convertible_models.batch(TYPES[model_type].media(native))
     tensors, config, ties = digests(native), copy.deepcopy(native.config.to_dict()), dict(native.all_tied_weights_keys)
     model, processor = from_native(native)
     assert processor is None and isinstance(model, MultimodalModel)
@@ -78,14 +78,14 @@ def test_a_native_model_and_its_composition_are_equal_there_and_back(model_type,
 
 @pytest.mark.parametrize("model_type", WITH_VIDEOS)
 def test_images_and_videos_of_one_row_are_equal_and_their_tower_is_stored_once(model_type, tmp_path):
-    native, row = native_models.build(model_type), TYPES[model_type]
+    native, row = convertible_models.build(model_type), TYPES[model_type]
     media, videos = row.media(native), row.videos(native)
-    inputs = native_models.batch(
-        native_models.Media({**media.inputs, **videos.inputs}, {**media.counts, **videos.counts})
+    inputs = convertible_models.batch(
+        convertible_models.Media({**media.inputs, **videos.inputs}, {**media.counts, **videos.counts})
     )
     model, _ = from_native(native)
     check_equal(native, model, inputs)
-    check_equal(native, model, native_models.batch(videos))
+    check_equal(native, model, convertible_models.batch(videos))
     model.save_pretrained(tmp_path / "composed")
     native.save_pretrained(tmp_path / "native")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("composed", "native")]
@@ -104,7 +104,7 @@ def test_every_type_of_the_table_has_a_native_model_here():
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     """A native model and the folder in which it lies."""
-    model, folder = native_models.build("llava"), tmp_path_factory.mktemp("llava")
+    model, folder = convertible_models.build("llava"), tmp_path_factory.mktemp("llava")
     model.save_pretrained(folder)
     return model, folder
 
@@ -147,7 +147,7 @@ def test_a_native_folder_is_no_composition_and_a_native_model_no_part_of_one(lla
 
 
 def test_tensors_without_a_part_are_kept_or_dropped_in_a_warning(tmp_path):
-    native = native_models.build("janus")
+    native = convertible_models.build("janus")
     kept, _ = from_native(native)
     names = [name for name, _ in kept.native_rest.named_buffers()]
     assert names and all(name.startswith(("model.vqmodel", "model.generation")) for name in names)
@@ -172,12 +172,12 @@ def test_parts_share_memory_and_parameters_are_their_own(llava):
 
 @pytest.mark.parametrize("outer", [False, True])
 def test_the_outer_configuration_decides_whether_the_head_is_tied(outer, tmp_path):
-    native = native_models.build("internvl", tie_word_embeddings=outer, text_config={"tie_word_embeddings": not outer})
+    native = convertible_models.build("internvl", tie_word_embeddings=outer, text_config={"tie_word_embeddings": not outer})
     head, table = native.lm_head.weight, native.get_input_embeddings().weight
     assert (head is table) is outer
     model, _ = from_native(native)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is outer
-    inputs = native_models.batch(TYPES["internvl"].media(native))
+    inputs = convertible_models.batch(TYPES["internvl"].media(native))
     check_equal(native, model, inputs)
     assert (native.lm_head.weight is native.get_input_embeddings().weight) is outer
     assert files(to_native(model), tmp_path / "again") == files(native, tmp_path / "native")
@@ -191,7 +191,7 @@ def test_a_composition_that_never_was_native_is_refused():
     with pytest.raises(ValueError, match="This composition never was a native model"):
         to_native(model)
     with pytest.raises(ValueError, match="This composition was a 'llava', and cannot become a 'internvl'"):
-        to_native(from_native(native_models.build("llava"))[0], model_type="internvl")
+        to_native(from_native(convertible_models.build("llava"))[0], model_type="internvl")
 
 
 def test_what_a_composition_learns_comes_back_with_its_processor(llava):

@@ -2,11 +2,11 @@
 
 import copy
 
-import native_models
+import convertible_models
 import pytest
 import torch
 import transformers
-from native_models import TYPES
+from convertible_models import TYPES
 from transformers import CONFIG_MAPPING
 
 from cornstarch_hf import MultimodalModel, from_native, to_native
@@ -21,7 +21,7 @@ def on_meta(model_type):
     row = NATIVE[model_type]
     changes = TYPES[model_type].changes if model_type in TYPES else {}
     with torch.device("meta"):
-        return getattr(transformers, row.architecture)(native_models.small(CONFIG_MAPPING[model_type], changes))
+        return getattr(transformers, row.architecture)(convertible_models.small(CONFIG_MAPPING[model_type], changes))
 
 
 @pytest.mark.parametrize("model_type", NATIVE)
@@ -46,7 +46,7 @@ def test_each_native_tensor_is_one_of_ours_or_is_kept(model_type):
 def test_a_row_names_what_transformers_has(model_type):
     row = NATIVE[model_type]
     assert CONFIG_MAPPING[model_type].model_type == model_type and hasattr(transformers, row.architecture)
-    config = native_models.small(CONFIG_MAPPING[model_type], TYPES[model_type].changes if model_type in TYPES else {})
+    config = convertible_models.small(CONFIG_MAPPING[model_type], TYPES[model_type].changes if model_type in TYPES else {})
     assert "vision" in row.parts or "audio" in row.parts
     for part in row.parts_for(config).values():
         assert isinstance(setting(config, part.token), int)
@@ -58,14 +58,14 @@ def test_types_outside_the_architecture_are_refused_with_the_reason(model_type):
         pass
 
     Outside.model_type = model_type
-    model = native_models.build("llava")
+    model = convertible_models.build("llava")
     model.config.__class__ = type("Other", (type(model.config),), {"model_type": model_type})
     with pytest.raises(ValueError, match=f"'{model_type}' cannot be composed .*: {OUTSIDE[model_type][:30]}"):
         from_native(model)
 
 
 def test_an_unknown_type_is_refused_with_those_that_are_known():
-    model = native_models.build("llava")
+    model = convertible_models.build("llava")
     model.config.__class__ = type("Other", (type(model.config),), {"model_type": "brand_new"})
     with pytest.raises(ValueError, match=r"'brand_new' is not known, expected one of \['aria', .*'llava', "):
         from_native(model)
@@ -87,18 +87,18 @@ def test_an_unknown_type_is_refused_with_those_that_are_known():
 )
 def test_settings_that_cannot_be_converted_are_named(model_type, change, told):
     with pytest.raises(ValueError, match=told):
-        from_native(native_models.build(model_type, **change))
+        from_native(convertible_models.build(model_type, **change))
 
 
 def test_encoder_decoders_in_a_supported_type_are_refused():
-    config = copy.copy(native_models.build("blip-2"))
+    config = copy.copy(convertible_models.build("blip-2"))
     config.config.use_decoder_only_language_model = False
     with pytest.raises(ValueError, match="'blip-2' with use_decoder_only_language_model=False cannot be converted"):
         from_native(config)
 
 
 def test_values_of_a_row_read_the_configuration():
-    config = native_models.build("internvl").config
+    config = convertible_models.build("internvl").config
     assert Inverse("downsample_ratio").read(config) == 2 and First(("nothing", "projector_hidden_act")).read(config)
     assert Ratio("vision_config.hidden_size", 5, exact=False).read(config) == 6
     with pytest.raises(ValueError, match="vision_config.hidden_size=32 of InternVLConfig is no multiple of 5"):
@@ -111,4 +111,4 @@ def test_values_of_a_row_read_the_configuration():
         Case("downsample_ratio", {1: 2}).read(config)
     config.vision_feature_layer = [-1, -2]
     assert HiddenState("vision_feature_layer").read(config) == [2, -2]
-    assert isinstance(from_native(native_models.build("internvl"))[0], MultimodalModel)
+    assert isinstance(from_native(convertible_models.build("internvl"))[0], MultimodalModel)
