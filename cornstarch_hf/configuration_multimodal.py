@@ -28,6 +28,7 @@ from .parts.classes import (
     subclasses_of,
 )
 from .parts.registries import last_definition
+from .parts.stored_modules import SLOTS
 from .parts.stored_values import (
     POINTER,
     check_frozen_parts,
@@ -58,18 +59,24 @@ RESERVED_NAMES = frozenset([
 # Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = (
     "language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "frozen_parts", "part_dtypes",
-    "origins", "positions", "mask",
+    "origins", "positions", "mask", "native",
 )  # fmt: skip
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
     "layer": -1, "drop_prefix": 0, "data_format": None, "trim": False, "additional_args": [], "input_names": {},
-    "callbacks": {},
+    "callbacks": {}, "shares": {},
 }  # fmt: skip
+
+# Parts that an encoder may share with one before it, and the ending of the key of their configuration, which stands there once.
+SHARED_KEYS = {"module": "config", "projector": "projector_config"}
+SHARED_PARTS = (*SHARED_KEYS, *SLOTS)
 
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
 _TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (object,)}  # `check_origins` says more
-_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(
+    ("encoder_kwargs", "input_names", "callbacks", "shares"), (dict,)
+)
 _ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
 _ENTRY_TYPES |= {"token_id": (int,), "trim": (bool,), "additional_args": (list, tuple)}
 _HEAD_OPTIONS: dict[str, tuple[type, ...]] = {"scale": (int, float), "softcap": (int, float), "backbone": (str,)}
@@ -189,6 +196,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             _checked.reset(token)
 
     def _add_encoder(self, name: str, parts: dict[str, Any], auto_map: dict | None) -> None:
+        check_types({"modality": parts[f"{name}_modality"]}, {"modality": (dict,)}, name)
+        self._take_shared(name, parts)
         if parts[f"{name}_config"] is None:
             raise ValueError(f"The encoder {name!r} is listed in `encoders` but has no {name}_config.")
         setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config", auto_map is not None))
@@ -199,7 +208,6 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
         setattr(self, f"{name}_projector_config", projector)
-        check_types({"modality": parts[f"{name}_modality"]}, {"modality": (dict,)}, name)
         values = dict(parts[f"{name}_modality"] or {})
         check_types(values, _ENTRY_TYPES, f"{name}_modality")
         check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
@@ -214,6 +222,20 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
             raise ValueError(f"{name}: layer must be an integer or a list of integers, got {entry['layer']!r}.")
         setattr(self, f"{name}_modality", entry)
+
+    def _take_shared(self, name: str, parts: dict[str, Any]) -> None:
+        """Put the configurations of what an encoder shares with one before it among its own (in place)."""
+        shares = (parts[f"{name}_modality"] or {}).get("shares") or {}
+        check_types({"shares": shares}, {"shares": (dict,)}, f"{name}_modality")
+        before = self.encoders[: self.encoders.index(name)]
+        for part, lender in shares.items():
+            if part not in SHARED_PARTS or lender not in before:
+                raise ValueError(
+                    f"{name}_modality: shares has {part!r}: {lender!r}, expected some of {list(SHARED_PARTS)} of an encoder "
+                    f"before it, one of {before}."
+                )
+            if part in SHARED_KEYS:
+                parts[f"{name}_{SHARED_KEYS[part]}"] = getattr(self, f"{lender}_{SHARED_KEYS[part]}")
 
     def modality(self, name: str) -> dict[str, Any]:
         """The entry of one modality; ValueError that lists the names for an unknown one."""
@@ -275,6 +297,9 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; includes the attention and experts implementations of the parts."""
         output = super().to_dict()
+        for name in self.encoders:
+            for part in SHARED_KEYS.keys() & self.modality(name)["shares"].keys():
+                output.pop(f"{name}_{SHARED_KEYS[part]}", None)
         for key in self.sub_configs:
             source = (output.get(key) or {}).get("_name_or_path")
             if source and not is_repo_id(source):  # where a part lay on this machine is nobody else's business

@@ -14,7 +14,8 @@ from .checkpoints.storage import MultimodalStorageMixin, check_replaced
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.feature_layout import find_stand_in
-from .encoders.module import ModalEncoderModule, build_parts
+from .encoders.module import ModalEncoderModule
+from .encoders.rebuilding import build_parts
 from .encoders.stand_ins import idle_encoders, run_stand_in
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import (
@@ -33,7 +34,7 @@ from .parts.freezing import FreezingMixin, restore_frozen
 from .parts.gathering import GatheringMixin, untied_weights
 from .parts.registries import check_steps, encoder_options, step_inputs
 from .parts.signatures import PerInstanceSignature
-from .parts.stored_modules import mark_initialized
+from .parts.stored_modules import KeptTensors, mark_initialized
 from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, PAGED_INPUTS, check_hooks, is_paged, take_cache
 from .parts.weightless import WithoutInitializers
 
@@ -109,6 +110,8 @@ class MultimodalModel(
         for name, encoder in encoders.items():
             self.add_module(f"{name}_encoder", encoder)  # in this order, by which optimizers number parameters
         self.language_model = language_model
+        if kept := (config.native or {}).get("tensors"):
+            self.native_rest = KeptTensors(kept)
         self.loss_type = "ForCausalLM"  # transformers would guess it from the name of the class
         self._inherit_from_language_model(supplied)
         self._stand_ins: dict[str, dict[str, Tensor]] = {}  # by modality, as far as they were needed

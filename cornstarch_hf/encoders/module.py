@@ -1,6 +1,6 @@
-"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess; and how it is built again."""
+"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,16 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import feature_width
-from ..language_model.supported import build_language_model
 from ..parts.adapters import unwrapped
-from ..parts.classes import origin_of, resolve_class
+from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
-from ..parts.known_encoders import check_facts_registered, deterministic_inputs, encoder_type, refuse_random_encoder
+from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
 from ..parts.signatures import accepts, forward_parameters
-from ..parts.stored_adapters import wrap_again
-from ..parts.stored_modules import SLOTS, build_callback
+from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, final_grids, found_grids, frames_as_items, joined_frames
@@ -53,6 +50,10 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: leading tokens of each item to drop.
         data_format: which axis of the encoder's output holds the features' width: ``"channels_last"``, ``"channels_first"`` or
             ``"layers_first"``; found by a dry run when None.
+        shares: name of the modality whose very module, and projector where it is that too, these are: one tower for images and
+            videos, which is stored once.
+        input_names: keywords of the composed model for inputs of the encoder or its callbacks, ``{keyword: input}``; others
+            keep the names that processors give them.
         trim: whether its processor tells which frames of a window hold sound, by the mask that the encoder takes: the others
             are no features then.
 
@@ -80,10 +81,14 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: int = 0,
         data_format: str | None = None,
         trim: bool = False,
+        shares: str | None = None,
+        input_names: Mapping[str, str] | None = None,
         module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
         super().__init__()
+        self.shares_with = shares  # until composing makes it so
+        self._lenders: dict[str, tuple[str, ModalEncoderModule]] = {}
         given = _one_of(model=model, module=module)
         self.module = resolve_tower(given, kind)
         self.origin = origin_of(given, self.module)  # what it was loaded from, and which part of that encodes
@@ -94,10 +99,7 @@ class ModalEncoderModule(nn.Module):
             )
         # Registered even where it is missing, so that parameters keep their order, which optimizers rely on.
         self.register_module("projector", projector)
-        if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
-            raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
-        if not isinstance(trim, bool):
-            raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
+        _check_types(additional_args, trim)
         self.additional_args = list(additional_args or [])
         self.preprocess_callback = preprocess_callback
         self.postprocess_module_callback = _one_of(
@@ -112,21 +114,46 @@ class ModalEncoderModule(nn.Module):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
         # One that takes single images, (items, channels, height, width), gets a video as its frames.
-        images = self.kind == "video" and infer_kind(self.module) == "image"
-        self.by_frame = images and not packs_frames(self.module)
+        self.by_frame = self.kind == "video" and infer_kind(self.module) == "image" and not packs_frames(self.module)
         self.selection = Selection(output, tuple(layer) if isinstance(layer, list) else layer, drop_prefix, data_format)
         self.trim = trim
         if trim and set(MASKS).isdisjoint(self.parameter_names):
             told = f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}"
             raise ValueError(f"{self.kind}: {told}: leave it out.")
-        # Inputs of one item, by which it runs in a step that has none; None: `stand_ins` finds some where they are needed.
+        self.input_names = dict(input_names or {})
+        if unknown := sorted(set(self.input_names.values()) - set(self.parameter_names)):
+            raise ValueError(f"{self.kind}: input_names names {unknown}, expected some of {self.parameter_names}.")
+        # Inputs of one item, for a step that has none; None: `stand_ins` finds some where they are needed.
         self.stand_in: dict[str, Tensor] | None = None
         self.name = self.kind  # until composing gives it the modality's name
+
+    def share(self, part: str, name: str, lender: "ModalEncoderModule") -> None:
+        """Use the ``"module"``, the ``"projector"`` or a callback of the encoder of another modality as its own (in place)."""
+        self._modules.pop(part, None)
+        self.__dict__.pop(part, None)  # None, where it has no such callback itself
+        self._lenders[part] = name, lender
+
+    @property
+    def shares(self) -> dict[str, str]:
+        """What this encoder has not itself: ``{"module": modality, "projector": modality, ...}``."""
+        return {
+            part: name for part, (name, _) in self._lenders.items() if part not in {**self._modules, **self.__dict__}
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        # Looked up each time, so that what is put in a shared part's place (an adapter around it) serves both.
+        lent = self.__dict__.get("_lenders", {}).get(name)
+        return super().__getattr__(name) if lent is None else getattr(lent[1], name)
 
     @property
     def callbacks(self) -> dict[str, Callable | None]:
         """The callbacks by the name of their place."""
         return {slot: getattr(self, slot) for slot in SLOTS}
+
+    @property
+    def own_callbacks(self) -> dict[str, Callable | None]:
+        """The callbacks without those of another encoder."""
+        return {slot: callback for slot, callback in self.callbacks.items() if slot not in self.shares}
 
     @property
     def parameter_names(self) -> list[str]:
@@ -174,7 +201,7 @@ class ModalEncoderModule(nn.Module):
         # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
-            inputs = self.preprocess_callback(inputs)
+            inputs = self.preprocess_callback(inputs, **_wishes(self.preprocess_callback, self.module))
             if not isinstance(inputs, dict):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
@@ -303,7 +330,7 @@ class ModalEncoderModule(nn.Module):
         grids = self.grids(inputs, lengths, output.feature_grids, changed=lengths != encoded)
         try:
             # (items, fewer, hidden), or (sum of them, hidden) where items differ in length
-            reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids)
+            reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids, inputs=inputs)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return with_features(EncoderOutput(), reduced.last_hidden_state, reduced.feature_lens)
@@ -330,11 +357,25 @@ class ModalEncoderModule(nn.Module):
         return with_features(result, after, given_lengths, feature_grids=given_grids)
 
 
+def _check_types(additional_args: Any, trim: Any) -> None:
+    """TypeError for arguments of a `ModalEncoderModule` that are of another kind."""
+    if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
+        raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
+    if not isinstance(trim, bool):
+        raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
+
+
 def _one_of(**values: Any) -> Any:
     given = [value for value in values.values() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{'= and '.join(values)}= are two names of one argument, give one of them.")
     return given[0] if given else None
+
+
+def _wishes(callback: Any, module: nn.Module) -> dict[str, Any]:
+    """The encoder's configuration, for a callback whose attribute `takes_config` asks for it."""
+    asks = getattr(getattr(callback, "func", callback), "takes_config", False)
+    return {"config": unwrapped(module).config} if asks else {}
 
 
 def _lengths_of(output: EncoderOutput) -> list[int] | None:
@@ -355,35 +396,3 @@ def _placed(value: Any, weight: Tensor | None) -> Any:
     if not isinstance(value, Tensor) or weight is None or weight.is_meta:
         return value
     return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-
-
-# ---- the parts of a model built again from its configuration, with fresh weights
-
-
-def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    """Build one encoder with its projector and callbacks; ValueError for an unknown class, callback or encoder type."""
-    # First: a type that was registered when this was saved must be registered here too.
-    check_facts_registered(config.encoder_types)
-    entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
-    cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
-    module = cls(encoder_config, **entry["encoder_kwargs"])
-    # Adapters go around the encoder before weights are loaded, whose names they change.
-    module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
-    if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
-        raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
-    options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
-    options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
-    projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
-    encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
-    encoder.name = name  # messages would else name it by its kind
-    return encoder
-
-
-def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
-    """Build what a configuration describes, with fresh weights; ValueError for an empty one or an unknown class or callback."""
-    if config.text_config is None:
-        raise ValueError(
-            "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
-            "MultimodalModel(encoders=..., language_model=...) or compose(...)."
-        )
-    return {name: build_encoder(config, name) for name in config.encoders}, build_language_model(config)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..configuration_multimodal import MultimodalConfig
+from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from ..parts.adapters import unwrapped
 from ..parts.classes import language_model_class, resolve_class
 from ..parts.signatures import forward_parameters
@@ -85,6 +85,12 @@ def _faults(model: Any, masked: bool) -> Iterator[str]:
     config, takes = model.config, forward_parameters(model)
     if config.is_encoder_decoder:
         yield "is an encoder-decoder: expected a causal (decoder-only) language model."
+    towers = [kind for kind in MEDIA_KINDS if model.get_encoder(kind) is not model]
+    if towers and getattr(config, "text_config", None) is not None:
+        yield (
+            f"is multimodal already (it encodes {towers}): take it apart by from_native(model), and compose its language_model "
+            "with other encoders."
+        )
     if not model.can_generate():
         yield "has no language-model head: pass the ...ForCausalLM class of the same checkpoint."
     if "inputs_embeds" not in takes:
