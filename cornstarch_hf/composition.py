@@ -13,6 +13,7 @@ from .configuration_multimodal import SHARED_PARTS, MultimodalConfig, validate_e
 from .encoders.building import assign_input_names, complete_projector, modality_entry
 from .encoders.counting import FeatureCounter
 from .encoders.module import ModalEncoderModule
+from .encoders.rebuilding import complete_marks
 from .encoders.towers import typical_item
 from .language_model.supported import check_language_model, embedding_width
 from .parts.adapters import is_wrapped, unwrapped
@@ -51,6 +52,7 @@ def compose_config(
     for name, encoder in encoders.items():
         encoder.name = name
         complete_projector(encoder, language_model, width, init_projector_type, init_activation)
+        complete_marks(encoder)
         if "module" not in encoder.shares:
             values[f"{name}_config"] = unwrapped(encoder.module).config
         if "projector" not in encoder.shares:

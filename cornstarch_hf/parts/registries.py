@@ -126,6 +126,10 @@ class Step:
         """Inputs of the language model, of those so far; `masks` of placeholders and `outputs` of encoders by modality."""
         return inputs
 
+    def merge(self, model: Any, name: str, embeds: Any, mask: Any, features: Any, input_ids: Any) -> Any:
+        """Embeddings ``(batch, length, hidden)`` with one modality's features where the mask ``(batch, length)`` is set."""
+        return embeds
+
     def after_language_model(self, model: Any, inputs: dict, output: Any, past: int) -> None:
         """Keep with the output what a later call needs."""
 

@@ -293,6 +293,11 @@ class NativeProjection(nn.Module):
             raise ValueError(f"The native projector of {native_type!r} does not take its settings: {error}.") from error
 
     @property
+    def mark_table(self) -> nn.Embedding | None:
+        """The table of learnt tokens, of which projected features are mixtures, where the module is one (Ovis 2)."""
+        return self.module if isinstance(self.module, nn.Embedding) else None
+
+    @property
     def needs_grid(self) -> bool:
         """Whether it must be given the grid of an item's features."""
         return self._of.needs_grid

@@ -176,10 +176,11 @@ def compose(native, video=False, **options):
     if model_type in JOINED:
         return compose_joined(native, **options)
     tower = native.model.visual
-    encoders = {"image": plain(copy.deepcopy(tower), kind="image")}
+    more = {"layer_features": "deepstack_features"} if hasattr(tower, "deepstack_merger_list") else {}
+    encoders = {"image": plain(copy.deepcopy(tower), kind="image", **more)}
     if video:
-        more = ["second_per_grid_ts"] if model_type == "qwen2_5_vl" else []
-        encoders["video"] = plain(copy.deepcopy(tower), kind="video", additional_args=more)
+        seconds = ["second_per_grid_ts"] if model_type == "qwen2_5_vl" else []
+        encoders["video"] = plain(copy.deepcopy(tower), kind="video", additional_args=seconds, **more)
     rules = copy.deepcopy(RULES.get(model_type, {}))
     if not video and rules.get("positions"):
         rules["positions"].pop("time_step", None)
