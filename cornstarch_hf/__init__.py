@@ -3,6 +3,8 @@
 Importing this registers the composed model with transformers' Auto classes.
 """
 
+import importlib
+
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -14,16 +16,29 @@ from transformers import (
 )
 
 from .assembly import compose
+from .checkpoints.storage import CONVERTERS
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
+from .conversion.steps import AnyResolution
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
+from .language_model.inner_features import LayerFeatures
+from .language_model.masks import Masks
+from .language_model.positions import Positions
+from .language_model.text_head import TextModelWithHead
 from .modeling_multimodal import MultimodalModel
 from .parts.known_encoders import register_encoder_type
-from .parts.registries import register_callback, register_feature_count, register_projector
+from .parts.registries import (
+    register_callback,
+    register_feature_count,
+    register_mask_rule,
+    register_position_rule,
+    register_projector,
+)
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
+from .projectors.native import NativeProjection
 from .projectors.projector import MultimodalProjector
 from .projectors.reductions import FrameStackProjection, PixelShuffleProjection
 from .projectors.resampler import ResamplerProjection
@@ -34,13 +49,17 @@ from .training.optimizer_groups import parameter_groups
 __all__ = [
     "BatchMetrics", "ModalEncoderModule", "MultimodalCollator", "MultimodalConfig", "MultimodalModel",
     "MultimodalProcessor", "MultimodalProjector", "MultimodalProjectorConfig", "PrecomputedFeatures",
-    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TimeSeriesProcessor", "compose", "parameter_groups",
-    "push_to_hub", "register_callback", "register_encoder_type", "register_feature_count", "register_projector",
+    "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TextModelWithHead", "TimeSeriesProcessor",
+    "compose", "from_native", "parameter_groups", "push_to_hub", "register_callback", "register_encoder_type",
+    "register_feature_count", "register_mask_rule", "register_position_rule", "register_projector", "to_native",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
-# Their files register them as projection types.
-REDUCERS = (AvgPoolProjection, ConvProjection, FrameStackProjection, PixelShuffleProjection, ResamplerProjection)
+# Their files register them as projection types, or put them where models and checkpoints look for them.
+REDUCERS = (
+    AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection,
+)  # fmt: skip
+STEPS = (AnyResolution, LayerFeatures, Masks, Positions)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 
@@ -56,7 +75,12 @@ def register_auto_classes() -> None:
     AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
 
 
+_LAZY = {"from_native": ".conversion.native", "to_native": ".conversion.native"}
+
+
 def __getattr__(name: str):
+    if name in _LAZY:  # who converts nothing does not wait for it
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
     if name == "BatchMetrics":  # Trainer's callbacks are slow to import, and few programs need them
         from .training.batch_metrics import BatchMetrics
 
@@ -64,4 +88,5 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+CONVERTERS["from_native"] = lambda *args, **kwargs: __getattr__("from_native")(*args, **kwargs)
 register_auto_classes()

@@ -27,8 +27,8 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from .checkpoints.finding import CONFIG
-from .composition import check_encoders
-from .configuration_multimodal import MultimodalConfig, valid_groups
+from .composition import check_encoders, share_parts
+from .configuration_multimodal import MultimodalConfig
 from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
@@ -36,6 +36,7 @@ from .language_model.supported import check_language_model
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import unwrapped
 from .parts.classes import FAMILIES, language_model_class
+from .parts.settings import valid_groups
 from .parts.stored_values import check_kernels, check_quantization, read_json
 from .processing.own_processors import default_processor
 from .processing.subprocessors import sampling_rate_of
@@ -142,6 +143,7 @@ def compose(
     if isinstance(language_model, (str, os.PathLike)):
         with _naming("The language model", language_model):
             live = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
+    share_parts(modules)
     check_encoders(modules, live)
     model = MultimodalModel(encoders=modules, language_model=live)
     asked_for = {"model": language_model, "revision": revision}
@@ -200,7 +202,10 @@ def _check_causal(language_model: Any, options: Mapping[str, Any], given: Mappin
         return
     whole = getattr(config, "text_config", None) is not None
     remedy = (
-        "it is multimodal already: name the checkpoint of its language model" if whole else "pass a decoder-only one"
+        f"it is multimodal already: take it apart by from_native({str(language_model)!r}), or name the checkpoint of its "
+        "language model"
+        if whole
+        else "pass a decoder-only one"
     )
     raise ValueError(
         f"The language model {str(language_model)!r} has the model_type {config.model_type!r} ({type(config).__name__}), "

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration_multimodal import MultimodalConfig, validate_encoder_names
+from .configuration_multimodal import SHARED_PARTS, MultimodalConfig, validate_encoder_names
 from .encoders.building import assign_input_names, complete_projector, modality_entry
 from .encoders.counting import FeatureCounter
 from .encoders.module import ModalEncoderModule
+from .encoders.rebuilding import complete_marks
 from .encoders.towers import typical_item
 from .language_model.supported import check_language_model, embedding_width
 from .parts.adapters import is_wrapped, unwrapped
@@ -27,13 +28,15 @@ def compose_config(
     language_model: PreTrainedModel,
     init_projector_type: str = "linear",
     init_activation: str = "gelu",
+    rules: Mapping[str, Any] | None = None,
 ) -> MultimodalConfig:
     """Describe live parts, whose configurations become sub-configurations as they are; missing projectors are created.
 
     Raises TypeError for parts of wrong types, ValueError for names, widths, shared weights or an unusable language model.
     """
     # Refusals first: from `separate_configs` on the live parts are changed.
-    check_language_model(language_model)
+    check_language_model(language_model, masked=bool((rules or {}).get("mask")))
+    share_parts(encoders)
     check_encoders(encoders, language_model)
     separate_configs(encoders, language_model)
     warn_of_quantized(encoders, language_model)
@@ -43,28 +46,57 @@ def compose_config(
         {name: encoder.parameter_names for name, encoder in encoders.items()},
         {name: encoder.kind for name, encoder in encoders.items()},
         forward_parameters(text),
+        {name: encoder.input_names for name, encoder in encoders.items()},
     )
     values: dict[str, Any] = {}
     for name, encoder in encoders.items():
         encoder.name = name
         complete_projector(encoder, language_model, width, init_projector_type, init_activation)
-        values[f"{name}_config"] = unwrapped(encoder.module).config
-        values[f"{name}_projector_config"] = encoder.projector.config
+        complete_marks(encoder)
+        if "module" not in encoder.shares:
+            values[f"{name}_config"] = unwrapped(encoder.module).config
+        if "projector" not in encoder.shares:
+            values[f"{name}_projector_config"] = encoder.projector.config
         values[f"{name}_modality"] = modality_entry(encoder) | {"input_names": names[name]}
-    config = MultimodalConfig(text_config=text.config, encoders=list(encoders), **values)
+    config = MultimodalConfig(text_config=text.config, encoders=list(encoders), **values, **(rules or {}))
     if language_model_class(text.config) is not type(text):  # else the configuration alone tells the class
         config.language_model_class = class_name(type(text), text.config)
     config.language_model_kwargs = constructor_options(text)
     record_adapters(config, encoders, language_model)
     config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])
-    origins = [(f"{name}_encoder", encoder.origin) for name, encoder in encoders.items()]
+    origins = [(f"{name}_encoder", e.origin) for name, e in encoders.items() if "module" not in e.shares]
     origins.append(("language_model", origin_of(language_model, language_model)))
     config.origins = {name: origin for name, origin in origins if origin} or None
     return config
 
 
+def share_parts(encoders: Any) -> None:
+    """Have encoders that say so use the very module, or projector, of another one from there (in place), which is stored once.
+
+    ValueError where they share neither, or name no encoder before them.
+    """
+    found = encoders.items() if isinstance(encoders, Mapping) else ()
+    before: dict[str, ModalEncoderModule] = {}
+    for name, encoder in found:
+        other = getattr(encoder, "shares_with", None)
+        if other is not None and encoder.shares == {}:
+            lender: Any = before.get(other)
+            same = [
+                part for part in SHARED_PARTS if lender is not None and getattr(lender, part) is getattr(encoder, part)
+            ]
+            if not [part for part in same if getattr(encoder, part) is not None]:
+                raise ValueError(
+                    f"{name}: shares={other!r}, but it has neither the module nor the projector of an encoder of that name "
+                    f"before it, one of {list(before)}: give it that very module, encoders[{other!r}].module."
+                )
+            for part in same:
+                if isinstance(getattr(encoder, part), nn.Module):  # a function as a callback is no weight
+                    encoder.share(part, other, lender)
+        before[name] = encoder
+
+
 def check_encoders(encoders: Any, language_model: nn.Module) -> None:
-    """Refuse wrong types, bad names, and weights that two parts share (a checkpoint would store them once)."""
+    """Refuse wrong types, bad names, and weights that two parts share in other ways than `share_parts` knows."""
     if not isinstance(encoders, Mapping):
         raise TypeError(f"encoders must be a dict of ModalEncoderModule by name, got {type(encoders).__name__}.")
     for name, encoder in encoders.items():
@@ -76,11 +108,12 @@ def check_encoders(encoders: Any, language_model: nn.Module) -> None:
     owners = {id(p): "the language model" for p in language_model.parameters()}
     for name, encoder in encoders.items():
         mine = {id(p) for p in encoder.parameters()} | {id(encoder)}
-        mine |= {id(encoder.projector)} if encoder.projector is not None else set()  # whose weights may be yet to come
+        own = encoder._modules.get("projector")
+        mine |= {id(own)} if own is not None else set()  # whose weights may be yet to come
         if shared := mine & set(owners):
             raise ValueError(
                 f"The encoder {name!r} shares weights with {owners[shared.pop()]}: give it a module of its own "
-                "(copy.deepcopy), or use one name."
+                "(copy.deepcopy), use one name, or say by shares= which encoder's it is."
             )
         owners |= dict.fromkeys(mine, f"the encoder {name!r}")
 
@@ -109,6 +142,8 @@ def separate_configs(encoders: Mapping[str, ModalEncoderModule], language_model:
     """Give each part a configuration object of its own, so that per-part settings stay apart."""
     seen = {id(unwrapped(language_model).config)}
     for encoder in encoders.values():
+        if "module" in encoder.shares:
+            continue
         old = unwrapped(encoder.module).config
         new = copy.deepcopy(old) if id(old) in seen else old
         seen.add(id(new))

@@ -26,7 +26,9 @@ from .parts.classes import (
     subclasses_of,
 )
 from .parts.registries import last_definition
+from .parts.settings import check_rules, merging_options, valid_groups
 from .parts.stored_errors import explained, make_config
+from .parts.stored_modules import SLOTS
 from .parts.stored_values import (
     POINTER,
     check_frozen_parts,
@@ -58,20 +60,27 @@ RESERVED_NAMES = frozenset([
 # Settings of the whole that a checkpoint keeps where there is something to keep.
 OPTIONAL_KEYS = (
     "language_model_class", "language_model_kwargs", "adapters", "encoder_types", "frozen", "frozen_parts", "part_dtypes",
-    "origins",
+    "origins", "positions", "mask", "native",
 )  # fmt: skip
 # What belongs to one modality and neither to its encoder's configuration nor to its projector's.
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
     "layer": -1, "drop_prefix": 0, "data_format": None, "trim": False, "additional_args": [], "input_names": {},
-    "callbacks": {},
+    "callbacks": {}, "layer_features": None, "merge": None, "marks": {}, "shares": {},
 }  # fmt: skip
+
+# Parts that an encoder may share with one before it, and the ending of the key of their configuration, which stands there once.
+SHARED_KEYS = {"module": "config", "projector": "projector_config"}
+SHARED_PARTS = (*SHARED_KEYS, *SLOTS)
 
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys((*OPTIONAL_KEYS, "part_implementations"), (dict,))
 _TYPES |= {"language_model_class": (str,), "frozen": (list, tuple), "origins": (object,)}  # `check_origins` says more
-_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(("encoder_kwargs", "input_names", "callbacks"), (dict,))
+_ENTRY_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(
+    ("encoder_kwargs", "input_names", "callbacks", "shares"), (dict,)
+)
 _ENTRY_TYPES |= dict.fromkeys(("kind", "token", "encoder_class", "output", "data_format"), (str,))
 _ENTRY_TYPES |= {"token_id": (int,), "trim": (bool,), "additional_args": (list, tuple)}
+_HEAD_OPTIONS: dict[str, tuple[type, ...]] = {"scale": (int, float), "softcap": (int, float), "backbone": (str,)}
 # What transformers has on every configuration and every model, and names of usual tokens.
 _KEYS_OF_ALL = {*dir(PreTrainedConfig), *dir(PreTrainedModel), *dir(GenerationMixin)}
 _KEYS_OF_ALL |= {"quantization_config", "generation_config", "language_model_class"}
@@ -98,6 +107,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         encoders: the encoders' names, in order; each matches ``[a-z][a-z0-9_]{0,63}`` and brings
             ``{name}_config``, ``{name}_projector_config`` and ``{name}_modality`` (see `MODALITY_DEFAULTS`).
         share_inputs: groups of modality names that see the same items.
+        positions, mask: rules that the language model's own do not know, ``{"rule": name, **options}``: how tokens are numbered
+            (`register_position_rule`), and which attend to each other both ways (`register_mask_rule`).
         loss_at_labels: in training mode, run the head at labelled positions only; the output then has no `logits`.
         **kwargs: those three for each encoder, settings that a checkpoint keeps (`OPTIONAL_KEYS`; `origins` says from
             which repository each part came), and whatever `transformers.PreTrainedConfig` takes.
@@ -185,6 +196,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             _checked.reset(token)
 
     def _add_encoder(self, name: str, parts: dict[str, Any], auto_map: dict | None) -> None:
+        check_types({"modality": parts[f"{name}_modality"]}, {"modality": (dict,)}, name)
+        self._take_shared(name, parts)
         if parts[f"{name}_config"] is None:
             raise ValueError(f"The encoder {name!r} is listed in `encoders` but has no {name}_config.")
         setattr(self, f"{name}_config", _as_config(parts[f"{name}_config"], f"{name}_config", auto_map is not None))
@@ -198,7 +211,6 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
         setattr(self, f"{name}_projector_config", projector)
-        check_types({"modality": parts[f"{name}_modality"]}, {"modality": (dict,)}, name)
         values = dict(parts[f"{name}_modality"] or {})
         check_types(values, _ENTRY_TYPES, f"{name}_modality")
         check_switches(values.get("encoder_kwargs"), f"{name}_modality: encoder_kwargs")
@@ -211,11 +223,26 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             )
         values = {key: value for key, value in values.items() if value is not None}  # null is the default
         entry = copy.deepcopy(MODALITY_DEFAULTS) | values  # so that no two share a list
+        entry |= merging_options(entry["layer_features"], entry["merge"], entry["marks"], name)
         check_count(entry["drop_prefix"], f"{name}: drop_prefix (a number of tokens)", least=0)
         layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
         if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
             raise ValueError(f"{name}: layer must be an integer or a list of integers, got {entry['layer']!r}.")
         setattr(self, f"{name}_modality", entry)
+
+    def _take_shared(self, name: str, parts: dict[str, Any]) -> None:
+        """Put the configurations of what an encoder shares with one before it among its own (in place)."""
+        shares = (parts[f"{name}_modality"] or {}).get("shares") or {}
+        check_types({"shares": shares}, {"shares": (dict,)}, f"{name}_modality")
+        before = self.encoders[: self.encoders.index(name)]
+        for part, lender in shares.items():
+            if part not in SHARED_PARTS or lender not in before:
+                raise ValueError(
+                    f"{name}_modality: shares has {part!r}: {lender!r}, expected some of {list(SHARED_PARTS)} of an encoder "
+                    f"before it, one of {before}."
+                )
+            if part in SHARED_KEYS:
+                parts[f"{name}_{SHARED_KEYS[part]}"] = getattr(self, f"{lender}_{SHARED_KEYS[part]}")
 
     def modality(self, name: str) -> dict[str, Any]:
         """The entry of one modality; ValueError that lists the names for an unknown one."""
@@ -240,6 +267,14 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if not names:
             raise ValueError(f"{what!r} is no modality of this model, expected one of {self.encoders} or its kind.")
         return names
+
+    @property
+    def steps(self) -> list[str]:
+        """What this composition does between merging and the language model and others do not, see `registries.STEPS`."""
+        entries = [self.modality(name) for name in self.encoders]
+        found = ["merge"] if any(entry["merge"] or entry["marks"] for entry in entries) else []
+        found += ["layer_features"] if any(entry["layer_features"] for entry in entries) else []
+        return found + [key for key in ("positions", "mask") if getattr(self, key, None)]
 
     def adapters_of(self, part: str) -> dict[str, Any] | None:
         """The adapters around a part (``"language_model"``, ``"vision_encoder.module"``), None where there are none."""
@@ -278,6 +313,9 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         """A JSON-ready dictionary; includes the attention and experts implementations of the parts."""
         output = super().to_dict()
         output.pop(_READ, None)
+        for name in self.encoders:
+            for part in SHARED_KEYS.keys() & self.modality(name)["shares"].keys():
+                output.pop(f"{name}_{SHARED_KEYS[part]}", None)
         for key in self.sub_configs:
             source = (output.get(key) or {}).get("_name_or_path")
             if source and not is_repo_id(source):  # where a part lay on this machine is nobody else's business
@@ -293,7 +331,9 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
 def _check_settings(values: dict[str, Any], where: str) -> None:
     """Refuse settings of the whole that it cannot have (ValueError)."""
     check_types(values, _TYPES, where)
-    check_switches(values.get("language_model_kwargs"), "language_model_kwargs")
+    others = _HEAD_OPTIONS if values.get("language_model_class") == "TextModelWithHead" else {}
+    check_switches(values.get("language_model_kwargs"), "language_model_kwargs", others)
+    check_rules(values)
     check_part_dtypes(values.get("part_dtypes"))
     check_names(values.get("frozen") or [], "frozen")
     check_frozen_parts(values.get("frozen_parts"))
@@ -326,15 +366,6 @@ def _as_config(value, key: str, shared: bool = False) -> PreTrainedConfig:
     # What `from_dict` does besides is to write the values out for the log.
     plain = found[0].from_dict.__func__ is PreTrainedConfig.from_dict.__func__
     return make_config(lambda given: found[0](**given) if plain else found[0].from_dict(given), values, key)
-
-
-def valid_groups(groups, names: list[str]) -> list[list[str]]:
-    """Groups of modalities that see the same items, as lists; ValueError for one that is no such group."""
-    groups = groups or []
-    for group in [groups] if isinstance(groups, str) else groups:
-        if isinstance(group, str) or len(group) < 2 or not set(group) <= set(names):
-            raise ValueError(f"share_inputs lists groups of two or more of the modalities {names}, got {group!r}.")
-    return [list(group) for group in groups]
 
 
 def validate_encoder_names(names: list[str]) -> None:

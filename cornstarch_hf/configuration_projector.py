@@ -12,7 +12,7 @@ from .parts.registries import PROJECTORS
 from .parts.stored_modules import as_json
 from .parts.stored_values import check_kernels, check_values, read_text, without_implementations
 
-BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler")
+BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler", "native")
 CUSTOM_PROJECTION = "custom"
 # What any configuration may be given, besides what its class declares.
 _BASE_KEYS = frozenset([

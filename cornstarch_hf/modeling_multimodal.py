@@ -7,30 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .checkpoints.plain_storage import first_dtype
 from .checkpoints.storage import MultimodalStorageMixin, check_replaced
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.feature_layout import find_stand_in
-from .encoders.module import ModalEncoderModule, build_parts
+from .encoders.module import ModalEncoderModule
+from .encoders.rebuilding import build_parts
 from .encoders.stand_ins import idle_encoders, run_stand_in
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
-from .language_model.calling import EmbeddingsMixin, cached_length, run_backbone, run_language_model, text_keywords
+from .language_model.calling import (
+    EmbeddingsMixin,
+    around_language_model,
+    cached_length,
+    run_backbone,
+    run_language_model,
+    text_keywords,
+)
 from .language_model.generation import MultimodalGenerationMixin
 from .language_model.merging import MergingMixin, check_lengths, check_tensors
 from .parts.adapters import WholeAdaptersMixin
 from .parts.build_bounds import bounded_tensors, check_built
 from .parts.freezing import FreezingMixin, restore_frozen
-from .parts.frozen_modes import is_checkpointing
 from .parts.gathering import GatheringMixin, untied_weights
+from .parts.registries import check_steps, encoder_options, step_inputs
 from .parts.signatures import PerInstanceSignature
-from .parts.stored_modules import mark_initialized
+from .parts.stored_modules import KeptTensors, mark_initialized
 from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, PAGED_INPUTS, check_hooks, is_paged, take_cache
 from .parts.weightless import WithoutInitializers
 
-logger = logging.get_logger(__name__)
 EncoderOutputs = dict[str, Any]
 
 
@@ -45,6 +52,7 @@ class MultimodalModel(
         language_model: a causal language model of transformers, PEFT-wrapped or not.
         init_projector_type, init_activation: of the projectors that encoders lack.
         encoders: `ModalEncoderModule`s by name; `vision` becomes `model.vision_encoder`.
+        positions, mask: rules that replace the language model's own, ``{"rule": name, **options}``, see `MultimodalConfig`.
 
     Raises:
         TypeError: parts of wrong types.
@@ -72,6 +80,8 @@ class MultimodalModel(
         init_activation: str = "gelu",
         *,
         encoders: Mapping[str, ModalEncoderModule] | None = None,
+        positions: dict[str, Any] | None = None,
+        mask: dict[str, Any] | None = None,
     ):
         if isinstance(config, Mapping):
             if encoders is not None:
@@ -82,7 +92,8 @@ class MultimodalModel(
         supplied = config is None
         if config is None:
             encoders = {} if encoders is None else encoders
-            config = compose_config(encoders, language_model, init_projector_type, init_activation)
+            rules = {"positions": positions, "mask": mask}
+            config = compose_config(encoders, language_model, init_projector_type, init_activation, rules)
             for part in (language_model, *encoders.values()):
                 mark_initialized(part)  # else `post_init` would draw its weights anew
         else:
@@ -99,9 +110,12 @@ class MultimodalModel(
         for name, encoder in encoders.items():
             self.add_module(f"{name}_encoder", encoder)  # in this order, by which optimizers number parameters
         self.language_model = language_model
+        if kept := (config.native or {}).get("tensors"):
+            self.native_rest = KeptTensors(kept)
         self.loss_type = "ForCausalLM"  # transformers would guess it from the name of the class
         self._inherit_from_language_model(supplied)
         self._stand_ins: dict[str, dict[str, Tensor]] = {}  # by modality, as far as they were needed
+        check_steps(self)
         self._untied = untied_weights(self) if supplied else frozenset()  # a live head without its tie stays as it is
         self.post_init()  # when all parts are there: it gathers their tied weights
         if not supplied:
@@ -123,6 +137,7 @@ class MultimodalModel(
             added = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             if CACHE not in ("cache", None):  # of an older version, which reads this signature
                 removed, added = [*removed, "cache"], [*added, CACHE]
+            added += step_inputs(self.config)
             return removed, added + [key for key in text if key not in OWN_INPUTS]
         names = self._answering(method.removeprefix("get_").removesuffix("_features"))
         return ([], [key for n in names for key in self.config.modality(n)["input_names"]]) if names else None
@@ -172,8 +187,12 @@ class MultimodalModel(
         check_lengths(tokens.shape[1], attention_mask, labels)
         own = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
         own |= {"use_cache": self._caching(use_cache, cache), "logits_to_keep": logits_to_keep}
-        labels = self._without_placeholder_labels(labels, masks, inputs)
-        output = run_language_model(self, labels=labels, **own, **inputs)
+        labels, own = self._without_placeholder_labels(labels, masks, inputs), own | inputs
+
+        def run(arguments: dict[str, Any]) -> ModelOutput:
+            return run_language_model(self, labels=labels, **arguments)
+
+        output = around_language_model(self, run, own, masks, outputs)
         self._attach_features(output, outputs)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -185,8 +204,9 @@ class MultimodalModel(
         cache = take_cache(kwargs)
         embeds, given, use_cache = (kwargs.pop(k, None) for k in ("inputs_embeds", "mm_encoder_outputs", "use_cache"))
         own = {key: kwargs.pop(key, None) for key in ("attention_mask", "position_ids")}
-        inputs, _, outputs = self._encode_and_merge(input_ids, embeds, given, cache, kwargs)
-        output = run_backbone(self, {**own, "cache": cache, "use_cache": self._caching(use_cache, cache), **inputs})
+        inputs, masks, outputs = self._encode_and_merge(input_ids, embeds, given, cache, kwargs)
+        inputs = {**own, "cache": cache, "use_cache": self._caching(use_cache, cache), **inputs}
+        output = around_language_model(self, partial(run_backbone, self), inputs, masks, outputs)
         self._attach_features(output, outputs)
         return output
 
@@ -215,28 +235,6 @@ class MultimodalModel(
         ids, embeds, text = self._merge(input_ids, inputs_embeds, outputs, masks, text, unused)
         return {"input_ids": ids, "inputs_embeds": embeds, **text}, masks, outputs
 
-    def _attach_features(self, output: ModelOutput, outputs: EncoderOutputs) -> None:
-        """Say what each encoder gave (in place), None without items: `output.image_outputs`, ..., by name where kinds clash."""
-        # Attributes and no keys: Trainer would gather keys as predictions, and DistributedDataParallel would wait for
-        # gradients of all that they were computed with.
-        for name in self.config.encoders:
-            kind = self.config.modality(name)["kind"]
-            alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
-            # Another encoder may have the kind as its name.
-            by_kind = alone and (kind == name or kind not in self.config.encoders)
-            setattr(output, f"{kind if by_kind else name}_outputs", outputs.get(name))
-
-    def _caching(self, use_cache: bool | None, cache: Any) -> bool | None:
-        """Whether the language model is to return a cache; never while it checkpoints, as in transformers."""
-        # Its own modules find that out by their training mode, which frozen ones are not in.
-        if use_cache is False or cache is not None or not self.training or not is_checkpointing(self.language_model):
-            return use_cache
-        if use_cache:
-            logger.warning_once(
-                "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
-            )
-        return False
-
     def _route(
         self, kwargs: dict[str, Any], others: frozenset[str] = frozenset()
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -259,7 +257,7 @@ class MultimodalModel(
             if has_items:  # inputs without one run no encoder
                 media[name] = inputs
         # `shift_labels` are labels that were shifted already, for sequences that are split over devices.
-        taken = sorted(text_keywords(self.language_model))
+        taken = sorted({*text_keywords(self.language_model), *step_inputs(self.config)})
         if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels", *others}):
             keywords = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             raise TypeError(
@@ -280,7 +278,7 @@ class MultimodalModel(
         unused: list[Tensor] = []
         for name, encoder in self.encoders.items():  # in this order in every process
             if name in media:
-                outputs[name] = encoder(**media[name])
+                outputs[name] = encoder(**media[name], **encoder_options(self.config))
             elif name in idle:
                 if name not in self._stand_ins:
                     self._stand_ins[name] = find_stand_in(self, name)
@@ -338,7 +336,7 @@ class MultimodalModel(
             raise TypeError(
                 f"get_{kind}_features() got unexpected keyword arguments {unknown}, expected {sorted(keywords)}."
             )
-        output = self.encoders[names[0]](**inputs)
+        output = self.encoders[names[0]](**inputs, **encoder_options(self.config))
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 

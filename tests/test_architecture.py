@@ -21,7 +21,7 @@ LAYERS = [
     ["projectors"],
     ["encoders"],
     ["composition", "processing_multimodal", "modeling_multimodal"],
-    ["assembly", "training", "hub"],
+    ["assembly", "training", "hub", "conversion"],
     ["__init__"],
 ]
 # name -> why it may be longer than 40 lines of body
@@ -32,7 +32,13 @@ PATHS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "th
 ROOMS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
 # Files that are tested together with another one.
 COVERED = {
+    "conversion.configs": "conversion/test_native",
+    "conversion.entries": "conversion/test_table",
+    "conversion.keys": "conversion/test_table",
+    "conversion.refusals": "conversion/test_table",
     "encoders.building": "test_composition",
+    "encoders.rebuilding": "test_composition",
+    "projectors.native": "conversion/test_native",
     "checkpoints.code_folder": "checkpoints/test_code_bundle",
     "checkpoints.finding": "checkpoints/test_checkpoint_files",
     "parts.stored_adapters": "parts/test_adapters",
@@ -86,7 +92,7 @@ def test_every_room_and_file_on_top_has_its_layer():
 
 def test_the_house_stays_small_enough_to_be_drawn():
     assert len([name for name in FILES if "." not in name]) <= 10
-    assert len([name for name in FILES if name != "__init__"]) <= 84
+    assert len([name for name in FILES if name != "__init__"]) <= 98
 
 
 def test_a_twentieth_of_the_lines_have_comments():

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, LlamaModel, T5Config
 from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalProjector, MultimodalProjectorConfig
 from cornstarch_hf.composition import check_encoders, compose_config, separate_configs
 from cornstarch_hf.encoders.building import found_width, modality_entry
-from cornstarch_hf.encoders.module import build_encoder, build_parts
+from cornstarch_hf.encoders.rebuilding import build_encoder, build_parts
 from cornstarch_hf.language_model.supported import check_language_model, embedding_width
 
 

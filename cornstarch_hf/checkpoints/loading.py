@@ -44,6 +44,7 @@ def plan_load(
     if composition is None:
         if bases:
             raise ValueError(f"{files.source} has no {COMPOSITION} that names a base, so bases= cannot replace one.")
+        _check_type(model_class, files, plan.options)
         return plan._replace(guard=_base_of_adapters(plan, files).guard)
     config, options = _config_of(model_class, files, plan.options)
     if composition.references:
@@ -55,6 +56,19 @@ def plan_load(
     # The configuration is handed over as it was checked, and not read from the file again.
     pinned = {"config": config} if files.is_local else {"config": config, "revision": files.options.get("revision")}
     return plan._replace(options={**options, **pinned})
+
+
+def _check_type(model_class: Any, files: CheckpointFiles, options: Options) -> None:
+    """ValueError for a checkpoint of another type, of which transformers would load what has equal names, without a word."""
+    if "config" in options or (path := files.find(CONFIG)) is None:
+        return
+    values, expected = read_json(path, f"{files.source}: {CONFIG}"), model_class.config_class.model_type
+    found = values.get("model_type") if isinstance(values, dict) else None
+    if isinstance(found, str) and found != expected:
+        raise ValueError(
+            f"{files.source} holds a model of the type {found!r}, {model_class.__name__} loads {expected!r}: a native "
+            f"multimodal model of transformers is taken apart by from_native({str(files.source)!r})."
+        )
 
 
 def check_processor_files(source: Any, options: Options) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from ..parts.names import as_regex, compress, matches
 from ..parts.stored_adapters import check_no_views, check_not_injected, record_adapters
 from ..parts.stored_modules import check_callbacks_storable
 from ..parts.weightless import build_without_weights, without_dtypes
+from .code_folder import INSTALL
 from .finding import Bases, Options
 from .loading import write_reference
 from .manifest import Embed, StagedSave, chosen_components, components_of
 from .plain_storage import ModelStorage, first_dtype
 
 logger = logging.getLogger(__name__)
+CONVERTERS: dict[str, Callable[..., Any]] = {}  # of `conversion`, which stands above this room
 
 
 class MultimodalStorageMixin(ModelStorage):
@@ -77,6 +79,13 @@ class MultimodalStorageMixin(ModelStorage):
         """
         own: dict[str, Any] = {"embed": embed, "bases": bases, "include_code": include_code, "variant": variant}
         return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **own, **kwargs)
+
+    @classmethod
+    def from_pretrained_multimodal_model(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """The composition of a native multimodal model's parts; takes and raises what `cornstarch_hf.from_native` does."""
+        if "from_native" not in CONVERTERS:
+            raise ValueError(f"Taking native models apart needs the package: {INSTALL}, then import cornstarch_hf.")
+        return CONVERTERS["from_native"](pretrained_model_name_or_path, **kwargs)[0]
 
     def _before_save(self, embed: Embed = True, bases: Bases = None) -> bool:
         whole = not getattr(self, "_hf_peft_config_loaded", False)
@@ -163,7 +172,8 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
         setattr(config, f"{name}_projector_config", encoder.projector.config)  # of one that was put in place of another
         check_not_injected(encoder.module, f"{name}_encoder.module")
         encoder.projector.check_storable(f"{name}_encoder.projector")
-        config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+        config.modality(name)["callbacks"] = check_callbacks_storable(encoder.own_callbacks, name)
+        config.modality(name)["shares"] = encoder.shares
     record_adapters(config, encoders, language_model)
     check_facts_registered(config.encoder_types)  # what is not known here would be left out
     config.encoder_types = registered_facts([unwrapped(encoder.module).config for encoder in encoders.values()])

@@ -207,22 +207,29 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
         "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),  # JSON has no tuples
         "trim": encoder.trim,
         "additional_args": list(encoder.additional_args),
+        **encoder.merging,
+        "shares": encoder.shares,
     }
 
 
 def assign_input_names(
-    parameters: Mapping[str, Iterable[str]], kinds: Mapping[str, str], language_model: Iterable[str]
+    parameters: Mapping[str, Iterable[str]],
+    kinds: Mapping[str, str],
+    language_model: Iterable[str],
+    given: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, dict[str, str]]:
     """Give each encoder input its keyword: for each modality ``{keyword: parameter of the encoder}``.
 
     An input keeps the name that its processor emits while that is unique; where two encoders, or an encoder and the
-    language model, want one name, every encoder's gets ``"{modality}_"`` in front (ValueError if that is taken too).
+    language model, want one name, every encoder's gets ``"{modality}_"`` in front (ValueError if that is taken too).  Keywords
+    that are `given`, by modality, are taken as they are.
 
     >>> assign_input_names({"vision": ["pixel_values"], "audio": ["input_features", "attention_mask"]},
     ...                    {"vision": "image", "audio": "audio"}, ["input_ids", "attention_mask"])["audio"]
     {'input_features': 'input_features', 'audio_attention_mask': 'attention_mask'}
     """
-    names_of = {name: PROCESSOR_NAMES.get(kind, {}) for name, kind in kinds.items()}
+    chosen = {name: {p: keyword for keyword, p in (given or {}).get(name, {}).items()} for name in kinds}
+    names_of = {name: {**PROCESSOR_NAMES.get(kind, {}), **chosen[name]} for name, kind in kinds.items()}
     emitted = {name: {p: names_of[name].get(p, p) for p in names} for name, names in parameters.items()}
     text = TEXT_NAMES | transformers_keywords() | set(language_model)
     wanted = [key for names in emitted.values() for key in names.values()]
@@ -232,7 +239,8 @@ def assign_input_names(
         assigned[name] = {}
         for parameter, key in names.items():
             # Of two encoders that want one name both get the prefix, whichever comes first.
-            keyword = f"{name}_{key}" if key in text or wanted.count(key) > 1 else key
+            clashes = (key in text or wanted.count(key) > 1) and parameter not in chosen[name]
+            keyword = f"{name}_{key}" if clashes else key
             if keyword in taken:
                 raise ValueError(f"{name}: its input {key!r} would be named {keyword!r}, which {taken[keyword]} uses.")
             taken[keyword] = f"the encoder {name!r}"

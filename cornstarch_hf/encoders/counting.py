@@ -27,8 +27,9 @@ from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, 
 from ..projectors.projector import Grid, per_item
 from .grids import first_frames, frames_as_items, is_staged
 from .items import MASKS, packed_sizes
-from .module import ModalEncoderModule, build_encoder
+from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
+from .rebuilding import build_encoder
 from .towers import TRUE_ON_PADDING, refused_size
 
 MOST = 4_096  # counts that are remembered: a server would else keep one for every size that it ever saw

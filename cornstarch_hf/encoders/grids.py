@@ -13,6 +13,7 @@ from ..processing.video import FRAME_MASK
 
 Grid = tuple[int, ...]
 PLANE_KINDS = ("image", "video")
+SECONDS = "second_per_grid_ts"  # seconds between frames of each video: what native processors call it
 _OR_STATE = "; or set output['feature_grids'] to one (height, width) per item in postprocess_module_callback."
 
 
@@ -34,6 +35,42 @@ def item_grids(query: GridQuery) -> list[Grid]:
     """
     # What the inputs say of single items comes before what the size of the pixels suggests.
     return _by_patches(query) or _by_sizes(query) or [_by_pixels(query, length) for length in query.lengths]
+
+
+def found_grids(query: GridQuery, stated: Any, by_frame: bool, name: str, reason: str) -> list[Grid]:
+    """The grids that a callback `stated`, else as `item_grids`; ValueError where nothing tells, with the `reason` to ask."""
+    try:
+        if stated is not None:
+            return grids_of_tensor(stated)  # (items, 2 or 3)
+        return frame_grids(query, name) if by_frame else item_grids(query)
+    except ValueError as error:
+        raise ValueError(f"{name}: {reason}. {error}") from error
+
+
+def final_grids(query: GridQuery, stated: Any, encoded: Any, by_frame: bool, name: str) -> dict[str, Tensor]:
+    """``{"feature_grids": (items, 2 or 3)}`` of projected features, and seconds between frames where they are among the inputs.
+
+    Where a projector leaves fewer than were `encoded` (of each item), it is as many along height as along width.  ValueError
+    where nothing tells; names the modality.
+    """
+    lengths, reason = query.lengths, "positions need the grid of each item's features"
+    # A packed tower's own grid tells of merged patches, whoever merged them.
+    fewer = stated is None and encoded is not None and list(encoded) != list(lengths)
+    fewer = fewer and grid_of(query.inputs, PATCH_GRIDS) is None
+    found = found_grids(query._replace(lengths=encoded) if fewer else query, stated, by_frame, name, reason)
+    if fewer:
+        found = [_smaller(*each, name) for each in zip(found, encoded, lengths, strict=True)]
+    seconds = {SECONDS: query.inputs[SECONDS]} if query.inputs.get(SECONDS) is not None else {}
+    return {"feature_grids": torch.tensor(found), **seconds}
+
+
+def _smaller(grid: Grid, before: int, after: int, name: str) -> Grid:
+    *frames, height, width = grid
+    side = math.isqrt(before // after)
+    if side * side * after != before or height % side or width % side:
+        told = "positions need the grid of each item's features, but"
+        raise ValueError(f"{name}: {told} {height} x {width} became {after}, which tells no sides{_OR_STATE}")
+    return (*frames, height // side, width // side)
 
 
 def _by_patches(query: GridQuery) -> list[Grid] | None:

@@ -1,6 +1,6 @@
-"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess; and how it is built again."""
+"""One encoder of a composed model: preprocess, module, select, postprocess, project, postprocess."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,22 +8,29 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import feature_width
-from ..language_model.supported import build_language_model
 from ..parts.adapters import unwrapped
-from ..parts.classes import origin_of, resolve_class
+from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
-from ..parts.known_encoders import check_facts_registered, deterministic_inputs, encoder_type, refuse_random_encoder
+from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
+from ..parts.settings import merging_options
 from ..parts.signatures import accepts, forward_parameters
-from ..parts.stored_adapters import wrap_again
-from ..parts.stored_errors import build_part, explained
-from ..parts.stored_modules import SLOTS, build_callback
+from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
-from .grids import Grid, GridQuery, frame_grids, frames_as_items, grids_of_tensor, item_grids, joined_frames
+from .grids import Grid, GridQuery, final_grids, found_grids, frames_as_items, joined_frames
 from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
-from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
+from .selection import (
+    EncoderOutput,
+    Selection,
+    as_output,
+    lengths_of,
+    placed,
+    rows_of_items,
+    select_features,
+    split_levels,
+    with_features,
+)
 from .towers import NOT_INPUTS, infer_kind, packs_frames, refused_by, resolve_tower
 
 # The encoder's own output, and the same with the selected features in place of the last hidden state.
@@ -54,6 +61,11 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: leading tokens of each item to drop.
         data_format: which axis of the encoder's output holds the features' width: ``"channels_last"``, ``"channels_first"`` or
             ``"layers_first"``; found by a dry run when None.
+        shares: name of the modality whose very module, and projector where it is that too, these are: one tower for images and
+            videos, which is stored once.
+        input_names: keywords of the composed model for inputs of the encoder or its callbacks, ``{keyword: input}``; others
+            keep the names that processors give them.
+        layer_features, merge, marks: how features reach the language model in other ways, see `merging_options`.
         trim: whether its processor tells which frames of a window hold sound, by the mask that the encoder takes: the others
             are no features then.
 
@@ -81,10 +93,17 @@ class ModalEncoderModule(nn.Module):
         drop_prefix: int = 0,
         data_format: str | None = None,
         trim: bool = False,
+        shares: str | None = None,
+        input_names: Mapping[str, str] | None = None,
+        layer_features: str | None = None,
+        merge: str | None = None,
+        marks: Mapping[int, int] | None = None,
         module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
         super().__init__()
+        self.shares_with = shares  # until composing makes it so
+        self._lenders: dict[str, tuple[str, ModalEncoderModule]] = {}
         given = _one_of(model=model, module=module)
         self.module = resolve_tower(given, kind)
         self.origin = origin_of(given, self.module)  # what it was loaded from, and which part of that encodes
@@ -95,10 +114,7 @@ class ModalEncoderModule(nn.Module):
             )
         # Registered even where it is missing, so that parameters keep their order, which optimizers rely on.
         self.register_module("projector", projector)
-        if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
-            raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
-        if not isinstance(trim, bool):
-            raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
+        _check_types(additional_args, trim)
         self.additional_args = list(additional_args or [])
         self.preprocess_callback = preprocess_callback
         self.postprocess_module_callback = _one_of(
@@ -113,21 +129,46 @@ class ModalEncoderModule(nn.Module):
                 raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
         self.kind = kind or infer_kind(self.module)
         # One that takes single images, (items, channels, height, width), gets a video as its frames.
-        images = self.kind == "video" and infer_kind(self.module) == "image"
-        self.by_frame = images and not packs_frames(self.module)
+        self.by_frame = self.kind == "video" and infer_kind(self.module) == "image" and not packs_frames(self.module)
         self.selection = Selection(output, tuple(layer) if isinstance(layer, list) else layer, drop_prefix, data_format)
         self.trim = trim
         if trim and set(MASKS).isdisjoint(self.parameter_names):
             told = f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}"
             raise ValueError(f"{self.kind}: {told}: leave it out.")
-        # Inputs of one item, by which it runs in a step that has none; None: `stand_ins` finds some where they are needed.
-        self.stand_in: dict[str, Tensor] | None = None
+        self.merging = merging_options(layer_features, merge, marks, self.kind)
+        self.input_names = dict(input_names or {})
+        if unknown := sorted(set(self.input_names.values()) - set(self.parameter_names)):
+            raise ValueError(f"{self.kind}: input_names names {unknown}, expected some of {self.parameter_names}.")
+        self.stand_in: dict[str, Tensor] | None = None  # inputs of an item, for a step without; None: see `stand_ins`
         self.name = self.kind  # until composing gives it the modality's name
+
+    def share(self, part: str, name: str, lender: "ModalEncoderModule") -> None:
+        """Use the ``"module"``, the ``"projector"`` or a callback of the encoder of another modality as its own (in place)."""
+        self._modules.pop(part, None)
+        self.__dict__.pop(part, None)  # None, where it has no such callback itself
+        self._lenders[part] = name, lender
+
+    @property
+    def shares(self) -> dict[str, str]:
+        """What this encoder has not itself: ``{"module": modality, "projector": modality, ...}``."""
+        return {
+            part: name for part, (name, _) in self._lenders.items() if part not in {**self._modules, **self.__dict__}
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        # Looked up each time, so that what is put in a shared part's place (an adapter around it) serves both.
+        lent = self.__dict__.get("_lenders", {}).get(name)
+        return super().__getattr__(name) if lent is None else getattr(lent[1], name)
 
     @property
     def callbacks(self) -> dict[str, Callable | None]:
         """The callbacks by the name of their place."""
         return {slot: getattr(self, slot) for slot in SLOTS}
+
+    @property
+    def own_callbacks(self) -> dict[str, Callable | None]:
+        """The callbacks without those of another encoder."""
+        return {slot: callback for slot, callback in self.callbacks.items() if slot not in self.shares}
 
     @property
     def parameter_names(self) -> list[str]:
@@ -141,10 +182,11 @@ class ModalEncoderModule(nn.Module):
         width = feature_width(unwrapped(self.module).config)
         return width and width * len(self.selection.layers)
 
-    def forward(self, **inputs: Any) -> EncoderOutput:
+    def forward(self, *, state_grids: bool = False, **inputs: Any) -> EncoderOutput:
         """Encode and project items.
 
         Args:
+            state_grids: whether the output says how the features of each item lie, as `feature_grids`.
             **inputs: of the encoder's `forward`, and the additional arguments; floats are cast to the encoder's dtype.
 
         Returns:
@@ -156,12 +198,16 @@ class ModalEncoderModule(nn.Module):
         """
         # `output` holds (items, tokens, width), or (sum of tokens, width) with `feature_lens`
         inputs, raw, output = self._selected(inputs)
-        encoded = _lengths_of(output)
+        encoded = lengths_of(output)
         output = self._postprocess("postprocess_module_callback", inputs, output)
         output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
         output = self._postprocess("postprocess_projector_callback", inputs, output)
         items = per_item(output[0], output.lengths, self.name)  # one (n_i, hidden) per item
-        return with_features(raw, raw.last_hidden_state, None, pooler_output=items)
+        query = GridQuery(inputs, unwrapped(self.module).config, self.kind, [len(item) for item in items])
+        stated = final_grids(query, output.feature_grids, encoded, self.by_frame, self.name) if state_grids else {}
+        if (field := self.merging["layer_features"]) is not None:
+            stated |= split_levels(raw, field, query.lengths, self.name)
+        return with_features(raw, raw.last_hidden_state, None, pooler_output=items, **stated)
 
     def select(self, **inputs: Any) -> EncoderOutput:
         """The selected features of items as `last_hidden_state`, before the callbacks that come after the module."""
@@ -172,12 +218,12 @@ class ModalEncoderModule(nn.Module):
         # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
-            inputs = self.preprocess_callback(inputs)
+            inputs = self.preprocess_callback(inputs, **_wishes(self.preprocess_callback, self.module))
             if not isinstance(inputs, dict):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
         accepted, weight = forward_parameters(self.module), first_weight(self.module)
-        arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
+        arguments = {key: placed(value, weight) for key, value in inputs.items() if key in accepted}
         if self.by_frame:
             # (items, frames, channels, height, width), and (items, frames) for those that are no padding
             return inputs, *self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
@@ -268,13 +314,8 @@ class ModalEncoderModule(nn.Module):
             return None
         config, dropped = unwrapped(self.module).config, self.selection.drop_prefix
         query = GridQuery(inputs, config, self.kind, lengths, changed, dropped)
-        try:
-            if given is not None:
-                return grids_of_tensor(given)  # (items, 2 or 3)
-            return frame_grids(query, self.name) if self.by_frame else item_grids(query)
-        except ValueError as error:
-            what = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
-            raise ValueError(f"{self.name}: {what}. {error}") from error
+        reason = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
+        return found_grids(query, given, self.by_frame, self.name, reason)
 
     def _project(self, inputs: dict, output: EncoderOutput, encoded: list[int] | None) -> EncoderOutput:
         """Features, ``(items, tokens, width)`` or packed, in the language model's width; the projector may leave fewer.
@@ -291,12 +332,12 @@ class ModalEncoderModule(nn.Module):
             )
         # Encoder and projector may differ in device and dtype; autocast chooses the dtype by itself.
         if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
-            features = _placed(features, first_weight(self.projector))
+            features = placed(features, first_weight(self.projector))
         if not self.projector.reduces:
             # (items, tokens, hidden), or packed as before
             projected = self.projector(features, return_dict=True).last_hidden_state
             return with_features(EncoderOutput(), projected, output.lengths)
-        lengths = _lengths_of(output)
+        lengths = lengths_of(output)
         if lengths is None:
             raise ValueError(
                 f"{self.name}: features of shape {tuple(features.shape)} do not tell which belong to which item and cannot "
@@ -306,7 +347,7 @@ class ModalEncoderModule(nn.Module):
         grids = self.grids(inputs, lengths, output.feature_grids, changed=lengths != encoded)
         try:
             # (items, fewer, hidden), or (sum of them, hidden) where items differ in length
-            reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids)
+            reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids, inputs=inputs)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         return with_features(EncoderOutput(), reduced.last_hidden_state, reduced.feature_lens)
@@ -333,6 +374,14 @@ class ModalEncoderModule(nn.Module):
         return with_features(result, after, given_lengths, feature_grids=given_grids)
 
 
+def _check_types(additional_args: Any, trim: Any) -> None:
+    """TypeError for arguments of a `ModalEncoderModule` that are of another kind."""
+    if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
+        raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
+    if not isinstance(trim, bool):
+        raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
+
+
 def _one_of(**values: Any) -> Any:
     given = [value for value in values.values() if value is not None]
     if len(given) > 1:
@@ -340,61 +389,12 @@ def _one_of(**values: Any) -> Any:
     return given[0] if given else None
 
 
-def _lengths_of(output: EncoderOutput) -> list[int] | None:
-    """Features of each item before they are projected; None where the tensor does not tell."""
-    features: Any = output.last_hidden_state
-    if output.lengths is not None or not isinstance(features, Tensor) or features.ndim != 3:
-        return output.lengths
-    return [features.shape[1]] * len(features)
+def _wishes(callback: Any, module: nn.Module) -> dict[str, Any]:
+    """The encoder's configuration, for a callback whose attribute `takes_config` asks for it."""
+    asks = getattr(getattr(callback, "func", callback), "takes_config", False)
+    return {"config": unwrapped(module).config} if asks else {}
 
 
 def first_weight(module: nn.Module) -> nn.Parameter | None:
     """The first floating-point parameter of a module, whose device and dtype its inputs get; None where there is none."""
     return next((p for p in module.parameters() if p.is_floating_point()), None)
-
-
-def _placed(value: Any, weight: Tensor | None) -> Any:
-    """A tensor on the weight's device, in its dtype if it is floating-point."""
-    if not isinstance(value, Tensor) or weight is None or weight.is_meta:
-        return value
-    return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-
-
-# ---- the parts of a model built again from its configuration, with fresh weights
-
-
-def build_encoder(config: MultimodalConfig, name: str) -> ModalEncoderModule:
-    """Build one encoder with its projector and callbacks; ValueError for an unknown class, callback or encoder type."""
-    # First: a type that was registered when this was saved must be registered here too.
-    check_facts_registered(config.encoder_types)
-    entry, encoder_config = config.modality(name), getattr(config, f"{name}_config")
-    cls: Any = resolve_class(entry["encoder_class"], encoder_config, name)
-    module = build_part(cls, encoder_config, entry["encoder_kwargs"], f"{name}_encoder", f"{name}_config")
-    # Adapters go around the encoder before weights are loaded, whose names they change.
-    with explained(f"adapters of {name}_encoder.module"):
-        module = wrap_again(module, config.adapters_of(f"{name}_encoder.module"), name)
-    if unknown := sorted(set(entry["callbacks"]) - set(SLOTS)):
-        raise ValueError(f"{name}: unknown callback places {unknown}, expected some of {list(SLOTS)}.")
-    with explained(f"{name}_projector_config"):
-        projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
-        if projector.projection is None:
-            sizes = f"in_features={projector.config.in_features} and out_features={projector.config.out_features}"
-            raise ValueError(
-                f"it says {sizes}, expected the widths of the encoder's and the language model's features."
-            )
-    with explained(f"{name}_modality"):
-        options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
-        options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
-        encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
-    encoder.name = name  # messages would else name it by its kind
-    return encoder
-
-
-def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:
-    """Build what a configuration describes, with fresh weights; ValueError for an empty one or an unknown class or callback."""
-    if config.text_config is None:
-        raise ValueError(
-            "This MultimodalConfig is empty: it has no text_config, so there is no language model to build. Compose one by "
-            "MultimodalModel(encoders=..., language_model=...) or compose(...)."
-        )
-    return {name: build_encoder(config, name) for name in config.encoders}, build_language_model(config)

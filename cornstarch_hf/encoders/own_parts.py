@@ -67,7 +67,7 @@ def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule])
     found = {}
     for name, encoder in encoders.items():
         described, own = {}, {}
-        for slot, callback in encoder.callbacks.items():
+        for slot, callback in encoder.own_callbacks.items():
             if callback is None:
                 continue
             try:

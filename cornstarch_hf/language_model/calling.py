@@ -1,7 +1,7 @@
 """Calling the language model of a composition: with its head and loss, or without."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +9,56 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..parts.adapters import is_adapted, unwrapped
+from ..parts.frozen_modes import is_checkpointing
+from ..parts.registries import STEPS
 from ..parts.signatures import accepts, forward_parameters, takes_any_keyword
 from ..parts.versions import CACHE, CACHE_NAMES, is_paged, take_cache
 from .extra_inputs import id_input_names, with_positions
 from .merging import shifted_left
 
+logger = logging.get_logger(__name__)
+
 
 def text_keywords(language_model: nn.Module) -> list[str]:
     """Names that the language model's `forward` takes, or passes on to its backbone, which needs them."""
     return list(dict.fromkeys([*forward_parameters(language_model), *id_input_names(language_model)]))
+
+
+def around_language_model(
+    model: Any, run: Callable[[dict[str, Any]], ModelOutput], inputs: dict[str, Any], masks: dict, outputs: dict
+) -> ModelOutput:
+    """Run the language model by `run(inputs)`, with those steps around it that the composition's configuration asks for.
+
+    `masks` and `outputs` are those of the placeholders and features that were merged, by modality.
+    """
+    steps, past = [STEPS[key] for key in model.config.steps], cached_length(inputs.get("cache"))
+    for step in steps:
+        inputs = step.before_language_model(model, inputs, masks, outputs, past)
+    output = run(inputs)
+    for step in steps:
+        step.after_language_model(model, inputs, output, past)
+    return output
+
+
+def steps_before_generation(
+    model: Any, keywords: dict[str, Any], masks: dict, outputs: dict, shape: tuple[int, int]
+) -> dict[str, Any]:
+    """Keywords of generation as the composition's steps make them; `shape` is that of the tokens behind the cache."""
+    past = cached_length(next((keywords[key] for key in CACHE_NAMES if keywords.get(key) is not None), None))
+    for key in model.config.steps:
+        keywords = STEPS[key].before_generation(model, keywords, masks, outputs, past, shape)
+    return keywords
+
+
+def steps_before_prefill(model: Any, keywords: dict[str, Any], past: int, length: int, new: int | None) -> None:
+    """Let the composition's steps look at a prefill, or its chunk, of `length` ids of which the last are `new` (None: all)."""
+    positions = keywords.get("position_ids")
+    whole = new is not None or (positions is not None and positions.shape[-1] > length)
+    for key in model.config.steps:
+        STEPS[key].before_step(model, keywords, past, whole)
 
 
 def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Tensor, **inputs: Any) -> ModelOutput:
@@ -173,6 +211,17 @@ class EmbeddingsMixin(PreTrainedModel):
 
     config: Any
     language_model: Any
+
+    def _caching(self, use_cache: bool | None, cache: Any) -> bool | None:
+        """Whether the language model is to return a cache; never while it checkpoints, as in transformers."""
+        # Its own modules find that out by their training mode, which frozen ones are not in.
+        if use_cache is False or cache is not None or not self.training or not is_checkpointing(self.language_model):
+            return use_cache
+        if use_cache:
+            logger.warning_once(
+                "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
+            )
+        return False
 
     @property
     def base_model(self) -> Headless:

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,14 +24,16 @@ from transformers.masking_utils import create_masks_for_generate
 
 from ..parts.adapters import unwrapped
 from ..parts.versions import CACHE, check_caches_known, peft_is_behind, take_cache
-from .calling import cache_keyword, cached_length, is_running_state
+from .calling import cache_keyword, cached_length, is_running_state, steps_before_generation, steps_before_prefill
 from .extra_inputs import crosses_longrope_limit, first_position
 from .merging import (
+    TextRequests,
     cached_columns,
     check_tensors,
     check_text_requests,
-    group_by_sample,
+    chosen_items,
     items_behind_cache,
+    items_of_samples,
     without_placeholders,
 )
 
@@ -175,25 +177,6 @@ class Draft:
         return found
 
 
-@dataclass(repr=False)
-class TextRequests:
-    """The manager of continuous batching of a composed model: requests with placeholders raise, all else is transformers'."""
-
-    _model: Any
-    _manager: Any
-
-    def add_request(self, input_ids: Sequence[int], *args: Any, **kwargs: Any) -> Any:
-        check_text_requests(self._model, [input_ids])
-        return self._manager.add_request(input_ids, *args, **kwargs)
-
-    def add_requests(self, inputs: Sequence[Sequence[int]], *args: Any, **kwargs: Any) -> Any:
-        check_text_requests(self._model, inputs)
-        return self._manager.add_requests(inputs, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_manager"), name)
-
-
 class MultimodalGenerationMixin:
     """Overrides of `transformers.GenerationMixin` for encoders of any kind (its own know images and videos)."""
 
@@ -252,6 +235,8 @@ class MultimodalGenerationMixin:
             # transformers then gives all of input_ids (batch, length) to the model, not the last one alone.
             cache = next_sequence_length = None
         kwargs |= {CACHE: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        if is_first_iteration or past == 0:
+            steps_before_prefill(self, kwargs, past, input_ids.shape[1], next_sequence_length)
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -260,6 +245,8 @@ class MultimodalGenerationMixin:
         features = kwargs.get("mm_encoder_outputs")
         if features is not None and (anew or (cache is not None and past == 0)):
             inputs.setdefault("mm_encoder_outputs", features)
+        if self.config.mask and past and not is_first_iteration:  # drafted tokens and answers are of no type
+            inputs = {key: value for key, value in inputs.items() if not key.endswith("token_type_ids")}
         states = inputs.get("cache_params") is not None or (cache is not None and is_running_state(cache))
         if states and not is_first_iteration:
             inputs.pop("attention_mask", None)  # a running state has passed the padding already
@@ -298,11 +285,15 @@ class MultimodalGenerationMixin:
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """As in transformers, from the language model's first position on."""
         first = first_position(self.language_model)
-        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + first
+        found = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) + first  # (batch, length)
+        # With an axis in front they are not the caller's: a rule replaces them when the encoders have run.
+        return found[None] if self.config.positions else found
 
     def create_masks_for_generate(self, config, **kwargs: Any) -> Any:
         """As in transformers, or as the language model's class does it; for caches of a fixed size."""
         inner = unwrapped(self.language_model)
+        if self.config.mask and kwargs["inputs_embeds"].shape[1] > 1:  # by its rule, when the placeholders are known
+            return kwargs["attention_mask"]
         create = getattr(inner, "create_masks_for_generate", create_masks_for_generate)
         return create(config=inner.config, **kwargs)  # its own configuration: the whole's has no layer types
 
@@ -323,8 +314,9 @@ class MultimodalGenerationMixin:
         cached = cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get(CACHE)))
         if cached:  # features belong to the tokens behind the cache; those of whole rows are cut to these
             for name in media:
-                items = items_behind_cache(name, outputs[name].pooler_output, masks.get(name), cached)
-                outputs[name] = type(outputs[name])(pooler_output=items)
+                lengths = [len(item) for item in outputs[name].pooler_output]
+                behind = items_behind_cache(name, lengths, masks.get(name), cached)
+                outputs[name] = chosen_items(outputs[name], behind)
             outputs = {name: output for name, output in outputs.items() if len(output.pooler_output)}
             masks = {name: mask[:, cached:] for name, mask in masks.items()}  # (batch, length - cached)
         self._check_merge(masks, outputs, encoded_here=set(media) & set(outputs), prefill=True)
@@ -334,6 +326,9 @@ class MultimodalGenerationMixin:
                 "prefill_chunk_size, or upgrade transformers to 5.23."
             )
         model_kwargs.pop("mm_encoder_outputs", None)
+        model_kwargs = steps_before_generation(
+            self, model_kwargs, masks, outputs, (len(inputs_tensor), length - cached)
+        )
         return model_kwargs | ({"mm_encoder_outputs": outputs} if outputs or unused else {})
 
     def _expand_multimodal_outputs(
@@ -350,9 +345,9 @@ class MultimodalGenerationMixin:
         for name, output in mm_encoder_output.items():
             name = self._named(name)
             counts = masks[name].sum(-1).tolist()
-            groups = group_by_sample(output.pooler_output, counts)  # batch x items of (n_i, hidden)
-            items = list(chain.from_iterable(group * expand_size for group in groups))  # of batch * expand_size rows
-            expanded[name] = type(output)(pooler_output=items)
+            groups = items_of_samples([len(item) for item in output.pooler_output], counts)  # batch x numbers of items
+            items = list(chain.from_iterable([*group] * expand_size for group in groups))  # of batch * expand_size rows
+            expanded[name] = chosen_items(output, items)
         return expanded
 
     def _get_logits_processor(

@@ -1,14 +1,17 @@
 """Features where placeholder tokens stand: pure tensor functions, and the mixin by which a composed model uses them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import torch_compilable_check
+from transformers.utils import ModelOutput, torch_compilable_check
 
+from ..configuration_multimodal import MEDIA_KINDS
 from ..limits import check_count
+from ..parts.registries import STEPS, check_steps
 from .extra_inputs import embed_ids, id_inputs
 
 _COUNT_REMEDY = (
@@ -82,6 +85,11 @@ def _short(values: Sequence[int]) -> str:
     return f"[{', '.join(map(str, values[:12]))}{', ...' if len(values) > 12 else ''}]"
 
 
+def merged(model: Any, name: str, embeds: Tensor, mask: Tensor, features: Tensor, input_ids: Any) -> Tensor:
+    """As `scatter_features`, which the features of most modalities need alone."""
+    return scatter_features(embeds, mask, features)
+
+
 def shifted_left(values: Tensor, blank: bool | int = False) -> Tensor:
     """A mask or labels ``(batch, length)`` aligned with the predictions: position t holds what t + 1 held, the last `blank`.
 
@@ -145,9 +153,19 @@ def scatter_features(inputs_embeds: Tensor, mask: Tensor, features: Tensor) -> T
     return inputs_embeds.masked_scatter(mask.unsqueeze(-1), features)  # (batch, length, hidden)
 
 
-def group_by_sample(items: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
-    """The items, tensors ``(n_i, hidden)``, of each sample, by the samples' placeholders; they fit (`check_counts`)."""
-    return [[items[i] for i in own] for own in items_of_samples([len(item) for item in items], counts)]
+# What outputs of encoders say of each item, beside its features.
+PER_ITEM = ("feature_grids", "second_per_grid_ts")
+
+
+def chosen_items(output: Any, positions: Sequence[int]) -> Any:
+    """An encoder's output with some of its items alone, in this order, and what it says of them."""
+    chosen = type(output)(pooler_output=[output.pooler_output[i] for i in positions])
+    if (levels := output.get("deepstack_features")) is not None:
+        chosen["deepstack_features"] = [[level[i] for i in positions] for level in levels]
+    for key in PER_ITEM:
+        if isinstance(output.get(key), Tensor):
+            chosen[key] = output[key][list(positions)]
+    return chosen
 
 
 def cached_columns(length: int, mask_length: int, past: int) -> int:
@@ -160,27 +178,27 @@ def cached_columns(length: int, mask_length: int, past: int) -> int:
     return min(past, length) if mask_length == length else 0
 
 
-def items_behind_cache(name: str, items: Sequence[Tensor], mask: Tensor | None, cached: int) -> list[Tensor]:
-    """Of the items ``(n_i, hidden)`` of whole rows those whose placeholders are not in the cache; of other rows all items.
+def items_behind_cache(name: str, lengths: Sequence[int], mask: Tensor | None, cached: int) -> list[int]:
+    """Which items of whole rows, by their numbers of features, have no placeholder in the cache; of other rows all items.
 
     `mask` says where the rows' placeholders stand, None if no token stands for the modality; the first `cached` columns of
     the rows are in the cache.  ValueError for an item that is there in part.
     """
     # Items of new turns alone are fewer than the placeholders of whole rows: none of them is in the cache.
-    if mask is None or cached == 0 or sum(map(len, items)) != int(mask.sum()):
-        return list(items)
-    left = []
+    if mask is None or cached == 0 or sum(lengths) != int(mask.sum()):
+        return list(range(len(lengths)))
+    left: list[int] = []
     counts, done = mask.sum(-1).tolist(), mask[:, :cached].sum(-1).tolist()  # placeholders per sample: all, cached ones
-    for sample, group in enumerate(group_by_sample(items, counts)):
-        lengths = [len(item) for item in group]
-        (passed,) = items_of_samples(lengths, [done[sample]])
-        features = sum(lengths[: passed.stop])
+    for sample, items in enumerate(items_of_samples(lengths, counts)):
+        own = [lengths[i] for i in items]
+        (passed,) = items_of_samples(own, [done[sample]])
+        features = sum(own[: passed.stop])
         if features != done[sample]:
             raise ValueError(
                 f"{name}, sample {sample}: {done[sample]} of its placeholders are in the cache, but its first {passed.stop} "
                 f"item(s) have {features} features: cut the cache between items, or generate without it."
             )
-        left += group[passed.stop :]
+        left += items[passed.stop :]
     return left
 
 
@@ -211,6 +229,25 @@ def check_text_requests(model: Any, prompts: Sequence[Sequence[int]], keywords: 
         raise ValueError(f"{', '.join(names) or 'generate_batch()'}: {batching}, got {wrong}: {remedy}.")
     if "attention_mask" in given and not bool(given["attention_mask"].all()):
         raise ValueError(f"attention_mask: {batching}: leave the padding out of them.")
+
+
+@dataclass(repr=False)
+class TextRequests:
+    """The manager of continuous batching of a composed model: requests with placeholders raise, all else is transformers'."""
+
+    _model: Any
+    _manager: Any
+
+    def add_request(self, input_ids: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        check_text_requests(self._model, [input_ids])
+        return self._manager.add_request(input_ids, *args, **kwargs)
+
+    def add_requests(self, inputs: Sequence[Sequence[int]], *args: Any, **kwargs: Any) -> Any:
+        check_text_requests(self._model, inputs)
+        return self._manager.add_requests(inputs, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_manager"), name)
 
 
 class _Unused(torch.autograd.Function):
@@ -255,6 +292,7 @@ class MergingMixin(PreTrainedModel):
             used[token_id] = name
         for name, token_id in token_ids.items():
             self.config.modality(name)["token_id"] = token_id
+        check_steps(self)
         self._strict_placeholders = True
 
     def placeholder_ids(self, text_only: bool = False) -> dict[str, int]:
@@ -318,14 +356,19 @@ class MergingMixin(PreTrainedModel):
         # The language model's other inputs get those that it computes from the ids, which are gone then.
         given = {key for key, value in text.items() if value is not None}
         text = text | id_inputs(self.language_model, input_ids, every, given)
+        ids, add = input_ids, [name for name in masks if self.config.modality(name)["merge"] == "add"]
         if inputs_embeds is None:  # a placeholder's id may have no row in the embedding table
-            inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, every))
+            # Those to whose embeddings features are added keep them.
+            kept = torch.stack([masks[name] for name in add]).any(0) if add else None
+            replaced = every if kept is None else every & ~kept
+            inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, replaced))
         # inputs_embeds: (batch, length, hidden)
         for name, output in outputs.items():
             features = output.pooler_output  # items of (n_i, hidden), or (items, n, hidden)
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
             # features: (all of the modality's, hidden), in the order of their placeholders
-            inputs_embeds = scatter_features(inputs_embeds, masks[name].to(inputs_embeds.device), features)
+            merge = STEPS["merge"].merge if "merge" in self.config.steps else merged
+            inputs_embeds = merge(self, name, inputs_embeds, masks[name].to(inputs_embeds.device), features, ids)
         return None, with_unused(inputs_embeds, unused), text
 
     def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:
@@ -340,3 +383,14 @@ class MergingMixin(PreTrainedModel):
         if shifted is not None:
             text["shift_labels"] = mask_labels(shifted_left(placeholders), shifted)
         return mask_labels(placeholders, labels)
+
+    def _attach_features(self, output: ModelOutput, outputs: dict[str, Any]) -> None:
+        """Say what each encoder gave (in place), None without items: `output.image_outputs`, ..., by name where kinds clash."""
+        # Attributes and no keys: Trainer would gather keys as predictions, and DistributedDataParallel would wait for
+        # gradients of all that they were computed with.
+        for name in self.config.encoders:
+            kind = self.config.modality(name)["kind"]
+            alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
+            # Another encoder may have the kind as its name.
+            by_kind = alone and (kind == name or kind not in self.config.encoders)
+            setattr(output, f"{kind if by_kind else name}_outputs", outputs.get(name))

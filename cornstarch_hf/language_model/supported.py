@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..configuration_multimodal import MultimodalConfig
+from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from ..parts.adapters import unwrapped
 from ..parts.classes import language_model_class, resolve_class
 from ..parts.signatures import forward_parameters
@@ -68,21 +68,30 @@ def language_model_type(config: Any) -> Facts:
     return LANGUAGE_MODEL_TYPES.get(config.model_type, _USUAL)
 
 
-def refusal(model: Any) -> str | None:
-    """Why a model, not PEFT-wrapped, cannot be the language model of a composition, with a remedy; None if it can."""
+def refusal(model: Any, masked: bool = False) -> str | None:
+    """Why a model, not PEFT-wrapped, cannot be the language model of a composition, with a remedy; None if it can.
+
+    `masked` says whether a rule of masks decides which tokens attend both ways.
+    """
     name, known = type(model).__name__, language_model_type(model.config)
-    if fault := next(_faults(model), None):
+    if fault := next(_faults(model, masked), None):
         return f"{name} {fault}"
     if known.refused is None or (known.refused_if and getattr(model.config, known.refused_if, None) is not True):
         return None
     return f"{name} cannot be the language model of a composition: {known.refused}. {OTHER}"
 
 
-def _faults(model: Any) -> Iterator[str]:
+def _faults(model: Any, masked: bool) -> Iterator[str]:
     """What keeps a model of any type from being a language model here, the remedy included."""
     config, takes = model.config, forward_parameters(model)
     if config.is_encoder_decoder:
         yield "is an encoder-decoder: expected a causal (decoder-only) language model."
+    towers = [kind for kind in MEDIA_KINDS if model.get_encoder(kind) is not model]
+    if towers and getattr(config, "text_config", None) is not None:
+        yield (
+            f"is multimodal already (it encodes {towers}): take it apart by from_native(model), and compose its language_model "
+            "with other encoders."
+        )
     if not model.can_generate():
         yield "has no language-model head: pass the ...ForCausalLM class of the same checkpoint."
     if "inputs_embeds" not in takes:
@@ -101,10 +110,10 @@ def _faults(model: Any) -> Iterator[str]:
         yield f"has several tables of embeddings, one for each code book, and no text for features to be a part of. {OTHER}"
     # BERT and its relatives, or Gemma, whose "vision" says that only images attend both ways, which is no obstacle.
     encoder = getattr(config, "is_decoder", None) is False and "encoder_hidden_states" in takes
-    if encoder or getattr(config, "use_bidirectional_attention", None) is True:
+    if encoder or (getattr(config, "use_bidirectional_attention", None) is True and not masked):
         yield (
             "is not causal: its configuration lets tokens attend to those behind them. Load it with is_decoder=True (BERT "
-            "and its relatives) or use_bidirectional_attention=False (Gemma)."
+            "and its relatives) or use_bidirectional_attention=False (Gemma), or give a rule of masks, mask={'rule': 'prefix'}."
         )
     layers = getattr(config, "decoder_layers", getattr(config, "num_decoder_layers", None))
     if layers is not None and "position_ids" not in takes:  # nobody can tell it other positions
@@ -114,7 +123,7 @@ def _faults(model: Any) -> Iterator[str]:
         )
 
 
-def check_language_model(model: Any) -> None:
+def check_language_model(model: Any, masked: bool = False) -> None:
     """TypeError for what is no instance of a transformers model, ValueError for one with a `refusal`."""
     if isinstance(model, type) or not isinstance(unwrapped(model), PreTrainedModel):
         raise TypeError(f"language_model must be a transformers.PreTrainedModel instance, got {model!r:.100}.")
@@ -123,7 +132,7 @@ def check_language_model(model: Any) -> None:
             "The language model's configuration says return_dict=False, by which its own layers' outputs are tuples without "
             "names: set model.config.return_dict = True, or true in text_config."
         )
-    if reason := refusal(unwrapped(model)):
+    if reason := refusal(unwrapped(model), masked):
         raise ValueError(reason)
 
 
@@ -141,6 +150,6 @@ def build_language_model(config: MultimodalConfig) -> nn.Module:
     if cls is None:
         raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
     model = build_part(cls, text, config.language_model_kwargs or {}, "language_model", "text_config")
-    check_language_model(model)
+    check_language_model(model, masked=bool(config.mask))
     with explained("adapters of language_model"):
         return wrap_again(model, config.adapters_of("language_model"), "language_model")

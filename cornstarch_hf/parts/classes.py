@@ -233,6 +233,8 @@ def constructor_options(model: PreTrainedModel) -> dict[str, Any]:
 
     Empty when the defaults fit, or when nothing does (saving then says so).
     """
+    if (own := getattr(model, "constructor_options", None)) is not None:  # one that keeps them
+        return own
     # transformers does not keep them, so a model without weights is built with each combination of boolean arguments until
     # the parameters' names are those of the given one.
     parameters = list(inspect.signature(type(model).__init__).parameters.values())[2:]  # behind `self` and `config`

@@ -156,7 +156,8 @@ class FreezingMixin(PreTrainedModel):
     def _parts(self) -> dict[str, nn.Module]:
         parts = {"language_model": self.language_model}
         for name, encoder in self.encoders.items():
-            parts |= {f"{name}_encoder.module": encoder.module, f"{name}_encoder.projector": encoder.projector}
+            own = [part for part in ("module", "projector") if part not in encoder.shares]  # else another encoder's
+            parts |= {f"{name}_encoder.{part}": getattr(encoder, part) for part in own}
         return parts
 
     def train(self, mode: bool = True, *, encoders_mode: _Modes | None = None, llm_mode: bool | None = None):

@@ -103,6 +103,63 @@ def last_definition(classes: list) -> list:
 PROJECTORS = Registry("projection type", f"Add your own with register_projector(name, cls) {OR_TRUST}")
 CALLBACKS = Registry("callback", f"Import the module that calls register_callback(name, fn) {OR_TRUST}")
 FEATURE_COUNTS = Registry("feature count", "Add one with register_feature_count(modality_or_encoder_type, fn).")
+POSITION_RULES = Registry("position rule", f"Add your own with register_position_rule(name, fn) {OR_TRUST}")
+MASK_RULES = Registry("mask rule", f"Add your own with register_mask_rule(name, fn) {OR_TRUST}")
+
+
+class Step:
+    """What some compositions do between merging and the language model, by the configuration's word for it; here: nothing.
+
+    Files of `language_model/` that only such compositions need put one into `STEPS`, so that what calls them imports none.
+    """
+
+    inputs: tuple[str, ...] = ()  # keywords of `forward` that are for this step
+
+    def encoder_options(self, config: Any) -> dict[str, Any]:
+        """Keywords of each encoder's `forward`."""
+        return {}
+
+    def check(self, model: Any) -> None:
+        """Refuse a configuration that does not fit (ValueError)."""
+
+    def before_language_model(self, model: Any, inputs: dict, masks: dict, outputs: dict, past: int) -> dict:
+        """Inputs of the language model, of those so far; `masks` of placeholders and `outputs` of encoders by modality."""
+        return inputs
+
+    def merge(self, model: Any, name: str, embeds: Any, mask: Any, features: Any, input_ids: Any) -> Any:
+        """Embeddings ``(batch, length, hidden)`` with one modality's features where the mask ``(batch, length)`` is set."""
+        return embeds
+
+    def after_language_model(self, model: Any, inputs: dict, output: Any, past: int) -> None:
+        """Keep with the output what a later call needs."""
+
+    def before_generation(
+        self, model: Any, keywords: dict, masks: dict, outputs: dict, past: int, shape: tuple[int, int]
+    ) -> dict:
+        """Keywords of the steps, of those so far; `shape` is that of the tokens behind the `past` ones in the cache."""
+        return keywords
+
+    def before_step(self, model: Any, keywords: dict, past: int, whole: bool) -> None:
+        """Look at the keywords of a first step, `whole` with the tokens in the cache among its rows."""
+
+
+STEPS: dict[str, Step] = {}
+
+
+def step_inputs(config: Any) -> list[str]:
+    """Keywords of `forward` that are for the steps which a configuration asks for."""
+    return [key for name in config.steps for key in STEPS[name].inputs]
+
+
+def encoder_options(config: Any) -> dict[str, Any]:
+    """Keywords of each encoder's `forward` by the steps which a configuration asks for."""
+    return {key: value for name in config.steps for key, value in STEPS[name].encoder_options(config).items()}
+
+
+def check_steps(model: Any) -> None:
+    """ValueError for a composed model that cannot do what its configuration asks for."""
+    for name in model.config.steps:
+        STEPS[name].check(model)
 
 
 def register_projector(name: str, cls: Callable) -> None:
@@ -164,3 +221,41 @@ def register_feature_count(modality_or_encoder_type: str, fn: Callable) -> None:
     if not callable(fn):
         raise TypeError(f"register_feature_count({modality_or_encoder_type!r}, fn) expects a function, got {fn!r}.")
     FEATURE_COUNTS.add(modality_or_encoder_type, fn)
+
+
+def register_position_rule(name: str, fn: Callable) -> None:
+    """Make a rule of positions known under a name, for ``config.positions = {"rule": name, **options}``.
+
+    Args:
+        name: the name that a checkpoint holds.
+        fn: ``fn(query, **options) -> positions``, of a `PositionQuery`: int64 ``(axes, batch, length)``, as the language model
+            takes them, or ``(batch, length)``.  With the attribute ``text_row = False`` `generate` does not put the positions
+            of plain text before the axes, which most models with several axes expect; with ``numbers_text = True`` it is
+            asked for text without features too, which the language model else numbers itself; with ``needs_grids = False``
+            nobody looks for grids.
+
+    Raises:
+        ValueError: another function has that name.
+        TypeError: `fn` is not callable.
+    """
+    if not callable(fn):
+        raise TypeError(f"register_position_rule({name!r}, fn) expects a function, got {fn!r}.")
+    POSITION_RULES.add(name, fn)
+
+
+def register_mask_rule(name: str, fn: Callable) -> None:
+    """Make a rule of masks known under a name, for ``config.mask = {"rule": name, **options}``.
+
+    Args:
+        name: the name that a checkpoint holds.
+        fn: ``fn(types, marks, **options) -> blocks``, of int64 ``(batch, length)`` that is 0 for text and i where the i-th
+            modality is seen, and of `token_type_ids` or None: tokens of one block, ``(batch, length)``, attend to each other
+            both ways, -1 for none.  With the attribute ``masks_text = True`` it is asked for prompts without features too.
+
+    Raises:
+        ValueError: another function has that name.
+        TypeError: `fn` is not callable.
+    """
+    if not callable(fn):
+        raise TypeError(f"register_mask_rule({name!r}, fn) expects a function, got {fn!r}.")
+    MASK_RULES.add(name, fn)

@@ -20,7 +20,9 @@ from .weightless import without_weights
 
 def record_adapters(config: Any, encoders: Mapping[str, Any], language_model: nn.Module) -> None:
     """Write the adapters of PEFT-wrapped parts into the configuration."""
-    parts = {"language_model": language_model} | {f"{n}_encoder.module": e.module for n, e in encoders.items()}
+    parts = {"language_model": language_model} | {
+        f"{n}_encoder.module": e.module for n, e in encoders.items() if "module" not in e.shares
+    }
     config.adapters = {name: describe_adapters(part, name) for name, part in parts.items() if is_wrapped(part)} or None
 
 

@@ -4,13 +4,16 @@ A module's class must be registered, or be one of `torch.nn`'s own, and every co
 under its own name (the convention of `sklearn`'s estimators).
 """
 
+import copy
 import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.activations import ACT2CLS, ACT2FN
 
 from .registries import CALLBACKS
 
@@ -55,8 +58,11 @@ def _parameters(cls: Callable) -> list[inspect.Parameter]:
 
 
 def torch_spec(module: nn.Module) -> dict[str, Any]:
-    """``{"class", "arguments"}`` or ``{"class", "modules"}`` of a module of `torch.nn`'s own classes, else NotStorable."""
+    """``{"class", "arguments"}`` or ``{"class", "modules"}`` of a module of `torch.nn`'s own classes, ``{"activation"}`` of one
+    of transformers' activations, else NotStorable."""
     cls = type(module)
+    if cls.__module__ == "transformers.activations" and (name := _activation_name(module)) is not None:
+        return {"activation": name}
     if getattr(nn, cls.__name__, None) is not cls:
         raise NotStorable(f"{cls.__module__}.{cls.__qualname__} is not registered")
     if isinstance(module, _CONTAINERS):
@@ -69,9 +75,23 @@ def torch_spec(module: nn.Module) -> dict[str, Any]:
     return {"class": cls.__name__, "arguments": constructor_arguments(module)}
 
 
+def _activation_name(module: nn.Module) -> str | None:
+    """The name under which transformers makes an activation that is this one, None where it makes none."""
+
+    def settings(activation: Any) -> dict[str, Any]:
+        return {k: v for k, v in vars(activation).items() if not k.startswith("_") and k != "training"}
+
+    made = {name: ACT2FN[name] for name in ACT2CLS}
+    return next((n for n, x in made.items() if type(x) is type(module) and settings(x) == settings(module)), None)
+
+
 def build_torch(spec: Mapping[str, Any]) -> nn.Module:
     """Build what `torch_spec` described; ValueError for anything that is not a module class of `torch.nn`."""
     # From a checkpoint, so not trusted: the name may be that of any attribute of `torch.nn`, the arguments anything.
+    if isinstance(spec, Mapping) and set(spec) == {"activation"}:
+        if spec["activation"] not in ACT2CLS:
+            raise ValueError(f"Unknown activation {spec['activation']!r:.100}, expected one of {sorted(ACT2CLS)}.")
+        return copy.deepcopy(ACT2FN[spec["activation"]])  # some entries are one module that everybody would share
     name = spec.get("class") if isinstance(spec, Mapping) else None
     cls: Any = getattr(nn, name, None) if isinstance(name, str) else None
     if not inspect.isclass(cls) or not issubclass(cls, nn.Module) or set(spec) - {"class", "arguments", "modules"}:
@@ -176,3 +196,36 @@ def check_callbacks_storable(callbacks: dict[str, Callable | None], name: str) -
                 "bind JSON values by functools.partial, or register a torch.nn.Module class and pass an instance."
             ) from error
     return described
+
+
+# ---- tensors that a composition keeps and does not use: of a native model, for the way back
+
+
+def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, list[int]]]:
+    """``{dtype: {name: shape}}`` of tensors, as a configuration holds it."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(str(tensor.dtype).removeprefix("torch."), {})[name] = list(tensor.shape)
+    return found
+
+
+class KeptTensors(nn.Module):
+    """Buffers by dotted names, in modules that do nothing.
+
+    Args:
+        shapes: as `describe_tensors` gives it; ValueError for a dtype that torch does not have.
+    """
+
+    def __init__(self, shapes: Mapping[str, Mapping[str, Any]]):
+        super().__init__()
+        for dtype, names in shapes.items():
+            if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"native_rest names the dtype {dtype!r}, which torch does not have.")
+            for name, shape in names.items():
+                *folders, key = name.split(".")
+                module: nn.Module = self
+                for folder in folders:
+                    if folder not in module._modules:
+                        module.add_module(folder, nn.Module())
+                    module = module.get_submodule(folder)
+                module.register_buffer(key, torch.empty(shape, dtype=getattr(torch, dtype)))

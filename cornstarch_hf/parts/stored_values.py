@@ -253,10 +253,12 @@ def check_types(values: Mapping[str, Any], expected: Mapping[str, tuple[type, ..
             raise ValueError(f"{where}: {key} must be a {names}, got {type(value).__name__} ({value!r:.100}).")
 
 
-def check_switches(values: Mapping[str, Any] | None, where: str) -> None:
-    """Refuse constructor arguments of a part that are not True or False (ValueError)."""
+def check_switches(
+    values: Mapping[str, Any] | None, where: str, others: Mapping[str, tuple[type, ...]] | None = None
+) -> None:
+    """Refuse constructor arguments of a part that are not True or False (ValueError), nor of the types of `others`."""
     for key, value in (values or {}).items():
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, *(others or {}).get(key, ()))):
             raise ValueError(f"{where}: the argument {key!r} must be True or False, got {value!r:.100}.")
 
 

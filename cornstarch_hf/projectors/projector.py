@@ -6,7 +6,7 @@ Types that leave fewer features lie in `reductions`, `windows` and `resampler`, 
 import contextlib
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,8 +269,9 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         return None if count is None else count(length, grid)
 
     def forward(
-        self, inputs_embeds: Tensor, return_dict: bool | None = None, *, lengths: Lengths = None, grids: Grids = None
-    ) -> ProjectorOutput | tuple:
+        self, inputs_embeds: Tensor, return_dict: bool | None = None, *, lengths: Lengths = None, grids: Grids = None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> ProjectorOutput | tuple:  # fmt: skip
         """Project features.
 
         Args:
@@ -280,6 +281,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             return_dict: a `ProjectorOutput` (default by the configuration), or a tuple.
             lengths: features of each item, where it differs from the tensor's shape; the result is packed then.
             grids: ``(height, width)`` or ``(frames, height, width)`` of each item's features, row by row; squares when None.
+            inputs: of the encoder, for types that read masks or sizes of items there.
 
         Raises:
             ValueError: no projection has been built; the width or the reduction does not fit.
@@ -289,12 +291,18 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
         width = self.config.in_features  # None of a wrapped module that does not show its sizes
         if width is not None and inputs_embeds.shape[-1] != width:
             raise ValueError(f"The projector expects features of width {width}, got {inputs_embeds.shape[-1]}.")
-        reduced = self._reduce(inputs_embeds, lengths, grids) if self.reduces else (self._project(inputs_embeds), None)
+        if getattr(self.projection, "whole", False):  # all items at once, as a native model runs it
+            projected, counts = self._project(inputs_embeds, lengths, grids, inputs)
+            reduced = projected, counts if counts is None else torch.tensor(counts)
+        else:
+            reduced = (
+                self._reduce(inputs_embeds, lengths, grids) if self.reduces else (self._project(inputs_embeds), None)
+            )
         output = ProjectorOutput(last_hidden_state=reduced[0], feature_lens=reduced[1])
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _project(self, *inputs: Any) -> Tensor:
+    def _project(self, *inputs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
             # Reentrant checkpointing drops the gradients of a function whose inputs need none (a frozen encoder's).
             features = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()

@@ -11,7 +11,7 @@ from cornstarch_hf.language_model.merging import (
     check_counts,
     check_labels,
     embedded_placeholder_mask,
-    group_by_sample,
+    items_of_samples,
     mask_labels,
     placeholder_mask,
     scatter_features,
@@ -51,7 +51,8 @@ def test_ids_and_embeddings_give_the_same_mask():
 def test_counts_that_fit(lengths):
     check_counts("vision", "<image>", MASK, lengths)
     items = torch.randn(5, 2).split(lengths)
-    groups = group_by_sample(items, MASK.sum(-1).tolist())
+    own = items_of_samples([len(item) for item in items], MASK.sum(-1).tolist())
+    groups = [[items[i] for i in each] for each in own]
     assert [sum(map(len, group)) for group in groups] == [2, 3]
 
 

@@ -16,7 +16,7 @@ class OwnParts:
 def settle(config: MultimodalConfig, encoders: Mapping[str, ModalEncoderModule]) -> dict[str, OwnParts]:
     """Write the callbacks of live encoders into a configuration (in place); ValueError for one that it cannot hold."""
     for name, encoder in encoders.items():
-        config.modality(name)["callbacks"] = check_callbacks_storable(encoder.callbacks, name)
+        config.modality(name)["callbacks"] = check_callbacks_storable(encoder.own_callbacks, name)
         if getattr(config, f"{name}_projector_config").projection_type == CUSTOM_PROJECTION:
             raise needs_package(f"What keeps the projection of {name}")
     return {}

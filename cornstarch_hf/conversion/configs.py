@@ -1,0 +1,65 @@
+"""The outer configuration of a native model: what no part of a composition holds, and all of it put together again."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from .entries import Native
+from .keys import tower_of
+from .refusals import entry_of_type
+
+
+def _places(config: Any, part: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths in a configuration at which another one stands, as that object."""
+    for key, value in vars(config).items():
+        if value is part:
+            yield f"{path}{key}"
+        elif isinstance(value, PreTrainedConfig):
+            yield from _places(value, part, f"{path}{key}.")
+
+
+def held_configs(native: Any, entry: Native) -> dict[str, Any]:
+    """``{path in the native configuration: key of ours}`` of configurations that parts of a composition hold."""
+    texts = {"text_config": native.get_submodule(entry.language_model).config}
+    towers = {f"{n}_config": tower_of(native, p).config for n, p in entry.parts_for(native.config).items() if p.tower}
+    found = {}
+    for key, part in (texts | towers).items():
+        place = next(_places(native.config, part), None)
+        if place is not None and "." not in place:
+            found[place] = key
+    return found
+
+
+def outer_values(native: Any, entry: Native) -> dict[str, Any]:
+    """What ``config.native["config"]`` keeps: the native configuration as it is saved, without what parts hold."""
+    values = native.config.to_diff_dict()
+    held = held_configs(native, entry)
+    text = native.get_submodule(entry.language_model).config
+    for place, key in held.items():
+        values.pop(place, None)
+        # What loading and composing set anew: the dtype, and the tie, which the outer configuration told.
+        part = getattr(native.config, place)
+        values[place] = {"dtype": str(part.dtype).removeprefix("torch.") if part.dtype is not None else None}
+        if key == "text_config":
+            values[place]["tie_word_embeddings"] = text.tie_word_embeddings
+    return values
+
+
+def native_config(model: Any, model_type: str | None = None) -> tuple[Any, Native]:
+    """The native configuration of a composition, and its row of the table (ValueError where it never was native)."""
+    known = model.config.native
+    if known is None:
+        raise ValueError("This composition never was a native model, so to_native does not know which one it is.")
+    if model_type not in (None, known["model_type"]):
+        raise ValueError(f"This composition was a {known['model_type']!r}, and cannot become a {model_type!r}.")
+    entry = entry_of_type(known["model_type"])
+    values, parts = copy.deepcopy(known["config"]), {}
+    for place, key in known["parts"].items():
+        parts[place] = getattr(model.config, key)
+        values[place] = parts[place].to_dict() | values[place]
+    config = CONFIG_MAPPING[known["model_type"]].from_dict(values)
+    for place, part in parts.items():
+        getattr(config, place)._attn_implementation = part._attn_implementation
+    return config, entry

@@ -1,0 +1,225 @@
+"""from_native() and to_native(): native multimodal models to compositions and back, with the tensors that they have."""
+
+import copy
+import os
+import warnings
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..configuration_projector import MultimodalProjectorConfig
+from ..encoders.module import ModalEncoderModule
+from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
+from ..language_model.text_head import TextModelWithHead
+from ..modeling_multimodal import MultimodalModel
+from ..parts.classes import constructor_options, language_model_class
+from ..parts.stored_modules import KeptTensors, build_callback, describe_tensors
+from ..parts.weightless import build_without_weights, without_dtypes
+from ..projectors.projector import MultimodalProjector
+from .configs import held_configs, native_config, outer_values
+from .entries import Native, Part, resolved, setting
+from .keys import REST, hand_over, has_head, key_map, tensors, tower_of, with_buffers
+from .refusals import check_model, entry_of
+
+
+def from_native(
+    source: Any,
+    *,
+    revision: str | None = None,
+    dtype: Any = None,
+    attn_implementation: Any = None,
+    drop_rest: bool = False,
+    **loading: Any,
+) -> tuple[MultimodalModel, Any]:
+    """Take a native multimodal model of transformers apart into a composition that computes the same, to the bit.
+
+    Args:
+        source: Hub id or path of its checkpoint, or a live model (which is not changed: parts share its tensors, and have
+            configurations of their own); ``(model, processor)`` is taken too, its processor is left out for now.
+        revision, dtype, attn_implementation, **loading: as of `from_pretrained` of the native class, for an id or a path.
+        drop_rest: whether tensors that no part uses are dropped, instead of kept for the way back.
+
+    Returns:
+        ``(model, processor)``; the processor is None: prepare inputs by the native one, whose names the model takes.
+
+    Raises:
+        ValueError: a type that cannot be composed or is not known, with the reason; a setting of a known type that cannot.
+        TypeError: a source that is no model, id or path; options of loading for a live model.
+    """
+    asked = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
+    options = {key: value for key, value in (asked | loading).items() if value is not None}
+    native = _loaded(source[0] if isinstance(source, tuple) else source, options)
+    return take_apart(native, entry_of(native.config), drop_rest), None
+
+
+def _loaded(source: Any, options: dict[str, Any]) -> Any:
+    """The native model, loaded where an id or a path was given."""
+    if not isinstance(source, (str, os.PathLike)):
+        if not isinstance(source, PreTrainedModel):
+            raise TypeError(f"from_native takes a Hub id, a path or a model of transformers, got {source!r:.100}.")
+        if options:
+            raise TypeError(f"{sorted(options)} are for loading, but the model is live: change it, or pass its id.")
+        return source
+    hub = ("revision", "cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
+    config = AutoConfig.from_pretrained(source, **{key: options[key] for key in hub if key in options})
+    # The type is refused before its weights are loaded.
+    return getattr(transformers, entry_of(config).architecture).from_pretrained(source, **options)
+
+
+def take_apart(native: Any, entry: Native, drop_rest: bool = False) -> MultimodalModel:
+    """The composition of a live native model's parts, by a row of the table; raises as `from_native` does."""
+    check_model(native, entry)
+    model = build_without_weights(lambda: _compose(native, entry))
+    values = {
+        "model_type": native.config.model_type,
+        "config": outer_values(native, entry),
+        "parts": held_configs(native, entry),
+    }
+    names, rest = key_map(native, model, entry)
+    there = dict(tensors(native))
+    kept = {} if drop_rest else {name: there[name] for name in rest}
+    if kept:
+        values["tensors"] = describe_tensors(kept)
+        model.add_module(REST, KeptTensors(values["tensors"]))
+        names |= {f"{REST}.{name}": name for name in kept}
+    elif rest:
+        _warn_of_dropped(native, {name: there[name] for name in rest})
+        values["dropped"] = rest
+    model.config.native = values
+    hand_over(native, model, with_buffers(names, native, model, entry))
+    model._untied = frozenset()  # ties are those of the native model, which the text configuration tells
+    model.generation_config = copy.deepcopy(native.generation_config)
+    for name, part in entry.parts_for(native.config).items():
+        model.config.modality(name)["token_id"] = setting(native.config, part.token)
+    return model.train(native.training)
+
+
+def _warn_of_dropped(native: Any, rest: dict[str, Any]) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in rest.values())
+    shown = ", ".join(list(rest)[:8]) + (", ..." if len(rest) > 8 else "")
+    warnings.warn(
+        f"{type(native).__name__}: {len(rest)} tensors of {size:,} bytes that no part uses were dropped, and to_native will "
+        f"not have them: {shown}.",
+        stacklevel=4,
+    )
+
+
+# ---- the parts, without weights
+
+
+def _compose(native: Any, entry: Native) -> MultimodalModel:
+    made: dict[str, ModalEncoderModule] = {}
+    for name, part in entry.parts_for(native.config).items():
+        made[name] = _encoder(native, part, made)
+    return MultimodalModel(encoders=made, language_model=_language_model(native, entry))
+
+
+def _encoder(native: Any, part: Part, made: dict[str, ModalEncoderModule]) -> ModalEncoderModule:
+    config = native.config
+    lender = made.get(part.shares or "")
+    if lender is not None and part.tower is None:
+        module: Any = lender.module
+    elif part.tower is None:
+        module = PrecomputedFeatures(PrecomputedFeaturesConfig(hidden_size=resolved(part.width, config)))
+    else:
+        tower = tower_of(native, part)
+        module = built(type(tower), tower.config, **constructor_options(tower))
+    callbacks: Any = {
+        slot: build_callback({"name": step.name, "arguments": resolved(step.arguments, config)}, slot)
+        for slot, step in part.steps.items()
+    }
+    callbacks |= {slot: getattr(lender, slot) for slot in part.shared_steps}
+    layer = resolved(part.layer, config)
+    projector = lender.projector if lender is not None and part.projector is None else _projector(native, part)
+    return ModalEncoderModule(
+        module, projector, list(part.additional_args), kind=part.kind, layer=layer, output=part.output,
+        drop_prefix=resolved(part.drop_prefix, config), input_names=dict(part.input_names), shares=part.shares,
+        **callbacks,
+    )  # fmt: skip
+
+
+def _projector(native: Any, part: Part) -> MultimodalProjector | None:
+    if part.projector is None:
+        return None
+    options = resolved(part.projector.options, native.config)
+    activation = options.pop("activation", "gelu")
+    width = resolved(part.projector.width, native.config)
+    return MultimodalProjector(
+        MultimodalProjectorConfig(
+            projection_type=part.projector.kind, activation=activation, in_features=width, projection_kwargs=options
+        )
+    )
+
+
+def _language_model(native: Any, entry: Native) -> Any:
+    """The causal language model: the native one's own, its class by the text configuration, or a plain head over the stack."""
+    text = native.get_submodule(entry.language_model)
+    config = copy.deepcopy(text.config)
+    if has_head(text):
+        return built(type(text), config)
+    # The outer configuration decides about ties, whatever the text's own says.
+    head, table = native.get_output_embeddings(), text.get_input_embeddings()
+    config.tie_word_embeddings = head.weight is table.weight
+    cls = None if entry.plain_head else language_model_class(config)
+    model = built(cls, config) if cls is not None else None
+    if model is not None and type(model.base_model) is type(text):
+        return model
+    factors = {"scale": resolved(entry.scale, native.config), "softcap": resolved(entry.softcap, native.config)}
+    return TextModelWithHead(built(type(text), config), **factors)
+
+
+def built(cls: Any, config: PreTrainedConfig, **options: Any) -> Any:
+    """A model without weights, of a copy of a configuration whose dtypes stay with it."""
+    model = cls(without_dtypes(copy.deepcopy(config)), **options)
+    _give_dtypes(config, model.config)
+    return model
+
+
+def _give_dtypes(source: Any, target: Any) -> None:
+    target.dtype = source.dtype
+    for key, value in vars(source).items():
+        if isinstance(value, PreTrainedConfig) and isinstance(vars(target).get(key), PreTrainedConfig):
+            _give_dtypes(value, vars(target)[key])
+
+
+# ---- and back
+
+
+def to_native(model: Any, processor: Any = None, *, model_type: str | None = None) -> Any:
+    """Put a composition together again as the native model of transformers that it was, with the tensors that it has now.
+
+    Args:
+        model: a composition that came from `from_native`, changed as native classes allow it: other weights, more tokens.
+        processor: given back as it is, beside the model.
+        model_type: of the native model, for a composition that never was one.
+
+    Returns:
+        the native model, or ``(native model, processor)``; it shares the composition's tensors.
+
+    Raises:
+        ValueError: a composition that never was native, or is no longer what its native class computes; dropped tensors.
+        TypeError: no composed model.
+    """
+    if not isinstance(model, MultimodalModel):
+        raise TypeError(f"to_native takes a MultimodalModel, got {type(model).__name__}.")
+    native = put_together(model, model_type)
+    return native if processor is None else (native, processor)
+
+
+def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
+    """The native model; raises as `to_native` does."""
+    config, entry = native_config(model, model_type)
+    native = build_without_weights(lambda: built(getattr(transformers, entry.architecture), config))
+    names, rest = key_map(native, model, entry)
+    kept = dict(tensors(model.get_submodule(REST))) if hasattr(model, REST) else {}
+    if lost := sorted(set(rest) - set(kept)):
+        raise ValueError(
+            f"{entry.architecture} has {len(lost)} tensors that this composition does not ({', '.join(lost[:4])}, ...): they "
+            "were dropped. Convert the native checkpoint again without drop_rest=True."
+        )
+    names |= {f"{REST}.{name}": name for name in rest}
+    names = with_buffers(names, native, model, entry)
+    hand_over(model, native, {of: name for name, of in names.items()})
+    native.generation_config = copy.deepcopy(model.generation_config)
+    return native.train(model.training)

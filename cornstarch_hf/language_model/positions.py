@@ -1,0 +1,373 @@
+"""Positions along several axes, told from the grids of items (M-RoPE, Wang et al. 2024, and its relatives): pure rules, and
+where a composed model with ``config.positions`` follows one.
+
+Checkpoints carry this file only where their configuration names a rule; `registries.STEPS` leads here.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..parts.adapters import unwrapped
+from ..parts.registries import POSITION_RULES, STEPS, Step, register_position_rule
+from ..parts.signatures import forward_parameters
+from ..parts.versions import CACHE_NAMES
+from .extra_inputs import mask_positions
+
+Grid = tuple[int, ...]
+SECONDS = "second_per_grid_ts"  # seconds between frames of each video: what native processors call it
+# What native processors write in `mm_token_type_ids` for a feature of each kind; others may be any number but 0.
+TYPE_IDS = {"image": 1, "video": 2, "audio": 3}
+
+
+class PositionQuery(NamedTuple):
+    """What a position rule is asked about, one column per token of the rows.
+
+    Attributes:
+        types: int64 ``(batch, length)``, 0 for text, i where a feature of the i-th modality stands (counted from 1).
+        valid: bool ``(batch, length)``, False for padding.
+        start: int64 ``(batch,)``, the position of each row's first token; above 0 behind a cache.
+        names: the modalities, in order.
+        grids: ``(frames, height, width)`` of each item's features, by modality, in reading order.
+        seconds: seconds between frames of each item, by modality, where they are known.
+        counted: int64 ``(batch, length)``, positions as `generate` counts them, None in a plain call.
+        past: how many tokens of each row are in the cache.
+    """
+
+    types: Tensor
+    valid: Tensor
+    start: Tensor
+    names: Sequence[str]
+    grids: Mapping[str, Sequence[Grid]]
+    seconds: Mapping[str, Sequence[float]]
+    counted: Tensor | None = None
+    past: int = 0
+
+
+def mrope(
+    query: PositionQuery, *, axes: int = 3, frames_apart: bool = False, time_step: Mapping[str, float] | None = None
+) -> Tensor:
+    """Time, height and width of each token, ``(3, batch, length)``: text counts on along all three, and goes on behind the
+    longer side of an item (Qwen2-VL, Wang et al. 2024).
+
+    Args:
+        query: the tokens.
+        axes: 3.
+        frames_apart: whether each frame of an item is a grid of its own, between other tokens (Qwen3-VL, GLM-4V).
+        time_step: by modality, how far a second moves the time of its frames (Qwen2.5-VL); else each frame is one further.
+
+    Raises:
+        ValueError: a run of placeholders that is not filled by grids; another number of axes.
+    """
+    if axes != 3:
+        raise ValueError(f'positions: the rule "mrope" has 3 axes, got axes={axes!r}.')
+    steps = time_step or {}
+    if unknown := sorted(set(steps) - set(query.names)):
+        raise ValueError(f"positions: time_step names {unknown}, the model has the modalities {list(query.names)}.")
+    items = {name: _pieces(query, name, frames_apart, steps.get(name)) for name in query.names}
+    positions = torch.zeros(3, *query.types.shape, dtype=torch.long)
+    for row, (types, valid) in enumerate(zip(query.types.cpu(), query.valid.cpu(), strict=True)):
+        place, parts = int(query.start[row]), []
+        for kind, group in itertools.groupby(types[valid].tolist()):
+            count = len(list(group))
+            if kind == 0:
+                parts.append((torch.arange(count) + place).expand(3, -1))  # (3, count)
+                place += count
+                continue
+            name = query.names[kind - 1]
+            for grid, step in _filling(items[name], count, name, row):
+                parts.append(_grid_positions(grid, place, step))  # (3, features of the grid)
+                place += max(grid[1:])
+        if parts:
+            positions[:, row, valid] = torch.cat(parts, 1)
+    return positions.to(query.types.device)
+
+
+def _pieces(query: PositionQuery, name: str, frames_apart: bool, step: float | None) -> Iterator[tuple[Grid, float]]:
+    """The grids of a modality's features in reading order, and how far apart in time their frames are."""
+    grids, seconds = query.grids.get(name, ()), query.seconds.get(name)
+    for i, (frames, height, width) in enumerate(grids):
+        interval = 1 if step is None else step * (1 if seconds is None else seconds[i])
+        yield from [((1, height, width), interval)] * frames if frames_apart else [((frames, height, width), interval)]
+
+
+def _filling(items: Iterator[tuple[Grid, float]], count: int, name: str, row: int) -> Iterator[tuple[Grid, float]]:
+    """The next grids, until they have as many features as a run of placeholders (ValueError where that is never)."""
+    filled = 0
+    while filled < count:
+        grid, step = next(items, ((0, 0, 0), 1))
+        size = math.prod(grid)
+        if not size or filled + size > count:
+            shape = " x ".join(map(str, grid))
+            raise ValueError(
+                f"{name}, sample {row}: a run of {count} placeholder tokens, but the grids of its items have "
+                f"{filled + size} features"
+                + (f" with the next one ({shape})." if size else ", and there are no more.")
+                + " Let "
+                "the processor of this model expand the placeholders, each item (each frame, with frames_apart) as a whole."
+            )
+        filled += size
+        yield grid, step
+
+
+def _grid_positions(grid: Grid, place: int, step: float) -> Tensor:
+    """Positions ``(3, frames * height * width)`` of a grid that begins at a place."""
+    frames, height, width = (torch.arange(n) for n in grid)
+    axes = torch.meshgrid((frames * step).long(), height, width, indexing="ij")  # as in transformers: rounded down
+    return torch.stack(axes).flatten(1) + place
+
+
+def xdrope(query: PositionQuery, *, axes: int = 4, newline: bool = True) -> Tensor:
+    """Positions of text along all axes ``(axes, batch, length)``; on the last three, features have their column, row and the
+    number of their image (HunYuan-VL).
+
+    Args:
+        query: the tokens; rows of an image end with one more feature where `newline` holds, and two may stand around it.
+        axes: how many the language model turns by.
+        newline: whether each row of features has one more at its end.
+
+    Raises:
+        ValueError: a run of placeholders that does not fit its grid; images behind a cache, whose number nothing tells.
+    """
+    if not isinstance(axes, int) or axes < 3:
+        raise ValueError(f'positions: the rule "xdrope" has 3 axes or more, got axes={axes!r}.')
+    if query.past and bool(query.types.any()):
+        raise ValueError(
+            'positions: the rule "xdrope" numbers images from the start: generate from the prompt without a cache.'
+        )
+    positions = torch.zeros(axes, *query.types.shape, dtype=torch.long)
+    items = {name: iter(query.grids.get(name, ())) for name in query.names}
+    number = itertools.count()
+    for row, (types, valid) in enumerate(zip(query.types.cpu(), query.valid.cpu(), strict=True)):
+        own = (torch.arange(int(valid.sum())) + int(query.start[row])).repeat(axes, 1)  # (axes, tokens of the row)
+        place = 0
+        for kind, group in itertools.groupby(types[valid].tolist()):
+            count = len(list(group))
+            if kind:
+                _, height, width = next(items[query.names[kind - 1]], (0, 0, 0))
+                rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width + newline), indexing="ij")
+                first, tokens = place + (count - rows.numel()) // 2, rows.numel()
+                if count - tokens not in (0, 2):
+                    raise ValueError(
+                        f"{query.names[kind - 1]}, sample {row}: a run of {count} placeholder tokens, but the grid {height} x "
+                        f"{width} of its item has {tokens}, or {tokens + 2} with those around it."
+                    )
+                marks = torch.stack([columns.flatten(), rows.flatten(), torch.full((tokens,), next(number))])
+                own[axes - 3 :, first : first + tokens] = marks
+            place += count
+        positions[:, row, valid] = own
+    return positions.to(query.types.device)
+
+
+def counted(query: PositionQuery, *, first: int = 0) -> Tensor:
+    """Positions ``(batch, length)`` of plain text that count from `first` on (PaliGemma: 1)."""
+    if query.counted is not None:
+        return query.counted + first
+    places = torch.arange(query.past, query.past + query.types.shape[1], device=query.types.device)
+    return (places + first).expand(query.types.shape[0], -1)
+
+
+xdrope.text_row = False  # type: ignore[attr-defined]
+counted.numbers_text = True  # type: ignore[attr-defined]
+counted.needs_grids = False  # type: ignore[attr-defined]
+register_position_rule("mrope", mrope)
+register_position_rule("xdrope", xdrope)
+register_position_rule("counted", counted)
+
+
+# ---- where a composed model follows its rule
+
+
+def types_of(masks: Mapping[str, Tensor], names: Sequence[str], like: Tensor) -> Tensor:
+    """Int64 ``(batch, length)``: 0 for text, i at placeholders of the i-th modality; `like` is any tensor of such rows."""
+    types = torch.zeros(like.shape[:2], dtype=torch.long, device=like.device)
+    for i, name in enumerate(names, 1):
+        if name in masks:
+            types = types.masked_fill(masks[name].to(types.device), i)
+    return types
+
+
+def check_type_ids(given: Any, types: Tensor, kinds: Sequence[str]) -> None:
+    """ValueError for `mm_token_type_ids` that do not mark the placeholders of a batch; None is right."""
+    if given is None or torch.compiler.is_compiling():
+        return
+    given = given[..., -types.shape[1] :].to(types.device)
+    expected = torch.zeros_like(types)
+    for i, kind in enumerate(kinds, 1):
+        number = TYPE_IDS.get(kind)
+        expected = torch.where(types == i, given.where(given != 0, -1) if number is None else number, expected)
+    if wrong := int((given != expected).sum()):
+        sample = int((given != expected).any(-1).nonzero()[0, 0])
+        marked, placeholders = (int((x[sample] != 0).sum()) for x in (given, types))
+        raise ValueError(
+            f"mm_token_type_ids, sample {sample}: {marked} tokens are marked, but {placeholders} are placeholders ({wrong} "
+            f"tokens of the batch differ): leave them out, or pass what the processor gives, {TYPE_IDS} by kind."
+        )
+
+
+def _query(
+    model: Any, types: Tensor, valid: Tensor, start: Tensor, outputs: Mapping[str, Any], **more: Any
+) -> PositionQuery:
+    """What the rule is asked; ValueError for items whose grid nobody states."""
+    names, grids, seconds = model.config.encoders, {}, {}
+    for name, output in outputs.items():
+        given = output.get("feature_grids")
+        if given is None and getattr(_rule(model), "needs_grids", True) and len(output.pooler_output):
+            kind = model.config.modality(name)["kind"]
+            raise ValueError(
+                f"{name}: positions need the grid of each item's features, and these outputs have none: pass the encoder's "
+                f"inputs, or what get_{kind}_features() gives; or state output['feature_grids'] in "
+                "postprocess_projector_callback."
+            )
+        grids[name] = [] if given is None else [(1,) * (3 - len(g)) + tuple(g) for g in given.tolist()]
+        if output.get(SECONDS) is not None:
+            seconds[name] = [float(x) for x in output[SECONDS]]
+    return PositionQuery(types, valid, start, names, grids, seconds, **more)
+
+
+def _rule(model: Any) -> Any:
+    return POSITION_RULES[model.config.positions.get("rule")]
+
+
+def _positions(model: Any, query: PositionQuery) -> Tensor:
+    options = {key: value for key, value in model.config.positions.items() if key != "rule"}
+    return _rule(model)(query, **options)
+
+
+class Positions(Step):
+    """Positions by the rule of ``config.positions``, wherever the caller gives none."""
+
+    inputs = ("mm_token_type_ids",)
+
+    def encoder_options(self, config: Any) -> dict[str, Any]:
+        needs = getattr(POSITION_RULES[config.positions.get("rule")], "needs_grids", True)
+        return {"state_grids": True} if needs else {}
+
+    def check(self, model: Any) -> None:
+        _rule(model)
+        if "position_ids" not in forward_parameters(model.language_model):
+            who = type(unwrapped(model.language_model)).__name__
+            raise ValueError(f"positions: {who} takes no `position_ids`: leave the rule out, or choose another model.")
+
+    def before_language_model(self, model: Any, inputs: dict, masks: dict, outputs: dict, past: int) -> dict:
+        rows = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        types = types_of(masks, model.config.encoders, rows)
+        inputs = with_checked_types(model, inputs, types)
+        numbers_text = getattr(_rule(model), "numbers_text", False)
+        if inputs.get("position_ids") is not None or (not numbers_text and not past and not outputs):
+            return inputs  # the caller's, or those of text alone
+        if past and not numbers_text:
+            raise ValueError(
+                f"position_ids are needed with a cache ({past} tokens): this model's positions follow the grids of its items "
+                f"(config.positions), which the cache does not tell. Pass position_ids (axes, batch, {rows.shape[1]}) that go "
+                "on behind the last ones, or call generate(), which does."
+            )
+        start = torch.zeros(len(types), dtype=torch.long)
+        query = _query(model, types, _valid(inputs.get("attention_mask"), types), start, outputs, past=past)
+        return inputs | {"position_ids": _positions(model, query)}
+
+    def after_language_model(self, model: Any, inputs: dict, output: Any, past: int) -> None:
+        cache = next((output[name] for name in CACHE_NAMES if output.get(name) is not None), None)
+        if cache is None or past or torch.compiler.is_compiling():
+            return
+        rows = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        valid = _valid(inputs.get("attention_mask"), rows)
+        remember(cache, _axes(model, inputs.get("position_ids")), mask_positions(valid), valid)
+
+    def before_generation(
+        self, model: Any, keywords: dict, masks: dict, outputs: dict, past: int, shape: tuple[int, int]
+    ) -> dict:
+        batch, new = shape  # behind the cache
+        text = keywords.get("position_ids")
+        device = keywords["attention_mask"].device if text is None else text.device
+        types = types_of(masks, model.config.encoders, torch.empty(shape, device=device))
+        keywords = with_checked_types(model, keywords, types)
+        if text is None or text.ndim != 3 or len(text) != 1:  # the caller's own
+            return keywords
+        text = text[0].expand(batch, -1)  # (batch, length), the cached columns included
+        valid = _valid(keywords.get("attention_mask"), text)  # (batch, length)
+        offset = offset_of(keywords, past, batch).to(device)  # (batch, 1)
+        start = valid[:, :-new].sum(-1) + offset[:, 0]
+        found = _positions(
+            model, _query(model, types, valid[:, -new:], start, outputs, counted=text[:, -new:], past=past)
+        )  # (axes, batch, new), or (batch, new)
+        before = (text + offset)[:, :-new].expand(*found.shape[:-1], -1)  # of tokens in the cache, which nothing reads
+        positions = torch.cat([before, found], -1)
+        if positions.ndim == 3 and getattr(_rule(model), "text_row", True):
+            positions = torch.cat([text[None], positions])  # (1 + axes, batch, length)
+        return keywords | {"position_ids": positions}
+
+    def before_step(self, model: Any, keywords: dict, past: int, whole: bool) -> None:
+        cache = next((keywords[name] for name in CACHE_NAMES if keywords.get(name) is not None), None)
+        positions = keywords.get("position_ids")
+        if cache is not None and positions is not None and positions.ndim == 3:
+            valid = _valid(keywords.get("attention_mask"), positions[0])
+            # The first row is that of plain text, in front of the axes or the first one of more than three.
+            remember(cache, _axes(model, positions), positions[0], valid, 0 if whole else past)
+
+
+def _axes(model: Any, positions: Tensor | None) -> Tensor | None:
+    """Positions ``(axes, batch, length)`` without the row of text that `generate` puts before them; others as they are."""
+    axes = model.config.positions.get("axes", 3)
+    has_text = positions is not None and positions.ndim == 3 and getattr(_rule(model), "text_row", True)
+    return positions[-axes:] if positions is not None and has_text else positions
+
+
+def _valid(mask: Any, rows: Tensor) -> Tensor:
+    """Bool ``(batch, length)``: which tokens of `rows` are no padding, by a mask that may cover a cache before them."""
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= rows.shape[1]:
+        return mask[:, -rows.shape[1] :].bool()
+    return torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+
+
+def with_checked_types(model: Any, inputs: dict, types: Tensor) -> dict:
+    """The inputs without `mm_token_type_ids`, which are checked, unless the language model reads them itself."""
+    config = model.config
+    if config.mask:  # whose rule looks at them
+        return inputs
+    check_type_ids(inputs.get("mm_token_type_ids"), types, [config.modality(name)["kind"] for name in config.encoders])
+    if "mm_token_type_ids" in forward_parameters(model.language_model):
+        return inputs
+    return {key: value for key, value in inputs.items() if key != "mm_token_type_ids"}
+
+
+# The cache itself holds how far its tokens' positions are from their number, since it alone lives as long as they do.
+_OFFSET = "position_offset"
+
+
+def remember(cache: Any, positions: Tensor | None, plain: Tensor, valid: Tensor, before: int = 0) -> None:
+    """Keep with a cache how far its positions ``(axes, batch, length)`` went beyond plain ones ``(batch, length)``.
+
+    And up to which column they are those of features: text behind that is as far.  `before` columns were there already.
+    """
+    if positions is None or positions.ndim != 3:
+        setattr(cache, _OFFSET, (torch.zeros(len(plain), 1, dtype=torch.long), 0))
+        return
+    plain = plain.to(positions.device)
+    last = plain.masked_fill(~valid, -1).amax(-1, keepdim=True)  # (batch, 1)
+    offset = positions.masked_fill(~valid, 0).amax((0, 2))[:, None] - last  # (batch, 1)
+    columns = ((positions != plain + offset) & valid).any(0).any(0).nonzero()
+    setattr(cache, _OFFSET, (offset, before + int(columns[-1, 0]) + 1 if len(columns) else 0))
+
+
+def offset_of(keywords: Mapping[str, Any], past: int, batch: int) -> Tensor:
+    """How far positions of a cache's tokens went beyond their number, ``(batch, 1)``; ValueError where it does not tell."""
+    if not past:
+        return torch.zeros(batch, 1, dtype=torch.long)
+    cache = next((keywords[name] for name in CACHE_NAMES if keywords.get(name) is not None), None)
+    offset, columns = getattr(cache, _OFFSET, (None, 0))
+    if offset is not None and len(offset) == batch and past >= columns:
+        return offset
+    reason = "was not filled by this model" if offset is None else f"has {len(offset)} rows, the prompt {batch}"
+    reason = f"was cut to {past} tokens, before the last feature (token {columns})" if past < columns else reason
+    raise ValueError(
+        f"positions: the cache {reason}, so the positions of its tokens are not known: pass position_ids, or generate from the "
+        "whole prompt without a cache."
+    )
+
+
+STEPS["positions"] = Positions()

@@ -1,0 +1,205 @@
+"""from_native and to_native: native models of each type to compositions and back, equal to the bit, media uneven."""
+
+import copy
+import hashlib
+from pathlib import Path
+
+import convertible_models
+import pytest
+import tiny
+import torch
+from convertible_models import TYPES
+from own_memory import own_memory
+
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose, from_native, to_native
+from cornstarch_hf.conversion.table import NATIVE
+
+SUPPRESSED = [convertible_models.IMAGE, convertible_models.VIDEO, convertible_models.AUDIO]
+WITH_VIDEOS = [name for name, row in TYPES.items() if row.videos]
+
+
+def digests(model):
+    """``{name: dtype, shape and hash}`` of all that a checkpoint of the model holds."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        found[name] = (str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(bits.numpy().tobytes()).hexdigest())
+    return found
+
+
+def files(model, folder):
+    """The configurations that a model writes, as text."""
+    model.save_pretrained(folder)
+    names = ("config.json", "generation_config.json")
+    return {name: (Path(folder) / name).read_text() for name in names if (Path(folder) / name).is_file()}
+
+
+def check_equal(native, model, inputs):
+    """Equal logits at attended positions, equal greedy tokens."""
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected, got = native(**inputs).logits, model(**inputs).logits
+    assert torch.equal(got[real], expected[real])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "suppress_tokens": SUPPRESSED}
+    tokens, found = native.generate(**inputs, **options), model.generate(**inputs, **options)
+    assert torch.equal(found[:, -4:], tokens[:, -4:])
+    return real, expected
+
+
+def check_media_matter(native, inputs, real, logits):
+    changed = {key: x * 1.5 if x.is_floating_point() else x for key, x in inputs.items()}
+    with torch.no_grad():
+        assert not torch.equal(native(**changed).logits[real], logits[real])
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_native_model_and_its_composition_are_equal_there_and_back(model_type, tmp_path):
+    native = convertible_models.build(model_type)
+    inputs = convertible_models.batch(TYPES[model_type].media(native))
+    tensors, config, ties = digests(native), copy.deepcopy(native.config.to_dict()), dict(native.all_tied_weights_keys)
+    model, processor = from_native(native)
+    assert processor is None and isinstance(model, MultimodalModel)
+    real, logits = check_equal(native, model, inputs)
+    check_media_matter(native, inputs, real, logits)
+    # A live model is not changed.
+    assert digests(native) == tensors and native.config.to_dict() == config and native.all_tied_weights_keys == ties
+    again = to_native(model)
+    assert type(again) is type(native) and digests(again) == tensors
+    written = files(native, tmp_path / "native")
+    assert files(again, tmp_path / "again") == written
+    # A checkpoint of the composition gives the same model, and the same native one.
+    model.save_pretrained(tmp_path / "composed")
+    loaded = MultimodalModel.from_pretrained(tmp_path / "composed").eval()
+    with torch.no_grad():
+        assert torch.equal(own_memory(loaded)(**inputs).logits[real], own_memory(model)(**inputs).logits[real])
+    back = to_native(loaded)
+    assert digests(back) == tensors and files(back, tmp_path / "back") == written
+
+
+@pytest.mark.parametrize("model_type", WITH_VIDEOS)
+def test_images_and_videos_of_one_row_are_equal_and_their_tower_is_stored_once(model_type, tmp_path):
+    native, row = convertible_models.build(model_type), TYPES[model_type]
+    media, videos = row.media(native), row.videos(native)
+    inputs = convertible_models.batch(
+        convertible_models.Media({**media.inputs, **videos.inputs}, {**media.counts, **videos.counts})
+    )
+    model, _ = from_native(native)
+    check_equal(native, model, inputs)
+    check_equal(native, model, convertible_models.batch(videos))
+    model.save_pretrained(tmp_path / "composed")
+    native.save_pretrained(tmp_path / "native")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("composed", "native")]
+    assert abs(sizes[0] - sizes[1]) < 40_000  # of names in the header, and metadata
+    loaded = MultimodalModel.from_pretrained(tmp_path / "composed").eval()
+    with torch.no_grad():
+        assert torch.equal(own_memory(loaded)(**inputs).logits, own_memory(model)(**inputs).logits)
+    assert digests(to_native(loaded)) == digests(native)
+
+
+def test_every_type_of_the_table_has_a_native_model_here():
+    missing = {"llama4", "deepseek_vl_hybrid"}  # held by tests of their own
+    assert set(TYPES) | missing >= set(NATIVE)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A native model and the folder in which it lies."""
+    model, folder = convertible_models.build("llava"), tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_a_checkpoint_is_loaded_by_its_path_with_options_of_loading(llava):
+    native, folder = llava
+    model, _ = from_native(str(folder), dtype=torch.bfloat16, attn_implementation="eager")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert (
+        model.language_model.config._attn_implementation == model.config.vision_config._attn_implementation == "eager"
+    )
+    same = MultimodalModel.from_pretrained_multimodal_model(folder)
+    assert digests(to_native(same)) == digests(native)
+    assert digests(to_native(from_native((native, None))[0])) == digests(native)
+
+
+def test_sources_that_are_none_are_refused(llava):
+    native, _ = llava
+    with pytest.raises(TypeError, match="from_native takes a Hub id, a path or a model of transformers, got 3"):
+        from_native(3)
+    with pytest.raises(TypeError, match=r"\['dtype'\] are for loading, but the model is live"):
+        from_native(native, dtype=torch.float16)
+    with pytest.raises(ValueError, match="takes the whole LlavaForConditionalGeneration, got LlavaModel"):
+        from_native(native.model)
+    with pytest.raises(TypeError, match="to_native takes a MultimodalModel, got LlavaForConditionalGeneration"):
+        to_native(native)
+
+
+def test_a_native_folder_is_no_composition_and_a_native_model_no_part_of_one(llava):
+    native, folder = llava
+    with pytest.raises(ValueError, match=r"holds a model of the type 'llava', MultimodalModel loads .* from_native\('"):
+        MultimodalModel.from_pretrained(folder)
+    encoders = {"audio": ModalEncoderModule(tiny.whisper())}
+    with pytest.raises(
+        ValueError, match=r"LlavaForConditionalGeneration is multimodal already .* by from_native\(model\)"
+    ):
+        MultimodalModel(encoders=encoders, language_model=native)
+    with pytest.raises(ValueError, match=r"it is multimodal already: take it apart by from_native\('"):
+        compose(str(folder), {"audio": tiny.whisper()}, tokenizer=tiny.tokenizer())
+
+
+def test_tensors_without_a_part_are_kept_or_dropped_in_a_warning(tmp_path):
+    native = convertible_models.build("janus")
+    kept, _ = from_native(native)
+    names = [name for name, _ in kept.native_rest.named_buffers()]
+    assert names and all(name.startswith(("model.vqmodel", "model.generation")) for name in names)
+    with pytest.warns(
+        UserWarning, match=r"\d+ tensors of [\d,]+ bytes that no part uses were dropped.*model\.generation"
+    ):
+        dropped, _ = from_native(native, drop_rest=True)
+    assert not hasattr(dropped, "native_rest")
+    dropped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tensors that this composition does not .* without drop_rest=True"):
+        to_native(MultimodalModel.from_pretrained(tmp_path))
+
+
+def test_parts_share_memory_and_parameters_are_their_own(llava):
+    native, _ = llava
+    model, _ = from_native(native)
+    mine, theirs = model.language_model.model.embed_tokens.weight, native.model.language_model.embed_tokens.weight
+    assert mine is not theirs and mine.data_ptr() == theirs.data_ptr()
+    model.freeze("language_model")
+    assert all(p.requires_grad for p in native.parameters())
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_the_outer_configuration_decides_whether_the_head_is_tied(outer, tmp_path):
+    native = convertible_models.build(
+        "internvl", tie_word_embeddings=outer, text_config={"tie_word_embeddings": not outer}
+    )
+    head, table = native.lm_head.weight, native.get_input_embeddings().weight
+    assert (head is table) is outer
+    model, _ = from_native(native)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is outer
+    inputs = convertible_models.batch(TYPES["internvl"].media(native))
+    check_equal(native, model, inputs)
+    assert (native.lm_head.weight is native.get_input_embeddings().weight) is outer
+    assert files(to_native(model), tmp_path / "again") == files(native, tmp_path / "native")
+    model.save_pretrained(tmp_path / "composed")
+    back = to_native(MultimodalModel.from_pretrained(tmp_path / "composed"))
+    assert (back.lm_head.weight is back.get_input_embeddings().weight) is outer and digests(back) == digests(native)
+
+
+def test_a_composition_that_never_was_native_is_refused():
+    model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=tiny.llama())
+    with pytest.raises(ValueError, match="This composition never was a native model"):
+        to_native(model)
+    with pytest.raises(ValueError, match="This composition was a 'llava', and cannot become a 'internvl'"):
+        to_native(from_native(convertible_models.build("llava"))[0], model_type="internvl")
+
+
+def test_what_a_composition_learns_comes_back_with_its_processor(llava):
+    native, _ = llava
+    model, _ = from_native(native)
+    with torch.no_grad():
+        model.vision_encoder.projector.projection[0].weight = torch.nn.Parameter(torch.ones(32, 32))
+    back, processor = to_native(model, "a processor")
+    assert processor == "a processor" and back.model.multi_modal_projector.linear_1.weight.eq(1).all()
