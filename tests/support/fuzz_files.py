@@ -414,6 +414,7 @@ def run(jobs: dict[str, Any]) -> list[dict[str, Any]]:
             result["frames"] = frames_of(error)
         if change.file in MODEL_FILES and not change.alone and change.file != "composition.json":
             result["verified"] = verified(honest, folder)
+        result["megabytes"] = peak()
         result["asked"] = [*kernels.ASKED, *ASKED]
         result["ran"] = os.path.exists(os.environ["FUZZ_EVIDENCE"])
         found.append(result)
@@ -431,6 +432,12 @@ def verified(honest: Checkpoint, folder: Path) -> str:
     return ""
 
 
+def peak() -> int:
+    """The most memory that this program has had, in MB, by the kernel's own account."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) // 1024
+
+
 def frames_of(error: BaseException) -> list[str]:
     """Where an error was raised, the last places first."""
     import traceback
@@ -440,6 +447,4 @@ def frames_of(error: BaseException) -> list[str]:
 
 if __name__ == "__main__":
     results = run(json.loads(Path(sys.argv[1]).read_text()))
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(line for line in status if line.startswith("VmHWM"))  # the kernel's own peak of this program
-    Path(sys.argv[2]).write_text(json.dumps([results, int(peak.split()[1]) // 1024]))
+    Path(sys.argv[2]).write_text(json.dumps(results))
