@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from transformers import AutoTokenizer, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import TextKwargs
@@ -157,6 +156,10 @@ def build_subprocessor(described: Mapping[str, Any], name: str, settings: Mappin
         raise ValueError(f"{name}: {cls.__name__!r} does not take its stored settings ({cause}).") from error
     if backend not in (None, found := getattr(made, "backend", None)):
         raise ValueError(f"{name}: {cls.__name__} runs on the backend {found!r}, {backend!r} was asked for.")
+    # Spectrograms of one band are taken for plain samples: transformers then pads along both of their axes.
+    if 1 in np.shape(getattr(made, "mel_filters", ())):
+        told = f"feature_size={described.get('feature_size')!r}, num_mel_bins={described.get('num_mel_bins')!r}"
+        raise ValueError(f"{name}: its {cls.__name__} makes spectrograms of one band ({told}), expected more than one.")
     return made
 
 

@@ -24,6 +24,12 @@ def test_descriptions_are_json_and_build_the_same_processor(key):
     assert sampling_rate_of(again) == (16_000 if tiny.ENCODERS[key][0] == "audio" else None)
 
 
+def test_spectrograms_of_one_band_are_refused_before_they_fill_the_memory():
+    described = describe_subprocessor(tiny.whisper_processor(), "audio") | {"feature_size": 1}
+    with pytest.raises(ValueError, match=r"audio: its WhisperFeatureExtractor makes spectrograms of one band \(feature_size=1"):
+        build_subprocessor(described, "audio")
+
+
 def test_what_has_no_description():
     assert describe_subprocessor(tiny.protein_tokenizer(), "protein") is None
     with pytest.raises(ValueError, match="smell: function cannot be saved"):
