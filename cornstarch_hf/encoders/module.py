@@ -18,9 +18,10 @@ from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, final_grids, found_grids, frames_as_items, joined_frames
+from .item_sizes import refused_by
 from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
 from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
-from .towers import NOT_INPUTS, infer_kind, packs_frames, refused_by, resolve_tower
+from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
 
 # The encoder's own output, and the same with the selected features in place of the last hidden state.
 Encoded = tuple[EncoderOutput, EncoderOutput]
