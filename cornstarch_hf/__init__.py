@@ -23,6 +23,8 @@ from .conversion.steps import AnyResolution
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .hub.push import push_to_hub
+from .language_model.inner_features import LayerFeatures
+from .language_model.masks import Masks
 from .language_model.positions import Positions
 from .language_model.text_head import TextModelWithHead
 from .modeling_multimodal import MultimodalModel
@@ -57,7 +59,7 @@ __version__ = "0.1.0"
 REDUCERS = (
     AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection,
 )  # fmt: skip
-STEPS = (AnyResolution, Positions)
+STEPS = (AnyResolution, LayerFeatures, Masks, Positions)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

@@ -14,6 +14,7 @@ from .encoders.building import assign_input_names, complete_projector, modality_
 from .encoders.counting import FeatureCounter
 from .encoders.item_sizes import typical_item
 from .encoders.module import ModalEncoderModule
+from .encoders.rebuilding import complete_marks
 from .language_model.supported import check_language_model, embedding_width
 from .parts.adapters import is_wrapped, unwrapped
 from .parts.classes import class_name, constructor_options, language_model_class, origin_of
@@ -34,7 +35,7 @@ def compose_config(
     Raises TypeError for parts of wrong types, ValueError for names, widths, shared weights or an unusable language model.
     """
     # Refusals first: from `separate_configs` on the live parts are changed.
-    check_language_model(language_model)
+    check_language_model(language_model, masked=bool((rules or {}).get("mask")))
     share_parts(encoders)
     check_encoders(encoders, language_model)
     separate_configs(encoders, language_model)
@@ -51,6 +52,7 @@ def compose_config(
     for name, encoder in encoders.items():
         encoder.name = name
         complete_projector(encoder, language_model, width, init_projector_type, init_activation)
+        complete_marks(encoder)
         if "module" not in encoder.shares:
             values[f"{name}_config"] = unwrapped(encoder.module).config
         if "projector" not in encoder.shares:

@@ -38,6 +38,7 @@ from .parts.stored_values import (
     check_switches,
     check_types,
     check_values,
+    merging_options,
     read_text,
     without_implementations,
 )
@@ -65,7 +66,7 @@ OPTIONAL_KEYS = (
 MODALITY_DEFAULTS: dict[str, Any] = {
     "kind": None, "token": None, "token_id": None, "encoder_class": None, "encoder_kwargs": {}, "output": None,
     "layer": -1, "drop_prefix": 0, "data_format": None, "trim": False, "additional_args": [], "input_names": {},
-    "callbacks": {}, "shares": {},
+    "callbacks": {}, "layer_features": None, "merge": None, "marks": {}, "shares": {},
 }  # fmt: skip
 
 # Parts that an encoder may share with one before it, and the ending of the key of their configuration, which stands there once.
@@ -217,6 +218,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
                 "written by a newer version needs that version."
             )
         entry = copy.deepcopy(MODALITY_DEFAULTS) | values  # so that no two share a list
+        entry |= merging_options(entry["layer_features"], entry["merge"], entry["marks"], name)
         check_count(entry["drop_prefix"], f"{name}: drop_prefix (a number of tokens)", least=0)
         layers = entry["layer"] if isinstance(entry["layer"], (list, tuple)) else [entry["layer"]]
         if not layers or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
@@ -264,7 +266,10 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     @property
     def steps(self) -> list[str]:
         """What this composition does between merging and the language model and others do not, see `registries.STEPS`."""
-        return [key for key in ("positions", "mask") if getattr(self, key, None)]
+        entries = [self.modality(name) for name in self.encoders]
+        found = ["merge"] if any(entry["merge"] or entry["marks"] for entry in entries) else []
+        found += ["layer_features"] if any(entry["layer_features"] for entry in entries) else []
+        return found + [key for key in ("positions", "mask") if getattr(self, key, None)]
 
     def adapters_of(self, part: str) -> dict[str, Any] | None:
         """The adapters around a part (``"language_model"``, ``"vision_encoder.module"``), None where there are none."""

@@ -19,7 +19,7 @@ from transformers import BaseVideoProcessor, FeatureExtractionMixin
 
 from ..parts.classes import CODE_ENTRY, carries_code, language_model_class, resolve_class
 from ..parts.known_encoders import ENCODER_TYPES, EncoderType, registered_facts
-from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
+from ..parts.registries import CALLBACKS, FEATURE_COUNTS, MASK_RULES, POSITION_RULES, PROJECTORS
 from .code_folder import CLASSES, INSTALL, SIDES, own_modules, read_entry, write_code
 from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_module_of, own_stem, top_calls
 
@@ -31,13 +31,16 @@ _REGISTER = {
     "projectors": "register_projector",
     "counts": "register_feature_count",
     "encoder_types": "register_encoder_type",
+    "positions": "register_position_rule",
+    "mask": "register_mask_rule",
 }
+_RULES = {"positions": POSITION_RULES, "mask": MASK_RULES}
 
 
 class Part(NamedTuple):
     """Something that a checkpoint names and that somebody's file defines."""
 
-    kind: str  # "classes", "callbacks", "projectors", "counts", or "encoder_types": a row, and each of its functions
+    kind: str  # "classes", a key of `_REGISTER`; of "encoder_types" a row, and each of its functions
     name: str
     target: Any
     count: Any = None
@@ -121,6 +124,9 @@ def _parts_of(config: Any, side: str) -> list[Part]:
         for model_type in registered_facts([encoder_config]) or ():
             row = ENCODER_TYPES[model_type]
             found += [Part("encoder_types", model_type, target) for target in (row, *row.functions)]
+    for key, rules in _RULES.items():
+        name = (getattr(config, key, None) or {}).get("rule")
+        found += [Part(key, name, rules[name])] if name is not None and own_stem(_file_of(rules[name])) is None else []
     if (text := getattr(config, "text_config", None)) is not None:
         cls: Any = language_model_class(text)
         if config.language_model_class is not None:
@@ -221,7 +227,10 @@ def _side(carried: _Carried, needs: Collection[str]) -> dict[str, Any]:
     for part in carried.parts:
         if part.kind != "encoder_types":
             side[part.kind].append(part.name)
-        if part.kind in ("callbacks", "projectors", "counts") and (_REGISTER[part.kind], part.name) not in registered:
+        if (
+            part.kind in ("callbacks", "projectors", "counts", *_RULES)
+            and (_REGISTER[part.kind], part.name) not in registered
+        ):
             # [function, name, file, target, file of the count, count]
             places = [[None, None] if t is None else _place(part, t, carried) for t in (part.target, part.count)]
             side["registrations"].append([_REGISTER[part.kind], part.name, *places[0], *places[1]])

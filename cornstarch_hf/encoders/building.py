@@ -207,6 +207,7 @@ def modality_entry(encoder: ModalEncoderModule) -> dict[str, Any]:
         "layer": selection.layer if isinstance(selection.layer, int) else list(selection.layer),  # JSON has no tuples
         "trim": encoder.trim,
         "additional_args": list(encoder.additional_args),
+        **encoder.merging,
         "shares": encoder.shares,
     }
 

@@ -182,7 +182,8 @@ def find_feature_axes(module: nn.Module, kind: str, selection: Selection, name: 
             continue
         features = chosen_features(as_output(output), selection, name, items=1)[0]
         shapes.append(tuple(features.shape))
-        layout = axes_of(shapes, feature_width(inner.config))
+        stated = selection.data_format  # by the user; then the width is that of the axis which it names
+        layout = FeatureAxes(0, stated) if stated is not None else axes_of(shapes, feature_width(inner.config))
         if layout is not None:  # the width is that of all layers together
             every = dataclasses.replace(selection, drop_prefix=0, data_format=layout.data_format)
             return layout._replace(width=select_features(as_output(output), every, name, items=1)[0].shape[-1])

@@ -15,12 +15,23 @@ from ..parts.frozen_modes import is_checkpointing
 from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
+from ..parts.stored_values import merging_options
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, final_grids, found_grids, frames_as_items, joined_frames
 from .item_sizes import refused_by
 from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
-from .selection import EncoderOutput, Selection, as_output, rows_of_items, select_features, with_features
+from .selection import (
+    EncoderOutput,
+    Selection,
+    as_output,
+    lengths_of,
+    placed,
+    rows_of_items,
+    select_features,
+    split_levels,
+    with_features,
+)
 from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
 
 # The encoder's own output, and the same with the selected features in place of the last hidden state.
@@ -55,6 +66,7 @@ class ModalEncoderModule(nn.Module):
             videos, which is stored once.
         input_names: keywords of the composed model for inputs of the encoder or its callbacks, ``{keyword: input}``; others
             keep the names that processors give them.
+        layer_features, merge, marks: how features reach the language model in other ways, see `merging_options`.
         trim: whether its processor tells which frames of a window hold sound, by the mask that the encoder takes: the others
             are no features then.
 
@@ -84,6 +96,9 @@ class ModalEncoderModule(nn.Module):
         trim: bool = False,
         shares: str | None = None,
         input_names: Mapping[str, str] | None = None,
+        layer_features: str | None = None,
+        merge: str | None = None,
+        marks: Mapping[int, int] | None = None,
         module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
@@ -121,11 +136,11 @@ class ModalEncoderModule(nn.Module):
         if trim and set(MASKS).isdisjoint(self.parameter_names):
             told = f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}"
             raise ValueError(f"{self.kind}: {told}: leave it out.")
+        self.merging = merging_options(layer_features, merge, marks, self.kind)
         self.input_names = dict(input_names or {})
         if unknown := sorted(set(self.input_names.values()) - set(self.parameter_names)):
             raise ValueError(f"{self.kind}: input_names names {unknown}, expected some of {self.parameter_names}.")
-        # Inputs of one item, for a step that has none; None: `stand_ins` finds some where they are needed.
-        self.stand_in: dict[str, Tensor] | None = None
+        self.stand_in: dict[str, Tensor] | None = None  # inputs of an item, for a step without; None: see `stand_ins`
         self.name = self.kind  # until composing gives it the modality's name
 
     def share(self, part: str, name: str, lender: "ModalEncoderModule") -> None:
@@ -184,13 +199,15 @@ class ModalEncoderModule(nn.Module):
         """
         # `output` holds (items, tokens, width), or (sum of tokens, width) with `feature_lens`
         inputs, raw, output = self._selected(inputs)
-        encoded = _lengths_of(output)
+        encoded = lengths_of(output)
         output = self._postprocess("postprocess_module_callback", inputs, output)
         output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
         output = self._postprocess("postprocess_projector_callback", inputs, output)
         items = per_item(output[0], output.lengths, self.name)  # one (n_i, hidden) per item
         query = GridQuery(inputs, unwrapped(self.module).config, self.kind, [len(item) for item in items])
         stated = final_grids(query, output.feature_grids, encoded, self.by_frame, self.name) if state_grids else {}
+        if (field := self.merging["layer_features"]) is not None:
+            stated |= split_levels(raw, field, query.lengths, self.name)
         return with_features(raw, raw.last_hidden_state, None, pooler_output=items, **stated)
 
     def select(self, **inputs: Any) -> EncoderOutput:
@@ -207,7 +224,7 @@ class ModalEncoderModule(nn.Module):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
         accepted, weight = forward_parameters(self.module), first_weight(self.module)
-        arguments = {key: _placed(value, weight) for key, value in inputs.items() if key in accepted}
+        arguments = {key: placed(value, weight) for key, value in inputs.items() if key in accepted}
         if self.by_frame:
             # (items, frames, channels, height, width), and (items, frames) for those that are no padding
             return inputs, *self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
@@ -316,12 +333,12 @@ class ModalEncoderModule(nn.Module):
             )
         # Encoder and projector may differ in device and dtype; autocast chooses the dtype by itself.
         if not features.is_meta and not torch.is_autocast_enabled(features.device.type):
-            features = _placed(features, first_weight(self.projector))
+            features = placed(features, first_weight(self.projector))
         if not self.projector.reduces:
             # (items, tokens, hidden), or packed as before
             projected = self.projector(features, return_dict=True).last_hidden_state
             return with_features(EncoderOutput(), projected, output.lengths)
-        lengths = _lengths_of(output)
+        lengths = lengths_of(output)
         if lengths is None:
             raise ValueError(
                 f"{self.name}: features of shape {tuple(features.shape)} do not tell which belong to which item and cannot "
@@ -379,21 +396,6 @@ def _wishes(callback: Any, module: nn.Module) -> dict[str, Any]:
     return {"config": unwrapped(module).config} if asks else {}
 
 
-def _lengths_of(output: EncoderOutput) -> list[int] | None:
-    """Features of each item before they are projected; None where the tensor does not tell."""
-    features: Any = output.last_hidden_state
-    if output.lengths is not None or not isinstance(features, Tensor) or features.ndim != 3:
-        return output.lengths
-    return [features.shape[1]] * len(features)
-
-
 def first_weight(module: nn.Module) -> nn.Parameter | None:
     """The first floating-point parameter of a module, whose device and dtype its inputs get; None where there is none."""
     return next((p for p in module.parameters() if p.is_floating_point()), None)
-
-
-def _placed(value: Any, weight: Tensor | None) -> Any:
-    """A tensor on the weight's device, in its dtype if it is floating-point."""
-    if not isinstance(value, Tensor) or weight is None or weight.is_meta:
-        return value
-    return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)

@@ -42,10 +42,12 @@ def build_encoder(
     if "projector" not in entry["shares"]:
         projector = MultimodalProjector(getattr(config, f"{name}_projector_config"))
     options: Any = {slot: build_callback(d, f"{name}.{slot}") for slot, d in entry["callbacks"].items()}
-    options |= {key: entry[key] for key in ("kind", "layer", "output", "drop_prefix", "data_format", "trim")}
+    keys = ("kind", "layer", "output", "drop_prefix", "data_format", "trim", "layer_features", "merge", "marks")
+    options |= {key: entry[key] for key in keys}
     encoder = ModalEncoderModule(module, projector, entry["additional_args"], **options)
     encoder.shares_with = next(iter(entry["shares"].values()), None)
     encoder.name = name  # messages would else name it by its kind
+    complete_marks(encoder)
     for part, lender in entry["shares"].items():
         encoder.share(part, lender, lenders[lender])
     return encoder
@@ -62,3 +64,12 @@ def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule]
     for name in config.encoders:
         encoders[name] = build_encoder(config, name, encoders)
     return encoders, build_language_model(config)
+
+
+def complete_marks(encoder: ModalEncoderModule) -> None:
+    """Give an encoder with marks a table of learnt tokens beside its projector (in place), where that has none."""
+    marks, projector = encoder.merging["marks"], encoder.projector
+    if marks and getattr(projector.projection, "mark_table", None) is None and not hasattr(encoder, "mark_table"):
+        weight = next(projector.parameters(), None)
+        options: dict = {} if weight is None else {"device": weight.device, "dtype": weight.dtype}
+        encoder.mark_table = nn.Embedding(max(marks.values()) + 1, projector.config.out_features, **options)

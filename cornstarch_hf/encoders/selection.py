@@ -20,10 +20,12 @@ class EncoderOutput(BaseModelOutputWithPooling):
         feature_lens: ``(items,)`` number of features of each item, where it differs from the tensor's shape.
         feature_grids: ``(items, 2 or 3)`` height and width, or frames, height and width, of the grid in which each item's
             features lie, row by row; where it is known beforehand, or stated by a callback.
+        deepstack_features: features for the first layers of the language model, of each level one tensor per item.
     """
 
     feature_lens: Tensor | None = None
     feature_grids: Tensor | None = None
+    deepstack_features: Any = None
 
     @property
     def lengths(self) -> list[int] | None:
@@ -233,3 +235,40 @@ def rows_of_items(features: Tensor, items: int) -> Tensor:
     if features.ndim != 3 or len(features) <= items or not items or len(features) % items:
         return features
     return features.unflatten(0, (items, -1)).flatten(1, 2)  # (items, rows / items * tokens, width)
+
+
+def lengths_of(output: EncoderOutput) -> list[int] | None:
+    """Features of each item before they are projected; None where the tensor does not tell."""
+    features: Any = output.last_hidden_state
+    if output.lengths is not None or not isinstance(features, Tensor) or features.ndim != 3:
+        return output.lengths
+    return [features.shape[1]] * len(features)
+
+
+def placed(value: Any, weight: Tensor | None) -> Any:
+    """A tensor on the weight's device, in its dtype if it is floating-point."""
+    if not isinstance(value, Tensor) or weight is None or weight.is_meta:
+        return value
+    return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+
+
+def split_levels(output: Mapping[str, Any], field: str, lengths: Sequence[int], name: str) -> dict[str, Any]:
+    """``{"deepstack_features": ...}`` for layers of the language model: of each level one ``(n_i, hidden)`` tensor per item.
+
+    From an output field with one tensor ``(sum of n_i, hidden)`` per level, or a list by item.  ValueError where an encoder's
+    output has none, or others.
+    """
+    levels = output.get(field)
+    if not isinstance(levels, (list, tuple)) or not levels:
+        raise ValueError(
+            f"{name}: layer_features={field!r} needs that field, a list of tensors, in the encoder's output, which has "
+            f"{list(output)}: name another one, or leave it out."
+        )
+    found = []
+    for level in levels:
+        rows = level if isinstance(level, Tensor) else torch.cat(list(level))
+        rows = rows.flatten(0, -2)  # (features of all items, hidden)
+        if len(rows) != sum(lengths):
+            raise ValueError(f"{name}: {field} has {len(rows)} features in a level, its items have {sum(lengths)}.")
+        found.append(list(rows.split(list(lengths))))
+    return {"deepstack_features": found}

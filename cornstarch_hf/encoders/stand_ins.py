@@ -77,8 +77,9 @@ def run_stand_in(encoder: ModalEncoderModule, inputs: dict[str, Tensor]) -> list
         for module in modes.keys() - again:
             module.training = False
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            items = encoder(**inputs).pooler_output
+            output = encoder(**inputs)
     finally:
         for module, training in modes.items():
             module.training = training
-    return list(items)
+    levels = output.get("deepstack_features") or ()  # for inner layers, whose parameters train too
+    return [*output.pooler_output, *(item for level in levels for item in level)]

@@ -245,6 +245,8 @@ class MultimodalGenerationMixin:
         features = kwargs.get("mm_encoder_outputs")
         if features is not None and (anew or (cache is not None and past == 0)):
             inputs.setdefault("mm_encoder_outputs", features)
+        if self.config.mask and past and not is_first_iteration:  # drafted tokens and answers are of no type
+            inputs = {key: value for key, value in inputs.items() if not key.endswith("token_type_ids")}
         states = inputs.get("cache_params") is not None or (cache is not None and is_running_state(cache))
         if states and not is_first_iteration:
             inputs.pop("attention_mask", None)  # a running state has passed the padding already
@@ -290,6 +292,8 @@ class MultimodalGenerationMixin:
     def create_masks_for_generate(self, config, **kwargs: Any) -> Any:
         """As in transformers, or as the language model's class does it; for caches of a fixed size."""
         inner = unwrapped(self.language_model)
+        if self.config.mask and kwargs["inputs_embeds"].shape[1] > 1:  # by its rule, when the placeholders are known
+            return kwargs["attention_mask"]
         create = getattr(inner, "create_masks_for_generate", create_masks_for_generate)
         return create(config=inner.config, **kwargs)  # its own configuration: the whole's has no layer types
 

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput, torch_compilable_check
 
 from ..configuration_multimodal import MEDIA_KINDS
 from ..limits import check_count
+from ..parts.registries import STEPS, check_steps
 from .extra_inputs import embed_ids, id_inputs
 
 _COUNT_REMEDY = (
@@ -84,6 +85,11 @@ def _short(values: Sequence[int]) -> str:
     return f"[{', '.join(map(str, values[:12]))}{', ...' if len(values) > 12 else ''}]"
 
 
+def merged(model: Any, name: str, embeds: Tensor, mask: Tensor, features: Tensor, input_ids: Any) -> Tensor:
+    """As `scatter_features`, which the features of most modalities need alone."""
+    return scatter_features(embeds, mask, features)
+
+
 def shifted_left(values: Tensor, blank: bool | int = False) -> Tensor:
     """A mask or labels ``(batch, length)`` aligned with the predictions: position t holds what t + 1 held, the last `blank`.
 
@@ -154,6 +160,8 @@ PER_ITEM = ("feature_grids", "second_per_grid_ts")
 def chosen_items(output: Any, positions: Sequence[int]) -> Any:
     """An encoder's output with some of its items alone, in this order, and what it says of them."""
     chosen = type(output)(pooler_output=[output.pooler_output[i] for i in positions])
+    if (levels := output.get("deepstack_features")) is not None:
+        chosen["deepstack_features"] = [[level[i] for i in positions] for level in levels]
     for key in PER_ITEM:
         if isinstance(output.get(key), Tensor):
             chosen[key] = output[key][list(positions)]
@@ -284,6 +292,7 @@ class MergingMixin(PreTrainedModel):
             used[token_id] = name
         for name, token_id in token_ids.items():
             self.config.modality(name)["token_id"] = token_id
+        check_steps(self)
         self._strict_placeholders = True
 
     def placeholder_ids(self, text_only: bool = False) -> dict[str, int]:
@@ -347,14 +356,19 @@ class MergingMixin(PreTrainedModel):
         # The language model's other inputs get those that it computes from the ids, which are gone then.
         given = {key for key, value in text.items() if value is not None}
         text = text | id_inputs(self.language_model, input_ids, every, given)
+        ids, add = input_ids, [name for name in masks if self.config.modality(name)["merge"] == "add"]
         if inputs_embeds is None:  # a placeholder's id may have no row in the embedding table
-            inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, every))
+            # Those to whose embeddings features are added keep them.
+            kept = torch.stack([masks[name] for name in add]).any(0) if add else None
+            replaced = every if kept is None else every & ~kept
+            inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, replaced))
         # inputs_embeds: (batch, length, hidden)
         for name, output in outputs.items():
             features = output.pooler_output  # items of (n_i, hidden), or (items, n, hidden)
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, -2)
             # features: (all of the modality's, hidden), in the order of their placeholders
-            inputs_embeds = scatter_features(inputs_embeds, masks[name].to(inputs_embeds.device), features)
+            merge = STEPS["merge"].merge if "merge" in self.config.steps else merged
+            inputs_embeds = merge(self, name, inputs_embeds, masks[name].to(inputs_embeds.device), features, ids)
         return None, with_unused(inputs_embeds, unused), text
 
     def _without_placeholder_labels(self, labels, masks: dict[str, Tensor], text: dict[str, Any]) -> Tensor | None:

@@ -327,6 +327,8 @@ def _valid(mask: Any, rows: Tensor) -> Tensor:
 def with_checked_types(model: Any, inputs: dict, types: Tensor) -> dict:
     """The inputs without `mm_token_type_ids`, which are checked, unless the language model reads them itself."""
     config = model.config
+    if config.mask:  # whose rule looks at them
+        return inputs
     check_type_ids(inputs.get("mm_token_type_ids"), types, [config.modality(name)["kind"] for name in config.encoders])
     if "mm_token_type_ids" in forward_parameters(model.language_model):
         return inputs

@@ -67,17 +67,20 @@ def language_model_type(config: Any) -> Facts:
     return LANGUAGE_MODEL_TYPES.get(config.model_type, _USUAL)
 
 
-def refusal(model: Any) -> str | None:
-    """Why a model, not PEFT-wrapped, cannot be the language model of a composition, with a remedy; None if it can."""
+def refusal(model: Any, masked: bool = False) -> str | None:
+    """Why a model, not PEFT-wrapped, cannot be the language model of a composition, with a remedy; None if it can.
+
+    `masked` says whether a rule of masks decides which tokens attend both ways.
+    """
     name, known = type(model).__name__, language_model_type(model.config)
-    if fault := next(_faults(model), None):
+    if fault := next(_faults(model, masked), None):
         return f"{name} {fault}"
     if known.refused is None or (known.refused_if and getattr(model.config, known.refused_if, None) is not True):
         return None
     return f"{name} cannot be the language model of a composition: {known.refused}. {OTHER}"
 
 
-def _faults(model: Any) -> Iterator[str]:
+def _faults(model: Any, masked: bool) -> Iterator[str]:
     """What keeps a model of any type from being a language model here, the remedy included."""
     config, takes = model.config, forward_parameters(model)
     if config.is_encoder_decoder:
@@ -106,10 +109,10 @@ def _faults(model: Any) -> Iterator[str]:
         yield f"has several tables of embeddings, one for each code book, and no text for features to be a part of. {OTHER}"
     # BERT and its relatives, or Gemma, whose "vision" says that only images attend both ways, which is no obstacle.
     encoder = getattr(config, "is_decoder", None) is False and "encoder_hidden_states" in takes
-    if encoder or getattr(config, "use_bidirectional_attention", None) is True:
+    if encoder or (getattr(config, "use_bidirectional_attention", None) is True and not masked):
         yield (
             "is not causal: its configuration lets tokens attend to those behind them. Load it with is_decoder=True (BERT "
-            "and its relatives) or use_bidirectional_attention=False (Gemma)."
+            "and its relatives) or use_bidirectional_attention=False (Gemma), or give a rule of masks, mask={'rule': 'prefix'}."
         )
     layers = getattr(config, "decoder_layers", getattr(config, "num_decoder_layers", None))
     if layers is not None and "position_ids" not in takes:  # nobody can tell it other positions
@@ -119,11 +122,11 @@ def _faults(model: Any) -> Iterator[str]:
         )
 
 
-def check_language_model(model: Any) -> None:
+def check_language_model(model: Any, masked: bool = False) -> None:
     """TypeError for what is no instance of a transformers model, ValueError for one with a `refusal`."""
     if isinstance(model, type) or not isinstance(unwrapped(model), PreTrainedModel):
         raise TypeError(f"language_model must be a transformers.PreTrainedModel instance, got {model!r:.100}.")
-    if reason := refusal(unwrapped(model)):
+    if reason := refusal(unwrapped(model), masked):
         raise ValueError(reason)
 
 
@@ -141,5 +144,5 @@ def build_language_model(config: MultimodalConfig) -> nn.Module:
     if cls is None:
         raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
     model = cls(text, **(config.language_model_kwargs or {}))
-    check_language_model(model)
+    check_language_model(model, masked=bool(config.mask))
     return wrap_again(model, config.adapters_of("language_model"), "language_model")

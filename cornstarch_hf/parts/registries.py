@@ -126,6 +126,10 @@ class Step:
         """Inputs of the language model, of those so far; `masks` of placeholders and `outputs` of encoders by modality."""
         return inputs
 
+    def merge(self, model: Any, name: str, embeds: Any, mask: Any, features: Any, input_ids: Any) -> Any:
+        """Embeddings ``(batch, length, hidden)`` with one modality's features where the mask ``(batch, length)`` is set."""
+        return embeds
+
     def after_language_model(self, model: Any, inputs: dict, output: Any, past: int) -> None:
         """Keep with the output what a later call needs."""
 
@@ -244,8 +248,9 @@ def register_mask_rule(name: str, fn: Callable) -> None:
 
     Args:
         name: the name that a checkpoint holds.
-        fn: ``fn(types, **options) -> blocks``, of int64 ``(batch, length)`` that is 0 for text and i where a feature of the
-            i-th modality stands: tokens of one block, ``(batch, length)``, attend to each other both ways, -1 for none.
+        fn: ``fn(types, marks, **options) -> blocks``, of int64 ``(batch, length)`` that is 0 for text and i where the i-th
+            modality is seen, and of `token_type_ids` or None: tokens of one block, ``(batch, length)``, attend to each other
+            both ways, -1 for none.  With the attribute ``masks_text = True`` it is asked for prompts without features too.
 
     Raises:
         ValueError: another function has that name.

@@ -172,7 +172,9 @@ def test_parts_share_memory_and_parameters_are_their_own(llava):
 
 @pytest.mark.parametrize("outer", [False, True])
 def test_the_outer_configuration_decides_whether_the_head_is_tied(outer, tmp_path):
-    native = convertible_models.build("internvl", tie_word_embeddings=outer, text_config={"tie_word_embeddings": not outer})
+    native = convertible_models.build(
+        "internvl", tie_word_embeddings=outer, text_config={"tie_word_embeddings": not outer}
+    )
     head, table = native.lm_head.weight, native.get_input_embeddings().weight
     assert (head is table) is outer
     model, _ = from_native(native)

@@ -46,7 +46,9 @@ def test_each_native_tensor_is_one_of_ours_or_is_kept(model_type):
 def test_a_row_names_what_transformers_has(model_type):
     row = NATIVE[model_type]
     assert CONFIG_MAPPING[model_type].model_type == model_type and hasattr(transformers, row.architecture)
-    config = convertible_models.small(CONFIG_MAPPING[model_type], TYPES[model_type].changes if model_type in TYPES else {})
+    config = convertible_models.small(
+        CONFIG_MAPPING[model_type], TYPES[model_type].changes if model_type in TYPES else {}
+    )
     assert "vision" in row.parts or "audio" in row.parts
     for part in row.parts_for(config).values():
         assert isinstance(setting(config, part.token), int)

@@ -5,6 +5,7 @@ import copy
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from cornstarch_hf import (
@@ -144,6 +145,9 @@ RULES: dict[str, dict] = {
     "qwen3_vl": {"positions": APART},
     "qwen3_vl_moe": {"positions": APART},
     "qwen3_5": {"positions": APART},
+    "gemma3": {"mask": {"rule": "item_blocks", "windowed": True}},
+    "gemma4": {"mask": {"rule": "item_blocks", "layers": ["sliding_attention"], "windowed": True}},
+    "paligemma": {"positions": {"rule": "counted", "first": 1}, "mask": {"rule": "prefix"}},
 }
 HEAD_OPTIONS: dict[str, dict] = {
     "muse_glimmer": {"scale": 0.19611613513818404, "softcap": 20.0},
@@ -169,11 +173,14 @@ def plain(module, **options):
 def compose(native, video=False, **options):
     """A composition of copies of a native model's parts, with its rules, in evaluation mode."""
     model_type = native.config.model_type
+    if model_type in JOINED:
+        return compose_joined(native, **options)
     tower = native.model.visual
-    encoders = {"image": plain(copy.deepcopy(tower), kind="image")}
+    more = {"layer_features": "deepstack_features"} if hasattr(tower, "deepstack_merger_list") else {}
+    encoders = {"image": plain(copy.deepcopy(tower), kind="image", **more)}
     if video:
-        more = ["second_per_grid_ts"] if model_type == "qwen2_5_vl" else []
-        encoders["video"] = plain(copy.deepcopy(tower), kind="video", additional_args=more)
+        seconds = ["second_per_grid_ts"] if model_type == "qwen2_5_vl" else []
+        encoders["video"] = plain(copy.deepcopy(tower), kind="video", additional_args=seconds, **more)
     rules = copy.deepcopy(RULES.get(model_type, {}))
     if not video and rules.get("positions"):
         rules["positions"].pop("time_step", None)
@@ -203,3 +210,60 @@ def video_inputs(native, apart):
     inputs |= {"pixel_values": patches(IMAGES[:1], width), "image_grid_thw": torch.tensor(IMAGES[:1])}
     inputs |= {"pixel_values_videos": patches(VIDEOS, width), "video_grid_thw": torch.tensor(VIDEOS)}
     return inputs | {"mm_token_type_ids": types(inputs["input_ids"])}
+
+
+class Joined(PreTrainedModel):
+    """A native tower with what comes behind it, as one encoder: its features are embeddings."""
+
+    config_class = PreTrainedConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config, inner=None):
+        super().__init__(config)
+        self.inner = inner
+
+    def forward(self, pixel_values=None, image_position_ids=None, **kwargs):
+        more = {} if image_position_ids is None else {"image_position_ids": image_position_ids}
+        output = self.inner.get_image_features(pixel_values=pixel_values, **more, return_dict=True)
+        return {"last_hidden_state": torch.stack(list(output.pooler_output))}
+
+
+JOINED = {"gemma3", "gemma4", "paligemma"}
+
+
+def compose_joined(native, **options):
+    """A composition in which the native model itself encodes images, and its text stack, copied, is the language model."""
+    config = PreTrainedConfig(hidden_size=native.config.get_text_config().hidden_size)
+    config.model_type = "joined"
+    encoder = Joined(config)
+    encoder.__dict__["inner"] = copy.deepcopy(native.model)
+    model = MultimodalModel(
+        encoders={"image": plain(encoder, kind="image")}, language_model=head(native),
+        **copy.deepcopy(RULES[native.config.model_type]) | options,
+    )  # fmt: skip
+    model.set_modality_token_ids({"image": IMAGE})
+    return model.eval()
+
+
+def picture_inputs(native):
+    """A batch with one and two images of one size, and a row of text, and what native processors say of the types."""
+    model_type, vision = native.config.model_type, native.config.vision_config
+    generator = torch.Generator().manual_seed(7)
+    if model_type == "gemma4":
+        side = vision.pooling_kernel_size
+        places = torch.full((3, 4 * side * side, 2), -1)
+        for i, (width, height) in enumerate(((2, 2), (1, 4), (4, 1))):
+            grid = torch.meshgrid(torch.arange(height * side), torch.arange(width * side), indexing="xy")
+            grid = torch.stack(grid, -1).reshape(-1, 2)
+            places[i, : len(grid)] = grid
+        pixels = torch.randn(3, 4 * side * side, 3 * vision.patch_size**2, generator=generator)
+        counts, more = [[4], [4, 4]], {"pixel_values": pixels, "image_position_ids": places}
+    else:
+        pixels = torch.randn(3, 3, vision.image_size, vision.image_size, generator=generator)
+        count = {"gemma3": 16, "paligemma": 64}[model_type]
+        counts, more = [[count], [count, count]], {"pixel_values": pixels}
+    inputs = rows(counts) | more
+    name = "mm_token_type_ids" if model_type == "gemma4" else "token_type_ids"
+    kinds = torch.zeros_like(inputs["input_ids"]) if model_type == "paligemma" else types(inputs["input_ids"])
+    return inputs | {name: kinds}
