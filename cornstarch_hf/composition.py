@@ -15,7 +15,8 @@ from .encoders.counting import FeatureCounter
 from .encoders.item_sizes import typical_item
 from .encoders.module import ModalEncoderModule
 from .encoders.rebuilding import complete_marks
-from .language_model.supported import check_language_model, embedding_width
+from .language_model.refusals import check_language_model
+from .language_model.supported import embedding_width
 from .parts.adapters import is_wrapped, unwrapped
 from .parts.classes import class_name, constructor_options, language_model_class, origin_of
 from .parts.known_encoders import registered_facts

@@ -223,10 +223,10 @@ class ModalEncoderModule(nn.Module):
             if not isinstance(inputs, dict):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
-        accepted, weight = forward_parameters(self.module), first_weight(self.module)
-        arguments = {key: placed(value, weight) for key, value in inputs.items() if key in accepted}
+        weight = first_weight(self.module)
+        arguments = {k: placed(v, weight) for k, v in inputs.items() if k in forward_parameters(self.module)}
         if self.by_frame:
-            # (items, frames, channels, height, width), and (items, frames) for those that are no padding
+            # (items, frames, channels, height, width), and (items, frames)
             return inputs, *self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
         return inputs, *self._encode(arguments, options)
 
@@ -272,7 +272,6 @@ class ModalEncoderModule(nn.Module):
             wanted["output_hidden_states"] = True
         if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
             wanted["use_cache"] = False  # a frozen encoder does not know that this is training
-        # A class that does not take one of these would raise.
         wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
