@@ -32,7 +32,7 @@ from .configuration_multimodal import MultimodalConfig, valid_groups
 from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
-from .language_model.supported import check_language_model
+from .language_model.refusals import check_language_model
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import unwrapped
 from .parts.classes import FAMILIES, language_model_class

@@ -14,12 +14,12 @@ from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfi
 from ..language_model.text_head import TextModelWithHead
 from ..modeling_multimodal import MultimodalModel
 from ..parts.classes import constructor_options, language_model_class
-from ..parts.stored_modules import KeptTensors, build_callback, describe_tensors
+from ..parts.stored_modules import KeptTensors, build_callback
 from ..parts.weightless import build_without_weights, without_dtypes
 from ..projectors.projector import MultimodalProjector
 from .configs import held_configs, native_config, outer_values
 from .entries import Native, Part, resolved, setting
-from .keys import REST, hand_over, has_head, key_map, tensors, tower_of, with_buffers
+from .keys import REST, describe_tensors, hand_over, has_head, key_map, tensors, tower_of, with_buffers
 from .refusals import check_model, entry_of
 
 

@@ -22,8 +22,8 @@ from ..parts.known_encoders import PATCH_GRIDS
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from .counting import FeatureCounter
+from .item_sizes import channels_of, configured_sides, first_positive_setting
 from .selection import FeatureAxes, Selection, as_output, axes_of, chosen_features, select_features
-from .towers import channels_of, configured_sides, first_positive_setting
 
 Inputs = dict[str, Tensor]
 Shapes = list[tuple[int, ...]]

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from ..configuration_multimodal import MultimodalConfig
-from ..language_model.supported import build_language_model
-from ..parts.classes import resolve_class
+from ..language_model.refusals import check_language_model
+from ..parts.classes import language_model_class, resolve_class
 from ..parts.known_encoders import check_facts_registered
 from ..parts.stored_adapters import wrap_again
 from ..parts.stored_modules import SLOTS, build_callback
@@ -51,6 +51,18 @@ def build_encoder(
     for part, lender in entry["shares"].items():
         encoder.share(part, lender, lenders[lender])
     return encoder
+
+
+def build_language_model(config: MultimodalConfig) -> nn.Module:
+    """Build the language model, its adapters wrapped again."""
+    text: Any = config.text_config
+    name = config.language_model_class
+    cls: Any = language_model_class(text) if name is None else resolve_class(name, text, "language_model")
+    if cls is None:
+        raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
+    model = cls(text, **(config.language_model_kwargs or {}))
+    check_language_model(model, masked=bool(config.mask))
+    return wrap_again(model, config.adapters_of("language_model"), "language_model")
 
 
 def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:

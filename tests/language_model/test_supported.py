@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
-from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES, refusal
+from cornstarch_hf.language_model.refusals import refusal
+from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES
 
 
 class Draft(LlamaForCausalLM):
