@@ -32,11 +32,11 @@ from .configuration_multimodal import MultimodalConfig
 from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
-from .language_model.supported import check_language_model
+from .language_model.refusals import check_language_model
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import unwrapped
 from .parts.classes import FAMILIES, language_model_class
-from .parts.settings import valid_groups
+from .parts.registries import valid_groups
 from .parts.stored_values import check_kernels, check_quantization, read_json
 from .processing.own_processors import default_processor
 from .processing.subprocessors import sampling_rate_of

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from .configuration_multimodal import SHARED_PARTS, MultimodalConfig, validate_encoder_names
 from .encoders.building import assign_input_names, complete_projector, modality_entry
 from .encoders.counting import FeatureCounter
+from .encoders.item_sizes import typical_item
 from .encoders.module import ModalEncoderModule
 from .encoders.rebuilding import complete_marks
-from .encoders.towers import typical_item
-from .language_model.supported import check_language_model, embedding_width
+from .language_model.refusals import check_language_model
+from .language_model.supported import embedding_width
 from .parts.adapters import is_wrapped, unwrapped
 from .parts.classes import class_name, constructor_options, language_model_class, origin_of
 from .parts.known_encoders import registered_facts

@@ -25,8 +25,7 @@ from .parts.classes import (
     part_implementations,
     subclasses_of,
 )
-from .parts.registries import last_definition
-from .parts.settings import check_rules, merging_options, valid_groups
+from .parts.registries import check_rules, last_definition, merging_options, valid_groups
 from .parts.stored_errors import explained, make_config
 from .parts.stored_modules import SLOTS
 from .parts.stored_values import (

@@ -14,7 +14,8 @@ from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalProjec
 from cornstarch_hf.composition import check_encoders, compose_config, separate_configs
 from cornstarch_hf.encoders.building import found_width, modality_entry
 from cornstarch_hf.encoders.rebuilding import build_encoder, build_parts
-from cornstarch_hf.language_model.supported import check_language_model, embedding_width
+from cornstarch_hf.language_model.refusals import check_language_model
+from cornstarch_hf.language_model.supported import embedding_width
 
 
 class DoubledLlama(LlamaForCausalLM):

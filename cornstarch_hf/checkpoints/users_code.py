@@ -36,8 +36,14 @@ _UNLESS = {"checkpoints_loading": "references", "parts_stored_adapters": "adapte
 _UNLESS |= {"processing_video": "video"}
 # Thin files that are carried as one, with all of their names: none of them imports another module that imports one.
 _JOINED = (
-    *("checkpoints_trusted_code", "encoders_feature_layout", "processing_addresses", "processing_assistant_turns"),
-    *("processing_image_bounds", "processing_sounds", "processing_video"),
+    *("checkpoints_trusted_code", "encoders_feature_layout", "encoders_item_sizes", "language_model_refusals"),
+    *(
+        "processing_addresses",
+        "processing_assistant_turns",
+        "processing_image_bounds",
+        "processing_sounds",
+        "processing_video",
+    ),
 )
 JOINT = "thin_files"
 _THIN_STEMS = sorted(path.stem for path in THIN_FOLDER.glob("[!_]*.py"))
@@ -48,7 +54,9 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "language_model_masks": frozenset(["mask"]),
     "language_model_positions": frozenset(["positions"]),
     "language_model_text_head": frozenset(["TextModelWithHead"]),
+    "conversion_steps": frozenset(["native steps"]),
     "processing_own_processors": frozenset(["own processors"]),
+    "projectors_native": frozenset(["native"]),
     "projectors_reductions": frozenset(["frame_stack", "pixel_shuffle"]),
     "projectors_resampler": frozenset(["resampler"]),
     "projectors_windows": frozenset(["avg_pool", "conv"]),

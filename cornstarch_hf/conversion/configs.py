@@ -43,7 +43,7 @@ def outer_values(native: Any, entry: Native) -> dict[str, Any]:
         part = getattr(native.config, place)
         values[place] = {"dtype": str(part.dtype).removeprefix("torch.") if part.dtype is not None else None}
         if key == "text_config":
-            values[place]["tie_word_embeddings"] = text.tie_word_embeddings
+            values[place] |= {key: getattr(text, key) for key in ("tie_word_embeddings",) if hasattr(text, key)}
     return values
 
 
@@ -58,7 +58,10 @@ def native_config(model: Any, model_type: str | None = None) -> tuple[Any, Nativ
     values, parts = copy.deepcopy(known["config"]), {}
     for place, key in known["parts"].items():
         parts[place] = getattr(model.config, key)
-        values[place] = parts[place].to_dict() | values[place]
+        given = parts[place].to_dict()
+        if key == "text_config" and "tie_word_embeddings" not in values[place]:
+            given.pop("tie_word_embeddings", None)  # the native text configuration does not know it
+        values[place] = given | values[place]
     config = CONFIG_MAPPING[known["model_type"]].from_dict(values)
     for place, part in parts.items():
         getattr(config, place)._attn_implementation = part._attn_implementation

@@ -18,8 +18,10 @@ _LAYERS = ("num_hidden_layers", "encoder_layers", "depth", "num_layers", "n_laye
 def setting(config: Any, path: str) -> Any:
     """The value at a dotted path of a configuration (ValueError where there is none)."""
     try:
-        return functools.reduce(getattr, path.split("."), config)
-    except AttributeError as error:
+        return functools.reduce(
+            lambda at, key: at[key] if isinstance(at, dict) else getattr(at, key), path.split("."), config
+        )
+    except (AttributeError, KeyError) as error:
         raise ValueError(f"{type(config).__name__} has no setting {path!r}, which its conversion reads.") from error
 
 
@@ -146,7 +148,19 @@ class NativeSettings:
         return native_settings(self.model_type, config)
 
 
-VALUES = (At, Case, HiddenState, Inverse, Ratio, First, Product, Count, LastState, NativeSettings)
+@dataclass(frozen=True)
+class Marks:
+    """``{token_id: row}`` of tokens for the last rows of a table, as many as a setting lists."""
+
+    tokens: str
+    size: str
+
+    def read(self, config: Any) -> dict[int, int]:
+        tokens = list(setting(config, self.tokens))
+        return {token: setting(config, self.size) - len(tokens) + i for i, token in enumerate(tokens)}
+
+
+VALUES = (At, Case, HiddenState, Inverse, Ratio, First, Product, Count, LastState, NativeSettings, Marks)
 
 
 def resolved(value: Any, config: Any) -> Any:
@@ -195,11 +209,12 @@ class Part:
         kind: of the modality.
         token: setting with the placeholder's id.
         projector: what maps its features.
-        layer, output, drop_prefix, additional_args, input_names: as of `ModalEncoderModule`.
+        layer, output, data_format, drop_prefix, additional_args, input_names: as of `ModalEncoderModule`.
         steps: callbacks by their places.
         shares: name of the part before it whose tower, and whose projector, it uses where it has none of its own.
         shared_steps: places of callbacks that are those of that part.
         width: of ready features.
+        layer_features, merge, marks: as of `ModalEncoderModule`.
     """
 
     tower: str | None
@@ -208,6 +223,7 @@ class Part:
     projector: Projector | None = None
     layer: Any = -1
     output: str | None = None
+    data_format: str | None = None
     drop_prefix: Any = 0
     additional_args: Sequence[str] = ()
     input_names: Mapping[str, str] = field(default_factory=dict)
@@ -215,6 +231,9 @@ class Part:
     shares: str | None = None
     shared_steps: Sequence[str] = ()
     width: Any = None
+    layer_features: str | None = None
+    merge: str | None = None
+    marks: Any = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +247,7 @@ class Native:
         plain_head: whether its head is linear whatever the text stack's own ...ForCausalLM class makes of logits.
         scale, softcap: of the logits, where the head is a plain one.
         only: settings, and the only values of them that can be converted.
+        positions, mask: rules that the native model follows.
     """
 
     architecture: str
@@ -237,6 +257,8 @@ class Native:
     scale: Any = None
     softcap: Any = None
     only: Mapping[str, Any] = field(default_factory=dict)
+    positions: Mapping[str, Any] | None = None
+    mask: Mapping[str, Any] | None = None
 
     def parts_for(self, config: Any) -> dict[str, Part]:
         """The parts that a configuration has placeholders of, each its own: models for images alone name none for videos."""

@@ -91,6 +91,14 @@ def key_map(native: Any, model: Any, entry: Native) -> tuple[dict[str, str], lis
     return found, sorted(there.keys() - set(found.values()))
 
 
+def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, list[int]]]:
+    """``{dtype: {name: shape}}`` of tensors, as a configuration holds it."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(str(tensor.dtype).removeprefix("torch."), {})[name] = list(tensor.shape)
+    return found
+
+
 def with_buffers(names: Mapping[str, str], native: Any, model: Any, entry: Native) -> dict[str, str]:
     """The map with those tensors besides that no checkpoint holds (computed tables), where both sides have them."""
     pairs, there = prefixes(native, model, entry), {name for name, _ in tensors(native)}

@@ -14,12 +14,12 @@ from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfi
 from ..language_model.text_head import TextModelWithHead
 from ..modeling_multimodal import MultimodalModel
 from ..parts.classes import constructor_options, language_model_class
-from ..parts.stored_modules import KeptTensors, build_callback, describe_tensors
+from ..parts.stored_modules import KeptTensors, build_callback
 from ..parts.weightless import build_without_weights, without_dtypes
 from ..projectors.projector import MultimodalProjector
 from .configs import held_configs, native_config, outer_values
 from .entries import Native, Part, resolved, setting
-from .keys import REST, hand_over, has_head, key_map, tensors, tower_of, with_buffers
+from .keys import REST, describe_tensors, hand_over, has_head, key_map, tensors, tower_of, with_buffers
 from .refusals import check_model, entry_of
 
 
@@ -112,7 +112,11 @@ def _compose(native: Any, entry: Native) -> MultimodalModel:
     made: dict[str, ModalEncoderModule] = {}
     for name, part in entry.parts_for(native.config).items():
         made[name] = _encoder(native, part, made)
-    return MultimodalModel(encoders=made, language_model=_language_model(native, entry))
+    rules = {key: resolved(getattr(entry, key), native.config) for key in ("positions", "mask")}
+    if rules["positions"] and "time_step" in rules["positions"]:
+        steps = {name: step for name, step in rules["positions"]["time_step"].items() if name in made}
+        rules["positions"] |= {"time_step": steps}
+    return MultimodalModel(encoders=made, language_model=_language_model(native, entry), **rules)
 
 
 def _encoder(native: Any, part: Part, made: dict[str, ModalEncoderModule]) -> ModalEncoderModule:
@@ -135,7 +139,8 @@ def _encoder(native: Any, part: Part, made: dict[str, ModalEncoderModule]) -> Mo
     return ModalEncoderModule(
         module, projector, list(part.additional_args), kind=part.kind, layer=layer, output=part.output,
         drop_prefix=resolved(part.drop_prefix, config), input_names=dict(part.input_names), shares=part.shares,
-        **callbacks,
+        data_format=part.data_format,
+        layer_features=part.layer_features, merge=part.merge, marks=resolved(part.marks, config), **callbacks,
     )  # fmt: skip
 
 

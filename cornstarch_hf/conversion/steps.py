@@ -47,6 +47,17 @@ def real_images(inputs: dict[str, Any], patch_size: int, whole_patches: bool = F
     return others | {"pixel_values": images, "patch_attention_mask": patches}
 
 
+def one_batch(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Patches of all images ``(patches, ...)`` as a batch of one, which the tower takes (PaddleOCR-VL)."""
+    return inputs | {"pixel_values": inputs["pixel_values"].unsqueeze(0)}
+
+
+def row_grids(inputs: dict[str, Any], output: Any, merge: int) -> Any:
+    """Say how features lie whose rows end in one more, without that (HunYuan-VL)."""
+    output["feature_grids"] = inputs["grid_thw"][:, 1:] // merge  # (images, 2)
+    return output
+
+
 def tiles(inputs: dict[str, Any], pinpoints: list[list[int]], image_size: int) -> dict[str, Any]:
     """Tiles ``(images, most tiles, channels, height, width)`` one per row, without those that pad (LLaVA-NeXT).
 
@@ -186,9 +197,11 @@ def sound_lengths(inputs: dict[str, Any], output: Any) -> Any:
 
 sound_mask.takes_config = True  # type: ignore[attr-defined]
 register_callback("native_any_resolution", AnyResolution)
+register_callback("native_one_batch", one_batch)
 register_callback("native_patch_mask", patch_mask)
 register_callback("native_pooled_frames", pooled_frames)
 register_callback("native_real_images", real_images)
+register_callback("native_row_grids", row_grids)
 register_callback("native_tiles", tiles)
 register_callback("native_unit_rms", unit_rms)
 register_callback("native_sound_mask", sound_mask)

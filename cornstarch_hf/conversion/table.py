@@ -12,31 +12,25 @@ from .entries import (
     Inverse,
     LastState,
     Native,
-    NativeSettings,
     Part,
     Product,
     Projector,
     Ratio,
     Step,
 )
+from .table_rules import IDENTITY as _IDENTITY
+from .table_rules import RULED
+from .table_rules import native_module as _native
 
 _CLASS_TOKEN = Case("vision_feature_select_strategy", {"default": 1, "full": 0})
 _IMAGE, _VIDEO, _AUDIO = "image_token_id", "video_token_id", "audio_token_id"
 _TEXT, _CONNECTOR = "model.language_model", "model.multi_modal_projector"
 _TOWER = "model.vision_tower"
-_IDENTITY = Projector("torch", {"module": {"class": "Identity"}})
 
 
 def _mlp(at: str = _CONNECTOR, first: str = "linear_1", last: str = "linear_2", **options: Any) -> Projector:
     names = {"0": f"{at}.{first}", "2": f"{at}.{last}"}
     return Projector("mlp", {"activation": At("projector_hidden_act")} | options, names)
-
-
-def _native(model_type: str, names: Mapping[str, str] | str = _CONNECTOR) -> Projector:
-    """A module of the native model as it is; see `projectors.native`."""
-    names = {"": names} if isinstance(names, str) else names
-    found = {f"module.{ours}".rstrip("."): theirs for ours, theirs in names.items()}
-    return Projector("native", {"native_type": model_type, "settings": NativeSettings(model_type)}, found)
 
 
 def _linear(inside: Any, out: Any, bias: Any = True) -> dict[str, Any]:
@@ -319,4 +313,4 @@ _SOUNDS: dict[str, Native] = {
     )}),
 }  # fmt: skip
 
-NATIVE: dict[str, Native] = _LLAVA | _IMAGES | _PACKED | _SOUNDS
+NATIVE: dict[str, Native] = _LLAVA | _IMAGES | _PACKED | RULED | _SOUNDS

@@ -26,11 +26,12 @@ from ..parts.threads import TravellingLock
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from ..projectors.projector import Grid, per_item
 from .grids import first_frames, frames_as_items, is_staged
+from .item_sizes import refused_size
 from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
 from .rebuilding import build_encoder
-from .towers import TRUE_ON_PADDING, refused_size
+from .towers import TRUE_ON_PADDING
 
 MOST = 4_096  # counts that are remembered: a server would else keep one for every size that it ever saw
 

@@ -22,8 +22,8 @@ from ..parts.known_encoders import PATCH_GRIDS
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from .counting import FeatureCounter
+from .item_sizes import channels_of, configured_sides, first_positive_setting
 from .selection import FeatureAxes, Selection, as_output, axes_of, chosen_features, select_features
-from .towers import channels_of, configured_sides, first_positive_setting
 
 Inputs = dict[str, Tensor]
 Shapes = list[tuple[int, ...]]
@@ -182,7 +182,8 @@ def find_feature_axes(module: nn.Module, kind: str, selection: Selection, name: 
             continue
         features = chosen_features(as_output(output), selection, name, items=1)[0]
         shapes.append(tuple(features.shape))
-        layout = axes_of(shapes, feature_width(inner.config))
+        stated = selection.data_format  # by the user; then the width is that of the axis which it names
+        layout = FeatureAxes(0, stated) if stated is not None else axes_of(shapes, feature_width(inner.config))
         if layout is not None:  # the width is that of all layers together
             every = dataclasses.replace(selection, drop_prefix=0, data_format=layout.data_format)
             return layout._replace(width=select_features(as_output(output), every, name, items=1)[0].shape[-1])

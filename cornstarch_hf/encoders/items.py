@@ -208,9 +208,18 @@ def _packed(count: int, arguments: Mapping[str, Any], config: Any) -> list[int] 
         for merged in (1, rows * columns):  # patches of one feature: in layers before they are merged, and after
             if sum(patches) == merged * count and not any(n % merged for n in patches):
                 return [n // merged for n in patches]
+        if (lengths := _framed_rows(arguments, rows, columns)) and sum(lengths) == count:
+            return lengths
     elif count == items and all(len(x) == items for x in arguments.values() if isinstance(x, Tensor) and x.ndim > 1):
         return [1] * items  # one vector each
     raise ItemLengthsUnknown(packed=True)
+
+
+def _framed_rows(arguments: Mapping[str, Any], rows: int, columns: int) -> list[int]:
+    """Features of each item whose rows end in one more, with one before and one behind all of them (HunYuan-VL)."""
+    grid = grid_of(arguments)
+    sides = [] if grid is None else grid.tolist()
+    return [height // rows * (width // columns + 1) + 2 for *_, height, width in sides]
 
 
 def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | None:
@@ -219,6 +228,9 @@ def _patches_per_item(arguments: Mapping[str, Any], config: Any) -> list[int] | 
         patches, merges = grid.prod(-1), arguments.get("merge_sizes")
         # A square of patches becomes one token: the side of it is what `merge_sizes` says.
         return (patches // merges.to(patches) ** 2 if isinstance(merges, Tensor) else patches).tolist()
+    places, side = arguments.get("pixel_position_ids"), getattr(config, "pooling_kernel_size", None)
+    if isinstance(places, Tensor) and side is not None:  # -1 for patches of padding; a square of patches is one token
+        return ((places != -1).all(-1).sum(-1) // side**2).tolist()
     sizes, patch = arguments.get("image_sizes"), patch_size(config)
     if isinstance(sizes, Tensor) and patch is not None:
         return [(height // patch[0]) * (width // patch[1]) for height, width in sizes.tolist()]

@@ -13,12 +13,13 @@ from ..parts.adapters import unwrapped
 from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
 from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
-from ..parts.settings import merging_options
+from ..parts.registries import merging_options
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, final_grids, found_grids, frames_as_items, joined_frames
+from .item_sizes import refused_by
 from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
 from .selection import (
     EncoderOutput,
@@ -31,7 +32,7 @@ from .selection import (
     split_levels,
     with_features,
 )
-from .towers import NOT_INPUTS, infer_kind, packs_frames, refused_by, resolve_tower
+from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
 
 # The encoder's own output, and the same with the selected features in place of the last hidden state.
 Encoded = tuple[EncoderOutput, EncoderOutput]
@@ -222,10 +223,10 @@ class ModalEncoderModule(nn.Module):
             if not isinstance(inputs, dict):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
-        accepted, weight = forward_parameters(self.module), first_weight(self.module)
-        arguments = {key: placed(value, weight) for key, value in inputs.items() if key in accepted}
+        weight = first_weight(self.module)
+        arguments = {k: placed(v, weight) for k, v in inputs.items() if k in forward_parameters(self.module)}
         if self.by_frame:
-            # (items, frames, channels, height, width), and (items, frames) for those that are no padding
+            # (items, frames, channels, height, width), and (items, frames)
             return inputs, *self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)
         return inputs, *self._encode(arguments, options)
 
@@ -271,7 +272,6 @@ class ModalEncoderModule(nn.Module):
             wanted["output_hidden_states"] = True
         if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
             wanted["use_cache"] = False  # a frozen encoder does not know that this is training
-        # A class that does not take one of these would raise.
         wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())

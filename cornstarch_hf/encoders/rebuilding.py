@@ -7,8 +7,8 @@ from torch import nn
 
 from ..configuration_multimodal import MultimodalConfig
 from ..configuration_projector import MultimodalProjectorConfig
-from ..language_model.supported import build_language_model
-from ..parts.classes import resolve_class
+from ..language_model.refusals import check_language_model
+from ..parts.classes import language_model_class, resolve_class
 from ..parts.known_encoders import check_facts_registered
 from ..parts.stored_adapters import wrap_again
 from ..parts.stored_errors import build_part, explained
@@ -66,6 +66,19 @@ def _projector(config: MultimodalProjectorConfig, where: str) -> MultimodalProje
                 f"it says {sizes}, expected the widths of the encoder's and the language model's features."
             )
         return projector
+
+
+def build_language_model(config: MultimodalConfig) -> nn.Module:
+    """Build the language model, its adapters wrapped again."""
+    text: Any = config.text_config
+    name = config.language_model_class
+    cls: Any = language_model_class(text) if name is None else resolve_class(name, text, "language_model")
+    if cls is None:
+        raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
+    model = build_part(cls, text, config.language_model_kwargs or {}, "language_model", "text_config")
+    check_language_model(model, masked=bool(config.mask))
+    with explained("adapters of language_model"):
+        return wrap_again(model, config.adapters_of("language_model"), "language_model")
 
 
 def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule], nn.Module]:

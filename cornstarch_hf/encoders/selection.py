@@ -20,10 +20,12 @@ class EncoderOutput(BaseModelOutputWithPooling):
         feature_lens: ``(items,)`` number of features of each item, where it differs from the tensor's shape.
         feature_grids: ``(items, 2 or 3)`` height and width, or frames, height and width, of the grid in which each item's
             features lie, row by row; where it is known beforehand, or stated by a callback.
+        deepstack_features: features for the first layers of the language model, of each level one tensor per item.
     """
 
     feature_lens: Tensor | None = None
     feature_grids: Tensor | None = None
+    deepstack_features: Any = None
 
     @property
     def lengths(self) -> list[int] | None:

@@ -1,20 +1,9 @@
 """What is known of language models: which cannot be one of a composition, and why, and a row for each type that is unusual."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from ..parts.adapters import unwrapped
-from ..parts.classes import language_model_class, resolve_class
-from ..parts.signatures import forward_parameters
-from ..parts.stored_adapters import wrap_again
-from ..parts.stored_errors import build_part, explained
-
-OTHER = "Choose another language model."
 
 
 @dataclass(frozen=True)
@@ -68,88 +57,7 @@ def language_model_type(config: Any) -> Facts:
     return LANGUAGE_MODEL_TYPES.get(config.model_type, _USUAL)
 
 
-def refusal(model: Any, masked: bool = False) -> str | None:
-    """Why a model, not PEFT-wrapped, cannot be the language model of a composition, with a remedy; None if it can.
-
-    `masked` says whether a rule of masks decides which tokens attend both ways.
-    """
-    name, known = type(model).__name__, language_model_type(model.config)
-    if fault := next(_faults(model, masked), None):
-        return f"{name} {fault}"
-    if known.refused is None or (known.refused_if and getattr(model.config, known.refused_if, None) is not True):
-        return None
-    return f"{name} cannot be the language model of a composition: {known.refused}. {OTHER}"
-
-
-def _faults(model: Any, masked: bool) -> Iterator[str]:
-    """What keeps a model of any type from being a language model here, the remedy included."""
-    config, takes = model.config, forward_parameters(model)
-    if config.is_encoder_decoder:
-        yield "is an encoder-decoder: expected a causal (decoder-only) language model."
-    towers = [kind for kind in MEDIA_KINDS if model.get_encoder(kind) is not model]
-    if towers and getattr(config, "text_config", None) is not None:
-        yield (
-            f"is multimodal already (it encodes {towers}): take it apart by from_native(model), and compose its language_model "
-            "with other encoders."
-        )
-    if not model.can_generate():
-        yield "has no language-model head: pass the ...ForCausalLM class of the same checkpoint."
-    if "inputs_embeds" not in takes:
-        yield f"cannot take embeddings: its forward has no `inputs_embeds`, by which features reach a language model. {OTHER}"
-    if "shared_kv_states" in takes:
-        yield (
-            "drafts tokens from another model's keys and values (its forward takes `shared_kv_states`): pass that model as "
-            "the language model, and this one to generate as assistant_model=."
-        )
-    if "attention_mask" not in takes:
-        yield (
-            "cannot tell padding from text: its forward has no `attention_mask`, so a padded batch would differ from its "
-            f"single samples. {OTHER}"
-        )
-    if isinstance(model.get_input_embeddings(), nn.ModuleList):
-        yield f"has several tables of embeddings, one for each code book, and no text for features to be a part of. {OTHER}"
-    # BERT and its relatives, or Gemma, whose "vision" says that only images attend both ways, which is no obstacle.
-    encoder = getattr(config, "is_decoder", None) is False and "encoder_hidden_states" in takes
-    if encoder or (getattr(config, "use_bidirectional_attention", None) is True and not masked):
-        yield (
-            "is not causal: its configuration lets tokens attend to those behind them. Load it with is_decoder=True (BERT "
-            "and its relatives) or use_bidirectional_attention=False (Gemma), or give a rule of masks, mask={'rule': 'prefix'}."
-        )
-    layers = getattr(config, "decoder_layers", getattr(config, "num_decoder_layers", None))
-    if layers is not None and "position_ids" not in takes:  # nobody can tell it other positions
-        yield (
-            "is the decoder of an encoder-decoder model: it counts positions from the start of a row, padding included, and "
-            f"takes no `position_ids`, so a left-padded batch would differ from its single samples. {OTHER}"
-        )
-
-
-def check_language_model(model: Any, masked: bool = False) -> None:
-    """TypeError for what is no instance of a transformers model, ValueError for one with a `refusal`."""
-    if isinstance(model, type) or not isinstance(unwrapped(model), PreTrainedModel):
-        raise TypeError(f"language_model must be a transformers.PreTrainedModel instance, got {model!r:.100}.")
-    if getattr(unwrapped(model).config, "return_dict", True) is False:
-        raise ValueError(
-            "The language model's configuration says return_dict=False, by which its own layers' outputs are tuples without "
-            "names: set model.config.return_dict = True, or true in text_config."
-        )
-    if reason := refusal(unwrapped(model), masked):
-        raise ValueError(reason)
-
-
 def embedding_width(language_model: Any) -> int:
     """Width of a language model's input embeddings, which projected features must have."""
     embedding: Any = unwrapped(language_model).get_input_embeddings()
     return getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1]
-
-
-def build_language_model(config: MultimodalConfig) -> nn.Module:
-    """Build the language model, its adapters wrapped again."""
-    text: Any = config.text_config
-    name = config.language_model_class
-    cls: Any = language_model_class(text) if name is None else resolve_class(name, text, "language_model")
-    if cls is None:
-        raise ValueError(f"transformers has no causal language model for {type(text).__name__}.")
-    model = build_part(cls, text, config.language_model_kwargs or {}, "language_model", "text_config")
-    check_language_model(model, masked=bool(config.mask))
-    with explained("adapters of language_model"):
-        return wrap_again(model, config.adapters_of("language_model"), "language_model")

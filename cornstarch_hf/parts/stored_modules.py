@@ -201,19 +201,11 @@ def check_callbacks_storable(callbacks: dict[str, Callable | None], name: str) -
 # ---- tensors that a composition keeps and does not use: of a native model, for the way back
 
 
-def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, list[int]]]:
-    """``{dtype: {name: shape}}`` of tensors, as a configuration holds it."""
-    found: dict[str, dict[str, list[int]]] = {}
-    for name, tensor in tensors.items():
-        found.setdefault(str(tensor.dtype).removeprefix("torch."), {})[name] = list(tensor.shape)
-    return found
-
-
 class KeptTensors(nn.Module):
     """Buffers by dotted names, in modules that do nothing.
 
     Args:
-        shapes: as `describe_tensors` gives it; ValueError for a dtype that torch does not have.
+        shapes: as ``{dtype: {name: shape}}``; ValueError for a dtype that torch does not have.
     """
 
     def __init__(self, shapes: Mapping[str, Mapping[str, Any]]):

@@ -123,6 +123,43 @@ def _instructed(module: Any, features: Tensor, lengths: Lengths, grids: Grids, i
     return module(features, inputs.get("qformer_input_ids"), inputs.get("qformer_attention_mask")), None
 
 
+def _blocks_of_grids(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
+    """Packed patches with the grids of their items, of which squares become one feature (PaddleOCR-VL)."""
+    sides = inputs["grid_thw"]
+    side = module.merge_kernel_size[0]
+    return module(_packed(features), sides), (sides.prod(-1) // side**2).tolist()
+
+
+def _pooled(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
+    """Items ``(items, length, width)``, of which all become as many features (Gemma 3)."""
+    return module(features), None
+
+
+def _pooled_by_index(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
+    """Patches of all crops, pooled by the indices of those that make one feature (Molmo 2)."""
+    sides = inputs["image_grids"]
+    counts = sides[:, 0] * sides[:, 1] + sides[:, 2] * sides[:, 3]
+    return module(features, inputs["image_token_pooling"]).last_hidden_state, counts.tolist()
+
+
+def _visual_words(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
+    """Probabilities of visual words, to which the marks in the same table add none (Ovis 2)."""
+    marks = features.new_zeros(*features.shape[:-1], module.num_embeddings - features.shape[-1])
+    return module(torch.cat([features, marks], dim=-1)), lengths
+
+
+def _two_configs(settings: Any, cls: Any) -> nn.Module:
+    return cls(settings.vision_config, settings.text_config)
+
+
+def _adapter(settings: Any, cls: Any) -> nn.Module:
+    return cls(settings.adapter_config)
+
+
+def _table(settings: Any, cls: Any) -> nn.Module:
+    return cls(settings.vision_config.vocab_size, settings.hidden_size)
+
+
 def _packed(features: Tensor) -> Tensor:
     return features if features.ndim == 2 else features.flatten(0, 1)
 
@@ -169,7 +206,7 @@ class NativeModule:
     settings: Sequence[str]
     run: Run = _plain
     family: str | None = None
-    bridge: type[nn.Module] | None = None
+    bridge: Callable[..., nn.Module] | None = None
     needs_grid: bool = False
 
 
@@ -231,6 +268,29 @@ NATIVE_MODULES: dict[str, NativeModule] = {
         ("adaptor_input_dim", "text_config.hidden_size", "text_config.rms_norm_eps", "projector_bias",
          "projector_hidden_act"),
         _merged_frames,
+    ),
+    "paddleocr_vl": NativeModule(
+        "PaddleOCRProjector", ("vision_config.hidden_size", "vision_config.spatial_merge_size", "text_config.hidden_size"),
+        _blocks_of_grids,
+    ),
+    "cosmos3_edge": NativeModule(
+        "Cosmos3EdgePatchMerger",
+        ("vision_config.hidden_size", "vision_config.spatial_merge_size", "text_config.hidden_size", "projector_hidden_size"),
+        _merged,
+    ),
+    "gemma3": NativeModule(
+        "Gemma3MultiModalProjector",
+        ("vision_config.hidden_size", "vision_config.layer_norm_eps", "vision_config.image_size", "vision_config.patch_size",
+         "text_config.hidden_size", "mm_tokens_per_image"),
+        _pooled,
+    ),
+    "gemma4": NativeModule(
+        "Gemma4MultimodalEmbedder", ("vision_config.hidden_size", "vision_config.rms_norm_eps", "text_config.hidden_size"),
+        bridge=_two_configs,
+    ),
+    "molmo2": NativeModule("Molmo2Adapter", ("adapter_config",), _pooled_by_index, bridge=_adapter),
+    "ovis2": NativeModule(
+        "Ovis2VisualEmbeddingTable", ("vision_config.vocab_size", "hidden_size"), _visual_words, bridge=_table
     ),
     "granite_speech": NativeModule("GraniteSpeechEncoderProjector", _GRANITE, _queries),
     "granite_speech_plus": NativeModule("GraniteSpeechPlusEncoderProjector", _GRANITE, _queries),

@@ -46,8 +46,8 @@ from cornstarch_hf import (
 from cornstarch_hf.checkpoints.storage import sync_config
 from cornstarch_hf.encoders import counting as feature_counts
 from cornstarch_hf.encoders.counting import FeatureCounter
+from cornstarch_hf.encoders.item_sizes import typical_item
 from cornstarch_hf.encoders.module import ModalEncoderModule
-from cornstarch_hf.encoders.towers import typical_item
 from cornstarch_hf.parts.known_encoders import ALL, ENCODER_TYPES, OWN_TYPES
 from cornstarch_hf.parts.registries import CALLBACKS, FEATURE_COUNTS
 

@@ -9,7 +9,7 @@ from transformers import ASTConfig, ASTModel, SwinConfig, SwinModel, ViTConfig, 
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose
 from cornstarch_hf.encoders.counting import FeatureCounter
-from cornstarch_hf.encoders.towers import has_other_size, refused_by
+from cornstarch_hf.encoders.item_sizes import has_other_size, refused_by
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 

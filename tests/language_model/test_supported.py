@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
-from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES, check_language_model, refusal
+from cornstarch_hf.language_model.refusals import check_language_model, refusal
+from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES
 
 
 class Draft(LlamaForCausalLM):

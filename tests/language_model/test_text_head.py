@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from cornstarch_hf import MultimodalConfig, MultimodalModel, TextModelWithHead
-from cornstarch_hf.language_model.supported import build_language_model
+from cornstarch_hf.encoders.rebuilding import build_language_model
 from cornstarch_hf.parts.versions import CACHE
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])

@@ -26,7 +26,9 @@ def test_descriptions_are_json_and_build_the_same_processor(key):
 
 def test_spectrograms_of_one_band_are_refused_before_they_fill_the_memory():
     described = describe_subprocessor(tiny.whisper_processor(), "audio") | {"feature_size": 1}
-    with pytest.raises(ValueError, match=r"audio: its WhisperFeatureExtractor makes spectrograms of one band \(feature_size=1"):
+    with pytest.raises(
+        ValueError, match=r"audio: its WhisperFeatureExtractor makes spectrograms of one band \(feature_size=1"
+    ):
         build_subprocessor(described, "audio")
 
 

@@ -15,6 +15,7 @@ def compose_config(
     language_model: PreTrainedModel,
     init_projector_type: str = "linear",
     init_activation: str = "gelu",
+    rules: Mapping[str, Any] | None = None,
 ) -> MultimodalConfig:
     raise needs_package("What composes models of parts")
 
