@@ -22,7 +22,6 @@ from .code_folder import HERE, PACKAGE, THIN_FOLDER, own_modules, read_entry
 _IMPORT = re.compile(r"^(\s*)from (\.+)([\w.]+) import", re.M)
 # What transformers takes for an import, in docstrings too.
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.M)
-_PRIVATE = re.compile(r"_[^_]")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")  # an access token of the Hub
 # Calls that no definition needs: a file that makes one while it is imported is a program.
 _PROGRAM_CALLS = frozenset([
@@ -86,8 +85,8 @@ def own_stem(path: Path) -> str | None:
 def bundled(text: str, module: str) -> tuple[str, set[str]]:
     """The text of a module as a checkpoint carries it, and the names of the files that it imports.
 
-    Each relative import names a file beside it.  Comments stay here, and docstrings but for the first paragraphs of those of
-    modules and classes: they say what a reader who is to trust the code wants to know.
+    Each relative import names a file beside it.  Comments stay here, and docstrings but for the first paragraph of the
+    module's: it says what a reader who is to trust the code wants to know.
     """
     found = set()
 
@@ -112,10 +111,11 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
                     "\n"
                 )  # the last line of its first paragraph
                 lines[end - 1 : last] = [lines[end - 1].rstrip("\n") + '"""\n', *[""] * (last - end)]
-        elif match := re.match(r"\s*(async def|def|class) (\w+)", token.line):
-            silent = match[1] != "class" or bool(_PRIVATE.match(match[2]))
+        elif re.match(r"\s*(async def|def|class) \w+", token.line):
+            silent = True
         before = before if token.type == tokenize.COMMENT else token.type
-    return _IMPORT.sub(flat, "".join(lines)), found
+    # One empty line between definitions, none within: there are none in strings of this package, which a test holds.
+    return _IMPORT.sub(flat, re.sub(r"\n{2,}(?=\n\S|\n? )", "\n", "".join(lines))), found
 
 
 class CodeFiles:

@@ -51,10 +51,8 @@ def test_package_files_are_seen_by_transformers_as_python_sees_them(tmp_path):
                 text := ast.get_docstring(node, clean=False)
             ):
                 node.body[0].value.value = text.partition("\n\n")[0]
-                silent = isinstance(node, ast.FunctionDef)
-                silent |= isinstance(node, ast.ClassDef) and node.name.startswith("_")
-                del node.body[: len(node.body) > 1 and silent]
-        # All of it, but for the places of modules, comments, and docstrings of functions and private names, and further paragraphs.
+                del node.body[: len(node.body) > 1 and not isinstance(node, ast.Module)]
+        # All of it, but for the places of modules, comments, and docstrings of functions and classes, and further paragraphs.
         assert ast.dump(carried) == ast.dump(whole), stem
     found = {
         path.rpartition("/")[2][:-3] for root in ROOTS for path in get_relative_import_files(tmp_path / f"{root}.py")
