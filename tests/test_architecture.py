@@ -37,6 +37,7 @@ COVERED = {
     "conversion.keys": "conversion/test_table",
     "conversion.refusals": "conversion/test_table",
     "encoders.building": "test_composition",
+    "encoders.said_of_items": "language_model/test_positions",
     "language_model.refusals": "language_model/test_supported",
     "encoders.rebuilding": "test_composition",
     "projectors.native": "conversion/test_native",
