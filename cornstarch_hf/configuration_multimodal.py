@@ -27,7 +27,7 @@ from .parts.classes import (
     part_implementations,
     subclasses_of,
 )
-from .parts.registries import last_definition
+from .parts.registries import last_definition, merging_options
 from .parts.stored_modules import SLOTS
 from .parts.stored_values import (
     POINTER,
@@ -38,7 +38,6 @@ from .parts.stored_values import (
     check_switches,
     check_types,
     check_values,
-    merging_options,
     read_text,
     without_implementations,
 )

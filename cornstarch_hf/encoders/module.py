@@ -13,9 +13,9 @@ from ..parts.adapters import unwrapped
 from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
 from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
+from ..parts.registries import merging_options
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
-from ..parts.stored_values import merging_options
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
 from .grids import Grid, GridQuery, final_grids, found_grids, frames_as_items, joined_frames

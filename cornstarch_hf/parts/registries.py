@@ -146,6 +146,29 @@ class Step:
 STEPS: dict[str, Step] = {}
 
 
+def merging_options(layer_features: Any, merge: Any, marks: Any, where: str) -> dict[str, Any]:
+    """How one modality's features reach the language model, with ids and rows as integers (ValueError for other values).
+
+    Args:
+        layer_features: output field of the encoder with features for the language model's first layers, one tensor per layer.
+        merge: ``"add"`` where features are added to the embeddings of their placeholders, which they replace else.
+        marks: ``{token_id: row}``: further tokens that stand for rows of a learnt table, the projection's `mark_table` or one
+            beside it, in calls with items of this modality.
+        where: named in errors.
+    """
+    if merge not in (None, "add"):
+        raise ValueError(f'{where}: merge must be "add" or None, got {merge!r:.100}.')
+    if layer_features is not None and not isinstance(layer_features, str):
+        raise ValueError(f"{where}: layer_features must name an output field, got {layer_features!r:.100}.")
+    try:
+        rows = {int(token): int(row) for token, row in (marks or {}).items()}
+    except (AttributeError, TypeError, ValueError):
+        rows = {-1: 0}
+    if any(number < 0 for pair in rows.items() for number in pair):
+        raise ValueError(f"{where}: marks must be {{token_id: row}} of integers from 0 on, got {marks!r:.100}.")
+    return {"layer_features": layer_features, "merge": merge, "marks": rows}
+
+
 def step_inputs(config: Any) -> list[str]:
     """Keywords of `forward` that are for the steps which a configuration asks for."""
     return [key for name in config.steps for key in STEPS[name].inputs]

@@ -196,8 +196,11 @@ IMAGES, VIDEOS = [[1, 8, 12], [1, 4, 8], [1, 8, 4]], [[2, 4, 8], [3, 4, 4]]
 def image_inputs(native):
     """A batch with one and two images of uneven sizes, and a row of text."""
     vision = native.config.vision_config
-    width = 3 * vision.temporal_patch_size * vision.patch_size**2
-    inputs = rows([[24], [8, 8]]) | {"pixel_values": patches(IMAGES, width), "image_grid_thw": torch.tensor(IMAGES)}
+    width = 3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+    pixels = patches(IMAGES, width)
+    if native.config.model_type == "paddleocr_vl":
+        pixels = pixels.unflatten(1, (3, vision.patch_size, vision.patch_size))
+    inputs = rows([[24], [8, 8]]) | {"pixel_values": pixels, "image_grid_thw": torch.tensor(IMAGES)}
     return inputs | {"mm_token_type_ids": types(inputs["input_ids"])}
 
 
@@ -259,11 +262,27 @@ def picture_inputs(native):
             places[i, : len(grid)] = grid
         pixels = torch.randn(3, 4 * side * side, 3 * vision.patch_size**2, generator=generator)
         counts, more = [[4], [4, 4]], {"pixel_values": pixels, "image_position_ids": places}
+    elif model_type == "molmo2":
+        side = vision.image_size[0] // vision.patch_size
+        pixels = torch.randn(3, side * side, 3 * vision.patch_size**2, generator=generator)
+        squares = torch.arange(side * side).reshape(side, side).unfold(0, 2, 2).unfold(1, 2, 2).reshape(-1, 4)
+        pooled = torch.cat([squares + side * side * i for i in range(3)])
+        pooled[-1, 2:] = -1  # a square at the edge
+        half = side // 2
+        counts = [[half * half], [half * half] * 2]
+        more = {
+            "pixel_values": pixels,
+            "image_token_pooling": pooled,
+            "image_grids": torch.tensor([[half, half, 0, 0]] * 3),
+        }
     else:
         pixels = torch.randn(3, 3, vision.image_size, vision.image_size, generator=generator)
-        count = {"gemma3": 16, "paligemma": 64}[model_type]
+        count = {"gemma3": 16, "paligemma": 64, "ovis2": 64}[model_type]
         counts, more = [[count], [count, count]], {"pixel_values": pixels}
     inputs = rows(counts) | more
-    name = "mm_token_type_ids" if model_type == "gemma4" else "token_type_ids"
+    if model_type == "ovis2":
+        inputs["input_ids"][1, -3:] = torch.tensor([244, 243, 247])  # marks around an image
+        return inputs
+    name = "mm_token_type_ids" if model_type in ("gemma4", "molmo2") else "token_type_ids"
     kinds = torch.zeros_like(inputs["input_ids"]) if model_type == "paligemma" else types(inputs["input_ids"])
     return inputs | {name: kinds}
