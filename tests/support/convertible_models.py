@@ -211,6 +211,13 @@ def queried(model: Any) -> Media:
     )
 
 
+def two_sizes(model: Any) -> Media:
+    side = model.config.high_res_vision_config.image_size
+    pixels, large = _noise(3, 3, _side(model), _side(model)), _noise(3, 3, side, side)
+    grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    return Media({"pixel_values": pixels, "high_res_pixel_values": large}, {IMAGE: [grid**2] * 3})
+
+
 def ready_patches(model: Any) -> Media:
     return Media({"pixel_values": _noise(3, 5, model.model.vision_embed_tokens.in_features)}, {IMAGE: [5] * 3})
 
@@ -336,6 +343,9 @@ TYPES: dict[str, Row] = {
                       "channel_multiplier": [1, 1], "num_patches": 4, "image_token_embed_dim": 32},
     }),
     "deepseek_vl": Row("DeepseekVLForConditionalGeneration", squares),
+    "deepseek_vl_hybrid": Row("DeepseekVLHybridForConditionalGeneration", two_sizes, {
+        "high_res_vision_config": {"image_size": 64, "output_channels": 16, "global_attn_indexes": [0], "window_size": 2},
+    }),
     "aya_vision": Row("AyaVisionForConditionalGeneration", squares),
     "cohere2_vision": Row("Cohere2VisionForConditionalGeneration", squares, {"alignment_intermediate_size": 64}),
     "got_ocr2": Row("GotOcr2ForConditionalGeneration", squares),
