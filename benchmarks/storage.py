@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, LlavaForConditionalGeneration
 
+from cornstarch_hf import MultimodalModel, from_native
+
 from .children import run_module
 from .memory import SIDES, peak_mib
 from .models import Pair, check_logits, check_weights
@@ -18,7 +20,17 @@ from .results import Result, Target, in_turn
 from .sizes import Sizes
 from .speed import seconds
 
-LOADERS = {"native": LlavaForConditionalGeneration, "ours": AutoModel}
+
+
+class Converted:
+    """A native checkpoint as a composition."""
+
+    @staticmethod
+    def from_pretrained(folder: Path, **options) -> MultimodalModel:
+        return from_native(folder, **options)[0]
+
+
+LOADERS = {"native": LlavaForConditionalGeneration, "ours": AutoModel, "converted": Converted}
 
 
 def save_seconds(model, folder: Path) -> float:
@@ -73,8 +85,10 @@ def storage(pair: Pair, sizes: Sizes) -> list[Result]:
         results += _loading(pair, sizes, native, ours)
         again = LOADERS["native"].from_pretrained(native), LOADERS["ours"].from_pretrained(ours)
         check_weights(*again)
-        check_logits(*copy.deepcopy(again), pair.inputs)  # from memory of their own: the files hold weights elsewhere
-        return results + _resident(native, ours)
+        again = copy.deepcopy(again)  # memory of their own: the files hold weights elsewhere
+        check_logits(*again, pair.inputs)
+        check_logits(again[0], copy.deepcopy(LOADERS["converted"].from_pretrained(native)), pair.inputs)
+        return results + _resident(native, ours, sizes)
 
 
 def _saving(pair: Pair, sizes: Sizes, native: Path, ours: Path, hashed: Path) -> list[Result]:
@@ -97,18 +111,21 @@ def _loading(pair: Pair, sizes: Sizes, native: Path, ours: Path) -> list[Result]
     )
     theirs = lambda: load_and_read("native", native)  # noqa: E731
     read = in_turn(theirs, lambda: load_and_read("ours", ours), pairs)
+    converted = in_turn(theirs, lambda: load_and_read("converted", native), pairs)
     verified = in_turn(theirs, lambda: load_and_read("ours", ours, verify=True), sizes.pairs["save"])
     return [
         Result("load", f"load, {name}", "s", *loaded, target),
         Result("load", f"load and read each weight, {name}", "s", *read, target),
+        Result("load", f"from_native of a native checkpoint, each weight read, {name}", "s", *converted,
+               Target(at_most=1.10) if sizes.judged else None),
         Result("load", f"load with verify=True and read each weight, {name}", "s", *verified),
     ]
 
 
-def _resident(native: Path, ours: Path) -> list[Result]:
+def _resident(native: Path, ours: Path, sizes: Sizes) -> list[Result]:
     """Peak memory of loading and of saving again, each model in a fresh process of its own."""
     found = {}
-    for side, folder in (("native", native), ("ours", ours)):
+    for side, folder in (("native", native), ("ours", ours), ("converted", native)):
         answer = run_module("benchmarks.storage", side, str(folder))
         found[side] = json.loads(answer.splitlines()[-1])
     results = []
@@ -120,7 +137,10 @@ def _resident(native: Path, ours: Path) -> list[Result]:
         notes = {side: {"before": found[side][before], "peak": found[side][after]} for side in SIDES}
         name = f"peak memory after {what}"
         results.append(Result(group, name, "MiB", peaks["native"], peaks["ours"], notes=notes))
-    return results
+    peaks = {side: [found[side]["loaded"]] for side in ("native", "converted")}
+    target = Target(at_most=1.05) if sizes.judged else None
+    name = "peak memory after from_native of a native checkpoint and reading"
+    return [*results, Result("load", name, "MiB", peaks["native"], peaks["converted"], target)]
 
 
 def measure(side: str, folder: Path) -> dict[str, float]:
@@ -139,11 +159,9 @@ def measure(side: str, folder: Path) -> dict[str, float]:
 def main() -> None:
     """One model: print what was measured as a line of JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("side", choices=tuple(LOADERS))
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    import cornstarch_hf  # noqa: F401  # registers the composed model
-
     print(json.dumps(measure(options.side, options.folder)))
 
 

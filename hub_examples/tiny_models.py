@@ -12,7 +12,10 @@ from transformers import (
     EsmTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextImageProcessorPil,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     TimesFm2_5Config,
     TimesFm2_5Model,
@@ -58,6 +61,25 @@ def make_vision_encoder(folder: Path, size: int = 16, any_resolution: bool = Fal
         LlavaNextImageProcessorPil(**shape, image_grid_pinpoints=grids).save_pretrained(folder)
     else:
         CLIPImageProcessorPil(**shape).save_pretrained(folder)
+    return folder
+
+
+def make_llava(folder: Path, size: int = 16) -> Path:
+    """A small LLaVA with its processor: CLIP, two layers, Llama."""
+    tokenizer = save_tokenizer(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**layers, image_size=size, patch_size=4, projection_dim=16)
+    text = LlamaConfig(**layers, vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
+                       eos_token_id=2)  # fmt: skip
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=token)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    shape = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    LlavaProcessor(
+        CLIPImageProcessorPil(**shape), tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 

@@ -25,7 +25,7 @@ TOKEN = "hf_" + "e" * 34
 def test_no_example_is_forgotten():
     covered = {"compose_vlm", "llava_next_callbacks", "finetune_with_trainer", "quickstart", "train_in_stages",
                "share_with_code", "push_and_load", "reference_checkpoint", "compose_video", "compose_protein",
-               "compose_time_series", "compose_features"}  # fmt: skip
+               "compose_time_series", "compose_features", "convert_llava"}  # fmt: skip
     shared = {"tiny_models", "digits_and_tones"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == covered | shared
 
@@ -58,6 +58,13 @@ def test_llava_next_callbacks():
     out = run_python(EXAMPLES / "llava_next_callbacks.py")
     features, placeholders = re.search(r"features per image: (\[.*?\]) placeholders: (\[.*?\])", out).groups()
     assert features == placeholders == "[34, 56]"
+
+
+def test_convert_llava(tmp_path):
+    out = run_python(EXAMPLES / "convert_llava.py", "--output", str(tmp_path / "made"))
+    before, after = map(float, re.search(r"loss before ([\d.]+), after ([\d.]+)", out).groups())
+    assert after < before and "LlavaForConditionalGeneration, equal logits: True" in out
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["model_type"] == "llava"
 
 
 def test_share_with_code():

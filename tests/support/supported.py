@@ -8,7 +8,10 @@ import catalog_llms
 import catalog_others
 import catalog_processors
 import catalog_vision
+import native_models
 
+from cornstarch_hf.conversion.refusals import OUTSIDE
+from cornstarch_hf.conversion.table import NATIVE
 from cornstarch_hf.parts.known_encoders import ENCODER_TYPES
 
 PAGE = "docs/supported.md"
@@ -64,6 +67,22 @@ These are refused with their tiny encoder:
 | processor | the error says |
 | --- | --- |
 """
+NATIVE_MODELS = """
+## Native multimodal models
+
+Each is taken apart by `from_native` and put together again by `to_native`: logits at attended positions and greedy tokens of a
+left-padded batch with uneven media, tensors and configurations on the way back, and all of it after a reload, equal to the bit.
+
+| model type | class | encoders |
+| --- | --- | --- |
+"""
+NO_NATIVE_MODELS = """
+These cannot be compositions:
+
+| model type | why |
+| --- | --- |
+"""
+NATIVE_TEST = "::test_a_native_model_and_its_composition_are_equal_there_and_back["
 
 
 def page(reports: Iterable[Any], version: str) -> str:
@@ -100,6 +119,8 @@ def fixed_parts(reports: Iterable[Any] | None = None) -> str:
         check_names("language models", {_name(n) for n in nodes if "::test_composes[" in n}, set(supported))
         pairs = {_name(n) for n in nodes if "::test_an_item_has_as_many" in n}
         check_names("processors", pairs, set(catalog_processors.PAIRS))
+        equal = {_name(n) for n in nodes if NATIVE_TEST in n}
+        check_names("native models", equal | set(native_models.EVERY_TIME), set(NATIVE))
     return (
         NO_ENCODERS
         + _table((f"`{name}`", why) for name, why in sorted(catalog_others.NO_FEATURES.items()))
@@ -111,6 +132,10 @@ def fixed_parts(reports: Iterable[Any] | None = None) -> str:
         + _table((f"`{name}`", f"`{pair.encoder}`") for name, pair in sorted(catalog_processors.PAIRS.items()))
         + NO_PROCESSORS
         + _table((f"`{name}`", _words(why)) for name, (_, why) in sorted(catalog_processors.REFUSED.items()))
+        + NATIVE_MODELS
+        + _table((t, f"`{entry.architecture}`", ", ".join(entry.parts)) for t, entry in sorted(NATIVE.items()))
+        + NO_NATIVE_MODELS
+        + _table(sorted(OUTSIDE.items()))
     )
 
 
