@@ -45,9 +45,9 @@ _KERNEL_METHODS = frozenset(["eetq", "fbgemm_fp8", "fp8", "gguf", "metal", "mxfp
 _CODE_ENTRY = re.compile(r"(?:(?P<repo>[\w.-]+(?:/[\w.-]+)?)--)?[A-Za-z_]\w*\.[A-Za-z_]\w*")
 _UNBOUNDED = re.compile(r"limit|clip|max|min")
 SHARD = re.compile(r"[^/\\]+\.safetensors")
-# In the text of JSON what stands for one more value: a comma, or the start of a container that holds one.  A string is passed
-# over as a whole.
-_BEFORE_VALUES = re.compile(r'"(?:[^"\\]|\\.)*+"|,|[{\[](?!\s*[}\]])', re.DOTALL)
+# In the text of JSON what stands for one more value is a comma, or the start of a container that holds one, outside of strings.
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_FILLED = re.compile(r"[{\[](?!\s*[}\]])")
 
 
 def check_values(values: Any, where: str, asked: Collection[str] = ()) -> None:
@@ -345,11 +345,10 @@ def check_number_of_values(text: str, what: str) -> None:
     most = cap("MAX_CONFIG_VALUES")
     if sum(map(text.count, ",{[")) < most:  # also those within strings: mostly that is enough
         return
-    seen = 1
-    for found in _BEFORE_VALUES.finditer(text):
-        seen += text[found.start()] != '"'
-        if seen > most:
-            check(seen, "MAX_CONFIG_VALUES", f"{what}: its number of values is at least")
+    bare = _STRING.sub('""', text)
+    if (seen := 1 + bare.count(",")) <= most:
+        seen += sum(1 for _ in _FILLED.finditer(bare))
+    check(seen, "MAX_CONFIG_VALUES", f"{what}: its number of values is at least")
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:

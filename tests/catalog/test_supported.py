@@ -21,7 +21,15 @@ def text():
 
 def parts(text):
     """The tables of the page."""
-    names = ("Encoders", "No encoders", "Language models", "No language models", "Processors", "No processors", "Native models")
+    names = (
+        "Encoders",
+        "No encoders",
+        "Language models",
+        "No language models",
+        "Processors",
+        "No processors",
+        "Native models",
+    )
     return dict(zip(names, re.split(r"^(?:## |These are)", text, flags=re.M)[1:], strict=True))
 
 
