@@ -22,6 +22,7 @@ from .configuration_projector import MultimodalProjectorConfig
 from .conversion.steps import AnyResolution
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
+from .encoders.said_of_items import grids_of_items
 from .hub.push import push_to_hub
 from .language_model.inner_features import LayerFeatures
 from .language_model.masks import Masks
@@ -59,7 +60,7 @@ __version__ = "0.1.0"
 REDUCERS = (
     AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection,
 )  # fmt: skip
-STEPS = (AnyResolution, LayerFeatures, Masks, Positions)
+STEPS = (AnyResolution, grids_of_items, LayerFeatures, Masks, Positions)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

@@ -13,8 +13,7 @@ from ..processing.video import FRAME_MASK
 
 Grid = tuple[int, ...]
 PLANE_KINDS = ("image", "video")
-SECONDS = "second_per_grid_ts"  # seconds between frames of each video: what native processors call it
-_OR_STATE = "; or set output['feature_grids'] to one (height, width) per item in postprocess_module_callback."
+OR_STATE = "; or set output['feature_grids'] to one (height, width) per item in postprocess_module_callback."
 
 
 class GridQuery(NamedTuple):
@@ -47,32 +46,6 @@ def found_grids(query: GridQuery, stated: Any, by_frame: bool, name: str, reason
         raise ValueError(f"{name}: {reason}. {error}") from error
 
 
-def final_grids(query: GridQuery, stated: Any, encoded: Any, by_frame: bool, name: str) -> dict[str, Tensor]:
-    """``{"feature_grids": (items, 2 or 3)}`` of projected features, and seconds between frames where they are among the inputs.
-
-    Where a projector leaves fewer than were `encoded` (of each item), it is as many along height as along width.  ValueError
-    where nothing tells; names the modality.
-    """
-    lengths, reason = query.lengths, "positions need the grid of each item's features"
-    # A packed tower's own grid tells of merged patches, whoever merged them.
-    fewer = stated is None and encoded is not None and list(encoded) != list(lengths)
-    fewer = fewer and grid_of(query.inputs, PATCH_GRIDS) is None
-    found = found_grids(query._replace(lengths=encoded) if fewer else query, stated, by_frame, name, reason)
-    if fewer:
-        found = [_smaller(*each, name) for each in zip(found, encoded, lengths, strict=True)]
-    seconds = {SECONDS: query.inputs[SECONDS]} if query.inputs.get(SECONDS) is not None else {}
-    return {"feature_grids": torch.tensor(found), **seconds}
-
-
-def _smaller(grid: Grid, before: int, after: int, name: str) -> Grid:
-    *frames, height, width = grid
-    side = math.isqrt(before // after)
-    if side * side * after != before or height % side or width % side:
-        told = "positions need the grid of each item's features, but"
-        raise ValueError(f"{name}: {told} {height} x {width} became {after}, which tells no sides{_OR_STATE}")
-    return (*frames, height // side, width // side)
-
-
 def _by_patches(query: GridQuery) -> list[Grid] | None:
     """Towers that are told the patches of each item along each axis: of packed items, or of padded sequences (SigLIP 2)."""
     packed = grid_of(query.inputs, PATCH_GRIDS)
@@ -80,7 +53,7 @@ def _by_patches(query: GridQuery) -> list[Grid] | None:
     if not isinstance(grid, Tensor):
         return None
     if len(query.lengths) != len(grid):
-        raise ValueError(f"{len(grid)} grids were given for {len(query.lengths)} items{_OR_STATE}")
+        raise ValueError(f"{len(grid)} grids were given for {len(query.lengths)} items{OR_STATE}")
     rows, columns = (1, 1) if packed is None else merged_patches(query.config)
     found = []
     for (*frames, height, width), length in zip(grid.tolist(), query.lengths, strict=True):
@@ -93,7 +66,7 @@ def _by_patches(query: GridQuery) -> list[Grid] | None:
                     f"{axes} patches gave {length} features, but patches merged {rows} x {columns} give {whole}: only merged "
                     "features lie row by row, leave layer= and output= at their defaults"
                 )
-            raise ValueError(f"An item of {wrong}{_OR_STATE}")
+            raise ValueError(f"An item of {wrong}{OR_STATE}")
         found.append(merged)
     return found
 
@@ -119,7 +92,7 @@ def _by_pixels(query: GridQuery, length: int) -> Grid:
     if query.kind not in PLANE_KINDS:
         raise ValueError(
             f"Features of the kind {query.kind!r} lie in a sequence of {length}, not in a grid: take frame_stack "
-            f"or resampler, or dims=1 where the type has it{_OR_STATE}"
+            f"or resampler, or dims=1 where the type has it{OR_STATE}"
         )
     patches = patch_grid(query.inputs, query.config)
     if patches is None:
@@ -138,7 +111,7 @@ def _by_pixels(query: GridQuery, length: int) -> Grid:
     text = f"{length} features do not fill the grid of {' x '.join(map(str, patches))} = {whole} patches"
     if (surplus := length - whole) > 0 and not query.changed:
         text += f", {surplus} too many: remove class and register tokens by drop_prefix={query.dropped + surplus}"
-    raise ValueError(text + _OR_STATE)
+    raise ValueError(text + OR_STATE)
 
 
 def _square(query: GridQuery, length: int) -> Grid:
@@ -148,7 +121,7 @@ def _square(query: GridQuery, length: int) -> Grid:
         raise ValueError(
             f"The grid of {length} features is not known, and they are no square that an encoder gave (the next smaller one is "
             f"{side} x {side} = {side * side}): remove class and register tokens by "
-            f"drop_prefix={query.dropped + length - side * side}{_OR_STATE}"
+            f"drop_prefix={query.dropped + length - side * side}{OR_STATE}"
         )
     return side, side
 

@@ -13,12 +13,12 @@ from ..parts.adapters import unwrapped
 from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
 from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
-from ..parts.registries import merging_options
+from ..parts.registries import SAID, merging_options
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
 from ..projectors.projector import MultimodalProjector, per_item
-from .grids import Grid, GridQuery, final_grids, found_grids, frames_as_items, joined_frames
+from .grids import Grid, GridQuery, found_grids, frames_as_items, joined_frames
 from .item_sizes import refused_by
 from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
 from .selection import (
@@ -29,7 +29,6 @@ from .selection import (
     placed,
     rows_of_items,
     select_features,
-    split_levels,
     with_features,
 )
 from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
@@ -183,11 +182,11 @@ class ModalEncoderModule(nn.Module):
         width = feature_width(unwrapped(self.module).config)
         return width and width * len(self.selection.layers)
 
-    def forward(self, *, state_grids: bool = False, **inputs: Any) -> EncoderOutput:
+    def forward(self, *, say: Sequence[str] = (), **inputs: Any) -> EncoderOutput:
         """Encode and project items.
 
         Args:
-            state_grids: whether the output says how the features of each item lie, as `feature_grids`.
+            say: what the output is to say of the items beside their features, of `registries.SAID`.
             **inputs: of the encoder's `forward`, and the additional arguments; floats are cast to the encoder's dtype.
 
         Returns:
@@ -204,11 +203,10 @@ class ModalEncoderModule(nn.Module):
         output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
         output = self._postprocess("postprocess_projector_callback", inputs, output)
         items = per_item(output[0], output.lengths, self.name)  # one (n_i, hidden) per item
-        query = GridQuery(inputs, unwrapped(self.module).config, self.kind, [len(item) for item in items])
-        stated = final_grids(query, output.feature_grids, encoded, self.by_frame, self.name) if state_grids else {}
-        if (field := self.merging["layer_features"]) is not None:
-            stated |= split_levels(raw, field, query.lengths, self.name)
-        return with_features(raw, raw.last_hidden_state, None, pooler_output=items, **stated)
+        said: dict[str, Any] = {}
+        for what in (*say, *(["levels"] if self.merging["layer_features"] else [])):
+            said |= SAID[what](self, inputs, raw, output, encoded, [len(item) for item in items])
+        return with_features(raw, raw.last_hidden_state, None, pooler_output=items, **said)
 
     def select(self, **inputs: Any) -> EncoderOutput:
         """The selected features of items as `last_hidden_state`, before the callbacks that come after the module."""

@@ -250,25 +250,3 @@ def placed(value: Any, weight: Tensor | None) -> Any:
     if not isinstance(value, Tensor) or weight is None or weight.is_meta:
         return value
     return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-
-
-def split_levels(output: Mapping[str, Any], field: str, lengths: Sequence[int], name: str) -> dict[str, Any]:
-    """``{"deepstack_features": ...}`` for layers of the language model: of each level one ``(n_i, hidden)`` tensor per item.
-
-    From an output field with one tensor ``(sum of n_i, hidden)`` per level, or a list by item.  ValueError where an encoder's
-    output has none, or others.
-    """
-    levels = output.get(field)
-    if not isinstance(levels, (list, tuple)) or not levels:
-        raise ValueError(
-            f"{name}: layer_features={field!r} needs that field, a list of tensors, in the encoder's output, which has "
-            f"{list(output)}: name another one, or leave it out."
-        )
-    found = []
-    for level in levels:
-        rows = level if isinstance(level, Tensor) else torch.cat(list(level))
-        rows = rows.flatten(0, -2)  # (features of all items, hidden)
-        if len(rows) != sum(lengths):
-            raise ValueError(f"{name}: {field} has {len(rows)} features in a level, its items have {sum(lengths)}.")
-        found.append(list(rows.split(list(lengths))))
-    return {"deepstack_features": found}

@@ -245,7 +245,7 @@ class Positions(Step):
 
     def encoder_options(self, config: Any) -> dict[str, Any]:
         needs = getattr(POSITION_RULES[config.positions.get("rule")], "needs_grids", True)
-        return {"state_grids": True} if needs else {}
+        return {"say": ["grids"]} if needs else {}
 
     def check(self, model: Any) -> None:
         _rule(model)

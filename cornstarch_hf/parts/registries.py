@@ -144,6 +144,8 @@ class Step:
 
 
 STEPS: dict[str, Step] = {}
+# What outputs of encoders can say of items beside their features, by a word for it; `encoders/said_of_items` has it.
+SAID: dict[str, Callable[..., dict[str, Any]]] = {}
 
 
 def merging_options(layer_features: Any, merge: Any, marks: Any, where: str) -> dict[str, Any]:
