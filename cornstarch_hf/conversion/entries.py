@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..parts.stored_modules import as_json
 from ..projectors.native import native_settings
 
 # Names under which towers' configurations count their layers.
@@ -118,6 +119,37 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """The sum of values."""
+
+    terms: Sequence[Any]
+
+    def read(self, config: Any) -> int:
+        return sum(resolved(term, config) for term in self.terms)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of a configuration below, as JSON values."""
+
+    path: str
+
+    def read(self, config: Any) -> dict[str, Any]:
+        return as_json(setting(config, self.path).to_dict(), self.path)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a setting that is a list."""
+
+    path: str
+    place: int
+
+    def read(self, config: Any) -> Any:
+        return setting(config, self.path)[self.place]
+
+
+@dataclass(frozen=True)
 class Count:
     """How many a setting lists, 1 for a single value."""
 
@@ -160,7 +192,9 @@ class Marks:
         return {token: setting(config, self.size) - len(tokens) + i for i, token in enumerate(tokens)}
 
 
-VALUES = (At, Case, HiddenState, Inverse, Ratio, First, Product, Count, LastState, NativeSettings, Marks)
+VALUES = (
+    At, Case, HiddenState, Inverse, Ratio, First, Product, Count, LastState, NativeSettings, Marks, Sum, Whole, Entry,
+)  # fmt: skip
 
 
 def resolved(value: Any, config: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -148,6 +149,39 @@ class AnyResolution(nn.Module):
         return nn.functional.interpolate(maps[None], [int(height // ratio), int(width // ratio)], mode="bilinear")[0]
 
 
+class HighResolution(nn.Module):
+    """Joins features of a second tower, which sees larger images, to those of the first (DeepSeek-VL, arXiv 2403.05525).
+
+    Args:
+        tower: configuration of the second tower.
+        grid: side of the square in which features of an image lie.
+        global_layer: the layer whose hidden state is added to the last one.
+    """
+
+    def __init__(self, tower: dict[str, Any], grid: int, global_layer: int):
+        super().__init__()
+        from transformers.models.deepseek_vl_hybrid import modeling_deepseek_vl_hybrid as modeling
+
+        self.tower, self.grid, self.global_layer = tower, grid, global_layer
+        values = {key: value for key, value in tower.items() if key != "model_type"}
+        config = CONFIG_MAPPING[tower["model_type"]](**values)
+        self.model = AutoModel.from_config(config)
+        self.neck = modeling.DeepseekVLSamVisionNeck(config)
+        self.proj = modeling.DeepseekVLSamVisionProj(config, output_size=grid)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs: dict[str, Any], output: Any) -> Any:
+        """Features ``(items, tokens, width)`` and `high_res_pixel_values` to ``(items, tokens, both widths)``."""
+        seen = self.model(inputs["high_res_pixel_values"].to(self.alpha), output_hidden_states=True, return_dict=True)
+        early = self.proj(self.neck(seen.hidden_states[self.global_layer + 1]))
+        maps = (self.proj(seen.last_hidden_state) + early * self.alpha).permute(
+            0, 2, 3, 1
+        )  # (items, rows, columns, width)
+        features = maps.reshape(len(maps), -1, maps.shape[-1])
+        output["last_hidden_state"] = torch.cat([output.last_hidden_state, features], dim=-1)
+        return output
+
+
 def pooled_frames(inputs: dict[str, Any], output: Any, mode: str, stride: int, side: int) -> Any:
     """Features of frames, ``side * side`` each, pooled over squares of `stride` (LLaVA-NeXT-Video).
 
@@ -198,6 +232,7 @@ def sound_lengths(inputs: dict[str, Any], output: Any) -> Any:
 sound_mask.takes_config = True  # type: ignore[attr-defined]
 register_callback("native_any_resolution", AnyResolution)
 register_callback("native_one_batch", one_batch)
+register_callback("native_high_resolution", HighResolution)
 register_callback("native_patch_mask", patch_mask)
 register_callback("native_pooled_frames", pooled_frames)
 register_callback("native_real_images", real_images)

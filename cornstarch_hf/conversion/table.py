@@ -7,6 +7,7 @@ from .entries import (
     At,
     Case,
     Count,
+    Entry,
     First,
     HiddenState,
     Inverse,
@@ -17,6 +18,8 @@ from .entries import (
     Projector,
     Ratio,
     Step,
+    Sum,
+    Whole,
 )
 from .table_rules import IDENTITY as _IDENTITY
 from .table_rules import RULED
@@ -151,6 +154,17 @@ _IMAGES: dict[str, Native] = {
     )}),
     "deepseek_vl": Native("DeepseekVLForConditionalGeneration", _TEXT, {"vision": Part(
         "model.vision_model", "image", _IMAGE, _mlp("model.aligner", "linear1", "linear2", activation="gelu"),
+    )}),
+    "deepseek_vl_hybrid": Native("DeepseekVLHybridForConditionalGeneration", _TEXT, {"vision": Part(
+        "model.vision_model", "image", _IMAGE,
+        _native("deepseek_vl_hybrid", "model.aligner", width=Sum((
+            At("vision_config.hidden_size"), Product(("high_res_vision_config.output_channels", 4))
+        ))),
+        additional_args=("high_res_pixel_values",), steps={"postprocess_module_callback": Step("native_high_resolution", {
+            "tower": Whole("high_res_vision_config"), "global_layer": Entry("high_res_vision_config.global_attn_indexes", 0),
+            "grid": Ratio("vision_config.image_size", "vision_config.patch_size", exact=False),
+        }, {"model": "model.high_res_vision_model", "neck": "model.high_res_vision_neck",
+            "proj": "model.high_res_vision_proj", "alpha": "model.high_res_vision_alpha"})},
     )}),
     "aya_vision": Native("AyaVisionForConditionalGeneration", _TEXT, {"vision": Part(
         _TOWER, "image", _IMAGE,

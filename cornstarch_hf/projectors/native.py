@@ -118,6 +118,12 @@ def _merged_frames(module: Any, features: Tensor, lengths: Lengths, grids: Grids
     return module(features[valid].reshape(-1, merge * features.shape[-1])), (kept // merge).tolist()
 
 
+def _halves(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
+    """Features of two towers, joined, each for its own layer (DeepSeek-VL)."""
+    width = module.vision_proj.in_features
+    return module(features[..., :width].contiguous(), features[..., width:].contiguous()), None
+
+
 def _instructed(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):
     """Items with the text that instructs the Q-Former (InstructBLIP)."""
     return module(features, inputs.get("qformer_input_ids"), inputs.get("qformer_attention_mask")), None
@@ -225,6 +231,11 @@ NATIVE_MODULES: dict[str, NativeModule] = {
         ("downsample_factor", "alignment_intermediate_size", "vision_config.hidden_size", "text_config.hidden_size"),
         _as_maps,
     ),
+    "deepseek_vl_hybrid": NativeModule(
+        "DeepseekVLHybridAligner",
+        ("vision_config.hidden_size", "high_res_vision_config.output_channels", "text_config.hidden_size"),
+        _halves,
+    ),
     "idefics2": NativeModule(
         "Idefics2Connector",
         ("vision_config.hidden_size", "text_config.intermediate_size", "text_config.hidden_size", "text_config.hidden_act",
@@ -311,6 +322,9 @@ def native_settings(model_type: str, config: Any) -> dict[str, Any]:
             place, value = place.setdefault(folder, {}), getattr(value, folder)
         value = getattr(value, key)
         place[key] = value.to_dict() if hasattr(value, "to_dict") else value
+        # Which attention it runs decides about bits; any other one is chosen where the model is loaded.
+        if getattr(value, "_attn_implementation", None) == "eager":
+            found.setdefault("eager", []).append(key)
     return as_json(found, "settings")
 
 
@@ -324,7 +338,10 @@ def _as_object(value: Any, cls: Any = None) -> Any:
         made = CONFIG_MAPPING[value["model_type"]] if cls in (None, AutoConfig) else cls
         return made(**{key: each for key, each in value.items() if key != "model_type"})
     inner = getattr(cls, "sub_configs", None) or {}
-    return SimpleNamespace(**{key: _as_object(each, inner.get(key)) for key, each in value.items()})
+    made = SimpleNamespace(**{key: _as_object(each, inner.get(key)) for key, each in value.items()})
+    for key in value.get("eager", ()):
+        getattr(made, key)._attn_implementation = "eager"
+    return made
 
 
 class NativeProjection(nn.Module):

@@ -215,7 +215,7 @@ def refused(kind, words, call, *arguments, **options):
 refused(ImportError, "by reference (embed=False) is not among the code", model.save_pretrained, sys.argv[2], embed=False)
 refused(ImportError, "pip install ./cornstarch_hf", type(model), encoders=model.encoders, language_model=model.language_model)
 refused(ImportError, "pip install ./cornstarch_hf", model.describe)
-refused(ValueError, "Pushing needs the package", model.push_to_hub, "a/b")
+refused(ValueError, "Pushing and from_native need the package", model.push_to_hub, "a/b")
 code = sys.modules[type(model).__module__.rpartition(".")[0] + ".multimodal_code"]
 
 
