@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from .assembly import compose
-from .checkpoints.storage import CONVERTERS
+from .checkpoints.plain_storage import PUSHERS
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .conversion.steps import AnyResolution
@@ -89,5 +89,5 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-CONVERTERS["from_native"] = lambda *args, **kwargs: __getattr__("from_native")(*args, **kwargs)
+PUSHERS["from_native"] = lambda *args, **kwargs: __getattr__("from_native")(*args, **kwargs)
 register_auto_classes()

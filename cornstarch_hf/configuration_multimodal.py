@@ -236,10 +236,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         before = self.encoders[: self.encoders.index(name)]
         for part, lender in shares.items():
             if part not in SHARED_PARTS or lender not in before:
-                raise ValueError(
-                    f"{name}_modality: shares has {part!r}: {lender!r}, expected some of {list(SHARED_PARTS)} of an encoder "
-                    f"before it, one of {before}."
-                )
+                expected = f"some of {SHARED_PARTS} of one before it, {before}"
+                raise ValueError(f"{name}_modality: shares has {part!r}: {lender!r}, expected {expected}.")
             if part in SHARED_KEYS:
                 parts[f"{name}_{SHARED_KEYS[part]}"] = getattr(self, f"{lender}_{SHARED_KEYS[part]}")
 

@@ -26,14 +26,14 @@ from .loading import check_processor_files, finish_load, plan_load
 from .manifest import StagedSave, staged_save, valid_place
 from .trusted_code import with_shared_code
 
-# Of `hub.push`, for what stands below it: it needs the whole model to write a card.
+# Of rooms above, for what stands below them: `hub.push`, which needs the whole model to write a card, and `conversion`.
 PUSHERS: dict[str, Callable[..., Any]] = {}
 
 
 def pusher(name: str) -> Callable[..., Any]:
-    """A function of `push` by its name; ValueError where code that came with a checkpoint runs without the package."""
+    """One of them by its name; ValueError where code that came with a checkpoint runs without the package."""
     if name not in PUSHERS:
-        raise ValueError(f"Pushing needs the package: {INSTALL} (a clone or a wheel), then import cornstarch_hf.")
+        raise ValueError(f"Pushing and from_native need the package: {INSTALL}, then import cornstarch_hf.")
     return PUSHERS[name]
 
 

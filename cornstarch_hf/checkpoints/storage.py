@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,14 +24,12 @@ from ..parts.names import as_regex, compress, matches
 from ..parts.stored_adapters import check_no_views, check_not_injected, record_adapters
 from ..parts.stored_modules import check_callbacks_storable
 from ..parts.weightless import build_without_weights, without_dtypes
-from .code_folder import INSTALL
 from .finding import Bases, Options
 from .loading import write_reference
 from .manifest import Embed, StagedSave, chosen_components, components_of
-from .plain_storage import ModelStorage, first_dtype
+from .plain_storage import ModelStorage, first_dtype, pusher
 
 logger = logging.getLogger(__name__)
-CONVERTERS: dict[str, Callable[..., Any]] = {}  # of `conversion`, which stands above this room
 
 
 class MultimodalStorageMixin(ModelStorage):
@@ -83,9 +81,7 @@ class MultimodalStorageMixin(ModelStorage):
     @classmethod
     def from_pretrained_multimodal_model(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """The composition of a native multimodal model's parts; takes and raises what `cornstarch_hf.from_native` does."""
-        if "from_native" not in CONVERTERS:
-            raise ValueError(f"Taking native models apart needs the package: {INSTALL}, then import cornstarch_hf.")
-        return CONVERTERS["from_native"](pretrained_model_name_or_path, **kwargs)[0]
+        return pusher("from_native")(pretrained_model_name_or_path, **kwargs)[0]
 
     def _before_save(self, embed: Embed = True, bases: Bases = None) -> bool:
         whole = not getattr(self, "_hf_peft_config_loaded", False)

@@ -171,7 +171,7 @@ class HighResolution(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, inputs: dict[str, Any], output: Any) -> Any:
-        """Features ``(items, tokens, width)`` and `high_res_pixel_values` to ``(items, tokens, width + width of the second)``."""
+        """Features ``(items, tokens, width)`` and `high_res_pixel_values` to ``(items, tokens, both widths)``."""
         seen = self.model(inputs["high_res_pixel_values"].to(self.alpha), output_hidden_states=True, return_dict=True)
         early = self.proj(self.neck(seen.hidden_states[self.global_layer + 1]))
         maps = (self.proj(seen.last_hidden_state) + early * self.alpha).permute(

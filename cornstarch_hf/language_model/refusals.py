@@ -9,9 +9,31 @@ from transformers import PreTrainedModel
 from ..configuration_multimodal import MEDIA_KINDS
 from ..parts.adapters import unwrapped
 from ..parts.signatures import forward_parameters
-from .supported import language_model_type
 
 OTHER = "Choose another language model."
+# Types with which features among their tokens, left padding or generation step by step would go wrong: why, and the setting
+# that is True where that holds, None where it holds of all of the type.
+REFUSED: dict[str, tuple[str, str | None]] = {
+    "blt": ("it cuts bytes into patches by the ids themselves, which features do not have", None),
+    "deepseek_v4": ("it routes tokens to experts by a hash of their ids, which features do not have", None),
+    # transformers keeps a split of its router that mixes the tokens of a whole batch.
+    "doge": (
+        "it chooses the experts of a token by other tokens of the batch, those behind it included (its configuration has "
+        "is_moe=True), so a batch differs from its single samples, and a prompt from the same prompt run token by token",
+        "is_moe",
+    ),
+    "git": ("it puts its own image before the text and widens every mask by it", None),
+    "reformer": ("it attends within random hash buckets, which change with padding and from step to step", None),
+    # Where it turns values too, what a token gives depends on where it stands, not on the distance alone.
+    "roformer": (
+        "it counts positions from the start of a row, padding included, takes no `position_ids`, and turns values by them (its "
+        "configuration has rotary_value=True), so a left-padded batch would differ from its single samples",
+        "rotary_value",
+    ),
+    "rwkv": ("it ignores the attention mask, so padding enters its state, which cannot be trained through", None),
+    "xlm": ("it reads an attention mask as lengths, so padding on the left counts as text", None),
+    "xlnet": ("it is trained on permutations of the text and does not predict the next token from those before", None),
+}
 
 
 def refusal(model: Any, masked: bool = False) -> str | None:
@@ -19,12 +41,12 @@ def refusal(model: Any, masked: bool = False) -> str | None:
 
     `masked` says whether a rule of masks decides which tokens attend both ways.
     """
-    name, known = type(model).__name__, language_model_type(model.config)
+    name, (reason, condition) = type(model).__name__, REFUSED.get(model.config.model_type, (None, None))
     if fault := next(_faults(model, masked), None):
         return f"{name} {fault}"
-    if known.refused is None or (known.refused_if and getattr(model.config, known.refused_if, None) is not True):
+    if reason is None or (condition and getattr(model.config, condition, None) is not True):
         return None
-    return f"{name} cannot be the language model of a composition: {known.refused}. {OTHER}"
+    return f"{name} cannot be the language model of a composition: {reason}. {OTHER}"
 
 
 def _faults(model: Any, masked: bool) -> Iterator[str]:

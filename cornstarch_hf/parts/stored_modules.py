@@ -78,11 +78,10 @@ def torch_spec(module: nn.Module) -> dict[str, Any]:
 def _activation_name(module: nn.Module) -> str | None:
     """The name under which transformers makes an activation that is this one, None where it makes none."""
 
-    def settings(activation: Any) -> dict[str, Any]:
-        return {k: v for k, v in vars(activation).items() if not k.startswith("_") and k != "training"}
+    def told(x: nn.Module) -> tuple:
+        return type(x), {k: v for k, v in vars(x).items() if not k.startswith("_") and k != "training"}
 
-    made = {name: ACT2FN[name] for name in ACT2CLS}
-    return next((n for n, x in made.items() if type(x) is type(module) and settings(x) == settings(module)), None)
+    return next((name for name in ACT2CLS if told(ACT2FN[name]) == told(module)), None)
 
 
 def build_torch(spec: Mapping[str, Any]) -> nn.Module:
@@ -202,11 +201,7 @@ def check_callbacks_storable(callbacks: dict[str, Callable | None], name: str) -
 
 
 class KeptTensors(nn.Module):
-    """Buffers by dotted names, in modules that do nothing.
-
-    Args:
-        shapes: as ``{dtype: {name: shape}}``; ValueError for a dtype that torch does not have.
-    """
+    """Buffers by dotted names, in modules that do nothing, of ``{dtype: {name: shape}}`` (ValueError for another dtype)."""
 
     def __init__(self, shapes: Mapping[str, Mapping[str, Any]]):
         super().__init__()

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import native_models
 import pytest
 import shared_parts
 import tiny
@@ -26,11 +27,14 @@ from cornstarch_hf import (
     MultimodalProcessor,
     MultimodalProjector,
     MultimodalProjectorConfig,
+    from_native,
     register_callback,
     register_encoder_type,
+    register_position_rule,
 )
 from cornstarch_hf.checkpoints.code_bundle import __file__ as EXPORT_FILE
 from cornstarch_hf.checkpoints.code_folder import MODEL_MAP, read_entry
+from cornstarch_hf.checkpoints.users_code import OPTIONAL
 from cornstarch_hf.parts.known_encoders import ENCODER_TYPES
 
 IMAGE = tiny.ENCODERS["clip"][3](0)
@@ -211,7 +215,7 @@ def refused(kind, words, call, *arguments, **options):
 refused(ImportError, "by reference (embed=False) is not among the code", model.save_pretrained, sys.argv[2], embed=False)
 refused(ImportError, "pip install ./cornstarch_hf", type(model), encoders=model.encoders, language_model=model.language_model)
 refused(ImportError, "pip install ./cornstarch_hf", model.describe)
-refused(ValueError, "Pushing needs the package", model.push_to_hub, "a/b")
+refused(ValueError, "Pushing and from_native need the package", model.push_to_hub, "a/b")
 code = sys.modules[type(model).__module__.rpartition(".")[0] + ".multimodal_code"]
 
 
@@ -505,3 +509,45 @@ def test_adapters_inside_parts_and_pipelines(tmp_path, adapters):
     expected = {name: (p, p.requires_grad) for name, p in made[0].named_parameters()}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k][0], p) and found[k][1] == grad for k, (p, grad) in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stems"),
+    [
+        ("qwen3_vl", {"language_model_positions", "language_model_inner_features", "encoders_said_of_items"}),
+        ("paligemma", {"language_model_positions", "language_model_masks", "encoders_said_of_items"}),
+        ("gemma3", {"language_model_masks", "projectors_native"}),
+    ],
+)
+def test_rules_run_where_the_package_is_absent_and_only_they_are_carried(tmp_path, model_type, stems):
+    native = native_models.native(model_type)
+    inputs = native_models.image_inputs(native) if model_type == "qwen3_vl" else native_models.picture_inputs(native)
+    model, folder = from_native(native)[0], tmp_path / "checkpoint"
+    model.save_pretrained(folder, include_code=True)
+    special = {stem for stem in OPTIONAL if stem != "language_model_text_head"}
+    assert {path.stem for path in folder.glob("*.py")} & special == stems
+    model = own_memory(model)
+    with torch.no_grad():
+        logits = model(**own_memory(inputs)).logits[inputs["attention_mask"].bool()]
+    tokens = model.generate(**own_memory(inputs), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    torch.save((inputs, logits, tokens), tmp_path / "expected.pt")
+    run_bare([HERE / "reload_rules.py", folder, tmp_path / "expected.pt"], tmp_path, ["cornstarch_hf"])
+
+
+def test_a_users_rule_is_carried(tmp_path):
+    register_position_rule("users_rule", user_parts.doubled_positions)
+    encoders = {"vision": ModalEncoderModule(tiny.clip())}
+    rule = {"rule": "users_rule", "by": 3}
+    model = MultimodalModel(encoders=encoders, language_model=tiny.llama(), positions=rule).eval()
+    folder, inputs = (
+        tmp_path / "checkpoint",
+        {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()},
+    )
+    model.save_pretrained(folder, include_code=True)
+    assert {"user_parts", "language_model_positions"} <= {path.stem for path in folder.glob("*.py")}
+    model = own_memory(model)
+    with torch.no_grad():
+        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+        assert not torch.equal(logits, model.language_model(**inputs).logits[0])
+    torch.save((inputs, logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)), tmp_path / "expected.pt")
+    run_bare([HERE / "reload_rules.py", folder, tmp_path / "expected.pt"], tmp_path, ["cornstarch_hf"])

@@ -3,6 +3,7 @@
 import copy
 
 import convertible_models
+import native_models
 import pytest
 import torch
 import transformers
@@ -16,12 +17,18 @@ from cornstarch_hf.conversion.refusals import OUTSIDE
 from cornstarch_hf.conversion.table import NATIVE
 
 
+def configuration(model_type):
+    """A tiny configuration of a native type."""
+    if model_type in native_models.NATIVE:
+        return native_models.configuration(model_type)
+    changes = TYPES[model_type].changes if model_type in TYPES else {}
+    return convertible_models.small(CONFIG_MAPPING[model_type], changes)
+
+
 def on_meta(model_type):
     """A native model of a type without weights."""
-    row = NATIVE[model_type]
-    changes = TYPES[model_type].changes if model_type in TYPES else {}
     with torch.device("meta"):
-        return getattr(transformers, row.architecture)(convertible_models.small(CONFIG_MAPPING[model_type], changes))
+        return getattr(transformers, NATIVE[model_type].architecture)(configuration(model_type))
 
 
 @pytest.mark.parametrize("model_type", NATIVE)
@@ -46,9 +53,7 @@ def test_each_native_tensor_is_one_of_ours_or_is_kept(model_type):
 def test_a_row_names_what_transformers_has(model_type):
     row = NATIVE[model_type]
     assert CONFIG_MAPPING[model_type].model_type == model_type and hasattr(transformers, row.architecture)
-    config = convertible_models.small(
-        CONFIG_MAPPING[model_type], TYPES[model_type].changes if model_type in TYPES else {}
-    )
+    config = configuration(model_type)
     assert "vision" in row.parts or "audio" in row.parts
     for part in row.parts_for(config).values():
         assert isinstance(setting(config, part.token), int)

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel
+from cornstarch_hf.language_model.refusals import REFUSED as REASONS
 from cornstarch_hf.language_model.refusals import check_language_model, refusal
-from cornstarch_hf.language_model.supported import LANGUAGE_MODEL_TYPES
 
 
 class Draft(LlamaForCausalLM):
@@ -18,7 +18,7 @@ class Draft(LlamaForCausalLM):
         return None
 
 
-REFUSED = {name: row.refused for name, row in LANGUAGE_MODEL_TYPES.items() if row.refused and row.refused_if is None}
+REFUSED = {name: reason for name, (reason, setting) in REASONS.items() if setting is None}
 
 
 @pytest.mark.parametrize("model_type", [*REFUSED, "cpmant", "xlstm", "musicgen", "bart", "whisper", "trocr"])

@@ -87,13 +87,17 @@ def small(config_class: Any, changes: dict[str, Any] | None = None) -> Any:
 def build(model_type: str, **changes: Any) -> Any:
     """A random native model of a type in evaluation mode; `changes` of its configuration come on top of the type's."""
     row = TYPES[model_type]
+    return made(model_type, row.architecture, row.changes | changes)
+
+
+def made(model_type: str, architecture: str, changes: dict[str, Any]) -> Any:
+    """A random model of a class, with parameters far from zero: what is left out or scaled otherwise shows."""
     torch.manual_seed(0)
-    config = small(CONFIG_MAPPING[model_type], row.changes | changes)
-    model = getattr(transformers, row.architecture)(config).eval()
+    model = getattr(transformers, architecture)(small(CONFIG_MAPPING[model_type], changes)).eval()
     generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():  # far from zero: what is left out or scaled otherwise shows
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(noise * 0.1) if parameter.ndim > 1 else parameter.data.add_(noise * 0.1)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(values * 0.1) if parameter.ndim > 1 else parameter.data.add_(values * 0.1)
     return model
 
 
@@ -146,12 +150,12 @@ def _side(model: Any) -> int:
     return side[0] if isinstance(side, (list, tuple)) else side
 
 
-def _noise(*shape: int, seed: int = 3) -> Tensor:
+def noise(*shape: int, seed: int = 3) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def squares(model: Any) -> Media:
-    pixels = _noise(3, 3, _side(model), _side(model))
+    pixels = noise(3, 3, _side(model), _side(model))
     return Media({"pixel_values": pixels}, {IMAGE: count(model, "image", pixel_values=pixels)})
 
 
@@ -163,13 +167,13 @@ def renamed_squares(model: Any) -> Media:
 def tiled(model: Any) -> Media:
     side = _side(model)
     sizes = torch.tensor([[side, 2 * side - 7], [2 * side, side], [side - 5, 2 * side]])
-    inputs = {"pixel_values": _noise(3, 3, 3, side, side), "image_sizes": sizes}
+    inputs = {"pixel_values": noise(3, 3, 3, side, side), "image_sizes": sizes}
     return Media(inputs, {IMAGE: count(model, "image", **inputs)})
 
 
 def rows_of_images(model: Any) -> Media:
     side = _side(model)
-    pixels, mask = _noise(3, 2, 3, side, side), torch.ones(3, 2, side, side, dtype=torch.bool)
+    pixels, mask = noise(3, 2, 3, side, side), torch.ones(3, 2, side, side, dtype=torch.bool)
     pixels[0, 1] = pixels[2] = 0  # padding of a row, and a row without images
     mask[1, 0, :, side // 2 :] = False
     inputs = {"pixel_values": pixels, "pixel_attention_mask": mask}
@@ -188,14 +192,14 @@ def masked_squares(model: Any) -> Media:
 def sized(model: Any) -> Media:
     side = _side(model)
     sizes = torch.tensor([[side, side], [side // 2, side], [side, side // 2]])
-    inputs = {"pixel_values": _noise(3, 3, side, side), "image_sizes": sizes}
+    inputs = {"pixel_values": noise(3, 3, side, side), "image_sizes": sizes}
     return Media(inputs, {IMAGE: count(model, "image", **inputs)})
 
 
 def shaped_patches(model: Any) -> Media:
     shapes, size = torch.tensor([[4, 4], [2, 4], [4, 2]]), model.config.vision_config.patch_size
     mask = (torch.arange(16)[None] < shapes.prod(-1)[:, None]).long()
-    inputs = {"pixel_values": _noise(3, 16, 3 * size**2), "spatial_shapes": shapes, "pixel_attention_mask": mask}
+    inputs = {"pixel_values": noise(3, 16, 3 * size**2), "spatial_shapes": shapes, "pixel_attention_mask": mask}
     return Media(inputs, {IMAGE: count(model, "image", **inputs)})
 
 
@@ -207,19 +211,19 @@ def instructed(model: Any) -> Media:
 
 def queried(model: Any) -> Media:
     return Media(
-        {"pixel_values": _noise(3, 3, _side(model), _side(model))}, {IMAGE: [model.config.num_query_tokens] * 3}
+        {"pixel_values": noise(3, 3, _side(model), _side(model))}, {IMAGE: [model.config.num_query_tokens] * 3}
     )
 
 
 def two_sizes(model: Any) -> Media:
     side = model.config.high_res_vision_config.image_size
-    pixels, large = _noise(3, 3, _side(model), _side(model)), _noise(3, 3, side, side)
+    pixels, large = noise(3, 3, _side(model), _side(model)), noise(3, 3, side, side)
     grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
     return Media({"pixel_values": pixels, "high_res_pixel_values": large}, {IMAGE: [grid**2] * 3})
 
 
 def ready_patches(model: Any) -> Media:
-    return Media({"pixel_values": _noise(3, 5, model.model.vision_embed_tokens.in_features)}, {IMAGE: [5] * 3})
+    return Media({"pixel_values": noise(3, 5, model.model.vision_embed_tokens.in_features)}, {IMAGE: [5] * 3})
 
 
 def packed(model: Any, **extra: Any) -> Media:
@@ -237,7 +241,7 @@ def _patches(model: Any, grid: Tensor) -> Tensor:
     frames = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", None) or 1
     size, total = vision.patch_size, int(grid.prod(-1).sum())
     shape = (3, size, size) if model.config.model_type in ("kimi_k25",) else (3 * frames * size**2,)
-    return _noise(total, *shape, seed=total)
+    return noise(total, *shape, seed=total)
 
 
 def mel(length: Callable[[Any], int], mask: str | None, item: bool = True, **extra: Any) -> Callable[[Any], Media]:
@@ -246,7 +250,7 @@ def mel(length: Callable[[Any], int], mask: str | None, item: bool = True, **ext
     def made(model: Any) -> Media:
         audio, frames = model.config.audio_config, length(model.config)
         lengths = torch.tensor([frames, frames * 5 // 8, frames // 2])
-        inputs: dict[str, Any] = {"input_features": _noise(3, audio.num_mel_bins, frames)}
+        inputs: dict[str, Any] = {"input_features": noise(3, audio.num_mel_bins, frames)}
         if mask is not None:
             inputs[mask] = (torch.arange(frames)[None] < lengths[:, None]).long()
         inputs |= dict.fromkeys(extra.get("copies", ()), inputs[mask]) if mask else {}
@@ -264,19 +268,19 @@ def whisper_like(model: Any) -> Media:
     frames = _window(model.config)
     lengths = torch.tensor([frames, frames // 2, frames // 4])
     mask = (torch.arange(frames)[None] < lengths[:, None]).long()
-    features = _noise(3, model.config.audio_config.num_mel_bins, frames)
+    features = noise(3, model.config.audio_config.num_mel_bins, frames)
     counts = model.model.audio_tower._get_feat_extract_output_lengths(lengths)[1].tolist()
     return Media({"input_features": features, "feature_attention_mask": mask}, {AUDIO: counts})
 
 
 def windows(model: Any) -> Media:
-    features = _noise(3, model.config.audio_config.num_mel_bins, _window(model.config))
+    features = noise(3, model.config.audio_config.num_mel_bins, _window(model.config))
     each = sum(count(model, "audio", input_features=features)) // 3
     return Media({"input_features": features}, {AUDIO: [each] * 3})
 
 
 def queried_frames(model: Any) -> Media:
-    features = _noise(3, 24, model.config.encoder_config.input_dim)
+    features = noise(3, 24, model.config.encoder_config.input_dim)
     whole = count(model, "audio", input_features=features)[0]
     kept = torch.tensor([whole, whole - 1, whole - 2])
     mask = torch.arange(whole)[None] < kept[:, None]
@@ -285,13 +289,13 @@ def queried_frames(model: Any) -> Media:
 
 def audio_frames(model: Any) -> Media:
     mask = (torch.arange(12)[None] < torch.tensor([12, 8, 6])[:, None]).long()
-    inputs = {"input_features": _noise(3, 12, model.config.audio_config.input_size), "input_features_mask": mask}
+    inputs = {"input_features": noise(3, 12, model.config.audio_config.input_size), "input_features_mask": mask}
     return Media(inputs, {AUDIO: mask.sum(-1).tolist()})
 
 
 def frames_of_videos(model: Any) -> Media:
     """Two videos of as many frames, ``(videos, frames, channels, height, width)``."""
-    pixels = _noise(2, 3, 3, _side(model), _side(model), seed=7)
+    pixels = noise(2, 3, 3, _side(model), _side(model), seed=7)
     with torch.no_grad():
         found = model.model.get_video_features(pixel_values_videos=pixels).pooler_output
     return Media({"pixel_values_videos": pixels}, {VIDEO: [found.reshape(-1, found.shape[-1]).shape[0] // 2] * 2})

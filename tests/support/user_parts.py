@@ -95,3 +95,11 @@ register_projector("users_halving", Halving)
 register_projector("users_rows", Rows)
 register_callback("users_newline", Newline)
 register_callback("users_drop", drop_tokens, feature_count=lambda inputs, num_features, count=1: num_features - count)
+
+
+def doubled_positions(query, *, by=2):
+    """A rule of positions: each token is some places behind the one before."""
+    return (query.valid.long().cumsum(-1) - 1).clamp(min=0) * by
+
+
+doubled_positions.numbers_text, doubled_positions.needs_grids = True, False
