@@ -21,7 +21,6 @@ from .sizes import Sizes
 from .speed import seconds
 
 
-
 class Converted:
     """A native checkpoint as a composition."""
 
@@ -116,8 +115,13 @@ def _loading(pair: Pair, sizes: Sizes, native: Path, ours: Path) -> list[Result]
     return [
         Result("load", f"load, {name}", "s", *loaded, target),
         Result("load", f"load and read each weight, {name}", "s", *read, target),
-        Result("load", f"from_native of a native checkpoint, each weight read, {name}", "s", *converted,
-               Target(at_most=1.10) if sizes.judged else None),
+        Result(
+            "load",
+            f"from_native of a native checkpoint, each weight read, {name}",
+            "s",
+            *converted,
+            Target(at_most=1.10) if sizes.judged else None,
+        ),
         Result("load", f"load with verify=True and read each weight, {name}", "s", *verified),
     ]
 
