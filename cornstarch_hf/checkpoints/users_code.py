@@ -115,8 +115,7 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
         elif re.match(r"\s*(async def|def|class) \w+", token.line):
             silent = True
         before = before if token.type == tokenize.COMMENT else token.type
-    # One empty line between definitions, none within: there are none in strings of this package, which a test holds.
-    return _IMPORT.sub(flat, re.sub(r"\n{2,}(?=\n\S|\n? )", "\n", "".join(lines))), found
+    return _IMPORT.sub(flat, "".join(lines)), found
 
 
 class CodeFiles:
