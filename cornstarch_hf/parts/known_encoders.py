@@ -210,6 +210,11 @@ def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2
 
 
+def _pooled_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """patches that `pixel_position_ids` do not call padding, `/ pooling_kernel_size ** 2`"""
+    return int((inputs["pixel_position_ids"] != -1).all(-1).sum()) // config.pooling_kernel_size**2
+
+
 def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     """`max_source_positions`; of a mask's valid frames `(frames - 1) // 2 + 1`"""
     mask = inputs.get("attention_mask")
@@ -288,7 +293,7 @@ ENCODER_TYPES = Registry(
     {
         # images
         **dict.fromkeys(("clip_vision_model", "dinov2", "vit"), _VIT),
-        "gemma4_vision": EncoderType(casts_inputs=True),  # scales pixels before it casts them
+        "gemma4_vision": EncoderType(count=_pooled_patches, casts_inputs=True),  # scales pixels before it casts them
         "siglip_vision_model": EncoderType(count=_patches, count_layers=ALL, width_layers=ALL),
         "vit_mae": EncoderType(random_input="noise", fixed_input=_patches_in_order, random_loss=_masked_patches),
         # Layers before the last one have patches that are not merged, of another width.
