@@ -222,8 +222,8 @@ class ModalEncoderModule(nn.Module):
             if not isinstance(inputs, dict):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
-        weight = first_weight(self.module)
-        arguments = {k: placed(v, weight) for k, v in inputs.items() if k in forward_parameters(self.module)}
+        weight, takes = first_weight(self.module), forward_parameters(self.module)
+        arguments = {k: placed(v, weight, self.module) for k, v in inputs.items() if k in takes}
         if self.by_frame:
             # (items, frames, channels, height, width), and (items, frames)
             return inputs, *self._encode_frames(arguments | {FRAME_MASK: inputs.get(FRAME_MASK)}, options)

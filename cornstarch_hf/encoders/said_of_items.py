@@ -53,8 +53,10 @@ def final_grids(
     else:
         before = found_grids(query._replace(lengths=encoded), None, by_frame, name, reason)
         found = [_smaller(*each, name) for each in zip(before, encoded, lengths, strict=True)]
-    seconds = {SECONDS: query.inputs[SECONDS]} if query.inputs.get(SECONDS) is not None else {}
-    return {"feature_grids": torch.tensor(found), **seconds}
+    said = {"feature_grids": torch.tensor(found)}
+    if (seconds := query.inputs.get(SECONDS)) is not None:  # numbers of Python, or a tensor of them
+        said[SECONDS] = seconds if isinstance(seconds, Tensor) else torch.tensor(seconds, dtype=torch.float64)
+    return said
 
 
 def _smaller(grid: Grid, before: int, after: int, name: str) -> Grid:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..parts.adapters import unwrapped
+from ..parts.known_encoders import encoder_type
+
 
 @dataclass
 class EncoderOutput(BaseModelOutputWithPooling):
@@ -245,8 +248,11 @@ def lengths_of(output: EncoderOutput) -> list[int] | None:
     return [features.shape[1]] * len(features)
 
 
-def placed(value: Any, weight: Tensor | None) -> Any:
-    """A tensor on the weight's device, in its dtype if it is floating-point."""
+def placed(value: Any, weight: Tensor | None, module: Any = None) -> Any:
+    """A tensor on the weight's device, in its dtype if it is floating-point and no `module` casts it by itself."""
     if not isinstance(value, Tensor) or weight is None or weight.is_meta:
         return value
-    return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+    keeps = not value.is_floating_point() or (
+        module is not None and encoder_type(unwrapped(module).config).casts_inputs
+    )
+    return value.to(weight.device, value.dtype if keeps else weight.dtype)

@@ -23,6 +23,7 @@ from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
 
 from ..parts.adapters import unwrapped
+from ..parts.registries import encoder_options
 from ..parts.versions import CACHE, check_caches_known, peft_is_behind, take_cache
 from .calling import cache_keyword, cached_length, is_running_state, steps_before_generation, steps_before_prefill
 from .extra_inputs import crosses_longrope_limit, first_position
@@ -167,7 +168,8 @@ class Draft:
                 "inputs that both encoders take, or a draft without this modality."
             )
         device = self._inner.device
-        found = encoder(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in inputs.items()})
+        inputs = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in inputs.items()}
+        found = encoder(**inputs, **encoder_options(self._inner.config))
         lengths, expected = ([len(item) for item in x.pooler_output] for x in (found, output))
         if lengths[-len(expected) :] != expected:
             raise ValueError(
@@ -324,6 +326,11 @@ class MultimodalGenerationMixin:
             raise ValueError(
                 "This version of transformers cannot split features among the chunks of a prefill: leave out "
                 "prefill_chunk_size, or upgrade transformers to 5.23."
+            )
+        marked = [name for name in outputs if self.config.modality(name)["marks"]]
+        if marked and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"{marked[0]}: its learnt tokens (marks) need the whole prompt: leave out prefill_chunk_size."
             )
         model_kwargs.pop("mm_encoder_outputs", None)
         model_kwargs = steps_before_generation(

@@ -18,6 +18,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..parts.adapters import unwrapped
 from ..parts.registries import MASK_RULES, STEPS, Step, register_mask_rule
 from ..parts.signatures import forward_parameters
+from ..parts.versions import is_paged
 
 # Of the configured mask itself, not of its rule.
 OWN_OPTIONS = ("rule", "layers", "windowed")
@@ -80,6 +81,13 @@ class Masks(Step):
         if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim > 2):  # the caller's own
             return inputs
         rule = MASK_RULES[model.config.mask["rule"]]
+        if is_paged(inputs.get("cache")):  # text alone, of many requests
+            if not getattr(rule, "masks_text", False):
+                return inputs
+            name = model.config.mask["rule"]
+            raise ValueError(
+                f"mask: continuous batching cannot follow the rule {name!r} of prompts: call generate() instead."
+            )
         types, marks = _types(model, masks, rows, given), given["token_type_ids"]
         ids = given["mm_token_type_ids"]
         if ids is not None and bool((ids == PROMPT).any()):

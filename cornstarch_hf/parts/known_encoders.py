@@ -34,6 +34,7 @@ class EncoderType:
     # What goes in
     kind: str | None = None
     any_number_of_frames: bool = False
+    casts_inputs: bool = False
     positions_after_padding: bool = False
     example_text: str | None = None
     # What comes out instead of features
@@ -99,6 +100,7 @@ def register_encoder_type(model_type: str, **facts: Any) -> None:
               Such an encoder is refused, unless `random_input` is in its `additional_args`.
             - kind: ``"image"``, ``"video"``, ``"audio"``, ``"text"``, ..., where the class states another one.
             - any_number_of_frames: True where `num_frames` of the configuration limits no video.
+            - casts_inputs: True where it casts floats by itself, after it has computed with them as they came.
             - positions_after_padding: True where positions begin after the padding token's id, as in RoBERTa.
             - example_text: of the kind that it reads, for the usage snippet of a model card.
             - no_features: what it gives instead of features, and what to take; such an encoder is refused.
@@ -208,6 +210,11 @@ def _merged_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return int(inputs["grid_thw"].prod()) // config.spatial_merge_size**2
 
 
+def _pooled_patches(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """patches that `pixel_position_ids` do not call padding, `/ pooling_kernel_size ** 2`"""
+    return int((inputs["pixel_position_ids"] != -1).all(-1).sum()) // config.pooling_kernel_size**2
+
+
 def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     """`max_source_positions`; of a mask's valid frames `(frames - 1) // 2 + 1`"""
     mask = inputs.get("attention_mask")
@@ -286,6 +293,7 @@ ENCODER_TYPES = Registry(
     {
         # images
         **dict.fromkeys(("clip_vision_model", "dinov2", "vit"), _VIT),
+        "gemma4_vision": EncoderType(count=_pooled_patches, casts_inputs=True),  # scales pixels before it casts them
         "siglip_vision_model": EncoderType(count=_patches, count_layers=ALL, width_layers=ALL),
         "vit_mae": EncoderType(random_input="noise", fixed_input=_patches_in_order, random_loss=_masked_patches),
         # Layers before the last one have patches that are not merged, of another width.

@@ -82,6 +82,17 @@ def test_gradients_are_those_of_the_native_model(model_type):
     assert sums[0] == sums[1]
 
 
+@pytest.mark.parametrize("model_type", PACKED + PICTURES)
+def test_logits_are_equal_in_bfloat16(model_type):
+    native = native_models.native(model_type).to(torch.bfloat16)
+    inputs = inputs_of(native)
+    real = inputs["attention_mask"].bool()
+    model, _ = from_native(native)
+    with torch.no_grad():
+        expected, found = native(**inputs).logits, model(**inputs).logits
+    assert found.dtype == torch.bfloat16 and torch.equal(found[real], expected[real])
+
+
 def test_rules_are_written_into_the_configuration():
     model, _ = from_native(native_models.native("qwen2_5_vl"))
     assert model.config.positions == MRULES | {"time_step": {"video": 4}} and model.config.mask is None

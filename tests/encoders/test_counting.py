@@ -29,6 +29,8 @@ from transformers import (
     ViTModel,
     XLMRobertaConfig,
 )
+from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
 from transformers.models.minicpmv4_6.configuration_minicpmv4_6 import MiniCPMV4_6VisionConfig
 from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6VisionModel
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -93,6 +95,22 @@ def timesfm(model_class, config_class, **changes):
     return built(model_class, shrunk(config_class, patch_length=8, context_length=64, **changes))
 
 
+def pooled(*sides, most=4):
+    """Patches of images of some sides, in squares that become one feature, padded to the most of them."""
+    items = []
+    for height, width in sides:
+        places = torch.full((1, most * 9, 2), -1)
+        grid = torch.meshgrid(torch.arange(3 * width), torch.arange(3 * height), indexing="ij")
+        places[0, : 9 * height * width] = torch.stack(grid, -1).flatten(0, 1)
+        items.append({"pixel_values": torch.randn(1, most * 9, 48), "pixel_position_ids": places})
+    return items
+
+
+def gemma4():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return built(Gemma4VisionModel, Gemma4VisionConfig(**sizes, num_key_value_heads=2, head_dim=16, patch_size=4))
+
+
 SIZES = [(8, 8), (12, 16), (9, 23)]
 # rule -> encoders and the items on which it must be right
 CASES = {
@@ -117,6 +135,7 @@ CASES = {
         for config in (BertConfig, DebertaV2Config, DistilBertConfig, ModernBertConfig, MPNetConfig, XLMRobertaConfig)
     },
     "esm": [(tiny.esm(), tokens(1, 5, 20))],
+    "gemma4_vision": [(gemma4(), pooled((2, 2), (1, 2), (1, 1)))],
     "qwen2_vl_vision": [(tiny.qwen2_vl(), grids((1, 4, 4), (1, 2, 8), (3, 4, 6)))],
 }
 

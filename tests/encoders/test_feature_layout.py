@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from cornstarch_hf.encoders.feature_layout import item_shapes, typical_inputs
-from cornstarch_hf.encoders.towers import ITEM_INPUTS, first_positive_setting
+from cornstarch_hf.encoders.item_sizes import first_positive_setting
+from cornstarch_hf.encoders.towers import ITEM_INPUTS
 from cornstarch_hf.parts.signatures import forward_parameters
 
 

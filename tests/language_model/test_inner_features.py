@@ -84,6 +84,12 @@ def test_learnt_tokens_stand_where_there_are_items():
     assert bool(model.points_encoder.mark_table.weight.grad.any())
 
 
+def test_learnt_tokens_need_the_whole_prompt():
+    model = ready(marks={310: 1, 311: 0})
+    with pytest.raises(ValueError, match=r"points: its learnt tokens \(marks\) need the whole prompt"):
+        model.generate(**INPUTS, **GREEDY, prefill_chunk_size=2)
+
+
 class Mixture(nn.Module):
     """A projection that mixes the rows of its table of learnt tokens."""
 

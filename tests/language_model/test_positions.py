@@ -13,7 +13,14 @@ from own_memory import check_comes_back
 from transformers import AutoModel, DynamicCache
 from transformers.models.hunyuan_vl.modeling_hunyuan_vl import HunYuanVLModel
 
-from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel, register_position_rule
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalConfig,
+    MultimodalModel,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    register_position_rule,
+)
 from cornstarch_hf.language_model.positions import PositionQuery, counted, mrope, xdrope
 from cornstarch_hf.parts.registries import POSITION_RULES
 from cornstarch_hf.parts.versions import CACHE
@@ -355,6 +362,33 @@ def test_rules_that_are_none_are_refused():
         MultimodalModel(encoders={}, language_model=catalog_llms.build("bloom"), positions={"rule": "mrope"})
     with pytest.raises(TypeError, match=r"register_position_rule\('x', fn\) expects a function"):
         register_position_rule("x", 3)
+
+
+def test_seconds_may_be_numbers_of_python(sides):
+    native, model, inputs = sides("qwen2_5_vl", True)
+    given = inputs | {"second_per_grid_ts": [0.3, 1.7]}
+    with torch.no_grad():
+        found, expected = model(**given).logits, native(**given).logits
+    assert torch.equal(attended(found, inputs), attended(expected, inputs))
+    assert torch.equal(generated(model, given, num_beams=2), generated(native, given, num_beams=2))
+
+
+def test_a_projector_that_reduces_leaves_a_smaller_grid():
+    projector = MultimodalProjector(MultimodalProjectorConfig(projection_type="pixel_shuffle"))
+    encoders = {"image": ModalEncoderModule(tiny.clip(), projector, drop_prefix=1)}
+    text = native_models.head(native_models.native("qwen2_vl"))
+    model = MultimodalModel(encoders=encoders, language_model=text, positions={"rule": "mrope"}).eval()
+    config = model.config.image_config
+    output = model.get_image_features(torch.randn(2, 3, config.image_size, config.image_size))
+    side = config.image_size // config.patch_size // 2
+    assert output.feature_grids.tolist() == [[side, side]] * 2 and len(output.pooler_output[0]) == side * side
+    model.image_encoder.projector.forward = lambda features, **kwargs: type(output)(
+        last_hidden_state=features.new_zeros(2, 3, 64), feature_lens=None
+    )
+    with pytest.raises(
+        ValueError, match=r"image: positions need the grid of each item's features, but \d x \d became 3"
+    ):
+        model.get_image_features(torch.randn(2, 3, config.image_size, config.image_size))
 
 
 def test_grids_of_images_are_told_by_their_pixels_too():
