@@ -77,6 +77,7 @@ class ModalEncoderModule(nn.Module):
 
     module: Any
     projector: Any
+    known_width: int | None = None  # of the features, where no dry run is to find it; 0: none is needed
 
     def __init__(
         self,
@@ -140,7 +141,6 @@ class ModalEncoderModule(nn.Module):
         if unknown := sorted(set(self.input_names.values()) - set(self.parameter_names)):
             raise ValueError(f"{self.kind}: input_names names {unknown}, expected some of {self.parameter_names}.")
         self.stand_in: dict[str, Tensor] | None = None  # inputs of an item, for a step without; None: see `stand_ins`
-        self.known_width: int | None = None  # of the features, where no dry run is to find it; 0: none is needed
         self.name = self.kind  # until composing gives it the modality's name
 
     def share(self, part: str, name: str, lender: "ModalEncoderModule") -> None:
