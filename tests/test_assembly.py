@@ -306,7 +306,7 @@ def wrong(folder):
         ("text", "text cut", ValueError, "The language model could not be loaded from '.*text cut'.*Safetensor"),
         ("text", "vision", ValueError, "'clip_vision_model' .* no causal language model: pass a decoder-only one. An encoder belongs"),
         ("text", "audio", ValueError, "WhisperForCausalLM is the decoder of an encoder-decoder model"),
-        ("text", "llava", ValueError, "'llava' .* no causal language model: it is multimodal already: name the checkpoint of its"),
+        ("text", "llava", ValueError, "'llava' .* no causal language model: it is multimodal already: take it apart by from_native"),
         ("text", "composed", ValueError, "'cornstarch_multimodal' .* it is multimodal already"),
         ("vision", "nowhere", OSError, "vision: its model could not be loaded from '.*nowhere'"),
         ("vision", "vision cut", ValueError, "vision: its model could not be loaded from '.*vision cut'"),

@@ -10,7 +10,13 @@ from helpers import compose_tiny
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
 
-from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalProjector, MultimodalProjectorConfig
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalConfig,
+    MultimodalModel,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+)
 from cornstarch_hf.composition import check_encoders, compose_config, separate_configs
 from cornstarch_hf.encoders.building import found_width, modality_entry
 from cornstarch_hf.encoders.rebuilding import build_encoder, build_parts
@@ -189,3 +195,44 @@ def test_two_encoders_do_not_share_a_projector_that_has_no_weights_yet():
         compose_config(
             {"left": wrap("clip", projector=projector), "right": wrap("siglip", projector=projector)}, tiny.llama()
         )
+
+
+def test_one_tower_for_two_kinds_is_one_module_that_is_stored_once(tmp_path):
+    vision = wrap("clip")
+    video = ModalEncoderModule(vision.module, kind="video", shares="vision")
+    model = MultimodalModel(encoders={"vision": vision, "video": video}, language_model=tiny.llama()).eval()
+    assert model.video_encoder.module is model.vision_encoder.module
+    assert model.video_encoder.projector is not model.vision_encoder.projector
+    assert model.config.modality("video")["shares"] == {"module": "vision"}
+    assert model.config.video_config is model.config.vision_config and "video_config" not in model.config.to_dict()
+    assert not [name for name in model.state_dict() if name.startswith("video_encoder.module")]
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path)
+    assert again.video_encoder.module is again.vision_encoder.module
+    assert again.video_encoder.projector is not again.vision_encoder.projector
+    copied = copy.deepcopy(again)
+    assert copied.video_encoder.module is copied.vision_encoder.module is not again.vision_encoder.module
+
+
+@pytest.mark.parametrize("shares", ["vision", "nothing"])
+def test_an_encoder_that_shares_nothing_with_the_one_it_names_is_refused(shares):
+    video = ModalEncoderModule(tiny.clip(), kind="video", shares=shares)
+    with pytest.raises(ValueError, match=f"video: shares='{shares}', but it has neither the module nor the projector"):
+        compose_config({"vision": wrap("clip"), "video": video}, tiny.llama())
+
+
+def test_shared_parts_of_a_configuration_are_of_an_encoder_before_it():
+    vision = wrap("clip")
+    video = ModalEncoderModule(vision.module, kind="video", shares="vision")
+    values = compose_config({"vision": vision, "video": video}, tiny.llama()).to_dict()
+    values["video_modality"]["shares"] = {"module": "video"}
+    with pytest.raises(ValueError, match=r"video_modality: shares has 'module': 'video', expected some of .*\['vision'\]"):
+        MultimodalConfig.from_dict(values)
+
+
+def test_an_encoder_has_the_input_names_that_it_is_given():
+    encoder = ModalEncoderModule(tiny.clip(), input_names={"pictures": "pixel_values"})
+    config = compose_config({"vision": encoder}, tiny.llama())
+    assert config.modality("vision")["input_names"]["pictures"] == "pixel_values"
+    with pytest.raises(ValueError, match=r"image: input_names names \['sounds'\], expected some of"):
+        ModalEncoderModule(tiny.clip(), input_names={"pictures": "sounds"})

@@ -66,6 +66,12 @@ class HiddenState:
 
     def read(self, config: Any) -> Any:
         value, layers = setting(config, self.path), _layers(setting(config, self.tower))
+        for layer in value if isinstance(value, (list, tuple)) else [value]:
+            if not -layers - 1 <= layer <= layers:
+                raise ValueError(
+                    f"{self.path}={value} of {type(config).__name__}: layer {layer} does not exist, the tower gives "
+                    f"{layers + 1} hidden states."
+                )
         if isinstance(value, int):
             # Ours names the last hidden state by its place: -1 is what the tower gives after its last norm.
             return layers if value == -1 else value

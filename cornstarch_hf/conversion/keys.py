@@ -117,6 +117,15 @@ def hand_over(source: nn.Module, target: nn.Module, names: Mapping[str, str]) ->
         parent, _, key = name.rpartition(".")
         module, tensor = target.get_submodule(parent), given[of]
         place = module._parameters if key in module._parameters else module._buffers
+        if (
+            (had := place[key]) is not None
+            and had.shape != tensor.shape
+            and type(tensor) in (nn.Parameter, torch.Tensor)
+        ):
+            raise ValueError(
+                f"{type(target).__name__}: {name} has the shape {tuple(had.shape)} by the configuration, but {of} of "
+                f"{type(source).__name__} has {tuple(tensor.shape)}."
+            )
         place[key] = made.setdefault(id(tensor), _shared(tensor))
         place[key]._is_hf_initialized = True  # type: ignore[union-attr]
 

@@ -16,7 +16,7 @@ from ..modeling_multimodal import MultimodalModel
 from ..parts.classes import constructor_options, language_model_class
 from ..parts.stored_modules import KeptTensors, build_callback
 from ..parts.weightless import build_without_weights, without_dtypes
-from ..projectors.projector import MultimodalProjector
+from ..projectors.projector import UNSIZED, MultimodalProjector
 from .configs import held_configs, native_config, outer_values
 from .entries import Native, Part, resolved, setting
 from .keys import REST, describe_tensors, hand_over, has_head, key_map, tensors, tower_of, with_buffers
@@ -136,12 +136,24 @@ def _encoder(native: Any, part: Part, made: dict[str, ModalEncoderModule]) -> Mo
     callbacks |= {slot: getattr(lender, slot) for slot in part.shared_steps}
     layer = resolved(part.layer, config)
     projector = lender.projector if lender is not None and part.projector is None else _projector(native, part)
-    return ModalEncoderModule(
+    encoder = ModalEncoderModule(
         module, projector, list(part.additional_args), kind=part.kind, layer=layer, output=part.output,
         drop_prefix=resolved(part.drop_prefix, config), input_names=dict(part.input_names), shares=part.shares,
         data_format=part.data_format,
         layer_features=part.layer_features, merge=part.merge, marks=resolved(part.marks, config), **callbacks,
     )  # fmt: skip
+    # The native model runs, so nothing has to be found out by a dry run, which takes longer than loading a small one.
+    encoder.known_width = lender.known_width if projector is getattr(lender, "projector", 0) else _width(native, part)
+    return encoder
+
+
+def _width(native: Any, part: Part) -> int:
+    """Width of the features that a projector takes, by its first weight; 0 where its type needs none."""
+    if part.projector is None or part.projector.kind in UNSIZED:
+        return resolved(part.projector.width, native.config) or 0 if part.projector is not None else 0
+    options = resolved(part.projector.options, native.config)
+    first = native.get_submodule(next(iter(part.projector.names.values())))
+    return first.weight.shape[-1] // (options.get("scale_factor", 1) ** 2 * options.get("stack_factor", 1))
 
 
 def _projector(native: Any, part: Part) -> MultimodalProjector | None:

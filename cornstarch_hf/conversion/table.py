@@ -135,6 +135,7 @@ _IDEFICS3 = Part(
 )  # fmt: skip
 _ALIGNER = {"0": "model.aligner.fc1"} | {f"{2 * i + 2}": f"model.aligner.hidden_layers.{i}" for i in range(16)}
 _BY_SIZES: dict[str, Any] = {"kind": "image", "token": _IMAGE}
+_CHANNELS = At("vision_config.output_channels")
 _BRIDGE = {"query_tokens": "query_tokens", "qformer": "qformer", "language_projection": "language_projection"}
 _IMAGES: dict[str, Native] = {
     "idefics2": Native("Idefics2ForConditionalGeneration", "model.text_model", {"vision": Part(
@@ -179,10 +180,10 @@ _IMAGES: dict[str, Native] = {
         _TOWER, "image", _IMAGE, _native("cohere2_vision"),
     )}, plain_head=True),
     "got_ocr2": Native("GotOcr2ForConditionalGeneration", _TEXT, {"vision": Part(
-        _TOWER, "image", _IMAGE, _native("got_ocr2"),
+        _TOWER, "image", _IMAGE, _native("got_ocr2", width=_CHANNELS),
     )}),
     "pp_chart2table": Native("GotOcr2ForConditionalGeneration", _TEXT, {"vision": Part(
-        _TOWER, "image", _IMAGE, _native("pp_chart2table"),
+        _TOWER, "image", _IMAGE, _native("pp_chart2table", width=_CHANNELS),
     )}),
     "lfm2_vl": Native("Lfm2VlForConditionalGeneration", _TEXT, {"vision": Part(
         _TOWER, "image", _IMAGE, _native("lfm2_vl"),
@@ -222,6 +223,8 @@ _IMAGES: dict[str, Native] = {
 
 # ---- packed patches of images and videos
 
+_KERNEL = "vision_config.merge_kernel_size"
+_KERNEL_WIDTH = Product(("vision_config.hidden_size", Entry(_KERNEL, 0), Entry(_KERNEL, 1)))
 _GRID_NAMES = {"pixel_values": "pixel_values", "image_grid_thw": "grid_thw"}
 # Of towers that call their patches hidden states.
 _PACKED_VIDEO = Part(
@@ -247,7 +250,7 @@ _PACKED: dict[str, Native] = {
         input_names=_GRID_NAMES | {"image_merge_sizes": "merge_sizes"},
     ), "video": _video("grid_thw", "merge_sizes")}),
     "kimi_k25": Native("Kimi_K25ForConditionalGeneration", _TEXT, {"vision": Part(
-        _TOWER, "image", _IMAGE, _native("kimi_k25", "model.mm_projector"), input_names=_GRID_NAMES,
+        _TOWER, "image", _IMAGE, _native("kimi_k25", "model.mm_projector", width=_KERNEL_WIDTH), input_names=_GRID_NAMES,
     ), "video": _video("grid_thw")}),
     "muse_glimmer": Native("MuseGlimmerForConditionalGeneration", _TEXT, {"vision": Part(
         _TOWER, "image", _IMAGE,

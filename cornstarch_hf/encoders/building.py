@@ -173,6 +173,8 @@ def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
     another width.
     """
     inner, selection = unwrapped(encoder.module), encoder.selection
+    if encoder.known_width is not None:
+        return encoder.known_width or None, bool(encoder.known_width)
     # Of a field or a layout of the user's choice the configuration says nothing.
     usual = selection.output is None and selection.data_format is None
     known = usual and width_is_configured(inner.config, selection.layer)

@@ -77,6 +77,7 @@ class ModalEncoderModule(nn.Module):
 
     module: Any
     projector: Any
+    known_width: int | None = None  # of the features, where no dry run is to find it; 0: none is needed
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ from ..parts.weightless import build_without_weights, initialize_weights
 from .heads import HEAD_DEFAULTS, NORMS, activation_module, check_head
 
 TORCH_PROJECTION = "torch"
+UNSIZED = (TORCH_PROJECTION, "native")  # types that say their sizes themselves
 Grid = Sequence[int]  # height and width, or frames, height and width, in which the features of an item lie
 Grids = Sequence[Grid] | None
 Lengths = Sequence[int] | None  # features of each item
@@ -104,7 +105,7 @@ def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
         )
     fields = {key: getattr(config, key) for key in ("in_features", "out_features", "activation", "projection_kwargs")}
     missing = [key for key in ("in_features", "out_features") if fields[key] is None]
-    if missing and config.projection_type != TORCH_PROJECTION:
+    if missing and config.projection_type not in UNSIZED:
         raise ValueError(f"The {config.projection_type!r} projector lacks {missing}: set them in its configuration.")
     # By name, as users' classes take them too; options given in the configuration outdo its fields.
     return build_by_name(PROJECTORS[config.projection_type], {**fields, **config.projection_kwargs, "config": config})
@@ -216,7 +217,7 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             if not isinstance(projection, nn.Module):
                 raise TypeError(f"projection must be a torch.nn.Module, got {type(projection).__name__}.")
             self._wrap(projection)
-        elif sized or self.config.projection_type == TORCH_PROJECTION:
+        elif sized or self.config.projection_type in UNSIZED:
             self.projection = build_projection(self.config)
         self.post_init()
 
