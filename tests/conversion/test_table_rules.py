@@ -6,7 +6,7 @@ import json
 import native_models
 import pytest
 import torch
-from native_models import IMAGE, VIDEO
+from native_models import IMAGE, PACKED, PICTURES, VIDEO
 from own_memory import own_memory
 from transformers import AutoModel
 
@@ -14,8 +14,6 @@ from cornstarch_hf import from_native, to_native
 from cornstarch_hf.conversion.table_rules import RULED
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
-PACKED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm46v", "paddleocr_vl"]
-PICTURES = ["gemma3", "gemma4", "paligemma", "ovis2", "molmo2"]
 WITH_VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"]
 MRULES = {"rule": "mrope", "axes": 3}
 

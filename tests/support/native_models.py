@@ -17,6 +17,10 @@ from cornstarch_hf import (
 )
 
 IMAGE, VIDEO, VOCABULARY = 250, 251, 256
+# Types that are compared with their compositions: of towers that pack patches, and of towers that take pictures.
+PACKED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm46v", "paddleocr_vl"]
+PICTURES = ["gemma3", "gemma4", "paligemma", "ovis2", "molmo2"]
+COMPARED = [*PACKED, *PICTURES]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
