@@ -226,7 +226,9 @@ def test_shared_parts_of_a_configuration_are_of_an_encoder_before_it():
     video = ModalEncoderModule(vision.module, kind="video", shares="vision")
     values = compose_config({"vision": vision, "video": video}, tiny.llama()).to_dict()
     values["video_modality"]["shares"] = {"module": "video"}
-    with pytest.raises(ValueError, match=r"video_modality: shares has 'module': 'video', expected some of .*\['vision'\]"):
+    with pytest.raises(
+        ValueError, match=r"video_modality: shares has 'module': 'video', expected some of .*\['vision'\]"
+    ):
         MultimodalConfig.from_dict(values)
 
 
