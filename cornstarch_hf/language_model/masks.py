@@ -18,7 +18,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..parts.adapters import unwrapped
 from ..parts.registries import MASK_RULES, STEPS, Step, register_mask_rule
 from ..parts.signatures import forward_parameters
-from ..parts.versions import is_paged
+from ..parts.versions import CACHE, is_paged
 
 # Of the configured mask itself, not of its rule.
 OWN_OPTIONS = ("rule", "layers", "windowed")
@@ -169,7 +169,7 @@ def _layer_masks(model: Any, inputs: dict, rows: Tensor, blocks: Tensor, past: i
     embeds = rows if rows.is_floating_point() else torch.empty((*rows.shape, 0), dtype=model.dtype, device=rows.device)
     positions = inputs.get("position_ids")
     arguments = {
-        "config": config, "inputs_embeds": embeds, "attention_mask": inputs.get("attention_mask"), "cache": cache,
+        "config": config, "inputs_embeds": embeds, "attention_mask": inputs.get("attention_mask"), CACHE or "cache": cache,
         "position_ids": positions if positions is None or positions.ndim == 2 else None,
     }  # fmt: skip
     overlay = _both_ways(_whole(blocks, past, cache))
