@@ -118,7 +118,8 @@ def _check_generation(values: Mapping[str, Any], where: str) -> None:
     check_types(values, _GENERATION, where)
     for key in _TOKENS:
         listed = values[key] if isinstance(values.get(key), list) else []
-        if wrong := [each for each in listed if not is_count(each, least=0)]:
+        # Files of some Whisper models suppress -1, which is no token and means none.
+        if wrong := [each for each in listed if each != -1 and not is_count(each, least=0)]:
             raise ValueError(f"{where}: {key} has {wrong[0]!r:.100}, expected ids of tokens.")
     make_config(GenerationConfig.from_dict, values, where)
 

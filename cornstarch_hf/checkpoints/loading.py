@@ -119,18 +119,25 @@ def _still_read(config: Any, files: CheckpointFiles) -> Any:
     """A given configuration, read anew where it came from an earlier save into this folder: the Auto classes read it before
     anything else.  ValueError where it was changed besides, and so belongs to weights that are gone."""
     known, path = getattr(config, "read_from", None), files.find(CONFIG) if files.is_local else None
-    if known is None or path is None or os.path.abspath(config.name_or_path or "") != os.path.abspath(files.source):
+    if known is None or path is None:
+        return config
+    # After an interrupted save its files lie in a folder within the one that was named.
+    places = {os.path.abspath(place) for place in (files.source, os.path.dirname(os.path.abspath(files.source)))}
+    if os.path.abspath(config.name_or_path or "") not in places:
         return config
     before, unchanged, arguments = known
     values = read_json(path, f"{files.source}: {CONFIG}")
     if fingerprint(values) == before:
         return config
-    if fingerprint(config.to_dict()) != unchanged:
+    arguments = {key: value for key, value in arguments.items() if key != "return_unused_kwargs"}
+    again, now = type(config).from_dict(values, **arguments), fingerprint(config.to_dict())
+    if fingerprint(again.to_dict()) == now:  # saved since by the model that it belongs to, for example
+        return config
+    if now != unchanged:
         raise ValueError(
             f"{files.source} was saved again since its configuration was read, which was changed meanwhile: read the "
             "configuration again, change that one, and load with it."
         )
-    again = type(config).from_dict(values, **{k: v for k, v in arguments.items() if k != "return_unused_kwargs"})
     return again.with_shared_parts()
 
 

@@ -1,20 +1,25 @@
 """from_native() and to_native(): native multimodal models to compositions and back, with the tensors that they have."""
 
 import copy
+import inspect
 import os
+import re
 import warnings
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..checkpoints.files import check_files
+from ..checkpoints.finding import CONFIG, PLACES, CheckpointFiles, picked
 from ..configuration_projector import MultimodalProjectorConfig
 from ..encoders.module import ModalEncoderModule
 from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from ..language_model.text_head import TextModelWithHead
 from ..modeling_multimodal import MultimodalModel
-from ..parts.classes import constructor_options, language_model_class
+from ..parts.classes import FAMILIES, constructor_options, language_model_class
 from ..parts.stored_modules import KeptTensors, build_callback
+from ..parts.stored_values import check_kernels, check_values, without_implementations
 from ..parts.weightless import build_without_weights, without_dtypes
 from ..projectors.projector import UNSIZED, MultimodalProjector
 from .configs import held_configs, native_config, outer_values
@@ -35,8 +40,9 @@ def from_native(
     """Take a native multimodal model of transformers apart into a composition that computes the same, to the bit.
 
     Args:
-        source: Hub id or path of its checkpoint, or a live model (which is not changed: parts share its tensors, and have
-            configurations of their own); ``(model, processor)`` is taken too, its processor is left out for now.
+        source: Hub id or path of its checkpoint, or a live model, which this call does not change: parts have configurations of
+            their own, and share its tensors, so that training the composition trains the native model (give a
+            `copy.deepcopy` to keep it); ``(model, processor)`` is taken too, its processor is left out for now.
         revision, dtype, attn_implementation, **loading: as of `from_pretrained` of the native class, for an id or a path.
         drop_rest: whether tensors that no part uses are dropped, instead of kept for the way back.
 
@@ -44,12 +50,21 @@ def from_native(
         ``(model, processor)``; the processor is None: prepare inputs by the native one, whose names the model takes.
 
     Raises:
-        ValueError: a type that cannot be composed or is not known, with the reason; a setting of a known type that cannot.
+        ValueError: a type that cannot be composed or is not known, with the reason; a setting of a known type that cannot; a
+            file that asks for kernels or says what a configuration must not.
         TypeError: a source that is no model, id or path; options of loading for a live model.
     """
     asked = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
     options = {key: value for key, value in (asked | loading).items() if value is not None}
+    if options.pop("output_loading_info", False):
+        raise TypeError("from_native returns no loading information: load the native class, and pass the model.")
+    if isinstance(source, tuple) and len(source) != 2:
+        raise TypeError(f"from_native takes (model, processor) as one argument, got {len(source)} values.")
+    if not isinstance(drop_rest, bool):
+        raise TypeError(f"drop_rest must be True or False, got {drop_rest!r:.100}.")
     native = _loaded(source[0] if isinstance(source, tuple) else source, options)
+    if isinstance(native, MultimodalModel):
+        raise ValueError("from_native takes a native model, and this is a composition already.")
     return take_apart(native, entry_of(native.config), drop_rest), None
 
 
@@ -61,8 +76,15 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
         if options:
             raise TypeError(f"{sorted(options)} are for loading, but the model is live: change it, or pass its id.")
         return source
-    hub = ("revision", "cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder")
-    config = AutoConfig.from_pretrained(source, **{key: options[key] for key in hub if key in options})
+    # What a stranger's file may not ask for is refused before anything of it is built, as of compositions.
+    where, asked = (
+        f"{os.fspath(source)}: {CONFIG}",
+        [f for f in FAMILIES if isinstance(options.get(f"{f}_implementation"), str)],
+    )
+    values = dict(check_files(CheckpointFiles(source, options), options.get("variant"), options))
+    check_values(values, where, asked)
+    check_kernels(without_implementations(values, asked), where)
+    config = AutoConfig.from_pretrained(source, **picked(options, PLACES))
     # The type is refused before its weights are loaded.
     return getattr(transformers, entry_of(config).architecture).from_pretrained(source, **options)
 
@@ -178,12 +200,27 @@ def _language_model(native: Any, entry: Native) -> Any:
     # The outer configuration decides about ties, whatever the text's own says.
     head, table = native.get_output_embeddings(), text.get_input_embeddings()
     config.tie_word_embeddings = head.weight is table.weight
-    cls = None if entry.plain_head else language_model_class(config)
-    model = built(cls, config) if cls is not None else None
+    cls: Any = None if entry.plain_head else language_model_class(config)
+    model = (
+        built(cls, config) if cls is not None and _has_bare_head(cls) and entry.scale is entry.softcap is None else None
+    )
     if model is not None and type(model.base_model) is type(text):
         return model
     factors = {"scale": resolved(entry.scale, native.config), "softcap": resolved(entry.softcap, native.config)}
     return TextModelWithHead(built(type(text), config), **factors)
+
+
+# What a ...ForCausalLM class of transformers does to hidden states where its head is linear and nothing else.
+_BARE_HEAD = re.compile(r"logits = self\.lm_head\(hidden_states(\[:, slice_indices, :\])?\)\s*$", re.M)
+
+
+def _has_bare_head(cls: Any) -> bool:
+    """Whether a class makes of hidden states what the head of a native multimodal model does, which scales and caps nothing.
+
+    About 28 of 189 classes do more (Cohere and Granite scale, Gemma 2 caps); only their source tells.
+    """
+    source = inspect.getsource(inspect.unwrap(cls.forward))
+    return len(re.findall(r"^ +logits [*/+-]?= ", source, re.M)) == 1 and bool(_BARE_HEAD.search(source))
 
 
 def built(cls: Any, config: PreTrainedConfig, **options: Any) -> Any:
@@ -228,6 +265,7 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
     """The native model; raises as `to_native` does."""
     config, entry = native_config(model, model_type)
     native = build_without_weights(lambda: built(getattr(transformers, entry.architecture), config))
+    _check_same(model, build_without_weights(lambda: _compose(native, entry)), entry)
     names, rest = key_map(native, model, entry)
     kept = dict(tensors(model.get_submodule(REST))) if hasattr(model, REST) else {}
     if lost := sorted(set(rest) - set(kept)):
@@ -240,3 +278,39 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
     hand_over(model, native, {of: name for name, of in names.items()})
     native.generation_config = copy.deepcopy(model.generation_config)
     return native.train(model.training)
+
+
+# What of a modality's entry decides what is computed; its names and tokens may be others.
+_COMPUTED = (
+    "output",
+    "layer",
+    "drop_prefix",
+    "data_format",
+    "trim",
+    "additional_args",
+    "callbacks",
+    "layer_features",
+    "merge",
+)
+
+
+def _check_same(model: MultimodalModel, usual: MultimodalModel, entry: Native) -> None:
+    """Refuse a composition that computes something else than the one that its native class would be taken apart into."""
+    for name in usual.config.encoders:
+        found, expected = model.config.modality(name), usual.config.modality(name)
+        projectors = [getattr(m.config, f"{name}_projector_config").to_dict() for m in (model, usual)]
+        pairs = {key: (found[key], expected[key]) for key in _COMPUTED}
+        pairs |= {
+            f"projector {key}": (projectors[0].get(key), projectors[1][key])
+            for key in ("projection_type", "activation")
+        }
+        for key, (got, want) in pairs.items():
+            if got != want:
+                raise ValueError(
+                    f"{name}: its {key} is {got!r:.200}, and {entry.architecture} computes what it does with {want!r:.200}: a "
+                    "native checkpoint cannot hold the difference."
+                )
+    for key in ("positions", "mask"):
+        got, want = (getattr(m.config, key, None) or None for m in (model, usual))
+        if got != want:
+            raise ValueError(f"The {key} of the composition are {got!r:.200}, {entry.architecture} has {want!r:.200}.")

@@ -61,8 +61,10 @@ RULED: dict[str, Native] = {
         "model.vision_tower", "image", _IMAGE, IDENTITY, output="pooler_output",
         steps={"postprocess_projector_callback": Step("native_row_grids", {"merge": At("vision_config.spatial_merge_size")})},
     )}, positions={"rule": "xdrope", "axes": Count("text_config.rope_parameters.mrope_section")}),
-    "shieldgemma2": Native("Gemma3ForConditionalGeneration", _TEXT, _GEMMA3, plain_head=True, mask=_RULES_OF_GEMMA),
-    "gemma3": Native("Gemma3ForConditionalGeneration", _TEXT, _GEMMA3, plain_head=True, mask=_RULES_OF_GEMMA),
+    "shieldgemma2": Native("Gemma3ForConditionalGeneration", _TEXT, _GEMMA3, plain_head=True, mask=_RULES_OF_GEMMA,
+                       only={"text_config.use_bidirectional_attention": False}),
+    "gemma3": Native("Gemma3ForConditionalGeneration", _TEXT, _GEMMA3, plain_head=True, mask=_RULES_OF_GEMMA,
+                       only={"text_config.use_bidirectional_attention": False}),
     "gemma4": Native("Gemma4ForConditionalGeneration", _TEXT, {"vision": Part(
         "model.vision_tower", "image", _IMAGE,
         native_module("gemma4", "model.embed_vision", width=At("vision_config.hidden_size")),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedModel
 
 from cornstarch_hf import MultimodalConfig, MultimodalModel, MultimodalProjector, MultimodalProjectorConfig
+from cornstarch_hf.checkpoints import folder_swap
 from cornstarch_hf.checkpoints.manifest import read_composition, write_composition
 from cornstarch_hf.parts.stored_values import POINTER
 
@@ -171,6 +172,29 @@ def test_a_changed_configuration_of_a_model_that_is_gone(folder):
         ValueError, match="was saved again since its configuration was read, which was changed meanwhile"
     ):
         AutoModel.from_pretrained(folder, config=config)
+
+
+def test_saved_by_the_model_that_it_belongs_to(folder):
+    model = MultimodalModel.from_pretrained(folder)
+    model.config.loss_at_labels = True
+    model.save_pretrained(folder)
+    assert MultimodalModel.from_pretrained(folder, config=model.config).config.loss_at_labels is True
+
+
+def test_read_before_a_save_that_was_interrupted(folder, monkeypatch):
+    """The new checkpoint lies in a folder inside then, and its configuration with it."""
+    config, other = AutoConfig.from_pretrained(folder), wider(folder)
+
+    def stop(*_):
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder_swap, "_put_in_place", stop)
+        with pytest.raises(OSError, match="stopped"):
+            other.save_pretrained(folder)
+    loaded = AutoModel.from_pretrained(folder, config=config)
+    assert loaded.config.text_config.num_hidden_layers == other.config.text_config.num_hidden_layers
+    assert torch.equal(loaded.language_model.lm_head.weight, other.language_model.lm_head.weight)
 
 
 def test_when_a_configuration_was_read_is_not_part_of_it(folder, tmp_path):

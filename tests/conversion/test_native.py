@@ -2,12 +2,15 @@
 
 import copy
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import convertible_models
 import pytest
 import tiny
 import torch
+import transformers
 from convertible_models import TYPES
 from own_memory import own_memory
 
@@ -230,3 +233,66 @@ def test_llama_4_gives_what_its_own_parts_give():
         model, _ = from_native(native)
         got = model(**inputs, position_ids=positions).logits
     assert torch.equal(got[mask.bool()], expected[mask.bool()]) and digests(to_native(model)) == digests(native)
+
+
+SCALED = {
+    "cohere": (transformers.CohereConfig, {"logit_scale": 0.25}),
+    "granite": (transformers.GraniteConfig, {"logits_scaling": 8.0}),
+    "gemma2": (transformers.Gemma2Config, {"final_logit_softcapping": 0.1, "head_dim": 8}),
+    "llama": (transformers.LlamaConfig, {}),
+}
+
+
+@pytest.mark.parametrize("text", SCALED)
+def test_heads_that_scale_or_cap_alone_are_bare_within_a_native_model(text):
+    """Native multimodal models run a linear head over the text stack, whatever its ...ForCausalLM does to logits."""
+    cls, options = SCALED[text]
+    layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = transformers.CLIPVisionConfig(**layers, image_size=16, patch_size=4)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=cls(**layers, **ids, **options, vocab_size=99, num_key_value_heads=2),
+        image_token_id=98,
+    )
+    native = transformers.LlavaForConditionalGeneration(config).eval()
+    model, _ = from_native(native)
+    assert (type(model.language_model).__name__ == "LlamaForCausalLM") == (text == "llama")
+    inputs = {"input_ids": torch.tensor([[5] + [98] * 16 + [7, 8]]), "pixel_values": torch.randn(1, 3, 16, 16)}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, native(**inputs).logits)
+    assert digests(to_native(model)) == digests(native)
+
+
+def test_a_composition_that_computes_something_else_does_not_become_native():
+    def changed(change):
+        model, _ = from_native(convertible_models.build("llava"))
+        change(model)
+        with pytest.raises(ValueError, match="LlavaForConditionalGeneration"):
+            to_native(model)
+
+    changed(lambda model: setattr(model.config, "mask", {"rule": "item_blocks"}))
+    changed(lambda model: model.config.vision_modality.update(layer=-1))
+    changed(lambda model: setattr(model.config.vision_projector_config, "activation", "relu"))
+
+
+def test_a_strangers_configuration_is_looked_at_before_the_native_class_reads_it(llava, tmp_path):
+    _, folder = llava
+    shutil.copytree(folder, tmp_path / "x")
+    path = tmp_path / "x" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"attn_implementation": "someone/kernel"}))
+    with pytest.raises(ValueError, match=r"config.json.*someone/kernel"):
+        from_native(tmp_path / "x")
+
+
+def test_arguments_of_wrong_types_are_refused(llava):
+    native, folder = llava
+    with pytest.raises(TypeError, match="got 3 values"):
+        from_native((native, None, None))
+    with pytest.raises(TypeError, match="drop_rest must be True or False, got 'yes'"):
+        from_native(native, drop_rest="yes")
+    with pytest.raises(TypeError, match="returns no loading information"):
+        from_native(folder, output_loading_info=True)
+    with pytest.raises(ValueError, match="a composition already"):
+        from_native(from_native(native)[0])
