@@ -20,7 +20,9 @@ from cornstarch_hf.parts.registries import PROJECTORS
 
 def test_every_built_in_type_is_registered_and_has_defaults_for_all():
     assert set(BUILT_IN_PROJECTIONS) <= set(PROJECTORS) and CUSTOM_PROJECTION not in PROJECTORS
-    for kind in BUILT_IN_PROJECTIONS:
+    with pytest.raises(ValueError, match="native_type"):  # which module of which type it is has no default
+        MultimodalProjector(MultimodalProjectorConfig(projection_type="native", in_features=8, out_features=8))
+    for kind in set(BUILT_IN_PROJECTIONS) - {"native"}:
         made = MultimodalProjector(MultimodalProjectorConfig(projection_type=kind, in_features=8, out_features=8))
         assert made.projection is not None and made.config.projection_kwargs == {}
 

@@ -27,7 +27,7 @@ from .finding import (
     CheckpointFiles,
     Options,
 )
-from .manifest import REMEDY, LoadPlan, components_of, first_weights, read_composition
+from .manifest import REMEDY, Composition, LoadPlan, components_of, describe_files, first_weights, read_composition
 from .references import assemble_state
 from .references import write_reference as write_reference
 
@@ -46,7 +46,7 @@ def plan_load(
             raise ValueError(f"{files.source} has no {COMPOSITION} that names a base, so bases= cannot replace one.")
         _check_type(model_class, files, plan.options)
         return plan._replace(guard=_base_of_adapters(plan, files).guard)
-    config, options = _config_of(model_class, files, plan.options)
+    config, options = _config_of(model_class, files, plan.options, composition)
     if composition.references:
         return _by_reference(model_class, plan, config, options, bases, verify)
     if bases:
@@ -99,13 +99,13 @@ def _base_of_adapters(plan: LoadPlan, files: CheckpointFiles) -> LoadPlan:
 
 
 def _config_of(
-    model_class: type[PreTrainedModel], files: CheckpointFiles, options: Options
+    model_class: type[PreTrainedModel], files: CheckpointFiles, options: Options, composition: Composition
 ) -> tuple[Any, dict[str, Any]]:
     """The configuration, a copy that may be changed, and the options that are not about it."""
     options = dict(options)
     given = options.pop("config", None)
     if isinstance(given, model_class.config_class or PreTrainedConfig):
-        return copy.copy(_still_read(given, files)), options  # transformers makes a deep copy itself
+        return copy.copy(_still_read(given, files, composition)), options  # transformers makes a deep copy itself
     # The options that are for loading alone, and that a configuration would otherwise take for its own.
     keys = ("dtype", "torch_dtype", "quantization_config", *PLACES)
     kept = {key: options.pop(key) for key in keys if key in options}
@@ -115,7 +115,7 @@ def _config_of(
     return config, {**unused, **kept}
 
 
-def _still_read(config: Any, files: CheckpointFiles) -> Any:
+def _still_read(config: Any, files: CheckpointFiles, composition: Composition) -> Any:
     """A given configuration, read anew where it came from an earlier save into this folder: the Auto classes read it before
     anything else.  ValueError where it was changed besides, and so belongs to weights that are gone."""
     known, path = getattr(config, "read_from", None), files.find(CONFIG) if files.is_local else None
@@ -123,10 +123,12 @@ def _still_read(config: Any, files: CheckpointFiles) -> Any:
         return config
     # After an interrupted save its files lie in a folder within the one that was named.
     places = {os.path.abspath(place) for place in (files.source, os.path.dirname(os.path.abspath(files.source)))}
-    if os.path.abspath(config.name_or_path or "") not in places:
+    # A file that was edited by hand is of no save.
+    saved = composition.manifest.get(CONFIG)
+    if os.path.abspath(config.name_or_path or "") not in places or describe_files({CONFIG: path})[CONFIG] != saved:
         return config
     before, unchanged, arguments = known
-    values = read_json(path, f"{files.source}: {CONFIG}")
+    values = type(config)._dict_from_json_file(path)
     if fingerprint(values) == before:
         return config
     arguments = {key: value for key, value in arguments.items() if key != "return_unused_kwargs"}
