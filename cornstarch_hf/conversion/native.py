@@ -18,7 +18,7 @@ from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfi
 from ..language_model.text_head import TextModelWithHead
 from ..modeling_multimodal import MultimodalModel
 from ..parts.classes import FAMILIES, constructor_options, language_model_class
-from ..parts.stored_modules import KeptTensors, build_callback
+from ..parts.stored_modules import KeptTensors, build_callback, describe_callback
 from ..parts.stored_values import check_kernels, check_values, without_implementations
 from ..parts.weightless import build_without_weights, without_dtypes
 from ..projectors.projector import UNSIZED, MultimodalProjector
@@ -304,6 +304,7 @@ def _check_same(model: MultimodalModel, usual: MultimodalModel, entry: Native) -
             f"projector {key}": (projectors[0].get(key), projectors[1][key])
             for key in ("projection_type", "activation")
         }
+        pairs["callbacks"] = (_callbacks(model.encoders[name]), _callbacks(usual.encoders[name]))
         for key, (got, want) in pairs.items():
             if got != want:
                 raise ValueError(
@@ -314,3 +315,9 @@ def _check_same(model: MultimodalModel, usual: MultimodalModel, entry: Native) -
         got, want = (getattr(m.config, key, None) or None for m in (model, usual))
         if got != want:
             raise ValueError(f"The {key} of the composition are {got!r:.200}, {entry.architecture} has {want!r:.200}.")
+
+
+def _callbacks(encoder: ModalEncoderModule) -> dict[str, Any]:
+    """What a checkpoint says of an encoder's own callbacks, by their places; ValueError for one that none can hold."""
+    named = {slot: callback for slot, callback in encoder.own_callbacks.items() if callback is not None}
+    return {slot: describe_callback(callback) for slot, callback in named.items()}
