@@ -121,11 +121,12 @@ def _still_read(config: Any, files: CheckpointFiles, composition: Composition) -
     known, path = getattr(config, "read_from", None), files.find(CONFIG) if files.is_local else None
     if known is None or path is None:
         return config
-    # After an interrupted save its files lie in a folder within the one that was named.
-    places = {os.path.abspath(place) for place in (files.source, os.path.dirname(os.path.abspath(files.source)))}
+    place = os.path.abspath(files.source)
+    if os.path.basename(place).startswith(".saved-"):  # of an interrupted save, within the folder that was named
+        place = os.path.dirname(place)
     # A file that was edited by hand is of no save.
     saved = composition.manifest.get(CONFIG)
-    if os.path.abspath(config.name_or_path or "") not in places or describe_files({CONFIG: path})[CONFIG] != saved:
+    if os.path.abspath(config.name_or_path or "") != place or describe_files({CONFIG: path})[CONFIG] != saved:
         return config
     before, unchanged, arguments = known
     values = type(config)._dict_from_json_file(path)

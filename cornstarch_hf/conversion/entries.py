@@ -33,12 +33,18 @@ def _layers(tower: Any) -> int:
 
 @dataclass(frozen=True)
 class At:
-    """The value of a setting."""
+    """The value of a setting; None where an `optional` one is not there."""
 
     path: str
+    optional: bool = False
 
     def read(self, config: Any) -> Any:
-        return setting(config, self.path)
+        try:
+            return setting(config, self.path)
+        except ValueError:
+            if not self.optional:
+                raise
+            return None
 
 
 @dataclass(frozen=True)

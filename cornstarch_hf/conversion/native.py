@@ -77,10 +77,8 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
             raise TypeError(f"{sorted(options)} are for loading, but the model is live: change it, or pass its id.")
         return source
     # What a stranger's file may not ask for is refused before anything of it is built, as of compositions.
-    where, asked = (
-        f"{os.fspath(source)}: {CONFIG}",
-        [f for f in FAMILIES if isinstance(options.get(f"{f}_implementation"), str)],
-    )
+    where = f"{os.fspath(source)}: {CONFIG}"
+    asked = [family for family in FAMILIES if isinstance(options.get(f"{family}_implementation"), str)]
     values = dict(check_files(CheckpointFiles(source, options), options.get("variant"), options))
     check_values(values, where, asked)
     check_kernels(without_implementations(values, asked), where)
@@ -200,13 +198,11 @@ def _language_model(native: Any, entry: Native) -> Any:
     # The outer configuration decides about ties, whatever the text's own says.
     head, table = native.get_output_embeddings(), text.get_input_embeddings()
     config.tie_word_embeddings = head.weight is table.weight
-    cls: Any = None if entry.plain_head else language_model_class(config)
-    model = (
-        built(cls, config) if cls is not None and _has_bare_head(cls) and entry.scale is entry.softcap is None else None
-    )
+    factors = {"scale": resolved(entry.scale, native.config), "softcap": resolved(entry.softcap, native.config)}
+    cls: Any = None if entry.plain_head or any(factors.values()) else language_model_class(config)
+    model = built(cls, config) if cls is not None and _has_bare_head(cls) else None
     if model is not None and type(model.base_model) is type(text):
         return model
-    factors = {"scale": resolved(entry.scale, native.config), "softcap": resolved(entry.softcap, native.config)}
     return TextModelWithHead(built(type(text), config), **factors)
 
 
@@ -288,9 +284,9 @@ _COMPUTED = (
     "data_format",
     "trim",
     "additional_args",
-    "callbacks",
     "layer_features",
     "merge",
+    "marks",
 )
 
 

@@ -1,6 +1,7 @@
 """The conversion table: one row per native type of transformers, data only; `entries` says what the fields mean."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from .entries import (
@@ -241,7 +242,7 @@ _PACKED: dict[str, Native] = {
     ), "video": _video("grid_thw")}),
     "hyperclovax_vision_v2": Native("HyperCLOVAXVisionV2ForConditionalGeneration", _TEXT, {"vision": Part(
         "model.vision_model", "image", _IMAGE, Projector("linear", {}, {"": "model.projector"}),
-    ), "video": _PACKED_VIDEO}),
+    ), "video": _PACKED_VIDEO}, scale=At("text_config.logits_scaling")),
     "exaone4_5": Native("Exaone4_5_ForConditionalGeneration", _TEXT, {"vision": Part(
         "model.visual", "image", _IMAGE, _IDENTITY,
     ), "video": _PACKED_VIDEO}),
@@ -283,14 +284,7 @@ _QUERIES = Part(
     additional_args=_MASK,
     input_names={"input_features": "hidden_states"},
 )
-_QUERIES_PLUS = Part(
-    "model.encoder",
-    "audio",
-    _AUDIO,
-    _native("granite_speech_plus", "model.projector"),
-    additional_args=_MASK,
-    input_names={"input_features": "hidden_states"},
-)
+_QUERIES_PLUS = replace(_QUERIES, projector=_native("granite_speech_plus", "model.projector"))
 _SOUNDS: dict[str, Native] = {
     "qwen2_audio": Native("Qwen2AudioForConditionalGeneration", _TEXT, {"audio": Part(
         **_SOUND, projector=Projector("linear", {}, {"": f"{_CONNECTOR}.linear"}), additional_args=("feature_attention_mask",),

@@ -32,6 +32,7 @@ def _merger(architecture: str, positions: Mapping[str, Any], video: bool = True,
     return Native(architecture, _TEXT, {"vision": image} | ({"video": film} if video else {}), positions=positions)
 
 
+_CAP = At("text_config.final_logit_softcapping", optional=True)  # which the native class applies, not its text's
 _RULES_OF_GEMMA: dict[str, Any] = {"rule": "item_blocks", "windowed": True}
 _GEMMA3 = {"vision": Part("model.vision_tower", "image", _IMAGE, native_module("gemma3"))}
 RULED: dict[str, Native] = {
@@ -69,10 +70,11 @@ RULED: dict[str, Native] = {
         "model.vision_tower", "image", _IMAGE,
         native_module("gemma4", "model.embed_vision", width=At("vision_config.hidden_size")),
         input_names={"pixel_values": "pixel_values", "image_position_ids": "pixel_position_ids"},
-    )}, mask=_RULES_OF_GEMMA | {"layers": ["sliding_attention"]}, only={"text_config.use_bidirectional_attention": "vision"}),
+    )}, mask=_RULES_OF_GEMMA | {"layers": ["sliding_attention"]}, softcap=_CAP,
+       only={"text_config.use_bidirectional_attention": "vision"}),
     "paligemma": Native("PaliGemmaForConditionalGeneration", _TEXT, {"vision": Part(
         "model.vision_tower", "image", _IMAGE, Projector("linear", {}, {"": f"{_CONNECTOR}.linear"}),
-    )}, positions={"rule": "counted", "first": 1}, mask={"rule": "prefix"}),
+    )}, positions={"rule": "counted", "first": 1}, mask={"rule": "prefix"}, softcap=_CAP),
     "molmo2": Native("Molmo2ForConditionalGeneration", _TEXT, {"vision": Part(
         "model.vision_tower", "image", _IMAGE,
         native_module(

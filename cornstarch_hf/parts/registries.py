@@ -231,6 +231,11 @@ def register_callback(name: str, fn: Callable, feature_count: Callable | None = 
     CALLBACKS.add(name, Callback(fn, feature_count))
 
 
+def _check_function(caller: str, name: str, fn: Any) -> None:
+    if not callable(fn):
+        raise TypeError(f"{caller}({name!r}, fn) expects a function, got {fn!r}.")
+
+
 def register_feature_count(modality_or_encoder_type: str, fn: Callable) -> None:
     """State how many features an item gives, by modality name (looked up first) or by the encoder's `model_type`.
 
@@ -243,8 +248,7 @@ def register_feature_count(modality_or_encoder_type: str, fn: Callable) -> None:
         ValueError: another function is registered for it.
         TypeError: `fn` is not callable.
     """
-    if not callable(fn):
-        raise TypeError(f"register_feature_count({modality_or_encoder_type!r}, fn) expects a function, got {fn!r}.")
+    _check_function("register_feature_count", modality_or_encoder_type, fn)
     FEATURE_COUNTS.add(modality_or_encoder_type, fn)
 
 
@@ -263,8 +267,7 @@ def register_position_rule(name: str, fn: Callable) -> None:
         ValueError: another function has that name.
         TypeError: `fn` is not callable.
     """
-    if not callable(fn):
-        raise TypeError(f"register_position_rule({name!r}, fn) expects a function, got {fn!r}.")
+    _check_function("register_position_rule", name, fn)
     POSITION_RULES.add(name, fn)
 
 
@@ -281,8 +284,7 @@ def register_mask_rule(name: str, fn: Callable) -> None:
         ValueError: another function has that name.
         TypeError: `fn` is not callable.
     """
-    if not callable(fn):
-        raise TypeError(f"register_mask_rule({name!r}, fn) expects a function, got {fn!r}.")
+    _check_function("register_mask_rule", name, fn)
     MASK_RULES.add(name, fn)
 
 

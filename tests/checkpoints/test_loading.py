@@ -197,6 +197,13 @@ def test_read_before_a_save_that_was_interrupted(folder, monkeypatch):
     assert torch.equal(loaded.language_model.lm_head.weight, other.language_model.lm_head.weight)
 
 
+def test_a_configuration_of_a_folder_around_it_is_the_callers(folder):
+    outer, inner = AutoConfig.from_pretrained(folder), wider(folder)
+    inner.save_pretrained(folder / "inner")
+    with pytest.raises(ValueError, match="does not take"):  # it has a layer less, and no other one is read in its place
+        MultimodalModel.from_pretrained(folder / "inner", config=outer)
+
+
 def test_when_a_configuration_was_read_is_not_part_of_it(folder, tmp_path):
     config = AutoConfig.from_pretrained(folder)
     assert config == AutoConfig.from_pretrained(folder) and config == copy.deepcopy(config)

@@ -264,6 +264,15 @@ def test_heads_that_scale_or_cap_alone_are_bare_within_a_native_model(text):
     assert digests(to_native(model)) == digests(native)
 
 
+def test_a_factor_that_the_native_class_applies_itself_is_kept():
+    native = convertible_models.build("hyperclovax_vision_v2")
+    native.config.text_config.logits_scaling = 0.5
+    inputs = convertible_models.batch(TYPES["hyperclovax_vision_v2"].media(native))
+    model, _ = from_native(native)
+    check_equal(native, model, inputs)
+    assert to_native(model).config.text_config.logits_scaling == 0.5
+
+
 def test_a_composition_that_computes_something_else_does_not_become_native():
     def changed(change):
         model, _ = from_native(convertible_models.build("llava"))
