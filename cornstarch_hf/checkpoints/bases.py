@@ -156,8 +156,8 @@ def check_base(component: str, entry: Mapping[str, Any], files: CheckpointFiles,
         found = files.find_all([*pinned, CONFIG])
     if all(path is None for path in found.values()):
         raise OSError(
-            f"{component}: the base {files.source!r} at {entry['revision'][:8]}, which {COMPOSITION} names, is not in the "
-            "local cache, and the Hub may not be asked now. Load once while online, or give a folder: "
+            f"{component}: the base {files.source!r} at {entry['revision'][:8]}, which {COMPOSITION} names, "
+            "is not in the local cache, and the Hub may not be asked now. Load once while online, or give a folder: "
             f"bases={{{component!r}: folder}}."
         )
     check_sizes(pinned, found.get, whose)

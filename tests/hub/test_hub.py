@@ -227,9 +227,10 @@ def test_offline_with_a_warm_cache_and_with_a_cold_one(hub, client, pushed, tmp_
     for name in names:
         offline("same(name, expected, verify=True)", name=name, expected=f"{pushed}/{name[5:8]}.pt")
     shutil.rmtree(tmp_path / "home" / "hub" / "models--base--whisper")
-    with pytest.raises(
-        Failed, match=r"audio_encoder: the base 'base/whisper' at \w{8} is not in the local cache"
-    ) as caught:
+    missing = (
+        r"audio_encoder: the base 'base/whisper' at \w{8}, which composition.json names, is not in the local cache"
+    )
+    with pytest.raises(Failed, match=missing) as caught:
         offline("AutoModelForMultimodalLM.from_pretrained(name)", name=names[1])
     assert "bases={'audio_encoder': folder}" in caught.value.message
     with pytest.raises(Failed, match="couldn't find them in the cached files"):
