@@ -29,13 +29,14 @@ from transformers.utils import cached_file, logging
 from .checkpoints.finding import CONFIG
 from .composition import check_encoders, share_parts
 from .configuration_multimodal import MultimodalConfig
+from .conversion.native import native_selection
 from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
 from .language_model.refusals import check_language_model
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import unwrapped
-from .parts.classes import FAMILIES, language_model_class
+from .parts.classes import FAMILIES, language_model_class, origin_of
 from .parts.registries import valid_groups
 from .parts.stored_values import check_kernels, check_quantization, read_json
 from .processing.own_processors import default_processor
@@ -96,10 +97,11 @@ def compose(
     Args:
         language_model: Hub id, path or live causal language model.
         encoders: by name: a Hub id, a path, a live model, a `ModalEncoderModule`, or a dict with `model` and any of
-            `processor`, `projector`, `kind`, `layer`, `output`, `drop_prefix`, `trim`, `additional_args`, the callbacks, and
-            for loading `revision`, `dtype`, `attn_implementation`, `subfolder`.  Sounds that a processor fills up to a window
-            give features of their valid frames alone, where the encoder's mask tells them and projector and callbacks
-            take any number; `trim` False keeps the window.
+            `processor`, `projector`, `kind`, `layer`, `output`, `drop_prefix`, `select` ("native": the tower of a whole
+            multimodal language model, with the layer and the leading tokens that it chooses), `trim`, `additional_args`, the
+            callbacks, and for loading `revision`, `dtype`, `attn_implementation`, `subfolder`.  Sounds that a processor fills
+            up to a window give features of their valid frames alone, where the encoder's mask tells them and projector and
+            callbacks take any number; `trim` False keeps the window.
         projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), a `MultimodalProjectorConfig`, or its fields.
         tokens: placeholder tokens by encoder name.
         tokenizer, processors: of the language model, and by encoder name; found beside what is loaded by id or path.
@@ -201,12 +203,8 @@ def _check_causal(language_model: Any, options: Mapping[str, Any], given: Mappin
     if not isinstance(config, MultimodalConfig) and (by_code or language_model_class(config) is not None):
         return
     whole = getattr(config, "text_config", None) is not None
-    remedy = (
-        f"it is multimodal already: take it apart by from_native({str(language_model)!r}), or name the checkpoint of its "
-        "language model"
-        if whole
-        else "pass a decoder-only one"
-    )
+    parts = f"by from_native({str(language_model)!r}), or name the checkpoint of its language model"
+    remedy = f"it is multimodal already: take it apart {parts}" if whole else "pass a decoder-only one"
     raise ValueError(
         f"The language model {str(language_model)!r} has the model_type {config.model_type!r} ({type(config).__name__}), "
         f"which is no causal language model: {remedy}. An encoder belongs into encoders={{name: ...}}."
@@ -285,10 +283,10 @@ def _check_texts(freeze: Any, chat_template: Any) -> None:
 
 
 def _check_dtype(dtype: Any, who: str) -> None:
-    if dtype == "auto" or dtype is None or isinstance(dtype, Mapping):  # by part of a model, as transformers takes it
-        return
+    # A dict of them is by part of a model, as transformers takes it.
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+    floating = isinstance(named, torch.dtype) and named.is_floating_point
+    if not floating and dtype not in ("auto", None) and not isinstance(dtype, Mapping):
         expected = "'bfloat16', 'float16', 'float32', 'auto' or a torch.dtype like them"
         raise ValueError(f"{who}dtype must be {expected}, got {dtype!r}.")
 
@@ -323,8 +321,11 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
         with _naming(f"{name}: its model", source):
             _refuse_kernels(source, hub | {k: own[k] for k in ("revision", "subfolder") if k in own}, common | own)
             source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
-    options = {k: v for k, v in spec.items() if k not in (*LOADING_KEYS, "model", "processor", "projector", "trim")}
-    encoder = ModalEncoderModule(source, projector, trim=spec.get("trim") or False, **options)
+    others = (*LOADING_KEYS, "model", "processor", "projector", "trim", "select")
+    options = {k: v for k, v in spec.items() if k not in others}
+    tower, chosen = native_selection(source, spec.get("kind")) if spec.get("select") else (source, {})
+    encoder = ModalEncoderModule(tower, projector, trim=spec.get("trim") or False, **options | chosen)
+    encoder.origin = origin_of(source, encoder.module)
     if spec.get("kind") is None:
         check_kind(name, encoder)
     return encoder

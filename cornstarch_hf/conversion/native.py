@@ -15,6 +15,7 @@ from ..checkpoints.finding import CONFIG, PLACES, CheckpointFiles, picked
 from ..configuration_projector import MultimodalProjectorConfig
 from ..encoders.module import ModalEncoderModule
 from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
+from ..encoders.towers import resolve_tower
 from ..language_model.text_head import TextModelWithHead
 from ..modeling_multimodal import MultimodalModel
 from ..parts.classes import FAMILIES, constructor_options, language_model_class
@@ -231,6 +232,23 @@ def _give_dtypes(source: Any, target: Any) -> None:
     for key, value in vars(source).items():
         if isinstance(value, PreTrainedConfig) and isinstance(vars(target).get(key), PreTrainedConfig):
             _give_dtypes(value, vars(target)[key])
+
+
+def native_selection(model: Any, kind: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The tower of a whole native model, and what the model projects of it, as options of `ModalEncoderModule`.
+
+    `kind` chooses between several towers.  ValueError for a type that is not known, and where it does not name one of them.
+    """
+    config, entry = model.config, entry_of(model.config)
+    towers = {part.kind: part for part in entry.parts_for(config).values() if part.tower is not None}
+    if kind not in towers and (kind is not None or len(towers) != 1):
+        raise ValueError(f"{type(model).__name__} has towers for {sorted(towers)}: choose one by kind=, got {kind!r}.")
+    part = towers[kind or next(iter(towers))]
+    # A model without its head has the same towers, one level higher.
+    path = part.tower if type(model).__name__ == entry.architecture else str(part.tower).removeprefix("model.")
+    tower = resolve_tower(model.get_submodule(str(path)), part.kind)
+    chosen = {"layer": resolved(part.layer, config), "drop_prefix": resolved(part.drop_prefix, config)}
+    return tower, chosen | {"kind": part.kind, "output": part.output, "data_format": part.data_format}
 
 
 # ---- and back

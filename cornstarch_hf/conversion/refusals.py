@@ -18,7 +18,7 @@ OUTSIDE: dict[str, str] = {
     "git": "it puts its image before the text by itself and widens every mask by it",
     "diffusion_gemma": "it fills in blocks of text by diffusion and does not predict one token after the other",
     "pi0": "it gives actions of a robot by flow matching, and no text",
-    "kyutai_stt": "its sounds are codes whose embeddings are added at every position of the text",
+    "kyutai_speech_to_text": "its sounds are codes whose embeddings are added at every position of the text",
     "voxtral_realtime": "features of its sound are added at every position of the text, and not put in places of their own",
     "mistral4": "it is a language model of text alone: pass it to compose() as language_model=",
 }  # fmt: skip

@@ -37,7 +37,8 @@ PROCESSOR_NAMES = {
 
 LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
 # What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
-_OPTIONS = ("model", "processor", "projector", "kind", "layer", "output", "drop_prefix", "trim", "additional_args")
+SELECTED = ("layer", "output", "drop_prefix")
+_OPTIONS = ("model", "processor", "projector", "kind", *SELECTED, "select", "trim", "additional_args")
 ENCODER_KEYS = frozenset([*_OPTIONS, *SLOTS, *LOADING_KEYS])
 # Kinds that an encoder of such a name can have, unless another one is stated.
 _KINDS_BY_NAME: dict[str, tuple[str, ...]] = {"vision": ("image", "video"), "video": ("image", "video")}
@@ -91,7 +92,17 @@ def _spec(name: str, value: Any) -> dict[str, Any]:
     elif not is_path(source) and not isinstance(source, PreTrainedModel) and not is_wrapped(source):
         what = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
         raise TypeError(f"{name}: expected a Hub id, a path or a model, got {what}.")
+    _check_select(name, spec)
     return spec
+
+
+def _check_select(name: str, spec: Mapping[str, Any]) -> None:
+    if spec.get("select") not in (None, "native"):
+        raise ValueError(f"{name}: select must be 'native', or left out, got {spec['select']!r:.100}.")
+    if twice := [key for key in SELECTED if spec.get("select") and spec.get(key) is not None]:
+        raise ValueError(
+            f"{name}: select='native' takes {list(SELECTED)} of the native model: leave out {twice}, or it."
+        )
 
 
 def _has_projector(source: Any) -> bool:

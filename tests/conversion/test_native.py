@@ -150,6 +150,49 @@ def test_a_native_folder_is_no_composition_and_a_native_model_no_part_of_one(lla
         compose(str(folder), {"audio": tiny.whisper()}, tokenizer=tiny.tokenizer())
 
 
+@pytest.mark.parametrize(
+    "model_type", ["llava", "vipllava", "internvl", "llava_next", "idefics3", "qwen2_audio", "voxtral"]
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_tower_of_a_native_model_is_chosen_by_hand_or_as_the_model_uses_it(model_type, whole):
+    native = convertible_models.build(model_type)
+    name, encoder = next(iter(from_native(native)[0].encoders.items()))
+    given = native if whole else native.model
+    with pytest.raises(
+        ValueError, match=rf"{type(given).__name__} is a whole multimodal.*from_native.*'select': 'native'.*get_encoder"
+    ):
+        ModalEncoderModule(given)
+    processor = tiny.clip_processor() if name == "vision" else tiny.whisper_processor()
+    spec = {"model": given, "select": "native", "processor": processor}
+    model, _ = compose(tiny.llama(), {name: spec}, tokenizer=tiny.tokenizer())
+    assert model.encoders[name].module in native.modules() and type(model.encoders[name].module) is type(encoder.module)
+    got, expected = (model.encoders[name].selection, encoder.selection)
+    assert (got.layer, got.drop_prefix, got.output) == (expected.layer, expected.drop_prefix, expected.output)
+    with pytest.raises(ValueError, match=rf"{name}: select='native' takes .* leave out \['layer'\], or it"):
+        compose(tiny.llama(), {name: spec | {"layer": -1}}, tokenizer=tiny.tokenizer())
+
+
+def test_a_tower_is_selected_as_in_a_native_checkpoint_and_stored_so(llava, tmp_path):
+    native, folder = llava
+    tiny.clip_processor().save_pretrained(folder)
+    spec = {"model": str(folder), "select": "native"}
+    model, _ = compose(tiny.llama(), {"vision": spec}, tokenizer=tiny.tokenizer())
+    pixels = convertible_models.noise(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = native.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        got = own_memory(model.vision_encoder).select(pixel_values=pixels).last_hidden_state
+    assert torch.equal(got, expected)
+    model.save_pretrained(tmp_path)
+    assert MultimodalModel.from_pretrained(tmp_path).vision_encoder.selection == model.vision_encoder.selection
+    with pytest.raises(ValueError, match="vision: select must be 'native', or left out, got 'all'"):
+        compose(tiny.llama(), {"vision": spec | {"select": "all"}}, tokenizer=tiny.tokenizer())
+    with pytest.raises(ValueError, match="The native type 'clip_vision_model' is not known"):
+        compose(tiny.llama(), {"vision": spec | {"model": tiny.clip()}}, tokenizer=tiny.tokenizer())
+    both = convertible_models.build("video_llava")
+    with pytest.raises(ValueError, match=r"has towers for \['image', 'video'\]: choose one by kind=, got None"):
+        compose(tiny.llama(), {"vision": spec | {"model": both}}, tokenizer=tiny.tokenizer())
+
+
 def test_tensors_without_a_part_are_kept_or_dropped_in_a_warning(tmp_path):
     native = convertible_models.build("janus")
     kept, _ = from_native(native)

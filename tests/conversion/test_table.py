@@ -77,6 +77,7 @@ def test_an_unknown_type_is_refused_with_those_that_are_known():
     with pytest.raises(ValueError, match=r"'brand_new' is not known, expected one of \['aria', .*'llava', "):
         from_native(model)
     assert set(OUTSIDE).isdisjoint(NATIVE) and len(OUTSIDE) == 18
+    assert set(OUTSIDE) <= set(CONFIG_MAPPING)  # the names that configurations have
 
 
 @pytest.mark.parametrize(
