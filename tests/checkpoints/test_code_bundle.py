@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import convertible_models
 import native_models
 import pytest
 import shared_parts
@@ -514,14 +515,21 @@ def test_adapters_inside_parts_and_pipelines(tmp_path, adapters):
 @pytest.mark.parametrize(
     ("model_type", "stems"),
     [
+        ("qwen2_vl", {"language_model_positions", "encoders_said_of_items"}),
         ("qwen3_vl", {"language_model_positions", "language_model_inner_features", "encoders_said_of_items"}),
+        ("idefics3", {"conversion_steps", "projectors_reductions"}),
         ("paligemma", {"language_model_positions", "language_model_masks", "encoders_said_of_items"}),
         ("gemma3", {"language_model_masks", "projectors_native"}),
     ],
 )
 def test_rules_run_where_the_package_is_absent_and_only_they_are_carried(tmp_path, model_type, stems):
-    native = native_models.native(model_type)
-    inputs = native_models.image_inputs(native) if model_type == "qwen3_vl" else native_models.picture_inputs(native)
+    if model_type == "idefics3":
+        native = convertible_models.build(model_type)
+        inputs = convertible_models.batch(convertible_models.TYPES[model_type].media(native))
+    else:
+        native = native_models.native(model_type)
+        packed = model_type in native_models.PACKED
+        inputs = (native_models.image_inputs if packed else native_models.picture_inputs)(native)
     model, folder = from_native(native)[0], tmp_path / "checkpoint"
     model.save_pretrained(folder, include_code=True)
     special = {stem for stem in OPTIONAL if stem != "language_model_text_head"}
