@@ -76,7 +76,7 @@ def register_auto_classes() -> None:
     AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
 
 
-_LAZY = {"from_native": ".conversion.native", "to_native": ".conversion.native"}
+_LAZY = dict.fromkeys(("from_native", "native_selection", "to_native"), ".conversion.native")
 
 
 def __getattr__(name: str):
@@ -89,5 +89,9 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-PUSHERS["from_native"] = lambda *args, **kwargs: __getattr__("from_native")(*args, **kwargs)
+def _later(name: str):
+    return lambda *args, **kwargs: __getattr__(name)(*args, **kwargs)
+
+
+PUSHERS.update({name: _later(name) for name in ("from_native", "native_selection")})
 register_auto_classes()

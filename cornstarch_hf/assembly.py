@@ -27,9 +27,9 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from .checkpoints.finding import CONFIG
+from .checkpoints.plain_storage import pusher
 from .composition import check_encoders, share_parts
 from .configuration_multimodal import MultimodalConfig
-from .conversion.native import native_selection
 from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
@@ -323,7 +323,8 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
             source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
     others = (*LOADING_KEYS, "model", "processor", "projector", "trim", "select")
     options = {k: v for k, v in spec.items() if k not in others}
-    tower, chosen = native_selection(source, spec.get("kind")) if spec.get("select") else (source, {})
+    select = pusher("native_selection") if spec.get("select") else lambda model, kind: (model, {})
+    tower, chosen = select(source, spec.get("kind"))
     encoder = ModalEncoderModule(tower, projector, trim=spec.get("trim") or False, **options | chosen)
     encoder.origin = origin_of(source, encoder.module)
     if spec.get("kind") is None:

@@ -21,8 +21,7 @@ LAYERS = [
     ["projectors"],
     ["encoders"],
     ["composition", "processing_multimodal", "modeling_multimodal"],
-    ["conversion"],
-    ["assembly", "training", "hub"],
+    ["assembly", "training", "hub", "conversion"],
     ["__init__"],
 ]
 # name -> why it may be longer than 40 lines of body
@@ -39,6 +38,7 @@ COVERED = {
     "conversion.refusals": "conversion/test_table",
     "encoders.building": "test_composition",
     "encoders.said_of_items": "language_model/test_positions",
+    "language_model.position_rules": "language_model/test_positions",
     "language_model.refusals": "language_model/test_supported",
     "encoders.rebuilding": "test_composition",
     "projectors.native": "conversion/test_native",
@@ -82,7 +82,7 @@ def imports(name):
 def test_the_layers_are_those_that_the_contributing_guide_tells():
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
     told = next(block for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S) if "modeling_multimodal" in block)
-    assert [line.split(", ") for line in told.splitlines()] == LAYERS and len(LAYERS) == 9
+    assert [line.split(", ") for line in told.splitlines()] == LAYERS and len(LAYERS) == 8
 
 
 def test_every_room_and_file_on_top_has_its_layer():
@@ -95,7 +95,7 @@ def test_every_room_and_file_on_top_has_its_layer():
 
 def test_the_house_stays_small_enough_to_be_drawn():
     assert len([name for name in FILES if "." not in name]) <= 10
-    assert len([name for name in FILES if name != "__init__"]) <= 101
+    assert len([name for name in FILES if name != "__init__"]) <= 102
 
 
 def test_a_twentieth_of_the_lines_have_comments():

@@ -52,6 +52,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "encoders_said_of_items": frozenset(["positions", "layer_features"]),
     "language_model_inner_features": frozenset(["layer_features", "merge"]),
     "language_model_masks": frozenset(["mask"]),
+    "language_model_position_rules": frozenset(["positions"]),
     "language_model_positions": frozenset(["positions"]),
     "language_model_text_head": frozenset(["TextModelWithHead"]),
     "conversion_steps": frozenset(["native steps"]),

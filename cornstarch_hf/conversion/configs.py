@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from .entries import Native
+from ..parts.stored_errors import make_config
+from .entries import Native, setting
 from .keys import tower_of
 from .refusals import entry_of_type
 
@@ -54,6 +55,7 @@ def native_config(model: Any, model_type: str | None = None) -> tuple[Any, Nativ
         raise ValueError("This composition never was a native model, so to_native does not know which one it is.")
     if model_type not in (None, known["model_type"]):
         raise ValueError(f"This composition was a {known['model_type']!r}, and cannot become a {model_type!r}.")
+    _check_known(known, model.config)
     entry = entry_of_type(known["model_type"])
     values, parts = copy.deepcopy(known["config"]), {}
     for place, key in known["parts"].items():
@@ -62,7 +64,28 @@ def native_config(model: Any, model_type: str | None = None) -> tuple[Any, Nativ
         if key == "text_config" and "tie_word_embeddings" not in values[place]:
             given.pop("tie_word_embeddings", None)  # the native text configuration does not know it
         values[place] = given | values[place]
-    config = CONFIG_MAPPING[known["model_type"]].from_dict(values)
+    config = make_config(CONFIG_MAPPING[known["model_type"]].from_dict, values, "config.native['config']")
     for place, part in parts.items():
         getattr(config, place)._attn_implementation = part._attn_implementation
+    # Placeholders may have got other ids since.
+    for name, part in entry.parts_for(config).items():
+        *folders, last = part.token.split(".")
+        token_id = model.config.modality(name)["token_id"]
+        if token_id is not None:
+            setattr(setting(config, ".".join(folders)) if folders else config, last, token_id)
     return config, entry
+
+
+def _check_known(known: dict[str, Any], config: Any) -> None:
+    """ValueError where what a composition's configuration keeps of the native one is not as `outer_values` made it."""
+    if not isinstance(known.get("model_type"), str):
+        raise ValueError(f"config.native has the model_type {known.get('model_type')!r:.100}, expected a name.")
+    values, parts = known.get("config"), known.get("parts")
+    whole = isinstance(values, dict) and isinstance(parts, dict)
+    if not whole or not all(isinstance(values.get(place), dict) for place in parts):
+        raise ValueError(
+            "config.native must hold 'config', the native configuration, and 'parts', {place in it: key of this one}, got "
+            f"{known!r:.300}."
+        )
+    if unknown := [key for key in parts.values() if not isinstance(key, str) or key not in config.sub_configs]:
+        raise ValueError(f"config.native: parts names {unknown}, this composition has {list(config.sub_configs)}.")

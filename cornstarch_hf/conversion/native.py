@@ -18,6 +18,7 @@ from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfi
 from ..encoders.towers import resolve_tower
 from ..language_model.text_head import TextModelWithHead
 from ..modeling_multimodal import MultimodalModel
+from ..parts.adapters import is_wrapped
 from ..parts.classes import FAMILIES, constructor_options, language_model_class
 from ..parts.stored_modules import KeptTensors, build_callback, describe_callback
 from ..parts.stored_values import check_kernels, check_values, without_implementations
@@ -109,11 +110,20 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False) -> Multimoda
         values["dropped"] = rest
     model.config.native = values
     hand_over(native, model, with_buffers(names, native, model, entry))
+    _take_checkpointing(native, model)
     model._untied = frozenset()  # ties are those of the native model, which the text configuration tells
     model.generation_config = copy.deepcopy(native.generation_config)
     for name, part in entry.parts_for(native.config).items():
         model.config.modality(name)["token_id"] = setting(native.config, part.token)
     return model.train(native.training)
+
+
+def _take_checkpointing(source: Any, target: Any) -> None:
+    """Have a model trade time for memory in training where another one does, with that one's arguments (in place)."""
+    if source.is_gradient_checkpointing:
+        on = next(module for module in source.modules() if getattr(module, "gradient_checkpointing", False))
+        function = getattr(on, "_gradient_checkpointing_func", None)
+        target.gradient_checkpointing_enable(dict(getattr(function, "keywords", None) or {}) or None)
 
 
 def _warn_of_dropped(native: Any, rest: dict[str, Any]) -> None:
@@ -277,6 +287,12 @@ def to_native(model: Any, processor: Any = None, *, model_type: str | None = Non
 
 def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
     """The native model; raises as `to_native` does."""
+    wrapped = [name for name, part in model._parts().items() if is_wrapped(part)]
+    if wrapped or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{wrapped or 'The model'} has adapters, and native classes have none inside: merge them (merge_and_unload()), or "
+            "save them by PEFT and unload them, and convert what is left."
+        )
     config, entry = native_config(model, model_type)
     native = build_without_weights(lambda: built(getattr(transformers, entry.architecture), config))
     _check_same(model, build_without_weights(lambda: _compose(native, entry)), entry)
@@ -291,6 +307,7 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
     names = with_buffers(names, native, model, entry)
     hand_over(model, native, {of: name for name, of in names.items()})
     native.generation_config = copy.deepcopy(model.generation_config)
+    _take_checkpointing(model, native)
     return native.train(model.training)
 
 

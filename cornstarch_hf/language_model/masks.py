@@ -16,7 +16,7 @@ from transformers.masking_utils import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..parts.adapters import unwrapped
-from ..parts.registries import MASK_RULES, STEPS, Step, register_mask_rule
+from ..parts.registries import MASK_RULES, STEPS, Step, check_rule_options, register_mask_rule
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE, is_paged
 
@@ -64,9 +64,15 @@ class Masks(Step):
 
     def check(self, model: Any) -> None:
         rule = model.config.mask
-        MASK_RULES[rule.get("rule")]
-        types = set(_layer_types(_text_config(model)) or ["full_attention"])
-        if unknown := sorted(set(rule.get("layers") or ()) - types):
+        options = {key: value for key, value in rule.items() if key not in OWN_OPTIONS}
+        check_rule_options("mask", MASK_RULES[rule.get("rule")], 2, options)
+        layers, windowed, config = rule.get("layers") or [], rule.get("windowed", False), _text_config(model)
+        if not isinstance(layers, (list, tuple)) or not all(isinstance(kind, str) for kind in layers):
+            raise ValueError(f"mask: layers must be a list of types of layers, got {layers!r:.100}.")
+        if not isinstance(windowed, bool):
+            raise ValueError(f"mask: windowed must be True or False, got {windowed!r:.100}.")
+        types = set(_layer_types(config) or ["full_attention"])
+        if unknown := sorted(set(layers) - types):
             raise ValueError(
                 f"mask: layers names {unknown}, the language model has layers of the types {sorted(types)}."
             )
@@ -97,6 +103,10 @@ class Masks(Step):
             return inputs
         options = {key: value for key, value in model.config.mask.items() if key not in OWN_OPTIONS}
         blocks = rule(types, marks if marks is None else _tail(marks, types, 1), **options)  # (batch, length)
+        if not isinstance(blocks, Tensor) or blocks.shape != types.shape:
+            got = f"the shape {tuple(blocks.shape)}" if isinstance(blocks, Tensor) else type(blocks).__name__
+            name = model.config.mask["rule"]
+            raise ValueError(f"mask: the rule {name!r} must give (batch, length) = {tuple(types.shape)}, got {got}.")
         # What is in the cache was masked when it came; behind it a prompt is no prefix any more.
         blocks = torch.full_like(blocks, -1) if for_text and past else blocks
         return inputs | {"attention_mask": _layer_masks(model, inputs, rows, blocks, past)}

@@ -67,6 +67,7 @@ class TextModelWithHead(PreTrainedModel, GenerationMixin):
         if not live and not isinstance(model, PreTrainedConfig):
             raise TypeError(f"TextModelWithHead takes a text stack or its configuration, got {type(model).__name__}.")
         config: Any = model.config if live else model
+        _check_stack(model if live else None, config)
         cls = type(model) if live else _stack_class(config, backbone)
         for name, value in (("scale", scale), ("softcap", softcap)):
             check_factor(name, value)
@@ -211,6 +212,17 @@ def slice_logits_to_keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor
     if logits_to_keep.dtype == torch.bool:
         return hidden[logits_to_keep]  # (positions of all rows, hidden)
     return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
+
+
+def _check_stack(model: Any, config: Any) -> None:
+    """ValueError for a live model that has a head already, and for a configuration that is no text stack's."""
+    if model is not None and model.get_output_embeddings() is not None:
+        raise ValueError(
+            f"TextModelWithHead takes a text stack, and {type(model).__name__} has a head already: compose it as it is, or "
+            "pass the stack below (get_decoder()) and its head."
+        )
+    if missing := [key for key in ("vocab_size", "hidden_size") if not isinstance(getattr(config, key, None), int)]:
+        raise ValueError(f"TextModelWithHead takes a text stack, but {type(config).__name__} has no {missing}.")
 
 
 def check_factor(name: str, value: Any) -> None:

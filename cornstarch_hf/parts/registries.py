@@ -297,6 +297,26 @@ def valid_groups(groups: Any, names: list[str]) -> list[list[str]]:
     return [list(group) for group in groups]
 
 
+def check_rule_options(key: str, rule: Callable, given: int, options: Mapping[str, Any]) -> None:
+    """ValueError for options that a rule of ``config.positions`` or ``config.mask`` does not take, lacks or finds wrong.
+
+    Args:
+        key: which of both.
+        rule: its function; an attribute ``check(**options)`` of it says more of their values.
+        given: how many arguments it gets besides.
+        options: those of the configuration.
+    """
+    signature = inspect.signature(rule)
+    try:
+        signature.bind(*[None] * given, **options)
+    except TypeError as error:
+        takes = list(signature.parameters)[given:]
+        raise ValueError(f"{key}: its rule has the options {sorted(options)}, but takes {takes} ({error}).") from error
+    check = getattr(rule, "check", None)
+    if check is not None:
+        check(**options)
+
+
 def check_rules(values: Mapping[str, Any]) -> None:
     """ValueError for a rule of positions or masks that has no name."""
     for key in ("positions", "mask"):

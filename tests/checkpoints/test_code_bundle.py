@@ -515,10 +515,26 @@ def test_adapters_inside_parts_and_pipelines(tmp_path, adapters):
 @pytest.mark.parametrize(
     ("model_type", "stems"),
     [
-        ("qwen2_vl", {"language_model_positions", "encoders_said_of_items"}),
-        ("qwen3_vl", {"language_model_positions", "language_model_inner_features", "encoders_said_of_items"}),
+        ("qwen2_vl", {"language_model_position_rules", "language_model_positions", "encoders_said_of_items"}),
+        (
+            "qwen3_vl",
+            {
+                "language_model_position_rules",
+                "language_model_positions",
+                "language_model_inner_features",
+                "encoders_said_of_items",
+            },
+        ),
         ("idefics3", {"conversion_steps", "projectors_reductions"}),
-        ("paligemma", {"language_model_positions", "language_model_masks", "encoders_said_of_items"}),
+        (
+            "paligemma",
+            {
+                "language_model_position_rules",
+                "language_model_positions",
+                "language_model_masks",
+                "encoders_said_of_items",
+            },
+        ),
         ("gemma3", {"language_model_masks", "projectors_native"}),
     ],
 )

@@ -13,10 +13,12 @@ import torch
 import transformers
 from convertible_models import TYPES
 from own_memory import own_memory
+from peft import LoraConfig, get_peft_model
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose, from_native, to_native
 from cornstarch_hf.conversion.table import NATIVE
 from cornstarch_hf.conversion.table_rules import RULED
+from cornstarch_hf.parts.stored_modules import KeptTensors
 
 SUPPRESSED = [convertible_models.IMAGE, convertible_models.VIDEO, convertible_models.AUDIO]
 WITH_VIDEOS = [name for name, row in TYPES.items() if row.videos]
@@ -206,6 +208,82 @@ def test_tensors_without_a_part_are_kept_or_dropped_in_a_warning(tmp_path):
     dropped.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"tensors that this composition does not .* without drop_rest=True"):
         to_native(MultimodalModel.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], r"expected \{dtype: \{name: shape\}\}, got"),
+        ({"float32": 3}, r"expected \{dtype: \{name: shape\}\}, got"),
+        ({"float33": {}}, "names the dtype 'float33', which torch does not have"),
+        ({"float32": {"a.forward": [2]}}, "names a tensor 'a.forward', which no module can have"),
+        ({"float32": {"a..b": [2]}}, "names a tensor 'a..b', which no module can have"),
+        ({"float32": {"a.b": "2"}}, "a.b has the shape '2', expected sizes"),
+        ({"float32": {"a.b": [-2]}}, r"a.b has the shape \[-2\], expected sizes"),
+        ({"float32": {"a.b": [2**30, 2**30]}}, r"a.b has the shape \[1073741824, 1073741824\], expected sizes"),
+    ],
+)
+def test_kept_tensors_of_a_strangers_file_are_looked_at(values, message):
+    with pytest.raises(ValueError, match=message):
+        KeptTensors(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": 3}, "config.native has the model_type 3, expected a name"),
+        ({"model_type": "mllama"}, "'mllama' cannot be composed"),
+        ({"config": 3}, "config.native must hold 'config'"),
+        ({"config": {}}, "config.native must hold 'config'"),
+        ({"parts": {"text_config": "texts"}}, r"parts names \['texts'\], this composition has"),
+    ],
+)
+def test_what_a_strangers_file_says_of_a_native_model_is_looked_at(llava, change, message):
+    model, _ = from_native(llava[0])
+    model.config.native = model.config.native | change
+    with pytest.raises(ValueError, match=message):
+        to_native(model)
+
+
+def test_new_ids_of_placeholders_go_back(llava, tmp_path):
+    native, _ = llava
+    model, _ = from_native(native)
+    inputs = convertible_models.batch(TYPES["llava"].media(native))
+    model.set_modality_token_ids({"vision": 89})
+    back = to_native(model)
+    moved = inputs | {"input_ids": inputs["input_ids"].where(inputs["input_ids"] != convertible_models.IMAGE, 89)}
+    with torch.no_grad():
+        real = inputs["attention_mask"].bool()
+        assert torch.equal(back(**moved).logits[real], model(**moved).logits[real])
+    back.save_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).image_token_id == 89
+    assert native.config.image_token_id == convertible_models.IMAGE
+
+
+def test_checkpointing_is_taken_over_in_both_directions():
+    native = convertible_models.build("llava")
+    native.gradient_checkpointing_enable({"use_reentrant": False})
+    model, _ = from_native(native)
+    on = next(module for module in model.language_model.modules() if getattr(module, "gradient_checkpointing", False))
+    assert model.is_gradient_checkpointing and on._gradient_checkpointing_func.keywords == {"use_reentrant": False}
+    assert to_native(model).is_gradient_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not to_native(model).is_gradient_checkpointing and native.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_encoder.module"])
+def test_adapters_are_to_be_merged_first(llava, part):
+    model, _ = from_native(copy.deepcopy(llava[0]))
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    if part == "language_model":
+        model.language_model = get_peft_model(model.language_model, config)
+    else:
+        model.vision_encoder.module = get_peft_model(model.vision_encoder.module, config)
+    with pytest.raises(ValueError, match=r"has adapters, and native classes have none .*merge_and_unload\(\)"):
+        to_native(model)
+    if part == "language_model":
+        model.language_model = model.language_model.merge_and_unload()
+        assert digests(to_native(model)) != digests(llava[0])
 
 
 def test_parts_share_memory_and_parameters_are_their_own(llava):

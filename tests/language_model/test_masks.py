@@ -166,6 +166,35 @@ def test_rules_that_are_none_are_refused():
         register_mask_rule("x", None)
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"rule": "item_blocks", "size": 3}, r"options \['size'\], but takes \[\]"),
+        ({"rule": "item_blocks", "layers": "full_attention"}, "layers must be a list of types of layers, got 'full"),
+        ({"rule": "item_blocks", "layers": [3]}, r"layers must be a list of types of layers, got \[3\]"),
+        ({"rule": "prefix", "windowed": "no"}, "windowed must be True or False, got 'no'"),
+    ],
+)
+def test_options_of_rules_are_checked_when_a_model_is_composed(rule, message):
+    encoders = {"vision": ModalEncoderModule(tiny.clip())}
+    with pytest.raises(ValueError, match=message):
+        MultimodalModel(encoders=encoders, language_model=tiny.llama(), mask=rule)
+
+
+def test_what_a_users_rule_gives_is_checked():
+    register_mask_rule("test_wrong", lambda types, marks: types[0])
+    MASK_RULES["test_wrong"].masks_text = True
+    try:
+        encoders = {"vision": ModalEncoderModule(tiny.clip())}
+        model = MultimodalModel(encoders=encoders, language_model=tiny.llama(), mask={"rule": "test_wrong"})
+        with pytest.raises(
+            ValueError, match=r"'test_wrong' must give \(batch, length\) = \(1, 2\), got the shape \(2,\)"
+        ):
+            model(input_ids=torch.tensor([[5, 6]]))
+    finally:
+        del MASK_RULES._entries["test_wrong"]
+
+
 # ---- the rules themselves
 
 KINDS = torch.tensor([[0, 1, 1, 0, 2, 2, 1]])

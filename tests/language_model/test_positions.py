@@ -1,6 +1,7 @@
 """Positions by the grids of items: equal to native models in calls, steps, beams, chunks and continued chats."""
 
 import copy
+import json
 import types as python_types
 
 import catalog_llms
@@ -21,7 +22,7 @@ from cornstarch_hf import (
     MultimodalProjectorConfig,
     register_position_rule,
 )
-from cornstarch_hf.language_model.positions import PositionQuery, counted, mrope, xdrope
+from cornstarch_hf.language_model.position_rules import PositionQuery, counted, mrope, xdrope
 from cornstarch_hf.parts.registries import POSITION_RULES
 from cornstarch_hf.parts.versions import CACHE
 
@@ -319,7 +320,7 @@ def test_xdrope_refuses_what_it_cannot_number():
         xdrope(query([[1, 1, 1]], {"image": [(1, 2, 3)]}))
     with pytest.raises(ValueError, match="numbers images from the start"):
         xdrope(query([[1]], {"image": [(1, 1, 1)]}, past=3))
-    with pytest.raises(ValueError, match="3 axes or more, got axes=2"):
+    with pytest.raises(ValueError, match="3 to 16 axes, got axes=2"):
         xdrope(query([[0]], {}), axes=2)
 
 
@@ -362,6 +363,58 @@ def test_rules_that_are_none_are_refused():
         MultimodalModel(encoders={}, language_model=catalog_llms.build("bloom"), positions={"rule": "mrope"})
     with pytest.raises(TypeError, match=r"register_position_rule\('x', fn\) expects a function"):
         register_position_rule("x", 3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"rule": "mrope", "axis": 3}, r"options \['axis'\], but takes \['axes', 'frames_apart', 'time_step'\]"),
+        ({"rule": "mrope", "axes": "3"}, "has 3 axes, got axes='3'"),
+        ({"rule": "mrope", "frames_apart": "yes"}, "frames_apart must be True or False, got 'yes'"),
+        ({"rule": "mrope", "time_step": 2}, "time_step must be numbers from 0 on by modality"),
+        ({"rule": "mrope", "time_step": {"image": "2"}}, "time_step must be numbers from 0 on by modality"),
+        ({"rule": "mrope", "time_step": {"film": 2}}, r"time_step names \['film'\], the model has the modalities"),
+        ({"rule": "xdrope", "axes": 10**9}, "has 3 to 16 axes, got axes=1000000000"),
+        ({"rule": "xdrope", "newline": 1}, "newline must be True or False, got 1"),
+        ({"rule": "xdrope"}, "Qwen2VLTextModel|TextModelWithHead turns tokens by one axis.* no 'xdrope_section'"),
+        ({"rule": "counted", "first": -1}, "counts from a number from 0 on, got first=-1"),
+    ],
+)
+def test_options_of_rules_are_checked_when_a_model_is_composed_or_read(sides, rule, message, tmp_path):
+    native, model, _ = sides("qwen2_vl")
+    text = native_models.head(native)
+    encoders = {"image": native_models.plain(copy.deepcopy(native.model.visual), kind="image")}
+    with pytest.raises(ValueError, match=message):
+        MultimodalModel(encoders=encoders, language_model=text, positions=rule)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"positions": rule}))
+    with pytest.raises(ValueError, match=message):
+        MultimodalModel.from_pretrained(tmp_path)
+
+
+def test_a_model_that_turns_by_one_axis_follows_no_rule_of_several():
+    encoders = {"vision": ModalEncoderModule(tiny.clip())}
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM turns tokens by one axis, its rope_parameters have no 'mrope_"
+    ):
+        MultimodalModel(encoders=encoders, language_model=tiny.llama(), positions={"rule": "mrope"})
+
+
+@pytest.mark.parametrize(("given", "got"), [(None, "NoneType"), (torch.zeros(3, dtype=torch.long), r"shape \(3,\)")])
+def test_what_a_users_rule_gives_is_checked(given, got):
+    def rule(query):
+        return given
+
+    rule.needs_grids, rule.numbers_text = False, True
+    register_position_rule("test_wrong", rule)
+    try:
+        encoders = {"vision": ModalEncoderModule(tiny.clip())}
+        model = MultimodalModel(encoders=encoders, language_model=tiny.llama(), positions={"rule": "test_wrong"})
+        with pytest.raises(ValueError, match=rf"'test_wrong' must give \(batch, length\) = \(1, 2\).*got .*{got}"):
+            model(input_ids=torch.tensor([[5, 6]]))
+    finally:
+        del POSITION_RULES._entries["test_wrong"]
 
 
 def test_seconds_may_be_numbers_of_python(sides):

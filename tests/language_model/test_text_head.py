@@ -4,6 +4,7 @@ import copy
 
 import native_models
 import pytest
+import tiny
 import torch
 from own_memory import check_comes_back
 from torch import nn
@@ -194,6 +195,19 @@ def test_parts_that_do_not_fit_are_refused(heads):
             TextModelWithHead(stack, **{option: value})
     with pytest.raises(ValueError, match="no AutoModel for PaddleOCRTextConfig: name the class"):
         TextModelWithHead(native_models.configuration("paddleocr_vl").text_config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (tiny.llama, "takes a text stack, and LlamaForCausalLM has a head already.*get_decoder"),
+        (tiny.clip, r"takes a text stack, but CLIPVisionConfig has no \['vocab_size'\]"),
+        (lambda: tiny.clip().config, r"takes a text stack, but CLIPVisionConfig has no \['vocab_size'\]"),
+    ],
+)
+def test_what_is_no_text_stack_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        TextModelWithHead(make())
 
 
 def test_stored_options_are_numbers_and_names():
