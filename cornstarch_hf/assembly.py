@@ -323,9 +323,8 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
             source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
     others = (*LOADING_KEYS, "model", "processor", "projector", "trim", "select")
     options = {k: v for k, v in spec.items() if k not in others}
-    select = pusher("native_selection") if spec.get("select") else lambda model, kind: (model, {})
-    tower, chosen = select(source, spec.get("kind"))
-    encoder = ModalEncoderModule(tower, projector, trim=spec.get("trim") or False, **options | chosen)
+    chosen = pusher("native_selection")(source, spec.get("kind")) if spec.get("select") else (source, {})
+    encoder = ModalEncoderModule(chosen[0], projector, trim=spec.get("trim") or False, **options | chosen[1])
     encoder.origin = origin_of(source, encoder.module)
     if spec.get("kind") is None:
         check_kind(name, encoder)

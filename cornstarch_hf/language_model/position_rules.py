@@ -193,9 +193,9 @@ def counted(query: PositionQuery, *, first: int = 0) -> Tensor:
     return (places + first).expand(query.types.shape[0], -1)
 
 
-# What the rules say of themselves: checks of their options, the setting of language models that turn by their axes, and more.
-mrope.check, mrope.section = _check_mrope, "mrope_section"  # type: ignore[attr-defined]
-xdrope.check, xdrope.section = _check_xdrope, "xdrope_section"  # type: ignore[attr-defined]
+# What the rules say of themselves: checks of their options, how many axes the language model must turn by, and more.
+mrope.check, mrope.axes = _check_mrope, 3  # type: ignore[attr-defined]
+xdrope.check, xdrope.axes = _check_xdrope, 4  # type: ignore[attr-defined]
 counted.check = _check_counted  # type: ignore[attr-defined]
 xdrope.text_row = False  # type: ignore[attr-defined]
 counted.numbers_text = True  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from .extra_inputs import mask_positions
 from .position_rules import PositionQuery
 
 SECONDS = "second_per_grid_ts"  # seconds between frames of each video: what native processors call it
+SECTIONS = "mrope_section"  # in rope_parameters, and on layers of those that have a default
 # What native processors write in `mm_token_type_ids` for a feature of each kind; others may be any number but 0.
 TYPE_IDS = {"image": 1, "video": 2, "audio": 3}
 
@@ -88,11 +89,33 @@ def _positions(model: Any, query: PositionQuery) -> Tensor:
     return found
 
 
-def _turns_by(language_model: Any, section: str) -> bool:
-    """Whether a language model has sections of its rotary embedding for several axes, by its configuration or its layers."""
+def _sections(language_model: Any) -> list[int] | None:
+    """How a language model shares out its rotary embedding among several axes, by its layers or its configuration."""
     inner = unwrapped(language_model)
     parameters = getattr(inner.config.get_text_config(), "rope_parameters", None) or {}
-    return section in parameters or any(hasattr(module, section) for module in inner.modules())
+    found = (getattr(module, SECTIONS, None) for module in inner.modules())
+    return next((sections for sections in found if sections is not None), parameters.get(SECTIONS))
+
+
+def _check_axes(model: Any, rule: Any) -> None:
+    """ValueError where the rule gives positions along other axes than the language model turns tokens by."""
+    if (axes := getattr(rule, "axes", None)) is None:
+        return
+    axes, name = _options(model).get("axes", axes), model.config.positions["rule"]
+    sections, who = _sections(model.language_model), type(unwrapped(model.language_model)).__name__
+    if sections is None:
+        raise ValueError(
+            f"positions: {who} turns tokens by one axis, its rope_parameters have no {SECTIONS!r}, so it cannot follow the "
+            f"rule {name!r}: leave the rule out, or choose a model that was trained with it."
+        )
+    if len(sections) != axes:
+        raise ValueError(
+            f"positions: {who} turns tokens by {len(sections)} axes ({SECTIONS} {list(sections)}), and the rule {name!r} has "
+            f"{axes}: choose the rule that belongs to the model."
+        )
+    steps = set(_options(model).get("time_step") or ())
+    if unknown := sorted(steps - set(model.config.encoders)):
+        raise ValueError(f"positions: time_step names {unknown}, the model has the modalities {model.config.encoders}.")
 
 
 class Positions(Step):
@@ -109,18 +132,7 @@ class Positions(Step):
         if "position_ids" not in forward_parameters(model.language_model):
             raise ValueError(f"positions: {who} takes no `position_ids`: leave the rule out, or choose another model.")
         check_rule_options("positions", rule, 1, _options(model))
-        section = getattr(rule, "section", None)
-        if section is not None and not _turns_by(model.language_model, section):
-            name = model.config.positions["rule"]
-            raise ValueError(
-                f"positions: {who} turns tokens by one axis, its rope_parameters have no {section!r}, so it cannot follow the "
-                f"rule {name!r}: leave the rule out, or choose a model that was trained with it."
-            )
-        steps = set(_options(model).get("time_step") or ()) if section is not None else set()
-        if unknown := sorted(steps - set(model.config.encoders)):
-            raise ValueError(
-                f"positions: time_step names {unknown}, the model has the modalities {model.config.encoders}."
-            )
+        _check_axes(model, rule)
 
     def before_language_model(self, model: Any, inputs: dict, masks: dict, outputs: dict, past: int) -> dict:
         rows = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]

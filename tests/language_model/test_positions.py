@@ -376,7 +376,7 @@ def test_rules_that_are_none_are_refused():
         ({"rule": "mrope", "time_step": {"film": 2}}, r"time_step names \['film'\], the model has the modalities"),
         ({"rule": "xdrope", "axes": 10**9}, "has 3 to 16 axes, got axes=1000000000"),
         ({"rule": "xdrope", "newline": 1}, "newline must be True or False, got 1"),
-        ({"rule": "xdrope"}, "Qwen2VLTextModel|TextModelWithHead turns tokens by one axis.* no 'xdrope_section'"),
+        ({"rule": "xdrope"}, r"TextModelWithHead turns tokens by 3 axes \(mrope_section \[4, 2, 2\]\).*'xdrope' has 4"),
         ({"rule": "counted", "first": -1}, "counts from a number from 0 on, got first=-1"),
     ],
 )

@@ -18,8 +18,11 @@ from cornstarch_hf import (
 
 IMAGE, VIDEO, VOCABULARY = 250, 251, 256
 # Types that are compared with their compositions: of towers that pack patches, and of towers that take pictures.
-PACKED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm46v", "paddleocr_vl"]
-PICTURES = ["gemma3", "gemma4", "paligemma", "ovis2", "molmo2"]
+PACKED = [
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm46v", "glmga", "glm4v_moe",
+    "glm_ocr", "paddleocr_vl", "cosmos3_omni", "cosmos3_edge", "hunyuan_vl",
+]  # fmt: skip
+PICTURES = ["gemma3", "shieldgemma2", "gemma4", "paligemma", "ovis2", "molmo2"]
 COMPARED = [*PACKED, *PICTURES]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 TEXT = {
@@ -44,6 +47,20 @@ SIGLIP = {
 }
 DEEP = TOWER | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
 GLM = TOWER | {"out_hidden_size": 64, "intermediate_size": 64, "image_size": 32}
+GLM_MARKS = {
+    "image_start_token_id": 240,
+    "image_end_token_id": 241,
+    "video_start_token_id": 242,
+    "video_end_token_id": 243,
+}
+GLM_MOE = EXPERTS | {
+    "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+}  # fmt: skip
+GEMMA3 = {
+    "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}  # fmt: skip
 QWEN3_5 = {
     "head_dim": 32, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention", "full_attention"],
@@ -55,15 +72,21 @@ NATIVE: dict[str, tuple[str, dict, dict, dict]] = {
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", MROPE, TOWER | {"out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 16, "tokens_per_second": 4}, {}),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", MROPE | {"head_dim": 16}, DEEP, {}),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", MROPE | EXPERTS | {"head_dim": 16}, DEEP, {}),
-    "glm4v": ("Glm4vForConditionalGeneration", MROPE, GLM, {"image_start_token_id": 240, "image_end_token_id": 241, "video_start_token_id": 242, "video_end_token_id": 243}),
-    "glm46v": ("Glm46VForConditionalGeneration", MROPE, GLM, {"image_start_token_id": 240, "image_end_token_id": 241, "video_start_token_id": 242, "video_end_token_id": 243}),
+    "glm4v": ("Glm4vForConditionalGeneration", MROPE, GLM, GLM_MARKS),
+    "glmga": ("Glm46VForConditionalGeneration", MROPE, GLM, GLM_MARKS),
+    "glm4v_moe": ("Glm4vMoeForConditionalGeneration", GLM_MOE, GLM, GLM_MARKS),
+    "glm_ocr": ("GlmOcrForConditionalGeneration", MROPE | {"head_dim": 16}, GLM, GLM_MARKS),
+    "cosmos3_omni": ("Cosmos3OmniForConditionalGeneration", MROPE | {"head_dim": 16}, DEEP, {}),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", QWEN3_5 | EXPERTS | {"shared_expert_intermediate_size": 16}, DEEP, {}),
+    "shieldgemma2": ("Gemma3ForConditionalGeneration", GEMMA3, SIGLIP, {"mm_tokens_per_image": 16}),
+    "glm46v": ("Glm46VForConditionalGeneration", MROPE, GLM, GLM_MARKS),
     "qwen3_5": ("Qwen3_5ForConditionalGeneration", QWEN3_5, DEEP, {}),
     "paddleocr_vl": ("PaddleOCRVLForConditionalGeneration", MROPE | {"head_dim": 16}, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4}, {}),
     "cosmos3_edge": ("Cosmos3EdgeForConditionalGeneration", MROPE | {"head_dim": 16}, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "num_patches": 64}, {"projector_hidden_size": 48}),
     "hunyuan_vl": ("HunYuanVLForConditionalGeneration", {"head_dim": 16, "rope_parameters": ROPE | {"xdrope_section": [2, 2, 2, 2]}}, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "out_hidden_size": 64, "text_hidden_size": 64, "max_image_size": 64}, {"im_start_id": 240, "im_end_id": 241, "im_newline_id": 242}),
     "molmo2": ("Molmo2ForConditionalGeneration", {"head_dim": 16, "additional_vocab_size": 16}, SIGLIP | {"num_key_value_heads": 2, "head_dim": 16, "image_size": [32, 32], "num_position_embeddings": 64}, {"adapter_config": {"vision_feature_layer": [-1, -2], "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "text_hidden_size": 64}, "image_patch_id": IMAGE, "image_start_token_id": 240, "image_end_token_id": 241, "low_res_image_start_token_id": 242}),
     "muse_glimmer": ("MuseGlimmerForConditionalGeneration", {"head_dim": 16, "sliding_window": 16}, {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8}, {"out_hidden_size": 128, "projector_hidden_size": 64}),
-    "gemma3": ("Gemma3ForConditionalGeneration", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, SIGLIP, {"mm_tokens_per_image": 16}),
+    "gemma3": ("Gemma3ForConditionalGeneration", GEMMA3, SIGLIP, {"mm_tokens_per_image": 16}),
     "gemma4": ("Gemma4ForConditionalGeneration", {"head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "use_bidirectional_attention": "vision", "final_logit_softcapping": 5.0, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}, {"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4}, {"audio_config": None}),
     "paligemma": ("PaliGemmaForConditionalGeneration", {"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "sliding_window": 8}, SIGLIP | {"model_type": "siglip_vision_model", "projection_dim": 64}, {"projection_dim": 64, "hidden_size": 64}),
     "ovis2": ("Ovis2ForConditionalGeneration", {}, SIGLIP | {"vocab_size": 48}, {"hidden_size": 64, "vocab_size": VOCABULARY, "visual_indicator_token_ids": [243, 244, 245, 246, 247]}),
@@ -205,7 +228,9 @@ def image_inputs(native):
     pixels = patches(IMAGES, width)
     if native.config.model_type == "paddleocr_vl":
         pixels = pixels.unflatten(1, (3, vision.patch_size, vision.patch_size))
-    inputs = rows([[24], [8, 8]]) | {"pixel_values": pixels, "image_grid_thw": torch.tensor(IMAGES)}
+    # HunYuan's has one more feature at the end of each row, and two around all.
+    counts = [[30], [12, 14]] if native.config.model_type == "hunyuan_vl" else [[24], [8, 8]]
+    inputs = rows(counts) | {"pixel_values": pixels, "image_grid_thw": torch.tensor(IMAGES)}
     return inputs | {"mm_token_type_ids": types(inputs["input_ids"])}
 
 
@@ -282,7 +307,7 @@ def picture_inputs(native):
         }
     else:
         pixels = torch.randn(3, 3, vision.image_size, vision.image_size, generator=generator)
-        count = {"gemma3": 16, "paligemma": 64, "ovis2": 64}[model_type]
+        count = {"gemma3": 16, "shieldgemma2": 16, "paligemma": 64, "ovis2": 64}[model_type]
         counts, more = [[count], [count, count]], {"pixel_values": pixels}
     inputs = rows(counts) | more
     if model_type == "ovis2":
