@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import transformers
-from catalog_processors import PAIRS, REFUSED, SOUNDS, Pair, build_encoder, build_processor
+from catalog_processors import IN_TRANSFORMERS, PAIRS, REFUSED, SOUNDS, Pair, build_encoder, build_processor
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -127,7 +126,7 @@ def with_torchvision(names):
 
 @pytest.mark.catalog
 # Older versions lack some.
-@pytest.mark.parametrize("name", with_torchvision(name for name in PAIRS if name in dir(transformers)))
+@pytest.mark.parametrize("name", with_torchvision(name for name in PAIRS if name in IN_TRANSFORMERS))
 def test_an_item_has_as_many_placeholders_as_features(name):
     pair = PAIRS.get(name) or PAIRS[f"{name}Pil"]
     pair = replace(pair, smallest=max(pair.smallest, SMALLEST.get(name, 1)))
@@ -167,9 +166,7 @@ WHOLE_WINDOWS = {
 
 
 @pytest.mark.catalog
-@pytest.mark.parametrize(
-    "name", [name for name in [*SOUNDS, *WHOLE_WINDOWS] if name in dir(transformers) or "." in name]
-)
+@pytest.mark.parametrize("name", [name for name in [*SOUNDS, *WHOLE_WINDOWS] if name in IN_TRANSFORMERS or "." in name])
 def test_compose_leaves_out_a_windows_padding_where_the_encoder_follows_its_mask(name):
     extractor = "WhisperFeatureExtractor" if name in WHOLE_WINDOWS else name
     pair = (SOUNDS | WHOLE_WINDOWS)[name]

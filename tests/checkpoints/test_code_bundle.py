@@ -134,6 +134,7 @@ def test_a_common_checkpoint_carries_little_code(tmp_path):
     assert len(found) <= 60 and sum(map(len, found.values())) <= 480_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "projection_type, carried",
     [
@@ -177,6 +178,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_references_are_followed_and_verified_without_the_package(tmp_path):
     for name, part in (("u/clip", tiny.clip()), ("u/llama", tiny.llama())):
         part.save_pretrained(tmp_path / "parts" / name)
@@ -238,6 +240,7 @@ refused(ImportError, "assistant's turns", processor.apply_chat_template, chat, c
 """
 
 
+@pytest.mark.slow
 def test_what_is_not_carried_says_what_to_install(tmp_path):
     _, processor = made = compose(tiny.clip())
     folder = save(made, tmp_path / "c", include_code=True)
@@ -291,6 +294,7 @@ def test_facts_of_encoder_types_travel_with_the_code(typed, tmp_path, state):
     assert python_files(tmp_path / "again") == python_files(folder)
 
 
+@pytest.mark.slow
 def test_facts_that_a_carried_file_states_are_not_stated_again(tmp_path, monkeypatch):
     (tmp_path / "stating_parts.py").write_text(
         "from typed_parts import StripConfig, StripEncoder, strips\nfrom cornstarch_hf import register_encoder_type\n\n\n"
@@ -308,6 +312,7 @@ def test_facts_that_a_carried_file_states_are_not_stated_again(tmp_path, monkeyp
     check(load("absent", folder, tmp_path), *made)
 
 
+@pytest.mark.slow
 def test_a_fact_that_no_name_leads_to_is_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(ENCODER_TYPES, "_entries", dict(ENCODER_TYPES._entries))
     register_encoder_type("users_wide_encoder", count=lambda inputs, config: 4)
@@ -412,6 +417,7 @@ def test_files_imported_after_their_copies_are_one_definition(shared, tmp_path):
     assert python_files(tmp_path / "a") | {"multimodal_code.py": None} == first
 
 
+@pytest.mark.slow
 def test_the_code_of_a_checkpoint_is_removed_when_it_is_saved_without(shared, tmp_path):
     model, processor = shared[0]
     folder = save(shared[0], tmp_path / "c", include_code=True)
@@ -443,6 +449,7 @@ def test_a_projector_alone(tmp_path):
         assert torch.equal(torch.load(tmp_path / "p" / "out.pt"), projector(torch.ones(2, 6))[0])
 
 
+@pytest.mark.slow
 def test_what_no_file_defines_is_refused_with_the_remedy(tmp_path, monkeypatch):
     def inner(inputs, output):
         return output
@@ -512,6 +519,7 @@ def test_adapters_inside_parts_and_pipelines(tmp_path, adapters):
     assert all(torch.equal(found[k][0], p) and found[k][1] == grad for k, (p, grad) in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "stems"),
     [
@@ -558,6 +566,7 @@ def test_rules_run_where_the_package_is_absent_and_only_they_are_carried(tmp_pat
     run_bare([HERE / "reload_rules.py", folder, tmp_path / "expected.pt"], tmp_path, ["cornstarch_hf"])
 
 
+@pytest.mark.slow
 def test_a_users_rule_is_carried(tmp_path):
     register_position_rule("users_rule", user_parts.doubled_positions)
     encoders = {"vision": ModalEncoderModule(tiny.clip())}

@@ -292,6 +292,7 @@ def run_killed(folder, size, points):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_of_a_sharded_save_over_an_older_one(tmp_path):
     printed = run_killed(tmp_path, "60KB", 20)
     steps, times = (eval(re.search(rf"{what} (\{{.*?\}})", printed)[1]) for what in ("steps", "times"))

@@ -55,6 +55,7 @@ def check_results(folder, out, groups):
     return {result["name"]: result for result in results}
 
 
+@pytest.mark.slow
 def test_one_command(tmp_path):
     out = run("--only", "counting", "forward", "decode", "train", "processor", "storage", "--output", tmp_path)
     results = check_results(tmp_path, out, {"counting", "forward", "decode", "train", "processor", "save", "load"})

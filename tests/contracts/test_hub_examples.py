@@ -45,6 +45,7 @@ for name in ("compose_video", "compose_protein", "compose_time_series", "compose
 """
 
 
+@pytest.mark.slow
 def test_examples_of_further_modalities(tmp_path):
     out = run_python(NEW_MODALITIES, str(EXAMPLES), str(tmp_path))
     found = re.findall(r"features of each item: (\d+)", out)
@@ -60,6 +61,7 @@ def test_llava_next_callbacks():
     assert features == placeholders == "[34, 56]"
 
 
+@pytest.mark.slow
 def test_convert_llava(tmp_path):
     out = run_python(EXAMPLES / "convert_llava.py", "--output", str(tmp_path / "made"))
     before, after = map(float, re.search(r"loss before ([\d.]+), after ([\d.]+)", out).groups())
@@ -67,6 +69,7 @@ def test_convert_llava(tmp_path):
     assert json.loads((tmp_path / "made" / "config.json").read_text())["model_type"] == "llava"
 
 
+@pytest.mark.slow
 def test_share_with_code():
     out = run_python(EXAMPLES / "share_with_code.py")
     assert "carries: multimodal_code.py my_parts.py" in out and "features: 9" in out
@@ -121,6 +124,7 @@ def runner(hub, cache, token=None, **environment):
     client.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--reference", "--include-code", "--private")], ids=["whole", "reference"])
 def test_push_and_load_by_repository(hub, online, options):
     name = f"user/pushed-{len(options)}"
@@ -159,6 +163,7 @@ def test_reference_checkpoint_of_the_cache_and_of_models_from_nowhere(hub, offli
     assert not hub.calls
 
 
+@pytest.mark.slow
 def test_finetune_with_trainer():
     assert "right answers: 24 of 24" in run_python(EXAMPLES / "finetune_with_trainer.py")
 
@@ -172,6 +177,7 @@ def test_quickstart(tmp_path, steps):
         assert (tmp_path / name).stat().st_size > 1000, name
 
 
+@pytest.mark.slow
 def test_quickstart_takes_ids(tmp_path):
     """The options take Hub ids; here folders that the example itself makes."""
     code = (
@@ -222,6 +228,7 @@ example.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_stages_killed_inside_the_second_resume_to_the_same_weights(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     out = run_python(EXAMPLES / "train_in_stages.py", *STAGES, "--output-dir", str(whole))

@@ -108,6 +108,7 @@ STATES = {
 }
 
 
+@pytest.mark.slow
 def test_tuner_types_and_states_inside_parts(tmp_path):
     made = {
         key: (lambda c=config: composed(moved(get_peft_model(tiny.llama(), c))))() for key, config in TUNERS.items()
@@ -257,6 +258,7 @@ def test_adapters_attached_by_transformers(tmp_path, base):
     assert model.active_adapters() == ["second"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
 def test_prompts_in_front_of_text_and_media(tmp_path, base, kind):
     folder, inputs, _ = base
@@ -360,6 +362,7 @@ def linears(model):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 def test_low_rank_adapters_on_a_quantized_model(tmp_path, wide, bits):
     folder, processor, inputs = wide

@@ -30,18 +30,23 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("language_model", tiny.LANGUAGE_MODELS)
+@pytest.mark.parametrize(
+    "language_model",
+    [pytest.param(name, marks=[] if name == "llama" else pytest.mark.slow) for name in tiny.LANGUAGE_MODELS],
+)
 def test_every_encoder_with_every_language_model(tmp_path, language_model):
     made = {key: compose_tiny([key], tiny.LANGUAGE_MODELS[language_model]()) for key in tiny.ENCODERS}
     check_round_trips(tmp_path, made)
 
 
+@pytest.mark.slow
 def test_pairs_of_encoders(tmp_path):
     made = {"-".join(p): compose_tiny(p[:2], tiny.LANGUAGE_MODELS[p[2]](), projector="mlp") for p in PAIRS}
     made["two_images"] = compose_tiny({"left": "clip", "right": "siglip"}, tiny.qwen3())
     check_round_trips(tmp_path, made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied(tmp_path, tied):
     made = {key: compose_tiny(["clip", "whisper"], build(tie_word_embeddings=tied)) for key, build in
@@ -58,6 +63,7 @@ def with_parts(encoder, language_model=None):
     return model, processor
 
 
+@pytest.mark.slow
 def test_own_projector_callbacks_and_encoder_of_the_users_file(tmp_path):
     projection = user_parts.GatedProjection(16, 32, gain=3.0)
     wrapped = MultimodalProjector(MultimodalProjectorConfig(), projection=projection)
@@ -95,6 +101,7 @@ REDUCTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_token_reductions(tmp_path):
     made = {}
     for label, (key, fields) in REDUCTIONS.items():
@@ -113,6 +120,7 @@ def test_token_reductions(tmp_path):
     check_round_trips(tmp_path, made, "user_parts")
 
 
+@pytest.mark.slow
 def test_lora_on_encoder_and_language_model(tmp_path):
     def lora(model, rank, **options):
         wrapped = get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], **options))

@@ -178,6 +178,7 @@ def test_a_processor_is_the_same_before_and_after_use(key, tmp_path):
     assert Hasher.hash(FeatureCounter(twin.config)) == Hasher.hash(FeatureCounter(processor.config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["clip", "wav2vec2", "whisper"])
 def test_collators_work_in_workers_of_any_kind(key):
     (name, *_, item), (_, processor) = tiny.ENCODERS[key], compose_tiny([key])

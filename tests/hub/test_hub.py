@@ -140,6 +140,7 @@ def test_every_kind_loads_equal_in_a_fresh_process(hub, client, pushed, tmp_path
     loader.close()
 
 
+@pytest.mark.slow
 def test_every_kind_loads_equal_without_the_package(hub, client, pushed, tmp_path):
     loader = fresh(hub, tmp_path, package=False)
     loader("""
@@ -216,6 +217,7 @@ def test_nothing_pushed_tells_of_this_machine(hub, client, pushed, tmp_path_fact
                     assert not found, (name, file, found)
 
 
+@pytest.mark.slow
 def test_offline_with_a_warm_cache_and_with_a_cold_one(hub, client, pushed, tmp_path):
     names = ["user/one-shards-full", "user/two-single-reference"]
     warm = fresh(hub, tmp_path)
@@ -407,6 +409,7 @@ def test_an_edited_card_stays(hub, client, caplog):
     assert hub.content("user/card")["README.md"] == b"# words"
 
 
+@pytest.mark.slow
 def test_the_card_runs_as_it_is_copied(hub, client, pushed, tmp_path):
     for name in ("user/one-single-full", "user/two-single-reference"):
         card = hub.content(name)["README.md"].decode()
@@ -417,6 +420,7 @@ def test_the_card_runs_as_it_is_copied(hub, client, pushed, tmp_path):
         reader.close()
 
 
+@pytest.mark.slow
 def test_a_large_file_that_was_cut_on_its_way_is_resumed(hub, client, tmp_path):
     name = "user/large"
     client("""
@@ -465,6 +469,7 @@ def test_faults_while_loading_are_mended_or_raise(hub, client, pushed, tmp_path,
     loader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "name"),
     [("MultimodalModel", "composition.json"), ("MultimodalProcessor", "processor_config.json"),

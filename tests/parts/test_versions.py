@@ -31,7 +31,9 @@ def test_the_range_is_the_one_that_installers_are_told():
         assert versions.OLDEST in text and versions.BELOW in text, page
 
 
-@pytest.mark.parametrize("version", ["5.20.1", versions.BELOW + ".0", "6.0.0.dev0"])
+@pytest.mark.parametrize(
+    "version", ["5.20.1", *(pytest.param(v, marks=pytest.mark.slow) for v in (versions.BELOW + ".0", "6.0.0.dev0"))]
+)
 def test_importing_warns_outside_the_range(version):
     # The first import of processors makes transformers' module anew, with its own version.
     code = f"import transformers.processing_utils, sys\nsys.modules['transformers'].__version__ = {version!r}\nimport cornstarch_hf\n"

@@ -10,8 +10,7 @@ import films
 import numpy as np
 import tiny
 import torch
-import transformers
-from catalog_processors import IMAGES, SOUNDS, build_encoder, build_processor
+from catalog_processors import IMAGES, IN_TRANSFORMERS, SOUNDS, build_encoder, build_processor
 from shrunk import built, shrunk
 from transformers import TimesFm2_5Config, TimesFm2_5Model
 
@@ -145,7 +144,7 @@ PARTS: dict[str, Part] = {
     "timesfm": Part("time", _timesfm, series),
 }
 # Pairs of the catalogue whose classes this version of transformers and this machine have.
-PARTS |= {name: _paired(name, pair) for name, pair in {**IMAGES, **SOUNDS}.items() if name in dir(transformers)}
+PARTS |= {name: _paired(name, pair) for name, pair in {**IMAGES, **SOUNDS}.items() if name in IN_TRANSFORMERS}
 NAMES = {"image": "vision", "audio": "audio", "video": "film", "text": "protein", "features": "scene", "time": "series"}
 
 

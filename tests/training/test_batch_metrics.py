@@ -106,6 +106,7 @@ if PartialState().is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_sums_over_processes(tmp_path):
     (tmp_path / "work.py").write_text(PROCESSES)
     launch = "\nimport sys; from torch.distributed.run import main; main(sys.argv[1:])\n"
