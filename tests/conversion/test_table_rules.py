@@ -1,74 +1,32 @@
 """Native types with rules: equal there and back, their configurations too, with images and videos in one row."""
 
-import copy
-import json
-
 import native_models
+import native_types
 import pytest
-import torch
-from native_models import IMAGE, PACKED, PICTURES, VIDEO
-from own_memory import own_memory
-from transformers import AutoModel
+from native_models import IMAGE
+from native_types import check_bfloat16, check_there_and_back, check_videos
 
-from cornstarch_hf import from_native, to_native
-from cornstarch_hf.conversion.table_rules import RULED
+from cornstarch_hf import from_native
 
-GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
-WITH_VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"]
 MRULES = {"rule": "mrope", "axes": 3}
+# One of each rule, and of each way to merge.
+TYPES = ["qwen2_vl", "qwen3_vl", "hunyuan_vl", "gemma3", "gemma4", "paligemma", "molmo2", "ovis2"]
 
 
-def inputs_of(native, videos=False):
-    model_type = native.config.model_type
-    if model_type in PICTURES:
-        return native_models.picture_inputs(native)
-    apart = RULED[model_type].positions.get("frames_apart", False)
-    inputs = native_models.video_inputs(native, apart) if videos else native_models.image_inputs(native)
-    return inputs | ({"second_per_grid_ts": torch.tensor([0.5, 1.5])} if videos and model_type == "qwen2_5_vl" else {})
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_native_model_and_its_composition_are_equal_there_and_back(model_type, tmp_path):
+    check_there_and_back(native_types.build(model_type), tmp_path)
 
 
-def saved(model, folder):
-    """The configuration and the generation's that a model writes."""
-    model.save_pretrained(folder)
-    paths = [folder / name for name in ("config.json", "generation_config.json")]
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
-
-
-def same_tensors(one, other):
-    mine, others = one.state_dict(), other.state_dict()
-    return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
-
-
-@pytest.mark.parametrize(
-    "model_type, videos", [(t, False) for t in PACKED + PICTURES] + [(t, True) for t in WITH_VIDEOS]
-)
-def test_a_native_model_and_its_composition_are_equal_there_and_back(model_type, videos, tmp_path):
-    native = native_models.native(model_type)
-    inputs, before = inputs_of(native, videos), copy.deepcopy(native.state_dict())
-    model, _ = from_native(native)
-    real = inputs["attention_mask"].bool()
-    with torch.no_grad():
-        expected, found = native(**inputs).logits, model(**inputs).logits
-    assert torch.equal(found[real], expected[real])
-    assert torch.equal(model.generate(**inputs, **GREEDY), native.generate(**inputs, **GREEDY))
-    assert all(torch.equal(value, before[name]) for name, value in native.state_dict().items())
-    back = to_native(model)
-    assert same_tensors(back, native) and saved(back, tmp_path / "back") == saved(native, tmp_path / "native")
-    if videos:
-        model.save_pretrained(tmp_path / "model")
-        size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
-        assert size < 1.02 * sum(p.numel() * 4 for p in native.parameters()) + 100_000  # the tower is there once
-        again = own_memory(AutoModel.from_pretrained(tmp_path / "model").eval())
-        with torch.no_grad():
-            assert torch.equal(
-                again(**own_memory(inputs)).logits[real], own_memory(model)(**own_memory(inputs)).logits[real]
-            )
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+def test_images_and_videos_of_one_row_are_equal_and_their_tower_is_stored_once(model_type, tmp_path):
+    check_videos(native_types.build(model_type), tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "gemma3", "paligemma", "ovis2", "molmo2"])
 def test_gradients_are_those_of_the_native_model(model_type):
     native = native_models.native(model_type).train()
-    inputs = inputs_of(native)
+    inputs = native_types.inputs_of(native)
     labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] == IMAGE), -100)
     model, _ = from_native(native)
     native.train()(**inputs, labels=labels).loss.backward()
@@ -80,15 +38,9 @@ def test_gradients_are_those_of_the_native_model(model_type):
     assert sums[0] == sums[1]
 
 
-@pytest.mark.parametrize("model_type", PACKED + PICTURES)
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "gemma3", "molmo2"])
 def test_logits_are_equal_in_bfloat16(model_type):
-    native = native_models.native(model_type).to(torch.bfloat16)
-    inputs = inputs_of(native)
-    real = inputs["attention_mask"].bool()
-    model, _ = from_native(native)
-    with torch.no_grad():
-        expected, found = native(**inputs).logits, model(**inputs).logits
-    assert found.dtype == torch.bfloat16 and torch.equal(found[real], expected[real])
+    check_bfloat16(native_types.build(model_type))
 
 
 def test_rules_are_written_into_the_configuration():

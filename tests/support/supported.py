@@ -8,14 +8,14 @@ import catalog_llms
 import catalog_others
 import catalog_processors
 import catalog_vision
-import convertible_models
-import native_models
+import native_types
 
 from cornstarch_hf.conversion.refusals import OUTSIDE
 from cornstarch_hf.conversion.table import NATIVE
 from cornstarch_hf.parts.known_encoders import ENCODER_TYPES
 
 PAGE = "docs/supported.md"
+NATIVE_TESTS = ("::test_a_native_type_is_equal", "::test_parts_of_a_native_type")
 CLASS_TEST = "test_encoder_catalog.py::test_a_class_composes"  # the test of each encoder
 HEAD = """# What is supported
 
@@ -71,12 +71,12 @@ These are refused with their tiny encoder:
 NATIVE_MODELS = """
 ## Native multimodal models
 
-Each is taken apart by `from_native` and put together again by `to_native`, and `make test` compares both (`tests/conversion/`): logits
-at attended positions and greedy tokens of a left-padded batch with uneven media, tensors and configurations on the way back, equal
-to the bit.
+Each is taken apart by `from_native` and put together again by `to_native`, and both are compared: logits at attended positions of a
+left-padded batch with uneven media, in float32 and bfloat16, greedy tokens, the stored composition, and tensors and configurations on
+the way back, equal to the bit. Llama 4 is compared by its parts, since its own `forward` fails in this version.
 
-| model type | class | encoders |
-| --- | --- | --- |
+| model type | class | encoders | image and video in one row |
+| --- | --- | --- | --- |
 """
 NO_NATIVE_MODELS = """
 These cannot be compositions:
@@ -84,8 +84,6 @@ These cannot be compositions:
 | model type | why |
 | --- | --- |
 """
-# Types that `make test` compares; the table of conversions has a few more, whose models are variants of these.
-COMPARED = {*convertible_models.TYPES, *native_models.COMPARED, "llama4"}
 
 
 def page(reports: Iterable[Any], version: str) -> str:
@@ -122,6 +120,8 @@ def fixed_parts(reports: Iterable[Any] | None = None) -> str:
         check_names("language models", {_name(n) for n in nodes if "::test_composes[" in n}, set(supported))
         pairs = {_name(n) for n in nodes if "::test_an_item_has_as_many" in n}
         check_names("processors", pairs, set(catalog_processors.PAIRS))
+        native = {_name(n) for n in nodes if NATIVE_TESTS[0] in n or NATIVE_TESTS[1] in n}
+        check_names("native types", native, set(NATIVE))
     return (
         NO_ENCODERS
         + _table((f"`{name}`", why) for name, why in sorted(catalog_others.NO_FEATURES.items()))
@@ -134,10 +134,17 @@ def fixed_parts(reports: Iterable[Any] | None = None) -> str:
         + NO_PROCESSORS
         + _table((f"`{name}`", _words(why)) for name, (_, why) in sorted(catalog_processors.REFUSED.items()))
         + NATIVE_MODELS
-        + _table((t, f"`{NATIVE[t].architecture}`", ", ".join(NATIVE[t].parts)) for t in sorted(COMPARED))
+        + _table(native_rows())
         + NO_NATIVE_MODELS
         + _table(sorted(OUTSIDE.items()))
     )
+
+
+def native_rows() -> Iterable[tuple[str, ...]]:
+    """Type, class, encoders, and whether images and videos of one row are compared."""
+    for model_type, entry in sorted(NATIVE.items()):
+        videos = "equal" if model_type in native_types.WITH_VIDEOS else "-"
+        yield model_type, f"`{entry.architecture}`", ", ".join(entry.parts), videos
 
 
 def rule_text(model_type: str, count: str) -> str:

@@ -1,0 +1,48 @@
+"""Every native multimodal type of the conversion table: taken apart, stored, put together again, equal to the bit."""
+
+import convertible_models
+import native_types
+import pytest
+import torch
+from native_types import TYPES, WITH_VIDEOS, check_bfloat16, check_there_and_back, check_videos, digests
+
+from cornstarch_hf import from_native, to_native
+from cornstarch_hf.conversion.table import NATIVE
+
+pytestmark = pytest.mark.catalog
+
+
+def test_every_type_of_the_table_is_here():
+    assert {*TYPES, *native_types.ALONE} == set(NATIVE) and len(NATIVE) >= 58
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_native_type_is_equal_there_and_back(model_type, tmp_path):
+    native = native_types.build(model_type)
+    check_there_and_back(native, tmp_path)
+    check_bfloat16(native)
+    if model_type in WITH_VIDEOS:
+        check_videos(native, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", native_types.ALONE)
+def test_parts_of_a_native_type_give_what_they_give_alone(model_type):
+    vision = dict.fromkeys(
+        ("vision_output_dim", "projector_input_dim", "projector_output_dim", "intermediate_size"), 128
+    )
+    native = convertible_models.made(model_type, "Llama4ForConditionalGeneration", {"vision_config": vision})
+    pixels = convertible_models.noise(3, 3, 32, 32)
+    with torch.no_grad():
+        features = native.multi_modal_projector(native.vision_model(pixels).last_hidden_state.flatten(0, 1))
+        each = len(features) // 3
+        inputs = convertible_models.batch(
+            convertible_models.Media({"pixel_values": pixels}, {convertible_models.IMAGE: [each] * 3})
+        )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        places = (ids == convertible_models.IMAGE)[..., None]
+        merged = native.get_input_embeddings()(ids).masked_scatter(places, features)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        expected = native.language_model(inputs_embeds=merged, attention_mask=mask, position_ids=positions).logits
+        model, _ = from_native(native)
+        got = model(**inputs, position_ids=positions).logits
+    assert torch.equal(got[mask.bool()], expected[mask.bool()]) and digests(to_native(model)) == digests(native)
