@@ -4,7 +4,15 @@ import convertible_models
 import native_types
 import pytest
 import torch
-from native_types import TYPES, WITH_VIDEOS, check_bfloat16, check_there_and_back, check_videos, digests
+from native_types import (
+    TYPES,
+    WITH_VIDEOS,
+    check_bfloat16,
+    check_gradients,
+    check_there_and_back,
+    check_videos,
+    digests,
+)
 
 from cornstarch_hf import from_native, to_native
 from cornstarch_hf.conversion.table import NATIVE
@@ -21,6 +29,7 @@ def test_a_native_type_is_equal_there_and_back(model_type, tmp_path):
     native = native_types.build(model_type)
     check_there_and_back(native, tmp_path)
     check_bfloat16(native)
+    check_gradients(native)
     if model_type in WITH_VIDEOS:
         check_videos(native, tmp_path)
 

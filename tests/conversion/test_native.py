@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from native_types import check_equal, check_there_and_back, check_videos, digests, files
+from native_types import check_equal, check_gradients, check_there_and_back, check_videos, digests, files
 from own_memory import own_memory
 from peft import LoraConfig, get_peft_model
 
@@ -26,6 +26,11 @@ TYPES = [
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_native_model_and_its_composition_are_equal_there_and_back(model_type, tmp_path):
     check_there_and_back(native_types.build(model_type), tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llava", "internvl", "mistral3", "voxtral"])
+def test_gradients_are_those_of_the_native_model(model_type):
+    check_gradients(native_types.build(model_type))
 
 
 @pytest.mark.parametrize("model_type", ["llava_onevision", "video_llava", "exaone4_5"])

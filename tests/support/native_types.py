@@ -13,6 +13,8 @@ import torch
 from own_memory import own_memory
 
 from cornstarch_hf import MultimodalModel, from_native, to_native
+from cornstarch_hf.conversion.keys import key_map
+from cornstarch_hf.conversion.refusals import entry_of
 from cornstarch_hf.conversion.table_rules import RULED
 
 # Llama 4 has a test of its own: its `forward` fails in transformers 5.24, which asks the language model for outputs of images.
@@ -125,3 +127,34 @@ def check_bfloat16(native):
     native = copy.deepcopy(native).to(torch.bfloat16)
     found = logits_of(from_native(native)[0], inputs)
     assert found.dtype == torch.bfloat16 and torch.equal(found, logits_of(native, inputs))
+
+
+# Types whose own forward adds up gradients in another order, to the last bit of some.
+ADDED_OTHERWISE = {"muse_glimmer": 1e-8, "qwen3_asr": 1e-7}
+
+
+def check_gradients(native):
+    """A training step of the composition has the native model's loss, and its gradient of every parameter."""
+    inputs = inputs_of(native)
+    # Without the first token of a row, which would be predicted from padding, where logits are nobody's.
+    attended = inputs["attention_mask"].bool()
+    learnt = attended & torch.nn.functional.pad(attended, (1, 0))[:, :-1]
+    learnt &= ~torch.isin(inputs["input_ids"], torch.tensor(PLACEHOLDERS))
+    labels = inputs["input_ids"].masked_fill(~learnt, -100)
+    native = copy.deepcopy(native)
+    model, _ = from_native(copy.deepcopy(native))
+    losses = []
+    for each in (native.train(), model.train()):
+        torch.manual_seed(0)
+        loss = each(**inputs, labels=labels).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+    theirs, ours = (dict(each.named_parameters(remove_duplicate=False)) for each in (native, model))
+    names = {a: b for a, b in key_map(native, model, entry_of(native.config))[0].items() if a in ours and b in theirs}
+    assert any(theirs[name].grad is not None for name in names.values())
+    for mine, its in names.items():
+        found, expected = ours[mine].grad, theirs[its].grad
+        assert (found is None) == (expected is None), mine
+        near = ADDED_OTHERWISE.get(native.config.model_type, 0)
+        assert found is None or float((found - expected).abs().max()) <= near, mine
