@@ -57,6 +57,7 @@ def test_the_readme_gives_the_pages_numbers(text):
         "encoders": re.search(r"\| (\d+) of (\d+) measured classes", README).groups(),
         "language models": re.search(r"\| (\d+) of (\d+) causal types", README).groups(),
         "processors": re.search(r"\| (\d+) image processors and feature", README).groups(),
+        "native models": re.search(r"^\[(\d+) native types\]", README, re.M).groups(),
     }
     tables = {name: len(re.findall(r"^\| [^-]", part, re.M)) - 1 for name, part in parts(text).items()}
     assert found == {
@@ -66,6 +67,7 @@ def test_the_readme_gives_the_pages_numbers(text):
             str(tables["Language models"] + tables["No language models"]),
         ),
         "processors": (str(tables["Processors"]),),
+        "native models": (str(tables["Native models"]),),
     }
 
 
