@@ -66,8 +66,8 @@ def _check_type(model_class: Any, files: CheckpointFiles, options: Options) -> N
     found = values.get("model_type") if isinstance(values, dict) else None
     if isinstance(found, str) and found != expected:
         raise ValueError(
-            f"{files.source} holds a model of the type {found!r}, {model_class.__name__} loads {expected!r}: a native "
-            f"multimodal model of transformers is taken apart by from_native({str(files.source)!r})."
+            f"{files.source} holds a model of the type {found!r} ({CONFIG}), {model_class.__name__} loads {expected!r}: a "
+            f"native multimodal model of transformers is taken apart by from_native({str(files.source)!r})."
         )
 
 

@@ -27,6 +27,7 @@ POINTER = "cornstarch_saved_in"
 _TAKEN = {name for name in dir(PreTrainedConfig) if callable(getattr(PreTrainedConfig, name))}
 _TAKEN |= {"attribute_map", "sub_configs", "config_class", "extra_files"}
 _LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?)$|^(n|num)_\w*(layer|depth|block|stage)")
+_RATE = re.compile(r"(dropout|layerdrop|pdrop|drop_path|drop_rate)(_(p|prob|rate))?$")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _OF_PARTS = "part_implementations"  # {part: {"attn": ..., "experts": ...}}
 # What any configuration of transformers takes as true or false, and looks at first when a model is called.
@@ -214,6 +215,9 @@ def _check_leaf(value: Any, path: str, key: str) -> None:
             check(value, "MAX_LABELS" if key == "num_labels" else "MAX_LAYERS", f"{path} is")
             if value < 0 and key.startswith(("n_", "num_")):  # else it may be the last layer but so many
                 raise ValueError(f"{path} is {value}, expected a number that is not negative.")
+    # Some layers ask of them only when they run.
+    if isinstance(value, (int, float)) and _RATE.search(key) and not 0 <= value <= 1:
+        raise ValueError(f"{path} is {value}, expected a rate from 0 to 1.")
 
 
 def check_dtype(name: Any, where: str) -> None:

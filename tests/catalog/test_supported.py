@@ -29,8 +29,9 @@ def parts(text):
         "Processors",
         "No processors",
         "Native models",
+        "No native models",
     )
-    return dict(zip(names, re.split(r"^(?:## |These are)", text, flags=re.M)[1:], strict=True))
+    return dict(zip(names, re.split(r"^(?:## |These are|These cannot)", text, flags=re.M)[1:], strict=True))
 
 
 def test_the_page_is_of_the_version_that_is_tested(text):

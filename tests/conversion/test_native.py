@@ -72,7 +72,9 @@ def test_sources_that_are_none_are_refused(llava):
 
 def test_a_native_folder_is_no_composition_and_a_native_model_no_part_of_one(llava):
     native, folder = llava
-    with pytest.raises(ValueError, match=r"holds a model of the type 'llava', MultimodalModel loads .* from_native\('"):
+    with pytest.raises(
+        ValueError, match=r"holds a model of the type 'llava' \(config.json\), MultimodalModel loads .* from_native\('"
+    ):
         MultimodalModel.from_pretrained(folder)
     encoders = {"audio": ModalEncoderModule(tiny.whisper())}
     with pytest.raises(

@@ -28,6 +28,8 @@ def test_ordinary_values_pass():
         {
             "vision_feature_layer": -2,
             "vocab_size": 256_000,
+            "drop_prefix": 5,
+            "hidden_dropout_prob": 1,
             "max_position_embeddings": 10**7,
             "attn_implementation": "sdpa",
         },
@@ -46,6 +48,12 @@ def test_ordinary_values_pass():
         ({"depths": [2, 5000]}, "MAX_LAYERS"),
         ({"x": [float("nan")]}, "f: x is nan"),
         ({"x": -(2**63) * 4}, "an integer of 66 bits"),
+        (
+            {"audio_config": {"activation_dropout": 2**62}},
+            r"f: audio_config.activation_dropout is 4\d+, expected a rate from 0",
+        ),
+        ({"text_config": {"attn_pdrop": -0.5}}, "attn_pdrop is -0.5, expected a rate from 0 to 1"),
+        ({"vision_config": {"drop_path_rate": 1.5}}, "drop_path_rate is 1.5, expected a rate from 0 to 1"),
         ({"auto_map": "x"}, "auto_map must be a dictionary"),
         ({"experts_implementation": "a/b"}, "kernels"),
     ],
