@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils.generic import TransformersKwargs
 
 from ..configuration_multimodal import MEDIA_KINDS
+from ..language_model.refusals import check_no_language_model
 from ..parts.adapters import is_wrapped, unwrapped
 from ..parts.known_encoders import PATCH_GRIDS, encoder_type
 from ..parts.signatures import forward_parameters
@@ -37,7 +37,7 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
     """
     if isinstance(model, type):
         raise TypeError(f"Expected an encoder, got the class {model.__name__}: instantiate it, or use from_pretrained.")
-    _refuse_native(unwrapped(model))
+    check_no_language_model(unwrapped(model))
     if is_wrapped(model):
         return model
     if not isinstance(model, PreTrainedModel):
@@ -49,19 +49,6 @@ def resolve_tower(model: Any, kind: str | None = None) -> nn.Module:
         raise ValueError(f"{type(model).__name__} gives no features but {reason}.")
     tower = _inner_tower(model, kind)
     return model if tower is model else resolve_tower(tower, kind)
-
-
-def _refuse_native(model: Any) -> None:
-    """ValueError for a multimodal language model: it chooses a layer of its tower and drops tokens, which would go unsaid."""
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
-        return
-    if getattr(config, "text_config", None) is not None:
-        raise ValueError(
-            f"{type(model).__name__} is a whole multimodal language model: take it apart by from_native(model); or adopt its "
-            "tower, with the layer and the tokens that it chooses, by compose(..., encoders={name: {'model': ..., 'select': "
-            "'native'}}); or pass the tower itself, model.get_encoder('image'), and choose layer= and drop_prefix=."
-        )
 
 
 def _inner_tower(model: PreTrainedModel, kind: str | None) -> nn.Module:

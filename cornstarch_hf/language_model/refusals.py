@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from ..configuration_multimodal import MEDIA_KINDS
 from ..parts.adapters import unwrapped
@@ -102,3 +103,17 @@ def check_language_model(model: Any, masked: bool = False) -> None:
         )
     if reason := refusal(unwrapped(model), masked):
         raise ValueError(reason)
+
+
+def check_no_language_model(model: Any) -> None:
+    """ValueError for a multimodal language model as an encoder: it chooses a layer and drops tokens, which would go unsaid."""
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        return
+    if getattr(config, "text_config", None) is not None:
+        kinds = [kind for kind in MEDIA_KINDS if model.get_encoder(kind) is not model] or ["image"]
+        raise ValueError(
+            f"{type(model).__name__} is a whole multimodal language model: take it apart by from_native(model); or adopt its "
+            "tower, with the layer and the tokens that it chooses, by compose(..., encoders={name: {'model': ..., 'select': "
+            f"'native'}}}}); or pass the tower itself, model.get_encoder({kinds[0]!r}), and choose layer= and drop_prefix=."
+        )

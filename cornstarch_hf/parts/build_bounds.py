@@ -166,3 +166,27 @@ def check_built(model: nn.Module) -> None:
             f"The configuration describes {len(missing)} tensors of {unstored:,} elements that the checkpoint does not hold "
             f"(it holds {stored:,} elements), largest {largest} {tuple(built[largest])}: they do not belong together."
         )
+
+
+# What modules have themselves, and more values than any tensor has.
+_HIDES, _MOST_VALUES = frozenset(dir(nn.Module())), 2**40
+
+
+def checked_shapes(shapes: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """``{dtype: {name: shape}}`` of tensors that a file names, item by item; ValueError for what is none."""
+    expected = "expected {dtype: {name: shape}}"
+    if not isinstance(shapes, Mapping) or not all(isinstance(names, Mapping) for names in shapes.values()):
+        raise ValueError(f"native_rest: {expected}, got {shapes!r:.200}.")
+    for dtype, names in shapes.items():
+        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise ValueError(f"native_rest names the dtype {dtype!r}, which torch does not have.")
+        for name, shape in names.items():
+            # Each part of a name becomes a module, or a buffer of one, and must hide nothing that modules have.
+            if not all(part.isidentifier() or part.isdigit() for part in name.split(".")) or _HIDES & set(
+                name.split(".")
+            ):
+                raise ValueError(f"native_rest names a tensor {name!r:.200}, which no module can have.")
+            sizes = isinstance(shape, (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in shape)
+            if not sizes or math.prod(shape) > _MOST_VALUES:
+                raise ValueError(f"native_rest: {name} has the shape {shape!r:.200}, expected sizes; {expected}.")
+        yield dtype, names

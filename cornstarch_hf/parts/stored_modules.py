@@ -8,14 +8,14 @@ import copy
 import functools
 import inspect
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
 
+from .build_bounds import checked_shapes
 from .registries import CALLBACKS
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -201,35 +201,12 @@ def check_callbacks_storable(callbacks: dict[str, Callable | None], name: str) -
 # ---- tensors that a composition keeps and does not use: of a native model, for the way back
 
 
-# What modules have themselves, and more values than any tensor has.
-_HIDES, _MOST_VALUES = frozenset(dir(nn.Module())), 2**40
-
-
-def _checked_shapes(shapes: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    expected = "expected {dtype: {name: shape}}"
-    if not isinstance(shapes, Mapping) or not all(isinstance(names, Mapping) for names in shapes.values()):
-        raise ValueError(f"native_rest: {expected}, got {shapes!r:.200}.")
-    for dtype, names in shapes.items():
-        if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-            raise ValueError(f"native_rest names the dtype {dtype!r}, which torch does not have.")
-        for name, shape in names.items():
-            # Each part of a name becomes a module, or a buffer of one, and must hide nothing that modules have.
-            if not all(part.isidentifier() or part.isdigit() for part in name.split(".")) or _HIDES & set(
-                name.split(".")
-            ):
-                raise ValueError(f"native_rest names a tensor {name!r:.200}, which no module can have.")
-            sizes = isinstance(shape, (list, tuple)) and all(isinstance(n, int) and n >= 0 for n in shape)
-            if not sizes or math.prod(shape) > _MOST_VALUES:
-                raise ValueError(f"native_rest: {name} has the shape {shape!r:.200}, expected sizes; {expected}.")
-        yield dtype, names
-
-
 class KeptTensors(nn.Module):
     """Buffers by dotted names, in modules that do nothing, of ``{dtype: {name: shape}}`` (ValueError for what is none)."""
 
     def __init__(self, shapes: Mapping[str, Mapping[str, Any]]):
         super().__init__()
-        for dtype, names in _checked_shapes(shapes):
+        for dtype, names in checked_shapes(shapes):
             for name, shape in names.items():
                 *folders, key = name.split(".")
                 module: nn.Module = self

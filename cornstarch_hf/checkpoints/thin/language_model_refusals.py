@@ -4,3 +4,6 @@ from typing import Any
 
 
 def check_language_model(model: Any, masked: bool = False) -> None: ...
+
+
+def check_no_language_model(model: Any) -> None: ...

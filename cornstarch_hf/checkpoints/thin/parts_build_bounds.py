@@ -25,3 +25,8 @@ def build_guard(shapes: Shapes | None = None, sized: bool = True, whose: str = "
 
 
 def check_built(model: nn.Module) -> None: ...
+
+
+def checked_shapes(shapes: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The shapes by data type."""
+    yield from shapes.items()
