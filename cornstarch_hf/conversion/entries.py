@@ -173,16 +173,6 @@ class Count:
 
 
 @dataclass(frozen=True)
-class LastState:
-    """The index of the last hidden state of a tower, which comes before its norm."""
-
-    tower: str = "vision_config"
-
-    def read(self, config: Any) -> int:
-        return _layers(setting(config, self.tower))
-
-
-@dataclass(frozen=True)
 class NativeSettings:
     """What the projector of a native type reads of the configuration."""
 
@@ -194,18 +184,19 @@ class NativeSettings:
 
 @dataclass(frozen=True)
 class Marks:
-    """``{token_id: row}`` of tokens for the last rows of a table, as many as a setting lists."""
+    """``{token_id: row}`` of tokens for the last `count` rows of a table of a `size`; each is the path of a setting."""
 
     tokens: str
     size: str
+    count: str
 
     def read(self, config: Any) -> dict[int, int]:
-        tokens = list(setting(config, self.tokens))
-        return {token: setting(config, self.size) - len(tokens) + i for i, token in enumerate(tokens)}
+        first = setting(config, self.size) - setting(config, self.count)
+        return {token: first + i for i, token in enumerate(setting(config, self.tokens))}
 
 
 VALUES = (
-    At, Case, HiddenState, Inverse, Ratio, First, Product, Count, LastState, NativeSettings, Marks, Sum, Whole, Entry,
+    At, Case, HiddenState, Inverse, Ratio, First, Product, Count, NativeSettings, Marks, Sum, Whole, Entry,
 )  # fmt: skip
 
 

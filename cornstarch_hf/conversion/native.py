@@ -192,6 +192,8 @@ def _projector(native: Any, part: Part) -> MultimodalProjector | None:
         return None
     options = resolved(part.projector.options, native.config)
     activation = options.pop("activation", "gelu")
+    if options.get("num_layers") == 1:  # which has no width between layers
+        options.pop("hidden_size", None)
     width = resolved(part.projector.width, native.config)
     return MultimodalProjector(
         MultimodalProjectorConfig(

@@ -12,7 +12,6 @@ from .entries import (
     First,
     HiddenState,
     Inverse,
-    LastState,
     Native,
     Part,
     Product,
@@ -197,7 +196,7 @@ _IMAGES: dict[str, Native] = {
         ),
     )}),
     "aria": Native("AriaForConditionalGeneration", _TEXT, {"vision": Part(
-        _TOWER, "image", _IMAGE, _native("aria"), layer=LastState(), additional_args=("pixel_mask",),
+        _TOWER, "image", _IMAGE, _native("aria"), layer=HiddenState("vision_feature_layer"), additional_args=("pixel_mask",),
         steps={"preprocess_callback": Step("native_patch_mask", {"patch_size": At("vision_config.patch_size")})},
     )}),
     "mistral3": Native("Mistral3ForConditionalGeneration", _TEXT, {"vision": Part(

@@ -86,6 +86,8 @@ RULED: dict[str, Native] = {
     "ovis2": Native("Ovis2ForConditionalGeneration", _TEXT, {"vision": Part(
         "model.vision_tower", "image", _IMAGE,
         native_module("ovis2", "model.visual_embeddings_table"), output="pooler_output", data_format="channels_last",
-        marks=Marks("visual_indicator_token_ids", "vision_config.vocab_size"),
+        marks=Marks(
+            "visual_indicator_token_ids", "vision_config.vocab_size", "vision_config.num_visual_indicator_tokens"
+        ),
     )}),
 }  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 
 import convertible_models
 import native_models
+import native_types
 import pytest
 import torch
 import transformers
@@ -96,6 +97,28 @@ def test_an_unknown_type_is_refused_with_those_that_are_known():
 def test_settings_that_cannot_be_converted_are_named(model_type, change, told):
     with pytest.raises(ValueError, match=told):
         from_native(convertible_models.build(model_type, **change))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("aria", {"vision_feature_layer": -2}),
+        ("janus", {"vision_config": {"projection_dim": 32, "depth": 1}}),
+        ("llava", {"vision_feature_layer": [-2, 1], "vision_feature_select_strategy": "full"}),
+        ("llava", {"projector_hidden_act": "relu", "multimodal_projector_bias": False}),
+        ("llava_onevision", {"vision_aspect_ratio": "anyres_max_4"}),
+    ],
+)
+def test_settings_of_the_whole_decide_what_its_parts_compute(model_type, change):
+    native = convertible_models.build(model_type, **change)
+    inputs = native_types.inputs_of(native)
+    native_types.check_equal(native, from_native(native)[0], inputs)
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_marks_stand_for_the_last_rows_of_a_table(count):
+    native = native_models.native("ovis2", vision={"num_visual_indicator_tokens": count})
+    native_types.check_equal(native, from_native(native)[0], native_types.inputs_of(native))
 
 
 def test_encoder_decoders_in_a_supported_type_are_refused():

@@ -94,13 +94,13 @@ NATIVE: dict[str, tuple[str, dict, dict, dict]] = {
 }  # fmt: skip
 
 
-def configuration(model_type, text=None, **outer):
-    """A tiny configuration of a native model; `text` and `outer` change its text part and itself."""
-    _, own, vision, settings = NATIVE[model_type]
+def configuration(model_type, text=None, vision=None, **outer):
+    """A tiny configuration of a native model; `text`, `vision` and `outer` change its parts and itself."""
+    _, own, tower, settings = NATIVE[model_type]
     cls = CONFIG_MAPPING[model_type]
     default = cls()
     text_values = {"model_type": default.text_config.model_type} | TEXT | own
-    vision_values = {"model_type": getattr(default.vision_config, "model_type", None)} | vision
+    vision_values = {"model_type": getattr(default.vision_config, "model_type", None)} | tower | (vision or {})
     names = ("image_token_id", "image_token_index")
     tokens = {"tie_word_embeddings": False} | {key: IMAGE for key in names if key in vars(default)}
     tokens |= {"video_token_id": VIDEO} if "video_token_id" in vars(default) else {}
