@@ -4,6 +4,7 @@ import convertible_models
 import native_types
 import pytest
 import torch
+from changed_settings import changed_models
 from native_types import (
     TYPES,
     WITH_VIDEOS,
@@ -32,6 +33,34 @@ def test_a_native_type_is_equal_there_and_back(model_type, tmp_path):
     check_gradients(native)
     if model_type in WITH_VIDEOS:
         check_videos(native, tmp_path)
+
+
+# Settings that the native class itself cannot have beside the others: it takes features of a wrong number, or no whole ones.
+CONTRADICTORY = (
+    "word_embed_proj_dim", "text_config.hidden_size", "audio_config.hidden_size", "audio_config.intermediate_size",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_changed_settings_are_followed_or_refused_by_name(model_type):
+    followed = 0
+    for path, value, native in changed_models(native_types.build(model_type), count=16):
+        try:
+            inputs = native_types.inputs_of(native)
+            expected = native_types.logits_of(native, inputs)
+        except Exception:  # natively impossible
+            continue
+        if path.endswith(CONTRADICTORY) or not torch.isfinite(expected).all():
+            continue
+        try:
+            model, _ = from_native(native)
+        except ValueError as error:
+            assert path.rpartition(".")[2] in str(error), (path, value)
+            continue
+        assert torch.equal(native_types.logits_of(model, inputs), expected), (path, value)
+        assert to_native(model).config.to_dict() == native.config.to_dict(), (path, value)
+        followed += 1
+    assert followed >= 4
 
 
 @pytest.mark.parametrize("model_type", native_types.ALONE)
