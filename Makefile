@@ -25,24 +25,24 @@ $(VENV)/.transformers-tests: tests/support/transformers_sdist.txt $(VENV)/.insta
 	touch $@
 
 test: $(VENV)/.installed $(VENV)/.transformers-tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
 
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 # On a processor that rounds by shapes, layouts and addresses: a test that passes here passes on every one.
 test-any-processor: $(VENV)/.installed
-	ANY_PROCESSOR=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+	ANY_PROCESSOR=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
 
 test-catalog: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m catalog $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m catalog $(ARGS)
 
 # The same tests with older versions of transformers.  The oldest reads sound files by librosa, and servers pin versions below 5.21.
 test-5.23: $(VENV)-5.23/.installed
-	OMP_NUM_THREADS=1 $(VENV)-5.23/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-5.23/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
 
 test-oldest: $(VENV)-oldest/.installed
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
 
 # Of these, what depends on transformers most: models, generation, processors, names and hooks of transformers.
 VERSION_TESTS := $(wildcard tests/test_*modeling*.py tests/test_*process*.py tests/processing/*process*.py) \
@@ -68,7 +68,7 @@ test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/ruff check .
 	$(VENV)-lowest/bin/ruff format --check .
 	$(VENV)-lowest/bin/pre-commit validate-config .pre-commit-config.yaml
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
 
 $(VENV)-lowest/.installed: pyproject.toml tests/support/lowest_pins.py
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
@@ -80,8 +80,8 @@ $(VENV)-lowest/.installed: pyproject.toml tests/support/lowest_pins.py
 
 # The same tests beside torchvision, whose image and video processors are tested only here; its torch is of 5 GB.
 test-torchvision: $(VENV)-torchvision/.installed
-	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m "not slow and not catalog" $(ARGS)
-	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 -m catalog tests/catalog/test_catalog_processors.py -k "ImageProcessor and not Pil"
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m catalog tests/catalog/test_catalog_processors.py -k "ImageProcessor and not Pil"
 
 $(VENV)-torchvision/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)-torchvision/bin/python || $(PYTHON) -m venv $(VENV)-torchvision
@@ -91,7 +91,7 @@ $(VENV)-torchvision/.installed: pyproject.toml constraints.txt
 	touch $@
 
 supported: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m catalog --supported=docs/supported.md $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m catalog --supported=docs/supported.md $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run $(ARGS)
