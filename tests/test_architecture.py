@@ -32,6 +32,7 @@ PATHS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "th
 ROOMS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
 # Files that are tested together with another one.
 COVERED = {
+    "conversion.comparing": "conversion/test_native",
     "conversion.configs": "conversion/test_native",
     "conversion.entries": "conversion/test_table",
     "conversion.keys": "conversion/test_table",
@@ -95,7 +96,7 @@ def test_every_room_and_file_on_top_has_its_layer():
 
 def test_the_house_stays_small_enough_to_be_drawn():
     assert len([name for name in FILES if "." not in name]) <= 10
-    assert len([name for name in FILES if name != "__init__"]) <= 102
+    assert len([name for name in FILES if name != "__init__"]) <= 103
 
 
 def test_a_twentieth_of_the_lines_have_comments():

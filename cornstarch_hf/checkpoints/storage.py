@@ -261,8 +261,15 @@ def check_rebuildable(model: PreTrainedModel) -> None:
     with the first differing weights, where the checkpoint would not load as this model."""
     if getattr(model, "hf_quantizer", None) is not None or any(hasattr(p, "ds_id") for p in model.parameters()):
         return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
-    again = built_again(model)
+    again: Any = built_again(model)
     check_buffers_restorable(again)
+    for name, encoder in model.encoders.items():
+        mine, built = (layers_of(m.projector.projection) for m in (encoder, again.encoders[name]))
+        if mine != built:
+            raise ValueError(
+                f"{name}_encoder.projector: its layers are {mine}, and its configuration builds {built}: put a projector of "
+                "its own configuration there instead, MultimodalProjector(MultimodalProjectorConfig(...))."
+            )
     expected, got = (
         {name: tuple(t.shape) for name, t in made.state_dict().items() if isinstance(t, torch.Tensor)}
         for made in (model, again)
@@ -277,6 +284,15 @@ def check_rebuildable(model: PreTrainedModel) -> None:
             f"({len(surplus)}); other shapes: {[(n, expected[n], got[n]) for n in changed[:3]]}. Undo the change to the "
             "part, or give the part a class of its own whose configuration holds it."
         )
+
+
+def layers_of(projection: nn.Module) -> dict[str, str]:
+    """Classes of a projection's layers that have no weights, by their names: a checkpoint would not tell of another one."""
+    return {
+        name: type(module).__name__
+        for name, module in projection.named_modules()
+        if not [*module.parameters(), *module.buffers(), *module.children()]
+    }
 
 
 def check_quantized(model: PreTrainedModel) -> None:

@@ -11,6 +11,9 @@ from .entries import Native, setting
 from .keys import tower_of
 from .refusals import entry_of_type
 
+# What the whole says of a part that it holds, which loading and composing set anew.
+OUTER = frozenset(["dtype", "tie_word_embeddings"])
+
 
 def _places(config: Any, part: Any, path: str = "") -> Iterator[str]:
     """Dotted paths in a configuration at which another one stands, as that object."""
@@ -53,9 +56,9 @@ def native_config(model: Any, model_type: str | None = None) -> tuple[Any, Nativ
     known = model.config.native
     if known is None:
         raise ValueError("This composition never was a native model, so to_native does not know which one it is.")
+    _check_known(known, model.config)
     if model_type not in (None, known["model_type"]):
         raise ValueError(f"This composition was a {known['model_type']!r}, and cannot become a {model_type!r}.")
-    _check_known(known, model.config)
     entry = entry_of_type(known["model_type"])
     values, parts = copy.deepcopy(known["config"]), {}
     for place, key in known["parts"].items():
@@ -82,7 +85,7 @@ def _check_known(known: dict[str, Any], config: Any) -> None:
         raise ValueError(f"config.native has the model_type {known.get('model_type')!r:.100}, expected a name.")
     values, parts = known.get("config"), known.get("parts")
     whole = isinstance(values, dict) and isinstance(parts, dict)
-    if not whole or not all(isinstance(values.get(place), dict) for place in parts):
+    if not whole or not all(set(values.get(place) or {"": 0}) <= OUTER for place in parts):
         raise ValueError(
             "config.native must hold 'config', the native configuration, and 'parts', {place in it: key of this one}, got "
             f"{known!r:.300}."

@@ -1,6 +1,7 @@
 """from_native() and to_native(): native multimodal models to compositions and back, with the tensors that they have."""
 
 import copy
+import functools
 import inspect
 import os
 import re
@@ -12,18 +13,22 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.files import check_files
 from ..checkpoints.finding import CONFIG, PLACES, CheckpointFiles, picked
+from ..checkpoints.storage import sync_config
+from ..configuration_multimodal import MEDIA_KINDS
 from ..configuration_projector import MultimodalProjectorConfig
 from ..encoders.module import ModalEncoderModule
 from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from ..encoders.towers import resolve_tower
 from ..language_model.text_head import TextModelWithHead
 from ..modeling_multimodal import MultimodalModel
-from ..parts.adapters import is_wrapped
+from ..parts.adapters import is_wrapped, unwrapped
 from ..parts.classes import FAMILIES, constructor_options, language_model_class
-from ..parts.stored_modules import KeptTensors, build_callback, describe_callback
+from ..parts.stored_errors import explained
+from ..parts.stored_modules import KeptTensors, build_callback
 from ..parts.stored_values import check_kernels, check_values, without_implementations
 from ..parts.weightless import build_without_weights, without_dtypes
 from ..projectors.projector import UNSIZED, MultimodalProjector
+from .comparing import check_same
 from .configs import held_configs, native_config, outer_values
 from .entries import Native, Part, resolved, setting
 from .keys import REST, describe_tensors, hand_over, has_head, key_map, tensors, tower_of, with_buffers
@@ -84,9 +89,18 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
     values = dict(check_files(CheckpointFiles(source, options), options.get("variant"), options))
     check_values(values, where, asked)
     check_kernels(without_implementations(values, asked), where)
-    config = AutoConfig.from_pretrained(source, **picked(options, PLACES))
+    with explained(where):
+        config = AutoConfig.from_pretrained(source, **picked(options, PLACES))
     # The type is refused before its weights are loaded.
-    return getattr(transformers, entry_of(config).architecture).from_pretrained(source, **options)
+    architecture = entry_of(config).architecture
+    with explained(f"{os.fspath(source)}: {architecture}"):
+        native, told = getattr(transformers, architecture).from_pretrained(source, output_loading_info=True, **options)
+    if wrong := [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]:
+        raise ValueError(
+            f"{os.fspath(source)}: the files of weights have no tensors, or of another shape, for {sorted(wrong)[:4]} "
+            f"({len(wrong)}) of {architecture}, which transformers would draw at random: restore the files."
+        )
+    return native
 
 
 def take_apart(native: Any, entry: Native, drop_rest: bool = False) -> MultimodalModel:
@@ -114,16 +128,27 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False) -> Multimoda
     model._untied = frozenset()  # ties are those of the native model, which the text configuration tells
     model.generation_config = copy.deepcopy(native.generation_config)
     for name, part in entry.parts_for(native.config).items():
-        model.config.modality(name)["token_id"] = setting(native.config, part.token)
+        model.config.modality(name)["token_id"] = _token_id(native.config, part)
     return model.train(native.training)
+
+
+def _token_id(config: Any, part: Part) -> int:
+    """The id of a part's placeholders (ValueError for what is none)."""
+    token_id = setting(config, part.token)
+    if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+        raise ValueError(f"{part.token} of {type(config).__name__} is {token_id!r:.100}, expected the id of a token.")
+    return token_id
 
 
 def _take_checkpointing(source: Any, target: Any) -> None:
     """Have a model trade time for memory in training where another one does, with that one's arguments (in place)."""
     if source.is_gradient_checkpointing:
         on = next(module for module in source.modules() if getattr(module, "gradient_checkpointing", False))
-        function = getattr(on, "_gradient_checkpointing_func", None)
-        target.gradient_checkpointing_enable(dict(getattr(function, "keywords", None) or {}) or None)
+        function, options = getattr(on, "_gradient_checkpointing_func", None), dict[str, Any]()
+        while isinstance(function, functools.partial):  # around transformers' own, where frozen parts need gradients
+            options |= function.keywords
+            function = function.args[0] if function.args else None
+        target.gradient_checkpointing_enable(options or None)
 
 
 def _warn_of_dropped(native: Any, rest: dict[str, Any]) -> None:
@@ -251,13 +276,24 @@ def native_selection(model: Any, kind: str | None = None) -> tuple[Any, dict[str
 
     `kind` chooses between several towers.  ValueError for a type that is not known, and where it does not name one of them.
     """
+    if kind is not None and not isinstance(kind, str):
+        raise TypeError(f"kind must be a name, {sorted(MEDIA_KINDS)}, got {kind!r:.100}.")
+    model = unwrapped(model)
     config, entry = model.config, entry_of(model.config)
     towers = {part.kind: part for part in entry.parts_for(config).values() if part.tower is not None}
+    whole = getattr(transformers, entry.architecture)
+    headless = type(model).__name__ == whole.__name__.replace("ForConditionalGeneration", "Model")
+    if not isinstance(model, whole) and not headless:
+        raise ValueError(
+            f"select='native' takes a {whole.__name__}, or it without its head, got {type(model).__name__}."
+        )
+    if not towers:
+        raise ValueError(f"{whole.__name__} has no tower: its items are projected as they are, see from_native.")
     if kind not in towers and (kind is not None or len(towers) != 1):
         raise ValueError(f"{type(model).__name__} has towers for {sorted(towers)}: choose one by kind=, got {kind!r}.")
     part = towers[kind or next(iter(towers))]
     # A model without its head has the same towers, one level higher.
-    path = part.tower if type(model).__name__ == entry.architecture else str(part.tower).removeprefix("model.")
+    path = part.tower if isinstance(model, whole) else str(part.tower).removeprefix("model.")
     tower = resolve_tower(model.get_submodule(str(path)), part.kind)
     chosen = {"layer": resolved(part.layer, config), "drop_prefix": resolved(part.drop_prefix, config)}
     return tower, chosen | {"kind": part.kind, "output": part.output, "data_format": part.data_format}
@@ -295,9 +331,16 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
             f"{wrapped or 'The model'} has adapters, and native classes have none inside: merge them (merge_and_unload()), or "
             "save them by PEFT and unload them, and convert what is left."
         )
+    sync_config(
+        model, model.config, model.encoders, model.language_model
+    )  # what is live counts, as it does in a checkpoint
     config, entry = native_config(model, model_type)
-    native = build_without_weights(lambda: built(getattr(transformers, entry.architecture), config))
-    _check_same(model, build_without_weights(lambda: _compose(native, entry)), entry)
+    with explained("config.native"):
+        native = build_without_weights(lambda: built(getattr(transformers, entry.architecture), config))
+    if (held := held_configs(native, entry)) != model.config.native["parts"]:
+        raise ValueError(f"config.native: parts are {model.config.native['parts']}, {entry.architecture} has {held}.")
+    usual = build_without_weights(lambda: _compose(native, entry))
+    check_same(model, usual, entry)
     names, rest = key_map(native, model, entry)
     kept = dict(tensors(model.get_submodule(REST))) if hasattr(model, REST) else {}
     if lost := sorted(set(rest) - set(kept)):
@@ -311,46 +354,3 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
     native.generation_config = copy.deepcopy(model.generation_config)
     _take_checkpointing(model, native)
     return native.train(model.training)
-
-
-# What of a modality's entry decides what is computed; its names and tokens may be others.
-_COMPUTED = (
-    "output",
-    "layer",
-    "drop_prefix",
-    "data_format",
-    "trim",
-    "additional_args",
-    "layer_features",
-    "merge",
-    "marks",
-)
-
-
-def _check_same(model: MultimodalModel, usual: MultimodalModel, entry: Native) -> None:
-    """Refuse a composition that computes something else than the one that its native class would be taken apart into."""
-    for name in usual.config.encoders:
-        found, expected = model.config.modality(name), usual.config.modality(name)
-        projectors = [getattr(m.config, f"{name}_projector_config").to_dict() for m in (model, usual)]
-        pairs = {key: (found[key], expected[key]) for key in _COMPUTED}
-        pairs |= {
-            f"projector {key}": (projectors[0].get(key), projectors[1][key])
-            for key in ("projection_type", "activation")
-        }
-        pairs["callbacks"] = (_callbacks(model.encoders[name]), _callbacks(usual.encoders[name]))
-        for key, (got, want) in pairs.items():
-            if got != want:
-                raise ValueError(
-                    f"{name}: its {key} is {got!r:.200}, and {entry.architecture} computes what it does with {want!r:.200}: a "
-                    "native checkpoint cannot hold the difference."
-                )
-    for key in ("positions", "mask"):
-        got, want = (getattr(m.config, key, None) or None for m in (model, usual))
-        if got != want:
-            raise ValueError(f"The {key} of the composition are {got!r:.200}, {entry.architecture} has {want!r:.200}.")
-
-
-def _callbacks(encoder: ModalEncoderModule) -> dict[str, Any]:
-    """What a checkpoint says of an encoder's own callbacks, by their places; ValueError for one that none can hold."""
-    named = {slot: callback for slot, callback in encoder.own_callbacks.items() if callback is not None}
-    return {slot: describe_callback(callback) for slot, callback in named.items()}

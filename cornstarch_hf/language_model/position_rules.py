@@ -195,6 +195,7 @@ def counted(query: PositionQuery, *, first: int = 0) -> Tensor:
 
 # What the rules say of themselves: checks of their options, how many axes the language model must turn by, and more.
 mrope.check, mrope.axes = _check_mrope, 3  # type: ignore[attr-defined]
+mrope.by_modality = True  # type: ignore[attr-defined]
 xdrope.check, xdrope.axes = _check_xdrope, 4  # type: ignore[attr-defined]
 counted.check = _check_counted  # type: ignore[attr-defined]
 xdrope.text_row = False  # type: ignore[attr-defined]

@@ -93,8 +93,11 @@ def _sections(language_model: Any) -> list[int] | None:
     """How a language model shares out its rotary embedding among several axes, by its layers or its configuration."""
     inner = unwrapped(language_model)
     parameters = getattr(inner.config.get_text_config(), "rope_parameters", None) or {}
+    nested = next((x[SECTIONS] for x in parameters.values() if isinstance(x, Mapping) and SECTIONS in x), None)
     found = (getattr(module, SECTIONS, None) for module in inner.modules())
-    return next((sections for sections in found if sections is not None), parameters.get(SECTIONS))
+    sections = next((sections for sections in found if sections is not None), parameters.get(SECTIONS, nested))
+    # Some have others for each type of layer, of as many axes.
+    return next(iter(sections.values()), None) if isinstance(sections, Mapping) else sections
 
 
 def _check_axes(model: Any, rule: Any) -> None:
@@ -113,7 +116,7 @@ def _check_axes(model: Any, rule: Any) -> None:
             f"positions: {who} turns tokens by {len(sections)} axes ({SECTIONS} {list(sections)}), and the rule {name!r} has "
             f"{axes}: choose the rule that belongs to the model."
         )
-    steps = set(_options(model).get("time_step") or ())
+    steps = set(_options(model).get("time_step") or ()) if getattr(rule, "by_modality", False) else set()
     if unknown := sorted(steps - set(model.config.encoders)):
         raise ValueError(f"positions: time_step names {unknown}, the model has the modalities {model.config.encoders}.")
 

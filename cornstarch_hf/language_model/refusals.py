@@ -1,11 +1,11 @@
 """Which language models cannot be one of a composition, and why, with a remedy.  What is known of types is in `supported`."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from ..configuration_multimodal import MEDIA_KINDS
 from ..parts.adapters import unwrapped
@@ -105,15 +105,27 @@ def check_language_model(model: Any, masked: bool = False) -> None:
         raise ValueError(reason)
 
 
+# Settings of the whole that name the placeholders of items.
+_PLACEHOLDERS = re.compile(r"(image|video|audio)_(token_id|token_index|patch_id)")
+
+
 def check_no_language_model(model: Any) -> None:
     """ValueError for a multimodal language model as an encoder: it chooses a layer and drops tokens, which would go unsaid."""
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel) or config.is_encoder_decoder:
         return
-    if getattr(config, "text_config", None) is not None:
-        kinds = [kind for kind in MEDIA_KINDS if model.get_encoder(kind) is not model] or ["image"]
-        raise ValueError(
-            f"{type(model).__name__} is a whole multimodal language model: take it apart by from_native(model); or adopt its "
-            "tower, with the layer and the tokens that it chooses, by compose(..., encoders={name: {'model': ..., 'select': "
-            f"'native'}}}}); or pass the tower itself, model.get_encoder({kinds[0]!r}), and choose layer= and drop_prefix=."
-        )
+    text = config.get_text_config()
+    holds_text = text is not config and any(getattr(part, "config", None) is text for part in model.modules())
+    if not holds_text or not any(_PLACEHOLDERS.fullmatch(key) for key in config.to_dict()):
+        return  # two towers that were trained together (CLIP, BLIP), or a tower with its whole configuration
+    kinds = [kind for kind in MEDIA_KINDS if model.get_encoder(kind) is not model]
+    tower = (
+        f"; or pass the tower itself, model.get_encoder({kinds[0]!r}), and choose layer= and drop_prefix="
+        if kinds
+        else ""
+    )
+    raise ValueError(
+        f"{type(model).__name__} is a whole multimodal language model: take it apart by from_native(model); or adopt its "
+        "tower, with the layer and the tokens that it chooses, by compose(..., encoders={name: {'model': ..., 'select': "
+        f"'native'}}}}){tower}."
+    )

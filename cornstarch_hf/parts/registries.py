@@ -312,8 +312,7 @@ def check_rule_options(key: str, rule: Callable, given: int, options: Mapping[st
     except TypeError as error:
         takes = list(signature.parameters)[given:]
         raise ValueError(f"{key}: its rule has the options {sorted(options)}, but takes {takes} ({error}).") from error
-    check = getattr(rule, "check", None)
-    if check is not None:
+    if callable(check := getattr(rule, "check", None)):
         check(**options)
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import convertible_models
 import native_types
@@ -13,8 +14,17 @@ import transformers
 from native_types import check_equal, check_gradients, check_there_and_back, check_videos, digests, files
 from own_memory import own_memory
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose, from_native, to_native
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalModel,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    compose,
+    from_native,
+    to_native,
+)
 from cornstarch_hf.parts.stored_modules import KeptTensors
 
 # One of each way in which a projector, its features and the head are made.
@@ -168,6 +178,9 @@ def test_kept_tensors_of_a_strangers_file_are_looked_at(values, message):
         ({"model_type": "mllama"}, "'mllama' cannot be composed"),
         ({"config": 3}, "config.native must hold 'config'"),
         ({"config": {}}, "config.native must hold 'config'"),
+        ({"config": {"text_config": {"vocab_size": 10**9}, "vision_config": {"dtype": None}}}, "must hold 'config'"),
+        ({"parts": {}}, "config.native"),
+        ({"parts": {"vision_config": "text_config", "text_config": "vision_config"}}, "config.native"),
         ({"parts": {"text_config": "texts"}}, r"parts names \['texts'\], this composition has"),
     ],
 )
@@ -176,6 +189,71 @@ def test_what_a_strangers_file_says_of_a_native_model_is_looked_at(llava, change
     model.config.native = model.config.native | change
     with pytest.raises(ValueError, match=message):
         to_native(model)
+
+
+def test_files_without_a_tensor_of_the_native_class_are_refused(llava, tmp_path):
+    _, folder = llava
+    shutil.copytree(folder, tmp_path / "x")
+    path = tmp_path / "x" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("linear_1.weight"))
+    save_file({key: value for key, value in tensors.items() if key != name}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"have no tensors, or of another shape, for .*linear_1.weight'\] \(1\) of Llava"
+    ):
+        from_native(tmp_path / "x")
+    values = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"projector_hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"image_token_id": -5, "image_token_index": -5}, "-5, expected the id of a token"),
+    ):
+        (tmp_path / "x" / "config.json").write_text(json.dumps(values | change))
+        shutil.copy(folder / "model.safetensors", path)
+        with pytest.raises(ValueError, match=message):
+            from_native(tmp_path / "x")
+
+
+CHANGES = {
+    "tower": (lambda e: setattr(e, "module", other_tower(e.module)), "CLIPVisionModel is another model than the one"),
+    "projector": (lambda e: setattr(e, "projector", other_projector()), "projector activation is 'relu'"),
+    "layer of the projector": (
+        lambda e: e.projector.projection.__setitem__(1, torch.nn.ReLU()), "projection is {'1': 'ReLU'}",
+    ),
+    "selection": (lambda e: setattr(e, "selection", replace(e.selection, layer=-1)), "its layer is -1"),
+    "callback": (lambda e: setattr(e, "postprocess_projector_callback", lambda inputs, output: output), "not registered"),
+}  # fmt: skip
+
+
+def other_tower(tower):
+    config = copy.deepcopy(tower.config)
+    config.hidden_act = "relu"
+    return type(tower)(config)
+
+
+def other_projector():
+    return MultimodalProjector(
+        MultimodalProjectorConfig(projection_type="mlp", activation="relu", in_features=32, out_features=32)
+    )
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_are_others_now_do_not_become_native(llava, change):
+    model, _ = from_native(copy.deepcopy(llava[0]))
+    do, message = CHANGES[change]
+    do(model.vision_encoder)
+    with pytest.raises(ValueError, match=message):
+        to_native(model)
+
+
+def test_another_language_model_does_not_become_native(llava):
+    model, _ = from_native(copy.deepcopy(llava[0]))
+    config = model.language_model.config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    text = transformers.GraniteConfig(**{name: getattr(config, name) for name in names}, pad_token_id=0)
+    other = MultimodalModel(encoders=dict(model.encoders), language_model=transformers.GraniteForCausalLM(text))
+    other.config.native = model.config.native
+    with pytest.raises(ValueError, match="The language model is GraniteForCausalLM, and LlavaFor"):
+        to_native(other)
 
 
 def test_new_ids_of_placeholders_go_back(llava, tmp_path):
@@ -193,13 +271,15 @@ def test_new_ids_of_placeholders_go_back(llava, tmp_path):
     assert native.config.image_token_id == convertible_models.IMAGE
 
 
-def test_checkpointing_is_taken_over_in_both_directions():
+@pytest.mark.parametrize("options", [{"use_reentrant": False}, {"use_reentrant": True, "preserve_rng_state": False}])
+def test_checkpointing_is_taken_over_in_both_directions(options):
     native = convertible_models.build("llava")
-    native.gradient_checkpointing_enable({"use_reentrant": False})
+    native.gradient_checkpointing_enable(options)
     model, _ = from_native(native)
-    on = next(module for module in model.language_model.modules() if getattr(module, "gradient_checkpointing", False))
-    assert model.is_gradient_checkpointing and on._gradient_checkpointing_func.keywords == {"use_reentrant": False}
-    assert to_native(model).is_gradient_checkpointing
+    assert model.is_gradient_checkpointing
+    back = to_native(model)
+    on = next(module for module in back.modules() if getattr(module, "gradient_checkpointing", False))
+    assert on._gradient_checkpointing_func.keywords == options
     model.gradient_checkpointing_disable()
     assert not to_native(model).is_gradient_checkpointing and native.is_gradient_checkpointing
 
@@ -309,7 +389,6 @@ def test_a_composition_that_computes_something_else_does_not_become_native():
             to_native(model)
 
     changed(lambda model: setattr(model.config, "mask", {"rule": "item_blocks"}))
-    changed(lambda model: model.config.vision_modality.update(layer=-1))
     changed(lambda model: setattr(model.config.vision_projector_config, "activation", "relu"))
 
 
