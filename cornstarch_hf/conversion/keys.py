@@ -124,7 +124,7 @@ def hand_over(source: nn.Module, target: nn.Module, names: Mapping[str, str]) ->
         ):
             raise ValueError(
                 f"{type(target).__name__}: {name} has the shape {tuple(had.shape)} by the configuration, but {of} of "
-                f"{type(source).__name__} has {tuple(tensor.shape)}."
+                f"{type(source).__name__} has {tuple(tensor.shape)}: change sizes in the native model, and take that apart."
             )
         place[key] = made.setdefault(id(tensor), _shared(tensor))
         place[key]._is_hf_initialized = True  # type: ignore[union-attr]

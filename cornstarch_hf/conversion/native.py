@@ -271,11 +271,19 @@ def _give_dtypes(source: Any, target: Any) -> None:
             _give_dtypes(value, vars(target)[key])
 
 
-def native_selection(model: Any, kind: str | None = None) -> tuple[Any, dict[str, Any]]:
+def native_selection(model: Any, kind: str | None = None, who: str = "") -> tuple[Any, dict[str, Any]]:
     """The tower of a whole native model, and what the model projects of it, as options of `ModalEncoderModule`.
 
-    `kind` chooses between several towers.  ValueError for a type that is not known, and where it does not name one of them.
+    `kind` chooses between several towers.  ValueError, which begins with `who`, for a type that is not known, another class of
+    it, and a kind of which there is no tower; TypeError for one that is no name.
     """
+    try:
+        return _selection(model, kind)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{who}{error}") from error
+
+
+def _selection(model: Any, kind: str | None) -> tuple[Any, dict[str, Any]]:
     if kind is not None and not isinstance(kind, str):
         raise TypeError(f"kind must be a name, {sorted(MEDIA_KINDS)}, got {kind!r:.100}.")
     model = unwrapped(model)

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import convertible_models
+import native_models
 import native_types
 import pytest
 import tiny
@@ -25,6 +26,7 @@ from cornstarch_hf import (
     from_native,
     to_native,
 )
+from cornstarch_hf.conversion.native import native_selection
 from cornstarch_hf.parts.stored_modules import KeptTensors
 
 # One of each way in which a projector, its features and the head are made.
@@ -131,11 +133,37 @@ def test_a_tower_is_selected_as_in_a_native_checkpoint_and_stored_so(llava, tmp_
     assert MultimodalModel.from_pretrained(tmp_path).vision_encoder.selection == model.vision_encoder.selection
     with pytest.raises(ValueError, match="vision: select must be 'native', or left out, got 'all'"):
         compose(tiny.llama(), {"vision": spec | {"select": "all"}}, tokenizer=tiny.tokenizer())
-    with pytest.raises(ValueError, match="The native type 'clip_vision_model' is not known"):
+    with pytest.raises(ValueError, match="vision: The native type 'clip_vision_model' is not known"):
         compose(tiny.llama(), {"vision": spec | {"model": tiny.clip()}}, tokenizer=tiny.tokenizer())
     both = convertible_models.build("video_llava")
-    with pytest.raises(ValueError, match=r"has towers for \['image', 'video'\]: choose one by kind=, got None"):
+    with pytest.raises(
+        ValueError,
+        match=r"vision: VideoLlavaForConditionalGeneration has towers for \['image', 'video'\]: choose one by kind=, got None",
+    ):
         compose(tiny.llama(), {"vision": spec | {"model": both}}, tokenizer=tiny.tokenizer())
+
+
+class OwnLlava(transformers.LlavaForConditionalGeneration):
+    """A class of a user's."""
+
+
+def test_towers_of_what_stands_around_a_native_model_are_its_own(llava):
+    native, _ = llava
+    for given in (
+        OwnLlava(native.config),
+        get_peft_model(copy.deepcopy(native), LoraConfig(target_modules=["q_proj"])),
+    ):
+        tower, options = native_selection(given)
+        assert type(tower).__name__ == "CLIPVisionModel" and options["layer"] == -2
+    with pytest.raises(ValueError, match="FuyuForCausalLM has no tower: its items are projected as they are"):
+        native_selection(convertible_models.build("fuyu"))
+    with pytest.raises(TypeError, match=r"kind must be a name, .* got \['image'\]"):
+        native_selection(native, ["image"])
+    classified = transformers.Gemma3ForSequenceClassification(native_models.configuration("gemma3"))
+    with pytest.raises(
+        ValueError, match="takes a Gemma3ForConditionalGeneration, .* got Gemma3ForSequenceClassification"
+    ):
+        native_selection(classified)
 
 
 def test_tensors_without_a_part_are_kept_or_dropped_in_a_warning(tmp_path):

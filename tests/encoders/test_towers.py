@@ -1,9 +1,11 @@
 """Towers: which part of a model encodes, what kind of thing, and what its `forward` takes."""
 
 import catalog
+import convertible_models
 import pytest
 import tiny
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import (
     CLIPVisionModelWithProjection,
@@ -60,6 +62,26 @@ class TwoTowers(PreTrainedModel):
 
     def forward(self, input_ids):
         return input_ids
+
+
+@pytest.mark.parametrize("model_type", ["llava", "audioflamingo3", "fuyu", "blip-2", "granite_speech"])
+def test_a_whole_multimodal_language_model_is_no_encoder(model_type):
+    with pytest.raises(ValueError, match=r"is a whole multimodal language model: .*from_native.*'select': 'native'"):
+        resolve_tower(convertible_models.build(model_type))
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "BlipModel", "SiglipModel", "Blip2VisionModelWithProjection"])
+def test_towers_that_were_trained_together_are_encoders(name):
+    layers = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"vision_config": layers | {"image_size": 16, "patch_size": 8}}
+    if name == "Blip2VisionModelWithProjection":
+        sizes["qformer_config"] = layers | {"encoder_hidden_size": 8}
+    else:
+        sizes["text_config"] = layers | {"vocab_size": 20}
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**sizes))
+    tower = resolve_tower(model)
+    assert tower in model.modules() and infer_kind(tower) == "image"
 
 
 def test_of_several_towers_one_is_chosen_by_kind():

@@ -3,6 +3,7 @@
 import copy
 import json
 import types as python_types
+from typing import ClassVar
 
 import catalog_llms
 import native_models
@@ -399,6 +400,37 @@ def test_a_model_that_turns_by_one_axis_follows_no_rule_of_several():
         ValueError, match="LlamaForCausalLM turns tokens by one axis, its rope_parameters have no 'mrope_"
     ):
         MultimodalModel(encoders=encoders, language_model=tiny.llama(), positions={"rule": "mrope"})
+
+
+def test_sections_may_stand_for_each_type_of_layer():
+    class Layer(torch.nn.Module):
+        mrope_section: ClassVar = {"full_attention": [2, 1, 1]}
+
+    encoders = {"vision": ModalEncoderModule(tiny.clip())}
+    text = tiny.llama()
+    text.model.add_module("turning", Layer())
+    MultimodalModel(encoders=encoders, language_model=text, positions={"rule": "mrope"})
+    with pytest.raises(
+        ValueError, match=r"turns tokens by 3 axes \(mrope_section \[2, 1, 1\]\), and the rule 'xdrope' has 4"
+    ):
+        MultimodalModel(
+            encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=text, positions={"rule": "xdrope"}
+        )
+
+
+def test_options_of_a_users_rule_are_its_own():
+    def rule(query, *, time_step):
+        return query.types * time_step
+
+    rule.needs_grids = False
+    register_position_rule("test_steps", rule)
+    try:
+        encoders = {"vision": ModalEncoderModule(tiny.clip())}
+        MultimodalModel(
+            encoders=encoders, language_model=tiny.llama(), positions={"rule": "test_steps", "time_step": 3}
+        )
+    finally:
+        del POSITION_RULES._entries["test_steps"]
 
 
 @pytest.mark.parametrize(("given", "got"), [(None, "NoneType"), (torch.zeros(3, dtype=torch.long), r"shape \(3,\)")])
