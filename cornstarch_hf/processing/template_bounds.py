@@ -14,6 +14,7 @@ import jinja2
 from ..limits import cap, check
 
 _BITS = 4096  # of an integer that a template computes
+_CONTAINERS = (Mapping, set, frozenset, MappingView, range, list, tuple)
 _WIDTH = 10_000  # of a padded or indented string
 
 
@@ -31,6 +32,9 @@ class Budget:
     def step(self) -> None:
         self.steps += 1
         bound(self.steps, "MAX_TEMPLATE_STEPS", "the chat template's steps are")
+        self.clock()
+
+    def clock(self) -> None:
         bound(time.thread_time() - self.began, "MAX_TEMPLATE_SECONDS", "the seconds that the chat template takes are")
 
     def spend(self, size: int) -> None:
@@ -56,13 +60,22 @@ def bound(value: float, name: str, what: str) -> None:
 def weight(value: Any) -> int:
     """Characters that a value has as text, or entries of 8 characters each; stops above `MAX_TEMPLATE_WORK`."""
     total, pending, limit = 0, [value], cap("MAX_TEMPLATE_WORK")
+    budget = budget_of_thread.get(None)
     while pending and total <= limit:  # containers that hold one another many times would never end
+        if budget is not None:
+            budget.clock()
         item = pending.pop()
-        if isinstance(item, (Mapping, set, frozenset, MappingView, range, list, tuple)):
-            total += 8 * len(item)  # a pointer each
-            pending += [*item, *(item.values() if isinstance(item, Mapping) else ())]  # type: ignore[misc]
-        else:
+        if not isinstance(item, _CONTAINERS):
             total += length(item)
+            continue
+        # What its containers take by themselves comes first: of many large ones none has to be looked into.
+        total += 8 * len(item)  # type: ignore[arg-type]
+        items = [*item, *(item.values() if isinstance(item, Mapping) else ())]  # type: ignore[misc]
+        inside = [each for each in items if isinstance(each, _CONTAINERS)]
+        if (below := total + sum(8 * len(each) for each in inside)) > limit:
+            return below
+        total += sum(length(each) for each in items if not isinstance(each, _CONTAINERS))
+        pending += inside
     return total
 
 
