@@ -323,9 +323,10 @@ def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModu
             source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
     others = (*LOADING_KEYS, "model", "processor", "projector", "trim", "select")
     options = {k: v for k, v in spec.items() if k not in others}
-    chosen = pusher("native_selection")(source, spec.get("kind"), f"{name}: ") if spec.get("select") else (source, {})
-    encoder = ModalEncoderModule(chosen[0], projector, trim=spec.get("trim") or False, **options | chosen[1])
-    encoder.origin = origin_of(source, encoder.module)
+    select = spec.get("select") and pusher("native_selection")
+    tower, chosen = select(source, spec.get("kind"), f"{name}: ") if select else (source, {})
+    encoder = ModalEncoderModule(tower, projector, trim=spec.get("trim") or False, **options | chosen)
+    encoder.origin = origin_of(source, encoder.module) if select else encoder.origin
     if spec.get("kind") is None:
         check_kind(name, encoder)
     return encoder

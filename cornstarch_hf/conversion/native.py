@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.files import check_files
 from ..checkpoints.finding import CONFIG, PLACES, CheckpointFiles, picked
@@ -290,8 +290,8 @@ def _selection(model: Any, kind: str | None) -> tuple[Any, dict[str, Any]]:
     config, entry = model.config, entry_of(model.config)
     towers = {part.kind: part for part in entry.parts_for(config).values() if part.tower is not None}
     whole = getattr(transformers, entry.architecture)
-    headless = type(model).__name__ == whole.__name__.replace("ForConditionalGeneration", "Model")
-    if not isinstance(model, whole) and not headless:
+    headless: Any = MODEL_MAPPING.get(type(config), ())
+    if not isinstance(model, whole) and not isinstance(model, headless):
         raise ValueError(
             f"select='native' takes a {whole.__name__}, or it without its head, got {type(model).__name__}."
         )
@@ -339,9 +339,8 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
             f"{wrapped or 'The model'} has adapters, and native classes have none inside: merge them (merge_and_unload()), or "
             "save them by PEFT and unload them, and convert what is left."
         )
-    sync_config(
-        model, model.config, model.encoders, model.language_model
-    )  # what is live counts, as it does in a checkpoint
+    # What is live counts, as it does in a checkpoint.
+    sync_config(model, model.config, model.encoders, model.language_model)
     config, entry = native_config(model, model_type)
     with explained("config.native"):
         native = build_without_weights(lambda: built(getattr(transformers, entry.architecture), config))

@@ -65,7 +65,7 @@ class Masks(Step):
     def check(self, model: Any) -> None:
         rule = model.config.mask
         options = {key: value for key, value in rule.items() if key not in OWN_OPTIONS}
-        check_rule_options("mask", MASK_RULES[rule.get("rule")], 2, options)
+        check_rule_options("mask", MASK_RULES[rule.get("rule")], 2, options, model.config.encoders)
         layers, windowed, config = rule.get("layers") or [], rule.get("windowed", False), _text_config(model)
         if not isinstance(layers, (list, tuple)) or not all(isinstance(kind, str) for kind in layers):
             raise ValueError(f"mask: layers must be a list of types of layers, got {layers!r:.100}.")

@@ -56,10 +56,8 @@ def mrope(
     Raises:
         ValueError: a run of placeholders that is not filled by grids; another number of axes.
     """
-    _check_mrope(axes, frames_apart, time_step)
+    _check_mrope(query.names, axes, frames_apart, time_step)
     steps = time_step or {}
-    if unknown := sorted(set(steps) - set(query.names)):
-        raise ValueError(f"positions: time_step names {unknown}, the model has the modalities {list(query.names)}.")
     items = {name: _pieces(query, name, frames_apart, steps.get(name)) for name in query.names}
     positions = torch.zeros(3, *query.types.shape, dtype=torch.long)
     for row, (types, valid) in enumerate(zip(query.types.cpu(), query.valid.cpu(), strict=True)):
@@ -79,7 +77,7 @@ def mrope(
     return positions.to(query.types.device)
 
 
-def _check_mrope(axes: Any = 3, frames_apart: Any = False, time_step: Any = None) -> None:
+def _check_mrope(names: Sequence[str], axes: Any = 3, frames_apart: Any = False, time_step: Any = None) -> None:
     if axes != 3:
         raise ValueError(f'positions: the rule "mrope" has 3 axes, got axes={axes!r:.100}.')
     _check_switch("frames_apart", frames_apart)
@@ -88,6 +86,8 @@ def _check_mrope(axes: Any = 3, frames_apart: Any = False, time_step: Any = None
         raise ValueError(
             f"positions: time_step must be numbers from 0 on by modality, {{'video': 2}}, got {time_step!r:.100}."
         )
+    if unknown := sorted(set(time_step or ()) - set(names)):
+        raise ValueError(f"positions: time_step names {unknown}, the model has the modalities {list(names)}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -99,13 +99,13 @@ def _check_switch(name: str, value: Any) -> None:
         raise ValueError(f"positions: {name} must be True or False, got {value!r:.100}.")
 
 
-def _check_xdrope(axes: Any = 4, newline: Any = True) -> None:
+def _check_xdrope(names: Sequence[str], axes: Any = 4, newline: Any = True) -> None:
     if not isinstance(axes, int) or isinstance(axes, bool) or not 3 <= axes <= MOST_AXES:
         raise ValueError(f'positions: the rule "xdrope" has 3 to {MOST_AXES} axes, got axes={axes!r:.100}.')
     _check_switch("newline", newline)
 
 
-def _check_counted(first: Any = 0) -> None:
+def _check_counted(names: Sequence[str], first: Any = 0) -> None:
     if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < 2**31:
         raise ValueError(f'positions: the rule "counted" counts from a number from 0 on, got first={first!r:.100}.')
 
@@ -156,7 +156,7 @@ def xdrope(query: PositionQuery, *, axes: int = 4, newline: bool = True) -> Tens
     Raises:
         ValueError: a run of placeholders that does not fit its grid; images behind a cache, whose number nothing tells.
     """
-    _check_xdrope(axes, newline)
+    _check_xdrope(query.names, axes, newline)
     if query.past and bool(query.types.any()):
         raise ValueError(
             'positions: the rule "xdrope" numbers images from the start: generate from the prompt without a cache.'
@@ -195,7 +195,6 @@ def counted(query: PositionQuery, *, first: int = 0) -> Tensor:
 
 # What the rules say of themselves: checks of their options, how many axes the language model must turn by, and more.
 mrope.check, mrope.axes = _check_mrope, 3  # type: ignore[attr-defined]
-mrope.by_modality = True  # type: ignore[attr-defined]
 xdrope.check, xdrope.axes = _check_xdrope, 4  # type: ignore[attr-defined]
 counted.check = _check_counted  # type: ignore[attr-defined]
 xdrope.text_row = False  # type: ignore[attr-defined]

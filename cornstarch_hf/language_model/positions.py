@@ -116,9 +116,6 @@ def _check_axes(model: Any, rule: Any) -> None:
             f"positions: {who} turns tokens by {len(sections)} axes ({SECTIONS} {list(sections)}), and the rule {name!r} has "
             f"{axes}: choose the rule that belongs to the model."
         )
-    steps = set(_options(model).get("time_step") or ()) if getattr(rule, "by_modality", False) else set()
-    if unknown := sorted(steps - set(model.config.encoders)):
-        raise ValueError(f"positions: time_step names {unknown}, the model has the modalities {model.config.encoders}.")
 
 
 class Positions(Step):
@@ -134,7 +131,7 @@ class Positions(Step):
         rule, who = _rule(model), type(unwrapped(model.language_model)).__name__
         if "position_ids" not in forward_parameters(model.language_model):
             raise ValueError(f"positions: {who} takes no `position_ids`: leave the rule out, or choose another model.")
-        check_rule_options("positions", rule, 1, _options(model))
+        check_rule_options("positions", rule, 1, _options(model), model.config.encoders)
         _check_axes(model, rule)
 
     def before_language_model(self, model: Any, inputs: dict, masks: dict, outputs: dict, past: int) -> dict:

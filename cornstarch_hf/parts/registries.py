@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -297,14 +297,15 @@ def valid_groups(groups: Any, names: list[str]) -> list[list[str]]:
     return [list(group) for group in groups]
 
 
-def check_rule_options(key: str, rule: Callable, given: int, options: Mapping[str, Any]) -> None:
+def check_rule_options(key: str, rule: Callable, given: int, options: Mapping[str, Any], names: Sequence[str]) -> None:
     """ValueError for options that a rule of ``config.positions`` or ``config.mask`` does not take, lacks or finds wrong.
 
     Args:
         key: which of both.
-        rule: its function; an attribute ``check(**options)`` of it says more of their values.
+        rule: its function; an attribute ``check(names, **options)`` of it says more of their values.
         given: how many arguments it gets besides.
         options: those of the configuration.
+        names: the modalities.
     """
     signature = inspect.signature(rule)
     try:
@@ -313,7 +314,7 @@ def check_rule_options(key: str, rule: Callable, given: int, options: Mapping[st
         takes = list(signature.parameters)[given:]
         raise ValueError(f"{key}: its rule has the options {sorted(options)}, but takes {takes} ({error}).") from error
     if callable(check := getattr(rule, "check", None)):
-        check(**options)
+        check(names, **options)
 
 
 def check_rules(values: Mapping[str, Any]) -> None:

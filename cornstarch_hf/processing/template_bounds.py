@@ -70,6 +70,8 @@ def weight(value: Any) -> int:
             continue
         # What its containers take by themselves comes first: of many large ones none has to be looked into.
         total += 8 * len(item)  # type: ignore[arg-type]
+        if total > limit:
+            return total
         items = [*item, *(item.values() if isinstance(item, Mapping) else ())]  # type: ignore[misc]
         inside = [each for each in items if isinstance(each, _CONTAINERS)]
         if (below := total + sum(8 * len(each) for each in inside)) > limit:
