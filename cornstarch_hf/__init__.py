@@ -76,7 +76,7 @@ def register_auto_classes() -> None:
     AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
 
 
-_LAZY = dict.fromkeys(("from_native", "native_selection", "to_native"), ".conversion.native")
+_LAZY = dict.fromkeys(("from_native", "to_native"), ".conversion.native") | {"native_selection": ".conversion.parts"}
 
 
 def __getattr__(name: str):

@@ -20,6 +20,7 @@ from .language_model.supported import embedding_width
 from .parts.adapters import is_wrapped, unwrapped
 from .parts.classes import class_name, constructor_options, language_model_class, origin_of
 from .parts.known_encoders import registered_facts
+from .parts.names import parameters_by_name
 from .parts.signatures import forward_parameters
 from .parts.stored_adapters import record_adapters
 
@@ -106,12 +107,12 @@ def check_encoders(encoders: Any, language_model: nn.Module) -> None:
                 f"{name!r} must be a ModalEncoderModule, got {type(encoder).__name__}: wrap it by ModalEncoderModule(model)."
             )
     validate_encoder_names(list(encoders))
-    owners = {id(p): "the language model" for p in language_model.parameters()}
+    owners = {id(p): "the language model" for _, p in parameters_by_name(language_model)}
     for name, encoder in encoders.items():
-        mine = {id(p) for p in encoder.parameters()} | {id(encoder)}
+        mine = {id(p) for _, p in parameters_by_name(encoder)} | {id(encoder)}
         own = encoder._modules.get("projector")
         mine |= {id(own)} if own is not None else set()  # whose weights may be yet to come
-        if shared := mine & set(owners):
+        if shared := owners.keys() & mine:
             raise ValueError(
                 f"The encoder {name!r} shares weights with {owners[shared.pop()]}: give it a module of its own "
                 "(copy.deepcopy), use one name, or say by shares= which encoder's it is."
@@ -128,7 +129,7 @@ def warn_of_quantized(encoders: Mapping[str, ModalEncoderModule], language_model
         name
         for name, part in parts.items()
         if getattr(unwrapped(part), "hf_quantizer", None) is not None
-        or any(type(parameter).__module__.startswith("bitsandbytes") for parameter in part.parameters())
+        or any(kind.__module__.startswith("bitsandbytes") for kind in {type(p) for _, p in parameters_by_name(part)})
     ]
     if quantized:
         warnings.warn(

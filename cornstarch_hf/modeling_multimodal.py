@@ -36,7 +36,7 @@ from .parts.registries import check_steps, encoder_options, step_inputs
 from .parts.signatures import PerInstanceSignature
 from .parts.stored_modules import KeptTensors, mark_initialized
 from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, PAGED_INPUTS, check_hooks, is_paged, take_cache
-from .parts.weightless import WithoutInitializers
+from .parts.weightless import WithoutInitializers, is_building
 
 EncoderOutputs = dict[str, Any]
 
@@ -116,7 +116,8 @@ class MultimodalModel(
         self._inherit_from_language_model(supplied)
         self._stand_ins: dict[str, dict[str, Tensor]] = {}  # by modality, as far as they were needed
         check_steps(self)
-        self._untied = untied_weights(self) if supplied else frozenset()  # a live head without its tie stays as it is
+        # A live head without its tie stays as it is; what has no weights yet says nothing of ties.
+        self._untied = untied_weights(self) if supplied and not is_building() else frozenset()
         self.post_init()  # when all parts are there: it gathers their tied weights
         if not supplied:
             check_built(self)

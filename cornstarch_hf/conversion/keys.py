@@ -1,6 +1,6 @@
 """Which tensor of a composition is which of a native model, and how they change places without being copied."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from .entries import Native, Part
 REST = "native_rest"
 
 
-def path_of(root: nn.Module, module: nn.Module) -> str:
-    """The dotted name of a module below another one (ValueError where it is not there)."""
-    for name, each in modules_by_name(root):
+def path_of(root: nn.Module, module: nn.Module, without: Collection[nn.Module] = ()) -> str:
+    """The dotted name of a module below another one and not below those in `without` (ValueError where it is not there)."""
+    for name, each in modules_by_name(root, without):
         if each is module:
             return name
     raise ValueError(f"{type(module).__name__} is no part of {type(root).__name__}.")
@@ -31,13 +31,16 @@ def has_head(text: Any) -> bool:
     return text.get_output_embeddings() is not None
 
 
-def prefixes(native: Any, model: Any, entry: Native) -> dict[str, str]:
-    """``{name of ours: name of the native model's}`` of modules and single tensors; all below them have equal names."""
+def prefixes(native: Any, model: Any, entry: Native, without: Collection[nn.Module] = ()) -> dict[str, str]:
+    """``{name of ours: name of the native model's}`` of modules and single tensors; all below them have equal names.
+
+    Modules in `without`, which both sides have, are left out.
+    """
     found: dict[str, str] = {}
     for name, part in entry.parts_for(native.config).items():
         ours = f"{name}_encoder"
-        if part.tower is not None:
-            found[f"{ours}.module"] = path_of(native, tower_of(native, part))
+        if part.tower is not None and (tower := tower_of(native, part)) not in without:
+            found[f"{ours}.module"] = path_of(native, tower)
         names = part.projector.names if part.projector is not None else {}
         found |= {f"{ours}.projector.projection.{a}".rstrip("."): b for a, b in names.items()}
         for slot, step in part.steps.items():
@@ -45,9 +48,10 @@ def prefixes(native: Any, model: Any, entry: Native) -> dict[str, str]:
     text = native.get_submodule(entry.language_model)
     if has_head(text):
         return found | {"language_model": entry.language_model}
-    backbone, head = model.language_model.base_model, model.language_model.get_output_embeddings()
-    found[path_of(model, backbone)] = entry.language_model
-    found[path_of(model, head)] = path_of(native, native.get_output_embeddings())
+    if text not in without:
+        found[path_of(model, model.language_model.base_model)] = entry.language_model
+    heads = model.language_model.get_output_embeddings(), native.get_output_embeddings()
+    found[path_of(model, heads[0], without)] = path_of(native, heads[1], without)
     return found
 
 
@@ -63,9 +67,12 @@ def native_name(name: str, pairs: Mapping[str, str]) -> str | None:
         tail = f".{last}{tail}"
 
 
-def tensors(model: nn.Module, persistent: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer by each of its names; with `persistent` those alone that a checkpoint holds."""
-    for name, module in modules_by_name(model):
+def tensors(
+    model: nn.Module, persistent: bool = False, without: Collection[nn.Module] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by each of its names, but for those of modules in `without`; with `persistent` those alone
+    that a checkpoint holds."""
+    for name, module in modules_by_name(model, without):
         prefix = f"{name}." if name else ""
         left_out = module._non_persistent_buffers_set if persistent else ()
         for key, value in (*module._parameters.items(), *module._buffers.items()):
@@ -73,15 +80,18 @@ def tensors(model: nn.Module, persistent: bool = False) -> Iterator[tuple[str, t
                 yield prefix + key, value
 
 
-def key_map(native: Any, model: Any, entry: Native) -> tuple[dict[str, str], list[str]]:
+def key_map(
+    native: Any, model: Any, entry: Native, without: Collection[nn.Module] = ()
+) -> tuple[dict[str, str], list[str]]:
     """``{our tensor: native tensor}`` of all that checkpoints hold, and native tensors that no part uses.
 
-    ValueError where a tensor of ours has no native one, or two have the same: the row does not fit the model.
+    Those of modules in `without`, which both sides have, are left out.  ValueError where a tensor of ours has no native one,
+    or two have the same: the row does not fit the model.
     """
-    pairs, there = prefixes(native, model, entry), dict(tensors(native, persistent=True))
-    found: Any = {
-        name: native_name(name, pairs) for name, _ in tensors(model, persistent=True) if not name.startswith(REST)
-    }
+    pairs = prefixes(native, model, entry, without)
+    there = dict(tensors(native, persistent=True, without=without))
+    mine = (name for name, _ in tensors(model, persistent=True, without=without))
+    found: Any = {name: native_name(name, pairs) for name in mine if not name.startswith(REST)}
     wrong = [name for name, of in found.items() if of not in there]
     if wrong or len(set(found.values())) != len(found):
         raise ValueError(
@@ -99,24 +109,31 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str,
     return found
 
 
-def with_buffers(names: Mapping[str, str], native: Any, model: Any, entry: Native) -> dict[str, str]:
+def with_buffers(
+    names: Mapping[str, str], native: Any, model: Any, entry: Native, without: Collection[nn.Module] = ()
+) -> dict[str, str]:
     """The map with those tensors besides that no checkpoint holds (computed tables), where both sides have them."""
-    pairs, there = prefixes(native, model, entry), {name for name, _ in tensors(native)}
-    others = {name: native_name(name, pairs) for name, _ in tensors(model) if name not in names}
+    pairs = prefixes(native, model, entry, without)
+    there = {name for name, _ in tensors(native, without=without)}
+    mine = (name for name, _ in tensors(model, without=without))
+    others = {name: native_name(name, pairs) for name in mine if name not in names}
     return {**names, **{name: of for name, of in others.items() if of in there}}
 
 
-def hand_over(source: nn.Module, target: nn.Module, names: Mapping[str, str]) -> None:
+def hand_over(
+    source: nn.Module, target: nn.Module, names: Mapping[str, str], without: Collection[nn.Module] = ()
+) -> None:
     """Give modules of `target` the tensors of `source`, ``{name in the target: name in the source}`` (in place).
 
     Memory is shared, parameters are new ones: what is done to one side's later is done to its own.  Those that are one
     parameter in the source are one in the target.  Buffers that no checkpoint holds go along, where both sides have them.
+    Where some modules, those in `without`, are both sides' already, so is what else is given.
     """
-    given, made = dict(tensors(source)), dict[int, Any]()
+    given, made = dict(tensors(source, without=without)), dict[int, Any]()
     for name, of in names.items():
         parent, _, key = name.rpartition(".")
         module, tensor = target.get_submodule(parent), given[of]
-        place = module._parameters if key in module._parameters else module._buffers
+        place: Any = module._parameters if key in module._parameters else module._buffers
         if (
             (had := place[key]) is not None
             and had.shape != tensor.shape
@@ -126,8 +143,8 @@ def hand_over(source: nn.Module, target: nn.Module, names: Mapping[str, str]) ->
                 f"{type(target).__name__}: {name} has the shape {tuple(had.shape)} by the configuration, but {of} of "
                 f"{type(source).__name__} has {tuple(tensor.shape)}: change sizes in the native model, and take that apart."
             )
-        place[key] = made.setdefault(id(tensor), _shared(tensor))
-        place[key]._is_hf_initialized = True  # type: ignore[union-attr]
+        place[key] = tensor if without else made.setdefault(id(tensor), _shared(tensor))
+        place[key]._is_hf_initialized = True
 
 
 def _shared(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,36 +2,30 @@
 
 import copy
 import functools
-import inspect
 import os
-import re
 import warnings
 from typing import Any
 
 import transformers
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
 
 from ..checkpoints.files import check_files
 from ..checkpoints.finding import CONFIG, PLACES, CheckpointFiles, picked
 from ..checkpoints.storage import sync_config
-from ..configuration_multimodal import MEDIA_KINDS
-from ..configuration_projector import MultimodalProjectorConfig
-from ..encoders.module import ModalEncoderModule
-from ..encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
-from ..encoders.towers import resolve_tower
-from ..language_model.text_head import TextModelWithHead
 from ..modeling_multimodal import MultimodalModel
-from ..parts.adapters import is_wrapped, unwrapped
-from ..parts.classes import FAMILIES, constructor_options, language_model_class
+from ..parts.adapters import is_wrapped
+from ..parts.classes import FAMILIES
+from ..parts.names import modules_by_name
 from ..parts.stored_errors import explained
-from ..parts.stored_modules import KeptTensors, build_callback
+from ..parts.stored_modules import KeptTensors
 from ..parts.stored_values import check_kernels, check_values, without_implementations
-from ..parts.weightless import build_without_weights, without_dtypes
-from ..projectors.projector import UNSIZED, MultimodalProjector
+from ..parts.weightless import WithoutInitializers, build_without_weights
 from .comparing import check_same
 from .configs import held_configs, native_config, outer_values
-from .entries import Native, Part, resolved, setting
-from .keys import REST, describe_tensors, hand_over, has_head, key_map, tensors, tower_of, with_buffers
+from .entries import Native, Part, setting
+from .keys import REST, describe_tensors, hand_over, key_map, tensors, with_buffers
+from .parts import built, composed, own_parts
 from .refusals import check_model, entry_of
 
 
@@ -69,20 +63,21 @@ def from_native(
         raise TypeError(f"from_native takes (model, processor) as one argument, got {len(source)} values.")
     if not isinstance(drop_rest, bool):
         raise TypeError(f"drop_rest must be True or False, got {drop_rest!r:.100}.")
-    native = _loaded(source[0] if isinstance(source, tuple) else source, options)
-    if isinstance(native, MultimodalModel):
+    source = source[0] if isinstance(source, tuple) else source
+    if isinstance(source, (str, os.PathLike)):
+        native = _loaded(source, options)
+        return take_apart(native, entry_of(native.config), drop_rest, own=True), None
+    if not isinstance(source, PreTrainedModel):
+        raise TypeError(f"from_native takes a Hub id, a path or a model of transformers, got {source!r:.100}.")
+    if options:
+        raise TypeError(f"{sorted(options)} are for loading, but the model is live: change it, or pass its id.")
+    if isinstance(source, MultimodalModel):
         raise ValueError("from_native takes a native model, and this is a composition already.")
-    return take_apart(native, entry_of(native.config), drop_rest), None
+    return take_apart(source, entry_of(source.config), drop_rest), None
 
 
 def _loaded(source: Any, options: dict[str, Any]) -> Any:
-    """The native model, loaded where an id or a path was given."""
-    if not isinstance(source, (str, os.PathLike)):
-        if not isinstance(source, PreTrainedModel):
-            raise TypeError(f"from_native takes a Hub id, a path or a model of transformers, got {source!r:.100}.")
-        if options:
-            raise TypeError(f"{sorted(options)} are for loading, but the model is live: change it, or pass its id.")
-        return source
+    """The native model of an id or a path."""
     # What a stranger's file may not ask for is refused before anything of it is built, as of compositions.
     where = f"{os.fspath(source)}: {CONFIG}"
     asked = [family for family in FAMILIES if isinstance(options.get(f"{family}_implementation"), str)]
@@ -93,8 +88,12 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
         config = AutoConfig.from_pretrained(source, **picked(options, PLACES))
     # The type is refused before its weights are loaded.
     architecture = entry_of(config).architecture
-    with explained(f"{os.fspath(source)}: {architecture}"):
-        native, told = getattr(transformers, architecture).from_pretrained(source, output_loading_info=True, **options)
+    # Whatever else is said may be for the configuration, which is then read with it.
+    known = {"config": config} if options.keys() <= {*PLACES, "dtype", "attn_implementation", "config"} else {}
+    with explained(f"{os.fspath(source)}: {architecture}"), WithoutInitializers():
+        native, told = getattr(transformers, architecture).from_pretrained(
+            source, output_loading_info=True, **known | options
+        )
     if wrong := [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]:
         raise ValueError(
             f"{os.fspath(source)}: the files of weights have no tensors, or of another shape, for {sorted(wrong)[:4]} "
@@ -103,17 +102,23 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
     return native
 
 
-def take_apart(native: Any, entry: Native, drop_rest: bool = False) -> MultimodalModel:
-    """The composition of a live native model's parts, by a row of the table; raises as `from_native` does."""
+def take_apart(native: Any, entry: Native, drop_rest: bool = False, own: bool = False) -> MultimodalModel:
+    """The composition of a native model's parts, by a row of the table; raises as `from_native` does.
+
+    The native model stays as it is, unless it is nobody else's (`own`): then its tower and its language model are the
+    composition's, and only what lies between them is built.
+    """
     check_model(native, entry)
-    model = build_without_weights(lambda: _compose(native, entry))
     values = {
         "model_type": native.config.model_type,
         "config": outer_values(native, entry),
         "parts": held_configs(native, entry),
     }
-    names, rest = key_map(native, model, entry)
-    there = dict(tensors(native))
+    # Modules that are used as they are, and hold their tensors.
+    live = own_parts(native, entry) if own else frozenset[nn.Module]()
+    model = build_without_weights(lambda: composed(native, entry, live), live)
+    names, rest = key_map(native, model, entry, live)
+    there = dict(tensors(native, without=live))
     kept = {} if drop_rest else {name: there[name] for name in rest}
     if kept:
         values["tensors"] = describe_tensors(kept)
@@ -123,13 +128,16 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False) -> Multimoda
         _warn_of_dropped(native, {name: there[name] for name in rest})
         values["dropped"] = rest
     model.config.native = values
-    hand_over(native, model, with_buffers(names, native, model, entry))
-    _take_checkpointing(native, model)
-    model._untied = frozenset()  # ties are those of the native model, which the text configuration tells
+    hand_over(native, model, with_buffers(names, native, model, entry, live), live)
     model.generation_config = copy.deepcopy(native.generation_config)
     for name, part in entry.parts_for(native.config).items():
         model.config.modality(name)["token_id"] = _token_id(native.config, part)
-    return model.train(native.training)
+    if not live:
+        _take_checkpointing(native, model)
+        return model.train(native.training)
+    for _, module in modules_by_name(model, live):
+        module.training = native.training
+    return model
 
 
 def _token_id(config: Any, part: Part) -> int:
@@ -142,8 +150,8 @@ def _token_id(config: Any, part: Part) -> int:
 
 def _take_checkpointing(source: Any, target: Any) -> None:
     """Have a model trade time for memory in training where another one does, with that one's arguments (in place)."""
-    if source.is_gradient_checkpointing:
-        on = next(module for module in source.modules() if getattr(module, "gradient_checkpointing", False))
+    on: Any = next((module for module in source.modules() if getattr(module, "gradient_checkpointing", False)), None)
+    if on is not None:
         function, options = getattr(on, "_gradient_checkpointing_func", None), dict[str, Any]()
         while isinstance(function, functools.partial):  # around transformers' own, where frozen parts need gradients
             options |= function.keywords
@@ -159,152 +167,6 @@ def _warn_of_dropped(native: Any, rest: dict[str, Any]) -> None:
         f"not have them: {shown}.",
         stacklevel=4,
     )
-
-
-# ---- the parts, without weights
-
-
-def _compose(native: Any, entry: Native) -> MultimodalModel:
-    made: dict[str, ModalEncoderModule] = {}
-    for name, part in entry.parts_for(native.config).items():
-        made[name] = _encoder(native, part, made)
-    rules = {key: resolved(getattr(entry, key), native.config) for key in ("positions", "mask")}
-    if rules["positions"] and "time_step" in rules["positions"]:
-        steps = {name: step for name, step in rules["positions"]["time_step"].items() if name in made}
-        rules["positions"] |= {"time_step": steps}
-    return MultimodalModel(encoders=made, language_model=_language_model(native, entry), **rules)
-
-
-def _encoder(native: Any, part: Part, made: dict[str, ModalEncoderModule]) -> ModalEncoderModule:
-    config = native.config
-    lender = made.get(part.shares or "")
-    if lender is not None and part.tower is None:
-        module: Any = lender.module
-    elif part.tower is None:
-        module = PrecomputedFeatures(PrecomputedFeaturesConfig(hidden_size=resolved(part.width, config)))
-    else:
-        tower = tower_of(native, part)
-        module = built(type(tower), tower.config, **constructor_options(tower))
-    callbacks: Any = {
-        slot: build_callback({"name": step.name, "arguments": resolved(step.arguments, config)}, slot)
-        for slot, step in part.steps.items()
-    }
-    callbacks |= {slot: getattr(lender, slot) for slot in part.shared_steps}
-    layer = resolved(part.layer, config)
-    projector = lender.projector if lender is not None and part.projector is None else _projector(native, part)
-    encoder = ModalEncoderModule(
-        module, projector, list(part.additional_args), kind=part.kind, layer=layer, output=part.output,
-        drop_prefix=resolved(part.drop_prefix, config), input_names=dict(part.input_names), shares=part.shares,
-        data_format=part.data_format,
-        layer_features=part.layer_features, merge=part.merge, marks=resolved(part.marks, config), **callbacks,
-    )  # fmt: skip
-    # The native model runs, so nothing has to be found out by a dry run, which takes longer than loading a small one.
-    encoder.known_width = lender.known_width if projector is getattr(lender, "projector", 0) else _width(native, part)
-    return encoder
-
-
-def _width(native: Any, part: Part) -> int:
-    """Width of the features that a projector takes, by its first weight; 0 where its type needs none."""
-    if part.projector is None or part.projector.kind in UNSIZED:
-        return resolved(part.projector.width, native.config) or 0 if part.projector is not None else 0
-    options = resolved(part.projector.options, native.config)
-    first = native.get_submodule(next(iter(part.projector.names.values())))
-    return first.weight.shape[-1] // (options.get("scale_factor", 1) ** 2 * options.get("stack_factor", 1))
-
-
-def _projector(native: Any, part: Part) -> MultimodalProjector | None:
-    if part.projector is None:
-        return None
-    options = resolved(part.projector.options, native.config)
-    activation = options.pop("activation", "gelu")
-    if options.get("num_layers") == 1:  # which has no width between layers
-        options.pop("hidden_size", None)
-    width = resolved(part.projector.width, native.config)
-    return MultimodalProjector(
-        MultimodalProjectorConfig(
-            projection_type=part.projector.kind, activation=activation, in_features=width, projection_kwargs=options
-        )
-    )
-
-
-def _language_model(native: Any, entry: Native) -> Any:
-    """The causal language model: the native one's own, its class by the text configuration, or a plain head over the stack."""
-    text = native.get_submodule(entry.language_model)
-    config = copy.deepcopy(text.config)
-    if has_head(text):
-        return built(type(text), config)
-    # The outer configuration decides about ties, whatever the text's own says.
-    head, table = native.get_output_embeddings(), text.get_input_embeddings()
-    config.tie_word_embeddings = head.weight is table.weight
-    factors = {"scale": resolved(entry.scale, native.config), "softcap": resolved(entry.softcap, native.config)}
-    cls: Any = None if entry.plain_head or any(factors.values()) else language_model_class(config)
-    model = built(cls, config) if cls is not None and _has_bare_head(cls) else None
-    if model is not None and type(model.base_model) is type(text):
-        return model
-    return TextModelWithHead(built(type(text), config), **factors)
-
-
-# What a ...ForCausalLM class of transformers does to hidden states where its head is linear and nothing else.
-_BARE_HEAD = re.compile(r"logits = self\.lm_head\(hidden_states(\[:, slice_indices, :\])?\)\s*$", re.M)
-
-
-def _has_bare_head(cls: Any) -> bool:
-    """Whether a class makes of hidden states what the head of a native multimodal model does, which scales and caps nothing.
-
-    About 28 of 189 classes do more (Cohere and Granite scale, Gemma 2 caps); only their source tells.
-    """
-    source = inspect.getsource(inspect.unwrap(cls.forward))
-    return len(re.findall(r"^ +logits [*/+-]?= ", source, re.M)) == 1 and bool(_BARE_HEAD.search(source))
-
-
-def built(cls: Any, config: PreTrainedConfig, **options: Any) -> Any:
-    """A model without weights, of a copy of a configuration whose dtypes stay with it."""
-    model = cls(without_dtypes(copy.deepcopy(config)), **options)
-    _give_dtypes(config, model.config)
-    return model
-
-
-def _give_dtypes(source: Any, target: Any) -> None:
-    target.dtype = source.dtype
-    for key, value in vars(source).items():
-        if isinstance(value, PreTrainedConfig) and isinstance(vars(target).get(key), PreTrainedConfig):
-            _give_dtypes(value, vars(target)[key])
-
-
-def native_selection(model: Any, kind: str | None = None, who: str = "") -> tuple[Any, dict[str, Any]]:
-    """The tower of a whole native model, and what the model projects of it, as options of `ModalEncoderModule`.
-
-    `kind` chooses between several towers.  ValueError, which begins with `who`, for a type that is not known, another class of
-    it, and a kind of which there is no tower; TypeError for one that is no name.
-    """
-    try:
-        return _selection(model, kind)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{who}{error}") from error
-
-
-def _selection(model: Any, kind: str | None) -> tuple[Any, dict[str, Any]]:
-    if kind is not None and not isinstance(kind, str):
-        raise TypeError(f"kind must be a name, {sorted(MEDIA_KINDS)}, got {kind!r:.100}.")
-    model = unwrapped(model)
-    config, entry = model.config, entry_of(model.config)
-    towers = {part.kind: part for part in entry.parts_for(config).values() if part.tower is not None}
-    whole = getattr(transformers, entry.architecture)
-    headless: Any = MODEL_MAPPING.get(type(config), ())
-    if not isinstance(model, whole) and not isinstance(model, headless):
-        raise ValueError(
-            f"select='native' takes a {whole.__name__}, or it without its head, got {type(model).__name__}."
-        )
-    if not towers:
-        raise ValueError(f"{whole.__name__} has no tower: its items are projected as they are, see from_native.")
-    if kind not in towers and (kind is not None or len(towers) != 1):
-        raise ValueError(f"{type(model).__name__} has towers for {sorted(towers)}: choose one by kind=, got {kind!r}.")
-    part = towers[kind or next(iter(towers))]
-    # A model without its head has the same towers, one level higher.
-    path = part.tower if isinstance(model, whole) else str(part.tower).removeprefix("model.")
-    tower = resolve_tower(model.get_submodule(str(path)), part.kind)
-    chosen = {"layer": resolved(part.layer, config), "drop_prefix": resolved(part.drop_prefix, config)}
-    return tower, chosen | {"kind": part.kind, "output": part.output, "data_format": part.data_format}
 
 
 # ---- and back
@@ -346,7 +208,7 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
         native = build_without_weights(lambda: built(getattr(transformers, entry.architecture), config))
     if (held := held_configs(native, entry)) != model.config.native["parts"]:
         raise ValueError(f"config.native: parts are {model.config.native['parts']}, {entry.architecture} has {held}.")
-    usual = build_without_weights(lambda: _compose(native, entry))
+    usual = build_without_weights(lambda: composed(native, entry))
     check_same(model, usual, entry)
     names, rest = key_map(native, model, entry)
     kept = dict(tensors(model.get_submodule(REST))) if hasattr(model, REST) else {}

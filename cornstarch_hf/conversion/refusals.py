@@ -45,7 +45,7 @@ def entry_of(config: Any) -> Native:
 
 
 def check_model(native: Any, entry: Native) -> None:
-    """ValueError for another class than the row's, adapters inside, and weights in a packed form."""
+    """ValueError for another class than the row's, adapters inside, weights in a packed form or on several devices."""
     name = type(native).__name__
     if name != entry.architecture:
         raise ValueError(f"from_native takes the whole {entry.architecture}, got {name}: load that class.")
@@ -55,4 +55,10 @@ def check_model(native: Any, entry: Native) -> None:
         raise ValueError(
             f"{name} is quantized: convert the plain checkpoint, save it, and quantize where that is loaded "
             "(MultimodalModel.from_pretrained(folder, quantization_config=...))."
+        )
+    if len(places := set(map(str, (getattr(native, "hf_device_map", None) or {}).values()))) > 1:
+        raise ValueError(
+            f"{name} lies on several devices, {sorted(places)}, between which its own modules move what they compute: convert it "
+            "on one, save the composition, and spread that where it is loaded "
+            "(MultimodalModel.from_pretrained(folder, device_map=...))."
         )

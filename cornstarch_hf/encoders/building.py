@@ -18,6 +18,7 @@ from ..parts.known_encoders import ALL, LAST, encoder_type
 from ..parts.registries import PROJECTORS
 from ..parts.stored_modules import SLOTS
 from ..parts.versions import CACHE_NAMES
+from ..parts.weightless import is_building
 from ..projectors.projector import MultimodalProjector
 from .feature_layout import find_feature_axes
 from .grids import PLANE_KINDS
@@ -160,7 +161,7 @@ def complete_projector(
     config = projector.config
     config.encoder_model_type = module.config.model_type
     config.language_model_type = unwrapped(language_model).config.model_type
-    if fresh and (weight := first_weight(encoder.module)) is not None:
+    if fresh and not is_building() and (weight := first_weight(encoder.module)) is not None:
         projector.to(device=weight.device, dtype=weight.dtype)
     # Only then are the projected features those whose width was found: a callback or an output field may have any.
     as_encoded = found and known is not None and encoder.postprocess_module_callback is None

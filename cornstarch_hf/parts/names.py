@@ -4,7 +4,7 @@ A pattern is a dotted name in which ``*`` stands for one layer number; it means 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -70,14 +70,15 @@ def as_regex(pattern: str) -> str:
     return "^" + r"\.".join(r"\d+" if part == "*" else re.escape(part) for part in pattern.split(".")) + r"(?:\.|$)"
 
 
-def modules_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by its dotted names, parents first, as `root.named_modules(remove_duplicate=False)` gives them."""
+def modules_by_name(root: nn.Module, without: Collection[nn.Module] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its dotted names, parents first, as `root.named_modules(remove_duplicate=False)` gives them; none of
+    `without`, and none below those."""
     pending = [("", root)]
     while pending:  # a stack of what is still to visit: recursive generators cost a frame per level for each name
         name, module = pending.pop()
         yield name, module
-        prefix = f"{name}." if name else ""
-        pending += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+        prefix, children = f"{name}." if name else "", reversed(module._modules.items())
+        pending += [(prefix + key, child) for key, child in children if child is not None and child not in without]
 
 
 def parameters_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -134,9 +134,12 @@ def same_structure(a: nn.Module, b: nn.Module) -> bool:
 
 def mark_initialized(module: nn.Module) -> None:
     """Mark a module's weights as made already: transformers' `post_init` would fill them with noise otherwise."""
-    each: Any
-    for each in (*module.modules(), *module.parameters(), *module.buffers()):
-        each._is_hf_initialized = True
+    for each in module.modules():
+        each.__dict__["_is_hf_initialized"] = True  # torch looks through all that it knows where an attribute is set
+        tensor: Any
+        for tensor in (*each._parameters.values(), *each._buffers.values()):
+            if tensor is not None:
+                tensor._is_hf_initialized = True
 
 
 # The places in an encoder that a callback may have, in the order in which they run.

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_utils import get_torch_context_manager_or_global_device
 
 from .build_bounds import BoundedTensors
+from .names import modules_by_name
 from .threads import DRAWS_IN_PLACE, PrivateRandom, ThreadDispatchMode, on_meta, run_privately
 
 # transformers builds on meta too (`init_empty_weights`, `torch.device("meta")`), but then computed tables (rotary
@@ -80,8 +81,8 @@ class _Weightless(PrivateRandom):
 
 def _to_meta(parameter: Any) -> None:
     """Put a parameter on meta, itself and not a copy of it: other places may hold it already."""
-    if type(parameter) is not nn.Parameter or parameter.is_meta:
-        return
+    if type(parameter) is not nn.Parameter or parameter.is_meta or getattr(parameter, "_is_hf_initialized", False):
+        return  # what has its values is a live module's, whose tie is made again
     twin = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     twin.__dict__.update(parameter.__dict__)
     with contextlib.suppress(RuntimeError):  # one that something else refers to weakly stays until all is built
@@ -127,29 +128,36 @@ def is_building() -> bool:
     return getattr(_current, "building", False)
 
 
-def build_without_weights(build: Callable[[], Any]) -> Any:
-    """Build a module with its parameters on the meta device; its buffers and tables are real and filled."""
+def build_without_weights(build: Callable[[], Any], live: Collection[nn.Module] = ()) -> Any:
+    """Build a module with its parameters on the meta device; its buffers and tables are real and filled.
+
+    Modules in `live`, which were there before, stay as they are.
+    """
     with without_weights(), torch.no_grad():
         made = build()
-        _fill_buffers(made, None)
-    return parameters_to_meta(made)  # those that could not be swapped while they were made
+        _fill_buffers(made, None, frozenset(live))
+    return parameters_to_meta(made, live=live)  # those that could not be swapped while they were made
 
 
-def _fill_buffers(module: nn.Module, owner: Any) -> None:
+def _fill_buffers(module: nn.Module, owner: Any, live: Collection[nn.Module]) -> None:
     """Give buffers the values of their model's class (`owner` is the nearest model), as transformers does after building."""
+    if module in live:
+        return
     owner = module if isinstance(module, PreTrainedModel) else owner
     real = any(buffer is not None and not buffer.is_meta for buffer in module._buffers.values())
     if real and owner is not None and not getattr(module, "_is_hf_initialized", False):
         owner._init_weights(module)
     for child in module.children():
-        _fill_buffers(child, owner)
+        _fill_buffers(child, owner, live)
 
 
-def parameters_to_meta(module: nn.Module, compute_dtype: torch.dtype | None = None) -> Any:
-    """Move a module's parameters to the meta device (in place), shared ones shared; with `compute_dtype` floating-point ones
-    get that dtype, and none needs gradients."""
+def parameters_to_meta(
+    module: nn.Module, compute_dtype: torch.dtype | None = None, live: Collection[nn.Module] = ()
+) -> Any:
+    """Move a module's parameters to the meta device (in place), shared ones shared, but for modules in `live`; with
+    `compute_dtype` floating-point ones get that dtype, and none needs gradients."""
     moved: dict[int, nn.Parameter] = {}
-    for child in module.modules():
+    for child in dict.fromkeys(child for _, child in modules_by_name(module, live)):
         for name, parameter in child._parameters.items():
             if parameter is None or (parameter.is_meta and compute_dtype is None):
                 continue

@@ -1,9 +1,12 @@
 """Every native multimodal type of the conversion table: taken apart, stored, put together again, equal to the bit."""
 
+import catalog_llms
 import convertible_models
 import native_types
 import pytest
+import tiny
 import torch
+import transformers
 from changed_settings import changed_models
 from native_types import (
     TYPES,
@@ -61,6 +64,31 @@ def test_changed_settings_are_followed_or_refused_by_name(model_type):
         assert to_native(model).config.to_dict() == native.config.to_dict(), (path, value)
         followed += 1
     assert followed >= 4
+
+
+@pytest.mark.parametrize("model_type", catalog_llms.TYPES)
+def test_a_llava_of_any_text_type_is_equal_there_and_back(model_type, tmp_path):
+    """Its head is a plain one, whatever the type's own class for causal language models does before, in or behind it."""
+    try:
+        vision, text = tiny.clip().config, catalog_llms.configuration(model_type)
+        torch.manual_seed(0)
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=3)
+        native = transformers.LlavaForConditionalGeneration(config).eval()
+        ids = torch.tensor([[5, 6, *[3] * 4, 11, 12, 13], [7, *[3] * 4, 8, 9, 5, 14]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs["pixel_values"] = convertible_models.noise(2, 3, 8, 8)
+        expected = native_types.logits_of(native, inputs)
+    except Exception as error:
+        pytest.skip(f"no LLaVA runs with such a text: {type(error).__name__}: {error!s:.80}")
+    if model_type in catalog_llms.REFUSED:
+        with pytest.raises(ValueError, match=catalog_llms.REFUSED[model_type]):
+            from_native(native)
+        return
+    model, _ = from_native(native)
+    assert torch.equal(native_types.logits_of(model, inputs), expected)
+    assert digests(to_native(model)) == digests(native)
+    native.save_pretrained(tmp_path / "native")
+    native_types.check_loaded(tmp_path / "native", native)
 
 
 @pytest.mark.parametrize("model_type", native_types.ALONE)

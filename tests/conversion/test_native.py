@@ -6,14 +6,12 @@ import shutil
 from dataclasses import replace
 
 import convertible_models
-import native_models
 import native_types
 import pytest
 import tiny
 import torch
 import transformers
 from native_types import check_equal, check_gradients, check_there_and_back, check_videos, digests, files
-from own_memory import own_memory
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +24,6 @@ from cornstarch_hf import (
     from_native,
     to_native,
 )
-from cornstarch_hf.conversion.native import native_selection
 from cornstarch_hf.parts.stored_modules import KeptTensors
 
 # One of each way in which a projector, its features and the head are made.
@@ -95,75 +92,6 @@ def test_a_native_folder_is_no_composition_and_a_native_model_no_part_of_one(lla
         MultimodalModel(encoders=encoders, language_model=native)
     with pytest.raises(ValueError, match=r"it is multimodal already: take it apart by from_native\('"):
         compose(str(folder), {"audio": tiny.whisper()}, tokenizer=tiny.tokenizer())
-
-
-@pytest.mark.parametrize(
-    "model_type", ["llava", "vipllava", "internvl", "llava_next", "idefics3", "qwen2_audio", "voxtral"]
-)
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_tower_of_a_native_model_is_chosen_by_hand_or_as_the_model_uses_it(model_type, whole):
-    native = convertible_models.build(model_type)
-    name, encoder = next(iter(from_native(native)[0].encoders.items()))
-    given = native if whole else native.model
-    kind = "image" if name == "vision" else "audio"
-    told = rf"{type(given).__name__} is a whole multimodal.*from_native.*'native'}}}}\); or .* model.get_encoder\('{kind}'\)"
-    with pytest.raises(ValueError, match=told):
-        ModalEncoderModule(given)
-    processor = tiny.clip_processor() if name == "vision" else tiny.whisper_processor()
-    spec = {"model": given, "select": "native", "processor": processor}
-    model, _ = compose(tiny.llama(), {name: spec}, tokenizer=tiny.tokenizer())
-    assert model.encoders[name].module in native.modules() and type(model.encoders[name].module) is type(encoder.module)
-    got, expected = (model.encoders[name].selection, encoder.selection)
-    assert (got.layer, got.drop_prefix, got.output) == (expected.layer, expected.drop_prefix, expected.output)
-    with pytest.raises(ValueError, match=rf"{name}: select='native' takes .* leave out \['layer'\], or it"):
-        compose(tiny.llama(), {name: spec | {"layer": -1}}, tokenizer=tiny.tokenizer())
-
-
-def test_a_tower_is_selected_as_in_a_native_checkpoint_and_stored_so(llava, tmp_path):
-    native, folder = llava
-    tiny.clip_processor().save_pretrained(folder)
-    spec = {"model": str(folder), "select": "native"}
-    model, _ = compose(tiny.llama(), {"vision": spec}, tokenizer=tiny.tokenizer())
-    pixels = convertible_models.noise(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = native.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-        got = own_memory(model.vision_encoder).select(pixel_values=pixels).last_hidden_state
-    assert torch.equal(got, expected)
-    model.save_pretrained(tmp_path)
-    assert MultimodalModel.from_pretrained(tmp_path).vision_encoder.selection == model.vision_encoder.selection
-    with pytest.raises(ValueError, match="vision: select must be 'native', or left out, got 'all'"):
-        compose(tiny.llama(), {"vision": spec | {"select": "all"}}, tokenizer=tiny.tokenizer())
-    with pytest.raises(ValueError, match="vision: The native type 'clip_vision_model' is not known"):
-        compose(tiny.llama(), {"vision": spec | {"model": tiny.clip()}}, tokenizer=tiny.tokenizer())
-    both = convertible_models.build("video_llava")
-    with pytest.raises(
-        ValueError,
-        match=r"vision: VideoLlavaForConditionalGeneration has towers for \['image', 'video'\]: choose one by kind=, got None",
-    ):
-        compose(tiny.llama(), {"vision": spec | {"model": both}}, tokenizer=tiny.tokenizer())
-
-
-class OwnLlava(transformers.LlavaForConditionalGeneration):
-    """A class of a user's."""
-
-
-def test_towers_of_what_stands_around_a_native_model_are_its_own(llava):
-    native, _ = llava
-    for given in (
-        OwnLlava(native.config),
-        get_peft_model(copy.deepcopy(native), LoraConfig(target_modules=["q_proj"])),
-    ):
-        tower, options = native_selection(given)
-        assert type(tower).__name__ == "CLIPVisionModel" and options["layer"] == -2
-    with pytest.raises(ValueError, match="FuyuForCausalLM has no tower: its items are projected as they are"):
-        native_selection(convertible_models.build("fuyu"))
-    with pytest.raises(TypeError, match=r"kind must be a name, .* got \['image'\]"):
-        native_selection(native, ["image"])
-    classified = transformers.Gemma3ForSequenceClassification(native_models.configuration("gemma3"))
-    with pytest.raises(
-        ValueError, match="takes a Gemma3ForConditionalGeneration, .* got Gemma3ForSequenceClassification"
-    ):
-        native_selection(classified)
 
 
 def test_tensors_without_a_part_are_kept_or_dropped_in_a_warning(tmp_path):
