@@ -38,11 +38,13 @@ def held_configs(native: Any, entry: Native) -> dict[str, Any]:
 
 def outer_values(native: Any, entry: Native) -> dict[str, Any]:
     """What ``config.native["config"]`` keeps: the native configuration as it is saved, without what parts hold."""
-    values = native.config.to_diff_dict()
     held = held_configs(native, entry)
+    rest = copy.copy(native.config)
+    for place in held:  # parts take most of the time that telling what is not by default takes
+        vars(rest).pop(place)
+    values = rest.to_diff_dict()
     text = native.get_submodule(entry.language_model).config
     for place, key in held.items():
-        values.pop(place, None)
         # What loading and composing set anew: the dtype, and the tie, which the outer configuration told.
         part = getattr(native.config, place)
         values[place] = {"dtype": str(part.dtype).removeprefix("torch.") if part.dtype is not None else None}

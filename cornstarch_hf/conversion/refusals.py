@@ -58,7 +58,7 @@ def check_model(native: Any, entry: Native) -> None:
         )
     if len(places := set(map(str, (getattr(native, "hf_device_map", None) or {}).values()))) > 1:
         raise ValueError(
-            f"{name} lies on several devices, {sorted(places)}, between which its own modules move what they compute: convert it "
-            "on one, save the composition, and spread that where it is loaded "
+            f"{name} lies on several devices, {sorted(places)}, between which its own modules move what they compute: convert "
+            "it on one, save the composition, and spread that where it is loaded "
             "(MultimodalModel.from_pretrained(folder, device_map=...))."
         )

@@ -4,6 +4,7 @@ transformers gathers these from direct children; encoders sit one level deeper a
 come from the nearest `PreTrainedModel` of every branch, with full dotted prefixes.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,7 +137,7 @@ class GatheringMixin(PreTrainedModel):
         self._is_stateful = inner._is_stateful
         self._can_compile_fullgraph = inner._can_compile_fullgraph
         if supplied and inner.generation_config is not None:
-            self.generation_config = type(inner.generation_config).from_dict(inner.generation_config.to_dict())
+            self.generation_config = copy.deepcopy(inner.generation_config)
 
 
 def _outside(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:

@@ -3,7 +3,9 @@
 import functools
 import inspect
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,16 +59,30 @@ class PerInstanceSignature:
         return types.MethodType(with_signature(self.function, removed, added), instance)
 
 
+_KNOWN: Any = weakref.WeakKeyDictionary()  # signatures of methods, by their functions
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """All parameters of a module's `forward`, looked up once per function: it takes as long as a small layer runs."""
+    # PEFT's own `forward` is ``(*args, **kwargs)``, which would take anything.
+    forward = unwrapped(module).forward
+    function = getattr(forward, "__func__", None)  # None of what somebody has put on the instance
+    if function is None:
+        return inspect.signature(forward).parameters
+    found = _KNOWN.get(function)
+    if found is None:
+        found = _KNOWN[function] = inspect.signature(forward).parameters
+    return found
+
+
 def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     """Named parameters of a module's `forward`; of a PEFT wrapper, of the model inside."""
-    # PEFT's own `forward` is ``(*args, **kwargs)``, which would take anything.
-    parameters = inspect.signature(unwrapped(module).forward).parameters
-    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return {n: p for n, p in _parameters(module).items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def takes_any_keyword(module: nn.Module) -> bool:
     """Whether a module's `forward` has ``**kwargs``."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(unwrapped(module).forward).parameters.values())
+    return any(p.kind is p.VAR_KEYWORD for p in _parameters(module).values())
 
 
 def accepts(module: nn.Module, name: str) -> bool:
