@@ -66,8 +66,8 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     """All parameters of a module's `forward`, looked up once per function: it takes as long as a small layer runs."""
     # PEFT's own `forward` is ``(*args, **kwargs)``, which would take anything.
     forward = unwrapped(module).forward
-    function = getattr(forward, "__func__", None)  # None of what somebody has put on the instance
-    if function is None:
+    function = getattr(forward, "__func__", None)
+    if not isinstance(function, types.FunctionType):  # what somebody has put on the instance may be anything
         return inspect.signature(forward).parameters
     found = _KNOWN.get(function)
     if found is None:

@@ -1,13 +1,22 @@
 """Signatures of single instances: what is shown, what is called, what copies and pickles."""
 
 import copy
+import functools
 import inspect
 import pickle
+import types
 
 import pytest
 import torch
 
-from cornstarch_hf.parts.signatures import PerInstanceSignature, with_signature
+from cornstarch_hf.parts import signatures
+from cornstarch_hf.parts.signatures import (
+    PerInstanceSignature,
+    accepts,
+    forward_parameters,
+    takes_any_keyword,
+    with_signature,
+)
 
 
 def plain(self, a, b=2, *, c=3, **kwargs):
@@ -75,3 +84,33 @@ def test_an_instance_may_hold_a_forward_of_its_own():
     part = Part()
     part.forward = lambda a: -a
     assert part(4) == -4
+
+
+class Unhashable:
+    """A function's stand-in that can be no key of a dict."""
+
+    __hash__ = None
+
+    def __call__(self, module, own):
+        return own
+
+
+class Layer(torch.nn.Module):
+    def forward(self, a, **kwargs):
+        return a
+
+
+def test_a_forward_is_looked_up_once_per_function_and_never_for_another(monkeypatch):
+    seen = []
+    counted = types.SimpleNamespace(signature=lambda it: seen.append(it) or inspect.signature(it))
+    monkeypatch.setattr(signatures, "inspect", counted)
+    layers = [Layer() for _ in range(3)]
+    assert [list(forward_parameters(layer)) for layer in layers] == [["a"]] * 3 and len(seen) == 1
+    assert takes_any_keyword(layers[0]) and accepts(layers[0], "whatever") and len(seen) == 1
+    layers[0].forward = lambda own: own
+    layers[1].forward = functools.partial(Layer.forward, layers[1], a=1)
+    layers[2].forward = types.MethodType(Unhashable(), layers[2])
+    assert [list(forward_parameters(layer)) for layer in layers] == [["own"], ["a"], ["own"]]
+    assert list(forward_parameters(Layer())) == ["a"]
+    monkeypatch.setattr(Layer, "forward", lambda self, b: b)
+    assert list(forward_parameters(Layer())) == ["b"] and not takes_any_keyword(Layer())
