@@ -88,11 +88,11 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
         config = AutoConfig.from_pretrained(source, **picked(options, PLACES))
     # The type is refused before its weights are loaded.
     architecture = entry_of(config).architecture
-    # Whatever else is said may be for the configuration, which is then read with it.
-    known = {"config": config} if options.keys() <= {*PLACES, "dtype", "attn_implementation", "config"} else {}
     cls = getattr(transformers, architecture)
     with explained(f"{os.fspath(source)}: {architecture}"):
-        native, told = _without_initializers(cls).from_pretrained(source, output_loading_info=True, **known | options)
+        if "config" not in options:  # the class would read one of its own type, where several types are of that class
+            options = _with_config(source, config, options)
+        native, told = _without_initializers(cls).from_pretrained(source, output_loading_info=True, **options)
     native.__class__ = cls
     if wrong := [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]:
         raise ValueError(
@@ -100,6 +100,15 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
             f"({len(wrong)}) of {architecture}, which transformers would draw at random: restore the files."
         )
     return native
+
+
+def _with_config(source: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of loading with the configuration of a source among them, changed by those that are for it, as AutoModel does."""
+    own = picked(options, (*PLACES, "dtype", "torch_dtype", "quantization_config", "attn_implementation"))
+    if others := {key: value for key, value in options.items() if key not in own}:
+        places = picked(options, PLACES)
+        config, others = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **places, **others)
+    return {"config": config} | others | own
 
 
 @functools.cache
@@ -147,8 +156,8 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False, own: bool = 
     model.generation_config = copy.deepcopy(native.generation_config)
     for name, part in entry.parts_for(native.config).items():
         model.config.modality(name)["token_id"] = _token_id(native.config, part)
+    _take_checkpointing(native, model)
     if not live:
-        _take_checkpointing(native, model)
         return model.train(native.training)
     for _, module in modules_by_name(model, live):
         module.training = native.training

@@ -59,7 +59,7 @@ class PerInstanceSignature:
         return types.MethodType(with_signature(self.function, removed, added), instance)
 
 
-_KNOWN: Any = weakref.WeakKeyDictionary()  # signatures of methods, by their functions
+_KNOWN: Any = weakref.WeakKeyDictionary()  # of functions that are methods: what their signature goes by, and parameters
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -69,9 +69,11 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     function = getattr(forward, "__func__", None)
     if not isinstance(function, types.FunctionType):  # what somebody has put on the instance may be anything
         return inspect.signature(forward).parameters
-    found = _KNOWN.get(function)
-    if found is None:
-        found = _KNOWN[function] = inspect.signature(forward).parameters
+    told = (function.__code__, vars(function).get("__signature__"))
+    known, found = _KNOWN.get(function, (None, {}))
+    if known is None or any(a is not b for a, b in zip(known, told, strict=True)):
+        found = inspect.signature(forward).parameters
+        _KNOWN[function] = told, found
     return found
 
 

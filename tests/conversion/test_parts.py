@@ -1,9 +1,11 @@
 """Parts of native models in a composition: which tower is used, and that those of a checkpoint are the very ones it has."""
 
 import copy
+import json
 
 import convertible_models
 import native_models
+import native_types
 import pytest
 import tiny
 import torch
@@ -12,7 +14,7 @@ from native_types import check_loaded, digests, settings_of
 from own_memory import own_memory
 from peft import LoraConfig, get_peft_model
 
-from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose, from_native
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose, from_native, to_native
 from cornstarch_hf.conversion.parts import native_selection
 
 
@@ -130,6 +132,26 @@ def test_a_model_on_several_devices_is_refused(llava):
     ):
         from_native(spread)
     assert digests(from_native(llava[1], device_map="cpu")[0]) == digests(from_native(llava[1])[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_safetensors": True}, {"image_token_id": 7, "device_map": "cpu"}])
+@pytest.mark.parametrize("model_type", ["glmga", "pp_chart2table", "llava"])
+def test_a_checkpoint_keeps_its_type_whatever_options_it_is_loaded_with(model_type, options, tmp_path):
+    convertible = native_types.build(model_type)  # the first two are of the class of another type
+    convertible.save_pretrained(tmp_path)
+    model, _ = from_native(tmp_path, **options)
+    assert model.config.native["config"]["model_type"] == model_type == to_native(model).config.model_type
+    if "image_token_id" in options:
+        assert model.config.modality("vision")["token_id"] == 7 == to_native(model).config.image_token_id
+
+
+def test_checkpointing_that_a_file_asks_for_is_that_of_every_part(llava, tmp_path):
+    llava[0].save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gradient_checkpointing": True}))
+    model, _ = from_native(tmp_path)
+    found = [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    assert len(found) >= 3 and all(found)
 
 
 def test_a_model_is_the_callers_own_and_stays_as_it_is(llava):

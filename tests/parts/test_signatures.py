@@ -112,5 +112,12 @@ def test_a_forward_is_looked_up_once_per_function_and_never_for_another(monkeypa
     layers[2].forward = types.MethodType(Unhashable(), layers[2])
     assert [list(forward_parameters(layer)) for layer in layers] == [["own"], ["a"], ["own"]]
     assert list(forward_parameters(Layer())) == ["a"]
+    plain = types.FunctionType(Layer.forward.__code__, globals())
+    monkeypatch.setattr(Layer, "forward", plain)
+    assert list(forward_parameters(Layer())) == ["a"]
+    plain.__code__ = (lambda self, c: c).__code__
+    assert list(forward_parameters(Layer())) == ["c"]
+    plain.__signature__ = inspect.signature(lambda self, d: d)
+    assert list(forward_parameters(Layer())) == ["d"]
     monkeypatch.setattr(Layer, "forward", lambda self, b: b)
     assert list(forward_parameters(Layer())) == ["b"] and not takes_any_keyword(Layer())
