@@ -23,7 +23,6 @@ from .parts.known_encoders import registered_facts
 from .parts.names import parameters_by_name
 from .parts.signatures import forward_parameters
 from .parts.stored_adapters import record_adapters
-from .parts.weightless import is_building
 
 
 def compose_config(
@@ -108,8 +107,6 @@ def check_encoders(encoders: Any, language_model: nn.Module) -> None:
                 f"{name!r} must be a ModalEncoderModule, got {type(encoder).__name__}: wrap it by ModalEncoderModule(model)."
             )
     validate_encoder_names(list(encoders))
-    if is_building():  # parts that have no weights yet share none
-        return
     owners = {id(p): "the language model" for _, p in parameters_by_name(language_model)}
     for name, encoder in encoders.items():
         mine = {id(p) for _, p in parameters_by_name(encoder)} | {id(encoder)}
@@ -125,8 +122,6 @@ def check_encoders(encoders: Any, language_model: nn.Module) -> None:
 
 def warn_of_quantized(encoders: Mapping[str, ModalEncoderModule], language_model: nn.Module) -> None:
     """Say at once that what is composed of quantized parts runs and trains, but cannot be saved as a whole."""
-    if is_building():
-        return
     parts = {"language_model": language_model} | {
         f"{name}_encoder": encoder.module for name, encoder in encoders.items()
     }

@@ -24,7 +24,7 @@ def _places(config: Any, part: Any, path: str = "") -> Iterator[str]:
             yield from _places(value, part, f"{path}{key}.")
 
 
-def held_configs(native: Any, entry: Native) -> dict[str, Any]:
+def held_configs(native: Any, entry: Native) -> dict[str, str]:
     """``{path in the native configuration: key of ours}`` of configurations that parts of a composition hold."""
     texts = {"text_config": native.get_submodule(entry.language_model).config}
     towers = {f"{n}_config": tower_of(native, p).config for n, p in entry.parts_for(native.config).items() if p.tower}
@@ -36,9 +36,8 @@ def held_configs(native: Any, entry: Native) -> dict[str, Any]:
     return found
 
 
-def outer_values(native: Any, entry: Native) -> dict[str, Any]:
-    """What ``config.native["config"]`` keeps: the native configuration as it is saved, without what parts hold."""
-    held = held_configs(native, entry)
+def outer_values(native: Any, entry: Native, held: dict[str, str]) -> dict[str, Any]:
+    """What ``config.native["config"]`` keeps: the native configuration as it is saved, without what parts hold, `held`."""
     rest = copy.copy(native.config)
     for place in held:  # parts take most of the time that telling what is not by default takes
         vars(rest).pop(place)

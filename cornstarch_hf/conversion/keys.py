@@ -81,14 +81,13 @@ def tensors(
 
 
 def key_map(
-    native: Any, model: Any, entry: Native, without: Collection[nn.Module] = ()
+    native: Any, model: Any, pairs: Mapping[str, str], without: Collection[nn.Module] = ()
 ) -> tuple[dict[str, str], list[str]]:
-    """``{our tensor: native tensor}`` of all that checkpoints hold, and native tensors that no part uses.
+    """``{our tensor: native tensor}`` of all that checkpoints hold, by their `prefixes`, and native tensors that no part uses.
 
     Those of modules in `without`, which both sides have, are left out.  ValueError where a tensor of ours has no native one,
     or two have the same: the row does not fit the model.
     """
-    pairs = prefixes(native, model, entry, without)
     there = dict(tensors(native, persistent=True, without=without))
     mine = (name for name, _ in tensors(model, persistent=True, without=without))
     found: Any = {name: native_name(name, pairs) for name in mine if not name.startswith(REST)}
@@ -110,10 +109,9 @@ def describe_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str,
 
 
 def with_buffers(
-    names: Mapping[str, str], native: Any, model: Any, entry: Native, without: Collection[nn.Module] = ()
+    names: Mapping[str, str], native: Any, model: Any, pairs: Mapping[str, str], without: Collection[nn.Module] = ()
 ) -> dict[str, str]:
     """The map with those tensors besides that no checkpoint holds (computed tables), where both sides have them."""
-    pairs = prefixes(native, model, entry, without)
     there = {name for name, _ in tensors(native, without=without)}
     mine = (name for name, _ in tensors(model, without=without))
     others = {name: native_name(name, pairs) for name in mine if name not in names}

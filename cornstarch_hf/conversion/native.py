@@ -8,15 +8,15 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.files import check_files
-from ..checkpoints.finding import CONFIG, PLACES, CheckpointFiles, picked
+from ..checkpoints.finding import CONFIG, CheckpointFiles
+from ..checkpoints.loading import read_config
 from ..checkpoints.storage import sync_config
 from ..modeling_multimodal import MultimodalModel
 from ..parts.adapters import is_wrapped
 from ..parts.classes import FAMILIES
-from ..parts.names import modules_by_name
 from ..parts.stored_errors import explained
 from ..parts.stored_modules import KeptTensors
 from ..parts.stored_values import check_kernels, check_values, without_implementations
@@ -24,7 +24,7 @@ from ..parts.weightless import WithoutInitializers, build_without_weights
 from .comparing import check_same
 from .configs import held_configs, native_config, outer_values
 from .entries import Native, Part, setting
-from .keys import REST, describe_tensors, hand_over, key_map, tensors, with_buffers
+from .keys import REST, describe_tensors, hand_over, key_map, prefixes, tensors, with_buffers
 from .parts import built, composed, own_parts
 from .refusals import check_model, entry_of
 
@@ -81,18 +81,21 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
     # What a stranger's file may not ask for is refused before anything of it is built, as of compositions.
     where = f"{os.fspath(source)}: {CONFIG}"
     asked = [family for family in FAMILIES if isinstance(options.get(f"{family}_implementation"), str)]
-    values = dict(check_files(CheckpointFiles(source, options), options.get("variant"), options))
+    files = CheckpointFiles(source, options)
+    values = dict(check_files(files, options.get("variant"), options))
     check_values(values, where, asked)
     check_kernels(without_implementations(values, asked), where)
-    with explained(where):
-        config = AutoConfig.from_pretrained(source, **picked(options, PLACES))
+    config = options.pop("config", source)
+    if not isinstance(config, PreTrainedConfig):
+        with explained(where):  # not left to the class, which would read one of its own type: several types share some
+            config, options = read_config(AutoConfig, config, files.options, options)
     # The type is refused before its weights are loaded.
     architecture = entry_of(config).architecture
     cls = getattr(transformers, architecture)
     with explained(f"{os.fspath(source)}: {architecture}"):
-        if "config" not in options:  # the class would read one of its own type, where several types are of that class
-            options = _with_config(source, config, options)
-        native, told = _without_initializers(cls).from_pretrained(source, output_loading_info=True, **options)
+        native, told = _without_initializers(cls).from_pretrained(
+            source, config=config, output_loading_info=True, **options
+        )
     native.__class__ = cls
     if wrong := [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]:
         raise ValueError(
@@ -100,15 +103,6 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
             f"({len(wrong)}) of {architecture}, which transformers would draw at random: restore the files."
         )
     return native
-
-
-def _with_config(source: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of loading with the configuration of a source among them, changed by those that are for it, as AutoModel does."""
-    own = picked(options, (*PLACES, "dtype", "torch_dtype", "quantization_config", "attn_implementation"))
-    if others := {key: value for key, value in options.items() if key not in own}:
-        places = picked(options, PLACES)
-        config, others = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **places, **others)
-    return {"config": config} | others | own
 
 
 @functools.cache
@@ -133,15 +127,13 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False, own: bool = 
     composition's, and only what lies between them is built.
     """
     check_model(native, entry)
-    values = {
-        "model_type": native.config.model_type,
-        "config": outer_values(native, entry),
-        "parts": held_configs(native, entry),
-    }
+    held = held_configs(native, entry)
+    values = {"model_type": native.config.model_type, "config": outer_values(native, entry, held), "parts": held}
     # Modules that are used as they are, and hold their tensors.
     live = own_parts(native, entry) if own else frozenset[nn.Module]()
     model = build_without_weights(lambda: composed(native, entry, live), live)
-    names, rest = key_map(native, model, entry, live)
+    pairs = prefixes(native, model, entry, live)
+    names, rest = key_map(native, model, pairs, live)
     there = dict(tensors(native, without=live))
     kept = {} if drop_rest else {name: there[name] for name in rest}
     if kept:
@@ -152,16 +144,12 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False, own: bool = 
         _warn_of_dropped(native, {name: there[name] for name in rest})
         values["dropped"] = rest
     model.config.native = values
-    hand_over(native, model, with_buffers(names, native, model, entry, live), live)
+    hand_over(native, model, with_buffers(names, native, model, pairs, live), live)
     model.generation_config = copy.deepcopy(native.generation_config)
     for name, part in entry.parts_for(native.config).items():
         model.config.modality(name)["token_id"] = _token_id(native.config, part)
     _take_checkpointing(native, model)
-    if not live:
-        return model.train(native.training)
-    for _, module in modules_by_name(model, live):
-        module.training = native.training
-    return model
+    return model.train(native.training)
 
 
 def _token_id(config: Any, part: Part) -> int:
@@ -234,7 +222,8 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
         raise ValueError(f"config.native: parts are {model.config.native['parts']}, {entry.architecture} has {held}.")
     usual = build_without_weights(lambda: composed(native, entry))
     check_same(model, usual, entry)
-    names, rest = key_map(native, model, entry)
+    pairs = prefixes(native, model, entry)
+    names, rest = key_map(native, model, pairs)
     kept = dict(tensors(model.get_submodule(REST))) if hasattr(model, REST) else {}
     if lost := sorted(set(rest) - set(kept)):
         raise ValueError(
@@ -242,7 +231,7 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
             "were dropped. Convert the native checkpoint again without drop_rest=True."
         )
     names |= {f"{REST}.{name}": name for name in rest}
-    names = with_buffers(names, native, model, entry)
+    names = with_buffers(names, native, model, pairs)
     hand_over(model, native, {of: name for name, of in names.items()})
     native.generation_config = copy.deepcopy(model.generation_config)
     _take_checkpointing(model, native)

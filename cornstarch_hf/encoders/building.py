@@ -149,7 +149,7 @@ def complete_projector(
         config = MultimodalProjectorConfig(projection_type=projection_type, activation=activation)
         encoder.projector = MultimodalProjector(config)
     projector = encoder.projector
-    # One that is built below gets the encoder's device and dtype; one that was brought along keeps its own.
+    # One that is built below gets the encoder's device and dtype, if it gets weights; one that was brought along keeps its own.
     fresh = projector.projection is None
     if fresh and projector.config.in_features is None and known is None:
         raise ValueError(

@@ -66,6 +66,13 @@ def test_changed_settings_are_followed_or_refused_by_name(model_type):
     assert followed >= 4
 
 
+# Texts with which LLaVA runs in every version: of the rest some have no table of embeddings by that name.
+RUNNING = {
+    "cohere", "gemma", "gemma2", "glm", "gpt_neox", "gpt_oss", "granite", "gptj", "llama", "minicpm3", "mistral", "mixtral",
+    "nemotron", "olmo2", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("model_type", catalog_llms.TYPES)
 def test_a_llava_of_any_text_type_is_equal_there_and_back(model_type, tmp_path):
     """Its head is a plain one, whatever the type's own class for causal language models does before, in or behind it."""
@@ -79,6 +86,7 @@ def test_a_llava_of_any_text_type_is_equal_there_and_back(model_type, tmp_path):
         inputs["pixel_values"] = convertible_models.noise(2, 3, 8, 8)
         expected = native_types.logits_of(native, inputs)
     except Exception as error:
+        assert model_type not in RUNNING
         pytest.skip(f"no LLaVA runs with such a text: {type(error).__name__}: {error!s:.80}")
     if model_type in catalog_llms.REFUSED:
         with pytest.raises(ValueError, match=catalog_llms.REFUSED[model_type]):

@@ -106,7 +106,7 @@ def test_parts_of_a_checkpoint_are_those_of_its_live_model_and_tied_as_it_is(mod
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) is tied
 
 
-def test_nothing_is_drawn_and_no_layer_is_built_twice(llava, tmp_path):
+def test_nothing_is_drawn_and_no_layer_is_built_twice(llava):
     """Layers of the tower and of the text are made once, by the native class; one is that of the head's class."""
     made = []
     hook = torch.nn.modules.module.register_module_module_registration_hook(

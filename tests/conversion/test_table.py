@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING
 
 from cornstarch_hf import MultimodalModel, from_native, to_native
 from cornstarch_hf.conversion.entries import Case, First, HiddenState, Inverse, Ratio, setting
-from cornstarch_hf.conversion.keys import key_map, tensors
+from cornstarch_hf.conversion.keys import key_map, prefixes, tensors
 from cornstarch_hf.conversion.refusals import OUTSIDE
 from cornstarch_hf.conversion.table import NATIVE
 
@@ -36,7 +36,7 @@ def on_meta(model_type):
 def test_each_native_tensor_is_one_of_ours_or_is_kept(model_type):
     native, row = on_meta(model_type), NATIVE[model_type]
     model, _ = from_native(native)
-    names, rest = key_map(native, model, row)
+    names, rest = key_map(native, model, prefixes(native, model, row))
     held = {name for name, _ in tensors(native, persistent=True)}
     ours = {name for name, _ in tensors(model, persistent=True)}
     assert len(set(names.values())) == len(names)  # no two of ours are one of theirs

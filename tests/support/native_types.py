@@ -15,7 +15,7 @@ from own_memory import own_memory
 from transformers import AutoConfig
 
 from cornstarch_hf import MultimodalModel, from_native, to_native
-from cornstarch_hf.conversion.keys import key_map
+from cornstarch_hf.conversion.keys import key_map, prefixes
 from cornstarch_hf.conversion.refusals import entry_of
 from cornstarch_hf.conversion.table_rules import RULED
 
@@ -199,7 +199,8 @@ def check_gradients(native):
         losses.append(loss.item())
     assert losses[0] == losses[1]
     theirs, ours = (dict(each.named_parameters(remove_duplicate=False)) for each in (native, model))
-    names = {a: b for a, b in key_map(native, model, entry_of(native.config))[0].items() if a in ours and b in theirs}
+    pairs = prefixes(native, model, entry_of(native.config))
+    names = {a: b for a, b in key_map(native, model, pairs)[0].items() if a in ours and b in theirs}
     assert any(theirs[name].grad is not None for name in names.values())
     for mine, its in names.items():
         found, expected = ours[mine].grad, theirs[its].grad
