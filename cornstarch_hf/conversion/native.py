@@ -53,7 +53,7 @@ def from_native(
     Raises:
         ValueError: a type that cannot be composed or is not known, with the reason; a setting of a known type that cannot; a
             file that asks for kernels or says what a configuration must not.
-        TypeError: a source that is no model, id or path; options of loading for a live model.
+        TypeError: a source, or a `config` for loading, that is none; options of loading for a live model.
     """
     asked = {"revision": revision, "dtype": dtype, "attn_implementation": attn_implementation}
     options = {key: value for key, value in (asked | loading).items() if value is not None}
@@ -86,6 +86,8 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
     check_values(values, where, asked)
     check_kernels(without_implementations(values, asked), where)
     config = options.pop("config", source)
+    if not isinstance(config, (PreTrainedConfig, str, os.PathLike)):
+        raise TypeError(f"config must be a configuration, or the id or path of one, got {config!r:.100}.")
     if not isinstance(config, PreTrainedConfig):
         with explained(where):  # not left to the class, which would read one of its own type: several types share some
             config, options = read_config(AutoConfig, config, files.options, options)

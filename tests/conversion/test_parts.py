@@ -145,6 +145,22 @@ def test_a_checkpoint_keeps_its_type_whatever_options_it_is_loaded_with(model_ty
         assert model.config.modality("vision")["token_id"] == 7 == to_native(model).config.image_token_id
 
 
+def test_a_configuration_is_given_or_named(llava):
+    model, folder = llava
+    changed = copy.deepcopy(model.config)
+    changed.vision_feature_layer = -1
+    layers = [
+        from_native(folder, config=x)[0].config.modality("vision")["layer"] for x in (folder, str(folder), changed)
+    ]
+    assert layers == [-2, -2, 2] and changed.vision_feature_layer == -1
+    with pytest.raises(
+        TypeError, match="config must be a configuration, or the id or path of one, got {'model_type': 'llava'}"
+    ):
+        from_native(folder, config={"model_type": "llava"})
+    with pytest.raises(ValueError, match="The native type 'clip_vision_model' is not known"):
+        from_native(folder, config=model.config.vision_config)
+
+
 def test_checkpointing_that_a_file_asks_for_is_that_of_every_part(llava, tmp_path):
     llava[0].save_pretrained(tmp_path)
     path = tmp_path / "config.json"
