@@ -106,16 +106,12 @@ def _config_of(
     given = options.pop("config", None)
     if isinstance(given, model_class.config_class or PreTrainedConfig):
         return copy.copy(_still_read(given, files, composition)), options  # transformers makes a deep copy itself
-    return read_config(model_class.config_class, files.source if given is None else given, files.options, options)
-
-
-def read_config(config_class: Any, source: Any, places: Options, options: Options) -> tuple[Any, dict[str, Any]]:
-    """The configuration in a source, with what options of loading change in it, and the options that are not about it."""
     # The options that are for loading alone, and that a configuration would otherwise take for its own.
-    alone = ("dtype", "torch_dtype", "quantization_config", *PLACES)
-    kept = {key: options[key] for key in alone if key in options}
-    others = {key: value for key, value in options.items() if key not in kept}
-    config, unused = config_class.from_pretrained(source, return_unused_kwargs=True, **others, **places)
+    keys = ("dtype", "torch_dtype", "quantization_config", *PLACES)
+    kept = {key: options.pop(key) for key in keys if key in options}
+    source = files.source if given is None else given
+    options |= {"return_unused_kwargs": True, **files.options}
+    config, unused = model_class.config_class.from_pretrained(source, **options)
     return config, {**unused, **kept}
 
 

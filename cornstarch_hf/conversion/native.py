@@ -8,11 +8,10 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.files import check_files
-from ..checkpoints.finding import CONFIG, CheckpointFiles
-from ..checkpoints.loading import read_config
+from ..checkpoints.finding import CONFIG, PLACES, CheckpointFiles
 from ..checkpoints.storage import sync_config
 from ..modeling_multimodal import MultimodalModel
 from ..parts.adapters import is_wrapped
@@ -85,19 +84,21 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
     values = dict(check_files(files, options.get("variant"), options))
     check_values(values, where, asked)
     check_kernels(without_implementations(values, asked), where)
-    config = options.pop("config", source)
-    if not isinstance(config, (PreTrainedConfig, str, os.PathLike)):
-        raise TypeError(f"config must be a configuration, or the id or path of one, got {config!r:.100}.")
-    if not isinstance(config, PreTrainedConfig):
-        with explained(where):  # not left to the class, which would read one of its own type: several types share some
-            config, options = read_config(AutoConfig, config, files.options, options)
+    with explained(where):
+        config = AutoConfig.from_pretrained(source, **files.options)
+    given = options.get("config", config)
+    if not isinstance(given, (PreTrainedConfig, str, os.PathLike)):
+        raise TypeError(f"config must be a configuration, or the id or path of one, got {given!r:.100}.")
+    if isinstance(given, PreTrainedConfig) and given.model_type != config.model_type:
+        raise ValueError(f"config is of the type {given.model_type!r}, and {source} holds a {config.model_type!r}.")
     # The type is refused before its weights are loaded.
     architecture = entry_of(config).architecture
     cls = getattr(transformers, architecture)
+    options |= files.options  # all is of the commit that the configuration is of
+    if options.keys() <= {*PLACES, "dtype", "attn_implementation"}:
+        options["config"] = config  # else it is read anew, with those options that are for it
     with explained(f"{os.fspath(source)}: {architecture}"):
-        native, told = _without_initializers(cls).from_pretrained(
-            source, config=config, output_loading_info=True, **options
-        )
+        native, told = _loader(cls, config.model_type).from_pretrained(source, output_loading_info=True, **options)
     native.__class__ = cls
     if wrong := [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]:
         raise ValueError(
@@ -108,18 +109,21 @@ def _loaded(source: Any, options: dict[str, Any]) -> Any:
 
 
 @functools.cache
-def _without_initializers(cls: type) -> Any:
-    """A native class, by name and place the same, that is built without trying to initialise weights that are on meta.
+def _loader(cls: Any, model_type: str) -> Any:
+    """A native class, by name and place the same, to load a checkpoint of a type with.
 
-    That takes a tenth of the time of loading.  Only building is in that mode: it costs every operation a little.
+    It reads the configuration of that type, where several types are of one class.  It is built without
+    trying to initialise weights that are on meta, which takes a tenth of the time of loading; only building is in that mode,
+    which costs every operation a little.
     """
 
-    @functools.wraps(cls.__init__)  # type: ignore[misc]
+    @functools.wraps(cls.__init__)
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         with WithoutInitializers():
-            cls.__init__(self, *args, **kwargs)  # type: ignore[misc]
+            cls.__init__(self, *args, **kwargs)
 
-    return type(cls)(cls.__name__, (cls,), {"__init__": build, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    own = {"__init__": build, "config_class": CONFIG_MAPPING[model_type]}
+    return type(cls)(cls.__name__, (cls,), own | {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def take_apart(native: Any, entry: Native, drop_rest: bool = False, own: bool = False) -> MultimodalModel:

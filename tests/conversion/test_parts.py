@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import convertible_models
 import native_models
@@ -10,11 +11,14 @@ import pytest
 import tiny
 import torch
 import transformers
+from hub_cache import commit_of, put_into_cache
 from native_types import check_loaded, digests, settings_of
 from own_memory import own_memory
 from peft import LoraConfig, get_peft_model
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, compose, from_native, to_native
+from cornstarch_hf.checkpoints.files import check_files
+from cornstarch_hf.conversion import native as native_module
 from cornstarch_hf.conversion.parts import native_selection
 
 
@@ -157,8 +161,67 @@ def test_a_configuration_is_given_or_named(llava):
         TypeError, match="config must be a configuration, or the id or path of one, got {'model_type': 'llava'}"
     ):
         from_native(folder, config={"model_type": "llava"})
-    with pytest.raises(ValueError, match="The native type 'clip_vision_model' is not known"):
+    with pytest.raises(ValueError, match="config is of the type 'clip_vision_model', and .* holds a 'llava'"):
         from_native(folder, config=model.config.vision_config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"output_hidden_states": True}, {"use_cache": False}, {"output_attentions": True, "attn_implementation": "eager"}],
+)
+@pytest.mark.parametrize("model_type", ["llava", "idefics3", "glmga"])
+def test_options_of_loading_reach_what_they_reach_in_the_native_class(model_type, options, tmp_path):
+    native = native_types.build(model_type)
+    native.save_pretrained(tmp_path)
+    try:
+        expected = type(native).from_pretrained(tmp_path, **options)
+    except TypeError as error:  # no setting of this type's
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            from_native(tmp_path, **options)
+        return
+    model, _ = from_native(tmp_path, **options)
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    again = to_native(model)
+    assert {key: getattr(again.config, key) for key in options if key != "attn_implementation"} == {
+        key: getattr(expected.config, key) for key in options if key != "attn_implementation"
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"revision": "main"}, {"use_safetensors": True}])
+def test_all_of_a_repository_is_of_one_commit(llava, options, tmp_path, monkeypatch):
+    commits = [commit_of(text) for text in ("first", "second")]
+    changed = copy.deepcopy(llava[0])
+    changed.config.vision_feature_layer = -1
+    for tensor in changed.parameters():
+        tensor.data.fill_(0.5)
+    for model, commit in zip((llava[0], changed), commits, strict=True):
+        model.save_pretrained(tmp_path / commit)
+        put_into_cache(tmp_path / "hub", "user/llava", tmp_path / commit, commit)
+    branch = tmp_path / "hub/models--user--llava/refs/main"
+    branch.write_text(commits[0])
+
+    def checked(*args):
+        found = check_files(*args)
+        branch.write_text(commits[1])  # somebody pushes
+        return found
+
+    monkeypatch.setattr(native_module, "check_files", checked)
+    model, _ = from_native("user/llava", cache_dir=tmp_path / "hub", **options)
+    assert model.config.modality("vision")["layer"] == -2 and digests(to_native(model)) == digests(llava[0])
+
+
+def test_code_of_a_native_checkpoint_does_not_run(llava, tmp_path):
+    llava[0].save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "other.Other"}}))
+    (tmp_path / "other.py").write_text("raise SystemExit('it ran')")
+    for source, options in (
+        (tmp_path, {}),
+        (tmp_path, {"trust_remote_code": True}),
+        (llava[1], {"trust_remote_code": True, "config": str(tmp_path)}),
+    ):
+        model, _ = from_native(source, **options)
+        assert type(to_native(model).config) is transformers.LlavaConfig
 
 
 def test_checkpointing_that_a_file_asks_for_is_that_of_every_part(llava, tmp_path):
