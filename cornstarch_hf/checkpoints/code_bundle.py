@@ -19,7 +19,8 @@ from transformers import BaseVideoProcessor, FeatureExtractionMixin
 
 from ..parts.classes import CODE_ENTRY, carries_code, language_model_class, resolve_class
 from ..parts.known_encoders import ENCODER_TYPES, EncoderType, registered_facts
-from ..parts.registries import CALLBACKS, FEATURE_COUNTS, MASK_RULES, POSITION_RULES, PROJECTORS
+from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
+from ..parts.rules import MASK_RULES, POSITION_RULES
 from .code_folder import CLASSES, INSTALL, SIDES, own_modules, read_entry, write_code
 from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_module_of, own_stem, top_calls
 
@@ -267,7 +268,9 @@ def _entry_text(carries: dict[str, Any]) -> str:
     """The text of the entry: imports of all that is not imported by something else, what it carries, registrations."""
     sides = carries["sides"].values()
     imports = [f"import {package}" for package in sorted({name for side in sides for name in side["packages"]})]
-    imports += [f"from .{own_module_of(name)} import {name}" for name in (*CLASSES, *_REGISTER.values())]
+    registering = {entry[0] for side in sides for entry in side["registrations"]}
+    registering |= {_REGISTER["encoder_types"] for side in sides if side.get("rows")}
+    imports += [f"from .{own_module_of(name)} import {name}" for name in (*CLASSES, *sorted(registering))]
     for stem in sorted(set(carries["package"]) - _package_stems()):  # what not every checkpoint needs
         # transformers copies only files that it finds in lines of the form `from .x import y`.
         imports.append(f"from .{stem} import __name__ as _{stem}")

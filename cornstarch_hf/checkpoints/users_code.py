@@ -87,8 +87,8 @@ def own_stem(path: Path) -> str | None:
 def bundled(text: str, module: str) -> tuple[str, set[str]]:
     """The text of a module as a checkpoint carries it, and the names of the files that it imports.
 
-    Each relative import names a file beside it.  Comments stay here, and docstrings but for the first paragraph of the
-    module's: it says what a reader who is to trust the code wants to know.
+    Each relative import names a file beside it.  Comments stay here, docstrings but for the first paragraph of the
+    module's (it says what a reader who is to trust the code wants to know), and of blank lines all but one.
     """
     found = set()
 
@@ -99,6 +99,7 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
 
     lines, before, silent = text.splitlines(keepends=True), tokenize.NEWLINE, False
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type != tokenize.NL]
+    inside = {row for token in tokens for row in range(token.start[0], token.end[0])}  # of texts over several lines
     for place, token in enumerate(tokens):
         (row, column), last = token.start, token.end[0]
         if token.type == tokenize.COMMENT:
@@ -116,7 +117,11 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
         elif re.match(r"\s*(async def|def|class) \w+", token.line):
             silent = True
         before = before if token.type == tokenize.COMMENT else token.type
-    return _IMPORT.sub(flat, "".join(lines)), found
+    carried: list[str] = []
+    for row, line in enumerate(lines, 1):
+        if row in inside or not (line == "\n" and carried and carried[-1] == "\n"):
+            carried += [line] if line else []
+    return _IMPORT.sub(flat, "".join(carried)), found
 
 
 class CodeFiles:

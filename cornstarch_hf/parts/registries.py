@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -103,8 +103,6 @@ def last_definition(classes: list) -> list:
 PROJECTORS = Registry("projection type", f"Add your own with register_projector(name, cls) {OR_TRUST}")
 CALLBACKS = Registry("callback", f"Import the module that calls register_callback(name, fn) {OR_TRUST}")
 FEATURE_COUNTS = Registry("feature count", "Add one with register_feature_count(modality_or_encoder_type, fn).")
-POSITION_RULES = Registry("position rule", f"Add your own with register_position_rule(name, fn) {OR_TRUST}")
-MASK_RULES = Registry("mask rule", f"Add your own with register_mask_rule(name, fn) {OR_TRUST}")
 
 
 class Step:
@@ -231,7 +229,8 @@ def register_callback(name: str, fn: Callable, feature_count: Callable | None = 
     CALLBACKS.add(name, Callback(fn, feature_count))
 
 
-def _check_function(caller: str, name: str, fn: Any) -> None:
+def check_function(caller: str, name: str, fn: Any) -> None:
+    """Refuse what cannot be called (TypeError)."""
     if not callable(fn):
         raise TypeError(f"{caller}({name!r}, fn) expects a function, got {fn!r}.")
 
@@ -248,44 +247,8 @@ def register_feature_count(modality_or_encoder_type: str, fn: Callable) -> None:
         ValueError: another function is registered for it.
         TypeError: `fn` is not callable.
     """
-    _check_function("register_feature_count", modality_or_encoder_type, fn)
+    check_function("register_feature_count", modality_or_encoder_type, fn)
     FEATURE_COUNTS.add(modality_or_encoder_type, fn)
-
-
-def register_position_rule(name: str, fn: Callable) -> None:
-    """Make a rule of positions known under a name, for ``config.positions = {"rule": name, **options}``.
-
-    Args:
-        name: the name that a checkpoint holds.
-        fn: ``fn(query, **options) -> positions``, of a `PositionQuery`: int64 ``(axes, batch, length)``, as the language model
-            takes them, or ``(batch, length)``.  With the attribute ``text_row = False`` `generate` does not put the positions
-            of plain text before the axes, which most models with several axes expect; with ``numbers_text = True`` it is
-            asked for text without features too, which the language model else numbers itself; with ``needs_grids = False``
-            nobody looks for grids.
-
-    Raises:
-        ValueError: another function has that name.
-        TypeError: `fn` is not callable.
-    """
-    _check_function("register_position_rule", name, fn)
-    POSITION_RULES.add(name, fn)
-
-
-def register_mask_rule(name: str, fn: Callable) -> None:
-    """Make a rule of masks known under a name, for ``config.mask = {"rule": name, **options}``.
-
-    Args:
-        name: the name that a checkpoint holds.
-        fn: ``fn(types, marks, **options) -> blocks``, of int64 ``(batch, length)`` that is 0 for text and i where the i-th
-            modality is seen, and of `token_type_ids` or None: tokens of one block, ``(batch, length)``, attend to each other
-            both ways, -1 for none.  With the attribute ``masks_text = True`` it is asked for prompts without features too.
-
-    Raises:
-        ValueError: another function has that name.
-        TypeError: `fn` is not callable.
-    """
-    _check_function("register_mask_rule", name, fn)
-    MASK_RULES.add(name, fn)
 
 
 def valid_groups(groups: Any, names: list[str]) -> list[list[str]]:
@@ -295,26 +258,6 @@ def valid_groups(groups: Any, names: list[str]) -> list[list[str]]:
         if isinstance(group, str) or len(group) < 2 or not set(group) <= set(names):
             raise ValueError(f"share_inputs lists groups of two or more of the modalities {names}, got {group!r}.")
     return [list(group) for group in groups]
-
-
-def check_rule_options(key: str, rule: Callable, given: int, options: Mapping[str, Any], names: Sequence[str]) -> None:
-    """ValueError for options that a rule of ``config.positions`` or ``config.mask`` does not take, lacks or finds wrong.
-
-    Args:
-        key: which of both.
-        rule: its function; an attribute ``check(names, **options)`` of it says more of their values.
-        given: how many arguments it gets besides.
-        options: those of the configuration.
-        names: the modalities.
-    """
-    signature = inspect.signature(rule)
-    try:
-        signature.bind(*[None] * given, **options)
-    except TypeError as error:
-        takes = list(signature.parameters)[given:]
-        raise ValueError(f"{key}: its rule has the options {sorted(options)}, but takes {takes} ({error}).") from error
-    if callable(check := getattr(rule, "check", None)):
-        check(names, **options)
 
 
 def check_rules(values: Mapping[str, Any]) -> None:

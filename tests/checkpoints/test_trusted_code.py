@@ -1,5 +1,6 @@
 """Code of a checkpoint taken over by the running package: what is run, what is not, and what two checkpoints may not do."""
 
+import importlib
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel,
 from cornstarch_hf.checkpoints.trusted_code import with_shared_code
 from cornstarch_hf.parts.classes import SharedConfig, carries_code
 from cornstarch_hf.parts.registries import CALLBACKS
+from cornstarch_hf.parts.rules import MASK_RULES, POSITION_RULES
 
 PART = """from cornstarch_hf import register_callback
 
@@ -65,6 +67,35 @@ def test_only_trusted_code_is_run_and_once(tmp_path, monkeypatch):
     first, second = (model.vision_encoder.postprocess_module_callback for model in models)
     assert first is second and first.__module__.startswith("cornstarch_hf_shared_")
     assert first is CALLBACKS["test_shared_once"].target
+
+
+RULE = """from cornstarch_hf import register_{kind}_rule
+
+
+def rule(*given):
+    return given
+
+
+register_{kind}_rule("test_shared_rule", rule)
+"""
+
+
+@pytest.mark.parametrize("key, kind, rules", [("positions", "position", POSITION_RULES), ("mask", "mask", MASK_RULES)])
+def test_a_users_rule_comes_from_trusted_code(tmp_path, monkeypatch, key, kind, rules):
+    (tmp_path / f"users_{kind}.py").write_text(RULE.format(kind=kind))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(f"users_{kind}")
+    parts, rule = {"vision": ModalEncoderModule(tiny.clip())}, {"rule": "test_shared_rule"}
+    model = MultimodalModel(encoders=parts, language_model=tiny.llama(), **{key: rule})
+    model.save_pretrained(tmp_path / "made", include_code=True)
+    sys.modules.pop(f"users_{kind}")
+    del rules._entries["test_shared_rule"]
+    with pytest.raises(ValueError, match=f"Unknown {kind} rule 'test_shared_rule'.*trust_remote_code=True"):
+        MultimodalModel.from_pretrained(tmp_path / "made")
+    model = MultimodalModel.from_pretrained(tmp_path / "made", trust_remote_code=True)
+    assert getattr(model.config, key) == rule
+    assert rules["test_shared_rule"].__module__.startswith("cornstarch_hf_shared_")
+    del rules._entries["test_shared_rule"]
 
 
 def test_two_checkpoints_that_define_a_name_differently_are_refused(tmp_path, monkeypatch):

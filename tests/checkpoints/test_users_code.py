@@ -84,6 +84,11 @@ def test_imports_of_the_package_become_flat(module, line, carried, found):
     assert bundled(f"{line}\nx = 1\n", module) == (f"{carried}\nx = 1\n", found)
 
 
+def test_of_blank_lines_one_is_carried_but_in_texts():
+    text = 'a = """1\n\n\n2"""\n\n\n\n\nb = 3  # why\n\n# alone\n\n\nc = (\n    1,\n\n\n    2,\n)\n'
+    assert bundled(text, "a")[0] == 'a = """1\n\n\n2"""\n\nb = 3\n\nc = (\n    1,\n\n    2,\n)\n'
+
+
 def test_no_two_modules_are_carried_under_one_name():
     paths = [path for path in HERE.rglob("*.py") if path.stem != "__init__" and path.parent != THIN_FOLDER]
     assert len(own_modules()) == len(paths) and {own_file(stem) for stem in own_modules()} == set(paths)

@@ -3,10 +3,18 @@
 import pytest
 from torch import nn
 
-from cornstarch_hf import register_callback, register_feature_count, register_projector
+from cornstarch_hf import (
+    register_callback,
+    register_feature_count,
+    register_mask_rule,
+    register_position_rule,
+    register_projector,
+)
 from cornstarch_hf.parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS, Callback, Registry
+from cornstarch_hf.parts.rules import MASK_RULES, POSITION_RULES
 
 REGISTERS = [(register_projector, PROJECTORS), (register_callback, CALLBACKS), (register_feature_count, FEATURE_COUNTS)]
+REGISTERS += [(register_position_rule, POSITION_RULES), (register_mask_rule, MASK_RULES)]
 
 
 def one(*_):
