@@ -32,6 +32,7 @@ from .modeling_multimodal import MultimodalModel
 from .parts.known_encoders import register_encoder_type
 from .parts.registries import register_callback, register_feature_count, register_projector
 from .parts.rules import register_mask_rule, register_position_rule
+from .processing.native_call import NativeCall
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor
 from .projectors.native import NativeProjection
@@ -55,7 +56,7 @@ __version__ = "0.1.0"
 REDUCERS = (
     AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection,
 )  # fmt: skip
-STEPS = (AnyResolution, grids_of_items, LayerFeatures, Masks, Positions)
+STEPS = (AnyResolution, grids_of_items, LayerFeatures, Masks, NativeCall, Positions)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

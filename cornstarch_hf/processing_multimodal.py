@@ -4,9 +4,8 @@
 """
 
 import copy
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,11 @@ from .processing.call import (
     text_arguments,
 )
 from .processing.chats import ChatTemplating, as_given, with_media
-from .processing.media import check_finite, flatten, size_of_item
+from .processing.media import check_finite, flatten, of_item, size_of_item
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE
 from .processing.sounds import refuse_short
-from .processing.stored_processors import describe_subprocessor, load_parts, named_parts
+from .processing.stored_processors import describe_subprocessor, load_parts, named_parts, native_of
 from .processing.subprocessors import (
     check_padding,
     image_channels,
@@ -60,16 +59,6 @@ from .processing.subprocessors import (
 from .processing.video import is_video_processor, named_for_encoder
 
 
-@contextmanager
-def _of_item(name: str, i: int) -> Iterator[None]:
-    """What is refused of one item of a modality alone says which one it is."""
-    try:
-        yield
-    except ValueError as error:
-        told = re.sub(rf"^{name}(, item 0)?\b", "", str(error))
-        raise ValueError(f"{name}, item {i}{told}") from error
-
-
 class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
     """Tokenizer and single-modality processors as one, for a composed model.
 
@@ -81,6 +70,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         tokens: placeholder tokens by modality name; by default ``<image>``, ``<audio>``, ``<video>`` where one
             modality has that kind, else ``<{name}>``.
         chat_template: a Jinja template; by default the tokenizer's, else a plain one.
+        native: what holds a native processor, from `from_native`; it then makes text and tensors of items.
 
     Raises:
         TypeError: something of a wrong type.
@@ -89,8 +79,9 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
     """
 
     def __init__(
-        self, tokenizer=None, processors=None, model=None, config=None, tokens=None, chat_template=None, **kwargs
-    ):
+        self, tokenizer=None, processors=None, model=None, config=None, tokens=None, chat_template=None, native=None,
+        **kwargs,
+    ):  # fmt: skip
         if kwargs:
             raise TypeError(f"MultimodalProcessor() got unexpected arguments {sorted(kwargs)}.")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -101,10 +92,14 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         if unknown := sorted(set(processors or {}) - set(config.encoders)):
             raise ValueError(f"processors names {unknown}, the model has the encoders {config.encoders}.")
         tokenizer = copy.deepcopy(tokenizer)
-        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        if native is None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token  # batches need one; masks tell it from a real end
-        self.tokens = placeholder_tokens(config, tokens or {})
-        ids = add_placeholder_tokens(tokenizer, self.tokens)
+        self.native, own = native, {} if native is None else native.written
+        self.tokens = placeholder_tokens(config, tokens or own)
+        # A native processor's placeholders have ids of their own, those of the model.
+        ids = {name: config.modality(name)["token_id"] for name in own} or add_placeholder_tokens(
+            tokenizer, self.tokens
+        )
         check_hooks(ProcessorMixin, PROCESSOR_HOOKS)
         tokenizer.chat_template = as_given(getattr(tokenizer, "chat_template", None))  # it may be of a checkpoint
         template = as_given(chat_template) or tokenizer.chat_template or DEFAULT_TEMPLATE
@@ -156,6 +151,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         media = media_arguments(self.config, self.processors, by_kind, encoder_inputs, kwargs)
         if text is None and not media:
             raise ValueError(f"Nothing to process: give text=, or items of {self.config.encoders} by name or by kind.")
+        if self.native is not None:
+            return MultimodalBatch(self.native(self, text, media, llm), placeholder_ids=self.placeholder_ids.values())
         tensors, lengths, samples = self._process_media(
             media, llm["by_size"]
         )  # first: the text needs the numbers of features
@@ -229,7 +226,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         except ValueError:
             if self.config.modality(name)["kind"] == "audio":
                 for i, item in enumerate(items) if len(items) > 1 else ():  # in a batch all are as long as the longest
-                    with _of_item(name, i):
+                    with of_item(name, i):
                         self._process_items(name, [item], options, settings)
                 features = partial(self.features_of_sound, name, options=options)
                 rate = sampling_rate_of(self.processors.get(name))
@@ -262,7 +259,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         """Features of each item alone (ValueError: a sound of none, which would leave no trace)."""
         counts = []
         for i, item in enumerate(split):
-            with _of_item(name, i):
+            with of_item(name, i):
                 counts.append(self.counter.count(name, without_padding(item) | settings))
         if self.config.modality(name)["kind"] == "audio" and 0 in counts:
             raise ValueError(f"{name}, item {counts.index(0)}: the sound gives no features: it is too short.")
@@ -342,6 +339,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         kinds = {name: self.config.modality(name)["kind"] for name in self.config.encoders}
         parts = named_parts({name: values for name, values in described.items() if values is not None}, kinds)
         found = {"processor_class": type(self).__name__, "model_config": self.config.to_dict()} | parts
+        found |= {} if self.native is None else {"native": self.native.describe()}
         return found | ({"auto_map": self.auto_map} if getattr(self, "auto_map", None) else {})
 
     def __repr__(self) -> str:
@@ -376,18 +374,19 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             check_facts_registered(config.encoder_types)
         kinds = {name: config.modality(name)["kind"] for name in config.encoders}
         tokenizer, parts, unused = load_parts(pretrained_model_name_or_path, values, kinds, kwargs, tokenizer_folder)
+        native = native_of(values.get("native"), kinds, tokenizer, parts)
         # A pipeline hands the model's loading keywords on to every part.
         if unused and not (kwargs.get("return_unused_kwargs") or kwargs.get("_from_pipeline")):
             raise TypeError(f"from_pretrained() got unexpected arguments {sorted(unused)}: no part takes them.")
-        return [tokenizer, parts, config, unused]
+        return [tokenizer, parts, config, native, unused]
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         """Build a processor from its loaded parts."""
-        tokenizer, processors, config, unused = args
+        tokenizer, processors, config, native, unused = args
         template = kwargs.get("chat_template", processor_dict.get("chat_template"))
         with explained("processor_config.json, tokenizer_config.json or another file of the processor"):
-            processor = cls(tokenizer, processors, config=config, chat_template=template)
+            processor = cls(tokenizer, processors, config=config, chat_template=template, native=native)
             for name, number in processor.placeholder_ids.items():
                 if (stored := config.modality(name)["token_id"]) not in (None, number):
                     told = f"{processor.tokens[name]} has the id {number} in this tokenizer, {stored} in the model"

@@ -26,22 +26,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source = options.llava or make_llava(Path(scratch, "llava"))
         output = options.output or Path(scratch, "trained")
-        processor = AutoProcessor.from_pretrained(source)
-        inputs = processor(text="USER: <image>\nwhat is it? ASSISTANT: a red square", images=Image.new("RGB", (40, 30), "red"),
-                           return_tensors="pt")  # fmt: skip
-
-        model, _ = from_native(source)
+        model, processor = from_native(source)
         model.describe()
+        sample = {
+            "text": "USER: <image>\nwhat is it? ASSISTANT: a red square",
+            "images": Image.new("RGB", (40, 30), "red"),
+        }
+        inputs = processor(**sample, return_tensors="pt")
         before = step(model, inputs)
         after = step(model, inputs, learning_rate=0.0)
         print(f"loss before {before:.4f}, after {after:.4f}")
 
-        native = to_native(model)
-        native.save_pretrained(output)
-        processor.save_pretrained(output)
+        for part in to_native(model, processor):
+            part.save_pretrained(output)
         loaded = AutoModelForImageTextToText.from_pretrained(output).eval()
+        natively = AutoProcessor.from_pretrained(output)(**sample, return_tensors="pt")
         with torch.no_grad():
-            same = torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+            same = torch.equal(loaded(**natively).logits, model.eval()(**inputs).logits)
         print(f"{type(loaded).__name__}, equal logits: {same}")
 
 

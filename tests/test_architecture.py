@@ -48,6 +48,7 @@ COVERED = {
     "parts.rules": "parts/test_registries",
     "parts.stored_adapters": "parts/test_adapters",
     "processing.sounds": "processing/test_media",
+    "processing.texts": "processing/test_text_items",
     "processing.opening": "processing/test_media",
     "checkpoints.plain_storage": "checkpoints/test_config_sync",
     "checkpoints.storage": "checkpoints/test_config_sync",

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import BaseVideoProcessor, FeatureExtractionMixin
+from transformers import BaseVideoProcessor, FeatureExtractionMixin, PreTrainedTokenizerBase
 
 from ..parts.classes import CODE_ENTRY, carries_code, language_model_class, resolve_class
 from ..parts.known_encoders import ENCODER_TYPES, EncoderType, registered_facts
@@ -77,6 +77,9 @@ def export_code(
         return write_code(folder, target, side, None, classes)
     parts = [*_parts_of(owner.config, side), *(_class_part(type(other)) for other in (owner, *others))]
     needs = _needs_of(owner.config, side, others) | ({"references"} if references else set())
+    needs |= {"native processor"} if getattr(owner, "native", None) is not None else set()
+    items = getattr(owner, "processors", {}).values()
+    needs |= {"text" for processor in items if isinstance(processor, PreTrainedTokenizerBase)}
     # Both sides share the code's folder: what the other one needs is kept.
     sides = {name: found for name, found in read_entry(target).get("sides", {}).items() if name != side}
     carried = _collect(parts, needs.union(*(found.get("needs", ()) for found in sides.values())))
@@ -96,7 +99,7 @@ def _needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
     if side == "projector":
         return {config.projection_type} & NEEDS
     needs = {getattr(config, f"{name}_projector_config").projection_type for name in config.encoders}
-    needs |= {config.modality(name)["kind"] for name in config.encoders} & {"audio", "video"}
+    needs |= {config.modality(name)["kind"] for name in config.encoders} & {"audio", "text", "video"}
     needs |= {config.language_model_class, *config.steps}
     callbacks = (each["name"] for name in config.encoders for each in config.modality(name)["callbacks"].values())
     needs |= {"native steps" for name in callbacks if name.startswith("native_")}

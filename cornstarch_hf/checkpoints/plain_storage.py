@@ -207,7 +207,9 @@ def _as_built(tokenizers: Iterable[PreTrainedTokenizerBase]) -> Iterator[None]:
             stack.callback(setattr, tokenizer, "init_kwargs", options)
             # A tokenizer writes what it was built with, not its attributes.
             sides = {side: getattr(tokenizer, side) for side in ("padding_side", "truncation_side")}
-            tokenizer.init_kwargs = options | sides
+            told = {side: options.get(side, getattr(type(tokenizer), side)) for side in sides}
+            # One that says nothing leaves the side to native processors, some of which pad on the left then.
+            tokenizer.init_kwargs = options | {side: value for side, value in sides.items() if value != told[side]}
             if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
                 cut, filled = (
                     backend.truncation,

@@ -32,7 +32,7 @@ _HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger
 # What a checkpoint carries by a thin file with the same names: in any case, or unless it names one of these.  Guards that
 # arrive inside the code that they guard protect nobody; what composes and exports needs the package.
 _UNLESS = {"checkpoints_loading": "references", "parts_stored_adapters": "adapters", "processing_sounds": "audio"}
-_UNLESS |= {"processing_video": "video"}
+_UNLESS |= {"processing_texts": "text", "processing_video": "video"}
 # Thin files that are carried as one, with all of their names: none of them imports another module that imports one.
 _JOINED = (
     *("checkpoints_trusted_code", "encoders_feature_layout", "encoders_item_sizes", "language_model_refusals"),
@@ -41,6 +41,7 @@ _JOINED = (
         "processing_assistant_turns",
         "processing_image_bounds",
         "processing_sounds",
+        "processing_texts",
         "processing_video",
     ),
 )
@@ -56,6 +57,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "language_model_positions": frozenset(["positions"]),
     "language_model_text_head": frozenset(["TextModelWithHead"]),
     "conversion_steps": frozenset(["native steps"]),
+    "processing_native_call": frozenset(["native processor"]),
     "processing_own_processors": frozenset(["own processors"]),
     "projectors_native": frozenset(["native"]),
     "projectors_reductions": frozenset(["frame_stack", "pixel_shuffle"]),

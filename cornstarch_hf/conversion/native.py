@@ -25,6 +25,7 @@ from .configs import held_configs, native_config, outer_values
 from .entries import Native, Part, setting
 from .keys import REST, describe_tensors, hand_over, key_map, prefixes, tensors, with_buffers
 from .parts import built, composed, own_parts
+from .processors import composed_processor, loaded_processor, native_processor
 from .refusals import check_model, entry_of
 
 
@@ -42,12 +43,13 @@ def from_native(
     Args:
         source: Hub id or path of its checkpoint, or a live model, which this call does not change: parts have configurations of
             their own, and share its tensors, so that training the composition trains the native model (give a
-            `copy.deepcopy` to keep it); ``(model, processor)`` is taken too, its processor is left out for now.
+            `copy.deepcopy` to keep it); or ``(model, processor)``, whose processor is copied.
         revision, dtype, attn_implementation, **loading: as of `from_pretrained` of the native class, for an id or a path.
         drop_rest: whether tensors that no part uses are dropped, instead of kept for the way back.
 
     Returns:
-        ``(model, processor)``; the processor is None: prepare inputs by the native one, whose names the model takes.
+        ``(model, processor)``, the latter a `MultimodalProcessor` that gives the native one's ids and tensors.  It is None
+        for a live model alone, for a checkpoint without one, and with a warning where it cannot be loaded or held.
 
     Raises:
         ValueError: a type that cannot be composed or is not known, with the reason; a setting of a known type that cannot; a
@@ -62,17 +64,21 @@ def from_native(
         raise TypeError(f"from_native takes (model, processor) as one argument, got {len(source)} values.")
     if not isinstance(drop_rest, bool):
         raise TypeError(f"drop_rest must be True or False, got {drop_rest!r:.100}.")
-    source = source[0] if isinstance(source, tuple) else source
+    source, processor = source if isinstance(source, tuple) else (source, None)
     if isinstance(source, (str, os.PathLike)):
+        if processor is not None:
+            raise TypeError("A checkpoint has its own processor: give its id or path alone, or (model, processor).")
         native = _loaded(source, options)
-        return take_apart(native, entry_of(native.config), drop_rest, own=True), None
+        model = take_apart(native, entry_of(native.config), drop_rest, own=True)
+        return model, loaded_processor(source, model, options)
     if not isinstance(source, PreTrainedModel):
         raise TypeError(f"from_native takes a Hub id, a path or a model of transformers, got {source!r:.100}.")
     if options:
         raise TypeError(f"{sorted(options)} are for loading, but the model is live: change it, or pass its id.")
     if isinstance(source, MultimodalModel):
         raise ValueError("from_native takes a native model, and this is a composition already.")
-    return take_apart(source, entry_of(source.config), drop_rest), None
+    model = take_apart(source, entry_of(source.config), drop_rest)
+    return model, None if processor is None else composed_processor(processor, model)
 
 
 def _loaded(source: Any, options: dict[str, Any]) -> Any:
@@ -195,11 +201,11 @@ def to_native(model: Any, processor: Any = None, *, model_type: str | None = Non
 
     Args:
         model: a composition that came from `from_native`, changed as native classes allow it: other weights, more tokens.
-        processor: given back as it is, beside the model.
+        processor: its processor, from `from_native`; a native one is given back as it is.
         model_type: of the native model, for a composition that never was one.
 
     Returns:
-        the native model, or ``(native model, processor)``; it shares the composition's tensors.
+        the native model, or ``(native model, native processor)``; it shares the composition's tensors.
 
     Raises:
         ValueError: a composition that never was native, or is no longer what its native class computes; dropped tensors.
@@ -208,7 +214,7 @@ def to_native(model: Any, processor: Any = None, *, model_type: str | None = Non
     if not isinstance(model, MultimodalModel):
         raise TypeError(f"to_native takes a MultimodalModel, got {type(model).__name__}.")
     native = put_together(model, model_type)
-    return native if processor is None else (native, processor)
+    return native if processor is None else (native, native_processor(processor))
 
 
 def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:

@@ -28,7 +28,7 @@ from ..projectors.projector import Grid, per_item
 from .grids import first_frames, frames_as_items, is_staged
 from .item_sizes import refused_size
 from .items import MASKS, packed_sizes
-from .module import ModalEncoderModule
+from .module import ModalEncoderModule, wishes
 from .own_parts import OwnParts, settle
 from .rebuilding import build_encoder
 from .towers import TRUE_ON_PADDING
@@ -124,6 +124,19 @@ class FeatureCounter:
                     count = self._counted(name, inputs)
             self._cache.put(key, count)
         check_features(count, name)  # each time: a user may lower the cap, or raise it and ask again
+        return count
+
+    def batch_count(self, name: str, inputs: Mapping[str, Any]) -> int:
+        """Features of all items of a batch together; a function in front of the encoder sees its values, a run only shapes."""
+        with self._lock:
+            first, slot = self._probe(name).preprocess_callback, SLOTS[:1]
+            early = first is not None and not isinstance(first, torch.nn.Module)
+            inputs = first(dict(inputs), **wishes(first, self._probe(name).module)) if early else dict(inputs)
+            if (count := self._cache.get(key := ("batch", *key_of(name, inputs)))) is None:
+                output = self._output(name, inputs, ModalEncoderModule.__call__, slot if early else ())
+                count = sum(map(len, output.pooler_output))
+                self._cache.put(key, count)
+        check_features(count, name)
         return count
 
     def dry_count(self, name: str, inputs: Mapping[str, Any]) -> int:

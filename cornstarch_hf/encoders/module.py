@@ -218,7 +218,7 @@ class ModalEncoderModule(nn.Module):
         # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
-            inputs = self.preprocess_callback(inputs, **_wishes(self.preprocess_callback, self.module))
+            inputs = self.preprocess_callback(inputs, **wishes(self.preprocess_callback, self.module))
             if not isinstance(inputs, dict):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
@@ -388,7 +388,7 @@ def _one_of(**values: Any) -> Any:
     return given[0] if given else None
 
 
-def _wishes(callback: Any, module: nn.Module) -> dict[str, Any]:
+def wishes(callback: Any, module: nn.Module) -> dict[str, Any]:
     """The encoder's configuration, for a callback whose attribute `takes_config` asks for it."""
     asks = getattr(getattr(callback, "func", callback), "takes_config", False)
     return {"config": unwrapped(module).config} if asks else {}

@@ -16,6 +16,7 @@ from ..limits import check_switch
 from .media import check_kinds, ready_tensors
 from .placeholder_text import (
     TEXT_OPTIONS,
+    Expanded,
     MarkedText,
     Spans,
     check_even,
@@ -133,14 +134,13 @@ def text_arguments(
     if text is not None and "text" in given:
         raise ValueError("text was given twice: as text= and in llm_inputs.")
     text = check_texts(given.pop("text", text))
-    # From this package's own callers; no tokenizer takes them.
+    # From this package's own callers, and for native processors.
     internal = {key: given.pop(key, None) for key in ("assistant_spans", "item_lengths", "by_size")}
     known = TEXT_OPTIONS & set(TextKwargs.__annotations__)
     own = {key: getattr(tokenizer, key, value) for key, value in tokenizer.init_kwargs.items() if key in known}
-    own |= given.pop("default_options", None) or {}
-    common = {
-        key: value for key, value in mapped(kwargs.get("common_kwargs"), "common_kwargs").items() if key in TEXT_OPTIONS
-    }
+    own |= internal.setdefault("defaults", given.pop("default_options", None) or {})
+    common = mapped(kwargs.get("common_kwargs"), "common_kwargs")
+    common = {key: value for key, value in common.items() if key in TEXT_OPTIONS}
     flat = {key: kwargs.pop(key) for key in list(kwargs) if key in TEXT_OPTIONS}
     nested = mapped(kwargs.pop("text_kwargs", None), "text_kwargs")
     stated = merged("text", {"by its name": flat, "in text_kwargs": nested, "in llm_inputs": given})
@@ -149,7 +149,7 @@ def text_arguments(
     if text is None and (idle := sorted(set(stated) - {"return_tensors"})):
         raise ValueError(f"{idle} are the tokenizer's, and there is no text: options of a part go in {{name}}_kwargs=.")
     check_values(common | stated, "text")
-    options = own | common | stated
+    options, internal["stated"] = own | common | stated, {**flat, "text_kwargs": {**nested, **given}}
     check_lengths(options, stated, "text")
     return text, options, internal
 
@@ -229,11 +229,8 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
         } | ({f"in {name}_kwargs": nested[name]} if name != plural else {})
         options = merged(name, sources)
         rate = {key: options.pop(key) for key in _rate_option(processor, kind) if key in options}
-        rate |= {
-            key: check_switch(options.pop(key), f"{name}: {key}")
-            for key in _settings_of(config, name)
-            if key in options
-        }
+        for key in _settings_of(config, name) & set(options):
+            rate[key] = check_switch(options.pop(key), f"{name}: {key}")
         taken = options_of(processor, kind)
         shared = {key: value for key, value in common.items() if key in (taken or ()) and key != "return_tensors"}
         check_options(processor, kind, name, shared | options)
@@ -337,9 +334,16 @@ def encode_texts(
         options: of `TEXT_OPTIONS`; ValueError if truncation would cut features.
         spans: of each text, in characters; adds `assistant_masks`.
     """
-    by_token = {tokens[name]: counts for name, counts in lengths.items()}
+    by_token = {tokens[name]: [tokens[name] * count for count in counts] for name, counts in lengths.items()}
     taken: dict[str, int] = {}  # how many items of each token are used up; advances from text to text
     expanded = [expand(text, by_token, taken) for text in texts]
+    return encode_expanded(tokenizer, expanded, tokens, ids, options, spans)
+
+
+def encode_expanded(
+    tokenizer: Any, expanded: list[Expanded], tokens: Mapping, ids: Mapping, options: Mapping, spans: list[Spans] | None
+) -> dict[str, Any]:
+    """As `encode_texts`, of texts in which each placeholder stands as often as its item has features."""
     options = dict(options)
     as_tensors = options.pop("return_tensors", None)
     # Not for the tokenizer's call: rows are padded last, with masks and offsets, when nothing can be cut any more.
@@ -361,14 +365,14 @@ def encode_texts(
                 told = "with split_special_tokens=True: leave it out." if options.get("split_special_tokens") else told
                 raise ValueError(f"{name}, sample {sample}: {need} {told}")
     extra = {k: [row.pop(k) for row in rows] for k in ("assistant_masks", "offset_mapping") if k in rows[0]}
-    check_filled(tokenizer, options | padding, len(texts), "text")
+    check_filled(tokenizer, options | padding, len(expanded), "text")
     data = pad_rows(tokenizer, rows, extra, padding, options.get("max_length"))
     if with_mask is False:
         data.pop("attention_mask")
     if as_tensors:
         check_even(data["input_ids"], options.get("max_length"), padding.get("padding", False))
     if as_tensors and not any(data["input_ids"]):  # of empty texts alone, of which torch and numpy would make floats
-        data = {key: np.zeros((len(texts), 0, 2)[: 3 if key == "offset_mapping" else 2], np.int64) for key in data}
+        data = {key: np.zeros((len(expanded), 0, 2)[: 3 if key == "offset_mapping" else 2], np.int64) for key in data}
     return dict(BatchFeature(data, tensor_type=as_tensors)) if as_tensors else data
 
 

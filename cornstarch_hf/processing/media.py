@@ -5,7 +5,9 @@ What a processor would clip or stretch without a word is refused.  Every picture
 
 import inspect
 import io
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -26,6 +28,16 @@ FIRST, LAST = "channels_first", "channels_last"  # of the three axes of an image
 _IMAGE_KEYS = ("image", "bytes", "url", "path", "base64")  # under which a dict holds an image
 # How deep lists of numbers are nested that are one item.
 LIST_DEPTHS = {"audio": 1, "time": 1, "features": 2, "image": 3, "video": 4}
+
+
+@contextmanager
+def of_item(name: str, i: int) -> Iterator[None]:
+    """What is refused of one item of a modality alone says which one it is."""
+    try:
+        yield
+    except ValueError as error:
+        told = re.sub(rf"^{name}(, item 0)?\b", "", str(error))
+        raise ValueError(f"{name}, item {i}{told}") from error
 
 
 def held(item: Any, keys: Iterable[str], otherwise: Any = None) -> Any:

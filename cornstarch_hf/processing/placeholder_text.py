@@ -102,27 +102,32 @@ class Expanded:
         return len(unmark(self.text[: position + shift]))
 
 
-def expand(text: str, lengths: Mapping[str, list[int]], taken: dict[str, int]) -> Expanded:
-    """Repeat each placeholder by the number of features of the next item of its token, by `lengths` of the whole batch.
+def split_typed(text: str) -> list[str]:
+    """A text cut into what is plain, what was typed, what is plain, and so on, without the marks around what was typed."""
+    return re.split(_TYPED, text)
+
+
+def expand(text: str, replacements: Mapping[str, list[str]], taken: dict[str, int]) -> Expanded:
+    """Put in place of each placeholder the text of the next item of its token, by `replacements` of the whole batch.
 
     `taken`, how many items of each token earlier samples used, is advanced in place.
 
-    >>> expand("a<image>b", {"<image>": [3]}, {}).text
+    >>> expand("a<image>b", {"<image>": ["<image>" * 3]}, {}).text
     'a<image><image><image>b'
     """
     # `last` is where the rest of the text begins, `size` how long the expanded text is up to there.
-    pieces, spans, counts, last, size = [], [], dict.fromkeys(lengths, 0), 0, 0
-    for match in token_pattern(list(lengths)).finditer(text):
+    pieces, spans, counts, last, size = [], [], dict.fromkeys(replacements, 0), 0, 0
+    for match in token_pattern(list(replacements)).finditer(text):
         token = match[1]
         if token is None:  # typed by a user
             continue
         index = taken.get(token, 0)
         taken[token] = index + 1
-        count = lengths[token][index] if index < len(lengths[token]) else 0  # `check_items` refuses texts with too many
-        pieces.append(text[last : match.start()] + token * count)
+        new = replacements[token][index] if index < len(replacements[token]) else ""  # `check_items` refuses more
+        pieces.append(text[last : match.start()] + new)
         size += len(pieces[-1])
-        spans.append((match.start(), match.end(), size - len(token) * count, size))
-        counts[token] += count
+        spans.append((match.start(), match.end(), size - len(new), size))
+        counts[token] += new.count(token)
         last = match.end()
     return Expanded("".join([*pieces, text[last:]]), spans, counts)
 

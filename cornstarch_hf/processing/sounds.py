@@ -5,12 +5,14 @@ What `media` is for images; `refuse_short` finds the shortest sound that an enco
 
 import base64
 import contextlib
+import inspect
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers import audio_utils
 from transformers.audio_utils import get_audio_filetype, load_audio
 from transformers.utils import is_soundfile_available
@@ -18,6 +20,7 @@ from transformers.utils import is_soundfile_available
 from ..limits import check, check_sound
 from .media import held, is_file, rated
 from .opening import decoded, opened
+from .placeholder_text import check_values
 
 # Decoded files and mixes go a little beyond 1; integers written as floats far beyond.
 LOUDEST = 10.0
@@ -184,3 +187,51 @@ def refuse_short(
         if fewest is not None and length < fewest:
             told = f"the sound has {length} samples, and its encoder makes no feature of less than {fewest}"
             raise ValueError(f"{where}: {told}: pad it with silence, or leave it out.")
+
+
+def audio_options(
+    processor: Any, name: str, items: list, options: Mapping, masked: bool, rate: int | None
+) -> dict[str, Any]:
+    """Arguments of a feature extractor's call; ValueError for sounds that it would cut without being asked for truncation."""
+    parameters = inspect.signature(processor.__call__).parameters
+    cut = options.get("truncation")
+    if not isinstance(cut, (bool, type(None))) and isinstance(
+        parameters["truncation"].default, bool
+    ):  # some have words for it
+        raise ValueError(f"{name}: truncation must be True or False, got {cut!r:.100}.")
+    same = ("max_length", "pad_to_multiple_of", "return_attention_mask")  # everywhere
+    check_values({key: options[key] for key in same if key in options}, name)
+    cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
+    check_padding_of_sounds(processor, options, name)
+    # In samples: what the call or the extractor's window (30 seconds of Whisper) keeps.
+    limit = options.get("max_length") or getattr(processor, "n_samples", None)
+    for i, item in enumerate(items) if cuts and limit is not None else ():
+        if len(item) > limit:
+            told = f"the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}"
+            remedy = f"split it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
+            raise ValueError(f"{name}, item {i}: {told}: {remedy}")
+    found: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
+    padded = "padding" in parameters and parameters["padding"].default != "max_length"
+    if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
+        found["padding"] = True
+    masked = masked or getattr(
+        processor, "return_attention_mask", False
+    )  # also where it is set, and its call forgets it
+    if "return_attention_mask" in parameters and (padded or masked):
+        found["return_attention_mask"] = True
+    return found
+
+
+def sounds_together(alone: list[dict[str, torch.Tensor]], blank: float) -> dict[str, torch.Tensor]:
+    """Tensors of sounds, each with a row of its own, filled up on the right to one size, masks with 0."""
+    found = {}
+    for key in alone[0]:
+        rows = [one[key] for one in alone]
+        size = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
+        # As `pad` wants it: (before, behind) of each axis, the last one first.
+        behind = [
+            [n for most, own in zip(size, row.shape[1:], strict=True) for n in (most - own, 0)][::-1] for row in rows
+        ]
+        value = 0 if key.endswith("mask") else blank
+        found[key] = torch.cat([pad(row, around, value=value) for row, around in zip(rows, behind, strict=True)])
+    return found

@@ -29,6 +29,8 @@ _LOADING = ("cache_dir", "force_download", "local_files_only", "revision", "toke
             "trust_remote_code", "use_fast", "_from_auto", "_from_pipeline")  # fmt: skip
 _OF_THE_WHOLE = ("chat_template", "return_unused_kwargs")
 
+# `native_call` adds what holds a native processor, of which only some checkpoints have one.
+NATIVE: dict[str, Any] = {}
 # transformers' name for the part of a kind, under which its Auto classes find that in a checkpoint too.
 PART_NAMES = {"image": "image_processor", "audio": "feature_extractor", "video": "video_processor"}
 TYPE_KEYS = tuple(f"{part}_type" for part in PART_NAMES.values())
@@ -131,6 +133,17 @@ def load_parts(
         if name not in parts and kind == "text":
             parts[name] = load(subfolder=os.path.join(subfolder, folder_of(name)), **loading)
     return tokenizer, parts, {key: value for key, value in options.items() if key not in used}
+
+
+def native_of(described: Any, kinds: Mapping[str, str], tokenizer: Any, parts: Mapping[str, Any]) -> Any:
+    """The native processor that a checkpoint describes, with parts of its own; None where it describes none."""
+    if described is None:
+        return None
+    if "call" not in NATIVE:
+        raise ValueError(
+            "The processor holds a native one, of which the code of this checkpoint has nothing: save it again."
+        )
+    return NATIVE["call"].build(described, kinds, tokenizer, parts)
 
 
 def _load_tokenizer(source: str | os.PathLike, subfolder: str, **options: Any) -> PreTrainedTokenizerBase:

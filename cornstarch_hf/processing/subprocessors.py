@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch.nn.functional import pad
 from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..limits import check, check_image
-from ..parts.known_encoders import encoder_type
 from .image_bounds import bounded_processor
 from .media import image_form, layout_of_call, ready_image, resized_size
-from .placeholder_text import TEXT_OPTIONS, check_filled, check_text, check_values
-from .sounds import check_padding_of_sounds, ready_audio
+from .placeholder_text import TEXT_OPTIONS
+from .sounds import audio_options, ready_audio, sounds_together
+from .texts import run_tokenizer
 from .video import FRAME_MASK, SAMPLING, is_video_processor, run_on_frames, run_video_processor, video_of_size
 
 
@@ -35,49 +34,6 @@ _OF_ALL_PARTS = {"return_tensors", "return_mm_token_type_ids", "return_offsets_m
 # Methods of image processors that read settings by name; what lands in their `**kwargs` is read by none.
 _READERS = ["_preprocess", "preprocess", "process_image", "_prepare_image_like_inputs", "_preprocess_image_like_inputs"]
 _READERS += ["_standardize_kwargs"]
-# Attributes of configurations whose positions are computed or relative, for texts of any length.
-_ROTARY = ("rope_parameters", "rope_theta", "rotary_emb_base", "relative_attention_num_buckets")
-
-
-def run_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, name: str, items: Sequence[Any], options: Mapping[str, Any], encoder_config: Any
-) -> Mapping[str, Any]:
-    """Tokenize the items of one modality, padded on the right; what is too long is refused without ``truncation=True``."""
-    for i, item in enumerate(items):
-        if not isinstance(item, str):
-            raise TypeError(f"{name}, item {i}: expected a string, got {type(item).__name__}.")
-        check_text(item, f"{name}, item {i}: ")
-    # Without the last one a tokenizer may cut by what its file says.
-    call = {"padding": True, "padding_side": "right", "truncation": False} | dict(options)
-    check_filled(tokenizer, call, len(items), name)
-    output = tokenizer(list(items), return_tensors="pt", **call)
-    ids, mask = output["input_ids"], output.get("attention_mask")
-    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(-1).tolist()
-    limit = position_limit(tokenizer, encoder_config)
-    for i, length in enumerate(lengths):
-        if length == 0:
-            raise ValueError(f"{name}, item {i}: the text {items[i]!r} gives no token.")
-        if limit is not None and length > limit:
-            found = f"the text has {length} tokens, but the encoder has {limit} positions"
-            remedy = f"split it, or pass {name}_kwargs={{'truncation': True, 'max_length': {limit}}} to drop the rest."
-            raise ValueError(f"{name}, item {i}: {found}: {remedy}")
-    return output
-
-
-def position_limit(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | None:
-    """Tokens that an encoder with a table of positions takes, by its configuration and its tokenizer; None without one."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        return None
-    # Encoders without a table of positions, or that do not read it.
-    unbounded = getattr(config, "position_embedding_type", None) in ("rotary", "relative_key", "relative_key_query")
-    unbounded = unbounded or getattr(config, "position_biased_input", True) is False
-    after_padding = encoder_type(config).positions_after_padding
-    if unbounded or (not after_padding and any(getattr(config, key, None) is not None for key in _ROTARY)):
-        return None
-    if after_padding and config.pad_token_id is not None:  # RoBERTa counts from behind the padding's row
-        positions -= config.pad_token_id + 1
-    return min(positions, tokenizer.model_max_length)  # 10**30 where the tokenizer's files set no limit
 
 
 def resolve_subprocessor(processor: Any, kind: str, name: str) -> Any:
@@ -171,8 +127,12 @@ def run_subprocessor(
         rate = sampling_rate_of(processor)
         given = options.pop("sampling_rate", None)
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
-        options = _audio_options(processor, name, items, options, masked) | options
-        return _run_on_sounds(processor, name, items, options, maskless)
+        options = audio_options(processor, name, items, options, masked, rate) | options
+        # In a batch some extractors of transformers take what follows a sound for sound, or round otherwise.
+        alone = [_called(processor, name, [item], options, first=i) for i, item in enumerate(items)]
+        if maskless or options.get("padding") is False or not any(key.endswith("mask") for key in alone[0]):
+            _refuse_uneven(processor, name, [tuple(next(iter(one.values())).shape[1:]) for one in alone])
+        return sounds_together(alone, getattr(processor, "padding_value", 0.0))
     if isinstance(processor, PreTrainedTokenizerBase):
         output = run_tokenizer(processor, name, items, options, encoder_config)
         if maskless and (mask := output.get("attention_mask")) is not None:
@@ -209,27 +169,6 @@ def _run_on_images(processor: Any, name: str, items: list, options: Mapping, pre
         return together
     # (items, 1, channels, height, width) -> (items, channels, height, width)
     return {k: v.flatten(0, 1) if v.ndim >= 4 and v.shape[1] == 1 else v for k, v in together.items()}
-
-
-def _run_on_sounds(processor: Any, name: str, items: list, options: Mapping, maskless: bool) -> dict[str, Any]:
-    """Tensors with one row per sound, each processed alone and then filled up on the right to one size.
-
-    In a batch some extractors of transformers take what follows a sound for sound, or round otherwise.
-    """
-    alone = [_called(processor, name, [item], options, first=i) for i, item in enumerate(items)]
-    if maskless or options.get("padding") is False or not any(key.endswith("mask") for key in alone[0]):
-        _refuse_uneven(processor, name, [tuple(next(iter(one.values())).shape[1:]) for one in alone])
-    found = {}
-    for key in alone[0]:
-        rows = [one[key] for one in alone]
-        size = [max(sizes) for sizes in zip(*(row.shape[1:] for row in rows), strict=True)]
-        blank = 0 if key.endswith("mask") else getattr(processor, "padding_value", 0.0)
-        # As `pad` wants it: (before, behind) of each axis, the last one first.
-        behind = [
-            [n for most, own in zip(size, row.shape[1:], strict=True) for n in (most - own, 0)][::-1] for row in rows
-        ]
-        found[key] = torch.cat([pad(row, around, value=blank) for row, around in zip(rows, behind, strict=True)])
-    return found
 
 
 def _refuse_uneven(processor: Any, name: str, sizes: list[Any]) -> None:
@@ -299,38 +238,6 @@ def _called(processor: Any, name: str, items: list, options: Mapping[str, Any], 
         raise  # each item alone is fine: the error is the whole call's
 
 
-def _audio_options(processor: Any, name: str, items: list, options: Mapping, masked: bool) -> dict[str, Any]:
-    """Arguments of a feature extractor's call; ValueError for sounds that it would cut without being asked for truncation."""
-    parameters = inspect.signature(processor.__call__).parameters
-    cut = options.get("truncation")
-    if not isinstance(cut, (bool, type(None))) and isinstance(
-        parameters["truncation"].default, bool
-    ):  # some have words for it
-        raise ValueError(f"{name}: truncation must be True or False, got {cut!r:.100}.")
-    same = ("max_length", "pad_to_multiple_of", "return_attention_mask")  # everywhere
-    check_values({key: options[key] for key in same if key in options}, name)
-    cuts = "truncation" in parameters and parameters["truncation"].default is True and "truncation" not in options
-    check_padding_of_sounds(processor, options, name)
-    # In samples: what the call or the extractor's window (30 seconds of Whisper) keeps.
-    limit = options.get("max_length") or getattr(processor, "n_samples", None)
-    for i, item in enumerate(items) if cuts and limit is not None else ():
-        if len(item) > limit:
-            told = f"the waveform has {len(item)} samples, but {type(processor).__name__} keeps {limit}"
-            remedy = f"split it, or pass {name}_kwargs={{'truncation': True}} to drop the rest."
-            raise ValueError(f"{name}, item {i}: {told}: {remedy}")
-    rate = sampling_rate_of(processor)
-    found: dict[str, Any] = {} if rate is None else {"sampling_rate": rate}
-    padded = "padding" in parameters and parameters["padding"].default != "max_length"
-    if padded:  # sounds of different lengths go padded together, with the mask that tells where each ends
-        found["padding"] = True
-    masked = masked or getattr(
-        processor, "return_attention_mask", False
-    )  # also where it is set, and its call forgets it
-    if "return_attention_mask" in parameters and (padded or masked):
-        found["return_attention_mask"] = True
-    return found
-
-
 class _Sized(PilBackend):
     """Behind a processor's own methods: images and resized ones have a shape, and no memory for their pixels."""
 
@@ -376,7 +283,7 @@ def tensor_names(processor: Any, kind: str, masked: bool) -> list[str]:
     """Names of the tensors that `run_subprocessor` gives, as the processor states them; none where it does not."""
     names = list(getattr(processor, "model_input_names", ()))
     if isinstance(processor, FeatureExtractionMixin) and not isinstance(processor, ItemProcessor):
-        asked = _audio_options(processor, "", [], {}, masked).get("return_attention_mask")
+        asked = audio_options(processor, "", [], {}, masked, None).get("return_attention_mask")
         names += ["attention_mask"] if asked else []
     return [*names, FRAME_MASK] if kind == "video" and isinstance(processor, ImageProcessingMixin) else names
 

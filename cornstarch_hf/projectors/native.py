@@ -114,8 +114,10 @@ def _merged_frames(module: Any, features: Tensor, lengths: Lengths, grids: Grids
     merge = module.linear_1.in_features // features.shape[-1]
     frames = (inputs["input_features_mask"].sum(-1) - 1) // 2 + 1
     kept = (frames + merge - 1) // merge * merge
-    valid = torch.arange(features.shape[1], device=features.device)[None] < kept[:, None]
-    return module(features[valid].reshape(-1, merge * features.shape[-1])), (kept // merge).tolist()
+    # (sum of kept frames,) places in all frames; told by the mask alone, for a run on shapes has no values of features.
+    rows = (torch.arange(features.shape[1], device=kept.device)[None] < kept[:, None]).flatten().nonzero()[:, 0]
+    found = features.flatten(0, 1)[rows]
+    return module(found.reshape(-1, merge * features.shape[-1])), (kept // merge).tolist()
 
 
 def _halves(module: Any, features: Tensor, lengths: Lengths, grids: Grids, inputs: Mapping[str, Any]):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import convertible_models
 import native_models
+import native_processors
 import pytest
 import shared_parts
 import tiny
@@ -585,3 +586,32 @@ def test_a_users_rule_is_carried(tmp_path):
         assert not torch.equal(logits, model.language_model(**inputs).logits[0])
     torch.save((inputs, logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)), tmp_path / "expected.pt")
     run_bare([HERE / "reload_rules.py", folder, tmp_path / "expected.pt"], tmp_path, ["cornstarch_hf"])
+
+
+NATIVE_PROCESSOR = """import sys, torch
+from transformers import AutoModel, AutoProcessor
+folder, file = sys.argv[1:3]
+call, expected = torch.load(file, weights_only=False)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert "cornstarch_hf" not in sys.modules
+found = processor(**call)
+assert {*found} == {*expected} and all(torch.equal(found[key], expected[key]) for key in expected)
+model.generate(**found, max_new_tokens=2, do_sample=False)
+processor.save_pretrained(folder + "-again", include_code=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["idefics3", "qwen2_audio"])
+def test_a_native_processor_is_carried(tmp_path, model_type):
+    model, processor = from_native(native_processors.pair(model_type))
+    folder, token = tmp_path / "checkpoint", next(iter(processor.tokens.values()))
+    save((model, processor), folder, include_code=True)
+    assert (folder / "processing_native_call.py").is_file()
+    sounds = {"audio": [tiny.sound(0, 9000)], "sampling_rate": 16_000}
+    media = {"images": [tiny.image(0, (40, 90))]} if model_type == "idefics3" else sounds
+    call = {"text": [f"see {token} it"], "return_tensors": "pt", **media}
+    torch.save((call, dict(processor(**call))), tmp_path / "expected.pt")
+    run_bare(["-c", NATIVE_PROCESSOR, folder, tmp_path / "expected.pt"], tmp_path, ["cornstarch_hf"])
+    assert python_files(Path(f"{folder}-again")).keys() <= python_files(folder).keys()

@@ -32,7 +32,7 @@ from cornstarch_hf.parts.known_encoders import (
     encoder_type,
 )
 from cornstarch_hf.parts.registries import FEATURE_COUNTS
-from cornstarch_hf.processing.subprocessors import position_limit
+from cornstarch_hf.processing.texts import position_limit
 from cornstarch_hf.processing.video import check_frame_count
 
 CASES = {"vit_mae": "ViTMAEModel"}

@@ -48,7 +48,13 @@ def test_text_and_options_are_told_apart():
     text, options, internal = text_arguments(None, given, kwargs, tiny.tokenizer())
     assert text == "a" and kwargs == {"vision": 1}
     assert options == {"padding": True, "split_special_tokens": True, "max_length": 5, "truncation": True}
-    assert internal == {"assistant_spans": None, "item_lengths": True, "by_size": None}
+    assert internal == {
+        "assistant_spans": None,
+        "item_lengths": True,
+        "by_size": None,
+        "defaults": {},
+        "stated": {"padding": True, "text_kwargs": {"truncation": True, "max_length": 5, "split_special_tokens": True}},
+    }
     with pytest.raises(ValueError, match="text was given twice"):
         text_arguments("a", {"text": "b"}, {}, tiny.tokenizer())
     with pytest.raises(TypeError, match="Unknown arguments for the tokenizer: \\['evil'\\]"):

@@ -17,6 +17,7 @@ from cornstarch_hf.processing.placeholder_text import (
     mark_typed,
     occurrences,
     pad_rows,
+    split_typed,
     token_mask,
     unmark,
 )
@@ -50,7 +51,7 @@ def test_each_placeholder_is_repeated_by_its_own_item(text, data):
     found = occurrences(text, TOKENS)
     lengths = {t: data.draw(st.lists(st.integers(0, 4), min_size=n, max_size=n)) for t, n in found.items()}
     taken = {}
-    made = expand(text, lengths, taken)
+    made = expand(text, {token: [token * n for n in own] for token, own in lengths.items()}, taken)
     assert made.counts == {token: sum(values) for token, values in lengths.items()}
     assert {t: taken.get(t, 0) for t in TOKENS} == found
     for start, end, new_start, new_end in made.spans:
@@ -61,11 +62,21 @@ def test_each_placeholder_is_repeated_by_its_own_item(text, data):
 
 
 def test_samples_take_items_in_turn_and_typed_ones_take_none():
-    lengths, taken = {"<image>": [1, 3, 2]}, {}
+    texts, taken = {"<image>": ["<image>" * n for n in (1, 3, 2)]}, {}
     typed = mark_typed("<image>", TOKENS)
-    first, second = (expand(text, lengths, taken) for text in (f"{typed}a<image>b", "<image>-<image>"))
+    first, second = (expand(text, texts, taken) for text in (f"{typed}a<image>b", "<image>-<image>"))
     assert first.text == f"{typed}a<image>b" and second.text == "<image>" * 3 + "-" + "<image>" * 2
     assert first.moved(len(typed)) == len("<image>") and taken == {"<image>": 3}
+
+
+def test_what_stands_for_an_item_may_be_any_text():
+    made = expand("a<image>b<image>", {"<image>": ["[<image><image>|<image>]", ""]}, {})
+    assert made.text == "a[<image><image>|<image>]b" and made.counts == {"<image>": 3}
+    assert made.spans == [(1, 8, 1, 25), (9, 16, 26, 26)] and made.moved(8) == 25
+
+
+def test_a_text_is_cut_at_what_was_typed():
+    assert split_typed(f"a{mark_typed('<image>', TOKENS)}b") == ["a", "<image>", "b"] and split_typed("ab") == ["ab"]
 
 
 @settings(deadline=None)

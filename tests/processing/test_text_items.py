@@ -9,7 +9,7 @@ from shrunk import built, shrunk
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, EsmTokenizer, MPNetConfig, XLMRobertaConfig
 
 from cornstarch_hf import ModalEncoderModule, MultimodalModel, MultimodalProcessor
-from cornstarch_hf.processing.subprocessors import position_limit, run_tokenizer
+from cornstarch_hf.processing.texts import position_limit, run_tokenizer
 
 PROTEINS = ["MKV", "LAGVSERTIDPK", "W"]
 ROUNDING = {"atol": 1e-6, "rtol": 1e-5}  # of products of other shapes

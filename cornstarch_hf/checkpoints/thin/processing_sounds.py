@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...checkpoints.code_folder import needs_package
 
@@ -12,11 +13,17 @@ def ready_audio(item: Any, where: str, expected: int | None, given: int | None) 
     raise needs_package("What reads sounds")
 
 
-def check_padding_of_sounds(processor: Any, options: Mapping[str, Any], name: str) -> None:
-    raise needs_package("What reads sounds")
-
-
 def refuse_short(
     items: list[Any], name: str, expected: int | None, given: int | None, features: Callable[[int], int]
 ) -> None:
+    raise needs_package("What reads sounds")
+
+
+def audio_options(
+    processor: Any, name: str, items: list, options: Mapping, masked: bool, rate: int | None
+) -> dict[str, Any]:
+    raise needs_package("What reads sounds")
+
+
+def sounds_together(alone: list[dict[str, torch.Tensor]], blank: float) -> dict[str, torch.Tensor]:
     raise needs_package("What reads sounds")

@@ -1,0 +1,356 @@
+"""Native processors inside of composed ones: equal ids and tensors on odd inputs, and back."""
+
+import json
+import warnings
+
+import native_processors
+import numpy as np
+import pytest
+import tiny
+import torch
+from own_memory import own_memory
+from transformers import AutoModel, AutoProcessor
+
+from cornstarch_hf import MultimodalProcessor, from_native, to_native
+
+IMAGES, SOUNDS = sorted(native_processors.IMAGES), sorted(native_processors.SOUNDS)
+# One of every kind of expansion: plain repetition, tiles with rows and columns, crops in words, sounds.
+FAST = ["llava_next", "idefics3", "gemma3", "qwen2_audio"]
+
+
+def types(names):
+    """Parameters of which most are for the wide matrix."""
+    return [pytest.param(name, marks=[] if name in FAST else pytest.mark.catalog) for name in names]
+
+
+def picture(seed=0, size=(40, 30), mode="RGB"):
+    return tiny.image(seed, size).convert(mode)
+
+
+def array(seed=0, size=(20, 33), layout="last"):
+    values = np.asarray(tiny.image(seed, size))
+    return torch.from_numpy(values.transpose(2, 0, 1).copy()) if layout == "first" else values
+
+
+# name -> texts with {} for a placeholder, items for each, options
+PICTURES = {
+    "text alone": (["what is seven plus five"], [[]], {}),
+    "texts alone": (["the quick", "brown fox jumps over"], [[], []], {"padding": True}),
+    "one in the middle": (["see {} there"], [[picture()]], {}),
+    "at the beginning": (["{}the fox"], [[picture(1)]], {}),
+    "at the end": (["the fox {}"], [[picture(2)]], {}),
+    "alone": (["{}"], [[picture(3)]], {}),
+    "side by side": (["{}{}"], [[picture(0), picture(1, (33, 50))]], {}),
+    "several and words": (["a {} b {} c {}"], [[picture(i, (30 + 9 * i, 44 - 7 * i)) for i in range(3)]], {}),
+    "a batch": (["{} one", "two {}"], [[picture(0)], [picture(1, (64, 64))]], {"padding": True}),
+    "uneven": (["{}a{}", "b", "c {}"], [[picture(0), picture(1)], [], [picture(2, (10, 90))]], {"padding": True}),
+    "text first": (["the lazy dog", "{} sum"], [[], [picture(4)]], {"padding": True}),
+    "padded on the left": (
+        ["{} a b c d", "{}"],
+        [[picture(0)], [picture(1)]],
+        {"padding": True, "padding_side": "left"},
+    ),
+    "padded to a length": (["{}"], [[picture(5)]], {"padding": "max_length", "max_length": 600}),
+    "padded to a multiple": (["{} x", "y"], [[picture(6)], []], {"padding": True, "pad_to_multiple_of": 16}),
+    "very wide": (["{} wide"], [[picture(0, (5, 200))]], {}),
+    "very tall": (["{} tall"], [[picture(0, (180, 6))]], {}),
+    "as large as the tower": (["{}"], [[picture(0, (32, 32))]], {}),
+    "large": (["{}"], [[picture(0, (300, 280))]], {}),
+    "with an alpha channel": (["{}"], [[picture(7, mode="RGBA")]], {}),
+    "grey": (["{}"], [[picture(7, mode="L")]], {}),
+    "of a palette": (["{}"], [[picture(7, mode="P")]], {}),
+    "an array": (["{}"], [[array()]], {}),
+    "a tensor": (["{}"], [[array(layout="first")]], {}),
+    "unicode": (["ünï {} 漢字 🙂\n\n{}"], [[picture(8), picture(9, (50, 31))]], {}),
+    "no special tokens": (["{} x"], [[picture()]], {"add_special_tokens": False}),
+    "types of tokens": (["{} x", "y"], [[picture()], []], {"padding": True, "return_mm_token_type_ids": True}),
+    "without a mask": (["{} x"], [[picture()]], {"return_attention_mask": False}),
+    "lists": (["{} x"], [[picture()]], {"return_tensors": None}),
+    "numpy": (["{} x"], [[picture()]], {"return_tensors": "np"}),
+}
+NOISES = {
+    "text alone": (["what is seven plus five"], [[]], {}),
+    "texts alone": (["the quick", "brown fox jumps over"], [[], []], {"text_kwargs": {"padding": True}}),
+    "one in the middle": (["hear {} there"], [[tiny.sound(0, 9000)]], {}),
+    "at the beginning": (["{}the fox"], [[tiny.sound(1, 7777)]], {}),
+    "at the end": (["the fox {}"], [[tiny.sound(2, 16000)]], {}),
+    "alone": (["{}"], [[tiny.sound(3, 12345)]], {}),
+    "a batch": (["{} one", "two {}"], [[tiny.sound(0, 5000)], [tiny.sound(1, 15000)]], {"text_kwargs": {"padding": True}}),
+    "equal lengths": (["{} one", "two {}"], [[tiny.sound(0, 8000)], [tiny.sound(1, 8000)]], {"text_kwargs": {"padding": True}}),
+    "three": (["{}", "a {}", "b {} c"], [[tiny.sound(i, 4000 + 3000 * i)] for i in range(3)], {"text_kwargs": {"padding": True}}),
+    "several": (["{}a{}", "b"], [[tiny.sound(0, 6000), tiny.sound(1, 9000)], []], {"text_kwargs": {"padding": True}}),
+    "text first": (["dog", "{} sum"], [[], [tiny.sound(4, 6400)]], {"text_kwargs": {"padding": True}}),
+    "padded on the left": (
+        ["{} a b c d", "{}"], [[tiny.sound(0, 6000)], [tiny.sound(1, 9000)]],
+        {"text_kwargs": {"padding": True, "padding_side": "left"}},
+    ),
+    "padded to a length": (["{}"], [[tiny.sound(5, 7000)]], {"text_kwargs": {"padding": "max_length", "max_length": 300}}),
+    "padded to a multiple": (
+        ["{} x", "y {}"], [[tiny.sound(6, 8000)], [tiny.sound(7, 4000)]],
+        {"text_kwargs": {"padding": True, "pad_to_multiple_of": 16}},
+    ),
+    "short": (["{}"], [[tiny.sound(0, 2000)]], {}),
+    "a window": (["{}"], [[tiny.sound(0, 16000)]], {}),
+    "longer than a window": (["{}"], [[tiny.sound(0, 40000)]], {}),
+    "longer and shorter": (
+        ["{} a", "{}"], [[tiny.sound(0, 40000)], [tiny.sound(1, 3000)]], {"text_kwargs": {"padding": True}}
+    ),
+    "silence": (["{}"], [[np.zeros(8000, np.float32)]], {}),
+    "loud": (["{}"], [[np.sin(np.arange(9000, dtype=np.float32) / 9)]], {}),
+    "doubles": (["{}"], [[tiny.sound(0, 8000).astype(np.float64)]], {}),
+    "unicode": (["ünï {} 漢字 🙂\n\n"], [[tiny.sound(0, 9000)]], {}),
+    "no special tokens": (["{} x"], [[tiny.sound(0, 9000)]], {"text_kwargs": {"add_special_tokens": False}}),
+    "types of tokens": (["{} x"], [[tiny.sound(0, 9000)]], {"return_mm_token_type_ids": True}),
+}  # fmt: skip
+
+
+# Of which the native processor leaves out the end without a word.
+LOSSES = {"qwen2_audio": ["longer than a window", "longer and shorter"]}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    made = {}
+
+    def get(model_type):
+        if model_type not in made:
+            native, processor = native_processors.pair(model_type)
+            made[model_type] = (native, processor, *from_native((native, processor)))
+        return made[model_type]
+
+    return get
+
+
+def called(call, **arguments):
+    """What a processor gives, or what it raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return dict(call(**arguments))
+        except Exception as error:
+            return error
+
+
+def native_call(processor, kind, texts, items, options):
+    per_sample = kind == "images" and type(processor).__name__ == "Gemma3Processor"
+    given = items if per_sample else [item for own in items for item in own]
+    media = {kind: given} if any(items) else {}
+    rate = {"sampling_rate": 16_000} if kind == "audio" and media else {}
+    return called(processor, text=texts, **media, **rate, **options)
+
+
+def our_call(processor, kind, texts, items, options):
+    media = {kind: items} if any(items) else {}
+    rate = {"sampling_rate": 16_000} if kind == "audio" and media else {}
+    return called(processor, text=texts, **media, **rate, **options)
+
+
+def same(a, b):
+    if isinstance(a, (torch.Tensor, np.ndarray)):
+        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def written(processor, name):
+    """The placeholder as this type's texts have it."""
+    token = next(iter(processor.native.written.values()))
+    return f"<|img_start|>{token}<|img_end|>" if name == "hunyuan_vl" else token
+
+
+def compare(pairs, model_type, kind, cases):
+    """Compare all cases that the native processor takes; those that it refuses are refused, or handled by ours alone."""
+    _, native, _, ours = pairs(model_type)
+    compared, wrong = 0, {}
+    assert set(LOSSES.get(model_type, ())) <= set(cases)
+    for name, (texts, items, options) in cases.items():
+        texts, options = (
+            [text.replace("{}", written(ours, model_type)) for text in texts],
+            {"return_tensors": "pt"} | options,
+        )
+        expected = native_call(native, kind, texts, items, options)
+        found = our_call(ours, kind, texts, items, options)
+        if name in LOSSES.get(model_type, ()):
+            assert isinstance(found, ValueError) and "of which" in str(found) and "split it" in str(found)
+            continue
+        if isinstance(expected, Exception):
+            if isinstance(found, Exception) and not isinstance(found, (ValueError, TypeError)):
+                wrong[name] = repr(found)[:300]
+            continue
+        compared += 1
+        if isinstance(found, Exception):
+            wrong[name] = f"refused: {found!r:.300}"
+        elif keys := [
+            k for k in {*expected, *found} if not (k in expected and k in found and same(expected[k], found[k]))
+        ]:
+            wrong[name] = keys
+    assert not wrong, f"{wrong} of {compared}"
+    return compared
+
+
+@pytest.mark.parametrize("model_type", types(IMAGES))
+def test_pictures_give_the_native_ids_and_tensors(pairs, model_type):
+    assert compare(pairs, model_type, "images", PICTURES) >= 20
+
+
+@pytest.mark.parametrize("model_type", types(SOUNDS))
+def test_sounds_give_the_native_ids_and_tensors(pairs, model_type):
+    assert compare(pairs, model_type, "audio", NOISES) >= 16
+
+
+SOME = ["a batch", "one in the middle", "several", "several and words", "text alone", "uneven", "very wide"]
+
+
+def some(kind):
+    cases = PICTURES if kind == "images" else NOISES
+    return {name: cases[name] for name in SOME if name in cases}
+
+
+def media_kind(model_type):
+    return "images" if model_type in IMAGES else "audio"
+
+
+@pytest.mark.parametrize("model_type", types(native_processors.PROCESSORS))
+def test_there_and_back_through_files(pairs, model_type, tmp_path):
+    native, processor, model, ours = pairs(model_type)
+    kind = media_kind(model_type)
+    model.save_pretrained(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "ours")
+    again = AutoProcessor.from_pretrained(tmp_path / "ours")
+    assert type(again) is MultimodalProcessor
+    assert json.loads(json.dumps(again.to_dict())) == json.loads(
+        json.dumps(ours.to_dict())
+    )  # whose keys may be numbers
+    _, back = to_native(AutoModel.from_pretrained(tmp_path / "ours"), again)
+    assert type(back) is type(processor)
+    back.save_pretrained(tmp_path / "back")
+    fresh = native_processors.PROCESSORS[model_type](native_processors.features(native))  # calls leave their traces
+    fresh.save_pretrained(tmp_path / "native")
+    type(processor).from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "again")  # loading does too
+    assert read(tmp_path / "back") == read(tmp_path / "again")
+    loaded = type(processor).from_pretrained(tmp_path / "back")
+    for texts, items, options in some(kind).values():
+        texts, options = (
+            [text.replace("{}", written(ours, model_type)) for text in texts],
+            {"return_tensors": "pt"} | options,
+        )
+        expected = native_call(processor, kind, texts, items, options)
+        if not isinstance(expected, Exception):
+            assert same_calls(expected, our_call(again, kind, texts, items, options))
+            assert same_calls(expected, native_call(loaded, kind, texts, items, options))
+
+
+def read(folder):
+    """What a processor's files hold, but for the version that wrote them."""
+    values = json.loads((folder / "processor_config.json").read_text())
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    names = sorted(path.name for path in folder.iterdir())
+    return names, values, tokens
+
+
+def same_calls(expected, found):
+    return {*expected} == {*found} and all(same(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("model_type", types(native_processors.PROCESSORS))
+def test_the_composition_computes_the_native_logits_of_them(pairs, model_type):
+    native, processor, model, ours = pairs(model_type)
+    kind = media_kind(model_type)
+    # Qwen3-ASR's encoder does not tell whose features are whose, so that sounds are encoded one by one.
+    cases = ["one in the middle"] if model_type == "qwen3_asr" else ["uneven", "several", "a batch"]
+    given = PICTURES if kind == "images" else NOISES
+    taken = [case for case in cases if case in given]
+    name = next(
+        case for case in taken if isinstance(called_case(native_call, processor, kind, ours, model_type, case), dict)
+    )
+    expected = called_case(native_call, processor, kind, ours, model_type, name)
+    found = called_case(our_call, ours, kind, ours, model_type, name)
+    labels = expected.pop("labels", None), found.pop("labels", None)
+    assert (labels[0] is None) == (labels[1] is None)
+    mask = expected["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = own_memory(native)(**own_memory(expected)).logits[mask]
+        got = own_memory(model)(**own_memory(found)).logits[mask]
+    assert torch.equal(wanted, got)
+
+
+def called_case(call, processor, kind, ours, model_type, name):
+    texts, items, options = (PICTURES if kind == "images" else NOISES)[name]
+    texts, options = (
+        [text.replace("{}", written(ours, model_type)) for text in texts],
+        {"return_tensors": "pt"} | options,
+    )
+    return call(processor, kind, texts, items, options)
+
+
+# ---- where it comes from
+
+
+def test_a_checkpoint_brings_its_processor(pairs, tmp_path):
+    native, processor, _, _ = pairs("llava")
+    native.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, ours = from_native(tmp_path)
+    assert isinstance(ours, MultimodalProcessor) and ours.placeholder_ids == {"vision": native.config.image_token_id}
+    given = {"text": ["see <image>"], "images": [picture()], "return_tensors": "pt"}
+    assert same_calls(dict(processor(**given)), dict(ours(**given)))
+    assert model.config.modality("vision")["token"] == "<image>"
+    ids = model.generate(**ours(**given), max_new_tokens=2, do_sample=False)
+    assert torch.equal(ids, native.generate(**processor(**given), max_new_tokens=2, do_sample=False))
+
+
+def test_a_checkpoint_without_a_processor_gives_none(pairs, tmp_path):
+    pairs("llava")[0].save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert from_native(tmp_path)[1] is None
+
+
+def test_a_processor_that_cannot_be_held_is_left_out_with_a_warning(pairs, tmp_path):
+    native, processor, _, _ = pairs("llava")
+    native.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    values = json.loads(path.read_text())
+    values["image_processor"]["image_processor_type"] = "NoSuchImageProcessor"
+    path.write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="its LlavaProcessor was left out, and the processor is None"):
+        assert from_native(tmp_path)[1] is None
+
+
+def test_the_native_processor_stays_as_it_is(pairs):
+    native, processor = native_processors.pair("llava")
+    before = processor.to_dict(), len(processor.tokenizer), processor.tokenizer.init_kwargs.copy()
+    _, ours = from_native((native, processor))
+    ours.processors["vision"].image_mean = [0.1, 0.2, 0.3]
+    ours.tokenizer.add_tokens(["<more>"])
+    assert (processor.to_dict(), len(processor.tokenizer), processor.tokenizer.init_kwargs) == before
+
+
+@pytest.mark.parametrize(
+    "given, error, told",
+    [
+        (3, TypeError, "The processor must be a native one of transformers, got int"),
+        ("composed", TypeError, "must be a native one of transformers, got MultimodalProcessor"),
+    ],
+)
+def test_what_is_no_native_processor_is_refused(pairs, given, error, told):
+    native, _, _, ours = pairs("llava")
+    with pytest.raises(error, match=told):
+        from_native((native, ours if given == "composed" else given))
+
+
+def test_a_processor_that_never_was_native_cannot_go_back(pairs):
+    _, processor, model, _ = pairs("llava")
+    plain = MultimodalProcessor(processor.tokenizer, {"vision": processor.image_processor}, config=model.config)
+    with pytest.raises(ValueError, match="This processor never was a native one.*build the native class"):
+        to_native(model, plain)
+    native, same = to_native(model, processor)
+    assert same is processor and type(native).__name__ == "LlavaForConditionalGeneration"
+
+
+def test_a_checkpoints_own_processor_is_not_replaced(pairs, tmp_path):
+    _, processor, _, _ = pairs("llava")
+    with pytest.raises(TypeError, match="A checkpoint has its own processor"):
+        from_native((str(tmp_path), processor))
