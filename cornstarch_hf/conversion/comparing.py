@@ -1,12 +1,15 @@
 """Whether a composition still computes what its native class does: what `to_native` refuses before it puts one together."""
 
+import inspect
 from typing import Any
 
 from ..checkpoints.storage import layers_of
+from ..configuration_projector import MultimodalProjectorConfig
 from ..encoders.building import modality_entry
 from ..encoders.module import ModalEncoderModule
 from ..modeling_multimodal import MultimodalModel
 from ..parts.classes import constructor_options
+from ..parts.registries import PROJECTORS
 from ..parts.stored_modules import describe_callback
 from .entries import Native
 
@@ -24,16 +27,16 @@ _COMPUTED = (
 )
 
 
-def check_same(model: MultimodalModel, usual: MultimodalModel, entry: Native) -> None:
-    """Refuse a composition that computes something else than the one that its native class would be taken apart into."""
+def check_same(model: MultimodalModel, usual: MultimodalModel, entry: Native, text: bool = True) -> None:
+    """Refuse a composition that computes something else than the one that its native class would be taken apart into.
+
+    Without `text` language models are not compared.
+    """
     for name in usual.config.encoders:
         found, expected = (modality_entry(m.encoders[name]) for m in (model, usual))
-        projectors = [m.encoders[name].projector.config.to_dict() for m in (model, usual)]
         pairs: dict[str, tuple[Any, Any]] = {key: (found[key], expected[key]) for key in _COMPUTED}
-        pairs |= {
-            f"projector {key}": (projectors[0].get(key), projectors[1][key])
-            for key in ("projection_type", "activation", "projection_kwargs")
-        }
+        mine, theirs = (projector_options(m.encoders[name].projector.config) for m in (model, usual))
+        pairs |= {f"projector {key}": (mine.get(key), theirs.get(key)) for key in {**theirs, **mine}}
         mine, theirs = (layers_of(m.encoders[name].projector.projection) for m in (model, usual))
         pairs["projection"] = (mine, theirs)
         pairs["callbacks"] = (_callbacks(model.encoders[name]), _callbacks(usual.encoders[name]))
@@ -47,7 +50,19 @@ def check_same(model: MultimodalModel, usual: MultimodalModel, entry: Native) ->
         got, want = (getattr(m.config, key, None) or None for m in (model, usual))
         if got != want:
             raise ValueError(f"The {key} of the composition are {got!r:.200}, {entry.architecture} has {want!r:.200}.")
-    _check_same_text(model.language_model, usual.language_model, entry)
+    if text:
+        _check_same_text(model.language_model, usual.language_model, entry)
+
+
+def projector_options(config: MultimodalProjectorConfig) -> dict[str, Any]:
+    """All that decides what a projector computes beside its sizes: the type and its options, defaults filled in."""
+    target = PROJECTORS.get(config.projection_type)
+    takes = inspect.signature(target).parameters if target is not None else {}
+    options = {p.name: p.default for p in takes.values() if p.default is not p.empty} | config.projection_kwargs
+    if options.get("num_layers", 1) != 1 and options.get("hidden_size") is None:
+        options["hidden_size"] = config.out_features
+    told = {"projection_type": config.projection_type}
+    return told | ({"activation": config.activation} if "activation" in takes else {}) | options
 
 
 def _check_same_text(model: Any, usual: Any, entry: Native) -> None:

@@ -211,6 +211,25 @@ def resolved(value: Any, config: Any) -> Any:
     return value
 
 
+def settings_for(value: Any, wanted: Any) -> dict[str, Any]:
+    """Settings by their paths with which a value of a row reads as `wanted`; none for a value that no setting of its own has.
+
+    The way back of `resolved`; ValueError where no setting gives that.
+    """
+    if isinstance(value, (At, HiddenState)):
+        return {value.path: wanted}
+    if isinstance(value, Case):
+        found = [key for key, meant in value.values.items() if meant == wanted]
+        if not found:
+            raise ValueError(f"its {value.path} can only mean one of {list(value.values.values())}, not {wanted!r}")
+        return {value.path: found[0]}
+    if isinstance(value, Inverse):
+        if wanted & (wanted - 1):  # 1 / 3 is no number of floating point, and sizes are multiplied by it
+            raise ValueError(f"its {value.path}=1/{wanted} is no exact number, powers of two have one")
+        return {value.path: 1 / wanted}
+    return {}
+
+
 @dataclass(frozen=True)
 class Projector:
     """A projector of a registered type.

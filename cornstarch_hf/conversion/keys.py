@@ -81,16 +81,16 @@ def tensors(
 
 
 def key_map(
-    native: Any, model: Any, pairs: Mapping[str, str], without: Collection[nn.Module] = ()
+    native: Any, model: Any, pairs: Mapping[str, str], without: Collection[nn.Module] = (), unused: tuple[str, ...] = ()
 ) -> tuple[dict[str, str], list[str]]:
     """``{our tensor: native tensor}`` of all that checkpoints hold, by their `prefixes`, and native tensors that no part uses.
 
-    Those of modules in `without`, which both sides have, are left out.  ValueError where a tensor of ours has no native one,
-    or two have the same: the row does not fit the model.
+    Those of modules in `without`, which both sides have, are left out, and ours whose names begin as `unused` say.  ValueError
+    where a tensor of ours has no native one, or two have the same: the row does not fit the model.
     """
     there = dict(tensors(native, persistent=True, without=without))
     mine = (name for name, _ in tensors(model, persistent=True, without=without))
-    found: Any = {name: native_name(name, pairs) for name in mine if not name.startswith(REST)}
+    found: Any = {name: native_name(name, pairs) for name in mine if not name.startswith((REST, *unused))}
     wrong = [name for name, of in found.items() if of not in there]
     if wrong or len(set(found.values())) != len(found):
         raise ValueError(

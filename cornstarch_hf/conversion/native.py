@@ -22,6 +22,7 @@ from ..parts.stored_values import check_kernels, check_values, without_implement
 from ..parts.weightless import WithoutInitializers, build_without_weights
 from .comparing import check_same
 from .configs import held_configs, native_config, outer_values
+from .containers import contained
 from .entries import Native, Part, setting
 from .keys import REST, describe_tensors, hand_over, key_map, prefixes, tensors, with_buffers
 from .parts import built, composed, own_parts
@@ -197,18 +198,21 @@ def _warn_of_dropped(native: Any, rest: dict[str, Any]) -> None:
 
 
 def to_native(model: Any, processor: Any = None, *, model_type: str | None = None) -> Any:
-    """Put a composition together again as the native model of transformers that it was, with the tensors that it has now.
+    """Put a composition together as a native model of transformers that computes the same, to the bit.
 
     Args:
-        model: a composition that came from `from_native`, changed as native classes allow it: other weights, more tokens.
+        model: a composition that came from `from_native`, changed as native classes allow it: other weights, more tokens;
+            or one that never was native.
         processor: its processor, from `from_native`; a native one is given back as it is.
-        model_type: of the native model, for a composition that never was one.
+        model_type: what a composition that never was native becomes: ``"llava"``, ``"deepseek_vl"``, ``"internvl"``,
+            ``"idefics3"``, ``"smolvlm"``, ``"voxtral"``, ``"qwen2_audio"`` or ``"audioflamingo3"``.
 
     Returns:
         the native model, or ``(native model, native processor)``; it shares the composition's tensors.
 
     Raises:
-        ValueError: a composition that never was native, or is no longer what its native class computes; dropped tensors.
+        ValueError: a composition that is no longer what its native class computes, or that the chosen one does not hold, with
+            the reason and the remedy; none chosen, with the reasons of all; dropped tensors.
         TypeError: no composed model.
     """
     if not isinstance(model, MultimodalModel):
@@ -227,6 +231,15 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
         )
     # What is live counts, as it does in a checkpoint.
     sync_config(model, model.config, model.encoders, model.language_model)
+    never = model.config.native is None
+    native = contained(model, model_type) if never else _as_it_was(model, model_type)
+    native.generation_config = copy.deepcopy(model.generation_config)
+    _take_checkpointing(model, native)
+    return native.train(model.training)
+
+
+def _as_it_was(model: MultimodalModel, model_type: str | None) -> Any:
+    """The native model that a composition was, with the tensors that it has now."""
     config, entry = native_config(model, model_type)
     with explained("config.native"):
         native = build_without_weights(lambda: built(getattr(transformers, entry.architecture), config))
@@ -245,6 +258,4 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
     names |= {f"{REST}.{name}": name for name in rest}
     names = with_buffers(names, native, model, pairs)
     hand_over(model, native, {of: name for name, of in names.items()})
-    native.generation_config = copy.deepcopy(model.generation_config)
-    _take_checkpointing(model, native)
-    return native.train(model.training)
+    return native

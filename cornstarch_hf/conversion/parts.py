@@ -113,7 +113,7 @@ def _language_model(native: Any, entry: Native, live: Collection[nn.Module]) -> 
     config.tie_word_embeddings = head.weight is table.weight
     factors = {"scale": resolved(entry.scale, native.config), "softcap": resolved(entry.softcap, native.config)}
     cls: Any = None if entry.plain_head or any(factors.values()) else language_model_class(config)
-    if cls is not None and _has_bare_head(cls):
+    if cls is not None and has_bare_head(cls):
         model = _around(text, cls, config) if own else built(cls, config)
         if type(model.base_model) is type(text) and same_structure(model.get_output_embeddings(), head):
             return model
@@ -142,13 +142,19 @@ _BARE_HEAD = re.compile(r"logits = self\.lm_head\(hidden_states(\[:, slice_indic
 _CHANGED = re.compile(r"^ +hidden_states (?:[*/+-]=|= .*(?: [*/+-] |self\.))", re.M)
 
 
+# What some do where their configuration has a bound of logits.
+_CAP = re.compile(r"^ +if self\.config\.final_logit_softcapping is not None:\n(?:^ +logits = .*\n)+", re.M)
+
+
 @functools.cache
-def _has_bare_head(cls: Any) -> bool:
+def has_bare_head(cls: Any, caps: bool = True) -> bool:
     """Whether a class makes of hidden states what the head of a native multimodal model does, which scales and caps nothing.
 
-    About 29 of 189 classes do more (Cohere and Granite scale, Gemma 2 caps); only their source tells.
+    About 29 of 189 classes do more (Cohere and Granite scale, Gemma 2 caps); only their source tells.  Where `caps` is False
+    the configuration has no bound of logits, so that classes which have a choice do not cap.
     """
     source = inspect.getsource(inspect.unwrap(cls.forward))
+    source = source if caps else _CAP.sub("", source)
     once = len(re.findall(r"^ +logits [*/+-]?= ", source, re.M)) == 1
     return once and bool(_BARE_HEAD.search(source)) and not _CHANGED.search(source)
 
