@@ -50,7 +50,8 @@ def composed(encoder, text, projector=None, name="vision", token=TOKEN, **select
     made = MultimodalProjector(MultimodalProjectorConfig(**options))
     model = MultimodalModel(encoders={name: ModalEncoderModule(encoder, made, **selection)}, language_model=text).eval()
     randomized(model.encoders[name].projector, 3)
-    model.set_modality_token_ids({name: token})
+    if token is not None:
+        model.set_modality_token_ids({name: token})
     return model
 
 
