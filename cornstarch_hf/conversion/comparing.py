@@ -58,11 +58,12 @@ def projector_options(config: MultimodalProjectorConfig) -> dict[str, Any]:
     """All that decides what a projector computes beside its sizes: the type and its options, defaults filled in."""
     target = PROJECTORS.get(config.projection_type)
     takes = inspect.signature(target).parameters if target is not None else {}
-    options = {p.name: p.default for p in takes.values() if p.default is not p.empty} | config.projection_kwargs
+    options = {p.name: p.default for p in takes.values() if p.default is not p.empty}
+    options |= {"activation": config.activation} if "activation" in takes else {}
+    options |= config.projection_kwargs  # which outdo fields, as where it is built
     if options.get("num_layers", 1) != 1 and options.get("hidden_size") is None:
         options["hidden_size"] = config.out_features
-    told = {"projection_type": config.projection_type}
-    return told | ({"activation": config.activation} if "activation" in takes else {}) | options
+    return {"projection_type": config.projection_type} | options
 
 
 def _check_same_text(model: Any, usual: Any, entry: Native) -> None:

@@ -20,12 +20,13 @@ from ..encoders.building import modality_entry
 from ..modeling_multimodal import MultimodalModel
 from ..parts.adapters import is_wrapped
 from .comparing import projector_options
+from .keys import path_of
 
 _TYPE, _WEIGHTS, _PROCESSOR = "ultravox", "model", "processor_config.json"
 # What its tower gives and its projector computes, as entries and options of ours.
 _SELECTED = {
     "kind": "audio", "layer": -1, "output": None, "drop_prefix": 0, "additional_args": [], "layer_features": None,
-    "merge": None, "marks": None,
+    "merge": None, "marks": {},
 }  # fmt: skip
 _PROJECTED = {
     "projection_type": "frame_stack", "activation": "silu", "num_layers": 2, "gated": True, "bias": False, "norm": "rms_norm",
@@ -69,7 +70,7 @@ def save_ultravox(
     written = {CONFIG, _PROCESSOR, "generation_config.json"}
     with replaced_atomically(folder, CONFIG, lambda file: file in written or file.startswith(f"{_WEIGHTS}.")) as place:
         _write_json(place, CONFIG, _config(model, name, options, code))
-        tensors = {key: x.detach().contiguous() for key, x in _tensors(model, name).items()}
+        tensors = {key: _alone(x) for key, x in _tensors(model, name).items()}
         save_torch_state_dict(tensors, place, filename_pattern=f"{_WEIGHTS}{{suffix}}.safetensors")
         if model.generation_config is not None:
             model.generation_config.save_pretrained(place)
@@ -134,9 +135,16 @@ def _tensors(model: MultimodalModel, name: str) -> dict[str, Tensor]:
         found |= {f"multi_modal_projector.{place}.{key}": x for key, x in module.state_dict().items()}
     own = text.state_dict()
     if text.get_output_embeddings().weight is text.get_input_embeddings().weight:  # told by its configuration
-        own = {key: x for key, x in own.items() if key not in text.all_tied_weights_keys}
+        own.pop(f"{path_of(text, text.get_output_embeddings())}.weight")
     # By the names of its public checkpoints, and not those of transformers' modules (experts are joined in these).
     return found | {f"language_model.{key}": x for key, x in revert_weight_conversion(text, own).items()}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor without others in its memory, of which experts that are joined in a module's have some."""
+    tensor = tensor.detach().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
 
 
 def _config(model: MultimodalModel, name: str, options: dict[str, Any], code: str | None) -> dict[str, Any]:

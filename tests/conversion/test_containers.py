@@ -29,8 +29,9 @@ LINEAR = {"projection_type": "linear"}
 WIDE = {"encoder_ffn_dim": 128, "intermediate_size": 128}  # four times the width, as Whisper has
 
 
-def internvl(text="qwen3", **changes):
-    return composed(tower("internvl_vision"), language_model(text), SHUFFLE, **{"drop_prefix": 1} | changes)
+def internvl(text="qwen3", projector=None, **changes):
+    options = {"drop_prefix": 1} | changes
+    return composed(tower("internvl_vision"), language_model(text), projector or SHUFFLE, **options)
 
 
 def idefics3(encoder="siglip_vision_model", text="llama"):
@@ -128,9 +129,10 @@ def test_which_towers_have_no_norm_after_the_last_hidden_state(encoder):
     )
 
 
-@pytest.mark.parametrize("text", ["qwen3", "llama"])
-def test_internvl_holds_its_tower(text, tmp_path):
-    model = internvl(text)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_internvl_holds_its_tower(activation, layer, tmp_path):
+    model = internvl("qwen3", layer=layer, projector=SHUFFLE | {"activation": activation})
     check_held(model, "internvl", image_batch(model), tmp_path)
 
 
@@ -157,7 +159,8 @@ def test_deepseek_vl_takes_the_last_hidden_state_that_llava_cannot(tmp_path):
 
 @pytest.mark.parametrize("encoder", ["whisper", "voxtral_encoder"])
 def test_voxtral_holds_its_encoder_and_whisper(encoder, tmp_path):
-    model = heard(encoder, STACK, **(WIDE if encoder != "whisper" else {"encoder_ffn_dim": 128}))
+    stack = STACK | {"activation": "silu" if encoder == "whisper" else "gelu"}
+    model = heard(encoder, stack, **(WIDE if encoder != "whisper" else {"encoder_ffn_dim": 128}))
     check_held(model, "voxtral", sound_batch(model), tmp_path)
 
 
