@@ -48,8 +48,8 @@ __all__ = [
     "MultimodalProcessor", "MultimodalProjector", "MultimodalProjectorConfig", "PrecomputedFeatures",
     "PrecomputedFeaturesConfig", "PrecomputedFeaturesProcessor", "TextModelWithHead", "TimeSeriesProcessor",
     "compose", "from_native", "parameter_groups", "push_to_hub", "register_callback", "register_encoder_type",
-    "register_feature_count", "register_mask_rule", "register_position_rule", "register_projector", "save_ultravox",
-    "to_native",
+    "register_feature_count", "register_mask_rule", "register_position_rule", "register_projector", "replace",
+    "save_ultravox", "to_native",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -73,7 +73,7 @@ def register_auto_classes() -> None:
     AutoProcessor.register(MultimodalConfig, MultimodalProcessor, exist_ok=True)
 
 
-_LAZY = dict.fromkeys(("from_native", "to_native"), ".conversion.native")
+_LAZY = dict.fromkeys(("from_native", "to_native"), ".conversion.native") | {"replace": ".swapping"}
 _LAZY |= {"native_selection": ".conversion.parts", "save_ultravox": ".conversion.ultravox"}
 
 

@@ -30,7 +30,16 @@ from .checkpoints.finding import CONFIG
 from .checkpoints.plain_storage import pusher
 from .composition import check_encoders, share_parts
 from .configuration_multimodal import MultimodalConfig
-from .encoders.building import ENCODER_KEYS, LOADING_KEYS, check_kind, check_names, encoder_specs, is_path
+from .encoders.building import (
+    ENCODER_KEYS,
+    LOADING_KEYS,
+    check_dtype,
+    check_kind,
+    check_names,
+    encoder_specs,
+    is_path,
+    takes_any_number,
+)  # fmt: skip
 from .encoders.module import ModalEncoderModule
 from .encoders.towers import packs_frames
 from .language_model.refusals import check_language_model
@@ -43,7 +52,6 @@ from .processing.own_processors import default_processor
 from .processing.subprocessors import sampling_rate_of
 from .processing.video import video_processor_missing
 from .processing_multimodal import MultimodalProcessor
-from .projectors.projector import MultimodalProjector
 
 # Further keywords of `from_pretrained`: of all that is loaded, and of models alone, whose others mean one model of a kind.
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
@@ -131,30 +139,27 @@ def compose(
     hub = {k: v for k, v in loading.items() if k in HUB_KEYS} | {"trust_remote_code": trust_remote_code}
     common = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
     common = {k: v for k, v in (common | loading).items() if v is not None and k not in HUB_KEYS}
-    _check_loads(specs, language_model, tokenizer, common, revision)
+    check_loads(specs, language_model, tokenizer, common, revision)
     # What needs no weights comes first: a missing tokenizer or a misspelt key is told before anything large is loaded.
     text_loading = hub | ({"revision": revision} if revision else {})
-    _check_causal(language_model, text_loading, common)
-    tokenizer = _tokenizer(tokenizer, language_model, text_loading, chat_template)
+    check_causal(language_model, text_loading, common)
+    tokenizer = tokenizer_of(tokenizer, language_model, text_loading, chat_template)
     modules, found = {}, {}
     for name, spec in specs.items():
-        modules[name] = _encoder(name, spec, hub, common)
-        _note_commit(modules[name].origin, spec, hub)
-        found[name] = _processor(name, spec, modules[name], hub)
-    live: Any = language_model
-    if isinstance(language_model, (str, os.PathLike)):
-        with _naming("The language model", language_model):
-            live = AutoModelForCausalLM.from_pretrained(language_model, **text_loading, **common)
+        modules[name] = made_encoder(name, spec, load_encoder(name, spec, hub, common))
+        note_commit(modules[name].origin, spec, hub)
+        found[name] = find_processor(name, spec, modules[name], hub)
+    live = load_language_model(language_model, text_loading | common)
     share_parts(modules)
     check_encoders(modules, live)
     model = MultimodalModel(encoders=modules, language_model=live)
     asked_for = {"model": language_model, "revision": revision}
-    _note_commit((model.config.origins or {}).get("language_model"), asked_for, hub)
+    note_commit((model.config.origins or {}).get("language_model"), asked_for, hub)
     model.config.share_inputs = groups
     processor = MultimodalProcessor(tokenizer, found, model=model, tokens=tokens, chat_template=chat_template)
     for name, spec in specs.items():
         if not isinstance(spec["model"], ModalEncoderModule):  # which its author set
-            _set_trim(name, spec.get("trim"), model, processor)
+            set_trim(name, spec.get("trim"), model, processor)
     if freeze:  # last: a name may mean a projector, which composing makes
         model.freeze(*([freeze] if isinstance(freeze, str) else freeze))
     return model.eval(), processor
@@ -190,7 +195,7 @@ def _refuse_kernels(source: Any, options: Mapping[str, Any], given: Mapping[str,
     return True
 
 
-def _check_causal(language_model: Any, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_causal(language_model: Any, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse what is no causal language model before anything large is loaded (TypeError, ValueError)."""
     if not is_path(language_model):
         check_language_model(language_model)
@@ -211,7 +216,15 @@ def _check_causal(language_model: Any, options: Mapping[str, Any], given: Mappin
     )
 
 
-def _tokenizer(given: Any, language_model: Any, options: Mapping[str, Any], template: Any) -> PreTrainedTokenizerBase:
+def load_language_model(source: Any, options: Mapping[str, Any]) -> Any:
+    """A causal language model, of an id or a path by options of loading; a live one as it is."""
+    if not is_path(source):
+        return source
+    with _naming("The language model", source):
+        return AutoModelForCausalLM.from_pretrained(source, **options)
+
+
+def tokenizer_of(given: Any, language_model: Any, options: Mapping[str, Any], template: Any) -> PreTrainedTokenizerBase:
     """The language model's tokenizer, padding on the left: what decoder-only generation needs; the processor copies it."""
     if given is not None and not is_path(given) and not isinstance(given, PreTrainedTokenizerBase):
         what = given.__name__ if isinstance(given, type) else type(given).__name__
@@ -231,7 +244,7 @@ def _tokenizer(given: Any, language_model: Any, options: Mapping[str, Any], temp
     return given
 
 
-def _note_commit(origin: dict[str, Any] | None, spec: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
+def note_commit(origin: dict[str, Any] | None, spec: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
     """Write into an origin which revision was asked for and which commit that was (in place); asks nothing of the Hub."""
     if origin is None or not isinstance(spec["model"], str):
         return
@@ -257,7 +270,7 @@ def _check_keywords(loading: Mapping[str, Any], **required: Any) -> None:
     """TypeError for keywords that compose() does not take, each with what it takes instead, and for missing ones."""
     if unknown := [key for key in loading if key not in HUB_KEYS and key not in MODEL_KEYS]:
         known = [*list(inspect.signature(compose).parameters)[:-1], *HUB_KEYS, *MODEL_KEYS]
-        told = "; ".join(f"{key}= (use {_instead(key, known)})" for key in unknown)
+        told = "; ".join(f"{key}= (use {instead_of(key, known)})" for key in unknown)
         raise TypeError(f"compose() takes no {told}. It takes {known}.")
     if missing := [key for key, value in required.items() if value is None]:
         raise TypeError(
@@ -266,7 +279,7 @@ def _check_keywords(loading: Mapping[str, Any], **required: Any) -> None:
         )
 
 
-def _instead(key: str, names: Sequence[str]) -> str:
+def instead_of(key: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(key, names, 1, cutoff=0.8)
     if found := _INSTEAD.get(key) or (f"{close[0]}=" if close else None):
         return found
@@ -282,77 +295,64 @@ def _check_texts(freeze: Any, chat_template: Any) -> None:
         raise TypeError(f"chat_template must be the text of a template, got {type(chat_template).__name__}.")
 
 
-def _check_dtype(dtype: Any, who: str) -> None:
-    # A dict of them is by part of a model, as transformers takes it.
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    floating = isinstance(named, torch.dtype) and named.is_floating_point
-    if not floating and dtype not in ("auto", None) and not isinstance(dtype, Mapping):
-        expected = "'bfloat16', 'float16', 'float32', 'auto' or a torch.dtype like them"
-        raise ValueError(f"{who}dtype must be {expected}, got {dtype!r}.")
-
-
-def _check_loads(
+def check_loads(
     specs: Mapping[str, dict], language_model: Any, tokenizer: Any, common: Mapping[str, Any], revision: str | None
 ) -> None:
     """ValueError for what is said of loading where nothing is loaded by it: it would not be done."""
-    _check_dtype(common.get("dtype"), "")
+    check_dtype(common.get("dtype"), "")
     remedy = "pass an id or a path, or load the part with it yourself"
     if common and not any(map(is_path, [language_model, *(spec["model"] for spec in specs.values())])):
         raise ValueError(f"{sorted(common)} are for loading, but all models are live objects: {remedy}.")
     if revision and tokenizer is not None and not (is_path(language_model) or is_path(tokenizer)):
         raise ValueError(f"revision= is for loading the language model and its tokenizer, but both are live: {remedy}.")
     for name, spec in specs.items():
-        _check_dtype(spec.get("dtype"), f"{name}: ")
+        check_dtype(spec.get("dtype"), f"{name}: ")
         beside = spec.get("processor") is None or is_path(spec["processor"])  # is found by revision and subfolder too
         done = LOADING_KEYS if is_path(spec["model"]) else ("revision", "subfolder") if beside else ()
         if idle := [key for key in LOADING_KEYS if spec.get(key) is not None and key not in done]:
             raise ValueError(f"{name}: {idle} are for loading, but its model is a live object: {remedy}.")
 
 
-def _encoder(name: str, spec: dict, hub: dict, common: dict) -> ModalEncoderModule:
-    source, projector = spec["model"], spec.get("projector")
+def load_encoder(name: str, spec: dict, hub: dict, common: dict) -> Any:
+    """What an encoder is made of, of an id or a path as its dict and the call say; a live one as it is."""
+    source = spec["model"]
+    if not is_path(source):
+        return source
+    # What an encoder says of itself wins over what the call says of all.
+    own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
+    with _naming(f"{name}: its model", source):
+        _refuse_kernels(source, hub | {k: own[k] for k in ("revision", "subfolder") if k in own}, common | own)
+        return AutoModel.from_pretrained(source, **{**hub, **common, **own})
+
+
+def made_encoder(name: str, spec: dict, source: Any) -> ModalEncoderModule:
+    """The encoder that a dict describes, of a live model."""
     if isinstance(source, ModalEncoderModule):
         if source.projector is None:
-            source.projector = projector
+            source.projector = spec.get("projector")
         return source
-    if is_path(source):
-        # What an encoder says of itself wins over what the call says of all.
-        own = {key: spec[key] for key in LOADING_KEYS if spec.get(key) is not None}
-        with _naming(f"{name}: its model", source):
-            _refuse_kernels(source, hub | {k: own[k] for k in ("revision", "subfolder") if k in own}, common | own)
-            source = AutoModel.from_pretrained(source, **{**hub, **common, **own})
     others = (*LOADING_KEYS, "model", "processor", "projector", "trim", "select")
     options = {k: v for k, v in spec.items() if k not in others}
     select = spec.get("select") and pusher("native_selection")
     tower, chosen = select(source, spec.get("kind"), f"{name}: ") if select else (source, {})
-    encoder = ModalEncoderModule(tower, projector, trim=spec.get("trim") or False, **options | chosen)
+    encoder = ModalEncoderModule(tower, spec.get("projector"), trim=spec.get("trim") or False, **options | chosen)
     encoder.origin = origin_of(source, encoder.module) if select else encoder.origin
     if spec.get("kind") is None:
         check_kind(name, encoder)
     return encoder
 
 
-def _set_trim(name: str, wanted: bool | None, model: MultimodalModel, processor: MultimodalProcessor) -> None:
+def set_trim(name: str, wanted: bool | None, model: MultimodalModel, processor: MultimodalProcessor) -> None:
     """Leave out a window's padding (in place), where the encoder can and nothing needs the whole; ValueError: it cannot."""
     encoder = model.encoders[name]
     if wanted is None:  # a callback may be made for the window, and so may a projector that does not take any number
-        free = encoder.kind == "audio" and not any(encoder.callbacks.values()) and _takes_any_number(encoder.projector)
+        free = encoder.kind == "audio" and not any(encoder.callbacks.values()) and takes_any_number(encoder.projector)
         encoder.trim = free and _trims(name, processor)
     elif wanted and not _trims(name, processor):
         told = "a mask leaves out nothing of what its processor and its encoder make of a short sound"
         raise ValueError(f"{name}: trim=True, but {told}: leave it out.")
     for config in (model.config, processor.config):
         config.modality(name)["trim"] = encoder.trim
-
-
-def _takes_any_number(projector: MultimodalProjector) -> bool:
-    """Whether a projector takes the features of any but the very shortest sounds."""
-    try:
-        for count in range(8, 72):
-            projector.feature_count(count)
-    except ValueError:
-        return False
-    return True
 
 
 def _trims(name: str, processor: MultimodalProcessor) -> bool:
@@ -371,7 +371,7 @@ def _trims(name: str, processor: MultimodalProcessor) -> bool:
     return valid < whole
 
 
-def _processor(name: str, spec: dict, encoder: ModalEncoderModule, hub: dict) -> Any:
+def find_processor(name: str, spec: dict, encoder: ModalEncoderModule, hub: dict) -> Any:
     given = spec.get("processor")
     if given is None and (ours := default_processor(encoder.kind, unwrapped(encoder.module).config)) is not None:
         return ours  # for items that transformers has no processor for

@@ -1,11 +1,16 @@
-"""Parts to configuration, and to a table: what live encoders and a language model are.  `module` builds them again."""
+"""Parts to configuration, to a table, and to copies in their memory: what live encoders and a language model are.
+
+`rebuilding` builds them again.
+"""
 
 import copy
+import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -152,6 +157,45 @@ def separate_configs(encoders: Mapping[str, ModalEncoderModule], language_model:
         for module in encoder.module.modules() if new is not old else ():  # every layer holds the same object
             if getattr(module, "config", None) is old:
                 setattr(module, "config", new)  # noqa: B010
+
+
+def twins(modules: Mapping[str, nn.Module], same: Iterable[Any] = ()) -> dict[str, Any]:
+    """Copies of modules, with configurations and parameters of their own, in the memory of those that are copied.
+
+    What is done to a copy later (freezing, adapters, another device) is not done to what it was copied of; what is written into
+    a weight, as a step of training does, is.  Modules and parameters that stand in several places do so in the copies.  What
+    `torch.compile` has wrapped is copied without the wrapper.  Of objects in `same` no copy is made.
+    """
+    memo: dict[int, Any] = {id(each): each for each in same}
+    compiled: list[Any] = []
+    for module in (inner for part in modules.values() for inner in part.modules()):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:  # deepcopy takes what its memo names for copied already
+                memo.setdefault(id(tensor), _shared(tensor))
+        compiled += [module] if hasattr(module, "_orig_mod") else []
+    for wrapper in reversed(compiled):  # inner ones first
+        memo[id(wrapper)] = copy.deepcopy(wrapper._orig_mod, memo)
+    return copy.deepcopy(dict(modules), memo)
+
+
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of its own in the same memory; itself, where its class keeps more than values (quantized weights)."""
+    if type(tensor) is nn.Parameter:
+        made = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+        made.__dict__.update(tensor.__dict__)
+        return made
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
+
+
+def take_checkpointing(source: Any, target: Any) -> None:
+    """Have a model trade time for memory in training where another one does, with that one's arguments (in place)."""
+    on: Any = next((module for module in source.modules() if getattr(module, "gradient_checkpointing", False)), None)
+    if on is not None:
+        function, options = getattr(on, "_gradient_checkpointing_func", None), dict[str, Any]()
+        while isinstance(function, functools.partial):  # around transformers' own, where frozen parts need gradients
+            options |= function.keywords
+            function = function.args[0] if function.args else None
+        target.gradient_checkpointing_enable(options or None)
 
 
 UNKNOWN_COUNT = "not known before a run"

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .checkpoints.described import check_replaced
 from .checkpoints.plain_storage import first_dtype
-from .checkpoints.storage import MultimodalStorageMixin, check_replaced
+from .checkpoints.storage import MultimodalStorageMixin
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.feature_layout import find_stand_in
@@ -126,7 +127,8 @@ class MultimodalModel(
     def __setattr__(self, name: str, value: Any) -> None:
         """As in torch; ValueError for another part in the place of one (wrapped around the same, it is the same)."""
         old = self.__dict__.get("_modules", {}).get(name)
-        if isinstance(old, (PreTrainedModel, ModalEncoderModule)) and value is not old:
+        part = old is not None and (name == "language_model" or name.removesuffix("_encoder") in self.config.encoders)
+        if part and value is not old:
             check_replaced(self.config, {name: value})
         super().__setattr__(name, value)
 

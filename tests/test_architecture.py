@@ -21,7 +21,7 @@ LAYERS = [
     ["projectors"],
     ["encoders"],
     ["composition", "processing_multimodal", "modeling_multimodal"],
-    ["assembly", "training", "hub", "conversion"],
+    ["assembly", "swap_checks", "swapping", "training", "hub", "conversion"],
     ["__init__"],
 ]
 # name -> why it may be longer than 40 lines of body
@@ -38,6 +38,7 @@ COVERED = {
     "conversion.keys": "conversion/test_table",
     "conversion.refusals": "conversion/test_table",
     "encoders.building": "test_composition",
+    "checkpoints.described": "checkpoints/test_config_sync",
     "encoders.said_of_items": "language_model/test_positions",
     "language_model.position_rules": "language_model/test_positions",
     "language_model.refusals": "language_model/test_supported",
@@ -46,6 +47,7 @@ COVERED = {
     "checkpoints.code_folder": "checkpoints/test_code_bundle",
     "checkpoints.finding": "checkpoints/test_checkpoint_files",
     "parts.rules": "parts/test_registries",
+    "swap_checks": "test_swapping",
     "parts.stored_adapters": "parts/test_adapters",
     "processing.sounds": "processing/test_media",
     "processing.texts": "processing/test_text_items",

@@ -24,6 +24,7 @@ from ..parts.names import as_regex, compress, matches
 from ..parts.stored_adapters import check_no_views, check_not_injected, record_adapters
 from ..parts.stored_modules import check_callbacks_storable
 from ..parts.weightless import build_without_weights, without_dtypes
+from .described import check_projector, check_replaced, check_settings
 from .finding import Bases, Options
 from .loading import write_reference
 from .manifest import Embed, StagedSave, chosen_components, components_of
@@ -165,6 +166,7 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
     check_replaced(config, {"language_model": language_model} | {f"{name}_encoder": e for name, e in encoders.items()})
     check_not_injected(language_model, "language_model")
     for name, encoder in encoders.items():
+        check_projector(config, name, encoder.projector)
         setattr(config, f"{name}_projector_config", encoder.projector.config)  # of one that was put in place of another
         check_not_injected(encoder.module, f"{name}_encoder.module")
         encoder.projector.check_storable(f"{name}_encoder.projector")
@@ -176,20 +178,6 @@ def sync_config(model: nn.Module, config: MultimodalConfig, encoders: Mapping[st
     config.frozen = frozen_patterns(model) or None
     config.part_dtypes = dtypes_by_pattern(model, first_dtype(language_model))
     _sync_tie(unwrapped(language_model))
-
-
-def check_replaced(config: MultimodalConfig, parts: Mapping[str, Any]) -> None:
-    """ValueError where a part, by its attribute's name, is another model than the configuration describes: one that would be
-    saved under that description, and loaded as something else."""
-    for name, part in parts.items():
-        inner, key = unwrapped(getattr(part, "module", part)), f"{name.removesuffix('_encoder')}_config"
-        described = getattr(config, "text_config" if name == "language_model" else key, None)
-        if isinstance(inner, PreTrainedModel) and inner.config is not described and inner.config != described:
-            raise ValueError(
-                f"{name}: {type(inner).__name__} is another model than the one that was composed, whose sizes, inputs and "
-                "placeholders the configuration describes: compose anew, MultimodalModel(encoders=model.encoders, "
-                "language_model=model.language_model) with it in its place."
-            )
 
 
 def _sync_tie(text: PreTrainedModel) -> None:
@@ -262,6 +250,7 @@ def check_rebuildable(model: PreTrainedModel) -> None:
     if getattr(model, "hf_quantizer", None) is not None or any(hasattr(p, "ds_id") for p in model.parameters()):
         return  # weights in another form than the configuration's: quantized, or split up by DeepSpeed
     again: Any = built_again(model)
+    check_settings(model.encoders, again.encoders)
     check_buffers_restorable(again)
     for name, encoder in model.encoders.items():
         mine, built = (layers_of(m.projector.projection) for m in (encoder, again.encoders[name]))

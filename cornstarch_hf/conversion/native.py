@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from ..checkpoints.files import check_files
 from ..checkpoints.finding import CONFIG, PLACES, CheckpointFiles
 from ..checkpoints.storage import sync_config
+from ..composition import take_checkpointing
 from ..modeling_multimodal import MultimodalModel
 from ..parts.adapters import is_wrapped
 from ..parts.classes import FAMILIES
@@ -161,7 +162,7 @@ def take_apart(native: Any, entry: Native, drop_rest: bool = False, own: bool = 
     model.generation_config = copy.deepcopy(native.generation_config)
     for name, part in entry.parts_for(native.config).items():
         model.config.modality(name)["token_id"] = _token_id(native.config, part)
-    _take_checkpointing(native, model)
+    take_checkpointing(native, model)
     return model.train(native.training)
 
 
@@ -171,17 +172,6 @@ def _token_id(config: Any, part: Part) -> int:
     if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
         raise ValueError(f"{part.token} of {type(config).__name__} is {token_id!r:.100}, expected the id of a token.")
     return token_id
-
-
-def _take_checkpointing(source: Any, target: Any) -> None:
-    """Have a model trade time for memory in training where another one does, with that one's arguments (in place)."""
-    on: Any = next((module for module in source.modules() if getattr(module, "gradient_checkpointing", False)), None)
-    if on is not None:
-        function, options = getattr(on, "_gradient_checkpointing_func", None), dict[str, Any]()
-        while isinstance(function, functools.partial):  # around transformers' own, where frozen parts need gradients
-            options |= function.keywords
-            function = function.args[0] if function.args else None
-        target.gradient_checkpointing_enable(options or None)
 
 
 def _warn_of_dropped(native: Any, rest: dict[str, Any]) -> None:
@@ -234,7 +224,7 @@ def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:
     never = model.config.native is None
     native = contained(model, model_type) if never else _as_it_was(model, model_type)
     native.generation_config = copy.deepcopy(model.generation_config)
-    _take_checkpointing(model, native)
+    take_checkpointing(model, native)
     return native.train(model.training)
 
 

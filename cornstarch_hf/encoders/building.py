@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -128,6 +129,26 @@ def make_projector(given: Any, who: str = "") -> MultimodalProjector:
             f"{who}the {config.projection_type!r} projector has no activation: choose 'mlp', or leave it out."
         )
     return MultimodalProjector(config)
+
+
+def check_dtype(dtype: Any, who: str) -> None:
+    """ValueError, which begins with `who`, for what is no dtype to load a model in."""
+    # A dict of them is by part of a model, as transformers takes it.
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    floating = isinstance(named, torch.dtype) and named.is_floating_point
+    if not floating and dtype not in ("auto", None) and not isinstance(dtype, Mapping):
+        expected = "'bfloat16', 'float16', 'float32', 'auto' or a torch.dtype like them"
+        raise ValueError(f"{who}dtype must be {expected}, got {dtype!r}.")
+
+
+def takes_any_number(projector: MultimodalProjector) -> bool:
+    """Whether a projector takes the features of any but the very shortest sounds."""
+    try:
+        for count in range(8, 72):
+            projector.feature_count(count)
+    except ValueError:
+        return False
+    return True
 
 
 def check_kind(name: str, encoder: ModalEncoderModule) -> None:
