@@ -24,8 +24,9 @@ from .assembly import (
 )
 from .composition import check_encoders, share_parts, take_checkpointing, twins
 from .configuration_multimodal import MultimodalConfig
-from .encoders.building import SELECTED, encoder_specs, make_projector, modality_entry
+from .encoders.building import SELECTED, encoder_specs, is_path, make_projector, modality_entry
 from .encoders.module import ModalEncoderModule
+from .language_model.refusals import check_language_model
 from .language_model.supported import embedding_width
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import is_wrapped
@@ -108,7 +109,8 @@ def replace(
     check_given(model, processor, given, text, options)
     swap = _Swap(model, processor, given, text)
     specs = encoder_specs(swap.wanted(), projector or "linear", None)
-    tokenizer, live = swap.load_text(specs, hub, common)
+    masked = bool((rules or {}).get("mask", model.config.mask))
+    tokenizer, live = swap.load_text(specs, masked, hub, common)
     found = swap.make_encoders(specs, live, projector, hub, common)
     made = swap.compose(live, dict(rules or {}), share_inputs)
     note_commit((made.config.origins or {}).get("language_model"), text or {"model": None}, hub)
@@ -173,7 +175,7 @@ class _Swap:
                 self.bare.add(name)
         return found
 
-    def load_text(self, specs: Mapping[str, dict], hub: dict, common: dict) -> tuple[Any, Any]:
+    def load_text(self, specs: Mapping[str, dict], masked: bool, hub: dict, common: dict) -> tuple[Any, Any]:
         """The tokenizer, None without a processor, and the language model; the former first, since it needs no weights."""
         text, tokenizer = self.text, getattr(self.processor, "tokenizer", None)
         if text is None:
@@ -183,7 +185,10 @@ class _Swap:
         place = {key: text[key] for key in ("revision", "subfolder") if text.get(key) is not None}
         own = common | {key: text[key] for key in ("dtype", "attn_implementation") if text.get(key) is not None}
         check_loads(specs, source, text.get("tokenizer"), common, text.get("revision"))
-        check_causal(source, hub | place, own)
+        if is_path(source):
+            check_causal(source, hub | place, own)
+        else:
+            check_language_model(source, masked)
         if self.processor is not None:
             tokenizer = tokenizer_of(text.get("tokenizer"), source, hub | place, text.get("chat_template"))
         return tokenizer, load_language_model(source, hub | place | own)
@@ -307,7 +312,7 @@ class _Swap:
 
     def finish(self, made: MultimodalModel) -> None:
         """Freeze, train and generate as the model given does (in place), and say what has to be trained."""
-        if self.text is None:
+        if made.language_model is self.language_model:
             made.generation_config = copy.deepcopy(self.model.generation_config)
         parts, known = made._parts(), self.model.config.frozen_parts or {}
         gone = exchanged_parts(self.model, self.given, self.text)

@@ -398,6 +398,31 @@ def test_parts_by_path_come_with_their_tokenizer_and_processor(plain, tmp_path):
     assert other.language_model.dtype is torch.float16 and made.chat_template == "{{ 1 }}"
 
 
+def test_the_same_language_model_with_another_tokenizer(plain, caplog):
+    model, processor = plain
+    caplog.clear()
+    spec = qwen3() | {"model": model.language_model}
+    new, made = replace(model, processor, language_model=spec)
+    assert memory(new) == memory(model) and new.language_model is not model.language_model and not caplog.messages
+    assert made.placeholder_ids == {"vision": 301} and made.chat_template == TEMPLATE
+
+
+def test_a_rule_of_masks_lets_a_language_model_attend_both_ways():
+    both = {"language_model": qwen3() | {"model": tiny.gemma3(use_bidirectional_attention=True)}}
+    encoders, processors = {"vision": ModalEncoderModule(tiny.clip())}, {"vision": tiny.clip_processor()}
+    model, processor = composed(encoders, processors, tiny.gemma3(), mask={"rule": "item_blocks"})
+    new, _ = replace(model, processor, **both)
+    assert new.config.mask == {"rule": "item_blocks"} and new.config.mask is not model.config.mask
+    with pytest.raises(ValueError, match="is not causal: its configuration lets tokens attend to those behind them"):
+        replace(model, processor, rules={"mask": None}, **both)
+    layered, processor = composed({"vision": ModalEncoderModule(tiny.clip())}, processors, tiny.gemma3(),
+                                  mask={"rule": "item_blocks", "layers": ["sliding_attention"]})  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"layers names \['sliding_attention'\], .*rules={'positions': None} or {'mask': None}"
+    ):
+        replace(layered, processor, language_model=qwen3())
+
+
 # ---- what is refused, with the reason
 
 
