@@ -82,6 +82,7 @@ $(VENV)-lowest/.installed: pyproject.toml tests/support/lowest_pins.py
 test-torchvision: $(VENV)-torchvision/.installed
 	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
 	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m catalog tests/catalog/test_catalog_processors.py -k "ImageProcessor and not Pil"
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m catalog tests/conversion/test_processors.py
 
 $(VENV)-torchvision/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)-torchvision/bin/python || $(PYTHON) -m venv $(VENV)-torchvision

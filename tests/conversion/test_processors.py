@@ -284,6 +284,26 @@ def called_case(call, processor, kind, ours, model_type, name):
     return call(processor, kind, texts, items, options)
 
 
+FILMS = [
+    name for name in ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl") if name in native_processors.PROCESSORS
+]
+
+
+@pytest.mark.skipif(not FILMS, reason="processors of videos need torchvision")
+@pytest.mark.parametrize("model_type", FILMS or [None])
+def test_videos_give_the_native_ids_and_tensors(pairs, model_type):
+    _, processor, _, ours = pairs(model_type)
+    films = [np.stack([array(10 * j + i, (24 + 8 * j, 30)) for i in range(4)]) for j in range(2)]
+    image, video = ours.tokens["vision"], ours.tokens["video"]
+    for texts, media in (
+        ([f"see {video} x"], {"videos": films[:1]}),
+        ([f"{image} and {video}", f"{video}"], {"videos": films, "images": [picture(0, (30, 40))]}),
+    ):
+        expected = dict(processor(text=texts, return_tensors="pt", padding=True, **media))
+        found = dict(ours(text=texts, return_tensors="pt", padding=True, **media))
+        assert same_calls(expected, found) and "pixel_values_videos" in found
+
+
 # ---- where it comes from
 
 

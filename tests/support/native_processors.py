@@ -133,14 +133,14 @@ if is_torchvision_available():
         "llava_onevision": lambda n: transformers.LlavaOnevisionProcessor(
             images("LlavaOnevision", image_grid_pinpoints=_TILES), tokenizer("<image>", "<video>"),
             _videos("LlavaOnevision", size={"height": 32, "width": 32}), num_image_tokens=16,
-            vision_feature_select_strategy="default",
+            vision_feature_select_strategy="full",
         ),
         "internvl": lambda n: transformers.InternVLProcessor(
             images("GotOcr2", min_patches=1, max_patches=4), tokenizer(video_token="<video>", **_CONTEXT),
             _videos("InternVL", size={"height": 32, "width": 32}), image_seq_length=n,
         ),
         "cohere2_vision": lambda n: transformers.Cohere2VisionProcessor(
-            images("Cohere2Vision", min_patches=1, max_patches=4),
+            images("Cohere2Vision", 256, min_patches=1, max_patches=4),
             tokenizer(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>", img_line_break_token="<line>"),
         ),
         "mistral3": lambda n: transformers.PixtralProcessor(
@@ -169,6 +169,7 @@ ROWS = 384  # of embeddings: more than a tokenizer has tokens
 # Of models whose processors make pictures of one size, or text for one number of features.
 CHANGES = {
     "got_ocr2": {"vision_config": {"image_size": 512}},
+    "cohere2_vision": {"vision_config": {"image_size": 256}, "alignment_intermediate_size": 64},
     "ovis2": {
         "text": {"vocab_size": ROWS},
         "vocab_size": ROWS,
@@ -196,7 +197,16 @@ def pair(model_type):
         *folders, last = part.token.split(".")
         owner = setting(native.config, ".".join(folders)) if folders else native.config
         setattr(owner, last, placeholder_id(model_type, processor, kind))
+    _set_videos(native, processor)
     return native, processor
+
+
+def _set_videos(native, processor):
+    """Give the model the id of its processor's placeholder of videos, if it has any."""
+    token = getattr(processor, "video_token", None)
+    for key in ("video_token_id", "video_token_index"):
+        if token is not None and hasattr(native.config, key):
+            setattr(native.config, key, processor.tokenizer.convert_tokens_to_ids(token))
 
 
 def placeholder_id(model_type, processor, kind):
