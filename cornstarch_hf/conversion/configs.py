@@ -53,10 +53,8 @@ def outer_values(native: Any, entry: Native, held: dict[str, str]) -> dict[str, 
 
 
 def native_config(model: Any, model_type: str | None = None) -> tuple[Any, Native]:
-    """The native configuration of a composition, and its row of the table (ValueError where it never was native)."""
+    """The native configuration of a composition that was native, and its row of the table (ValueError for another type)."""
     known = model.config.native
-    if known is None:
-        raise ValueError("This composition never was a native model, so to_native does not know which one it is.")
     _check_known(known, model.config)
     if model_type not in (None, known["model_type"]):
         raise ValueError(f"This composition was a {known['model_type']!r}, and cannot become a {model_type!r}.")

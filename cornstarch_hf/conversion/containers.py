@@ -146,7 +146,7 @@ def _offers(model: MultimodalModel) -> str:
         try:
             _plan(model, model_type)
             told.append(f"{model_type!r} holds it: to_native(model, model_type={model_type!r})")
-        except _Unfit as reason:
+        except ValueError as reason:
             told.append(f"{model_type!r} does not: {reason}")
     return "This composition never was a native model: choose what it becomes by model_type=.\n" + "\n".join(told)
 

@@ -111,7 +111,12 @@ LLAVA_CHOICES = {
 }
 
 
-@pytest.mark.parametrize("choice", LLAVA_CHOICES)
+SLOW_CHOICES = ("every token", "the layer before the last", "hidden size as it is")
+
+
+@pytest.mark.parametrize(
+    "choice", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW_CHOICES else x for x in LLAVA_CHOICES]
+)
 def test_llava_holds_what_its_settings_can_say(choice, tmp_path):
     changes = dict(LLAVA_CHOICES[choice])
     projector = {"projection_type": "mlp"} | changes.pop("projector", {})
@@ -129,10 +134,14 @@ def test_which_towers_have_no_norm_after_the_last_hidden_state(encoder):
     )
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-@pytest.mark.parametrize("layer", [-1, -2])
-def test_internvl_holds_its_tower(activation, layer, tmp_path):
-    model = internvl("qwen3", layer=layer, projector=SHUFFLE | {"activation": activation})
+@pytest.mark.parametrize(("activation", "layer", "scale"), [("gelu", -1, 2), ("relu", -2, 4)])
+def test_internvl_holds_its_tower(activation, layer, scale, tmp_path):
+    shuffle = {
+        "projection_type": "pixel_shuffle",
+        "projection_kwargs": {"scale_factor": scale},
+        "activation": activation,
+    }
+    model = internvl("qwen3", layer=layer, projector=shuffle)
     check_held(model, "internvl", image_batch(model), tmp_path)
 
 
@@ -140,7 +149,7 @@ def test_internvl_holds_its_tower(activation, layer, tmp_path):
     ("model_type", "encoder"),
     [("idefics3", "siglip_vision_model"), ("idefics3", "idefics3_vision"), ("smolvlm", "siglip_vision_model")],
 )
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_idefics3_holds_its_tower_and_siglip(model_type, encoder, attention, tmp_path):
     model = idefics3(encoder)
     model.set_attn_implementation(attention)
@@ -170,7 +179,7 @@ def test_qwen2_audio_holds_its_encoder(tmp_path):
     check_held(model, "qwen2_audio", inputs, tmp_path, inputs | {"feature_attention_mask": whole_mask(model)})
 
 
-@pytest.mark.parametrize("projector", [{"projection_type": "mlp"}, LINEAR])
+@pytest.mark.parametrize("projector", [{"projection_type": "mlp"}, pytest.param(LINEAR, marks=pytest.mark.slow)])
 def test_audioflamingo3_holds_its_encoder(projector, tmp_path):
     model = heard("audioflamingo3_encoder", projector)
     mask = whole_mask(model)
@@ -178,6 +187,7 @@ def test_audioflamingo3_holds_its_encoder(projector, tmp_path):
     check_held(model, "audioflamingo3", sound_batch(model, input_features_mask=mask), tmp_path)
 
 
+SLOW_TIES = ("internvl", "qwen2_audio")  # one of each way is fast
 TIED = {
     "llava": lambda: composed(tower("clip_vision_model"), language_model("qwen3", tie_word_embeddings=True), drop_prefix=1),
     "internvl": lambda: composed(
@@ -195,7 +205,7 @@ TIED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model_type", TIED)
+@pytest.mark.parametrize("model_type", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW_TIES else x for x in TIED])
 def test_a_head_that_is_the_table_stays_it_or_is_copied(model_type, tmp_path):
     model = TIED[model_type]()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

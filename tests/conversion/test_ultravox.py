@@ -97,8 +97,10 @@ def read(folder):
     return config, model, tensors
 
 
-@pytest.mark.parametrize("text", ["llama", "qwen3", "granite", "tied"])
-@pytest.mark.parametrize("norms", [{}, {"norm_mid": "none", "norm_post": "rms_norm"}])
+@pytest.mark.parametrize(
+    ("text", "norms"),
+    [("llama", {}), ("qwen3", {"norm_mid": "none", "norm_post": "rms_norm"}), ("granite", {}), ("tied", {})],
+)
 def test_what_is_written_computes_what_the_composition_does(text, norms, tmp_path):
     model = made("llama" if text == "tied" else text, **norms)
     if text == "tied":
