@@ -37,6 +37,7 @@ from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesP
 from .processing_multimodal import MultimodalProcessor
 from .projectors.native import NativeProjection
 from .projectors.projector import MultimodalProjector
+from .projectors.qformer import QFormerProjection
 from .projectors.reductions import FrameStackProjection, PixelShuffleProjection
 from .projectors.resampler import ResamplerProjection
 from .projectors.windows import AvgPoolProjection, ConvProjection
@@ -55,7 +56,8 @@ __version__ = "0.1.0"
 
 # Their files register them as projection types, or put them where models and checkpoints look for them.
 REDUCERS = (
-    AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, ResamplerProjection,
+    AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, QFormerProjection,
+    ResamplerProjection,
 )  # fmt: skip
 STEPS = (AnyResolution, grids_of_items, LayerFeatures, Masks, NativeCall, Positions)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)

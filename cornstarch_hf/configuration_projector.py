@@ -12,7 +12,17 @@ from .parts.registries import PROJECTORS
 from .parts.stored_modules import as_json
 from .parts.stored_values import check_kernels, check_values, read_text, without_implementations
 
-BUILT_IN_PROJECTIONS = ("linear", "mlp", "pixel_shuffle", "frame_stack", "avg_pool", "conv", "resampler", "native")
+BUILT_IN_PROJECTIONS = (
+    "linear",
+    "mlp",
+    "pixel_shuffle",
+    "frame_stack",
+    "avg_pool",
+    "conv",
+    "resampler",
+    "qformer",
+    "native",
+)
 CUSTOM_PROJECTION = "custom"
 # What any configuration may be given, besides what its class declares.
 _BASE_KEYS = frozenset([
@@ -30,9 +40,9 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
 
     Args:
         encoder_config, text_config: to read `in_features` and `out_features` from, when these are not given.
-        projection_type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``, ``"conv"`` or
-            ``"resampler"``, which leave fewer features; or a name given to `register_projector`.  Options of ``"mlp"``:
-            `num_layers`, `hidden_size`, `norm`, `norm_eps`, `bias`.
+        projection_type: ``"linear"``, ``"mlp"``; ``"pixel_shuffle"``, ``"frame_stack"``, ``"avg_pool"``, ``"conv"``,
+            ``"resampler"`` or ``"qformer"``, which leave fewer features; or a name given to `register_projector`.  Options of
+            ``"mlp"``: `num_layers`, `hidden_size`, `norm`, `norm_eps`, `bias`.
         activation: a key of `transformers.activations.ACT2CLS`, used by all but ``"linear"``.
         in_features: width of the encoder's features; None leaves it to the composition.
         out_features: hidden size of the language model; None leaves it to the composition.

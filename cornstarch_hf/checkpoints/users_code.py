@@ -61,6 +61,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "processing_native_call": frozenset(["native processor"]),
     "processing_own_processors": frozenset(["own processors"]),
     "projectors_native": frozenset(["native"]),
+    "projectors_qformer": frozenset(["qformer"]),
     "projectors_reductions": frozenset(["frame_stack", "pixel_shuffle"]),
     "projectors_resampler": frozenset(["resampler"]),
     "projectors_windows": frozenset(["avg_pool", "conv"]),

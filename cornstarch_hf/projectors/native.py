@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from ..parts.registries import Registry, register_projector
 from ..parts.stored_modules import as_json
 from .projector import Grids, Lengths
+from .qformer import QFormerBridge
 
 # What a module makes of features: `(module, features, lengths, grids, inputs)` to features and how many each item has.
 Run = Callable[[Any, Tensor, Lengths, Grids, Mapping[str, Any]], tuple[Tensor, Lengths]]
@@ -172,29 +173,8 @@ def _packed(features: Tensor) -> Tensor:
     return features if features.ndim == 2 else features.flatten(0, 1)
 
 
-class QFormerBridge(nn.Module):
-    """Learnt queries that attend to an image through a Q-Former, then a linear layer (BLIP-2, https://arxiv.org/abs/2301.12597)."""
-
-    def __init__(self, settings: Any, qformer: type[nn.Module]):
-        super().__init__()
-        width, former = settings.text_config.hidden_size, settings.qformer_config
-        self.query_tokens = nn.Parameter(torch.zeros(1, settings.num_query_tokens, former.hidden_size))
-        self.qformer: Any = qformer(former)
-        self.language_projection = nn.Linear(former.hidden_size, width)
-
-    def forward(self, features: Tensor, input_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Features ``(items, length, width)`` to ``(items, queries, out)``; ids and mask ``(items, text)`` instruct it."""
-        queries = self.query_tokens.expand(len(features), -1, -1)
-        seen = torch.ones(features.shape[:-1], dtype=torch.long, device=features.device)
-        text: dict[str, Any] = {}
-        if input_ids is not None:
-            valid = torch.ones_like(input_ids) if mask is None else mask
-            every = torch.ones(queries.shape[:-1], dtype=torch.long, device=features.device)
-            text = {"input_ids": input_ids, "attention_mask": torch.cat([every, valid.to(every.device)], dim=1)}
-        attended = self.qformer(
-            query_embeds=queries, encoder_hidden_states=features, encoder_attention_mask=seen, return_dict=True, **text
-        )[0]
-        return self.language_projection(attended[:, : queries.shape[1]])
+def _queried(settings: Any, cls: Any) -> nn.Module:
+    return QFormerBridge(cls(settings.qformer_config), settings.num_query_tokens, settings.text_config.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -273,8 +253,8 @@ NATIVE_MODULES: dict[str, NativeModule] = {
          "projection_layer_norm_eps", "text_config.hidden_size"),
         _groups,
     ),
-    "blip-2": NativeModule("Blip2QFormerModel", _QFORMER, _plain, "blip_2", QFormerBridge),
-    "instructblip": NativeModule("InstructBlipQFormerModel", _QFORMER, _instructed, bridge=QFormerBridge),
+    "blip-2": NativeModule("Blip2QFormerModel", _QFORMER, _plain, "blip_2", _queried),
+    "instructblip": NativeModule("InstructBlipQFormerModel", _QFORMER, _instructed, bridge=_queried),
     "glmasr": NativeModule("GlmAsrMultiModalProjector", _FRAMES, _sound_frames),
     "moss_transcribe_diarize": NativeModule(
         "MossTranscribeDiarizeMultiModalProjector",

@@ -43,8 +43,18 @@ IMAGE = tiny.ENCODERS["clip"][3](0)
 CALL = {"text": "<image> a b", "images": IMAGE}
 
 
+QFORMER = {
+    "num_query_tokens": 3,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
+
+
 def compose(encoder, projection_type="linear", model_class=MultimodalModel, **options):
-    projector = MultimodalProjector(MultimodalProjectorConfig(projection_type=projection_type))
+    fields = QFORMER if projection_type == "qformer" else {}
+    projector = MultimodalProjector(MultimodalProjectorConfig(projection_type=projection_type, **fields))
     parts = {"vision": ModalEncoderModule(encoder, projector, **options)}
     model = model_class(encoders=parts, language_model=tiny.llama()).eval()
     return model, MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.ENCODERS["clip"][2]()}, model=model)
@@ -142,6 +152,7 @@ def test_a_common_checkpoint_carries_little_code(tmp_path):
         ("pixel_shuffle", {"projectors_reductions"}),
         ("avg_pool", {"projectors_windows", "projectors_reductions"}),
         ("resampler", {"projectors_resampler", "projectors_reductions"}),
+        ("qformer", {"projectors_qformer"}),
     ],
 )
 def test_reducers_are_carried_where_a_checkpoint_names_them(tmp_path, projection_type, carried):
@@ -151,6 +162,14 @@ def test_reducers_are_carried_where_a_checkpoint_names_them(tmp_path, projection
     assert {name.removesuffix(".py") for name in set(found) - set(plain)} == carried
     save(compose(tiny.clip()), tmp_path / "checkpoint", include_code=True)  # and go with it
     assert python_files(tmp_path / "checkpoint") == plain
+
+
+@pytest.mark.slow
+def test_a_qformer_runs_where_the_package_is_absent(tmp_path):
+    torch.manual_seed(0)
+    model, processor = compose(tiny.clip(), "qformer")
+    folder = save((model, processor), tmp_path / "checkpoint", include_code=True)
+    check(load("absent", folder, tmp_path), model, processor)
 
 
 REFERENCES = """

@@ -69,6 +69,13 @@ REDUCTIONS = {
     "avg_pool": {"pool_size": 3},
     "conv": {"kernel_size": 2, "num_convs": 2, "remainder": "pad"},
     "resampler": {"num_queries": 3, "depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4},
+    "qformer": {
+        "num_query_tokens": 3,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    },
 }
 
 

@@ -212,6 +212,13 @@ def test_what_is_padded_is_zero_and_what_is_dropped_is_the_end():
 LENGTHS = [(n, None) for n in (1, 2, 5, 9, 16, 30)]
 GRIDS = [(6, (2, 3)), (16, None), (16, (4, 4)), (12, (3, 4)), (35, (5, 7)), (24, (2, 3, 4)), (3, (1, 3))]
 TINY = {"num_queries": 3, "depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
+QUERIES = {
+    "num_query_tokens": 3,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
 FORMS = [
     ("pixel_shuffle", {"remainder": "pad"}, GRIDS),
     ("pixel_shuffle", {"remainder": "pad", "scale_factor": 3, "channel_order": "channel"}, GRIDS),
@@ -232,6 +239,7 @@ FORMS = [
     ("conv", {"kernel_size": 2, "remainder": "pad"}, GRIDS),
     ("conv", {"dims": 3}, GRIDS),
     ("resampler", TINY, LENGTHS),
+    ("qformer", QUERIES, LENGTHS),
     ("resampler", {**TINY, "query_size": 6, "num_layers": 1, "gated": False}, GRIDS),
 ]
 
@@ -243,7 +251,7 @@ def test_counts_are_what_comes_out(kind, options, items):
         count = made.feature_count(length, grid)
         out = made(torch.randn(2, length, 8), grids=None if grid is None else [grid] * 2)[0]
         assert out.shape == (2, count, 12) and out.isfinite().all(), (length, grid)
-        assert kind == "resampler" or count <= length
+        assert kind in ("resampler", "qformer") or count <= length
 
 
 @pytest.mark.parametrize(("kind", "options", "items"), FORMS, ids=lambda x: x if isinstance(x, str) else "")
