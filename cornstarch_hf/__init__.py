@@ -20,6 +20,7 @@ from .checkpoints.plain_storage import PUSHERS
 from .configuration_multimodal import MultimodalConfig
 from .configuration_projector import MultimodalProjectorConfig
 from .conversion.steps import AnyResolution
+from .encoders.joining import Join
 from .encoders.module import ModalEncoderModule
 from .encoders.precomputed import PrecomputedFeatures, PrecomputedFeaturesConfig
 from .encoders.said_of_items import grids_of_items
@@ -59,7 +60,7 @@ REDUCERS = (
     AvgPoolProjection, ConvProjection, FrameStackProjection, NativeProjection, PixelShuffleProjection, QFormerProjection,
     ResamplerProjection,
 )  # fmt: skip
-STEPS = (AnyResolution, grids_of_items, LayerFeatures, Masks, NativeCall, Positions)
+STEPS = (AnyResolution, grids_of_items, Join, LayerFeatures, Masks, NativeCall, Positions)
 MODEL_CLASSES = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 
 

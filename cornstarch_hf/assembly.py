@@ -36,6 +36,7 @@ from .encoders.building import (
     check_dtype,
     check_kind,
     check_names,
+    check_texts,
     encoder_specs,
     is_path,
     takes_any_number,
@@ -95,7 +96,7 @@ def compose(
     attn_implementation: str | None = None,
     revision: str | None = None,
     freeze: Sequence[str] = (),
-    share_inputs: Sequence[Sequence[str]] | None = None,
+    share_inputs: Sequence[Sequence[str] | Mapping[str, Any]] | None = None,
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     **loading: Any,
@@ -115,7 +116,8 @@ def compose(
         tokenizer, processors: of the language model, and by encoder name; found beside what is loaded by id or path.
         dtype, device_map, attn_implementation, revision: for loading what is not live; `revision` is the language model's.
         freeze: names of parts that shall not train, as in `MultimodalModel.freeze`.
-        share_inputs: groups of encoders that see the same items.
+        share_inputs: groups of encoders that see the same items: lists, or ``{"encoders": [...], "join": "channels"}`` to join
+            their features for one projector and one placeholder, those of the first; with ``"resample"`` onto its grid.
         chat_template: of the processor.
         trust_remote_code: whether code from the checkpoints may run.
         **loading: for `from_pretrained` of all that is loaded (`cache_dir`, `token`, `local_files_only`, ...) or of models
@@ -132,9 +134,9 @@ def compose(
     """
     loading = {k: v for k, v in loading.items() if v is not None}
     _check_keywords(loading, language_model=language_model, encoders=encoders)
-    specs = encoder_specs(encoders, projector, processors)
+    specs = encoder_specs(encoders, projector, processors, share_inputs)
     check_names("tokens", tokens, specs)
-    _check_texts(freeze, chat_template)
+    check_texts(freeze, chat_template)
     groups = valid_groups(share_inputs, list(specs))
     hub = {k: v for k, v in loading.items() if k in HUB_KEYS} | {"trust_remote_code": trust_remote_code}
     common = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
@@ -152,10 +154,9 @@ def compose(
     live = load_language_model(language_model, text_loading | common)
     share_parts(modules)
     check_encoders(modules, live)
-    model = MultimodalModel(encoders=modules, language_model=live)
+    model = MultimodalModel(encoders=modules, language_model=live, share_inputs=groups)
     asked_for = {"model": language_model, "revision": revision}
     note_commit((model.config.origins or {}).get("language_model"), asked_for, hub)
-    model.config.share_inputs = groups
     processor = MultimodalProcessor(tokenizer, found, model=model, tokens=tokens, chat_template=chat_template)
     for name, spec in specs.items():
         if not isinstance(spec["model"], ModalEncoderModule):  # which its author set
@@ -288,13 +289,6 @@ def instead_of(key: str, names: Sequence[str]) -> str:
     return f"encoders={{name: {{{key!r}: ...}}}}, for one encoder" if key in ENCODER_KEYS else "one of the names below"
 
 
-def _check_texts(freeze: Any, chat_template: Any) -> None:
-    if not isinstance(freeze, (str, list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in freeze):
-        raise TypeError(f"freeze must be a list of names of parts, ['vision_encoder'], got {freeze!r:.100}.")
-    if not isinstance(chat_template, (str, Mapping, type(None))):
-        raise TypeError(f"chat_template must be the text of a template, got {type(chat_template).__name__}.")
-
-
 def check_loads(
     specs: Mapping[str, dict], language_model: Any, tokenizer: Any, common: Mapping[str, Any], revision: str | None
 ) -> None:
@@ -346,8 +340,11 @@ def set_trim(name: str, wanted: bool | None, model: MultimodalModel, processor: 
     """Leave out a window's padding (in place), where the encoder can and nothing needs the whole; ValueError: it cannot."""
     encoder = model.encoders[name]
     if wanted is None:  # a callback may be made for the window, and so may a projector that does not take any number
-        free = encoder.kind == "audio" and not any(encoder.callbacks.values()) and takes_any_number(encoder.projector)
+        free = encoder.kind == "audio" and encoder.join is None and takes_any_number(encoder.projector)
+        free = free and not any(encoder.callbacks.values())
         encoder.trim = free and _trims(name, processor)
+    elif wanted and encoder.join is not None:
+        raise ValueError(f"{name}: trim=True, but its features are joined to others by their places: leave it out.")
     elif wanted and not _trims(name, processor):
         told = "a mask leaves out nothing of what its processor and its encoder make of a short sound"
         raise ValueError(f"{name}: trim=True, but {told}: leave it out.")

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_multimodal import SHARED_PARTS, MultimodalConfig, validate_encoder_names
-from .encoders.building import assign_input_names, complete_projector, modality_entry
+from .encoders.building import assign_input_names, complete_projector, joined_names, modality_entry, parts_of_group
 from .encoders.counting import FeatureCounter
 from .encoders.item_sizes import typical_item
 from .encoders.module import ModalEncoderModule
@@ -26,6 +26,7 @@ from .parts.adapters import is_wrapped, unwrapped
 from .parts.classes import class_name, constructor_options, language_model_class, origin_of
 from .parts.known_encoders import registered_facts
 from .parts.names import parameters_by_name
+from .parts.registries import STEPS, valid_groups
 from .parts.signatures import forward_parameters
 from .parts.stored_adapters import record_adapters
 
@@ -45,6 +46,8 @@ def compose_config(
     check_language_model(language_model, masked=bool((rules or {}).get("mask")))
     share_parts(encoders)
     check_encoders(encoders, language_model)
+    groups = valid_groups((rules or {}).get("share_inputs"), list(encoders))
+    STEPS["join"].share_projectors(groups, encoders)
     separate_configs(encoders, language_model)
     warn_of_quantized(encoders, language_model)
     width = embedding_width(language_model)
@@ -55,10 +58,13 @@ def compose_config(
         forward_parameters(text),
         {name: encoder.input_names for name, encoder in encoders.items()},
     )
-    values: dict[str, Any] = {}
+    names = joined_names(groups, names)
     for name, encoder in encoders.items():
         encoder.name = name
-        complete_projector(encoder, language_model, width, init_projector_type, init_activation)
+    values: dict[str, Any] = {}
+    for name, encoder in encoders.items():
+        if encoder.join is None or encoder.join.others:  # else the first one of its group has the projector
+            complete_projector(encoder, language_model, width, init_projector_type, init_activation)
         complete_marks(encoder)
         if "module" not in encoder.shares:
             values[f"{name}_config"] = unwrapped(encoder.module).config
@@ -257,13 +263,15 @@ def _size(parameter: Any) -> int:
 
 def features_per_item(model: Any, name: str) -> str:
     """How many features one item gives, where the encoder's configuration fixes it, else a note."""
-    encoder = model.encoders[name]
-    item = typical_item(unwrapped(encoder.module).config, encoder.kind)
-    varies = (
-        encoder.trim or encoder.additional_args or any(encoder.callbacks.values())
-    )  # callbacks may change any number
-    if item is None or varies:
-        return "depends on the item"
+    if (owner := model.config.joined.get(name)) is not None:
+        return f"joined to those of {owner}"
+    encoder, item = model.encoders[name], dict[str, Any]()
+    for start, each in parts_of_group(name, encoder).items():
+        own = typical_item(unwrapped(each.module).config, each.kind)
+        # callbacks may change any number
+        if own is None or each.trim or each.additional_args or any(each.callbacks.values()):
+            return "depends on the item"
+        item |= {f"{start}{key}": value for key, value in own.items()}
     try:
         return str(FeatureCounter(model.config, model.encoders).count(name, item))
     except ValueError as error:  # a table for people is no place to fail; the reason is shown instead

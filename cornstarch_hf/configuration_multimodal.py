@@ -105,7 +105,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         text_config: the language model's configuration (an object, kept as it is, or a dict with `model_type`).
         encoders: the encoders' names, in order; each matches ``[a-z][a-z0-9_]{0,63}`` and brings
             ``{name}_config``, ``{name}_projector_config`` and ``{name}_modality`` (see `MODALITY_DEFAULTS`).
-        share_inputs: groups of modality names that see the same items.
+        share_inputs: groups of modality names that see the same items, lists, or ``{"encoders": [...], "join": "channels"}``
+            where their features are joined for one projector and one placeholder, those of the first one.
         positions, mask: rules that the language model's own do not know, ``{"rule": name, **options}``: how tokens are numbered
             (`register_position_rule`), and which attend to each other both ways (`register_mask_rule`).
         loss_at_labels: in training mode, run the head at labelled positions only; the output then has no `logits`.
@@ -249,14 +250,19 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
 
     def modalities_of_kind(self, kind: str) -> list[str]:
         """Names of the modalities of a kind (``"image"``, ``"audio"``, ...), in order."""
-        return [name for name in self.encoders if self.modality(name)["kind"] == kind]
+        joined = self.joined
+        return [name for name in self.encoders if self.modality(name)["kind"] == kind and name not in joined]
 
     def modalities_for(self, what: str) -> list[str]:
         """The modalities that a name, or a kind (``"image"``), means; ValueError for none, or several with other inputs."""
+        if (owner := self.joined.get(what)) is not None:
+            raise ValueError(
+                f"{what}: its features are joined to those of {owner!r}, which has items and placeholder of both."
+            )
         if what in self.encoders:
             return [what]
         names = self.modalities_of_kind(what)
-        if len(names) > 1 and not any(set(names) <= set(group) for group in self.share_inputs):
+        if len(names) > 1 and not any(set(names) <= {*g} for g in self.share_inputs if isinstance(g, list)):
             raise ValueError(
                 f"{what!r} could mean any of {names}: name the modality, or say that they see the same items by "
                 f"share_inputs=[{names}]."
@@ -266,10 +272,17 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         return names
 
     @property
+    def joined(self) -> dict[str, str]:
+        """Modalities whose features are joined to those of another one, and that one."""
+        groups: Any = [group["encoders"] for group in self.share_inputs if isinstance(group, dict)]
+        return {name: group[0] for group in groups for name in group[1:]}
+
+    @property
     def steps(self) -> list[str]:
         """What this composition does between merging and the language model and others do not, see `registries.STEPS`."""
         entries = [self.modality(name) for name in self.encoders]
         found = ["merge"] if any(entry["merge"] or entry["marks"] for entry in entries) else []
+        found += ["join"] if self.joined else []
         found += ["layer_features"] if any(entry["layer_features"] for entry in entries) else []
         return found + [key for key in ("positions", "mask") if getattr(self, key, None)]
 
@@ -291,7 +304,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         if key.endswith(("_token_id", "_token_index")) and not key.startswith("_"):
             names = self.__dict__.get("encoders") or []  # while it is being made or unpickled there are none
             label = key.removesuffix("_token_index").removesuffix("_token_id")
-            found = [label] if label in names else [n for n in names if self.modality(n)["kind"] == label]
+            found = [label] if label in names else self.modalities_of_kind(label) if names else []
             if len(found) == 1:
                 return self.modality(found[0])["token_id"]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}")

@@ -54,6 +54,7 @@ class MultimodalModel(
         init_projector_type, init_activation: of the projectors that encoders lack.
         encoders: `ModalEncoderModule`s by name; `vision` becomes `model.vision_encoder`.
         positions, mask: rules that replace the language model's own, ``{"rule": name, **options}``, see `MultimodalConfig`.
+        share_inputs: groups of encoders that see the same items, whose features may be joined, see `MultimodalConfig`.
 
     Raises:
         TypeError: parts of wrong types.
@@ -83,6 +84,7 @@ class MultimodalModel(
         encoders: Mapping[str, ModalEncoderModule] | None = None,
         positions: dict[str, Any] | None = None,
         mask: dict[str, Any] | None = None,
+        share_inputs: Any = None,
     ):
         if isinstance(config, Mapping):
             if encoders is not None:
@@ -93,7 +95,7 @@ class MultimodalModel(
         supplied = config is None
         if config is None:
             encoders = {} if encoders is None else encoders
-            rules = {"positions": positions, "mask": mask}
+            rules = {"positions": positions, "mask": mask, "share_inputs": share_inputs}
             config = compose_config(encoders, language_model, init_projector_type, init_activation, rules)
             for part in (language_model, *encoders.values()):
                 mark_initialized(part)  # else `post_init` would draw its weights anew

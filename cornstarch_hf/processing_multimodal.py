@@ -4,7 +4,6 @@
 """
 
 import copy
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 
 from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
@@ -22,44 +20,34 @@ from .configuration_multimodal import MultimodalConfig
 from .encoders.counting import FeatureCounter
 from .encoders.items import split_items, without_padding
 from .encoders.own_parts import settle_registered
-from .encoders.towers import keyword_for, named_inputs
-from .limits import check_count
+from .encoders.towers import keyword_for, named_inputs, own_names
 from .parts.classes import carries_code
 from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
-from .parts.registries import FEATURE_COUNTS
+from .parts.registries import FEATURE_COUNTS, STEPS
 from .parts.stored_errors import explained
 from .parts.stored_values import check_values
 from .parts.threads import TravellingLock
 from .parts.versions import PROCESSOR_HOOKS, check_hooks
-from .processing.call import (
-    ENCODER_SETTINGS,
-    ClientNames,
-    Media,
-    check_items,
-    encode_texts,
-    media_arguments,
-    text_arguments,
-)
+from .processing.call import ClientNames, Media, check_items, encode_texts, media_arguments, text_arguments
 from .processing.chats import ChatTemplating, as_given, with_media
-from .processing.media import check_finite, flatten, of_item, size_of_item
+from .processing.media import check_finite, flatten, of_item
 from .processing.placeholder_text import MultimodalBatch, add_placeholder_tokens, placeholder_tokens
 from .processing.rendering import DEFAULT_TEMPLATE
 from .processing.sounds import refuse_short
 from .processing.stored_processors import describe_subprocessor, load_parts, named_parts, native_of
 from .processing.subprocessors import (
+    ENCODER_SETTINGS,
+    ItemCounts,
     check_padding,
-    image_channels,
     resolve_subprocessor,
     run_subprocessor,
     sampling_rate_of,
-    tells_by_size,
     tensor_names,
-    tensors_of_size,
 )
-from .processing.video import is_video_processor, named_for_encoder
+from .processing.video import named_for_encoder
 
 
-class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
+class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStorage):
     """Tokenizer and single-modality processors as one, for a composed model.
 
     Args:
@@ -112,7 +100,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             for name, token in self.tokens.items():
                 config.modality(name)["token"] = token  # the model's own
         config = copy.deepcopy(config)
-        for name in config.encoders:
+        for name in self.tokens:
             config.modality(name).update(token=self.tokens[name], token_id=ids[name])
         for key in ("adapters", "frozen", "frozen_parts", "part_dtypes", "origins"):  # what only the weights need
             setattr(config, key, None)
@@ -185,7 +173,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         With `by_size` there are no tensors of images whose files tell their sizes.
         """
         tensors: dict[str, Any] = {}
-        lengths: dict[str, list[int]] = {name: [] for name in self.config.encoders}
+        lengths: dict[str, list[int]] = {name: [] for name in self.tokens}
         samples: dict[str, Any] = {}
         for name, given in media.items():
             given = dict(given)
@@ -219,7 +207,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
     ) -> tuple[dict[str, Any], list[int]]:
         """The tensors of one modality's items by keyword, and how many features each gives."""
         try:
-            used, split = self._used(name, self._run_subprocessor(name, items, options), len(items))
+            used, split = self._tensors(name, items, options)
             for i, item in enumerate(split):
                 check_finite(item, f"{name}, item {i}")
             return used, self._counted(name, split, settings)
@@ -233,22 +221,17 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
                 refuse_short(items, name, rate, options.get("sampling_rate"), features)
             raise
 
-    def _counted_by_size(self, name: str, items: list[Any], options: dict[str, Any]) -> list[int] | None:
-        """Features of each item by its size, without its pixels; None where only the processor itself tells them."""
-        kind = self.config.modality(name)["kind"]
-        if kind != "image" or not tells_by_size(self.processors.get(name)):
-            return None
-        sizes = [size_of_item(item, f"{name}, item {i}") for i, item in enumerate(items)]
-        if None in sizes:
-            return None
-        try:
-            return [self._count_of_size(name, kind, i, size, options)[0] for i, size in enumerate(sizes)]
-        except (ValueError, TypeError):  # which the processor says better, with the items themselves
-            return None
+    def _tensors(
+        self, name: str, items: list[Any], options: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What the encoder of a modality, and those that are joined to it, take of its items: by keyword, and of each item."""
+        if name in self.config.joined.values():
+            return STEPS["join"].tensors(self, name, items, options)
+        return self._used(name, self._run_subprocessor(name, items, options), len(items))
 
     def _used(self, name: str, output: dict[str, Any], count: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What its encoder takes of a modality's tensors: by keyword, and by the encoder's own names for each item."""
-        names = self.config.modality(name)["input_names"]  # keyword of the composed model -> parameter of the encoder
+        names = own_names(self.config, name)  # keyword of the composed model -> parameter of the encoder
         used = self._for_encoder(name, output)
         if not used:
             raise ValueError(f"{name}: its encoder takes {sorted(names)}, but got only {sorted(output)}.")
@@ -265,18 +248,10 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             raise ValueError(f"{name}, item {counts.index(0)}: the sound gives no features: it is too short.")
         return counts
 
-    def features_of_sound(self, name: str, samples: int, options: dict[str, Any]) -> int:
-        """How many features a modality gives of any sound of that length (ValueError: none)."""
-        noise = np.random.default_rng(0).uniform(-0.1, 0.1, samples)  # silence and tones are NaN to some that normalise
-        sound = {"array": noise, "sampling_rate": sampling_rate_of(self.processors.get(name))}
-        used, split = self._used(name, self._run_subprocessor(name, [sound], options), 1)
-        check_finite(used, name)
-        return self._counted(name, split, {})[0]
-
     def _for_encoder(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         """What its encoder takes of the tensors of a modality's processor, by keyword of the composed model."""
         entry = self.config.modality(name)
-        names = entry["input_names"]  # keyword of the composed model -> parameter of the encoder
+        names = own_names(self.config, name)  # keyword of the composed model -> parameter of the encoder
         if entry["kind"] == "video":
             output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
         return named_inputs(output, name, names)
@@ -284,14 +259,14 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
     def _masked(self, name: str) -> bool:
         """Whether a mask is wanted of what is padded to a window: to leave out the padding, or as the encoder's own input."""
         entry = self.config.modality(name)
-        return entry["trim"] or any(taken.endswith("features_mask") for taken in entry["input_names"].values())
+        return entry["trim"] or any(x.endswith("features_mask") for x in own_names(self.config, name).values())
 
     def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         if name not in self.processors:
             raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
         entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
         masked = self._masked(name)
-        maskless = not any(parameter.endswith("mask") for parameter in entry["input_names"].values())
+        maskless = not any(parameter.endswith("mask") for parameter in own_names(self.config, name).values())
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
         own, kind = self.processors[name], entry["kind"]
         with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
@@ -307,29 +282,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
             entry = self.config.modality(name)
             emitted = tensor_names(self.processors.get(name), entry["kind"], self._masked(name))
             values = {key: torch.zeros(1, 1) for key in emitted}
-            names += self._for_encoder(name, values) if emitted else entry["input_names"]
+            names += self._for_encoder(name, values) if emitted else own_names(self.config, name)
         return names
-
-    def _count_of_size(self, name: str, kind: str, i: int, size: Any, options: dict[str, Any]) -> tuple[int, int]:
-        """Features of the i-th item, of a size, and its rows of pixels: patches where its processor packs them, else 1."""
-        processor, where = self.processors.get(name), f"{name}, item {i}"
-        settings = {key: options[key] for key in ENCODER_SETTINGS if key in options}
-        options = {key: value for key, value in options.items() if key not in settings}
-        axes = {"image": ["height", "width"], "video": ["frames", "height", "width"]}.get(kind, [])
-        if axes and (not isinstance(size, Sequence) or len(size) != len(axes)):
-            raise ValueError(f"{where}: expected its size as ({', '.join(axes)}), got {size!r:.100}.")
-        for what, number in zip(axes or ["number of samples"], size if axes else [size], strict=True):
-            check_count(number, f"{where}: its {what}")
-        if isinstance(processor, ImageProcessingMixin) and not is_video_processor(processor):
-            channels = image_channels(getattr(self.config, f"{name}_config"))
-            output = tensors_of_size(processor, name, size, options, channels, self.counter.has_preprocessing(name))
-        elif kind == "audio":
-            return self.features_of_sound(name, size, options), 1
-        else:
-            told = f"{type(processor).__name__} does not tell by its size what it makes of an item"
-            raise ValueError(f"{name}: {told}: call the processor with one of that size.")
-        used, split = self._used(name, output, 1)
-        return self._counted(name, split, settings)[0], len(next(iter(used.values())))
 
     # ---- saving and loading
 
@@ -343,7 +297,7 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ProcessorStorage):
         return found | ({"auto_map": self.auto_map} if getattr(self, "auto_map", None) else {})
 
     def __repr__(self) -> str:
-        parts = [f"- {name}: {self.tokens[name]} {type(p).__name__}" for name, p in self.processors.items()]
+        parts = [f"- {name}: {self.tokens.get(name, '-')} {type(p).__name__}" for name, p in self.processors.items()]
         return "\n".join([f"{type(self).__name__}:", f"- tokenizer: {type(self.tokenizer).__name__}", *parts])
 
     def _before_save(self) -> None:

@@ -51,6 +51,7 @@ _THIN_STEMS = sorted(path.stem for path in THIN_FOLDER.glob("[!_]*.py"))
 THIN = {stem: frozenset([_UNLESS[stem]] if stem in _UNLESS else []) for stem in _THIN_STEMS}
 # What only a checkpoint carries that names one of these; nothing else imports it.
 OPTIONAL: dict[str, frozenset[str]] = {
+    "encoders_joining": frozenset(["join"]),
     "encoders_said_of_items": frozenset(["positions", "layer_features"]),
     "language_model_inner_features": frozenset(["layer_features", "merge"]),
     "language_model_masks": frozenset(["mask"]),

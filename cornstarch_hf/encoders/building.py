@@ -16,7 +16,7 @@ from ..configuration_projector import MultimodalProjectorConfig
 from ..parts.adapters import is_wrapped, unwrapped
 from ..parts.classes import class_name, constructor_options
 from ..parts.known_encoders import ALL, LAST, encoder_type
-from ..parts.registries import PROJECTORS
+from ..parts.registries import PROJECTORS, valid_groups
 from ..parts.stored_modules import SLOTS
 from ..parts.versions import CACHE_NAMES
 from ..parts.weightless import is_building
@@ -61,13 +61,15 @@ def check_names(what: str, given: Any, encoders: Mapping[str, Any]) -> None:
         raise ValueError(f"{what} names {unknown}, the model has the encoders {list(encoders)}.")
 
 
-def encoder_specs(encoders: Any, projector: Any, processors: Any) -> dict[str, dict[str, Any]]:
+def encoder_specs(encoders: Any, projector: Any, processors: Any, groups: Any = None) -> dict[str, dict[str, Any]]:
     """What is said of each encoder, by name: a dict with its model, its projector and, if it is given, its processor."""
     if not isinstance(encoders, Mapping):
         raise TypeError(f"encoders must be a dict by names that you choose, {{'vision': ...}}, got {encoders!r:.100}.")
     validate_encoder_names(list(encoders))
     check_names("processors", processors, encoders)
     specs = {name: _spec(name, value) for name, value in encoders.items()}
+    joined = [group["encoders"] for group in valid_groups(groups, list(specs)) if isinstance(group, dict)]
+    others = {name for names in joined for name in names[1:]}
     for name, spec in specs.items():
         if (processors or {}).get(name) is not None:
             if spec.get("processor") is not None:
@@ -76,6 +78,8 @@ def encoder_specs(encoders: Any, projector: Any, processors: Any) -> dict[str, d
                 )
             spec["processor"] = processors[name]
         own = spec.get("projector")
+        if own is None and name in others:  # the first one of its group has the projector
+            continue
         if not isinstance(own, MultimodalProjector) and not _has_projector(spec["model"]):
             spec["projector"] = make_projector(own, f"{name}: ") if own is not None else make_projector(projector)
     return specs
@@ -165,7 +169,10 @@ def complete_projector(
     encoder: ModalEncoderModule, language_model: nn.Module, width: int, projection_type: str, activation: str
 ) -> None:
     """Create or complete an encoder's projector, on its device and in its dtype; ValueError for widths that do not fit."""
-    name, module, (known, found) = encoder.name, unwrapped(encoder.module), found_width(encoder)
+    name, module, group = encoder.name, unwrapped(encoder.module), list(parts_of_group(encoder.name, encoder).values())
+    widths = [found_width(each) for each in group]
+    known = None if any(width is None for width, _ in widths) else sum(width or 0 for width, _ in widths)
+    found = all(certain for _, certain in widths)
     if encoder.projector is None:
         config = MultimodalProjectorConfig(projection_type=projection_type, activation=activation)
         encoder.projector = MultimodalProjector(config)
@@ -185,7 +192,7 @@ def complete_projector(
     if fresh and not is_building() and (weight := first_weight(encoder.module)) is not None:
         projector.to(device=weight.device, dtype=weight.dtype)
     # Only then are the projected features those whose width was found: a callback or an output field may have any.
-    as_encoded = found and known is not None and encoder.postprocess_module_callback is None
+    as_encoded = found and known is not None and all(each.postprocess_module_callback is None for each in group)
     if as_encoded and config.in_features not in (None, known):
         raise ValueError(
             f"{name}: the projector's in_features is {config.in_features}, but the encoder's features have width {known}: "
@@ -197,6 +204,26 @@ def complete_projector(
             f"{name}: the projector's out_features is {config.out_features}, but the language model's embeddings have width "
             f"{width}: leave out_features out, or set it to {width}."
         )
+
+
+def parts_of_group(name: str, encoder: ModalEncoderModule) -> dict[str, ModalEncoderModule]:
+    """The encoder and those that are joined to it, by what stands before the names of their inputs."""
+    others = {} if encoder.join is None else encoder.join.others
+    return {"": encoder} | {f"{other}.": each for other, each in others.items()}
+
+
+def joined_names(groups: Iterable[Any], names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Inputs by keyword, where the first encoder of a group that is joined has those of all.
+
+    >>> joined_names([{"encoders": ["a", "b"]}], {"a": {"a_pixels": "pixels"}, "b": {"b_pixels": "pixels"}})
+    {'a': {'a_pixels': 'pixels', 'b_pixels': 'b.pixels'}, 'b': {}}
+    """
+    found = {name: dict(own) for name, own in names.items()}
+    for first, *others in (group["encoders"] for group in groups if isinstance(group, Mapping)):
+        for other in others:
+            found[first] |= {key: f"{other}.{parameter}" for key, parameter in found[other].items()}
+            found[other] = {}
+    return found
 
 
 def found_width(encoder: ModalEncoderModule) -> tuple[int | None, bool]:
@@ -281,3 +308,11 @@ def assign_input_names(
             taken[keyword] = f"the encoder {name!r}"
             assigned[name][keyword] = parameter
     return assigned
+
+
+def check_texts(freeze: Any, chat_template: Any) -> None:
+    """TypeError for names of parts that shall not train, or a chat template, of other types."""
+    if not isinstance(freeze, (str, list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in freeze):
+        raise TypeError(f"freeze must be a list of names of parts, ['vision_encoder'], got {freeze!r:.100}.")
+    if not isinstance(chat_template, (str, Mapping, type(None))):
+        raise TypeError(f"chat_template must be the text of a template, got {type(chat_template).__name__}.")

@@ -19,7 +19,7 @@ from ..limits import check_count, check_features
 from ..parts.build_bounds import bounded_tensors, build_guard
 from ..parts.classes import resolve_class
 from ..parts.known_encoders import ALL, encoder_type
-from ..parts.registries import FEATURE_COUNTS
+from ..parts.registries import FEATURE_COUNTS, STEPS
 from ..parts.stored_errors import explained
 from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
@@ -160,7 +160,7 @@ class FeatureCounter:
         encoder = self._probe(name)
         # By place, None for a callback that declares nothing.
         declared = {slot: declared_count(cb) for slot, cb in encoder.callbacks.items() if cb is not None}
-        undeclared = any(slot in declared and declared[slot] is None for slot in SLOTS[1:])
+        undeclared = encoder.join or any(slot in declared and declared[slot] is None for slot in SLOTS[1:])
         # A callback may state a grid, which only a run tells.
         if undeclared or (encoder.projector.needs_grid and any(slot in declared for slot in SLOTS[:2])):
             return sum(map(len, self._output(name, inputs, ModalEncoderModule.__call__).pooler_output))
@@ -323,6 +323,8 @@ class FeatureCounter:
         if own is not None:
             own.put_into(encoder)
         weights_to_meta(encoder.eval())
+        if name in self.config.joined.values():
+            STEPS["join"].connect_probe(self.config, name, encoder, lambda other: self._built(other, False))
         return self._probes.setdefault((name, few_layers), encoder)
 
 

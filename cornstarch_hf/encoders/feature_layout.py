@@ -191,15 +191,24 @@ def find_feature_axes(module: nn.Module, kind: str, selection: Selection, name: 
     return usual and usual._replace(width=usual.width * len(selection.layers))
 
 
+def _typical(encoder: Any, start: str) -> list[dict[str, Tensor]]:
+    """Inputs of ordinary items of an encoder, with a `start` before their names."""
+    inner: Any = unwrapped(encoder.module)
+    inputs = typical_inputs(forward_parameters(inner), inner.config, encoder.kind)
+    return [{f"{start}{key}": value for key, value in item.items()} for item in itertools.islice(inputs, _MOST_TRIES)]
+
+
 def find_stand_in(model: Any, name: str) -> dict[str, Tensor]:
     """Inputs of one ordinary item of an encoder, zeros where they are floats; ValueError if none is known that it takes."""
     encoder: Any = model.encoders[name]
     if encoder.stand_in is not None:
         return encoder.stand_in
-    inner: Any = unwrapped(encoder.module)
     counter, failed = FeatureCounter(model.config, model.encoders), None
-    inputs = typical_inputs(forward_parameters(inner), inner.config, encoder.kind)
-    for item in itertools.islice(inputs, _MOST_TRIES):
+    # Inputs of joined encoders have their names in front.
+    starts = {"": encoder} | {f"{other}.": x for other, x in (encoder.join.others if encoder.join else {}).items()}
+    inputs = itertools.product(*(_typical(each, start) for start, each in starts.items()))
+    for items in itertools.islice(inputs, _MOST_TRIES):
+        item = {key: value for part in items for key, value in part.items()}
         try:
             if counter.dry_count(name, item):
                 return {k: torch.zeros_like(x, device="cpu") if x.is_meta else x for k, x in item.items()}

@@ -31,7 +31,7 @@ from .selection import (
     select_features,
     with_features,
 )
-from .towers import NOT_INPUTS, infer_kind, packs_frames, resolve_tower
+from .towers import NOT_INPUTS, check_types, infer_kind, one_of, packs_frames, resolve_tower
 
 # The encoder's own output, and the same with the selected features in place of the last hidden state.
 Encoded = tuple[EncoderOutput, EncoderOutput]
@@ -77,6 +77,7 @@ class ModalEncoderModule(nn.Module):
 
     module: Any
     projector: Any
+    join: Any = None  # with the features of which encoders these are joined, see `joining`
     known_width: int | None = None  # of the features, where no dry run is to find it; 0: none is needed
 
     def __init__(
@@ -105,7 +106,7 @@ class ModalEncoderModule(nn.Module):
         super().__init__()
         self.shares_with = shares  # until composing makes it so
         self._lenders: dict[str, tuple[str, ModalEncoderModule]] = {}
-        given = _one_of(model=model, module=module)
+        given = one_of(model=model, module=module)
         self.module = resolve_tower(given, kind)
         self.origin = origin_of(given, self.module)  # what it was loaded from, and which part of that encodes
         if projector is not None and not isinstance(projector, MultimodalProjector):
@@ -115,10 +116,10 @@ class ModalEncoderModule(nn.Module):
             )
         # Registered even where it is missing, so that parameters keep their order, which optimizers rely on.
         self.register_module("projector", projector)
-        _check_types(additional_args, trim)
+        check_types(additional_args, trim)
         self.additional_args = list(additional_args or [])
         self.preprocess_callback = preprocess_callback
-        self.postprocess_module_callback = _one_of(
+        self.postprocess_module_callback = one_of(
             postprocess_module_callback=postprocess_module_callback,
             postprocess_encoder_callback=postprocess_encoder_callback,
         )
@@ -197,10 +198,20 @@ class ModalEncoderModule(nn.Module):
             TypeError: a callback returns something else than it should.
             ValueError: a selection that does not exist, a width that does not fit, features that cannot be split.
         """
+        if self.join is not None:
+            return self.join.run(self, say, inputs)
+        return self.finished(say, *self.features(inputs))
+
+    def features(self, inputs: dict) -> tuple[dict, EncoderOutput, EncoderOutput, list[int] | None]:
+        """The items' inputs, the encoder's own output, the same with features to project, their lengths before the callback."""
         # `output` holds (items, tokens, width), or (sum of tokens, width) with `feature_lens`
         inputs, raw, output = self._selected(inputs)
-        encoded = lengths_of(output)
-        output = self._postprocess("postprocess_module_callback", inputs, output)
+        return inputs, raw, self._postprocess("postprocess_module_callback", inputs, output), lengths_of(output)
+
+    def finished(
+        self, say: Sequence[str], inputs: dict, raw: EncoderOutput, output: EncoderOutput, encoded: list[int] | None
+    ) -> EncoderOutput:
+        """What `forward` gives, of what `features` gave."""
         output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
         output = self._postprocess("postprocess_projector_callback", inputs, output)
         items = per_item(output[0], output.lengths, self.name)  # one (n_i, hidden) per item
@@ -284,7 +295,8 @@ class ModalEncoderModule(nn.Module):
                     raise
                 raise ValueError(f"{self.name}: {told}") from error
         # The width tells maps with their channels first from maps with them last.
-        width = self.projector.config.in_features if self.projector is not None else self.feature_width()
+        alone = self.join is None and self.projector is not None
+        width = self.projector.config.in_features if alone else self.feature_width()
         count = item_count(arguments)
         # (rows, tokens, width) -> (items, tokens, width), or (sum of tokens, width)
         features, grid = select_features(raw, self.selection, self.name, width, count)
@@ -371,21 +383,6 @@ class ModalEncoderModule(nn.Module):
         if given_grids is None or given_grids is grids:
             given_grids = grids if same else None
         return with_features(result, after, given_lengths, feature_grids=given_grids)
-
-
-def _check_types(additional_args: Any, trim: Any) -> None:
-    """TypeError for arguments of a `ModalEncoderModule` that are of another kind."""
-    if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
-        raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
-    if not isinstance(trim, bool):
-        raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
-
-
-def _one_of(**values: Any) -> Any:
-    given = [value for value in values.values() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{'= and '.join(values)}= are two names of one argument, give one of them.")
-    return given[0] if given else None
 
 
 def wishes(callback: Any, module: nn.Module) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..configuration_projector import MultimodalProjectorConfig
 from ..language_model.refusals import check_language_model
 from ..parts.classes import language_model_class, resolve_class
 from ..parts.known_encoders import check_facts_registered
+from ..parts.registries import STEPS
 from ..parts.stored_adapters import wrap_again
 from ..parts.stored_errors import build_part, explained
 from ..parts.stored_modules import SLOTS, build_callback
@@ -91,6 +92,8 @@ def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule]
     encoders: dict[str, ModalEncoderModule] = {}
     for name in config.encoders:
         encoders[name] = build_encoder(config, name, encoders)
+    if config.joined:
+        STEPS["join"].connect(config.share_inputs, encoders)
     return encoders, build_language_model(config)
 
 

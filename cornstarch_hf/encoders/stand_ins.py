@@ -34,6 +34,11 @@ def trains(part: Any) -> bool:
     return any(isinstance(x, Tensor) and x.requires_grad for x in items)
 
 
+def joint(encoder: ModalEncoderModule) -> nn.ModuleList:
+    """An encoder with those whose features are joined to its own."""
+    return nn.ModuleList([encoder, *(() if encoder.join is None else encoder.join.others.values())])
+
+
 def idle_encoders(model: Any, outputs: Collection[str], features: Any) -> list[str]:
     """Encoders without an item that have to run all the same.
 
@@ -45,14 +50,16 @@ def idle_encoders(model: Any, outputs: Collection[str], features: Any) -> list[s
         outputs: modalities that have items in this step.
         features: tensors through which gradients may flow from elsewhere.
     """
-    idle = {name: encoder for name, encoder in model.encoders.items() if name not in outputs}
+    # Of encoders that are joined the first one runs all.
+    groups = {name: joint(encoder) for name, encoder in model.encoders.items() if name not in model.config.joined}
+    idle = {name: encoder for name, encoder in groups.items() if name not in outputs}
     several, learning = together(), model.training and torch.is_grad_enabled()
     if not idle or not (several or learning):
         return []
     learners = [name for name, encoder in idle.items() if learning and trains(encoder)]
     if several:
         return [name for name, encoder in idle.items() if name in learners or is_sharded(encoder)]
-    others = [encoder for name, encoder in model.encoders.items() if name in outputs]
+    others = [encoder for name, encoder in groups.items() if name in outputs]
     return [] if not learners or trains(features) or any(map(trains, (model.language_model, *others))) else learners
 
 
@@ -61,12 +68,12 @@ def run_stand_in(encoder: ModalEncoderModule, inputs: dict[str, Tensor]) -> list
 
     In evaluation mode, but for what is checkpointed: nothing is drawn at random, and no statistics of batches change.
     """
-    modes = {module: module.training for module in encoder.modules()}
+    modes = {module: module.training for part in joint(encoder) for module in part.modules()}
     # These run again in the backward pass, in the mode that they have then, and gather their weights again.
     again = {m for top in modes if getattr(top, "gradient_checkpointing", False) for m in top.modules()}
     norms = [module for module, training in modes.items() if training and isinstance(module, _BatchNorm)]
     waits = any(isinstance(module, nn.SyncBatchNorm) for module in norms)
-    if waits or (is_sharded(encoder) and not again.isdisjoint(norms)):
+    if waits or (is_sharded(joint(encoder)) and not again.isdisjoint(norms)):
         told = "its batch norms would count what stands in for an item that this process does not have"
         raise ValueError(f"{encoder.name}: {told}: freeze it, or give each step of each process an item.")
     again = again if again.isdisjoint(norms) else set()

@@ -177,3 +177,26 @@ def named_inputs(emitted: Mapping[str, Any], modality: str, input_names: Mapping
         ):
             found[keyword] = value
     return found
+
+
+def own_names(config: Any, name: str) -> dict[str, str]:
+    """Keywords of the composed model for one encoder's inputs; those of joined ones are ``{name}.{input}`` of the first."""
+    owner = config.joined.get(name)
+    start = "" if owner is None else f"{name}."
+    names = config.modality(owner or name)["input_names"]
+    return {key: x[len(start) :] for key, x in names.items() if x.startswith(start) and "." not in x[len(start) :]}
+
+
+def check_types(additional_args: Any, trim: Any) -> None:
+    """TypeError for arguments of a `ModalEncoderModule` that are of another kind."""
+    if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):
+        raise TypeError(f"additional_args must be a list of names of arguments, got {additional_args!r:.100}.")
+    if not isinstance(trim, bool):
+        raise TypeError(f"trim must be True or False, got {trim!r:.100}.")
+
+
+def one_of(**values: Any) -> Any:
+    given = [value for value in values.values() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{'= and '.join(values)}= are two names of one argument, give one of them.")
+    return given[0] if given else None

@@ -180,11 +180,15 @@ def _picture(model: Any, origins: Mapping[str, Mapping[str, Any]]) -> Markup:
     edges = [("in text", "merge"), ("merge", "text"), ("text", "out")]
     for name, encoder in model.encoders.items():
         # Encoders that share their items hang on one input.
-        group = next((group for group in model.config.share_inputs if name in group), [name])
+        groups = (group["encoders"] if isinstance(group, dict) else group for group in model.config.share_inputs)
+        group = next((group for group in groups if name in group), [name])
         nodes.setdefault(f"in {group}", [encoder.kind])
-        nodes[f"encoder {name}"] = component(f"{name}_encoder", f"{name}_encoder.module")
-        nodes[f"projector {name}"] = ["projector", parts[f"{name}_encoder.projector"].projection]
-        edges += itertools.pairwise([f"in {group}", f"encoder {name}", f"projector {name}", "merge"])
+        nodes[f"encoder {name}"] = component(f"{name}_encoder", f"{encoder.shares.get('module', name)}_encoder.module")
+        # Whose projector it is: features of encoders that are joined go through one.
+        owner = encoder.shares.get("projector", name)
+        nodes.setdefault(f"projector {owner}", ["projector", parts[f"{owner}_encoder.projector"].projection])
+        edges += itertools.pairwise([f"in {group}", f"encoder {name}", f"projector {owner}"])
+        edges += [(f"projector {owner}", "merge")] if owner == name else []
     return flowchart(nodes, edges)
 
 

@@ -225,9 +225,13 @@ def examples(model: Any, processor: Any) -> Examples:
     left_out = [name for name, item in items.items() if item is None]
     found: dict[str, str] = {}
     for name, item in items.items():
+        if name in model.config.joined:  # the first one of its group has the items
+            continue
         kind = model.encoders[name].kind
         same = set(model.config.modalities_of_kind(kind))
-        together = len(same) == 1 or any(same <= set(group) for group in model.config.share_inputs)
+        together = len(same) == 1 or any(
+            same <= set(group) for group in model.config.share_inputs if isinstance(group, list)
+        )
         # A part of the type "text" is the message's own.
         by_kind = together and kind != "text" and same.isdisjoint(left_out)
         if item is not None:

@@ -286,6 +286,7 @@ class MergingMixin(PreTrainedModel):
         used = {self.config.modality(n)["token_id"]: n for n in self.config.encoders if n not in token_ids}
         for name, token_id in token_ids.items():
             self.config.modality(name)
+            self.config.modalities_for(name)
             check_count(token_id, f"{name}: a placeholder's token id", least=0)
             if token_id in used:
                 raise ValueError(f"{name}: the token id {token_id} already stands for {used[token_id]!r}.")

@@ -203,6 +203,8 @@ class FreezingMixin(PreTrainedModel):
             modes["language_model"] = bool(llm_mode)
         parts, known = self._parts(), self.config.frozen_parts or {}
         for name, trains in modes.items():
+            if name not in parts:  # another encoder's, which says it
+                continue
             before = known.get(name, {})
             asked = name == "language_model" or not follow
             now = train_part(parts[name], before, asked) if trains else freeze_part(parts[name], before)

@@ -141,7 +141,7 @@ class Step:
         """Look at the keywords of a first step, `whole` with the tokens in the cache among its rows."""
 
 
-STEPS: dict[str, Step] = {}
+STEPS: dict[str, Any] = {}  # of `Step`, by the configuration's words
 # What outputs of encoders can say of items beside their features, by a word for it; `encoders/said_of_items` has it.
 SAID: dict[str, Callable[..., dict[str, Any]]] = {}
 
@@ -251,12 +251,15 @@ def register_feature_count(modality_or_encoder_type: str, fn: Callable) -> None:
     FEATURE_COUNTS.add(modality_or_encoder_type, fn)
 
 
-def valid_groups(groups: Any, names: list[str]) -> list[list[str]]:
-    """Groups of modalities that see the same items, as lists; ValueError for one that is no such group."""
+def valid_groups(groups: Any, names: list[str]) -> list[Any]:
+    """Groups of modalities that see the same items, as lists or dicts; ValueError for one that is no such group."""
     groups = groups or []
-    for group in [groups] if isinstance(groups, str) else groups:
-        if isinstance(group, str) or len(group) < 2 or not set(group) <= set(names):
+    for group in [groups] if isinstance(groups, (str, Mapping)) else groups:
+        found = group.get("encoders") if isinstance(group, Mapping) else group
+        if isinstance(found, (str, type(None))) or len(found) < 2 or not set(found) <= set(names):
             raise ValueError(f"share_inputs lists groups of two or more of the modalities {names}, got {group!r}.")
+    if any(isinstance(group, Mapping) for group in groups):
+        return STEPS["join"].valid_groups(groups)
     return [list(group) for group in groups]
 
 

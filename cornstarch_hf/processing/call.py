@@ -30,7 +30,7 @@ from .placeholder_text import (
     occurrences,
     pad_rows,
 )
-from .subprocessors import options_of, sampling_rate_of
+from .subprocessors import ENCODER_SETTINGS, options_of, sampling_rate_of
 
 PLURALS = {"image": "images", "video": "videos", "audio": "audio"}  # keyword of `__call__` for items of each kind
 # Names under which a modality's processor may take its items.
@@ -38,8 +38,6 @@ MEDIA_KEYS = ("images", "image", "videos", "video", "audio", "raw_speech", "spee
 # Settings of image processors that are read only where another one is on.
 _SWITCHES = {"size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop", "pad_size": "do_pad"}
 _SWITCHES |= {"rescale_factor": "do_rescale", "image_mean": "do_normalize", "image_std": "do_normalize"}
-# Arguments of encoders that say which sizes of items they take: for the count, and not for a modality's processor.
-ENCODER_SETTINGS = ("interpolate_pos_encoding",)
 Media = dict[str, dict[str, Any]]
 
 
@@ -170,7 +168,7 @@ def media_arguments(
             _add_items(media, name, by_kind[plural])
     for name in config.encoders:
         if (items := kwargs.pop(name, None)) is not None:
-            _add_items(media, name, items)
+            _add_items(media, config.modalities_for(name)[0], items)
     inside: Media = {}  # options beside items in `encoder_inputs`
     for name, given in mapped(encoder_inputs, "encoder_inputs").items():
         config.modalities_for(name)  # raises for what the model does not have
@@ -186,8 +184,8 @@ def media_arguments(
             inside[name] = {k: given[k] for k in taken if k in given}
             media[name] = ready_tensors({k: v for k, v in given.items() if k not in inside[name]}, name)
     for name, options in media_options(config, processors, inside, kwargs).items():
-        if name in media and "items" in media[name]:
-            media[name] |= options
+        if "items" in media.get(owner := config.joined.get(name, name), ()):
+            media[owner] |= options if owner == name else {f"{name}_kwargs": options}
         elif name in media:
             if idle := sorted(set(options) - {"sampling_rate", *ENCODER_SETTINGS}):
                 told = f"its tensors are processed already, so that {idle} would do nothing: leave them out."

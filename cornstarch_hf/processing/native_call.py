@@ -20,12 +20,12 @@ from transformers import BatchEncoding, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ..parts.stored_errors import explained
-from .call import ENCODER_SETTINGS, PLURALS, Media, check_items, encode_expanded
+from .call import PLURALS, Media, check_items, encode_expanded
 from .media import check_finite, flatten, image_form, layout_of_call, ready_image
 from .placeholder_text import MARK_END, MARK_START, Expanded, Spans, expand, occurrences, split_typed, unmark
 from .sounds import ready_audio
 from .stored_processors import NATIVE, build_subprocessor, describe_subprocessor
-from .subprocessors import image_channels, sampling_rate_of
+from .subprocessors import ENCODER_SETTINGS, image_channels, sampling_rate_of
 
 # Attribute of a native processor -> kind of items.
 PARTS = {

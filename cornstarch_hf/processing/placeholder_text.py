@@ -339,10 +339,11 @@ def pad_list(values: list, length: int, blank: Any, side: str) -> list:
 
 def placeholder_tokens(config: MultimodalConfig, chosen: Mapping[str, str]) -> dict[str, str]:
     """The placeholder token of each modality: chosen, else configured, else by default (ValueError: unknown, empty, twice)."""
-    if unknown := sorted(set(chosen) - set(config.encoders)):
-        raise ValueError(f"tokens names {unknown}, the model has the encoders {config.encoders}.")
+    names = [name for name in config.encoders if name not in config.joined]
+    if unknown := sorted(set(chosen) - set(names)):
+        raise ValueError(f"tokens names {unknown}, the model has placeholders of the encoders {names}.")
     tokens: dict[str, str] = {}
-    for name in config.encoders:
+    for name in names:
         entry = config.modality(name)
         # `<image>` where one modality alone has that kind, else its own name.
         alone = entry["kind"] in MEDIA_KINDS and len(config.modalities_of_kind(entry["kind"])) == 1

@@ -12,13 +12,16 @@ from transformers import BatchFeature, FeatureExtractionMixin, PreTrainedTokeniz
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..limits import check, check_image
+from ..limits import check, check_count, check_image
 from .image_bounds import bounded_processor
-from .media import image_form, layout_of_call, ready_image, resized_size
+from .media import check_finite, image_form, layout_of_call, ready_image, resized_size, size_of_item
 from .placeholder_text import TEXT_OPTIONS
 from .sounds import audio_options, ready_audio, sounds_together
 from .texts import run_tokenizer
 from .video import FRAME_MASK, SAMPLING, is_video_processor, run_on_frames, run_video_processor, video_of_size
+
+# Arguments of encoders that say which sizes of items they take: for the count, and not for a modality's processor.
+ENCODER_SETTINGS = ("interpolate_pos_encoding",)
 
 
 class ItemProcessor(FeatureExtractionMixin):
@@ -294,3 +297,61 @@ def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: its processor gave no tensors, but {sorted(output)}.")
     # A mask of floats (Pix2Struct) would be cast with the features, and its values are needed where shapes are counted.
     return {k: v.long() if k.endswith("mask") and v.is_floating_point() else v for k, v in tensors.items()}
+
+
+class ItemCounts(ProcessorMixin):
+    """How many features items give that are not there: of a composed processor, by their sizes."""
+
+    config: Any
+    processors: dict[Any, Any]
+    counter: Any
+    _counted: Any
+    _tensors: Any
+    _used: Any
+
+    def _counted_by_size(self, name: str, items: list[Any], options: dict[str, Any]) -> list[int] | None:
+        """Features of each item by its size, without its pixels; None where only the processor itself tells them."""
+        kind = self.config.modality(name)["kind"]
+        if kind != "image" or name in self.config.joined.values() or not tells_by_size(self.processors.get(name)):
+            return None
+        sizes = [size_of_item(item, f"{name}, item {i}") for i, item in enumerate(items)]
+        if None in sizes:
+            return None
+        try:
+            return [self._count_of_size(name, kind, i, size, options)[0] for i, size in enumerate(sizes)]
+        except (ValueError, TypeError):  # which the processor says better, with the items themselves
+            return None
+
+    def features_of_sound(self, name: str, samples: int, options: dict[str, Any]) -> int:
+        """How many features a modality gives of any sound of that length (ValueError: none)."""
+        noise = np.random.default_rng(0).uniform(-0.1, 0.1, samples)  # silence and tones are NaN to some that normalise
+        sound = {"array": noise, "sampling_rate": sampling_rate_of(self.processors.get(name))}
+        used, split = self._tensors(name, [sound], options)
+        check_finite(used, name)
+        return self._counted(name, split, {})[0]
+
+    def _count_of_size(self, name: str, kind: str, i: int, size: Any, options: dict[str, Any]) -> tuple[int, int]:
+        """Features of the i-th item, of a size, and its rows of pixels: patches where its processor packs them, else 1."""
+        processor, where = self.processors.get(name), f"{name}, item {i}"
+        settings = {key: options[key] for key in ENCODER_SETTINGS if key in options}
+        options = {key: value for key, value in options.items() if key not in settings}
+        axes = {"image": ["height", "width"], "video": ["frames", "height", "width"]}.get(kind, [])
+        if axes and (not isinstance(size, Sequence) or len(size) != len(axes)):
+            raise ValueError(f"{where}: expected its size as ({', '.join(axes)}), got {size!r:.100}.")
+        for what, number in zip(axes or ["number of samples"], size if axes else [size], strict=True):
+            check_count(number, f"{where}: its {what}")
+        if (
+            name in self.config.joined.values() and kind == "image"
+        ):  # of several processors: they tell what they make of one
+            used, split = self._tensors(name, [np.zeros((*size, 3), np.uint8)], options)
+            return self._counted(name, split, settings)[0], len(next(iter(used.values())))
+        if isinstance(processor, ImageProcessingMixin) and not is_video_processor(processor):
+            channels = image_channels(getattr(self.config, f"{name}_config"))
+            output = tensors_of_size(processor, name, size, options, channels, self.counter.has_preprocessing(name))
+        elif kind == "audio":
+            return self.features_of_sound(name, size, options), 1
+        else:
+            told = f"{type(processor).__name__} does not tell by its size what it makes of an item"
+            raise ValueError(f"{name}: {told}: call the processor with one of that size.")
+        used, split = self._used(name, output, 1)
+        return self._counted(name, split, settings)[0], len(next(iter(used.values())))

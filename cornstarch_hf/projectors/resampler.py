@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..parts.registries import register_projector
-from .heads import HEAD_DEFAULTS, NORMS, ProjectionHead
+from .heads import HEAD_DEFAULTS, NORMS
 from .projector import Grid
-from .reductions import Reduction
+from .reductions import ProjectionHead, Reduction
 
 QUERY_STD = 0.02
 

@@ -34,6 +34,7 @@ from cornstarch_hf import (
     register_encoder_type,
     register_position_rule,
 )
+from cornstarch_hf import compose as composed
 from cornstarch_hf.checkpoints.code_bundle import __file__ as EXPORT_FILE
 from cornstarch_hf.checkpoints.code_folder import MODEL_MAP, read_entry
 from cornstarch_hf.checkpoints.users_code import OPTIONAL
@@ -634,3 +635,20 @@ def test_a_native_processor_is_carried(tmp_path, model_type):
     torch.save((call, dict(processor(**call))), tmp_path / "expected.pt")
     run_bare(["-c", NATIVE_PROCESSOR, folder, tmp_path / "expected.pt"], tmp_path, ["cornstarch_hf"])
     assert python_files(Path(f"{folder}-again")).keys() <= python_files(folder).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resample", [None, "bilinear"])
+def test_joined_encoders_run_where_the_package_is_absent(tmp_path, resample):
+    torch.manual_seed(0)
+    side = 12 if resample else 8
+    images = tiny.IMAGES["CLIP"](size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    towers = {
+        "vision": {"model": tiny.siglip(), "processor": tiny.ENCODERS["siglip"][2]()},
+        "dino": {"model": tiny.dinov2(hidden_size=12, image_size=side), "processor": images, "drop_prefix": 1},
+    }
+    group = {"encoders": list(towers), "join": "channels"} | ({"resample": resample} if resample else {})
+    model, processor = composed(tiny.llama(), towers, tokenizer=tiny.tokenizer(), share_inputs=[group])
+    folder = save((model, processor), tmp_path / "checkpoint", include_code=True)
+    assert "encoders_joining.py" in python_files(folder)
+    check(load("absent", folder, tmp_path), model, processor)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from cornstarch_hf.limits import is_count
-from cornstarch_hf.projectors.heads import HEAD_DEFAULTS, NORMS, ProjectionHead, activation_module
+from cornstarch_hf.projectors.heads import HEAD_DEFAULTS, NORMS, activation_module
+from cornstarch_hf.projectors.reductions import ProjectionHead
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,463 @@
+"""Joined encoders: features side by side, one projector, one placeholder; equal to the bit to what is written by hand."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from own_memory import check_comes_back, own_memory
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutput
+
+from cornstarch_hf import (
+    ModalEncoderModule,
+    MultimodalCollator,
+    MultimodalConfig,
+    MultimodalModel,
+    MultimodalProjector,
+    MultimodalProjectorConfig,
+    compose,
+    register_callback,
+)
+from cornstarch_hf.encoders import stand_ins
+from cornstarch_hf.hub.card import card_text
+from cornstarch_hf.hub.card_facts import examples
+
+IMAGE = tiny.ENCODERS["clip"][3]
+PARTS = {
+    "siglip": lambda **more: {"model": tiny.siglip(**more), "processor": tiny.ENCODERS["siglip"][2]()},
+    "dino": lambda **more: {"model": tiny.dinov2(hidden_size=12, **more), "processor": tiny.ENCODERS["clip"][2](), "drop_prefix": 1},
+    "clip": lambda **more: {"model": tiny.clip(**more), "processor": tiny.ENCODERS["clip"][2](), "drop_prefix": 1, "layer": -2},
+}  # fmt: skip
+GROUPS = [["siglip", "dino"], ["dino", "siglip"], ["clip", "dino", "siglip"]]
+
+
+def joined(names, changes=None, projector="mlp", group=None, **more):
+    torch.manual_seed(0)
+    encoders = {name: PARTS[name]() | (changes or {}).get(name, {}) for name in names}
+    group = {"encoders": list(names), "join": "channels"} | (group or {})
+    return compose(tiny.llama(), encoders, projector, tokenizer=tiny.tokenizer(), share_inputs=[group], **more)
+
+
+def batch(processor, **options):
+    texts = ["<image> a b", "c <image><image>"]
+    images = [[IMAGE(0)], [IMAGE(1), IMAGE(2)]]
+    return dict(processor(text=texts, images=images, padding=True, return_tensors="pt", **options))
+
+
+def pixels(model, inputs, name):
+    return inputs.get(f"{name}_pixel_values")
+
+
+def by_hand(model, names, inputs):
+    """Features of each image: of every tower, side by side, through the projector."""
+    columns = []
+    for name in names:
+        tower = model.encoders[name].module(pixels(model, inputs, name), output_hidden_states=True)
+        features = tower.hidden_states[-2] if name == "clip" else tower.last_hidden_state
+        columns.append(features if name == "siglip" else features[:, 1:])
+    return model.encoders[names[0]].projector.projection(torch.cat(columns, dim=-1))
+
+
+# ---- equal to what is written by hand
+
+
+@pytest.mark.parametrize("names", GROUPS, ids="+".join)
+@pytest.mark.parametrize(
+    "projector", ["linear", "mlp", "pixel_shuffle", {"projection_type": "resampler", "num_queries": 3, "depth": 1}]
+)
+def test_features_and_logits_are_those_by_hand(names, projector):
+    model, processor = joined(names, projector=projector)
+    inputs = batch(processor)
+    widths = {"siglip": 16, "dino": 12, "clip": 16}
+    assert model.encoders[names[0]].projector.config.in_features == sum(widths[name] for name in names)
+    model = own_memory(model)
+    with torch.no_grad():
+        features = by_hand(model, names, inputs)
+        output = model(**inputs)
+        assert torch.equal(torch.stack(output.image_outputs.pooler_output), features)
+        assert torch.equal(
+            torch.stack(model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k}).pooler_output),
+            features,
+        )
+        mask = inputs["input_ids"] == model.config.image_token_id
+        assert int(mask.sum()) == features.shape[0] * features.shape[1]
+        embeds = model.get_input_embeddings()(inputs["input_ids"].masked_fill(mask, 0))
+        embeds = embeds.masked_scatter(mask[..., None], features)
+        expected = model.language_model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+    assert torch.equal(output.logits, expected)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest-exact"])
+def test_other_grids_are_resampled_onto_the_first_one(mode):
+    larger = {"dino": {"model": tiny.dinov2(hidden_size=12, image_size=12), "processor": tiny.IMAGES["CLIP"](size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})}}  # fmt: skip
+    model, processor = joined(["siglip", "dino"], larger, group={"resample": mode})
+    inputs = batch(processor)
+    assert inputs["dino_pixel_values"].shape[-1] == 12
+    assert model.config.share_inputs == [{"encoders": ["siglip", "dino"], "join": "channels", "resample": mode}]
+    with torch.no_grad():
+        here = model.siglip_encoder.module(inputs["siglip_pixel_values"]).last_hidden_state
+        there = model.dino_encoder.module(inputs["dino_pixel_values"]).last_hidden_state[:, 1:]
+        maps = [item.T.reshape(1, 12, 3, 3) for item in there]
+        options = {} if mode == "nearest-exact" else {"align_corners": False}
+        maps = [F.interpolate(x.contiguous(), size=(2, 2), mode=mode, **options) for x in maps]
+        found = model(**inputs).image_outputs.pooler_output
+        for i, item in enumerate(maps):
+            features = torch.cat([here[i], item[0].flatten(1).T], dim=-1)
+            torch.testing.assert_close(
+                found[i], model.siglip_encoder.projector.projection(features), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_bilinear_keeps_a_plane_and_computes_in_float32():
+    from cornstarch_hf.encoders.joining import resampled
+
+    plane = torch.arange(4.0)[:, None] + torch.arange(4.0) * 10
+    out = resampled(plane.reshape(16, 1), (4, 4), (2, 2), "bilinear").reshape(2, 2)
+    assert out.tolist() == [[5.5, 25.5], [7.5, 27.5]]  # means of each block: what lies between the centres
+    half = torch.randn(2 * 9, 5, dtype=torch.bfloat16)
+    found = resampled(half, (2, 3, 3), (2, 2, 2), "bilinear")
+    assert found.dtype == torch.bfloat16 and found.shape == (8, 5)
+    assert torch.equal(found, resampled(half.float(), (2, 3, 3), (2, 2, 2), "bilinear").to(torch.bfloat16))
+
+
+def test_sounds_are_joined_by_their_frames():
+    audio = {key: {"model": tiny.wav2vec2(hidden_size=width), "processor": tiny.ENCODERS["wav2vec2"][2]()} for key, width in (("one", 16), ("two", 8))}  # fmt: skip
+    torch.manual_seed(0)
+    group = [{"encoders": ["one", "two"], "join": "channels"}]
+    model, processor = compose(tiny.llama(), audio, tokenizer=tiny.tokenizer(), share_inputs=group)
+    sounds = [np.random.default_rng(i).normal(size=n).astype(np.float32) for i, n in enumerate((900, 500))]
+    inputs = processor(
+        text=["<audio> a", "<audio> b"], audio=sounds, sampling_rate=16_000, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model(**inputs).audio_outputs.pooler_output
+        for item, sound in zip(found, sounds, strict=True):
+            alone = processor(text="<audio>", audio=sound, sampling_rate=16_000, return_tensors="pt")
+            towers = [model.encoders[n].module(alone[f"{n}_input_values"]).last_hidden_state for n in audio]
+            expected = model.one_encoder.projector.projection(torch.cat(towers, -1))[0]
+            torch.testing.assert_close(item, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_videos_are_joined_frame_by_frame():
+    films = {key: PARTS[key]() | {"kind": "video"} for key in ("siglip", "dino")}
+    torch.manual_seed(0)
+    group = [{"encoders": ["siglip", "dino"], "join": "channels"}]
+    model, processor = compose(tiny.llama(), films, tokenizer=tiny.tokenizer(), share_inputs=group)
+    film = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
+    inputs = processor(text="<video> a", videos=film, return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == 12
+    with torch.no_grad():
+        (found,) = model(**inputs).video_outputs.pooler_output
+        frames = {n: next(v for k, v in inputs.items() if k.startswith(n) and v.ndim == 5)[0] for n in films}
+        towers = [model.siglip_encoder.module(frames["siglip"]).last_hidden_state, model.dino_encoder.module(frames["dino"]).last_hidden_state[:, 1:]]  # fmt: skip
+        expected = model.siglip_encoder.projector.projection(torch.cat(towers, -1)).flatten(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def doubled(inputs, output):
+    return BaseModelOutput(last_hidden_state=output.last_hidden_state * 2)
+
+
+def shifted(inputs, output):
+    return BaseModelOutput(last_hidden_state=output.last_hidden_state + 1)
+
+
+def test_callbacks_of_each_encoder_run_before_the_join():
+    register_callback("joining_doubled", doubled)
+    register_callback("joining_shifted", shifted)
+    names = ["siglip", "dino"]
+    changes = {"dino": {"postprocess_module_callback": doubled}, "siglip": {"postprocess_projector_callback": shifted}}
+    model, processor = joined(names, changes)
+    inputs = batch(processor)
+    with torch.no_grad():
+        here = model.siglip_encoder.module(inputs["siglip_pixel_values"]).last_hidden_state
+        there = model.dino_encoder.module(inputs["dino_pixel_values"]).last_hidden_state[:, 1:] * 2
+        expected = model.siglip_encoder.projector.projection(torch.cat([here, there], -1)) + 1
+        assert torch.equal(torch.stack(model(**inputs).image_outputs.pooler_output), expected)
+
+
+# ---- configuration, processing, counting
+
+
+def test_what_the_configuration_says(tmp_path):
+    model, processor = joined(["siglip", "dino"])
+    config = model.config
+    assert config.joined == {"dino": "siglip"} and config.modalities_of_kind("image") == ["siglip"]
+    assert config.dino_modality["shares"] == {"projector": "siglip"} and config.dino_modality["token_id"] is None
+    assert config.dino_modality["input_names"] == {}
+    assert config.siglip_modality["input_names"]["dino_pixel_values"] == "dino.pixel_values"
+    again = MultimodalConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.share_inputs == config.share_inputs and again.joined == config.joined
+    assert again.to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).share_inputs == config.share_inputs
+    assert processor.image_token == "<image>" and list(processor.tokens) == ["siglip"]
+    assert not [key for key in model.state_dict() if key.startswith("dino_encoder.projector")]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"join": "channel"}, "join must be 'channels', got 'channel'"),
+        ({"join": None}, "join must be 'channels', got None"),
+        ({"axis": 1}, r"no \['axis'\], expected some of \['encoders', 'join', 'resample'\]"),
+        ({"resample": "area"}, "resample must be one of .*bilinear.*got 'area'"),
+        ({"resample": "linear"}, "resample='linear' is not for items of the kind 'image'"),
+        ({"encoders": ["siglip"]}, r"groups of two or more of the modalities \['siglip', 'dino'\]"),
+        ({"encoders": ["siglip", "clip"]}, r"groups of two or more of the modalities \['siglip', 'dino'\]"),
+        ({"encoders": ["siglip", "siglip"]}, "joins 'siglip' twice"),
+        ({"encoders": "siglip"}, "groups of two or more"),
+        ({"encoders": ["dino", "siglip"]}, "siglip: it is joined to 'dino', which must come before it"),
+    ],
+)
+def test_groups_that_make_no_sense(group, message):
+    with pytest.raises(ValueError, match=message):
+        joined(["siglip", "dino"], group=group)
+
+
+def live(**options):
+    return {
+        "siglip": ModalEncoderModule(tiny.siglip()),
+        "dino": ModalEncoderModule(tiny.dinov2(), drop_prefix=1, **options),
+    }
+
+
+def test_parts_that_cannot_be_joined():
+    group = {"share_inputs": [{"encoders": ["siglip", "dino"], "join": "channels"}], "language_model": tiny.llama()}
+    own = MultimodalProjector(MultimodalProjectorConfig())
+    with pytest.raises(ValueError, match="dino: it has a projector, but its features are joined to those of 'siglip'"):
+        MultimodalModel(encoders=live(projector=own), **group)
+    with pytest.raises(ValueError, match="dino: it has a projector, but"):
+        joined(["siglip", "dino"], {"dino": {"projector": "mlp"}})
+    with pytest.raises(ValueError, match="dino: it has a postprocess_projector_callback"):
+        MultimodalModel(encoders=live(postprocess_projector_callback=shifted), **group)
+    sound = {"siglip": ModalEncoderModule(tiny.siglip()), "dino": ModalEncoderModule(tiny.whisper())}
+    with pytest.raises(ValueError, match="different kinds, {'siglip': 'image', 'dino': 'audio'}"):
+        MultimodalModel(encoders=sound, **group)
+    with pytest.raises(ValueError, match="dino: merge is of features in the language model"):
+        MultimodalModel(encoders=live(merge="add"), **group)
+
+
+def test_a_configuration_that_was_changed_by_hand(tmp_path):
+    model, _ = joined(["siglip", "dino"])
+    values = model.config.to_dict()
+    values["dino_modality"]["shares"] = {}
+    values["dino_projector_config"] = values["siglip_projector_config"]
+    with pytest.raises(ValueError, match="dino_modality: shares must name 'siglip' for its projector"):
+        MultimodalModel(MultimodalConfig.from_dict(values))
+    values = model.config.to_dict()
+    values["share_inputs"][0]["join"] = "tokens"
+    with pytest.raises(ValueError, match="join must be 'channels', got 'tokens'"):
+        MultimodalConfig.from_dict(values)
+
+
+def test_the_second_encoder_has_no_items_and_no_token_of_its_own():
+    model, processor = joined(["siglip", "dino"])
+    told = "dino: its features are joined to those of 'siglip'"
+    inputs = batch(processor)
+    for fails in (
+        lambda: processor(text="<image>", dino=IMAGE(0)),
+        lambda: processor(text="<image>", encoder_inputs={"dino": {"images": IMAGE(0)}}),
+        lambda: model.set_modality_token_ids({"dino": 9}),
+        lambda: model.encoders["dino"](pixel_values=inputs["dino_pixel_values"]),
+        lambda: MultimodalCollator(processor)([{"text": "<image>", "dino": IMAGE(0)}]),
+    ):
+        with pytest.raises(ValueError, match=told):
+            fails()
+    with pytest.raises(
+        ValueError, match=r"tokens names \['dino'\], the model has placeholders of the encoders \['siglip'\]"
+    ):
+        joined(["siglip", "dino"], tokens={"dino": "<d>"})
+    del inputs["dino_pixel_values"]
+    with pytest.raises(
+        ValueError, match="siglip: its features are joined to those of 'dino', of which there are no inputs"
+    ):
+        model(**inputs)
+    inputs = batch(processor)
+    inputs["dino_pixel_values"] = inputs["dino_pixel_values"][:2]
+    with pytest.raises(ValueError, match="siglip has 3 items, and 'dino', joined to it, has 2"):
+        model(**inputs)
+
+
+def test_grids_that_differ_and_tokens_that_are_left_over_are_refused_before_the_model_runs():
+    larger = {
+        "dino": {"processor": tiny.IMAGES["CLIP"](size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})}
+    }
+    model, processor = joined(["siglip", "dino"], larger)
+    told = r"siglip.*features are joined by place, but lie in 2 x 2 of 'siglip' and 3 x 3 of 'dino'.*resample"
+    with pytest.raises(ValueError, match=told):
+        batch(processor)
+    inputs = {"siglip_pixel_values": torch.randn(1, 3, 8, 8), "dino_pixel_values": torch.randn(1, 3, 12, 12)}
+    with pytest.raises(ValueError, match=told):
+        model.get_image_features(**inputs)
+    _, processor = joined(["siglip", "dino"], {"dino": {"drop_prefix": 0}})
+    with pytest.raises(ValueError, match="dino: .*drop_prefix=1"):
+        batch(processor)
+    tall = {"siglip_pixel_values": torch.randn(1, 3, 8, 16), "dino_pixel_values": torch.randn(1, 3, 16, 8)}
+    with pytest.raises(ValueError, match="siglip.*2 x 4 of 'siglip' and 4 x 2 of 'dino'"):  # as many, elsewhere
+        model.get_image_features(
+            siglip_pixel_values=tall["siglip_pixel_values"],
+            dino_pixel_values=tall["dino_pixel_values"],
+            interpolate_pos_encoding=True,
+        )
+
+
+def test_options_reach_the_processor_of_each_encoder():
+    _, processor = joined(["siglip", "dino"])
+    call = {"text": "<image>", "images": IMAGE(0), "return_tensors": "pt"}
+    plain = processor(**call)
+    scaled = processor(**call, dino_kwargs={"do_normalize": False})
+    assert torch.equal(scaled["siglip_pixel_values"], plain["siglip_pixel_values"])
+    assert not torch.equal(scaled["dino_pixel_values"], plain["dino_pixel_values"])
+    both = processor(**call, do_normalize=False)
+    assert torch.equal(both["dino_pixel_values"], scaled["dino_pixel_values"])
+    assert not torch.equal(both["siglip_pixel_values"], plain["siglip_pixel_values"])
+    with pytest.raises(TypeError, match="dino: .*takes no option"):
+        processor(**call, dino_kwargs={"nonsense": 1})
+
+
+def test_sizes_and_names_that_clients_ask_for():
+    model, processor = joined(["siglip", "dino"])
+    assert processor._get_num_multimodal_tokens(image_sizes=[(8, 8), (30, 20)])["num_image_tokens"] == [4, 4]
+    assert {"siglip_pixel_values", "dino_pixel_values"} <= set(processor.model_input_names)
+    assert processor.image_processor is processor.processors["siglip"]
+    assert "joined to those of siglip" in model.describe()
+
+
+def test_a_conversation_has_one_placeholder_for_each_item():
+    model, processor = joined(["siglip", "dino"])
+    content = [{"type": "image", "image": IMAGE(0)}, {"type": "text", "text": "what"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 4
+    assert model(**inputs).logits.isfinite().all()
+    rows = [{"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a b"}]}] * 2
+    found = MultimodalCollator(processor)(rows)
+    assert found["dino_pixel_values"].shape == found["siglip_pixel_values"].shape == (2, 3, 8, 8)
+    assert model(**found).loss.isfinite()
+
+
+# ---- generation, training, saving
+
+
+def test_generation_runs_each_tower_once():
+    model, processor = joined(["siglip", "dino"])
+    inputs, calls = batch(processor), []
+    for name, encoder in model.encoders.items():
+        encoder.module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    for options in ({}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}):
+        calls.clear()
+        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False, **options)
+        assert calls == ["siglip", "dino"] and len(tokens) == 2 * options.get("num_return_sequences", 1)
+    with torch.no_grad():
+        given = {"siglip": model.get_image_features(**{k: v for k, v in inputs.items() if "pixel" in k})}
+        text = {k: v for k, v in inputs.items() if "pixel" not in k}
+        assert torch.equal(model(**text, mm_encoder_outputs=given).logits, model(**inputs).logits)
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    model(**inputs, labels=inputs["input_ids"].clone()).loss.backward()
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_reach_both_towers_and_each_is_frozen_by_name():
+    model, processor = joined(["siglip", "dino"])
+    inputs = batch(processor)
+    model.train()
+    plain = gradients(model, inputs)
+    for part in ("siglip_encoder.module", "dino_encoder.module", "siglip_encoder.projector"):
+        assert [key for key, value in plain.items() if key.startswith(part) and value.abs().sum() > 0]
+    model.gradient_checkpointing_enable()
+    again = gradients(model, inputs)
+    assert plain.keys() == again.keys() and all(torch.equal(plain[key], again[key]) for key in plain)
+    model.freeze("dino_encoder")
+    assert {key.split(".")[0] for key in gradients(model, inputs)} == {"siglip_encoder", "language_model"}
+    model.unfreeze()
+    model.train(encoders_mode={"siglip": (False, True), "dino": (True, True)}, llm_mode=False)
+    assert {".".join(key.split(".")[:2]) for key in gradients(model, inputs)} == {
+        "siglip_encoder.projector",
+        "dino_encoder.module",
+    }
+
+
+@pytest.mark.parametrize("frozen", [["siglip_encoder"], ["dino_encoder"]])
+def test_a_step_without_an_image_runs_both_towers(monkeypatch, frozen):
+    model, _ = joined(["siglip", "dino"])
+    monkeypatch.setattr(stand_ins, "together", lambda: True)
+    model.freeze(*frozen)
+    model.train()
+    calls = []
+    for name, encoder in model.encoders.items():
+        encoder.module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    ids = torch.tensor([[5, 6, 7]])
+    found = gradients(model, {"input_ids": ids})
+    assert calls == ["siglip", "dino"]
+    trains = {"siglip_encoder", "dino_encoder"} - set(frozen)
+    own = {key: value for key, value in found.items() if "encoder" in key}
+    assert {key.split(".")[0] for key in own} == trains and all(not value.any() for value in own.values())
+
+
+def test_a_step_of_trainer_moves_both_towers(tmp_path):
+    model, processor = joined(["siglip", "dino"])
+    rows = [{"text": "<image> a b", "images": [IMAGE(i)]} for i in range(2)]
+    before = copy.deepcopy(model.state_dict())
+    options = {"max_steps": 1, "report_to": [], "use_cpu": True, "remove_unused_columns": False, "learning_rate": 0.1}
+    Trainer(
+        model, TrainingArguments(tmp_path, **options), train_dataset=rows, data_collator=MultimodalCollator(processor)
+    ).train()
+    moved = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"siglip_encoder", "dino_encoder", "language_model"}
+
+
+@pytest.mark.parametrize("names", GROUPS[1:], ids="+".join)
+def test_it_comes_back_by_auto_classes(tmp_path, names):
+    model, processor = joined(names)
+    model.freeze("dino_encoder.module")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    inputs = batch(loaded)
+    assert all(torch.equal(value, inputs[key]) for key, value in batch(processor).items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.joined == model.config.joined and again.encoders["dino"].join is not None
+    assert not any(p.requires_grad for p in again.encoders["dino"].module.parameters())
+    check_comes_back(model, again, inputs, max_new_tokens=3, do_sample=False)
+
+
+def test_a_copy_and_a_resized_model_are_joined_within_themselves():
+    model, processor = joined(["siglip", "dino"])
+    inputs = batch(processor)
+    again = copy.deepcopy(model)
+    assert again.siglip_encoder.join.others["dino"] is again.dino_encoder
+    with torch.no_grad():
+        assert torch.equal(own_memory(again)(**inputs).logits, own_memory(model)(**inputs).logits)
+        again.resize_token_embeddings(350)
+        assert again(**inputs).logits.shape[-1] == 350
+
+
+def test_another_group_may_share_its_items():
+    torch.manual_seed(0)
+    parts = {name: PARTS[name]() for name in ("siglip", "dino", "clip")}
+    groups = [{"encoders": ["siglip", "dino"], "join": "channels"}, ["siglip", "clip"]]
+    model, processor = compose(tiny.llama(), parts, tokenizer=tiny.tokenizer(), share_inputs=groups)
+    inputs = processor(text="<siglip><clip>", images=IMAGE(0), return_tensors="pt")
+    assert {"siglip_pixel_values", "dino_pixel_values", "clip_pixel_values"} <= set(inputs)
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_the_card_tells_of_one_projector():
+    model, processor = joined(["siglip", "dino"])
+    text = card_text(model, processor)
+    chart = text[text.index("flowchart LR") : text.index("```", text.index("flowchart LR"))]
+    assert chart.count("projector") == 1 and chart.count("Model") == 3 and "joined to those of siglip" in text
+    assert len(examples(model, processor).parts) == 1 and '"type": "image"' in examples(model, processor).parts[0]
