@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from native_parts import randomized
 from own_memory import check_comes_back, own_memory
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    DeepseekVLHybridConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.deepseek_vl_hybrid.modeling_deepseek_vl_hybrid import DeepseekVLHybridAligner
 
 from cornstarch_hf import (
     ModalEncoderModule,
@@ -461,3 +470,49 @@ def test_the_card_tells_of_one_projector():
     chart = text[text.index("flowchart LR") : text.index("```", text.index("flowchart LR"))]
     assert chart.count("projector") == 1 and chart.count("Model") == 3 and "joined to those of siglip" in text
     assert len(examples(model, processor).parts) == 1 and '"type": "image"' in examples(model, processor).parts[0]
+
+
+# ---- DeepSeek-VL's hybrid aligner: what of it a join along the channels expresses
+
+
+def halves(width, other, hidden):
+    """Its aligner, random: each tower's features through a layer of their own, high resolution first, then one projection."""
+    config = DeepseekVLHybridConfig(
+        vision_config={"hidden_size": width}, high_res_vision_config={"output_channels": other // 4}, text_config={"hidden_size": hidden},
+    )  # fmt: skip
+    return randomized(DeepseekVLHybridAligner(config))
+
+
+def test_the_aligner_of_deepseek_vl_hybrid_is_one_mlp_of_joined_features():
+    """Two layers and a concatenation are one layer with blocks of zeros: equal but for rounding, since sums have other terms."""
+    aligner = halves(16, 12, 32)
+    (low, high), proj = (aligner.vision_proj, aligner.high_res_vision_proj), aligner.proj
+    model, processor = joined(["siglip", "dino"])
+    first, _, last = model.siglip_encoder.projector.projection
+    with torch.no_grad():
+        # Columns of the first encoder's features (siglip, 16) and of the second one's (dino, 12); rows as the aligner has them.
+        first.weight.copy_(
+            torch.cat(
+                [torch.cat([torch.zeros(16, 16), high.weight], 1), torch.cat([low.weight, torch.zeros(16, 12)], 1)]
+            )
+        )
+        first.bias.copy_(torch.cat([high.bias, low.bias]))
+        last.load_state_dict(proj.state_dict())
+        inputs = batch(processor)
+        here = model.siglip_encoder.module(inputs["siglip_pixel_values"]).last_hidden_state
+        there = model.dino_encoder.module(inputs["dino_pixel_values"]).last_hidden_state[:, 1:]
+        found = torch.stack(model(**inputs).image_outputs.pooler_output)
+        torch.testing.assert_close(found, aligner(here, there), rtol=1e-5, atol=1e-5)
+
+
+def test_the_native_aligner_as_the_projector_of_joined_features_is_equal_to_the_bit():
+    aligner = halves(16, 12, 32)
+    settings = {"vision_config": {"hidden_size": 16}, "high_res_vision_config": {"output_channels": 3}, "text_config": {"hidden_size": 32}}  # fmt: skip
+    fields = {"projection_type": "native", "native_type": "deepseek_vl_hybrid", "settings": settings, "in_features": 28, "out_features": 32}  # fmt: skip
+    model, processor = joined(["siglip", "dino"], projector=fields)
+    model.siglip_encoder.projector.projection.module.load_state_dict(aligner.state_dict())
+    inputs, model, aligner = batch(processor), own_memory(model), own_memory(aligner)
+    with torch.no_grad():
+        here = model.siglip_encoder.module(inputs["siglip_pixel_values"]).last_hidden_state
+        there = model.dino_encoder.module(inputs["dino_pixel_values"]).last_hidden_state[:, 1:].contiguous()
+        assert torch.equal(torch.stack(model(**inputs).image_outputs.pooler_output), aligner(here, there))
