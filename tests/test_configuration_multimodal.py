@@ -196,7 +196,7 @@ def test_projector_config_reads_sizes_as_the_original_did():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"projection_type": "qformer"}, "Unknown projection type 'qformer'.*'linear', .*'mlp'"),
+        ({"projection_type": "perceiver"}, "Unknown projection type 'perceiver'.*'linear', .*'mlp'"),
         ({"activation": "gelo"}, "Unknown activation 'gelo'.*'gelu'"),
         ({"in_features": 0}, "in_features"),
         ({"out_features": "8"}, "out_features"),
