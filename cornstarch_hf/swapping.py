@@ -273,7 +273,9 @@ class _Swap:
         rules = {key: _of_kept(getattr(old, key, None), names, old.encoders) for key in RULES} | rules
         groups = [group for given in old.share_inputs if len(group := [n for n in given if n in names]) > 1]
         groups = groups if share_inputs is None else valid_groups(share_inputs, names)
-        if self.text and (marked := [n for n in self.kept if old.modality(n)["marks"]]):
+        authors = [n for n, spec in self.given.items() if isinstance(source_in(spec), ModalEncoderModule)]
+        marked = [n for n in names if n in old.encoders and n not in authors and self.encoders[n].merging["marks"]]
+        if self.text and marked:
             raise ValueError(
                 f"{marked[0]}: its marks are ids of the old tokenizer's tokens: say those of the new one, {marked[0]}="
                 f"ModalEncoderModule(model.{marked[0]}_encoder.module, marks=...)."
@@ -286,7 +288,7 @@ class _Swap:
             if not old.steps:
                 raise
             raise ValueError(
-                f"{error} It was kept of the model given, whose steps are {old.steps}: rules={{'positions': None}} or "
+                f"{error} Where that is of the {old.steps} which the model given has: rules={{'positions': None}} or "
                 "{'mask': None} drops a rule; layer_features and merge are said anew by an encoder that is exchanged, name="
                 "ModalEncoderModule(model.name_encoder.module, ...)."
             ) from error

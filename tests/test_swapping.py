@@ -646,6 +646,10 @@ def test_marks_are_of_one_tokenizer():
     model, processor = composed({"vision": encoder}, {"vision": tiny.clip_processor()})
     with pytest.raises(ValueError, match="vision: its marks are ids of the old tokenizer's tokens"):
         replace(model, processor, language_model=qwen3())
+    with pytest.raises(ValueError, match="vision: its marks are ids of the old tokenizer's tokens"):
+        replace(model, processor, language_model=qwen3(), vision={"layer": -2})
+    own = ModalEncoderModule(model.vision_encoder.module, marks={7: 0})
+    assert replace(model, processor, language_model=qwen3(), vision=own)[0].config.vision_modality["marks"] == {7: 0}
     new, _ = replace(model, processor, vision={"layer": -2})
     assert memory(new)["vision_encoder.mark_table.weight"] == memory(model)["vision_encoder.mark_table.weight"]
 
