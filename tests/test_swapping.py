@@ -715,8 +715,14 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("before", ["itself", "wrapped", "compiled"])
-@pytest.mark.parametrize("case", SAME)
+def pairs(cases, fast):
+    """What was there before, and what is assigned: each on a plain model, and `fast` on wrapped ones; the rest is slow."""
+    found = [("itself", case) for case in cases] + [(before, fast) for before in ("wrapped", "compiled")]
+    others = [(before, case) for before in ("wrapped", "compiled") for case in cases if case != fast]
+    return [*found, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in others)]
+
+
+@pytest.mark.parametrize("before, case", pairs(SAME, "itself"))
 def test_the_same_language_model_may_be_assigned(plain, case, before):
     model, processor = plain
     inner = model.language_model
@@ -730,8 +736,7 @@ def test_the_same_language_model_may_be_assigned(plain, case, before):
         assert model(**processor(text="<image> of", images=tiny.image(), return_tensors="pt")).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("before", ["itself", "wrapped", "compiled"])
-@pytest.mark.parametrize("case", OTHER)
+@pytest.mark.parametrize("before, case", pairs(OTHER, "class"))
 def test_another_language_model_may_not_be_assigned(plain, case, before):
     model, _ = plain
     model.language_model = there = SAME[before](model.language_model)
