@@ -20,6 +20,7 @@ from .encoders.counting import FeatureCounter
 from .encoders.item_sizes import typical_item
 from .encoders.module import ModalEncoderModule
 from .encoders.rebuilding import complete_marks
+from .encoders.tiles import PackedTiles
 from .language_model.refusals import check_language_model
 from .language_model.supported import embedding_width
 from .parts.adapters import is_wrapped, unwrapped
@@ -66,6 +67,8 @@ def compose_config(
         if encoder.join is None or encoder.join.others:  # else the first one of its group has the projector
             complete_projector(encoder, language_model, width, init_projector_type, init_activation)
         complete_marks(encoder)
+        if isinstance(packing := encoder.postprocess_projector_callback, PackedTiles):
+            packing.complete(encoder, width)
         if "module" not in encoder.shares:
             values[f"{name}_config"] = unwrapped(encoder.module).config
         if "projector" not in encoder.shares:

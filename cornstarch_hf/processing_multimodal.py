@@ -141,9 +141,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStor
             raise ValueError(f"Nothing to process: give text=, or items of {self.config.encoders} by name or by kind.")
         if self.native is not None:
             return MultimodalBatch(self.native(self, text, media, llm), placeholder_ids=self.placeholder_ids.values())
-        tensors, lengths, samples = self._process_media(
-            media, llm["by_size"]
-        )  # first: the text needs the numbers of features
+        # First: the text needs the numbers of features.
+        tensors, lengths, samples = self._process_media(media, llm["by_size"])
         data: dict[str, Any] = {}
         if text is not None:
             texts, ids = [text] if isinstance(text, str) else list(text), self.placeholder_ids
@@ -188,7 +187,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStor
             else:  # tensors made elsewhere
                 output = {key: torch.as_tensor(value) for key, value in given.items()}
                 self._check_tensors(name, output)
-                grid = grid_of(output)  # packed patches have one row for each, their grids one for each item
+                # Packed patches and tiles have one row for each, their grids one for each item.
+                grid = output.get("num_tiles", grid_of(output))
                 used, split = self._used(name, output, len(next(iter(output.values())) if grid is None else grid))
                 lengths[name] = self._counted(name, split, settings)
             tensors |= used
@@ -281,7 +281,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStor
         for name in self.config.encoders:
             entry = self.config.modality(name)
             emitted = tensor_names(self.processors.get(name), entry["kind"], self._masked(name))
-            values = {key: torch.zeros(1, 1) for key in emitted}
+            tiled = entry["additional_args"] if self.counter.has_preprocessing(name) == "tiles" else []
+            values = {key: torch.zeros(1, 1) for key in [*emitted, *tiled]}
             names += self._for_encoder(name, values) if emitted else own_names(self.config, name)
         return names
 

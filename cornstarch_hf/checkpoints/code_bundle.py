@@ -101,8 +101,8 @@ def _needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
     needs = {getattr(config, f"{name}_projector_config").projection_type for name in config.encoders}
     needs |= {config.modality(name)["kind"] for name in config.encoders} & {"audio", "text", "video"}
     needs |= {config.language_model_class, *config.steps}
-    callbacks = (each["name"] for name in config.encoders for each in config.modality(name)["callbacks"].values())
-    needs |= {"native steps" for name in callbacks if name.startswith("native_")}
+    callbacks = {each["name"] for name in config.encoders for each in config.modality(name)["callbacks"].values()}
+    needs |= {"native steps" for name in callbacks if name.startswith("native_")} | ({"tiles"} & callbacks)
     needs |= {"video" for other in others if isinstance(other, BaseVideoProcessor)}
     needs |= {"audio" for other in others if isinstance(other, FeatureExtractionMixin)}
     needs |= {"own processors" for each in others if own_stem(_file_of(type(each))) == "processing_own_processors"}

@@ -60,6 +60,8 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "language_model_text_head": frozenset(["TextModelWithHead"]),
     "conversion_steps": frozenset(["native steps"]),
     "processing_native_call": frozenset(["native processor"]),
+    "encoders_tiles": frozenset(["tiles"]),
+    "processing_tiles": frozenset(["tiles"]),
     "processing_own_processors": frozenset(["own processors"]),
     "projectors_native": frozenset(["native"]),
     "projectors_qformer": frozenset(["qformer"]),

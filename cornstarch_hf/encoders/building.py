@@ -40,7 +40,7 @@ PROCESSOR_NAMES = {
 LOADING_KEYS = ("revision", "dtype", "attn_implementation", "subfolder")
 # What an encoder's dict may say: what it is made of, what of it is projected, its callbacks, how it is loaded.
 SELECTED = ("layer", "output", "drop_prefix")
-_OPTIONS = ("model", "processor", "projector", "kind", *SELECTED, "select", "trim", "additional_args")
+_OPTIONS = ("model", "processor", "projector", "kind", *SELECTED, "select", "tiles", "trim", "additional_args")
 ENCODER_KEYS = frozenset([*_OPTIONS, *SLOTS, *LOADING_KEYS])
 # Kinds that an encoder of such a name can have, unless another one is stated.
 _KINDS_BY_NAME: dict[str, tuple[str, ...]] = {"vision": ("image", "video"), "video": ("image", "video")}

@@ -28,9 +28,10 @@ from ..projectors.projector import Grid, per_item
 from .grids import first_frames, frames_as_items, is_staged
 from .item_sizes import refused_size
 from .items import MASKS, packed_sizes
-from .module import ModalEncoderModule, wishes
+from .module import ModalEncoderModule
 from .own_parts import OwnParts, settle
 from .rebuilding import build_encoder
+from .selection import wishes
 from .towers import TRUE_ON_PADDING
 
 MOST = 4_096  # counts that are remembered: a server would else keep one for every size that it ever saw
@@ -131,7 +132,7 @@ class FeatureCounter:
         with self._lock:
             first, slot = self._probe(name).preprocess_callback, SLOTS[:1]
             early = first is not None and not isinstance(first, torch.nn.Module)
-            inputs = first(dict(inputs), **wishes(first, self._probe(name).module)) if early else dict(inputs)
+            inputs = first(dict(inputs), **wishes(first, self._probe(name))) if early else dict(inputs)
             if (count := self._cache.get(key := ("batch", *key_of(name, inputs)))) is None:
                 output = self._output(name, inputs, ModalEncoderModule.__call__, slot if early else ())
                 count = sum(map(len, output.pooler_output))
@@ -144,10 +145,12 @@ class FeatureCounter:
         with self._lock:
             return sum(map(len, self._output(name, inputs, ModalEncoderModule.__call__).pooler_output))
 
-    def has_preprocessing(self, name: str) -> bool:
-        """Whether a callback sees the inputs of an encoder before it does."""
-        own = self.own[name].callbacks if name in self.own else {}
-        return "preprocess_callback" in {*self.config.modality(name)["callbacks"], *own}
+    def has_preprocessing(self, name: str) -> bool | str:
+        """Whether a callback sees the inputs of an encoder before it does; ``"tiles"`` where one packs tiles of images."""
+        own, stored = self.own[name].callbacks if name in self.own else {}, self.config.modality(name)["callbacks"]
+        if stored.get(SLOTS[2], {}).get("name") == "tiles":
+            return "tiles"
+        return "preprocess_callback" in {*stored, *own}
 
     # ---- the chain
 
@@ -264,6 +267,8 @@ class FeatureCounter:
                 failed = failed or error
         if told := self._refused(name, inputs):
             raise ValueError(f"{name}: {told}") from failed
+        if isinstance(failed, ValueError) and str(failed).startswith(f"{name}, item"):
+            raise failed  # what a callback says of the item itself
         shapes = {key: tuple(value.shape) for key, value in inputs.items() if isinstance(value, Tensor)}
         raise ValueError(
             f"{name}: the number of features for an item of shapes {shapes} could not be found by running "

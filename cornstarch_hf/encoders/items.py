@@ -43,7 +43,7 @@ def item_count(inputs: Mapping[str, Any]) -> int:
 
 def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[str, Any]]:
     """A batch, one dict per item; each tensor keeps its axes.  ValueError for one that does not tell whose what is."""
-    sizes = packed_sizes(inputs)
+    sizes = next((v.tolist() for k, v in inputs.items() if k.endswith("num_tiles")), None) or packed_sizes(inputs)
     items: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, value in inputs.items():
         if not isinstance(value, (Tensor, Sequence)) or isinstance(value, str):
@@ -51,10 +51,10 @@ def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[
         parts = _parts(value, count, sizes)
         if parts is None:
             remedy = (
-                "a processor that splits items into crops must not (crop_to_patches=False, do_pan_and_scan=False, "
-                "slice_mode=False)"
+                "where its processor splits items into crops, choose by tiles= of the encoder how they are packed, or turn "
+                "that off (crop_to_patches=False, do_pan_and_scan=False, slice_mode=False)"
                 if sizes is None
-                else f"their grids or lengths say {sizes}, {sum(sizes)} together; pass those of the same items"
+                else f"their grids, lengths or num_tiles say {sizes}, {sum(sizes)} together; pass those of the same items"
             )
             raise ValueError(f"{where}: {key!r} has {len(value)} rows for {count} items: {remedy}.")
         for item, part in zip(items, parts, strict=True):

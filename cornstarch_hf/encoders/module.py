@@ -13,7 +13,7 @@ from ..parts.adapters import unwrapped
 from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
 from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
-from ..parts.registries import SAID, merging_options
+from ..parts.registries import CALLBACKS, SAID, merging_options
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
@@ -29,6 +29,7 @@ from .selection import (
     placed,
     rows_of_items,
     select_features,
+    wishes,
     with_features,
 )
 from .towers import NOT_INPUTS, check_types, infer_kind, one_of, packs_frames, resolve_tower
@@ -68,6 +69,7 @@ class ModalEncoderModule(nn.Module):
         layer_features, merge, marks: how features reach the language model in other ways, see `merging_options`.
         trim: whether its processor tells which frames of a window hold sound, by the mask that the encoder takes: the others
             are no features then.
+        tiles: ``"concat"``, ``"newline"`` or ``"unpad"``: how an image's tiles become one sequence, see `tiles.PackedTiles`.
 
     Raises:
         TypeError: no encoder, a class instead of an instance, an abstract class, a callback that is not callable.
@@ -100,6 +102,7 @@ class ModalEncoderModule(nn.Module):
         layer_features: str | None = None,
         merge: str | None = None,
         marks: Mapping[int, int] | None = None,
+        tiles: str | None = None,
         module: Any = None,
         postprocess_encoder_callback: Callable | None = None,
     ):
@@ -118,6 +121,10 @@ class ModalEncoderModule(nn.Module):
         self.register_module("projector", projector)
         check_types(additional_args, trim)
         self.additional_args = list(additional_args or [])
+        self.kind = kind or infer_kind(self.module)
+        if tiles is not None:
+            given = (tiles, self.additional_args, postprocess_projector_callback, self.kind)
+            self.additional_args, postprocess_projector_callback = CALLBACKS["tiles"].target.chosen(*given)
         self.preprocess_callback = preprocess_callback
         self.postprocess_module_callback = one_of(
             postprocess_module_callback=postprocess_module_callback,
@@ -126,17 +133,11 @@ class ModalEncoderModule(nn.Module):
         self.postprocess_projector_callback = postprocess_projector_callback
         inner = unwrapped(self.module)
         refuse_random_encoder(inner.config, self.additional_args, type(inner).__name__)
-        for slot, callback in self.callbacks.items():
-            if callback is not None and not callable(callback):
-                raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
-        self.kind = kind or infer_kind(self.module)
         # One that takes single images, (items, channels, height, width), gets a video as its frames.
         self.by_frame = self.kind == "video" and infer_kind(self.module) == "image" and not packs_frames(self.module)
         self.selection = Selection(output, tuple(layer) if isinstance(layer, list) else layer, drop_prefix, data_format)
         self.trim = trim
-        if trim and set(MASKS).isdisjoint(self.parameter_names):
-            told = f"trim=True needs an encoder that takes a mask, {type(inner).__name__} takes {self.parameter_names}"
-            raise ValueError(f"{self.kind}: {told}: leave it out.")
+        _check_options(self)
         self.merging = merging_options(layer_features, merge, marks, self.kind)
         self.input_names = dict(input_names or {})
         if unknown := sorted(set(self.input_names.values()) - set(self.parameter_names)):
@@ -229,7 +230,7 @@ class ModalEncoderModule(nn.Module):
         # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         if self.preprocess_callback is not None:
-            inputs = self.preprocess_callback(inputs, **wishes(self.preprocess_callback, self.module))
+            inputs = self.preprocess_callback(inputs, **wishes(self.preprocess_callback, self))
             if not isinstance(inputs, dict):
                 raise TypeError(f"{self.name}.preprocess_callback must return a dict, got {type(inputs).__name__}.")
         # Callbacks may need more inputs than the encoder takes, which its `forward` would refuse.
@@ -371,7 +372,8 @@ class ModalEncoderModule(nn.Module):
         # A callback written for an encoder with `return_dict=False` expects the features as the first of a tuple.
         as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
         own = ("feature_lens", "feature_grids")  # fields of this package, which no encoder's tuple has
-        result = callback(inputs, tuple(v for k, v in output.items() if k not in own) if as_tuple else output)
+        given = tuple(v for k, v in output.items() if k not in own) if as_tuple else output
+        result = callback(inputs, given, **wishes(callback, self))
         if not isinstance(result, (ModelOutput, tuple)):
             what = type(result).__name__
             raise TypeError(f"{self.name}.{slot} must return a model output or a tuple, got {what}.")
@@ -385,10 +387,13 @@ class ModalEncoderModule(nn.Module):
         return with_features(result, after, given_lengths, feature_grids=given_grids)
 
 
-def wishes(callback: Any, module: nn.Module) -> dict[str, Any]:
-    """The encoder's configuration, for a callback whose attribute `takes_config` asks for it."""
-    asks = getattr(getattr(callback, "func", callback), "takes_config", False)
-    return {"config": unwrapped(module).config} if asks else {}
+def _check_options(encoder: ModalEncoderModule) -> None:
+    for slot, callback in encoder.callbacks.items():
+        if callback is not None and not callable(callback):
+            raise TypeError(f"{slot} must be callable, got {type(callback).__name__}.")
+    if encoder.trim and set(MASKS).isdisjoint(encoder.parameter_names):
+        told = f"{type(unwrapped(encoder.module)).__name__} takes {encoder.parameter_names}"
+        raise ValueError(f"{encoder.kind}: trim=True needs an encoder that takes a mask, {told}: leave it out.")
 
 
 def first_weight(module: nn.Module) -> nn.Parameter | None:

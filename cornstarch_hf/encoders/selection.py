@@ -256,3 +256,12 @@ def placed(value: Any, weight: Tensor | None, module: Any = None) -> Any:
         module is not None and encoder_type(unwrapped(module).config).casts_inputs
     )
     return value.to(weight.device, value.dtype if keeps else weight.dtype)
+
+
+def wishes(callback: Any, encoder: Any) -> dict[str, Any]:
+    """The encoder's configuration and its modality's name, for a callback whose attributes `takes_config`, `takes_name` ask."""
+    target, known = (
+        getattr(callback, "func", callback),
+        {"config": unwrapped(encoder.module).config, "name": encoder.name},
+    )
+    return {key: value for key, value in known.items() if getattr(target, f"takes_{key}", False)}

@@ -31,6 +31,8 @@ class ItemProcessor(FeatureExtractionMixin):
         raise TypeError(f"{type(self).__name__} does not say how its items are processed: define __call__.")
 
 
+TILED = "choose by tiles= of the encoder how they are packed ('concat', 'newline', 'unpad')"
+TILERS: dict[str, Any] = {}  # what makes tiles of images, where an encoder takes them: of `processing/tiles`
 ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
 _PARTS = {"image": ["image_processor"], "video": ["video_processor", "image_processor"], "audio": ["feature_extractor"]}
 _OF_ALL_PARTS = {"return_tensors", "return_mm_token_type_ids", "return_offsets_mapping", "name"}
@@ -102,7 +104,7 @@ def run_subprocessor(
     options: Mapping[str, Any],
     encoder_config: Any,
     masked: bool = False,
-    prepared: bool = False,
+    prepared: bool | str = False,
     maskless: bool = False,
 ) -> dict[str, Any]:
     """The tensors of one modality's items, by the names that its processor emits; refuses what cannot be used as it is.
@@ -110,7 +112,8 @@ def run_subprocessor(
     Args:
         options: further arguments of the processor's call; ``sampling_rate`` is the rate of bare audio arrays.
         masked: whether a mask tells the encoder which features are valid also where they are padded to a window.
-        prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops.
+        prepared: whether a callback prepares the encoder's inputs, so that images may be split into crops; ``"tiles"``: what
+            packs those of `processing/tiles` follows the projector.
         maskless: whether the encoder takes no mask, so that sounds and texts of one call must have one length.
     """
     options = dict(options)
@@ -132,7 +135,7 @@ def run_subprocessor(
         items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
         options = audio_options(processor, name, items, options, masked, rate) | options
         # In a batch some extractors of transformers take what follows a sound for sound, or round otherwise.
-        alone = [_called(processor, name, [item], options, first=i) for i, item in enumerate(items)]
+        alone = [called(processor, name, [item], options, first=i) for i, item in enumerate(items)]
         if maskless or options.get("padding") is False or not any(key.endswith("mask") for key in alone[0]):
             _refuse_uneven(processor, name, [tuple(next(iter(one.values())).shape[1:]) for one in alone])
         return sounds_together(alone, getattr(processor, "padding_value", 0.0))
@@ -151,19 +154,21 @@ def run_subprocessor(
     return _tensors(processor(items, return_tensors="pt", **options), name)
 
 
-def _run_on_images(processor: Any, name: str, items: list, options: Mapping, prepared: bool) -> dict[str, Any]:
+def _run_on_images(processor: Any, name: str, items: list, options: Mapping, prepared: bool | str) -> dict[str, Any]:
     """Tensors with one row per image, also from processors that put all images of a call into one row."""
-    found = _called(processor, name, items, options)
+    if prepared == "tiles":
+        return TILERS[prepared](processor, name, items, options)
+    found = called(processor, name, items, options)
     rank = getattr(found.get("pixel_values"), "ndim", 0)
     if prepared or rank not in (5, 6):
         return found
     # All images are in one row: (1, images, channels, height, width), or (1, images, tiles, channels, height, width).
-    alone = [found] if len(items) == 1 else [_called(processor, name, [item], options) for item in items]
+    alone = [found] if len(items) == 1 else [called(processor, name, [item], options) for item in items]
     for i, one in enumerate(alone):  # each in a row of its own
         if (crops := one["pixel_values"].shape[1]) != 1:
             told = f"{type(processor).__name__} splits the image into {crops} crops, expected 1 per item"
             settings = "do_image_splitting=False, crop_to_patches=False, split_image=False"
-            raise ValueError(f"{name}, item {i}: {told}: turn that off in its settings ({settings}).")
+            raise ValueError(f"{name}, item {i}: {told}: {TILED}, or turn that off ({settings}).")
     shapes = [tuple(one["pixel_values"].shape[2:]) for one in alone]
     if len(set(shapes)) > 1:
         raise ValueError(_uneven(processor, name, shapes))
@@ -209,7 +214,7 @@ def _uneven(processor: Any, name: str, shapes: list[Any]) -> str:
     )
 
 
-def _called(processor: Any, name: str, items: list, options: Mapping[str, Any], first: int = 0) -> dict[str, Any]:
+def called(processor: Any, name: str, items: list, options: Mapping[str, Any], first: int = 0) -> dict[str, Any]:
     """The tensors that a processor makes of items; its own errors say which, counted from `first`, it could not do."""
 
     def tensors(some: list[Any]) -> dict[str, Any]:
@@ -254,7 +259,7 @@ class _Sized(PilBackend):
 
 
 def tensors_of_size(
-    processor: Any, name: str, size: Sequence[int], options: Mapping[str, Any], channels: int, prepared: bool
+    processor: Any, name: str, size: Sequence[int], options: Mapping[str, Any], channels: int, prepared: bool | str
 ) -> dict[str, Any]:
     """What an image processor makes of an image ``(height, width)``, or of a video ``(frames, height, width)``, of no content.
 
@@ -293,6 +298,7 @@ def tensor_names(processor: Any, kind: str, masked: bool) -> list[str]:
 
 def _tensors(output: Mapping[str, Any], name: str) -> dict[str, Any]:
     tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+    tensors |= {key: torch.tensor(output[key]) for key in ("rows", "cols") if isinstance(output.get(key), list)}
     if not tensors:
         raise ValueError(f"{name}: its processor gave no tensors, but {sorted(output)}.")
     # A mask of floats (Pix2Struct) would be cast with the features, and its values are needed where shapes are counted.

@@ -14,6 +14,7 @@ import native_models
 import native_processors
 import pytest
 import shared_parts
+import tiles
 import tiny
 import torch
 import typed_parts
@@ -171,6 +172,17 @@ def test_a_qformer_runs_where_the_package_is_absent(tmp_path):
     model, processor = compose(tiny.clip(), "qformer")
     folder = save((model, processor), tmp_path / "checkpoint", include_code=True)
     check(load("absent", folder, tmp_path), model, processor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, packing", [("LlavaNext", "unpad"), ("Idefics3", "newline"), ("Idefics2", "concat")])
+def test_an_encoder_of_tiles_carries_what_makes_and_packs_them(tmp_path, name, packing):
+    made = tiles.composed(name, packing)
+    folder = save(made, tmp_path / "checkpoint", include_code=True)
+    assert {"encoders_tiles.py", "processing_tiles.py"} <= set(python_files(folder))
+    assert not {path for path in python_files(folder) if path.startswith("conversion")}
+    assert made[1](**CALL, return_tensors="pt")["num_tiles"].tolist() > [1]
+    check(load("absent", folder, tmp_path), *made)
 
 
 REFERENCES = """
