@@ -51,10 +51,9 @@ def split_items(inputs: Mapping[str, Any], count: int, where: str) -> list[dict[
         parts = _parts(value, count, sizes)
         if parts is None:
             remedy = (
-                "where its processor splits items into crops, choose by tiles= of the encoder how they are packed, or turn "
-                "that off (crop_to_patches=False, do_pan_and_scan=False, slice_mode=False)"
+                "choose tiles= of its encoder, or turn it off (crop_to_patches=False, do_pan_and_scan=False, slice_mode=False)"
                 if sizes is None
-                else f"their grids, lengths or num_tiles say {sizes}, {sum(sizes)} together; pass those of the same items"
+                else f"their grids or lengths say {sizes}, {sum(sizes)} together; pass those of the same items"
             )
             raise ValueError(f"{where}: {key!r} has {len(value)} rows for {count} items: {remedy}.")
         for item, part in zip(items, parts, strict=True):

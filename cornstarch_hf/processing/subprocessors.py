@@ -31,7 +31,6 @@ class ItemProcessor(FeatureExtractionMixin):
         raise TypeError(f"{type(self).__name__} does not say how its items are processed: define __call__.")
 
 
-TILED = "choose by tiles= of the encoder how they are packed ('concat', 'newline', 'unpad')"
 TILERS: dict[str, Any] = {}  # what makes tiles of images, where an encoder takes them: of `processing/tiles`
 ITEM_PROCESSORS: dict[str, type[ItemProcessor]] = {}  # by class name; `own_processors` adds the package's
 _PARTS = {"image": ["image_processor"], "video": ["video_processor", "image_processor"], "audio": ["feature_extractor"]}
@@ -168,7 +167,7 @@ def _run_on_images(processor: Any, name: str, items: list, options: Mapping, pre
         if (crops := one["pixel_values"].shape[1]) != 1:
             told = f"{type(processor).__name__} splits the image into {crops} crops, expected 1 per item"
             settings = "do_image_splitting=False, crop_to_patches=False, split_image=False"
-            raise ValueError(f"{name}, item {i}: {told}: {TILED}, or turn that off ({settings}).")
+            raise ValueError(f"{name}, item {i}: {told}: choose tiles= of its encoder, or turn that off ({settings}).")
     shapes = [tuple(one["pixel_values"].shape[2:]) for one in alone]
     if len(set(shapes)) > 1:
         raise ValueError(_uneven(processor, name, shapes))
