@@ -154,9 +154,8 @@ class ModalEncoderModule(nn.Module):
     @property
     def shares(self) -> dict[str, str]:
         """What this encoder has not itself: ``{"module": modality, "projector": modality, ...}``."""
-        return {
-            part: name for part, (name, _) in self._lenders.items() if part not in {**self._modules, **self.__dict__}
-        }
+        own = {**self._modules, **self.__dict__}
+        return {part: name for part, (name, _) in self._lenders.items() if part not in own}
 
     def __getattr__(self, name: str) -> Any:
         # Looked up each time, so that what is put in a shared part's place (an adapter around it) serves both.
