@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from .parts.names import parameters_by_name
 from .parts.signatures import forward_parameters
 from .parts.stored_modules import SLOTS
 from .parts.weightless import build_without_weights, without_dtypes
+from .processing.subprocessors import sampling_rate_of
 from .processing_multimodal import MultimodalProcessor
 from .projectors.projector import UNSIZED, MultimodalProjector
 
@@ -83,6 +85,9 @@ def check_given(model: Any, processor: Any, given: Mapping[str, Any], text: Any,
     """Refuse a model or a processor that cannot be the one to change, and what would be lost or never done."""
     if not given and text is None and not any(options[key] is not None for key in ("tokens", "rules", "share_inputs")):
         raise TypeError("replace() needs a part to change: language_model=..., or an encoder by its name.")
+    if model.config.joined or any(isinstance(group, Mapping) for group in options["share_inputs"] or ()):
+        told = f"{model.config.joined or options['share_inputs']}: one projector is made for all of a group"
+        raise ValueError(f"Encoders that are joined cannot be exchanged, {told}: compose the parts anew.")
     if not isinstance(options["rules"], (Mapping, type(None))) or set(options["rules"] or ()) - set(RULES):
         raise TypeError(f"rules must be a dict with some of {list(RULES)}, got {options['rules']!r:.100}.")
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
@@ -149,6 +154,28 @@ def _check_processor(
             f"The processor is not this model's: its placeholders have the ids {processor.placeholder_ids}, the model's {ids}. "
             "Build it by MultimodalProcessor(tokenizer, processors, model=model)."
         )
+    if processor.native is not None:
+        _check_native(processor)
+
+
+def _check_native(processor: MultimodalProcessor) -> None:
+    """Refuse a native processor that writes more than placeholders for an item, which a composed one would not."""
+    for name, token in processor.tokens.items():
+        own = processor.processors[name]
+        rate = sampling_rate_of(own) or 16_000
+        noise = np.random.default_rng(0).uniform(-0.1, 0.1, rate // 4)
+        items: dict[str, Any] = {
+            "image": np.zeros((48, 64, 3), np.uint8), "video": np.zeros((4, 48, 64, 3), np.uint8),
+            "audio": {"array": noise, "sampling_rate": rate},
+        }  # fmt: skip
+        item = items[processor.config.modality(name)["kind"]]
+        ids = processor(text=[token], add_special_tokens=False, return_tensors="pt", **{name: [item]})["input_ids"]
+        if not bool((ids == processor.placeholder_ids[name]).all()):
+            raise ValueError(
+                f"{name}: {processor.native.who} writes more than placeholders for an item, and the processor of an exchanged "
+                "composition writes these alone: give processor=MultimodalProcessor(tokenizer, processors, model=model), by "
+                "which the model then is trained, or None."
+            )
 
 
 def source_in(spec: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 
 import convertible_models
+import native_processors
 import native_types
 import pytest
 import tiny
@@ -819,3 +820,46 @@ def test_a_projector_of_other_sizes_or_none_is_not_saved(plain, tmp_path):
     model.vision_encoder.projector = nn.Linear(16, 32)
     with pytest.raises(TypeError, match="vision_encoder.projector must be a MultimodalProjector, got Linear: wrap it"):
         model.save_pretrained(tmp_path)
+
+
+# ---- native processors, joined encoders
+
+
+def test_a_native_processor_of_plain_placeholders_goes_along(tmp_path):
+    model, processor = from_native(native_processors.pair("llava"))
+    whisper = tiny.whisper()
+    heard, ours = replace(model, processor, audio={"model": whisper, "processor": tiny.whisper_processor()})
+    given = {"text": ["see <image>"], "images": [tiny.image(0, (40, 30))], "return_tensors": "pt"}
+    before, after = processor(**given), ours(**given)
+    assert ours.native is None and torch.equal(before["pixel_values"], after["pixel_values"])
+    assert torch.equal(before["input_ids"], after["input_ids"])
+    both = ours(
+        text=["<image> and <audio>"],
+        images=given["images"],
+        audio=tiny.sound(),
+        sampling_rate=16_000,
+        return_tensors="pt",
+    )
+    heard.generate(**both, max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "gemma3", "janus"])
+def test_a_native_processor_that_writes_more_is_not_dropped_without_a_word(model_type):
+    model, processor = from_native(native_processors.pair(model_type))
+    whisper = {"model": tiny.whisper(), "processor": tiny.whisper_processor()}
+    with pytest.raises(ValueError, match="Processor writes more than placeholders for an item.*or None"):
+        replace(model, processor, audio=whisper)
+
+
+def test_joined_encoders_are_not_exchanged():
+    parts = {
+        "vision": ModalEncoderModule(tiny.siglip()),
+        "dino": ModalEncoderModule(tiny.dinov2(image_size=8), drop_prefix=1),
+    }
+    group = {"encoders": ["vision", "dino"], "join": "channels"}
+    joined = MultimodalModel(encoders=parts, language_model=tiny.llama(), share_inputs=[group])
+    with pytest.raises(ValueError, match="Encoders that are joined cannot be exchanged.*compose the parts anew"):
+        replace(joined, language_model=tiny.qwen3())
+    plain = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.siglip())}, language_model=tiny.llama())
+    with pytest.raises(ValueError, match="Encoders that are joined cannot be exchanged.*compose the parts anew"):
+        replace(plain, dino=tiny.dinov2(image_size=8), share_inputs=[group])

@@ -197,13 +197,17 @@ class FreezingMixin(PreTrainedModel):
         for name, pair in encoders_mode.items():
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"encoders_mode[{name!r}] must be (encoder trains, projector trains), got {pair!r}.")
+            for i, part in enumerate(("module", "projector")):
+                lender = self.encoders[name].shares.get(part)
+                if lender is not None and bool(pair[i]) != bool(encoders_mode.get(lender, (not pair[i],) * 2)[i]):
+                    raise ValueError(f"encoders_mode[{name!r}]: its {part} is that of {lender!r}, of which say the same.")
         modes = {f"{name}_encoder.module": bool(pair[0]) for name, pair in encoders_mode.items()}
         modes |= {f"{name}_encoder.projector": bool(pair[1]) for name, pair in encoders_mode.items()}
         if llm_mode is not None:
             modes["language_model"] = bool(llm_mode)
         parts, known = self._parts(), self.config.frozen_parts or {}
         for name, trains in modes.items():
-            if name not in parts:  # another encoder's, which says it
+            if name not in parts:  # another encoder's
                 continue
             before = known.get(name, {})
             asked = name == "language_model" or not follow

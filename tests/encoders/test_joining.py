@@ -397,6 +397,9 @@ def test_gradients_reach_both_towers_and_each_is_frozen_by_name():
         "siglip_encoder.projector",
         "dino_encoder.module",
     }
+    for modes in ({"siglip": (False, True), "dino": (True, False)}, {"dino": (True, True)}):
+        with pytest.raises(ValueError, match="'dino'.*its projector is that of 'siglip', of which say the same"):
+            model.train(encoders_mode=modes)
 
 
 @pytest.mark.parametrize("frozen", [["siglip_encoder"], ["dino_encoder"]])
