@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-catalog test-5.23 test-oldest test-versions test-lowest test-torchvision supported bench lint types check clean test-any-processor
+.PHONY: demo test test-slow test-catalog test-wide test-5.23 test-oldest test-versions test-lowest test-torchvision supported bench lint types check clean test-any-processor
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,24 +25,28 @@ $(VENV)/.transformers-tests: tests/support/transformers_sdist.txt $(VENV)/.insta
 	touch $@
 
 test: $(VENV)/.installed $(VENV)/.transformers-tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog and not wide" $(ARGS)
 
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 # On a processor that rounds by shapes, layouts and addresses: a test that passes here passes on every one.
 test-any-processor: $(VENV)/.installed
-	ANY_PROCESSOR=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
+	ANY_PROCESSOR=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog and not wide" $(ARGS)
 
 test-catalog: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m catalog $(ARGS)
 
+# Matrices beyond those: native processors, native classes that hold compositions, tiles, by every member.
+test-wide: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m wide $(ARGS)
+
 # The same tests with older versions of transformers.  The oldest reads sound files by librosa, and servers pin versions below 5.21.
 test-5.23: $(VENV)-5.23/.installed
-	OMP_NUM_THREADS=1 $(VENV)-5.23/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-5.23/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog and not wide" $(ARGS)
 
 test-oldest: $(VENV)-oldest/.installed
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog and not wide" $(ARGS)
 
 # Of these, what depends on transformers most: models, generation, processors, names and hooks of transformers.
 VERSION_TESTS := $(wildcard tests/test_*modeling*.py tests/test_*process*.py tests/processing/*process*.py) \
@@ -68,7 +72,7 @@ test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/ruff check .
 	$(VENV)-lowest/bin/ruff format --check .
 	$(VENV)-lowest/bin/pre-commit validate-config .pre-commit-config.yaml
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog and not wide" $(ARGS)
 
 $(VENV)-lowest/.installed: pyproject.toml tests/support/lowest_pins.py
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
@@ -80,9 +84,9 @@ $(VENV)-lowest/.installed: pyproject.toml tests/support/lowest_pins.py
 
 # The same tests beside torchvision, whose image and video processors are tested only here; its torch is of 5 GB.
 test-torchvision: $(VENV)-torchvision/.installed
-	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not catalog and not wide" $(ARGS)
 	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m catalog tests/catalog/test_catalog_processors.py -k "ImageProcessor and not Pil"
-	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m catalog tests/conversion/test_processors.py
+	OMP_NUM_THREADS=1 $(VENV)-torchvision/bin/python -m pytest -n 2 --dist worksteal -m wide tests/conversion/test_processors.py
 
 $(VENV)-torchvision/.installed: pyproject.toml constraints.txt
 	test -x $(VENV)-torchvision/bin/python || $(PYTHON) -m venv $(VENV)-torchvision

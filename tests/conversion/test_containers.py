@@ -92,7 +92,7 @@ def test_llava_holds_towers_and_language_models(encoder, text, tmp_path):
     check_held(model, "llava", image_batch(model), tmp_path)
 
 
-@pytest.mark.catalog
+@pytest.mark.wide
 @pytest.mark.parametrize("text", LANGUAGE_MODELS)
 @pytest.mark.parametrize("encoder", LLAVA_TOWERS)
 def test_llava_holds_each_tower_with_each_language_model(encoder, text, tmp_path):

@@ -20,7 +20,7 @@ FAST = ["llava_next", "idefics3", "gemma3", "qwen2_audio"]
 
 def types(names):
     """Parameters of which most are for the wide matrix."""
-    return [pytest.param(name, marks=[] if name in FAST else pytest.mark.catalog) for name in names]
+    return [pytest.param(name, marks=[] if name in FAST else pytest.mark.wide) for name in names]
 
 
 def picture(seed=0, size=(40, 30), mode="RGB"):

@@ -72,7 +72,7 @@ def test_placeholders_are_features(name, packing):
     check_counts(*composed(name, packing), SIZES[2:7:2])
 
 
-@pytest.mark.catalog
+@pytest.mark.wide
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("name, packing", CASES)
 def test_placeholders_are_features_whatever_encoder_and_size(name, packing, encoder):
@@ -122,7 +122,7 @@ def test_a_composition_with_tiles_lives(tmp_path):
     check_whole_life("LlavaNext", "unpad", tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize("name, packing", [case for case in CASES if case != ("LlavaNext", "unpad")])
 def test_every_composition_with_tiles_lives(name, packing, tmp_path):
     check_whole_life(name, packing, tmp_path)
