@@ -94,8 +94,8 @@ def own_stem(path: Path) -> str | None:
 def bundled(text: str, module: str) -> tuple[str, set[str]]:
     """The text of a module as a checkpoint carries it, and the names of the files that it imports.
 
-    Each relative import names a file beside it.  Comments stay here, docstrings but for the first paragraph of the
-    module's (it says what a reader who is to trust the code wants to know), and of blank lines all but one.
+    Each relative import names a file beside it, on one line.  Comments stay here, docstrings but for the first paragraph of
+    the module's (it says what a reader who is to trust the code wants to know), and of blank lines all but one.
     """
     found = set()
 
@@ -124,6 +124,12 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
         elif re.match(r"\s*(async def|def|class) \w+", token.line):
             silent = True
         before = before if token.type == tokenize.COMMENT else token.type
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom):  # on one line each
+            lines[node.lineno - 1 : node.end_lineno] = [
+                f"{ast.unparse(node)}\n",
+                *[""] * (node.end_lineno - node.lineno),
+            ]
     carried: list[str] = []
     for row, line in enumerate(lines, 1):
         if row in inside or not (line == "\n" and carried and carried[-1] == "\n"):

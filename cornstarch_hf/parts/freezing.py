@@ -200,7 +200,9 @@ class FreezingMixin(PreTrainedModel):
             for i, part in enumerate(("module", "projector")):
                 lender = self.encoders[name].shares.get(part)
                 if lender is not None and bool(pair[i]) != bool(encoders_mode.get(lender, (not pair[i],) * 2)[i]):
-                    raise ValueError(f"encoders_mode[{name!r}]: its {part} is that of {lender!r}, of which say the same.")
+                    raise ValueError(
+                        f"encoders_mode[{name!r}]: its {part} is that of {lender!r}, of which say the same."
+                    )
         modes = {f"{name}_encoder.module": bool(pair[0]) for name, pair in encoders_mode.items()}
         modes |= {f"{name}_encoder.projector": bool(pair[1]) for name, pair in encoders_mode.items()}
         if llm_mode is not None:

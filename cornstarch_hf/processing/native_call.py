@@ -119,6 +119,19 @@ class NativeCall:
         with explained(f"native: {name}"):
             return cls(native_class(**parts, tokenizer=tokenizer, **values), kinds)
 
+    def count_of_size(self, owner: Any, name: str, size: Any, options: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens that stand for an item of a size, and its rows of pixels, as the native processor tells them (ValueError)."""
+        native, kind = self.whole(owner.tokenizer, owner.processors), self.kinds[name]
+        keyword = {"image": "image_sizes", "video": "video_sizes", "audio": "audio_lengths"}[kind]
+        told: Any = None
+        if hasattr(native, "_get_num_multimodal_tokens"):
+            with self._refusing():
+                told = native._get_num_multimodal_tokens(**{keyword: [size]}, **options)
+        if (tokens := getattr(told, f"num_{kind}_tokens", None)) is None:
+            reason = f"{self.who} does not tell by its size what it makes of an item"
+            raise ValueError(f"{name}: {reason}: call the processor with one of that size.")
+        return int(tokens[0]), int((getattr(told, f"num_{kind}_patches", None) or [1])[0])
+
     # ---- a call
 
     def __call__(self, owner: Any, text: Any, media: Media, llm: Mapping[str, Any]) -> dict[str, Any]:

@@ -337,6 +337,8 @@ class ItemCounts(ProcessorMixin):
 
     def _count_of_size(self, name: str, kind: str, i: int, size: Any, options: dict[str, Any]) -> tuple[int, int]:
         """Features of the i-th item, of a size, and its rows of pixels: patches where its processor packs them, else 1."""
+        if (native := getattr(self, "native", None)) is not None:
+            return native.count_of_size(self, name, size, options)
         processor, where = self.processors.get(name), f"{name}, item {i}"
         settings = {key: options[key] for key in ENCODER_SETTINGS if key in options}
         options = {key: value for key, value in options.items() if key not in settings}

@@ -68,13 +68,14 @@ def test_package_files_are_seen_by_transformers_as_python_sees_them(tmp_path):
     [
         ("modeling", "from .limits import cap", "from .limits import cap", {"limits"}),
         ("modeling", "from .encoders.grids import GRIDS", "from .encoders_grids import GRIDS", {"encoders_grids"}),
+        ("encoders.grids", "from .items import (\n    a,\n)", "from .encoders_items import a", {"encoders_items"}),
+        ("encoders.grids", "if 1:\n    from ..limits import cap", "if 1:\n    from .limits import cap", {"limits"}),
         (
             "encoders.grids",
-            "from .items import (\n    a,\n)",
-            "from .encoders_items import (\n    a,\n)",
-            {"encoders_items"},
+            "from torch import (  # why\n    nn,\n    Tensor as T,\n)",
+            "from torch import nn, Tensor as T",
+            set(),
         ),
-        ("encoders.grids", "    from ..limits import cap", "    from .limits import cap", {"limits"}),
         ("encoders.grids", "from ..parts.names import x", "from .parts_names import x", {"parts_names"}),
         ("limits", "x = '# no comment'  # why\n    # left out\ny = 2", "x = '# no comment'\ny = 2", set()),
         ("encoders.grids", "from torch import nn\nimport re", "from torch import nn\nimport re", set()),

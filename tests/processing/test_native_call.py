@@ -174,6 +174,19 @@ def test_a_batch_of_the_collator_computes_what_its_rows_do(made):
             assert torch.allclose(found, model(**alone).logits[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["llava", "llava_next", "idefics3", "gemma3", "aya_vision"])
+def test_tokens_of_sizes_are_the_native_ones(made, model_type):
+    _, processor, _, ours = made(model_type)
+    sizes = [(40, 30), (9, 120), (32, 32)]
+    expected, found = (one._get_num_multimodal_tokens(image_sizes=sizes) for one in (processor, ours))
+    assert expected.num_image_tokens == found.num_image_tokens and expected.num_image_patches == found.num_image_patches
+
+
+def test_a_native_processor_that_tells_nothing_by_sizes_says_so(made):
+    with pytest.raises(ValueError, match="audio: Qwen2AudioProcessor does not tell by its size"):
+        made("qwen2_audio")[3]._get_num_multimodal_tokens(audio_lengths=[9000])
+
+
 # ---- what is refused
 
 
