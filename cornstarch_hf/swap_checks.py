@@ -15,6 +15,7 @@ from .configuration_projector import CUSTOM_PROJECTION, MultimodalProjectorConfi
 from .encoders.building import LOADING_KEYS, SELECTED, assign_input_names, check_dtype, found_width, is_path
 from .encoders.counting import DEPTHS
 from .encoders.module import ModalEncoderModule
+from .encoders.tiles import PackedTiles
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import is_wrapped, unwrapped
 from .parts.classes import constructor_options
@@ -227,10 +228,12 @@ def inherited(name: str, new: ModalEncoderModule, old: ModalEncoderModule, state
         faults |= {"drop_prefix": chosen.drop_prefix} if chosen.drop_prefix and not same else {}
         options["drop_prefix"] = chosen.drop_prefix
     for slot, callback in old.callbacks.items():
-        if callback is not None and slot not in stated:
-            faults |= {} if alike else {slot: callback}
-            options[slot] = callback
-    if alike and "additional_args" not in stated:
+        packs = isinstance(callback, PackedTiles)
+        if callback is None or slot in stated or (packs and "tiles" in stated):
+            continue
+        faults |= {} if alike and options[slot] is None else {"tiles" if packs else slot: callback}
+        options[slot] = callback
+    if alike and "tiles" not in stated and "additional_args" not in stated:
         options["additional_args"] = list(old.additional_args)
     _refuse(name, faults, new, old)
     if any(old.merging.values()) and not same:

@@ -26,6 +26,7 @@ from .composition import check_encoders, share_parts, take_checkpointing, twins
 from .configuration_multimodal import MultimodalConfig
 from .encoders.building import SELECTED, encoder_specs, is_path, make_projector, modality_entry
 from .encoders.module import ModalEncoderModule
+from .encoders.tiles import PackedTiles
 from .language_model.refusals import check_language_model
 from .language_model.supported import embedding_width
 from .modeling_multimodal import MultimodalModel
@@ -327,6 +328,11 @@ class _Swap:
         made.config.frozen = frozen_patterns(made) or None
         take_checkpointing(self.model, made)
         made.train(self.model.training)
+        for name, encoder in self.encoders.items():
+            packing, old = encoder.postprocess_projector_callback, self.old.get(name)
+            before = None if old is None else old.postprocess_projector_callback
+            if isinstance(packing, PackedTiles) and packing.image_newline is not None and packing is not before:
+                self.untrained.append(f"{name}_encoder.postprocess_projector_callback")
         told = [f"{', '.join(self.untrained)} (new and untrained)"] if self.untrained else []
         told += [f"{', '.join(self.moved)} (kept, but trained beside another part)"] if self.moved else []
         if told:

@@ -189,11 +189,11 @@ def test_widths_that_do_not_fit():
         made(in_features=17, out_features=32)
     with pytest.raises(ValueError, match="out_features is 31.*width 32"):
         made(in_features=16, out_features=31)
-    with pytest.raises(ValueError, match="Unknown projection type 'qformer'.*'mlp'"):
+    with pytest.raises(ValueError, match="Unknown projection type 'perceiver'.*'mlp'"):
         MultimodalModel(
             encoders={"vision": ModalEncoderModule(tiny.clip())},
             language_model=tiny.llama(),
-            init_projector_type="qformer",
+            init_projector_type="perceiver",
         )
     with pytest.raises(ValueError, match="Unknown activation"):
         MultimodalModel(

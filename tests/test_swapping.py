@@ -6,6 +6,7 @@ import convertible_models
 import native_processors
 import native_types
 import pytest
+import tiles
 import tiny
 import torch
 from own_memory import check_comes_back, own_memory, weights
@@ -863,3 +864,16 @@ def test_joined_encoders_are_not_exchanged():
     plain = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.siglip())}, language_model=tiny.llama())
     with pytest.raises(ValueError, match="Encoders that are joined cannot be exchanged.*compose the parts anew"):
         replace(plain, dino=tiny.dinov2(image_size=8), share_inputs=[group])
+
+
+def test_the_packing_of_tiles_is_exchanged_and_its_learnt_vector_told(caplog):
+    model, processor = tiles.composed("LlavaNext", "unpad")
+    image = tiny.image(0, (12, 30))
+    for packing in ("concat", "newline"):
+        made, ours = replace(model, processor, vision={"tiles": packing})
+        assert made.vision_encoder.postprocess_projector_callback.packing == packing
+        inputs = ours(text=["<image>"], images=[image], return_tensors="pt")
+        made.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert "vision_encoder.postprocess_projector_callback (new and untrained)" in caplog.text
+    kept, _ = replace(model, processor, vision={"drop_prefix": 1})
+    assert kept.vision_encoder.postprocess_projector_callback.packing == "unpad"

@@ -291,8 +291,9 @@ def _selection(
         raise _Unfit(
             _FINAL_NORM.format(who=repr(model_type), layers=layers.num_hidden_layers, others=others or "none does")
         )
-    # Its own -1 is the last of the hidden states, which is ours: see `Tower.last_is_hidden`.
-    return replace(part, layer=layer), settings | settings_for(part.layer, layer)
+    # Its own -1 is the last of the hidden states, which is ours: see `Tower.last_is_hidden`.  0 it takes for no layer.
+    told = layer if layer != 0 else -(layers.num_hidden_layers + 1)
+    return replace(part, layer=layer), settings | settings_for(part.layer, told)
 
 
 def _projector(

@@ -45,6 +45,8 @@ def composed_processor(native: Any, model: Any) -> MultimodalProcessor:
 
 def native_processor(processor: Any) -> Any:
     """The native processor that a composed one holds, with its tokenizer and processors of items as they are now."""
+    if not isinstance(processor, ProcessorMixin):
+        raise TypeError(f"The processor must be a MultimodalProcessor or a native one, got {type(processor).__name__}.")
     if not isinstance(processor, MultimodalProcessor):
         return processor
     if processor.native is None:

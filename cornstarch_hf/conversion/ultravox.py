@@ -19,6 +19,7 @@ from ..checkpoints.storage import sync_config
 from ..encoders.building import modality_entry
 from ..modeling_multimodal import MultimodalModel
 from ..parts.adapters import is_wrapped
+from ..processing_multimodal import MultimodalProcessor
 from .comparing import projector_options
 from .keys import path_of
 
@@ -66,6 +67,8 @@ def save_ultravox(
         raise TypeError(f"save_ultravox takes a MultimodalModel, got {type(model).__name__}.")
     if code is not None and not isinstance(code, str):
         raise TypeError(f"code must be the id of a repository, got {code!r:.100}.")
+    if not isinstance(processor, (MultimodalProcessor, type(None))):
+        raise TypeError(f"processor must be a MultimodalProcessor or None, got {type(processor).__name__}.")
     name, options = _checked(model)
     written = {CONFIG, _PROCESSOR, "generation_config.json"}
     with replaced_atomically(folder, CONFIG, lambda file: file in written or file.startswith(f"{_WEIGHTS}.")) as place:

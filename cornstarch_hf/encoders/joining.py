@@ -86,7 +86,11 @@ def grids_of_features(encoder: Any, inputs: dict, output: EncoderOutput, encoded
         return [(length,) for length in lengths]
     config, dropped = unwrapped(encoder.module).config, encoder.selection.drop_prefix
     query = GridQuery(inputs, config, encoder.kind, lengths, lengths != encoded, dropped)
-    return [tuple(grid) for grid in found_grids(query, output.feature_grids, encoder.by_frame, encoder.name, _REASON)]
+    axes = 2 if encoder.kind == "image" else 3  # patches that are packed have a frame of an image before these
+    return [
+        tuple(grid)[-axes:]
+        for grid in found_grids(query, output.feature_grids, encoder.by_frame, encoder.name, _REASON)
+    ]
 
 
 def joined_features(parts: Sequence[Part], resample: str | None) -> EncoderOutput:

@@ -165,7 +165,8 @@ class ChatTemplating(ProcessorMixin):
         return {name: self.config.modality(name)["kind"] for name in self.tokens}
 
     def _reader(self, control: Sequence[str], local_media: bool | None) -> ConversationReader:
-        allowed = local_allowed(local_media)
+        allowed, ids = local_allowed(local_media), list(self.placeholder_ids.values())
+        control = [*control, *self.tokenizer.convert_ids_to_tokens(ids)]  # which a native processor's texts do not have
         return ConversationReader(self.tokens, self.config.modalities_for, self._kinds(), control, allowed)
 
     def _specials(self) -> list[str]:

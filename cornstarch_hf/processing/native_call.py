@@ -161,11 +161,14 @@ class NativeCall:
         given: dict[str, Any] = {f"{PLURALS[self.kinds[name]]}_kwargs": one for name, one in options.items() if one}
         given |= {PLURALS[self.kinds[name]]: self._grouped(name, own, texts, samples) for name, own in items.items()}
         stated = llm["stated"]
+        if llm["item_lengths"]:  # of the collator, which wants lists, and makes types of tokens itself
+            stated = {**stated, "return_tensors": "pt", "text_kwargs": dict(stated["text_kwargs"])}
+            stated["text_kwargs"].pop("return_token_type_ids", None)
         defaults = {key: value for key, value in llm["defaults"].items() if key not in stated}
         given |= stated | {"text_kwargs": defaults | stated["text_kwargs"]}
         with owner.lock, self._refusing():  # a tokenizer keeps the options of its last call
             data = dict(native(text=call.texts, **given))
-        self._check(owner, data, items, {name: settings_of(media[name]) for name in items})
+        self._check(owner, data, items, {name: settings_of(media[name]) for name in items}, call)
         if llm["item_lengths"]:
             data = self._for_collator(owner, data, items, call)
         return data
@@ -177,7 +180,7 @@ class NativeCall:
             yield
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             kind = "" if isinstance(error, ValueError) else f" ({type(error).__name__})"
-            raise ValueError(f"{self.who} refuses the call{kind}: {error!s:.500}") from error
+            raise ValueError(f"{self.who} refuses the call{kind}: {unmark(str(error)):.500}") from error
 
     def _ready(self, owner: Any, media: Media) -> tuple[dict[str, list], dict[str, dict], dict[str, Any]]:
         """Items, options of their processors, and items per sample where they were given so, by modality."""
@@ -243,42 +246,40 @@ class NativeCall:
             start += count
         return groups
 
-    def _check(
-        self, owner: Any, data: Mapping[str, Any], items: Mapping[str, list], settings: Mapping[str, Any]
-    ) -> None:
-        """Hold placeholders against features, by modality (ValueError with both numbers)."""
+    def _check(self, owner: Any, data: Mapping, items: Mapping[str, list], settings: Mapping, call: "_Call") -> None:
+        """Hold placeholders against features, by modality (ValueError with both numbers, or for an item of none)."""
         ids = None if "input_ids" not in data else [list(map(int, row)) for row in data["input_ids"]]
-        for name in items:
+        for name, lengths in self._lengths(owner, items, call).items():
+            if 0 in lengths:
+                raise ValueError(
+                    f"{name}, item {lengths.index(0)}: {self.who} makes no feature of it: it is too short."
+                )
             names = owner.config.modality(name)["input_names"]
             tensors = {taken: _tensor(data[key]) for key, taken in names.items() if key in data}
             check_finite(tensors, name)
             features = owner.counter.batch_count(name, tensors | settings[name])
             written = None if ids is None else sum(row.count(owner.placeholder_ids[name]) for row in ids)
             if written is not None and written != features:
-                told = (
-                    f"{self.who} writes {written} placeholder tokens for {len(items[name])} items, whose encoder gives"
-                )
-                raise ValueError(
-                    f"{name}: {told} {features} features: its settings do not fit the model's, or text was cut."
-                )
+                told = f"{self.who} writes {written} placeholder tokens for {len(items[name])} items, whose encoder"
+                reason = "its settings do not fit the model's, or text was cut"
+                raise ValueError(f"{name}: {told} gives {features} features: {reason}.")
 
-    def _for_collator(
-        self, owner: Any, data: dict[str, Any], items: Mapping[str, list], call: "_Call"
-    ) -> dict[str, Any]:
-        """Of one text: without values of tokens that are made anew of a batch, and with features of each item."""
+    def _lengths(self, owner: Any, items: Mapping[str, list], call: "_Call") -> dict[str, list[int]]:
+        """Placeholders of each item by what stands for it; none where the class does not tell."""
         placeholders = owner.tokenizer.convert_ids_to_tokens(list(owner.placeholder_ids.values()))
         tokens = dict(zip(owner.placeholder_ids, placeholders, strict=True))
-        lengths: dict[str, list[int]] = {name: [] for name in self.kinds}
+        texts = {name: call.replacements.get(self.kinds[name], ()) for name in items}
+        return {name: [text.count(tokens[name]) for text in found] for name, found in texts.items()}
+
+    def _for_collator(self, owner: Any, data: dict, items: Mapping[str, list], call: "_Call") -> dict[str, Any]:
+        """Of one text: without values of tokens that are made anew of a batch, and with features of each item."""
+        rows = {key: data[key].tolist() for key in ("input_ids", "attention_mask", "assistant_masks") if key in data}
+        lengths: dict[str, list[int]] = {name: [] for name in self.kinds} | self._lengths(owner, items, call)
         for name, own in items.items():
-            if (found := call.replacements.get(self.kinds[name])) is not None:
-                lengths[name] = [each.count(tokens[name]) for each in found]
-            else:  # what it writes for each item is the same
-                total = list(data["input_ids"][0]).count(owner.placeholder_ids[name])
-                lengths[name] = [total // len(own)] * len(own)
-        kept = {"input_ids", "attention_mask", "assistant_masks"}
+            if not lengths[name]:  # what it writes for each item is the same
+                lengths[name] = [rows["input_ids"][0].count(owner.placeholder_ids[name]) // len(own)] * len(own)
         taken = {key for name in items for key in owner.config.modality(name)["input_names"]}
-        data = {key: _tensor(value) if key in taken else value for key, value in data.items() if key in kept | taken}
-        return data | {"item_lengths": lengths}
+        return rows | {key: data[key] for key in taken if key in data} | {"item_lengths": lengths}
 
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,7 @@ LLAVA_CHOICES = {
     "joined layers": {"layer": [-2, 1]},
     "every token": {"drop_prefix": 0},
     "the layer before the last": {"layer": -2},
+    "embeddings alone": {"layer": 0},
     "the last layer, which no norm follows": {"layer": -1},
     "hidden size as it is": {"projector": {"projection_kwargs": {"hidden_size": 32, "num_layers": 2}}},
 }

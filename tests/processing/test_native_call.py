@@ -187,7 +187,46 @@ def test_a_native_processor_that_tells_nothing_by_sizes_says_so(made):
         made("qwen2_audio")[3]._get_num_multimodal_tokens(audio_lengths=[9000])
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "qianfan_ocr", "aya_vision"])
+def test_the_token_that_is_repeated_stays_text_where_a_user_types_it(made, model_type):
+    _, _, _, ours = made(model_type)
+    token = ours.tokenizer.convert_ids_to_tokens(ours.placeholder_ids["vision"])
+    messages = [{"role": "user", "content": [{"type": "text", "text": f"what is {token}"}]}]
+    out = ours.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert token not in ours.tokens.values()
+    assert not (out["input_ids"] == ours.placeholder_ids["vision"]).any()
+    assert f"what is {token}" in ours.tokenizer.decode(out["input_ids"][0])
+
+
+@pytest.mark.parametrize("model_type", ["paligemma", "ovis2", "moss_transcribe_diarize"])
+def test_rows_of_text_are_collated_whatever_tensors_the_class_makes(made, model_type):
+    native, processor = native_processors.pair(model_type)
+    model, ours = from_native((native, processor))
+    kind = "audio" if model_type in native_processors.SOUNDS else "images"
+    token = next(iter(ours.tokens.values()))
+    rate = {"sampling_rate": 16_000} if kind == "audio" else {}
+    row = {"prompt": f"{token} what ", "completion": "five", kind: [item(model_type)]}
+    if model_type == "paligemma":  # which puts a token into the text, so that completions are not told
+        row = {"text": f"{token} what", kind: [item(model_type)]}
+    batch = MultimodalCollator(ours, **rate)([row, row])
+    assert torch.isfinite(copy.deepcopy(model).train()(**batch).loss)
+
+
 # ---- what is refused
+
+
+@pytest.mark.parametrize("model_type", ["audioflamingo3", "glmasr", "qwen2_audio"])
+def test_a_sound_of_no_feature_is_refused(model_type):
+    _, ours = from_native(native_processors.pair(model_type))
+    token = ours.tokens["audio"]
+    sounds = [tiny.sound(0, 9000), tiny.sound(0, 10)]
+    with pytest.raises(ValueError, match="audio, item 1: .*Processor makes no feature of it: it is too short"):
+        ours(
+            text=[f"a {token}", f"b {token}"],
+            audio=[sounds[:1], sounds[1:]],
+            sampling_rate=16_000,
+            text_kwargs={"padding": True},
+        )
 
 
 def test_placeholders_and_items_that_differ_are_refused(made):

@@ -28,7 +28,10 @@ def test_chosen_tokens_come_before_stored_ones():
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"smell": "<s>"}, r"tokens names \['smell'\], the model has the encoders \['vision', 'audio'\]"),
+        (
+            {"smell": "<s>"},
+            r"tokens names \['smell'\], the model has placeholders of the encoders \['vision', 'audio'\]",
+        ),
         ({"vision": " <i>"}, "vision: a placeholder token must be text without spaces around it, got ' <i>'"),
         ({"vision": "\n"}, "without spaces"),
         ({"vision": 7}, "got 7"),
