@@ -271,9 +271,8 @@ def _entry_text(carries: dict[str, Any]) -> str:
     """The text of the entry: imports of all that is not imported by something else, what it carries, registrations."""
     sides = carries["sides"].values()
     imports = [f"import {package}" for package in sorted({name for side in sides for name in side["packages"]})]
-    registering = {entry[0] for side in sides for entry in side["registrations"]}
-    registering |= {_REGISTER["encoder_types"] for side in sides if side.get("rows")}
-    imports += [f"from .{own_module_of(name)} import {name}" for name in (*CLASSES, *sorted(registering))]
+    defined = {name: own_module_of(name) for name in (*CLASSES, *_REGISTER.values())}
+    imports += [f"from .{home} import {name}" for name, home in defined.items() if home in carries["package"]]
     for stem in sorted(set(carries["package"]) - _package_stems()):  # what not every checkpoint needs
         # transformers copies only files that it finds in lines of the form `from .x import y`.
         imports.append(f"from .{stem} import __name__ as _{stem}")
@@ -294,7 +293,7 @@ def _entry_text(carries: dict[str, Any]) -> str:
     for name, row in rows.items():
         facts = [f"{key}={value if isinstance(value, str) else '_'.join(['', *value])}" for key, value in row.items()]
         registrations.append(f"register_encoder_type({name!r}, {', '.join(facts)})")
-    carried = pprint.pformat(carries, width=120, compact=True)
+    carried = pprint.pformat(carries, width=240, compact=True)
     texts = {"imports": imports, "carries": [f"CARRIES = {carried}"], "registrations": registrations}
     return (
         _ENTRY_TEXT.format(install=INSTALL, **{key: "\n".join(lines) for key, lines in texts.items()}).rstrip("\n")

@@ -577,7 +577,7 @@ def test_adapters_inside_parts_and_pipelines(tmp_path, adapters):
                 "encoders_said_of_items",
             },
         ),
-        ("gemma3", {"language_model_masks", "projectors_native"}),
+        ("gemma3", {"language_model_masks", "projectors_native", "projectors_qformer"}),
     ],
 )
 def test_rules_run_where_the_package_is_absent_and_only_they_are_carried(tmp_path, model_type, stems):
