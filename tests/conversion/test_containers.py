@@ -1,5 +1,6 @@
 """Compositions that never were native, in native classes that hold them: equal to the bit there and back; what is refused, and why."""
 
+import native_processors
 import pytest
 import torch
 import transformers
@@ -228,7 +229,10 @@ def test_what_is_frozen_learnt_and_generated_goes_along():
     assert not any(p.requires_grad for p in native.model.vision_tower.parameters())
     assert all(p.requires_grad for p in native.model.language_model.parameters())
     assert native.lm_head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-    assert to_native(model, "a processor", model_type="llava")[1] == "a processor"
+    given = native_processors.PROCESSORS["llava"](16)
+    assert to_native(model, given, model_type="llava")[1] is given
+    with pytest.raises(TypeError, match="The processor must be a MultimodalProcessor or a native one"):
+        to_native(model, given.tokenizer, model_type="llava")
 
 
 def test_a_composition_from_its_checkpoint_is_held_too(tmp_path):

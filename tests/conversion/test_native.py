@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import convertible_models
+import native_processors
 import native_types
 import pytest
 import tiny
@@ -295,8 +296,9 @@ def test_what_a_composition_learns_comes_back_with_its_processor(llava):
     model, _ = from_native(native)
     with torch.no_grad():
         model.vision_encoder.projector.projection[0].weight = torch.nn.Parameter(torch.ones(32, 32))
-    back, processor = to_native(model, "a processor")
-    assert processor == "a processor" and back.model.multi_modal_projector.linear_1.weight.eq(1).all()
+    given = native_processors.PROCESSORS["llava"](16)
+    back, processor = to_native(model, given)
+    assert processor is given and back.model.multi_modal_projector.linear_1.weight.eq(1).all()
 
 
 SCALED = {
