@@ -193,7 +193,8 @@ def to_native(model: Any, processor: Any = None, *, model_type: str | None = Non
     Args:
         model: a composition that came from `from_native`, changed as native classes allow it: other weights, more tokens;
             or one that never was native.
-        processor: its processor, from `from_native`; a native one is given back as it is.
+        processor: its processor, from `from_native`, or a composition's own where that class gives the same
+            (``"llava"``, ``"deepseek_vl"``); a native one is given back as it is.
         model_type: what a composition that never was native becomes: ``"llava"``, ``"deepseek_vl"``, ``"internvl"``,
             ``"idefics3"``, ``"smolvlm"``, ``"voxtral"``, ``"qwen2_audio"`` or ``"audioflamingo3"``.
 
@@ -208,7 +209,7 @@ def to_native(model: Any, processor: Any = None, *, model_type: str | None = Non
     if not isinstance(model, MultimodalModel):
         raise TypeError(f"to_native takes a MultimodalModel, got {type(model).__name__}.")
     native = put_together(model, model_type)
-    return native if processor is None else (native, native_processor(processor))
+    return native if processor is None else (native, native_processor(processor, native))
 
 
 def put_together(model: MultimodalModel, model_type: str | None = None) -> Any:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
+from containable import WITHOUT_CLASS_TOKEN, composed, language_model, tower
 from own_memory import own_memory
 from transformers import AutoModel, AutoProcessor
 
@@ -361,13 +363,145 @@ def test_what_is_no_native_processor_is_refused(pairs, given, error, told):
         from_native((native, ours if given == "composed" else given))
 
 
-def test_a_processor_that_never_was_native_cannot_go_back(pairs):
+def test_a_processor_that_never_was_native_becomes_one_that_gives_the_same(pairs):
     _, processor, model, _ = pairs("llava")
     plain = MultimodalProcessor(processor.tokenizer, {"vision": processor.image_processor}, config=model.config)
-    with pytest.raises(ValueError, match="This processor never was a native one.*build the native class"):
-        to_native(model, plain)
+    _, made = to_native(model, plain)
+    assert made is not processor and made.to_dict() == processor.to_dict()
     native, same = to_native(model, processor)
     assert same is processor and type(native).__name__ == "LlavaForConditionalGeneration"
+
+
+# ---- of compositions that never were native
+
+CUT = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+RGB = {"do_convert_rgb": True}
+TOWERS = {  # of LLaVA: an image processor of each
+    "clip_vision_model": ("CLIP", CUT), "siglip_vision_model": ("Siglip", {}), "dinov2": ("Bit", CUT), "dinov3_vit": ("ViT", RGB),
+    "vit": ("ViT", RGB), "aimv2_vision_model": ("CLIP", CUT), "mlcd_vision_model": ("CLIP", CUT), "internvl_vision": ("ViT", RGB),
+}  # fmt: skip
+LINEAR = {"projection_type": "linear"}
+SHUFFLE = {"projection_type": "pixel_shuffle", "projection_kwargs": {"scale_factor": 2}}
+ONE_LAYER = {"projection_type": "pixel_shuffle", "projection_kwargs": {"num_layers": 1, "norm": "none", "bias": False}}
+STACK = {"projection_type": "frame_stack", "projection_kwargs": {"stack_factor": 4}}
+
+
+def own(encoder, processor, projector=None, template=None, name="vision", **selection):
+    """A composition of Qwen3, and its processor."""
+    model = composed(encoder, language_model("qwen3", vocab_size=384), projector, name, token=None, **selection)
+    parts = {} if processor is None else {name: processor}
+    return model, MultimodalProcessor(tiny.tokenizer(template), parts, model=model)
+
+
+def own_llava(encoder_type, template=None):
+    encoder = tower(encoder_type)
+    drop = 0 if encoder_type in WITHOUT_CLASS_TOKEN else 1
+    name, settings = TOWERS[encoder_type]
+    options = {"layer": encoder.config.num_hidden_layers, "drop_prefix": drop}
+    return own(encoder, native_processors.images(name, **settings), template=template, **options)
+
+
+def check_contained(model, processor, model_type, tmp_path):
+    """Files of both, loaded by native classes alone: equal ids, tensors, chats and answers."""
+    native, made = to_native(model, processor, model_type=model_type)
+    native.save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is type(made) and type(loaded).__module__.startswith("transformers.")
+    token = processor.tokens["vision"]
+    cases = [  # as images of one text, and of a batch
+        ([f"a {token} b"], [(40, 30)]), ([f"{token}"], [(7, 200)]), ([f"{token}{token} c", "d", f"e {token}"], [(1, 1), (64, 64), (90, 31)]),
+    ]  # fmt: skip
+    for texts, sizes in cases:
+        for mode in ("RGB", "L", "RGBA"):
+            call = {"text": texts, "images": [picture(i, size, mode) for i, size in enumerate(sizes)], "padding": True}
+            found, expected = loaded(**call, return_tensors="pt"), processor(**call, return_tensors="pt")
+            assert set(found) == set(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
+    texts = {"text": ["a", "b c d"], "padding": True, "return_tensors": "pt"}
+    assert torch.equal(loaded(**texts)["input_ids"], processor(**texts)["input_ids"])
+    talk = [
+        {"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "a b"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "c"}]},
+        {"role": "user", "content": [{"type": "text", "text": "d"}, {"type": "image", "image": picture(1)}]},
+    ]
+    asked = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    found, expected = (one.apply_chat_template(talk, **asked) for one in (loaded, processor))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    answers = [
+        own_memory(one).eval().generate(**expected, max_new_tokens=5, do_sample=False)
+        for one in (model, getattr(transformers, type(native).__name__).from_pretrained(tmp_path))
+    ]
+    assert torch.equal(*answers)
+    assert to_native(model, loaded, model_type=model_type)[1] is loaded
+
+
+@pytest.mark.parametrize("encoder_type", sorted(TOWERS))
+def test_llava_takes_the_processor_along(encoder_type, tmp_path):
+    model, processor = own_llava(encoder_type)
+    check_contained(model, processor, "llava", tmp_path)
+
+
+OF_STRINGS = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+OF_PARTS = """{% for m in messages %}{{ m['role'] }}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image>
+{%- else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", [OF_STRINGS, OF_PARTS])
+def test_chats_of_the_native_processor_are_those_of_ours(template, tmp_path):
+    model, processor = own_llava("clip_vision_model", template)
+    check_contained(model, processor, "llava", tmp_path)
+
+
+def test_deepseek_vl_takes_the_processor_along(tmp_path):
+    model, processor = own(tower("siglip_vision_model"), native_processors.images("Siglip"))
+    check_contained(model, processor, "deepseek_vl", tmp_path)
+
+
+def whisper_sounds():
+    return transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1, hop_length=250)
+
+
+UNLIKE = {
+    "idefics3": (lambda: own(tower("siglip_vision_model"), native_processors.images("Siglip"), ONE_LAYER),
+                 "Idefics3Processor does not give the same: it writes tokens of its own around"),
+    "smolvlm": (lambda: own(tower("siglip_vision_model"), native_processors.images("Siglip"), ONE_LAYER),
+                "SmolVLMProcessor does not give the same: it writes tokens of its own around"),
+    "internvl": (lambda: own(tower("internvl_vision"), native_processors.images("ViT"), SHUFFLE, drop_prefix=1),
+                 "InternVLProcessor does not give the same: it writes tokens of its own around"),
+    "voxtral": (lambda: own(tower("whisper", encoder_ffn_dim=128), whisper_sounds(), STACK, name="audio"),
+                "VoxtralProcessor does not give the same: it reads text by the tokenizer of mistral-common"),
+    "qwen2_audio": (lambda: own(tower("qwen2_audio_encoder"), whisper_sounds(), LINEAR, name="audio"),
+                    r"of an item it makes \d+ placeholders, and this one \d+; convert the model alone"),
+    "audioflamingo3": (lambda: own(tower("audioflamingo3_encoder"), whisper_sounds(), name="audio"),
+                       "AudioFlamingo3Processor does not give the same: "),
+    "llava": (lambda: own(tower("internvl_vision"), native_processors.images("GotOcr2", crop_to_patches=False),
+                          drop_prefix=1, layer=2), "num_patches is given by it alone"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", sorted(UNLIKE))
+def test_a_native_processor_that_gives_something_else_is_refused(model_type):
+    build, told = UNLIKE[model_type]
+    model, processor = build()
+    assert type(to_native(model, model_type=model_type)).__module__.startswith("transformers.")
+    with pytest.raises(ValueError, match=told):
+        to_native(model, processor, model_type=model_type)
+
+
+def test_a_processor_of_another_model_is_refused():
+    model, processor = own_llava("vit")
+    other = MultimodalProcessor(tiny.tokenizer(), processor.processors, config=model.config, tokens={"vision": "<pic>"})
+    with pytest.raises(
+        ValueError, match=r"vision: '<pic>' has the id \d+ in this processor, and the model's placeholder is \d+"
+    ):
+        model.set_modality_token_ids({"vision": 7})
+        to_native(model, other, model_type="llava")
+
+
+def test_a_processor_without_one_of_the_modality_is_refused():
+    model, processor = own(tower("vit"), None, layer=2, drop_prefix=1)
+    with pytest.raises(ValueError, match="this one has none for vision; convert the model alone"):
+        to_native(model, processor, model_type="llava")
 
 
 def test_a_checkpoints_own_processor_is_not_replaced(pairs, tmp_path):
