@@ -8,8 +8,8 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,15 @@ from ..parts.signatures import accepts, forward_parameters
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from .counting import FeatureCounter
 from .item_sizes import channels_of, configured_sides, first_positive_setting
-from .selection import FeatureAxes, Selection, as_output, axes_of, chosen_features, select_features
+from .selection import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    LAYERS_FIRST,
+    Selection,
+    as_output,
+    chosen_features,
+    select_features,
+)
 
 Inputs = dict[str, Tensor]
 Shapes = list[tuple[int, ...]]
@@ -160,6 +168,39 @@ def _companions(inputs: Inputs, key: str, config: PreTrainedConfig) -> Inputs:
 _MOST_TRIES = 24  # dry runs of one encoder, before its inputs count as unknown
 
 
+class FeatureAxes(NamedTuple):
+    """How features lie in the tensor that a selection names."""
+
+    width: int  # of one feature
+    data_format: str | None  # see `Selection`; None for packed features, which have one axis besides
+
+
+def _axes_of(shapes: Sequence[tuple[int, ...]], expected_width: int | None, guess: bool = False) -> FeatureAxes | None:
+    """The axes that some shapes of one item's features leave as the only ones; else, if that may be guessed, the usual ones."""
+    shape = shapes[-1]
+    if len(shape) == 2:
+        return FeatureAxes(shape[-1], None)  # packed, (tokens, width)
+    if len(shape) not in (3, 4):
+        return None
+    if len(shape) == 4 and shape[1] == 1 < shape[0]:  # (layers, items, tokens, width), of one item
+        return FeatureAxes(shape[-1], LAYERS_FIRST)
+    first, last = FeatureAxes(shape[1], CHANNELS_FIRST), FeatureAxes(shape[-1], CHANNELS_LAST)
+    # The width is the axis that is the same whatever the size of the item.
+    fixed = [a for a in (1, len(shape) - 1) if len({s[a] for s in shapes if len(s) == len(shape)}) == 1]
+    if len(fixed) == 1:
+        return first if fixed == [1] else last
+    fits = [layout for layout in (first, last) if layout.width == expected_width]
+    if len(fits) == 1:  # or the only one that is as long as the configuration says
+        return fits[0]
+    if len(shape) == 4 and shape[1] != shape[3]:  # a square map
+        if shape[2] == shape[3]:
+            return first
+        if shape[1] == shape[2]:
+            return last
+    # (items, tokens, width), or (items, width, rows, columns)
+    return (last if len(shape) == 3 else first) if guess else None
+
+
 def find_feature_axes(module: nn.Module, kind: str, selection: Selection, name: str) -> FeatureAxes | None:
     """How an encoder's selected features lie, by a dry run of an ordinary item; None where no inputs are known that it takes.
 
@@ -183,11 +224,11 @@ def find_feature_axes(module: nn.Module, kind: str, selection: Selection, name: 
         features = chosen_features(as_output(output), selection, name, items=1)[0]
         shapes.append(tuple(features.shape))
         stated = selection.data_format  # by the user; then the width is that of the axis which it names
-        layout = FeatureAxes(0, stated) if stated is not None else axes_of(shapes, feature_width(inner.config))
+        layout = FeatureAxes(0, stated) if stated is not None else _axes_of(shapes, feature_width(inner.config))
         if layout is not None:  # the width is that of all layers together
             every = dataclasses.replace(selection, drop_prefix=0, data_format=layout.data_format)
             return layout._replace(width=select_features(as_output(output), every, name, items=1)[0].shape[-1])
-    usual = axes_of(shapes, None, guess=True) if shapes else None
+    usual = _axes_of(shapes, None, guess=True) if shapes else None
     return usual and usual._replace(width=usual.width * len(selection.layers))
 
 

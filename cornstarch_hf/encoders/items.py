@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parts.adapters import unwrapped
-from ..parts.known_encoders import grid_of, patch_size, unpadded_patches
+from ..parts.known_encoders import encoder_type, grid_of, patch_size, unpadded_patches
 from .grids import merged_patches
 from .towers import TRUE_ON_PADDING, counted_lengths
 
@@ -211,6 +211,10 @@ def _packed(count: int, arguments: Mapping[str, Any], config: Any) -> list[int] 
             return lengths
     elif count == items and all(len(x) == items for x in arguments.values() if isinstance(x, Tensor) and x.ndim > 1):
         return [1] * items  # one vector each
+    if (known := encoder_type(config).count) is not None:
+        lengths = [known(item, config) or 0 for item in split_items(arguments, items, "")]
+        if sum(lengths) == count:
+            return lengths
     raise ItemLengthsUnknown(packed=True)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,39 +193,6 @@ def _as_tokens(features: Tensor, selection: Selection, width: int | None, name: 
             "(items, width, height, width of map) or packed (tokens, width): reshape them in postprocess_module_callback."
         )
     return features.flatten(1, 2)  # (items, rows, columns, width) -> (items, tokens, width)
-
-
-class FeatureAxes(NamedTuple):
-    """How features lie in the tensor that a selection names."""
-
-    width: int  # of one feature
-    data_format: str | None  # see `Selection`; None for packed features, which have one axis besides
-
-
-def axes_of(shapes: Sequence[tuple[int, ...]], expected_width: int | None, guess: bool = False) -> FeatureAxes | None:
-    """The axes that some shapes of one item's features leave as the only ones; else, if that may be guessed, the usual ones."""
-    shape = shapes[-1]
-    if len(shape) == 2:
-        return FeatureAxes(shape[-1], None)  # packed, (tokens, width)
-    if len(shape) not in (3, 4):
-        return None
-    if len(shape) == 4 and shape[1] == 1 < shape[0]:  # (layers, items, tokens, width), of one item
-        return FeatureAxes(shape[-1], LAYERS_FIRST)
-    first, last = FeatureAxes(shape[1], CHANNELS_FIRST), FeatureAxes(shape[-1], CHANNELS_LAST)
-    # The width is the axis that is the same whatever the size of the item.
-    fixed = [a for a in (1, len(shape) - 1) if len({s[a] for s in shapes if len(s) == len(shape)}) == 1]
-    if len(fixed) == 1:
-        return first if fixed == [1] else last
-    fits = [layout for layout in (first, last) if layout.width == expected_width]
-    if len(fits) == 1:  # or the only one that is as long as the configuration says
-        return fits[0]
-    if len(shape) == 4 and shape[1] != shape[3]:  # a square map
-        if shape[2] == shape[3]:
-            return first
-        if shape[1] == shape[2]:
-            return last
-    # (items, tokens, width), or (items, width, rows, columns)
-    return (last if len(shape) == 3 else first) if guess else None
 
 
 def rows_of_items(features: Tensor, items: int) -> Tensor:

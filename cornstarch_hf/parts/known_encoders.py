@@ -223,6 +223,14 @@ def _window(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
     return (int(mask.sum()) - 1) // 2 + 1 if is_of_frames else config.max_source_positions
 
 
+def _windows(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int:
+    """`(frames - 1) // 2 + 1`, three times, of the valid frames of each window of `2 * n_window`"""
+    frames = inputs["input_features_mask"].unflatten(-1, (-1, 2 * config.n_window)).sum(-1)
+    for _ in range(3):
+        frames = (frames - 1) // 2 + 1  # none stays none
+    return int(frames.sum())
+
+
 def _waveform(inputs: Mapping[str, Any], config: PreTrainedConfig) -> int | None:
     """`(samples - kernel) // stride + 1`, once per convolution; with an adapter by a dry run"""
     length = inputs["input_values"].shape[-1]
@@ -305,6 +313,7 @@ ENCODER_TYPES = Registry(
         "xclip_vision_model": EncoderType(kind="image"),  # states a number of frames, takes them as images in a row
         # sounds
         "wav2vec2": EncoderType(count=_waveform, count_layers=ALL, width_layers=ALL),
+        "qwen3_asr_encoder": EncoderType(count=_windows),
         "whisper": EncoderType(count=_window, count_layers=ALL, width_layers=ALL),
         **dict.fromkeys(("pe_audio_encoder", "phi4_multimodal_audio", "seamless_m4t"), _PADDING_MATTERS),
         **dict.fromkeys(("seamless_m4t_v2", "speech_to_text"), _PADDING_MATTERS),

@@ -259,8 +259,7 @@ def same_calls(expected, found):
 def test_the_composition_computes_the_native_logits_of_them(pairs, model_type):
     native, processor, model, ours = pairs(model_type)
     kind = media_kind(model_type)
-    # Qwen3-ASR's encoder does not tell whose features are whose, so that sounds are encoded one by one.
-    cases = ["one in the middle"] if model_type == "qwen3_asr" else ["uneven", "several", "a batch"]
+    cases = ["uneven", "several", "a batch"]
     given = PICTURES if kind == "images" else NOISES
     taken = [case for case in cases if case in given]
     name = next(

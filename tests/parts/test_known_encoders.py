@@ -303,3 +303,26 @@ def test_what_is_no_list_of_facts_is_refused(stored):
 def test_own_types_are_not_named():
     model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=tiny.llama())
     assert model.config.encoder_types is None
+
+
+def test_packed_items_of_a_type_whose_count_is_known_are_encoded_together(monkeypatch):
+    module, seen = catalog.build("Qwen3ASREncoder"), []
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_features"])), with_kwargs=True
+    )
+    frames = 2 * module.config.n_window
+    sounds = torch.randn(3, module.config.num_mel_bins, 3 * frames)
+    mask = (torch.arange(3 * frames) < torch.tensor([[3 * frames], [frames + 7], [3]])).long()
+    encoder = ModalEncoderModule(module)
+    with torch.no_grad():
+        together = encoder.select(input_features=sounds, input_features_mask=mask)
+        assert seen.pop() == 3 and not seen, "one call"
+        alone = [module(input_features=sounds[i : i + 1], input_features_mask=mask[i : i + 1])[0] for i in range(3)]
+        whole = module(input_features=sounds, input_features_mask=mask).last_hidden_state
+        assert torch.equal(together.last_hidden_state, whole)
+        assert together.lengths == [len(x) for x in alone]
+        entries = {key: value for key, value in ENCODER_TYPES._entries.items() if key != "qwen3_asr_encoder"}
+        monkeypatch.setattr(ENCODER_TYPES, "_entries", entries)
+        seen.clear()
+        encoder.select(input_features=sounds, input_features_mask=mask)
+        assert seen[-3:] == [1, 1, 1], "of which nothing is known: one by one"
