@@ -288,7 +288,10 @@ def test_what_is_not_carried_says_what_to_install(tmp_path):
     assert all(torch.equal(found[key], torch.as_tensor(expected[key])) for key in found)
 
 
-@pytest.mark.parametrize("state", ["absent", pytest.param("installed", marks=pytest.mark.slow), "imported"])
+SLOW_STATES = [pytest.param(name, marks=pytest.mark.slow) for name in ("installed", "imported")]
+
+
+@pytest.mark.parametrize("state", ["absent", *SLOW_STATES])
 def test_the_three_states_of_the_package_load_the_same_bits_and_save_all_of_it_again(shared, tmp_path, state):
     made, folder = shared
     found = load(state, folder, tmp_path, tmp_path / "again")
@@ -312,7 +315,7 @@ def typed(tmp_path_factory):
     return made, save(made, tmp_path_factory.mktemp("typed") / "checkpoint", include_code=True)
 
 
-@pytest.mark.parametrize("state", ["absent", pytest.param("installed", marks=pytest.mark.slow), "imported"])
+@pytest.mark.parametrize("state", ["absent", *SLOW_STATES])
 def test_facts_of_encoder_types_travel_with_the_code(typed, tmp_path, state):
     made, folder = typed
     for side in read_entry(folder)["sides"].values():

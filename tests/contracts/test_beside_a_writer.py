@@ -25,7 +25,7 @@ def whose(model, expected):
     return "mixed"
 
 
-@pytest.mark.parametrize("loads", [12, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loads", [5, pytest.param(300, marks=pytest.mark.slow)])
 def test_every_load_is_of_one_save(tmp_path, loads):
     folder, expected, found = tmp_path / "m", models(), Counter()
     for part in expected["one"]:

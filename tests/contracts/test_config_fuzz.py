@@ -30,7 +30,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from cornstarch_hf import compose
 
-FEW, MANY = (int(os.environ.get(key, number)) for key, number in (("CONFIG_FUZZ", "150"), ("CONFIG_FUZZ_SLOW", "1700")))
+FEW, MANY = (int(os.environ.get(key, number)) for key, number in (("CONFIG_FUZZ", "60"), ("CONFIG_FUZZ_SLOW", "1700")))
 SEED = int(os.environ.get("CONFIG_FUZZ_SEED", "29"))
 SHARES = {
     "config.json": 0.13, "processor_config.json": 0.04, "composition.json": 0.03, "tokenizer_config.json": 0.02,

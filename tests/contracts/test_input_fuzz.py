@@ -17,7 +17,7 @@ from PIL import Image
 
 from cornstarch_hf.encoders.items import split_items
 
-CALLS = int(os.environ.get("INPUT_FUZZ", "300"))
+CALLS = int(os.environ.get("INPUT_FUZZ", "120"))
 MANY = int(os.environ.get("INPUT_FUZZ_SLOW", "3000"))
 # Why a call whose items are fine one by one may be refused.
 TOGETHER = (

@@ -96,7 +96,7 @@ def moved(before, model):
         ("messages", {"gradient_checkpointing": False}),
         # by default this trainer drops that column beside images
         pytest.param("text", {"remove_unused_columns": False}, marks=pytest.mark.slow),
-        ("messages", {"path": True}),
+        pytest.param("messages", {"path": True}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "plain",
 )

@@ -384,7 +384,11 @@ def text_prompts(processor):
 
 @pytest.mark.parametrize(
     ("language_model", "options"),
-    [("llama", {"attention": "eager"}), ("gemma3", {}), ("qwen3", {"do_sample": True, "top_k": 1, "temperature": 0.5})],
+    [
+        ("llama", {"attention": "eager"}),
+        pytest.param("gemma3", {}, marks=pytest.mark.slow),
+        ("qwen3", {"do_sample": True, "top_k": 1, "temperature": 0.5}),
+    ],
 )
 def test_continuous_batching_of_text_equals_generate(language_model, options):
     model, processor = compose_tiny(["clip"], tiny.LANGUAGE_MODELS[language_model]())

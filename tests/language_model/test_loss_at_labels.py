@@ -85,7 +85,9 @@ def test_under_gradient_checkpointing(key):
     assert_equal_gradients(expected, gradients(part.train(), batch)[1])
 
 
-@pytest.mark.parametrize("key", LANGUAGE_MODELS)
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=[] if key == "llama" else pytest.mark.slow) for key in LANGUAGE_MODELS]
+)
 def test_accumulated_by_trainer(key, tmp_path):
     found = []
     for at_labels in (False, True):
@@ -132,6 +134,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_in_two_processes(tmp_path):
     (tmp_path / "work.py").write_text(DISTRIBUTED)
     run_python(tmp_path / "work.py", str(tmp_path), str(Path(__file__).parent))

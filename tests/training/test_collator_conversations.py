@@ -155,7 +155,7 @@ def check(processor, family, marked, messages, tools, data):
 @pytest.mark.filterwarnings("ignore:.*were longer than max_length")
 @pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(messages=conversations(), tools=st.booleans(), data=st.data())
 def test_labels_are_what_the_assistant_writes(processor, family, marked, messages, tools, data):
     check(processor, family, marked, messages, tools, data)

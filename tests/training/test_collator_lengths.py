@@ -96,7 +96,7 @@ def test_lengths_are_those_of_the_batches(encoders, projector, options):
         assert len(set(found)) > 2
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", ["right", pytest.param("left", marks=pytest.mark.slow)])
 def test_lengths_are_those_of_rows_that_are_cut(side):
     _, processor = compose_tiny(["qwen2_vl", "wav2vec2"])
     rows = [
@@ -313,7 +313,7 @@ def trained(model, processor, rows, folder, strategy, **options):
     return made, collate.seen, [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_trainer_groups_rows_by_their_lengths(workers, tmp_path):
     model, processor = compose_tiny(["qwen2_vl", "wav2vec2"])
     collate, rows = MultimodalCollator(processor), table()
