@@ -16,6 +16,7 @@ from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.opening import foreign, local_allowed
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
+from .joining import join_rows
 from .truncation import inputs_within, place_items, whole_items_within
 
 IGNORED = -100  # a label that no loss counts
@@ -162,9 +163,7 @@ class MultimodalCollator:
         batch = {}
         for key, blank in blanks.items():  # (batch, length) each
             batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
-        for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
-            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
-        return batch
+        return batch | join_rows([row["media"] for row in encoded], self.processor.config)  # of different modalities
 
     def _encode_row(self, index: int, row: Any, by_size: bool = False) -> dict[str, Any]:
         """As `_encode`, of the row of that number, which errors name."""
@@ -369,18 +368,3 @@ def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, i
             f"row {row}: the label at position {position} is {labels[row, position]}, expected {IGNORED} or the token "
             f"{ids[row, position]} there, and {IGNORED} on padding and placeholders {dict(placeholders)}."
         )
-
-
-def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
-    """Rows' tensors ``(items, ...)`` as one; where axis 1 alone differs they are padded on the right, else ValueError."""
-    shapes = {part.shape[1:] for part in parts}
-    if len(shapes) == 1:
-        return torch.cat(list(parts))  # (items of all rows, ...)
-    if any(part.ndim < 2 or part.shape[2:] != parts[0].shape[2:] for part in parts):
-        raise ValueError(
-            f"{key}: the rows' tensors have the shapes {[tuple(p.shape) for p in parts]}, which do not join."
-        )
-    longest = max(part.shape[1] for part in parts)
-    padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
-    blank = 1 if key.endswith("_padding") else 0  # such a mask is 1 where a value is padding
-    return torch.cat([torch.nn.functional.pad(p, pad, value=blank) for p, pad in zip(parts, padding, strict=True)])

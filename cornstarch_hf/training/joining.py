@@ -1,0 +1,98 @@
+"""Encoders' inputs of rows to those of a batch, filled up where something tells what is padding; `collator` makes the rows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..configuration_multimodal import MultimodalConfig
+from ..processing.video import FRAME_MASK
+
+Row = Mapping[str, Tensor]
+
+
+def join_rows(rows: Sequence[Row], config: MultimodalConfig) -> dict[str, Tensor]:
+    """Inputs ``(items of all rows, ...)`` of encoders, of those of rows, ``(items, ...)`` each; a row may lack some.
+
+    What differs in size is filled up at its end where a mask, or sizes in pixels, tell.  Videos whose frames are encoded one
+    by one get a `frame_mask` where they differ in number.
+
+    Raises:
+        ValueError: tensors that differ otherwise; names the row.
+    """
+    batch: dict[str, Tensor] = {}
+    for name in config.encoders:
+        entry = config.modality(name)
+        own: Sequence[Row] = [{key: row[key] for key in entry["input_names"] if key in row} for row in rows]
+        mask = next((key for key, taken in entry["input_names"].items() if taken == FRAME_MASK), None)
+        own = own if mask is None else _with_frames_told(own, mask)
+        for key in dict.fromkeys(key for row in own for key in row):
+            batch[key] = _joined({i: row for i, row in enumerate(own) if key in row}, key, entry["kind"], name)
+    return batch
+
+
+def _with_frames_told(rows: Sequence[Row], mask: str) -> Sequence[Row]:
+    """The rows with a mask ``(videos, frames)`` of that name where they have several numbers of frames, and none."""
+    shapes = [next((x.shape[:2] for x in row.values() if x.ndim >= 5), None) for row in rows]
+    if len({shape[1] for shape in shapes if shape is not None}) < 2:
+        return rows
+    return [
+        row if shape is None else {mask: torch.ones(shape, dtype=torch.bool)} | row
+        for row, shape in zip(rows, shapes, strict=True)
+    ]
+
+
+def _joined(rows: Mapping[int, Row], key: str, kind: str, name: str) -> Tensor:
+    """The tensors of that keyword, by the number of their row, as one."""
+    parts = {i: row[key] for i, row in rows.items()}
+    first, one = next(iter(parts.items()))
+    if all(part.shape[1:] == one.shape[1:] for part in parts.values()):
+        return torch.cat(list(parts.values()))  # (items of all rows, ...)
+    for i, part in parts.items():
+        differ = {a for a in range(1, one.ndim) if part.ndim == one.ndim and part.shape[a] != one.shape[a]}
+        told = _told(rows[first], key, kind) & _told(rows[i], key, kind)
+        if part.ndim != one.ndim or not differ <= told:
+            shapes = f"{key} has the shape {tuple(part.shape)}, in row {first} {tuple(one.shape)}"
+            reason = "nothing would tell the encoder what is padding"
+            remedy = f"{_remedy(kind)}, or put these rows into different batches"
+            raise ValueError(f"row {i}: {name}: {shapes}, and {reason} in a batch of both: {remedy}.")
+    sizes = [max(part.shape[a] for part in parts.values()) for a in range(1, one.ndim)]
+    blank = 1 if key.endswith("_padding") else 0  # such a mask is 1 where a value is padding
+    return torch.cat([_filled_up(part, sizes, blank) for part in parts.values()])
+
+
+def _told(row: Row, key: str, kind: str) -> set[int]:
+    """Axes of a row's tensor along which other inputs of its items, or its own kind, tell what padding is."""
+    tensor, others = row[key], {other: x for other, x in row.items() if other != key}
+    if key.endswith("mask"):
+        return set(range(1, tensor.ndim))
+    last = tensor.ndim - 1
+    masks = [x for other, x in others.items() if other.endswith("mask") and x.ndim > 1]
+    # Of frames of videos only a mask tells; along this axis others lie one after the other, with their own masks and numbers.
+    told = {1} if kind != "video" or tensor.ndim < 5 or any(x.shape[1] == tensor.shape[1] for x in masks) else set()
+    for mask in masks:  # (items, length), or (items, ..., height, width)
+        axes = range(tensor.ndim - min(mask.ndim - 1, 2), tensor.ndim)
+        if all(tensor.shape[a] == mask.shape[a - tensor.ndim] for a in axes):
+            told |= set(axes)
+    if last > 1 and _sizes_in_pixels(others) == list(tensor.shape[-2:]):
+        told |= {last - 1, last}
+    return told
+
+
+def _sizes_in_pixels(inputs: Row) -> list[int] | None:
+    """The largest height and width that `image_sizes` ``(items, 2)`` state, None where there are none."""
+    sizes = next((x for key, x in inputs.items() if key.endswith("image_sizes") and x.ndim == 2 and len(x)), None)
+    return None if sizes is None else sizes.amax(0).tolist()
+
+
+def _filled_up(part: Tensor, sizes: Iterable[int], blank: int) -> Tensor:
+    """A tensor ``(items, ...)`` with these sizes of its other axes."""
+    missing = [(0, size - have) for size, have in zip(sizes, part.shape[1:], strict=True)]
+    return torch.nn.functional.pad(part, [n for pair in reversed(missing) for n in pair], value=blank)
+
+
+def _remedy(kind: str) -> str:
+    if kind == "video":
+        return "sample as many frames of each (num_frames=)"
+    size = "give its processor a fixed size (size={'height': ..., 'width': ...})"
+    return size if kind == "image" else "give items of one size"
