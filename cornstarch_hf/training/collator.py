@@ -11,13 +11,13 @@ import jinja2
 import torch
 
 from ..limits import check_count
+from ..parts.rules import MASK_RULES
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.opening import foreign, local_allowed
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
-from .joining import join_rows
-from .truncation import inputs_within, place_items, whole_items_within
+from .rows import inputs_within, join_rows, place_items, whole_items_within
 
 IGNORED = -100  # a label that no loss counts
 TRUNCATIONS = ("raise", "right", "left")
@@ -129,7 +129,10 @@ class MultimodalCollator:
         self.local_media = local_media
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, encoders' inputs."""
+        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, encoders' inputs.
+
+        For a model whose prompts attend both ways also `token_type_ids` ``(batch, length)``, 0 before the first label.
+        """
         if not rows:
             raise ValueError("The collator got no rows.")
         encoded = [self._encode_row(index, row) for index, row in enumerate(rows)]
@@ -163,6 +166,9 @@ class MultimodalCollator:
         batch = {}
         for key, blank in blanks.items():  # (batch, length) each
             batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
+        if _marks_prompts(self.processor.config):  # 0 in front of the first label, whose prompt attends both ways
+            learnt = (batch["labels"] != IGNORED).long().cummax(-1).values
+            batch["token_type_ids"] = learnt * batch["attention_mask"]
         return batch | join_rows([row["media"] for row in encoded], self.processor.config)  # of different modalities
 
     def _encode_row(self, index: int, row: Any, by_size: bool = False) -> dict[str, Any]:
@@ -317,6 +323,11 @@ class MultimodalCollator:
             f"by {sum(cut['tokens'] for cut in cuts)} tokens; items dropped: {counts or 'none'}. Later batches tell nothing.",
             stacklevel=3,
         )
+
+
+def _marks_prompts(config: Any) -> bool:
+    """Whether tokens of a prompt attend to each other both ways, so that a model must be told where it ends."""
+    return config.mask is not None and getattr(MASK_RULES[config.mask["rule"]], "masks_text", False)
 
 
 def learnable(labels: Sequence[int]) -> bool:

@@ -1,12 +1,86 @@
-"""Encoders' inputs of rows as those of a batch: what is filled up, where something tells, and what is refused."""
+"""Rows of a batch: where items stand, where a row may be cut, what is kept of its inputs, and what is filled up to join them."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from native_types import WITH_VIDEOS, build
 from own_memory import own_memory
 
 from cornstarch_hf import from_native
-from cornstarch_hf.training.joining import join_rows
+from cornstarch_hf.training.rows import PlacedItem, inputs_within, join_rows, place_items, whole_items_within
+
+TOKEN_IDS = {"vision": 9, "audio": 8}
+PARTS = st.lists(
+    st.one_of(
+        st.integers(1, 4).map(lambda n: ("text", n)), st.tuples(st.sampled_from(["vision", "audio"]), st.integers(0, 5))
+    ),
+    max_size=8,
+)
+
+
+def built(parts):
+    """Ids of a row, and features of each item by modality."""
+    ids, lengths = [], {"vision": [], "audio": []}
+    for name, count in parts:
+        ids += [TOKEN_IDS.get(name, 5)] * count
+        if name != "text":
+            lengths[name].append(count)
+    return ids, lengths
+
+
+def test_items_that_touch_are_told_apart():
+    ids = [1, 9, 9, 9, 8, 8, 2, 9]
+    placed = place_items(ids, TOKEN_IDS, {"vision": [1, 2, 1], "audio": [2]})
+    assert [(p.modality, p.index, p.start, p.stop) for p in placed] == [
+        ("vision", 0, 1, 2), ("vision", 1, 2, 4), ("vision", 2, 7, 8), ("audio", 0, 4, 6),
+    ]  # fmt: skip
+
+
+@settings(deadline=None, derandomize=True)
+@given(PARTS, st.integers(1, 20), st.sampled_from(["right", "left"]))
+def test_no_item_is_cut_and_no_more_than_needed_is_dropped(parts, limit, side):
+    ids, lengths = built(parts)
+    items = place_items(ids, TOKEN_IDS, lengths)
+    start, stop = whole_items_within(items, len(ids), limit, side)
+    assert stop - start <= max(limit, 0) or len(ids) <= limit
+    assert (start == 0) if side == "right" else (stop == len(ids))
+    assert not any(item.start < cut < item.stop for item in items for cut in (start, stop))
+    longer = (0, stop + 1) if side == "right" else (start - 1, len(ids))
+    if len(ids) > limit and longer[1] - longer[0] <= limit:
+        cut = longer[1] if side == "right" else longer[0]
+        assert any(item.start < cut < item.stop for item in items), "one token more would cut an item"
+    for name, token in TOKEN_IDS.items():
+        kept = [i for i in items if i.modality == name and start <= i.start and i.stop <= stop]
+        assert ids[start:stop].count(token) == sum(i.stop - i.start for i in kept)
+
+
+def test_inputs_of_dropped_items_go_with_them():
+    grid = torch.tensor([[1, 2, 2], [1, 1, 2], [1, 1, 1]])
+    inputs = {
+        "pixel_values": torch.arange(7.0)[:, None],
+        "image_grid_thw": grid,
+        "input_features": torch.zeros(1, 3, 4),
+    }
+    names = {"vision": ["pixel_values", "image_grid_thw"], "audio": ["input_features", "unused"]}
+    items = [PlacedItem("vision", 0, 1, 3), PlacedItem("vision", 1, 3, 4), PlacedItem("audio", 0, 5, 8), PlacedItem("vision", 2, 9, 10)]  # fmt: skip
+    kept, dropped = inputs_within(inputs, names, items, 0, 5)
+    assert dropped == {"audio": 1, "vision": 1} and set(kept) == {"pixel_values", "image_grid_thw"}
+    assert torch.equal(kept["pixel_values"], torch.arange(6.0)[:, None]) and torch.equal(
+        kept["image_grid_thw"], grid[:2]
+    )
+    kept, dropped = inputs_within(inputs, names, items, 3, 10)
+    assert dropped == {"vision": 1} and kept["input_features"] is inputs["input_features"]
+    assert kept["pixel_values"].flatten().tolist() == [4.0, 5.0, 6.0]
+    assert (
+        inputs_within(inputs, names, items, 0, 12) == (inputs, {})
+        and inputs_within(inputs, names, items, 10, 12)[0] == {}
+    )
+    with pytest.raises(ValueError, match="vision: 'pixel_values' has 5 rows for 3 items"):
+        inputs_within({"pixel_values": torch.zeros(5, 1)}, names, items, 0, 5)
+
+
+# ---- inputs of several rows
 
 # Their towers see single images, so that videos are encoded frame by frame.
 BY_FRAME = ["llava_next_video", "llava_onevision", "video_llava"]
@@ -14,7 +88,10 @@ BY_FRAME = ["llava_next_video", "llava_onevision", "video_llava"]
 
 def films(model, counts):
     side = model.config.vision_config.image_size
-    pixels = [torch.randn(1, frames, 3, side, side, generator=torch.Generator().manual_seed(i)) for i, frames in enumerate(counts)]
+    pixels = [
+        torch.randn(1, frames, 3, side, side, generator=torch.Generator().manual_seed(i))
+        for i, frames in enumerate(counts)
+    ]
     return [{"pixel_values_videos": one} for one in pixels]  # fmt: skip
 
 
@@ -33,7 +110,7 @@ def config_of(**inputs):
 
 
 def test_every_type_whose_videos_are_encoded_frame_by_frame_is_compared():
-    assert BY_FRAME == [name for name in WITH_VIDEOS if from_native(build(name))[0].encoders["video"].by_frame]
+    assert [name for name in WITH_VIDEOS if from_native(build(name))[0].encoders["video"].by_frame] == BY_FRAME
 
 
 @pytest.mark.parametrize("model_type", BY_FRAME)
