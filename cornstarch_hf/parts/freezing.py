@@ -17,6 +17,7 @@ from .frozen_modes import (
     whole_gradients,
 )
 from .names import at_or_above, compress, matches, parameters_by_name
+from .stored_modules import SLOTS
 
 # Names are looked up with `parameters_by_name`, which gives a tied weight under each of its names: whoever freezes the
 # embeddings by name freezes the head that shares them, and a pattern for either name finds it.
@@ -101,6 +102,8 @@ def train_part(part: nn.Module, before: Mapping[str, Any], asked: bool) -> dict[
 
 
 _Modes = Mapping[str, tuple[bool, bool]]
+# What a pair of modes speaks of: callbacks in front of the projector go with the encoder, those behind it with the projector.
+_GROUPS = (("module", *SLOTS[:2]), ("projector", SLOTS[2]))
 
 # Three things follow from what is frozen: `requires_grad` (set here), `config.frozen` (patterns of names, kept by a
 # checkpoint), and the mode of each module (set by `train`, see `frozen_modes`).
@@ -136,7 +139,7 @@ class FreezingMixin(PreTrainedModel):
             self._release(chosen)
             return self._set_frozen(chosen, frozen=False)
         self.config.frozen_parts = None
-        for part in self._parts().values():
+        for part in self._learnt().values():
             set_trainable(part, usually_trains(part), True)
         return self._set_frozen(set(), frozen=False)
 
@@ -147,7 +150,7 @@ class FreezingMixin(PreTrainedModel):
 
     def _release(self, names: set[str]) -> None:
         """Hold parameters no longer back that are held back while their part is frozen."""
-        known, parts = self.config.frozen_parts or {}, self._parts()
+        known, parts = self.config.frozen_parts or {}, self._learnt()
         for name in known.keys() & parts.keys():
             inside = [parameter for parameter, _ in parameters_by_name(parts[name])]
             left = {n for n in matches(known[name].get("held", ()), inside) if f"{name}.{n}" not in names}
@@ -160,13 +163,19 @@ class FreezingMixin(PreTrainedModel):
             parts |= {f"{name}_encoder.{part}": getattr(encoder, part) for part in own}
         return parts
 
+    def _learnt(self) -> dict[str, nn.Module]:
+        """The parts, and callbacks with parameters (the newline of tiles, a second tower)."""
+        own = {f"{n}_encoder.{slot}": c for n, e in self.encoders.items() for slot, c in e.own_callbacks.items()}
+        return self._parts() | {n: c for n, c in own.items() if isinstance(c, nn.Module) and [*c.parameters()]}
+
     def train(self, mode: bool = True, *, encoders_mode: _Modes | None = None, llm_mode: bool | None = None):
         """Set the training mode; frozen parts keep their dropout and norm statistics off.
 
         Args:
             mode: as in torch; `requires_grad` is not touched.
             encoders_mode: Cornstarch's form of freezing: ``{name: (encoder trains, projector trains)}`` sets
-                `requires_grad` and mode together.  Left out, all encoders follow `llm_mode`.
+                `requires_grad` and mode together, callbacks that learn included: of those around the module with the
+                encoder, of the one behind the projector with it.  Left out, all encoders follow `llm_mode`.
             llm_mode: likewise for the language model.
 
         A part that is frozen so and trained again trains what it did before, after a save and a load too: parameters that
@@ -182,8 +191,7 @@ class FreezingMixin(PreTrainedModel):
         super().train(mode)
         if mode:  # torch has put every module into training mode; frozen ones go back
             check_all_kept(self)
-            callbacks = {f"{n}.{slot}": c for n, e in self.encoders.items() for slot, c in e.callbacks.items()}
-            keep_frozen_in_eval(self._parts() | {n: c for n, c in callbacks.items() if isinstance(c, nn.Module)})
+            keep_frozen_in_eval(self._learnt())
             keep_strided_layers(self._parts())
         checkpoint_frozen_layers(self)
         return self
@@ -194,22 +202,22 @@ class FreezingMixin(PreTrainedModel):
             encoders_mode = dict.fromkeys(self.config.encoders, (bool(llm_mode),) * 2)
         if unknown := sorted(set(encoders_mode) - set(self.config.encoders)):
             raise ValueError(f"encoders_mode names {unknown}, this model has the encoders {self.config.encoders}.")
+        modes: dict[str, bool] = {}
         for name, pair in encoders_mode.items():
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"encoders_mode[{name!r}] must be (encoder trains, projector trains), got {pair!r}.")
-            for i, part in enumerate(("module", "projector")):
+            for i, part in ((i, part) for i, group in enumerate(_GROUPS) for part in group):
                 lender = self.encoders[name].shares.get(part)
                 if lender is not None and bool(pair[i]) != bool(encoders_mode.get(lender, (not pair[i],) * 2)[i]):
                     raise ValueError(
                         f"encoders_mode[{name!r}]: its {part} is that of {lender!r}, of which say the same."
                     )
-        modes = {f"{name}_encoder.module": bool(pair[0]) for name, pair in encoders_mode.items()}
-        modes |= {f"{name}_encoder.projector": bool(pair[1]) for name, pair in encoders_mode.items()}
+                modes[f"{name}_encoder.{part}"] = bool(pair[i])
         if llm_mode is not None:
             modes["language_model"] = bool(llm_mode)
-        parts, known = self._parts(), self.config.frozen_parts or {}
+        parts, known = self._learnt(), self.config.frozen_parts or {}
         for name, trains in modes.items():
-            if name not in parts:  # another encoder's
+            if name not in parts:  # another encoder's, or without parameters
                 continue
             before = known.get(name, {})
             asked = name == "language_model" or not follow

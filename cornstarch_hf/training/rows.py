@@ -1,4 +1,4 @@
-"""Rows of a batch: where their items stand, what a cut leaves of them, how their inputs become its own; `collator` makes rows."""
+"""Rows of a batch: where their items stand, what a cut leaves of them, how their inputs are joined; `collator` makes rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
