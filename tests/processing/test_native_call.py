@@ -183,6 +183,20 @@ def test_videos_of_several_lengths_are_collated(made, model_type):
     check_rows(model, MultimodalCollator(ours), rows)
 
 
+@pytest.mark.skipif(not there(["internvl"]), reason="its processor needs torchvision")
+def test_videos_of_internvl_are_its_frames_as_images(made):
+    _, processor, _, ours = made("internvl")
+    film = [tiny.image(i, (24, 30)) for i in range(3)]
+    expected = processor(
+        text=["see <video> x"], videos=[np.stack([np.asarray(one) for one in film])], return_tensors="pt"
+    )
+    frames = "\n".join(f"Frame{i}: {ours.tokens['vision']}" for i in (1, 2, 3))
+    found = ours(text=[f"see {frames} x"], images=[film], return_tensors="pt")
+    assert {*found} == {*expected} and all(torch.equal(found[key], expected[key]) for key in expected)
+    with pytest.raises(ValueError, match="'video' is no modality of this model.*pass its frames as images"):
+        ours(text=["see <video> x"], videos=[film])
+
+
 # ---- PaliGemma, which takes what is learnt apart, and whose prompts attend both ways
 
 
