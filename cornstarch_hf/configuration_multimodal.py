@@ -250,15 +250,13 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
 
     def modalities_of_kind(self, kind: str) -> list[str]:
         """Names of the modalities of a kind (``"image"``, ``"audio"``, ...), in order."""
-        joined = self.joined
-        return [name for name in self.encoders if self.modality(name)["kind"] == kind and name not in joined]
+        return [name for name in self.encoders if self.modality(name)["kind"] == kind and name not in self.joined]
 
     def modalities_for(self, what: str) -> list[str]:
         """The modalities that a name, or a kind (``"image"``), means; ValueError for none, or several with other inputs."""
         if (owner := self.joined.get(what)) is not None:
-            raise ValueError(
-                f"{what}: its features are joined to those of {owner!r}, which has items and placeholder of both."
-            )
+            told = f"those of {owner!r}, which has items and placeholder of both"
+            raise ValueError(f"{what}: its features are joined to {told}.")
         if what in self.encoders:
             return [what]
         names = self.modalities_of_kind(what)
@@ -268,7 +266,9 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
                 f"share_inputs=[{names}]."
             )
         if not names:
-            raise ValueError(f"{what!r} is no modality of this model, expected one of {self.encoders} or its kind.")
+            told = f"one of {self.encoders} or its kind"
+            told += ": pass frames as images" if what == "video" and self.modalities_of_kind("image") else ""
+            raise ValueError(f"{what!r} is no modality of this model, expected {told}.")
         return names
 
     @property

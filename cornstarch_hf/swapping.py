@@ -317,7 +317,7 @@ class _Swap:
         """Freeze, train and generate as the model given does (in place), and say what has to be trained."""
         if made.language_model is self.language_model:
             made.generation_config = copy.deepcopy(self.model.generation_config)
-        parts, known = made._parts(), self.model.config.frozen_parts or {}
+        parts, known = made._learnt(), self.model.config.frozen_parts or {}
         gone = exchanged_parts(self.model, self.given, self.text)
         frozen = [name for name, part in gone.items() if not any(p.requires_grad for p in part.parameters())]
         frozen = [name for name in frozen if name in parts and next(gone[name].parameters(), None) is not None]

@@ -60,6 +60,7 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "language_model_text_head": frozenset(["TextModelWithHead"]),
     "conversion_steps": frozenset(["native steps"]),
     "processing_native_call": frozenset(["native processor"]),
+    "processing_native_texts": frozenset(["native processor"]),
     "encoders_tiles": frozenset(["tiles"]),
     "processing_tiles": frozenset(["tiles"]),
     "processing_own_processors": frozenset(["own processors"]),

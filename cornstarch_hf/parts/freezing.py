@@ -17,6 +17,7 @@ from .frozen_modes import (
     whole_gradients,
 )
 from .names import at_or_above, compress, matches, parameters_by_name
+from .stored_modules import SLOTS
 
 # Names are looked up with `parameters_by_name`, which gives a tied weight under each of its names: whoever freezes the
 # embeddings by name freezes the head that shares them, and a pattern for either name finds it.
@@ -101,6 +102,8 @@ def train_part(part: nn.Module, before: Mapping[str, Any], asked: bool) -> dict[
 
 
 _Modes = Mapping[str, tuple[bool, bool]]
+# Which of a pair of modes each part follows.
+_PAIR = {"module": 0, SLOTS[0]: 0, SLOTS[1]: 0, "projector": 1, SLOTS[2]: 1}
 
 # Three things follow from what is frozen: `requires_grad` (set here), `config.frozen` (patterns of names, kept by a
 # checkpoint), and the mode of each module (set by `train`, see `frozen_modes`).
@@ -136,7 +139,7 @@ class FreezingMixin(PreTrainedModel):
             self._release(chosen)
             return self._set_frozen(chosen, frozen=False)
         self.config.frozen_parts = None
-        for part in self._parts().values():
+        for part in self._learnt().values():
             set_trainable(part, usually_trains(part), True)
         return self._set_frozen(set(), frozen=False)
 
@@ -147,18 +150,23 @@ class FreezingMixin(PreTrainedModel):
 
     def _release(self, names: set[str]) -> None:
         """Hold parameters no longer back that are held back while their part is frozen."""
-        known, parts = self.config.frozen_parts or {}, self._parts()
+        known, parts = self.config.frozen_parts or {}, self._learnt()
         for name in known.keys() & parts.keys():
             inside = [parameter for parameter, _ in parameters_by_name(parts[name])]
             left = {n for n in matches(known[name].get("held", ()), inside) if f"{name}.{n}" not in names}
             known[name]["held"] = compress(left, inside)
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def _parts(self, more: Iterable[str] = ()) -> dict[str, Any]:
         parts = {"language_model": self.language_model}
         for name, encoder in self.encoders.items():
-            own = [part for part in ("module", "projector") if part not in encoder.shares]  # else another encoder's
+            # Else another encoder's.
+            own = [part for part in ("module", "projector", *more) if part not in encoder.shares]
             parts |= {f"{name}_encoder.{part}": getattr(encoder, part) for part in own}
         return parts
+
+    def _learnt(self) -> dict[str, nn.Module]:
+        """The parts, and callbacks that learn."""
+        return {n: part for n, part in self._parts(SLOTS).items() if isinstance(part, nn.Module)}
 
     def train(self, mode: bool = True, *, encoders_mode: _Modes | None = None, llm_mode: bool | None = None):
         """Set the training mode; frozen parts keep their dropout and norm statistics off.
@@ -166,7 +174,8 @@ class FreezingMixin(PreTrainedModel):
         Args:
             mode: as in torch; `requires_grad` is not touched.
             encoders_mode: Cornstarch's form of freezing: ``{name: (encoder trains, projector trains)}`` sets
-                `requires_grad` and mode together.  Left out, all encoders follow `llm_mode`.
+                `requires_grad` and mode together, of callbacks too: of one behind the projector with it, of others with
+                the encoder.  Left out, all encoders follow `llm_mode`.
             llm_mode: likewise for the language model.
 
         A part that is frozen so and trained again trains what it did before, after a save and a load too: parameters that
@@ -182,8 +191,7 @@ class FreezingMixin(PreTrainedModel):
         super().train(mode)
         if mode:  # torch has put every module into training mode; frozen ones go back
             check_all_kept(self)
-            callbacks = {f"{n}.{slot}": c for n, e in self.encoders.items() for slot, c in e.callbacks.items()}
-            keep_frozen_in_eval(self._parts() | {n: c for n, c in callbacks.items() if isinstance(c, nn.Module)})
+            keep_frozen_in_eval(self._learnt())
             keep_strided_layers(self._parts())
         checkpoint_frozen_layers(self)
         return self
@@ -194,28 +202,25 @@ class FreezingMixin(PreTrainedModel):
             encoders_mode = dict.fromkeys(self.config.encoders, (bool(llm_mode),) * 2)
         if unknown := sorted(set(encoders_mode) - set(self.config.encoders)):
             raise ValueError(f"encoders_mode names {unknown}, this model has the encoders {self.config.encoders}.")
+        modes = {}
         for name, pair in encoders_mode.items():
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise ValueError(f"encoders_mode[{name!r}] must be (encoder trains, projector trains), got {pair!r}.")
-            for i, part in enumerate(("module", "projector")):
-                lender = self.encoders[name].shares.get(part)
-                if lender is not None and bool(pair[i]) != bool(encoders_mode.get(lender, (not pair[i],) * 2)[i]):
+            for part, i in _PAIR.items():
+                lender, trains = self.encoders[name].shares.get(part), bool(pair[i])
+                if lender and trains != bool(encoders_mode.get(lender, (not trains,) * 2)[i]):
                     raise ValueError(
                         f"encoders_mode[{name!r}]: its {part} is that of {lender!r}, of which say the same."
                     )
-        modes = {f"{name}_encoder.module": bool(pair[0]) for name, pair in encoders_mode.items()}
-        modes |= {f"{name}_encoder.projector": bool(pair[1]) for name, pair in encoders_mode.items()}
+                modes[f"{name}_encoder.{part}"] = trains
         if llm_mode is not None:
             modes["language_model"] = bool(llm_mode)
-        parts, known = self._parts(), self.config.frozen_parts or {}
+        parts, known = self._learnt(), dict(self.config.frozen_parts or {})
         for name, trains in modes.items():
-            if name not in parts:  # another encoder's
-                continue
-            before = known.get(name, {})
-            asked = name == "language_model" or not follow
-            now = train_part(parts[name], before, asked) if trains else freeze_part(parts[name], before)
-            known = {key: value for key, value in known.items() if key != name} | ({name: now} if now else {})
-        self.config.frozen_parts = known or None
+            if name in parts:  # else another encoder's, or nobody's
+                before, asked = known.get(name, {}), name == "language_model" or not follow
+                known[name] = train_part(parts[name], before, asked) if trains else freeze_part(parts[name], before)
+        self.config.frozen_parts = {n: kept for n, kept in known.items() if kept} or None
         self.config.frozen = frozen_patterns(self) or None
 
     def enable_input_require_grads(self) -> None:

@@ -6,7 +6,6 @@ checkpoints that hold such a processor carry this file.
 
 import contextlib
 import copy
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,13 +15,14 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import BatchEncoding, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ..parts.stored_errors import explained
-from .call import PLURALS, Media, check_items, encode_expanded
+from .call import PLURALS, Media, check_items
 from .media import check_finite, flatten, image_form, layout_of_call, ready_image
-from .placeholder_text import MARK_END, MARK_START, Expanded, Spans, expand, occurrences, split_typed, unmark
+from .native_texts import NativeTexts, TokenizerInCall, recording
+from .placeholder_text import occurrences, unmark
 from .sounds import ready_audio
 from .stored_processors import NATIVE, build_subprocessor, describe_subprocessor
 from .subprocessors import ENCODER_SETTINGS, image_channels, sampling_rate_of
@@ -40,8 +40,8 @@ _WRITTEN = {"QianfanOCRProcessor": {"image": "image_placeholder_token"}}
 _UNWRITTEN = frozenset(["Blip2Processor", "FuyuProcessor"])
 # They take a flat list of images for those of one text.
 _NESTED = frozenset(["Gemma3Processor", "Lfm2VlProcessor"])
-# Kind of items -> what transformers calls the texts that stand for their placeholders.
-_REPLACEMENTS = {"image": "images_replacements", "video": "videos_replacements", "audio": "audio_replacements"}
+# They take apart what the model shall learn, and put its end behind it: the keyword of their call.
+_SUFFIX = "suffix"
 
 
 class NativeCall:
@@ -153,10 +153,11 @@ class NativeCall:
             counts = {name: len(items.get(name, ())) for name in self.kinds}
             check_items(texts, self.written, counts, samples)
         tokens = {self.kinds[name]: token for name, token in self.written.items()}
-        call = _Call(owner.tokenizer, texts, llm["assistant_spans"], tokens)
-        native = self.whole(_InCall(call), owner.processors)
+        learns = llm["item_lengths"] and _SUFFIX in inspect.signature(type(self._native).__call__).parameters
+        call = NativeTexts(owner.tokenizer, texts, llm["assistant_spans"], tokens, learns)
+        native = self.whole(TokenizerInCall(call), owner.processors)
         cls: Any = type(native)
-        native.__class__ = _recording(cls)
+        native.__class__ = recording(cls)
         native._call = call
         given: dict[str, Any] = {f"{PLURALS[self.kinds[name]]}_kwargs": one for name, one in options.items() if one}
         given |= {PLURALS[self.kinds[name]]: self._grouped(name, own, texts, samples) for name, own in items.items()}
@@ -166,6 +167,7 @@ class NativeCall:
             stated["text_kwargs"].pop("return_token_type_ids", None)
         defaults = {key: value for key, value in llm["defaults"].items() if key not in stated}
         given |= stated | {"text_kwargs": defaults | stated["text_kwargs"]}
+        given |= {} if call.suffixes is None else {_SUFFIX: call.suffixes}
         with owner.lock, self._refusing():  # a tokenizer keeps the options of its last call
             data = dict(native(text=call.texts, **given))
         self._check(owner, data, items, {name: settings_of(media[name]) for name in items}, call)
@@ -246,7 +248,9 @@ class NativeCall:
             start += count
         return groups
 
-    def _check(self, owner: Any, data: Mapping, items: Mapping[str, list], settings: Mapping, call: "_Call") -> None:
+    def _check(
+        self, owner: Any, data: Mapping, items: Mapping[str, list], settings: Mapping, call: NativeTexts
+    ) -> None:
         """Hold placeholders against features, by modality (ValueError with both numbers, or for an item of none)."""
         ids = None if "input_ids" not in data else [list(map(int, row)) for row in data["input_ids"]]
         for name, lengths in self._lengths(owner, items, call).items():
@@ -264,14 +268,14 @@ class NativeCall:
                 reason = "its settings do not fit the model's, or text was cut"
                 raise ValueError(f"{name}: {told} gives {features} features: {reason}.")
 
-    def _lengths(self, owner: Any, items: Mapping[str, list], call: "_Call") -> dict[str, list[int]]:
+    def _lengths(self, owner: Any, items: Mapping[str, list], call: NativeTexts) -> dict[str, list[int]]:
         """Placeholders of each item by what stands for it; none where the class does not tell."""
         placeholders = owner.tokenizer.convert_ids_to_tokens(list(owner.placeholder_ids.values()))
         tokens = dict(zip(owner.placeholder_ids, placeholders, strict=True))
         texts = {name: call.replacements.get(self.kinds[name], ()) for name in items}
         return {name: [text.count(tokens[name]) for text in found] for name, found in texts.items()}
 
-    def _for_collator(self, owner: Any, data: dict, items: Mapping[str, list], call: "_Call") -> dict[str, Any]:
+    def _for_collator(self, owner: Any, data: dict, items: Mapping[str, list], call: NativeTexts) -> dict[str, Any]:
         """Of one text: without values of tokens that are made anew of a batch, and with features of each item."""
         rows = {key: data[key].tolist() for key in ("input_ids", "attention_mask", "assistant_masks") if key in data}
         lengths: dict[str, list[int]] = {name: [] for name in self.kinds} | self._lengths(owner, items, call)
@@ -292,102 +296,6 @@ def _tensor(value: Any) -> Any:
         return value
     rows = value if isinstance(value, (list, tuple)) else [value]
     return torch.as_tensor(np.asarray([np.asarray(row) for row in rows]) if value is rows else np.asarray(value))
-
-
-class _Call:
-    """The texts of one call, on their way through a native processor, with typed text put aside."""
-
-    def __init__(self, tokenizer: Any, texts: list[str] | None, spans: list[Spans] | None, tokens: Mapping[str, str]):
-        self.tokenizer, self.spans, self._given = tokenizer, spans, texts
-        self._typed: list[str] = []
-        self._tokens = tokens  # placeholder in a text by kind
-        self.texts = None if texts is None else [self._aside(text) for text in texts]
-        self.expanded: list[Expanded] | None = None
-        self.replacements: dict[str, list[str]] = {}
-
-    def _aside(self, text: str) -> str:
-        """The text with a number in place of what was typed between marks: a native processor would take it for its own."""
-        pieces = split_typed(text)  # plain, typed, plain, ...
-        for i in range(1, len(pieces), 2):
-            self._typed.append(pieces[i])
-            pieces[i] = f"{MARK_START}{len(self._typed) - 1}{MARK_END}"
-        return "".join(pieces)
-
-    def _back(self, text: str) -> str:
-        pieces = split_typed(text)
-        for i in range(1, len(pieces), 2):
-            pieces[i] = f"{MARK_START}{self._typed[int(pieces[i])]}{MARK_END}"
-        return "".join(pieces)
-
-    def note(self, texts: Any, replacements: Mapping[str, Sequence[str]]) -> None:
-        """Keep what stands for each placeholder, by kind, and where."""
-        self.replacements = {kind: list(found) for kind, found in replacements.items() if found}
-        if self._given is not None and list(texts) == self.texts:
-            by_token = {self._tokens[kind]: found for kind, found in self.replacements.items()}
-            taken: dict[str, int] = {}
-            self.expanded = [expand(text, by_token, taken) for text in self._given]
-
-    def encode(self, text: Any, *rest: Any, **options: Any) -> Any:
-        """What the tokenizer makes of texts; of those with typed text, or with spans to mark, ours does."""
-        texts = [text] if isinstance(text, str) else list(text)
-        whole = [self._back(one) for one in texts]
-        if self.spans is None and all(unmark(one) == one for one in whole):
-            return self.tokenizer(text, *rest, **options)
-        expanded = self.expanded
-        if expanded is None or [one.text for one in expanded] != whole:
-            if self.spans is not None and whole != self._given:
-                reason = "what the assistant wrote in them is not known: ask for no mask"
-                raise ValueError(f"it changes texts, so that {reason}.")
-            expanded = [Expanded(one, [], {}) for one in whole]
-        options["return_offsets_mapping"], asked = True, options.get("return_offsets_mapping", False)
-        kind = options.pop("return_tensors", None)
-        data = encode_expanded(self.tokenizer, expanded, {}, {}, options, self.spans)
-        offsets = data["offset_mapping"] if asked else data.pop("offset_mapping")
-        starts = [lambda at, one=one: len(unmark(self._back(one[:at]))) for one in texts]
-        return _Encoded(data, offsets, starts, kind)
-
-
-class _Encoded(BatchEncoding):
-    """Ids that were put together from pieces of texts."""
-
-    def __init__(self, data: dict, offsets: list, starts: list, kind: Any):
-        super().__init__(data, tensor_type=kind)
-        self._offsets, self._starts = offsets, starts
-
-    def char_to_token(
-        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
-    ) -> int | None:
-        """The token at a character of a text that was given to the tokenizer, as in transformers."""
-        row, at = (0, batch_or_char_index) if char_index is None else (batch_or_char_index, char_index)
-        place = self._starts[row](at)
-        return next((i for i, (a, b) in enumerate(self._offsets[row]) if a <= place < b), None)
-
-
-class _InCall:
-    """Stands for the tokenizer while a native processor is called."""
-
-    def __init__(self, call: _Call):
-        self._call = call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._call.tokenizer, name)
-
-    def __call__(self, text: Any = None, *rest: Any, **options: Any) -> Any:
-        return self._call.encode(text, *rest, **options)
-
-
-@functools.cache
-def _recording(cls: Any) -> Any:
-    """A native class, by name and place the same, that tells its call what it puts in place of placeholders."""
-
-    def get_text_with_replacements(self: Any, text: Any, *found: Any, **named: Any) -> Any:
-        given = dict(zip(_REPLACEMENTS.values(), found, strict=False)) | named
-        self._call.note(text, {kind: given.get(key) or () for kind, key in _REPLACEMENTS.items()})
-        return super(made, self).get_text_with_replacements(text, *found, **named)
-
-    own = {"get_text_with_replacements": get_text_with_replacements, "__module__": cls.__module__}
-    made = type(cls)(cls.__name__, (cls,), own)
-    return made
 
 
 NATIVE["call"] = NativeCall

@@ -11,12 +11,13 @@ import jinja2
 import torch
 
 from ..limits import check_count
+from ..parts.rules import MASK_RULES
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.opening import foreign, local_allowed
 from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
-from .truncation import inputs_within, place_items, whole_items_within
+from .rows import inputs_within, join_rows, place_items, whole_items_within
 
 IGNORED = -100  # a label that no loss counts
 TRUNCATIONS = ("raise", "right", "left")
@@ -128,7 +129,10 @@ class MultimodalCollator:
         self.local_media = local_media
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, encoders' inputs."""
+        """`input_ids`, `attention_mask`, `labels` ``(batch, length)``, -100 on what is not to be learnt, encoders' inputs.
+
+        For a model whose prompts attend both ways also `token_type_ids` ``(batch, length)``, 0 before the first label.
+        """
         if not rows:
             raise ValueError("The collator got no rows.")
         encoded = [self._encode_row(index, row) for index, row in enumerate(rows)]
@@ -162,9 +166,10 @@ class MultimodalCollator:
         batch = {}
         for key, blank in blanks.items():  # (batch, length) each
             batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
-        for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
-            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
-        return batch
+        if _marks_prompts(self.processor.config):  # 0 in front of the first label, whose prompt attends both ways
+            learnt = (batch["labels"] != IGNORED).long().cummax(-1).values
+            batch["token_type_ids"] = learnt * batch["attention_mask"]
+        return batch | join_rows([row["media"] for row in encoded], self.processor.config)  # of different modalities
 
     def _encode_row(self, index: int, row: Any, by_size: bool = False) -> dict[str, Any]:
         """As `_encode`, of the row of that number, which errors name."""
@@ -320,6 +325,11 @@ class MultimodalCollator:
         )
 
 
+def _marks_prompts(config: Any) -> bool:
+    """Whether tokens of a prompt attend to each other both ways, so that a model must be told where it ends."""
+    return config.mask is not None and getattr(MASK_RULES[config.mask["rule"]], "masks_text", False)
+
+
 def learnable(labels: Sequence[int]) -> bool:
     """Whether a row's loss counts any of its labels: the first one stands behind no token that could predict it.
 
@@ -369,18 +379,3 @@ def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, i
             f"row {row}: the label at position {position} is {labels[row, position]}, expected {IGNORED} or the token "
             f"{ids[row, position]} there, and {IGNORED} on padding and placeholders {dict(placeholders)}."
         )
-
-
-def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
-    """Rows' tensors ``(items, ...)`` as one; where axis 1 alone differs they are padded on the right, else ValueError."""
-    shapes = {part.shape[1:] for part in parts}
-    if len(shapes) == 1:
-        return torch.cat(list(parts))  # (items of all rows, ...)
-    if any(part.ndim < 2 or part.shape[2:] != parts[0].shape[2:] for part in parts):
-        raise ValueError(
-            f"{key}: the rows' tensors have the shapes {[tuple(p.shape) for p in parts]}, which do not join."
-        )
-    longest = max(part.shape[1] for part in parts)
-    padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
-    blank = 1 if key.endswith("_padding") else 0  # such a mask is 1 where a value is padding
-    return torch.cat([torch.nn.functional.pad(p, pad, value=blank) for p, pad in zip(parts, padding, strict=True)])

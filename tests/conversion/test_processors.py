@@ -10,6 +10,7 @@ import tiny
 import torch
 import transformers
 from containable import WITHOUT_CLASS_TOKEN, composed, language_model, tower
+from native_processors import written_by
 from own_memory import own_memory
 from transformers import AutoModel, AutoProcessor
 
@@ -112,15 +113,7 @@ LOSSES = {"qwen2_audio": ["longer than a window", "longer and shorter"]}
 
 @pytest.fixture(scope="module")
 def pairs():
-    made = {}
-
-    def get(model_type):
-        if model_type not in made:
-            native, processor = native_processors.pair(model_type)
-            made[model_type] = (native, processor, *from_native((native, processor)))
-        return made[model_type]
-
-    return get
+    return native_processors.compositions()
 
 
 def called(call, **arguments):
@@ -155,23 +148,17 @@ def same(a, b):
     return a == b
 
 
-def written(processor, name):
-    """The placeholder as this type's texts have it."""
-    token = next(iter(processor.native.written.values()))
-    return f"<|img_start|>{token}<|img_end|>" if name == "hunyuan_vl" else token
-
-
 def compare(pairs, model_type, kind, cases):
     """Compare all cases that the native processor takes; those that it refuses are refused, or handled by ours alone."""
-    _, native, _, ours = pairs(model_type)
+    _, processor, _, ours = pairs(model_type)
     compared, wrong = 0, {}
     assert set(LOSSES.get(model_type, ())) <= set(cases)
     for name, (texts, items, options) in cases.items():
         texts, options = (
-            [text.replace("{}", written(ours, model_type)) for text in texts],
+            [text.replace("{}", written_by(model_type, processor)) for text in texts],
             {"return_tensors": "pt"} | options,
         )
-        expected = native_call(native, kind, texts, items, options)
+        expected = native_call(processor, kind, texts, items, options)
         found = our_call(ours, kind, texts, items, options)
         if name in LOSSES.get(model_type, ()):
             assert isinstance(found, ValueError) and "of which" in str(found) and "split it" in str(found)
@@ -234,7 +221,7 @@ def test_there_and_back_through_files(pairs, model_type, tmp_path):
     loaded = type(processor).from_pretrained(tmp_path / "back")
     for texts, items, options in some(kind).values():
         texts, options = (
-            [text.replace("{}", written(ours, model_type)) for text in texts],
+            [text.replace("{}", written_by(model_type, processor)) for text in texts],
             {"return_tensors": "pt"} | options,
         )
         expected = native_call(processor, kind, texts, items, options)
@@ -263,10 +250,12 @@ def test_the_composition_computes_the_native_logits_of_them(pairs, model_type):
     given = PICTURES if kind == "images" else NOISES
     taken = [case for case in cases if case in given]
     name = next(
-        case for case in taken if isinstance(called_case(native_call, processor, kind, ours, model_type, case), dict)
+        case
+        for case in taken
+        if isinstance(called_case(native_call, processor, kind, processor, model_type, case), dict)
     )
-    expected = called_case(native_call, processor, kind, ours, model_type, name)
-    found = called_case(our_call, ours, kind, ours, model_type, name)
+    expected = called_case(native_call, processor, kind, processor, model_type, name)
+    found = called_case(our_call, ours, kind, processor, model_type, name)
     labels = expected.pop("labels", None), found.pop("labels", None)
     assert (labels[0] is None) == (labels[1] is None)
     mask = expected["attention_mask"].bool()
@@ -276,13 +265,13 @@ def test_the_composition_computes_the_native_logits_of_them(pairs, model_type):
     assert torch.equal(wanted, got)
 
 
-def called_case(call, processor, kind, ours, model_type, name):
+def called_case(call, called, kind, processor, model_type, name):
     texts, items, options = (PICTURES if kind == "images" else NOISES)[name]
     texts, options = (
-        [text.replace("{}", written(ours, model_type)) for text in texts],
+        [text.replace("{}", written_by(model_type, processor)) for text in texts],
         {"return_tensors": "pt"} | options,
     )
-    return call(processor, kind, texts, items, options)
+    return call(called, kind, texts, items, options)
 
 
 FILMS = [

@@ -2,12 +2,14 @@
 
 import logging
 
+import native_types
 import pytest
+import tiny
 import torch
 from helpers import compose_tiny
 from torch import nn
 
-from cornstarch_hf import MultimodalModel
+from cornstarch_hf import ModalEncoderModule, MultimodalModel, from_native
 
 
 def trainable(model):
@@ -143,6 +145,67 @@ def test_what_is_unfrozen_meanwhile_is_not_held_back(model):
     assert set(trainable(model)) == {*names, *layer}
     model.train(llm_mode=False).unfreeze()
     assert all(p.requires_grad for p in model.train(llm_mode=True).parameters()) and model.config.frozen_parts is None
+
+
+class Shift(nn.Module):
+    """A callback of any place that learns one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs, output=None):
+        return inputs if output is None else output
+
+
+# Place of a callback, and which of a pair of modes speaks of it.
+PLACES = {"preprocess_callback": 0, "postprocess_module_callback": 0, "postprocess_projector_callback": 1}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_callbacks_that_learn_go_with_the_encoder_or_the_projector(place):
+    encoder = ModalEncoderModule(tiny.clip(), **{place: Shift()})
+    model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama())
+    shift, whole = getattr(encoder, place).shift, trainable(model)
+    assert f"vision_encoder.{place}.shift" in whole
+    for pair in ((False, True), (True, False), (False, False), (True, True)):
+        model.train(encoders_mode={"vision": pair})
+        assert shift.requires_grad is pair[PLACES[place]] is getattr(encoder, place).training
+    assert trainable(model) == whole and not model.config.frozen_parts
+    assert not trainable(model.train(llm_mode=False))
+    assert trainable(model.train(llm_mode=True)) == whole
+    model.freeze(f"vision_encoder.{place}")
+    assert trainable(model.train(llm_mode=False).train(llm_mode=True)) == [n for n in whole if place not in n]
+    assert trainable(model.freeze("vision_encoder").unfreeze()) == whole
+
+
+def test_the_newline_of_tiles_is_frozen_with_the_projector_and_stays_so(tmp_path):
+    model = MultimodalModel(
+        encoders={"vision": ModalEncoderModule(tiny.clip(), tiles="newline", drop_prefix=1)},
+        language_model=tiny.llama(),
+    )
+    newline = "vision_encoder.postprocess_projector_callback.image_newline"
+    whole = trainable(model)
+    model.train(encoders_mode={"vision": (False, True)}, llm_mode=False)
+    assert trainable(model) == [name for name in whole if "projector" in name] and newline in trainable(model)
+    model.train(encoders_mode={"vision": (True, False)}, llm_mode=False)
+    assert newline not in trainable(model)
+    model.save_pretrained(tmp_path)
+    again = MultimodalModel.from_pretrained(tmp_path)
+    assert trainable(again) == trainable(model)
+    assert trainable(again.train(encoders_mode={"vision": (True, True)}, llm_mode=True)) == whole
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_vl_hybrid", "llava_next", "llava_next_video", "llava_onevision"])
+def test_what_native_models_learn_beside_their_parts_is_frozen_with_them(model_type):
+    model, _ = from_native(native_types.build(model_type))
+    whole = trainable(model)
+    assert whole and not trainable(model.train(llm_mode=False))
+    assert trainable(model.train(llm_mode=True)) == whole
+    modes = dict.fromkeys(model.config.encoders, (False, True))
+    left = trainable(model.train(encoders_mode=modes, llm_mode=False))
+    place = "module" if model_type == "deepseek_vl_hybrid" else "projector"
+    assert any(f"postprocess_{place}_callback" in name for name in left) == (place == "projector")
 
 
 @pytest.mark.parametrize(

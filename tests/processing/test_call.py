@@ -79,6 +79,14 @@ def test_items_that_were_given_twice_or_for_nobody(processor):
             sorted_media(processor, images=[1], **given)
     with pytest.raises(ValueError, match="'smell' is no modality of this model"):
         sorted_media(processor, encoder_inputs={"smell": {}})
+    with pytest.raises(
+        ValueError, match=r"'video' is no modality .*\['vision', 'audio'\] or its kind: pass frames as images\.$"
+    ):
+        processor.config.modalities_for("video")
+    with pytest.raises(
+        ValueError, match=r"'video' is no modality .*\['audio'\] or its kind\.$"
+    ):  # which sees no images
+        compose_tiny(["whisper"])[0].config.modalities_for("video")
 
 
 @pytest.mark.parametrize(

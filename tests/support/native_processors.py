@@ -1,5 +1,7 @@
 """Native processors of transformers, tiny and offline, whose settings fit the models of `native_types`.  A plain module, no tests."""
 
+import functools
+
 import convertible_models
 import native_models
 import tiny
@@ -9,6 +11,7 @@ from native_types import PLACEHOLDERS, build, inputs_of
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
+from cornstarch_hf import from_native
 from cornstarch_hf.conversion.entries import setting
 from cornstarch_hf.conversion.refusals import entry_of
 
@@ -223,3 +226,27 @@ def features(native):
     """How many features a picture, or a sound that fills its window, has in the native model."""
     ids = inputs_of(native)["input_ids"][0]
     return int(torch.isin(ids, torch.tensor(PLACEHOLDERS)).sum())
+
+
+def compositions(template=None):
+    """A function of model types: the native model, its processor, and the composition of both with its; each is made once.
+
+    `template`, where it is given, gets the placeholder as texts have it for TOKEN, and is the processors' chat template.
+    """
+
+    @functools.cache
+    def of(model_type):
+        native, processor = pair(model_type)
+        if template is not None:
+            processor.chat_template = template.replace("TOKEN", written_by(model_type, processor))
+        return native, processor, *from_native((native, processor))
+
+    return of
+
+
+def written_by(model_type, processor):
+    """The placeholder of its first kind of items as texts for a native processor have it."""
+    names = ["audio_token"] if model_type in SOUNDS else ["image_placeholder_token", "image_token"]
+    token = next(token for name in names if (token := getattr(processor, name, None)))
+    token = getattr(token, "content", token)
+    return f"<|img_start|>{token}<|img_end|>" if model_type == "hunyuan_vl" else token

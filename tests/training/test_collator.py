@@ -15,7 +15,7 @@ from helpers import compose_tiny
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, Trainer, TrainingArguments
 
-from cornstarch_hf import MultimodalCollator, MultimodalProcessor
+from cornstarch_hf import ModalEncoderModule, MultimodalCollator, MultimodalModel, MultimodalProcessor
 from cornstarch_hf.training.collator import check_labels
 
 
@@ -58,6 +58,22 @@ def test_collator_joins_sequences_of_different_lengths():
             torch.testing.assert_close(
                 model(**batch).logits[row, :length], model(**one).logits[0], atol=1e-5, rtol=1e-4
             )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_model_whose_prompts_attend_both_ways_is_told_where_they_end(side):
+    encoder = ModalEncoderModule(tiny.clip())
+    model = MultimodalModel(encoders={"vision": encoder}, language_model=tiny.llama(), mask={"rule": "prefix"}).eval()
+    processor = MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.clip_processor()}, model=model)
+    rows = [{"prompt": "what <image> is", "completion": " five", "images": tiny.image()}]
+    rows += [{"prompt": "a", "completion": " fox and a dog"}, {"text": "<image> six", "images": tiny.image(1)}]
+    batch = MultimodalCollator(processor, padding_side=side)(rows)
+    for labels, types, mask in zip(batch["labels"], batch["token_type_ids"], batch["attention_mask"], strict=True):
+        first = int((labels != -100).nonzero()[0])
+        assert types.tolist() == [0] * first + mask[first:].tolist()
+    assert torch.isfinite(model.train()(**batch).loss)
+    plain = MultimodalCollator(compose_tiny(["clip"])[1])(rows)
+    assert "token_type_ids" not in plain
 
 
 @pytest.mark.parametrize(

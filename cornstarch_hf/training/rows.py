@@ -1,0 +1,177 @@
+"""Rows of a batch: where their items stand, what a cut leaves of them, how their inputs are joined; `collator` makes rows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..configuration_multimodal import MultimodalConfig
+from ..encoders.items import split_items
+from ..processing.video import FRAME_MASK
+
+Row = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PlacedItem:
+    """One item's features in a row: the `index`-th item of its modality, from position `start` to before `stop`."""
+
+    modality: str
+    index: int
+    start: int
+    stop: int
+
+
+def place_items(
+    ids: Sequence[int], token_ids: Mapping[str, int], lengths: Mapping[str, Sequence[int]]
+) -> list[PlacedItem]:
+    """Where each item's features are in one row's ids, whose placeholders are repeated for them.
+
+    `token_ids` are the placeholders by modality, `lengths` the features of each item, in order.
+
+    >>> [(p.start, p.stop) for p in place_items([7, 9, 9, 9, 7], {"vision": 9}, {"vision": [2, 1]})]
+    [(1, 3), (3, 4)]
+    """
+    placed = []
+    for name, sizes in lengths.items():  # an item's placeholders follow one another, those of two items may touch
+        positions = [i for i, token in enumerate(ids) if token == token_ids[name]]
+        used, reached = 0, 0
+        for index, size in enumerate(sizes):
+            start = positions[used] if size else reached  # an item without features stands behind the last one
+            reached, used = start + size, used + size
+            placed.append(PlacedItem(name, index, start, reached))
+    return placed
+
+
+def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, side: str) -> tuple[int, int]:
+    """Start and stop of what is kept of a row: at most `limit` of its `length` tokens, no item in part.
+
+    `side` ``"right"`` cuts the end of the row, ``"left"`` its start.
+
+    >>> whole_items_within([PlacedItem("vision", 0, 2, 6)], 8, 4, "right")
+    (0, 2)
+    """
+    if length <= limit:
+        return 0, length
+    cut = limit if side == "right" else length - limit  # behind what is kept, or in front of it
+    for item in items:
+        if item.start < cut < item.stop:  # the item lies across the cut
+            cut = item.start if side == "right" else item.stop
+    return (0, cut) if side == "right" else (cut, length)
+
+
+def inputs_within(
+    inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Encoders' inputs of the items between `start` and `stop` of a row, and how many items of each modality lie elsewhere.
+
+    `names` are those of each modality's tensors among the `inputs`, whose rows must tell the items apart (ValueError).
+    """
+    kept, dropped = dict(inputs), {}
+    for modality, keys in names.items():
+        own = {key: inputs[key] for key in keys if key in inputs}
+        placed = sorted((item for item in items if item.modality == modality), key=lambda item: item.index)
+        inside = [item.index for item in placed if start <= item.start and item.stop <= stop]
+        if len(inside) == len(placed):
+            continue  # its tensors stay as they are
+        dropped[modality] = len(placed) - len(inside)
+        if not own:  # nobody asked for its tensors
+            continue
+        parts = split_items(own, len(placed), modality)  # of each item, (1, ...) or its own packed patches
+        for key in own:
+            del kept[key]
+            if inside:  # else the batch has no such input
+                kept[key] = torch.cat([parts[index][key] for index in inside])
+    return kept, dropped
+
+
+# ---- one tensor of those of all rows, filled up where something tells what is padding
+
+
+def join_rows(rows: Sequence[Row], config: MultimodalConfig) -> dict[str, Tensor]:
+    """Inputs ``(items of all rows, ...)`` of encoders, of those of rows, ``(items, ...)`` each; a row may lack some.
+
+    What differs in size is filled up at its end where a mask, or sizes in pixels, tell.  Videos whose frames are encoded one
+    by one get a `frame_mask` where they differ in number.
+
+    Raises:
+        ValueError: tensors that differ otherwise; names the row.
+    """
+    batch: dict[str, Tensor] = {}
+    for name in config.encoders:
+        entry = config.modality(name)
+        own: Sequence[Row] = [{key: row[key] for key in entry["input_names"] if key in row} for row in rows]
+        mask = next((key for key, taken in entry["input_names"].items() if taken == FRAME_MASK), None)
+        own = own if mask is None else _with_frames_told(own, mask)
+        for key in dict.fromkeys(key for row in own for key in row):
+            batch[key] = _joined({i: row for i, row in enumerate(own) if key in row}, key, entry["kind"], name)
+    return batch
+
+
+def _with_frames_told(rows: Sequence[Row], mask: str) -> Sequence[Row]:
+    """The rows with a mask ``(videos, frames)`` of that name where they have several numbers of frames, and none."""
+    shapes = [next((x.shape[:2] for x in row.values() if x.ndim >= 5), None) for row in rows]
+    if len({shape[1] for shape in shapes if shape is not None}) < 2:
+        return rows
+    return [
+        row if shape is None else {mask: torch.ones(shape, dtype=torch.bool)} | row
+        for row, shape in zip(rows, shapes, strict=True)
+    ]
+
+
+def _joined(rows: Mapping[int, Row], key: str, kind: str, name: str) -> Tensor:
+    """The tensors of that keyword, by the number of their row, as one."""
+    parts = {i: row[key] for i, row in rows.items()}
+    first, one = next(iter(parts.items()))
+    if all(part.shape[1:] == one.shape[1:] for part in parts.values()):
+        return torch.cat(list(parts.values()))  # (items of all rows, ...)
+    for i, part in parts.items():
+        differ = {a for a in range(1, one.ndim) if part.ndim == one.ndim and part.shape[a] != one.shape[a]}
+        told = _told(rows[first], key, kind) & _told(rows[i], key, kind)
+        if part.ndim != one.ndim or not differ <= told:
+            shapes = f"{key} has the shape {tuple(part.shape)}, in row {first} {tuple(one.shape)}"
+            reason = "nothing would tell the encoder what is padding"
+            remedy = f"{_remedy(kind)}, or put these rows into different batches"
+            raise ValueError(f"row {i}: {name}: {shapes}, and {reason} in a batch of both: {remedy}.")
+    sizes = [max(part.shape[a] for part in parts.values()) for a in range(1, one.ndim)]
+    blank = 1 if key.endswith("_padding") else 0  # such a mask is 1 where a value is padding
+    return torch.cat([_filled_up(part, sizes, blank) for part in parts.values()])
+
+
+def _told(row: Row, key: str, kind: str) -> set[int]:
+    """Axes of a row's tensor along which other inputs of its items, or its own kind, tell what padding is."""
+    tensor, others = row[key], {other: x for other, x in row.items() if other != key}
+    if key.endswith("mask"):
+        return set(range(1, tensor.ndim))
+    last = tensor.ndim - 1
+    masks = [x for other, x in others.items() if other.endswith("mask") and x.ndim > 1]
+    # Of frames of videos only a mask tells; along this axis others lie one after the other, with their own masks and numbers.
+    told = {1} if kind != "video" or tensor.ndim < 5 or any(x.shape[1] == tensor.shape[1] for x in masks) else set()
+    for mask in masks:  # (items, length), or (items, ..., height, width)
+        axes = range(tensor.ndim - min(mask.ndim - 1, 2), tensor.ndim)
+        if all(tensor.shape[a] == mask.shape[a - tensor.ndim] for a in axes):
+            told |= set(axes)
+    if last > 1 and _sizes_in_pixels(others) == list(tensor.shape[-2:]):
+        told |= {last - 1, last}
+    return told
+
+
+def _sizes_in_pixels(inputs: Row) -> list[int] | None:
+    """The largest height and width that `image_sizes` ``(items, 2)`` state, None where there are none."""
+    sizes = next((x for key, x in inputs.items() if key.endswith("image_sizes") and x.ndim == 2 and len(x)), None)
+    return None if sizes is None else sizes.amax(0).tolist()
+
+
+def _filled_up(part: Tensor, sizes: Iterable[int], blank: int) -> Tensor:
+    """A tensor ``(items, ...)`` with these sizes of its other axes."""
+    missing = [(0, size - have) for size, have in zip(sizes, part.shape[1:], strict=True)]
+    return torch.nn.functional.pad(part, [n for pair in reversed(missing) for n in pair], value=blank)
+
+
+def _remedy(kind: str) -> str:
+    if kind == "video":
+        return "sample as many frames of each (num_frames=)"
+    size = "give its processor a fixed size (size={'height': ..., 'width': ...})"
+    return size if kind == "image" else "give items of one size"
