@@ -14,6 +14,7 @@ from .checkpoints.plain_storage import first_dtype
 from .checkpoints.storage import MultimodalStorageMixin
 from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
+from .encoders.continuing import items_to_encode
 from .encoders.feature_layout import find_stand_in
 from .encoders.module import ModalEncoderModule
 from .encoders.rebuilding import build_parts
@@ -73,6 +74,7 @@ class MultimodalModel(
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _items_to_encode = items_to_encode
 
     def __init__(
         self,

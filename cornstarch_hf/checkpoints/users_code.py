@@ -35,7 +35,8 @@ _UNLESS = {"checkpoints_loading": "references", "parts_stored_adapters": "adapte
 _UNLESS |= {"processing_texts": "text", "processing_video": "video"}
 # Thin files that are carried as one, with all of their names: none of them imports another module that imports one.
 _JOINED = (
-    *("checkpoints_described", "checkpoints_trusted_code", "encoders_feature_layout", "encoders_item_sizes"),
+    *("checkpoints_described", "checkpoints_trusted_code", "encoders_continuing"),
+    *("encoders_feature_layout", "encoders_item_sizes"),
     "language_model_refusals",
     *(
         "processing_addresses",

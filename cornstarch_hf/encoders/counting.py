@@ -164,6 +164,7 @@ class FeatureCounter:
         # By place, None for a callback that declares nothing.
         declared = {slot: declared_count(cb) for slot, cb in encoder.callbacks.items() if cb is not None}
         undeclared = encoder.join or any(slot in declared and declared[slot] is None for slot in SLOTS[1:])
+        undeclared = undeclared or encoder.projector.config.in_features is None  # a native one, which cannot run alone
         # A callback may state a grid, which only a run tells.
         if undeclared or (encoder.projector.needs_grid and any(slot in declared for slot in SLOTS[:2])):
             return sum(map(len, self._output(name, inputs, ModalEncoderModule.__call__).pooler_output))

@@ -305,15 +305,18 @@ class MultimodalGenerationMixin:
         """Run the encoders and hand their outputs on, so that no step and no beam runs them again."""
         keywords = [key for name in self.config.encoders for key in self.config.modality(name)["input_names"]]
         media, _ = self._route({key: model_kwargs.pop(key) for key in keywords if key in model_kwargs})
-        # By name, items of (n_i, hidden) each; `unused` are of encoders that run because those of other processes do.
-        outputs, unused = self._encode(media, model_kwargs.get("mm_encoder_outputs"), [])
         is_ids = model_input_name != "inputs_embeds"
         ids, embeds = (inputs_tensor, None) if is_ids else (None, inputs_tensor)
-        masks = self._placeholder_masks(ids, embeds, text_only=not outputs)  # by name, (batch, length)
         length, mask = inputs_tensor.shape[1], model_kwargs.get("attention_mask")
         whole = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[-1]
         # Embeddings are always whole rows, ids may be the new tokens alone.
         cached = cached_columns(length, whole if is_ids else length, cached_length(model_kwargs.get(CACHE)))
+        text_only = not media and not model_kwargs.get("mm_encoder_outputs")
+        if cached and media:
+            media = self._items_to_encode(media, self._placeholder_masks(ids, embeds, text_only=False), cached)
+        # By name, items of (n_i, hidden) each; `unused` are of encoders that run because those of other processes do.
+        outputs, unused = self._encode(media, model_kwargs.get("mm_encoder_outputs"), [])
+        masks = self._placeholder_masks(ids, embeds, text_only)  # by name, (batch, length)
         if cached:  # features belong to the tokens behind the cache; those of whole rows are cut to these
             for name in media:
                 lengths = [len(item) for item in outputs[name].pooler_output]

@@ -15,7 +15,8 @@ text, never by counting characters, since templates may change earlier text as a
 """
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .rendering import GENERATION, TEMPLATE_ERRORS, bookends, check_written, render, said, with_bookends
@@ -23,6 +24,7 @@ from .rendering import GENERATION, TEMPLATE_ERRORS, bookends, check_written, ren
 _BOOKEND = re.compile("[\ud800-\udbff][\udc00-\uddff]")
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."
 Spans = list[tuple[int, int]]
+_SURE = 8  # times that a place is found before it is taken for known
 
 
 def assistant_spans(
@@ -78,7 +80,7 @@ def _found_spans(
                 continue
             undisturbed = True
             found = turns.by_generation_marks(first) if marked else turns.by_bookends(first, specials)
-            return [(len(turns.plain(a)), len(turns.plain(b))) for a, b in found]
+            return [(turns.in_plain(a), turns.in_plain(b)) for a, b in found]
         except TEMPLATE_ERRORS as error:
             problem = problem or error
     lack = "does not tell which turns are the completion's" if marked else "has no generation marks"
@@ -98,9 +100,20 @@ class _Turns:
             self.messages = [with_bookends(m, *bookends(i), around == "all") for i, m in enumerate(messages)]
         self.whole, self.generated = render(self.messages, template, mark_assistant=True, **variables)
 
-    def plain(self, end: int | None = None) -> str:
-        """The whole text, or what stands before a position in it, without bookends."""
-        return _BOOKEND.sub("", self.whole[:end]) if self.has_bookends else self.whole[:end]
+        # Where each bookend stands, and where all of them do, in order.
+        self.places: dict[str, list[int]] = {}
+        self.ordered = [found.start() for found in _BOOKEND.finditer(self.whole)] if self.has_bookends else []
+        for at in self.ordered:
+            self.places.setdefault(self.whole[at : at + 2], []).append(at)
+        self._known: dict[tuple, list[int]] = {}
+
+    def plain(self) -> str:
+        """The whole text without bookends."""
+        return _BOOKEND.sub("", self.whole) if self.has_bookends else self.whole
+
+    def in_plain(self, position: int) -> int:
+        """A position of the whole text in that without bookends, of two characters each."""
+        return position - 2 * bisect_left(self.ordered, position)
 
     def by_bookends(self, first: int, specials: Sequence[str]) -> Spans:
         """Spans of turns in the whole text; ValueError where one cannot be told from others."""
@@ -108,14 +121,34 @@ class _Turns:
         for index, message in enumerate(self.messages):
             if index < first or message.get("role") != "assistant":
                 continue
-            start, end = self._start(index), self._end(index, specials)
+            start = self._at(index, "start", self._start)
+            end = self._at(index + 1, "end", lambda after: self._end(after - 1, specials))
             if start > end or (spans and start < spans[-1][1]):
                 raise self._lost(index)  # the template has moved text, so turns would overlap
             inside = set(_BOOKEND.findall(self.whole[start:end]))
-            if self.has_bookends and inside != {bookend for bookend in bookends(index) if bookend in self.whole}:
+            if self.has_bookends and inside != {bookend for bookend in bookends(index) if bookend in self.places}:
                 raise ValueError(f"message {index} has text of another message in it, or lacks its own")
             spans.append((start, end))
         return spans
+
+    def _at(self, index: int, what: str, find: Callable[[int], int]) -> int:
+        """Where a turn starts or ends between two messages, of which `index` is the second.
+
+        `find` renders the conversation up to there.  Between messages of the same roles and fields a template writes the
+        same; once it was found at the same place `_SURE` times, it is there in the same text each time.
+        """
+        if not 0 < index < len(self.messages) or not self.has_bookends:
+            return find(index)
+        before, after = (self.places.get(mark, ()) for mark in (bookends(index - 1)[1], bookends(index)[0]))
+        if len(before) != 1 or len(after) != 1 or not before[0] < after[0]:
+            return find(index)
+        at = before[0]
+        pair = self.messages[index - 1 : index + 1]
+        kinds = [(key, message["role"] if key == "role" else None) for message in pair for key in message]
+        known = self._known.setdefault((what, self.whole[at + 2 : after[0]], *kinds), [])
+        if len(known) < _SURE or len(set(known)) > 1:
+            known.append(find(index) - at)
+        return at + known[-1]
 
     def by_generation_marks(self, first: int) -> Spans:
         """Spans that the template marks, of the messages from `first` on; ValueError where that is unclear."""

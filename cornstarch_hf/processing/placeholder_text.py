@@ -6,6 +6,7 @@ surrogate pairs: no encoding of text has them alone, so no text that a tokenizer
 
 import re
 import warnings
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,7 @@ _CHOICES: dict[str, tuple[Any, ...] | None] = {
     "max_length": None,
     "pad_to_multiple_of": None,
     "add_special_tokens": (True, False),
-    "split_special_tokens": (True, False, None),
-    **dict.fromkeys(("return_attention_mask", "return_token_type_ids"), (True, False, None)),
+    **dict.fromkeys(("split_special_tokens", "return_attention_mask", "return_token_type_ids"), (True, False, None)),
     **dict.fromkeys(("return_mm_token_type_ids", "return_offsets_mapping"), (True, False, None)),
 }
 TEXT_OPTIONS = frozenset(_CHOICES)
@@ -245,14 +245,15 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | 
     >>> token_mask([(0, 3), (3, 4)], [(2, 4)]) is None
     True
     """
-    ends = {end for span in spans for end in span if end > 0}
-    mask, reached = [], 0
+    ends, mask, reached = [*sorted({end for span in spans for end in span if end > 0}), float("inf")], [], 0
+    lows, highs = zip((0, 0), *sorted(spans), strict=True)
+    highs = np.maximum.accumulate(highs)  # the farthest end of the spans so far
     for a, b in offsets:
         start = min(reached, a)  # white space in front that the offsets leave out
-        gap_ends = any(reached <= end <= a for end in ends) if a > reached else False
-        if gap_ends or any(start < end < b for end in ends):
+        gap_ends = a > reached and ends[bisect_left(ends, reached)] <= a
+        if gap_ends or ends[bisect_right(ends, start)] < b:
             return None
-        mask.append(int(start < b and any(low <= start and b <= high for low, high in spans)))
+        mask.append(int(start < b <= highs[bisect_right(lows, start) - 1]))
         reached = max(reached, b)
     return mask
 

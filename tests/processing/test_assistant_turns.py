@@ -1,11 +1,13 @@
 """The assistant's turns in templates of many families, with and without generation marks, and templates that cannot tell."""
 
+import random
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from templates import PARTS, STRINGS
 
+from cornstarch_hf.processing import assistant_turns
 from cornstarch_hf.processing.assistant_turns import assistant_spans
 from cornstarch_hf.processing.conversations import ConversationReader
 from cornstarch_hf.processing.rendering import DEFAULT_TEMPLATE, render
@@ -261,3 +263,59 @@ def test_no_template_gets_a_users_words_labelled(name, talk):
     assert all(any(words in turn for turn in found) for words in said_by[True])
     assert not any(turn.startswith(("<|im_start|>", "<start_of_turn>", "<|start_header_id|>")) for turn in found)
     assert not any(words in turn for turn in found for words in said_by[False] if len(words) > 2 and words != "more?")
+
+
+# ---- long conversations
+
+
+def long_talk(seed, turns=24):
+    """A random talk: with a system's words or not, with tools, empty words, reasoning, words said often."""
+    rng = random.Random(seed)
+    words = ["a", "five", "and what?", "line\nline", " b ", "", "<assistant>", "seven seven"]
+    found = [system("be brief")] if rng.random() < 0.5 else []
+    for _ in range(turns):
+        found.append(user(rng.choice(words) or "q"))
+        if rng.random() < 0.15:
+            found += [{"role": "assistant", "content": "", "tool_calls": [CALL]}, tool(rng.choice(words))]
+        thought = "<think>\nhm\n</think>\n\n" if rng.random() < 0.15 else ""
+        found.append(assistant(thought + rng.choice(words[:-1] if rng.random() < 0.2 else words[:5])))
+    return found
+
+
+def outcome(messages, template):
+    try:
+        return labelled(READER.read(messages, template)[0], template, specials=SPECIALS, tools=TOOLS)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
+SHORT = ["qwen3", "llama3", "phi3", "gemma3"]
+EVERY = [pytest.param(name, marks=[] if name in SHORT else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", [*EVERY, "STRINGS", "INSTRUCT", "TRAILER", "SYSTEM_LAST", "NO_PROMPT"])
+def test_turns_of_long_talks_are_those_that_are_found_one_by_one(monkeypatch, name):
+    given = globals()[name] if name.isupper() else template(name)
+    talks = [long_talk(seed) for seed in range(2)]
+    talks += [[one for one in talk if "tool_calls" not in one and one["role"] != "tool"] for talk in talks]
+    found = [outcome(talk, given) for talk in talks]
+    monkeypatch.setattr(assistant_turns, "_SURE", 10_000)
+    assert found == [outcome(talk, given) for talk in talks]
+
+
+def test_a_long_talk_takes_no_more_renderings_than_a_short_one(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(assistant_turns, "render", counted)
+    numbers = []
+    for turns in (16, 64, 256):
+        calls.clear()
+        found = labelled([make(f"{i} a") for i in range(turns) for make in (user, assistant)], STRINGS)
+        assert [text.split()[0] for text in found] == [str(i) for i in range(turns)]
+        numbers.append(len(calls))
+    assert numbers[0] == numbers[1] == numbers[2] < 40

@@ -1,5 +1,8 @@
 """Placeholders in text: expanding, marks around what users typed, ids, masks and padding."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -107,6 +110,32 @@ def test_masks_mark_tokens_that_lie_in_a_span():
     assert token_mask([(0, 2)], [(2, 4)]) == [0] and token_mask([(0, 2)], []) == [0]
     assert token_mask([(0, 1), (0, 1), (0, 1)], [(0, 1)]) == [1, 1, 1], "bytes of one character"
     assert token_mask([(0, 2), (3, 3), (4, 5)], [(0, 5)]) == [1, 1, 1], "white space without offsets"
+
+
+def mask_by_definition(offsets, spans):
+    ends, mask, reached = {end for span in spans for end in span if end > 0}, [], 0
+    for a, b in offsets:
+        start = min(reached, a)
+        if (a > reached and any(reached <= end <= a for end in ends)) or any(start < end < b for end in ends):
+            return None
+        mask.append(int(start < b and any(low <= start and b <= high for low, high in spans)))
+        reached = max(reached, b)
+    return mask
+
+
+def test_masks_of_random_spans_are_those_of_the_definition():
+    rng, masks = np.random.default_rng(0), 0
+    for _ in range(2_000):
+        cuts = sorted(rng.integers(0, 60, int(rng.integers(2, 30))).tolist())
+        offsets = [(a, b) for a, b in pairwise(cuts) if rng.random() < 0.9]
+        ends = sorted(rng.choice(cuts, 2 * int(rng.integers(0, 6))).tolist())
+        if rng.random() < 0.3:  # elsewhere than at tokens
+            ends = sorted(rng.integers(0, 60, len(ends)).tolist())
+        spans = list(zip(ends[::2], ends[1::2], strict=True))
+        found = token_mask(offsets, spans)
+        assert found == mask_by_definition(offsets, spans), (offsets, spans)
+        masks += found is not None
+    assert 200 < masks < 1_900
 
 
 @pytest.mark.parametrize("span", [(1, 3), (2, 6), (0, 3), (3, 4)])
