@@ -247,13 +247,13 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | 
     """
     ends, mask, reached = [*sorted({end for span in spans for end in span if end > 0}), float("inf")], [], 0
     lows, highs = zip((0, 0), *sorted(spans), strict=True)
-    highs = np.maximum.accumulate(highs)  # the farthest end of the spans so far
+    farthest = np.maximum.accumulate(highs)
     for a, b in offsets:
         start = min(reached, a)  # white space in front that the offsets leave out
         gap_ends = a > reached and ends[bisect_left(ends, reached)] <= a
         if gap_ends or ends[bisect_right(ends, start)] < b:
             return None
-        mask.append(int(start < b <= highs[bisect_right(lows, start) - 1]))
+        mask.append(int(start < b <= farthest[bisect_right(lows, start) - 1]))
         reached = max(reached, b)
     return mask
 
