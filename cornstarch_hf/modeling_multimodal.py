@@ -254,7 +254,7 @@ class MultimodalModel(
             inputs = {names[key]: text.pop(key) for key in names if key in text}
             inputs = {key: value for key, value in inputs.items() if value is not None}
             main = main_input(self.encoders[name].module)
-            given = [key for key, value in inputs.items() if isinstance(value, Tensor)]
+            given = [key for key in names if isinstance(inputs.get(names[key]), Tensor)]
             has_main = inputs.get(main) is not None
             if given and not has_main and self.encoders[name].preprocess_callback is None:  # which makes it of others
                 raise ValueError(f"{name}: got {given} without {main!r}, the input that its encoder needs.")
@@ -377,12 +377,12 @@ class MultimodalModel(
         if modality == "video" and "video" not in self.config.encoders and not kinds("video"):
             modality = "image"
         none = modality in MEDIA_KINDS and modality not in self.config.encoders and not kinds(modality)
-        return self if none else self.encoders[self._named(modality)].module
+        return self if none else (self.encoders.get(modality) or self.encoders[self._named(modality)]).module
 
     def _named(self, modality: str) -> str:
         """The name of a modality given by name, or by a kind that only one has (ValueError)."""
         if modality in self.config.encoders:
-            return modality
+            return self.config.modalities_for(modality)[0]
         found = self.config.modalities_of_kind(modality)
         if len(found) == 1:
             return found[0]

@@ -20,9 +20,10 @@ from .configuration_multimodal import MultimodalConfig
 from .encoders.counting import FeatureCounter
 from .encoders.items import split_items, without_padding
 from .encoders.own_parts import settle_registered
-from .encoders.towers import keyword_for, named_inputs, own_names
+from .encoders.towers import keyword_for, named_inputs
 from .parts.classes import carries_code
 from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
+from .parts.names import own_names
 from .parts.registries import FEATURE_COUNTS, STEPS
 from .parts.stored_errors import explained
 from .parts.stored_values import check_values
@@ -185,22 +186,21 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStor
                 counts = self._counted_by_size(name, items, given) if by_size and not settings else None
                 used, lengths[name] = ({}, counts) if counts else self._process_items(name, items, given, settings)
             else:  # tensors made elsewhere
-                output = {key: torch.as_tensor(value) for key, value in given.items()}
-                self._check_tensors(name, output)
-                # Packed patches and tiles have one row for each, their grids one for each item.
-                grid = output.get("num_tiles", grid_of(output))
-                used, split = self._used(name, output, len(next(iter(output.values())) if grid is None else grid))
+                ready = STEPS["join"].ready if name in self.config.joined.values() else type(self)._ready
+                used, split = ready(self, name, given)
                 lengths[name] = self._counted(name, split, settings)
             tensors |= used
         return tensors, lengths, samples
 
-    def _check_tensors(self, name: str, tensors: dict[str, Any]) -> None:
-        """Refuse tensors that the encoder does not take (TypeError), unless its processor gives such besides."""
-        entry = self.config.modality(name)
-        names, emitted = entry["input_names"], tensor_names(self.processors.get(name), entry["kind"], True)
-        taken = {*names.values(), *emitted}
-        if wrong := [key for key in tensors if key not in taken and keyword_for(key, name, names) is None]:
+    def _ready(self, name: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """As `_used`, of tensors made elsewhere (TypeError for some that nothing takes)."""
+        names, kind = own_names(self.config, name), self.config.modality(name)["kind"]
+        taken = {*names.values(), *tensor_names(self.processors.get(name), kind, True)}
+        if wrong := [key for key in given if key not in taken and keyword_for(key, name, names) is None]:
             raise TypeError(f"{name}: its encoder takes no tensors {wrong}, but {sorted(names)}.")
+        # Packed patches and tiles have one row for each, their grids one for each item.
+        grid = given.get("num_tiles", grid_of(given))
+        return self._used(name, given, len(next(iter(given.values()), ()) if grid is None else grid))
 
     def _process_items(
         self, name: str, items: list[Any], options: dict[str, Any], settings: dict[str, Any]

@@ -13,6 +13,7 @@ from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwarg
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from ..limits import check_switch
+from ..parts.names import own_names, place_of
 from .media import check_kinds, ready_tensors
 from .placeholder_text import (
     TEXT_OPTIONS,
@@ -106,7 +107,9 @@ class ClientNames(ProcessorMixin):
                 continue
             if len(names := self.config.modalities_of_kind(kind)) != 1:
                 raise ValueError(f"Sizes of the kind {kind!r} need one encoder of that kind, the model has {names}.")
-            each = [self._count_of_size(names[0], kind, i, size, options[names[0]]) for i, size in enumerate(sizes)]
+            name, joined = names[0], self.config.joined
+            own = options[name] | {f"{other}_kwargs": options[other] for other in joined if joined[other] == name}
+            each = [self._count_of_size(name, kind, i, size, own) for i, size in enumerate(sizes)]
             found[f"num_{kind}_tokens"] = [count for count, _ in each]
             if kind == "image":
                 found["num_image_patches"] = [patches for _, patches in each]
@@ -171,26 +174,30 @@ def media_arguments(
             _add_items(media, config.modalities_for(name)[0], items)
     inside: Media = {}  # options beside items in `encoder_inputs`
     for name, given in mapped(encoder_inputs, "encoder_inputs").items():
-        config.modalities_for(name)  # raises for what the model does not have
+        config.modalities_for(place_of(config, name)[0])  # raises for what the model does not have
         if not mapped(given, f"encoder_inputs of {name}"):
             raise ValueError(f"{name}: encoder_inputs has nothing for it: give items, or leave its name out.")
-        for key in (k for k in MEDIA_KEYS if k in given):
-            _add_items(media, name, given[key])
-        if name in media:
+        for key in given.keys() & MEDIA_KEYS:
+            _add_items(media, config.modalities_for(name)[0], given[key])
+    for name, given in (encoder_inputs or {}).items():
+        owner, start = place_of(config, name)
+        if "items" in media.get(owner, ()):
             inside[name] = {k: v for k, v in given.items() if k not in MEDIA_KEYS}
         else:  # tensors that are processed already, and options that would do nothing
             taken = options_of(processors.get(name), config.modality(name)["kind"]) or frozenset()
-            taken = taken - set(config.modality(name)["input_names"].values()) | _settings_of(config, name)
-            inside[name] = {k: given[k] for k in taken if k in given}
-            media[name] = ready_tensors({k: v for k, v in given.items() if k not in inside[name]}, name)
+            names = set(own_names(config, name).values())
+            inside[name] = {k: given[k] for k in taken - names | names & {*ENCODER_SETTINGS} if k in given}
+            found = ready_tensors({k: v for k, v in given.items() if k not in inside[name]}, name)
+            media[owner] = media.get(owner, {}) | {start + k: v for k, v in found.items()}
     for name, options in media_options(config, processors, inside, kwargs).items():
-        if "items" in media.get(owner := config.joined.get(name, name), ()):
+        owner, start = place_of(config, name)
+        if "items" in media.get(owner, ()):
             media[owner] |= options if owner == name else {f"{name}_kwargs": options}
-        elif name in media:
+        elif owner in media:
             if idle := sorted(set(options) - {"sampling_rate", *ENCODER_SETTINGS}):
                 told = f"its tensors are processed already, so that {idle} would do nothing: leave them out."
                 raise ValueError(f"{name}: {told}")
-            media[name] |= {key: options[key] for key in ENCODER_SETTINGS if key in options}
+            media[owner] |= {start + k: options[k] for k in ENCODER_SETTINGS if k in options}
     _refuse_unknown(config, processors, kwargs)
     return media
 
@@ -227,7 +234,7 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
         } | ({f"in {name}_kwargs": nested[name]} if name != plural else {})
         options = merged(name, sources)
         rate = {key: options.pop(key) for key in _rate_option(processor, kind) if key in options}
-        for key in _settings_of(config, name) & set(options):
+        for key in set(options).intersection(ENCODER_SETTINGS, own_names(config, name).values()):
             rate[key] = check_switch(options.pop(key), f"{name}: {key}")
         taken = options_of(processor, kind)
         shared = {key: value for key, value in common.items() if key in (taken or ()) and key != "return_tensors"}
@@ -257,10 +264,6 @@ def flat_options(processor: Any, kind: str) -> frozenset[str]:
     if kind == "audio":  # what else sounds and images have in common is meant for the images
         return taken & set(AudioKwargs.__annotations__) - TEXT_OPTIONS | _rate_option(processor, kind)
     return taken if kind in ("image", "video") else frozenset()
-
-
-def _settings_of(config: MultimodalConfig, name: str) -> set[str]:
-    return set(ENCODER_SETTINGS) & set(config.modality(name)["input_names"].values())
 
 
 def _rate_option(processor: Any, kind: str) -> frozenset[str]:

@@ -51,6 +51,21 @@ def joined(names, changes=None, projector="mlp", group=None, **more):
     return compose(tiny.llama(), encoders, projector, tokenizer=tiny.tokenizer(), share_inputs=[group], **more)
 
 
+def packed(first="qwen", **more):
+    """Two towers that pack the patches of images of any size, or one beside DINOv2; 2 x 2 patches of 4 pixels are a feature."""
+    torch.manual_seed(0)
+    sizes = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}
+    towers = {
+        "qwen": {"model": tiny.qwen2_vl(hidden_size=24), "processor": tiny.IMAGES["Qwen2VL"](**sizes)},
+        "other": {"model": tiny.qwen2_vl(hidden_size=16, patch_size=8, spatial_merge_size=1, seed=1),
+                  "processor": tiny.IMAGES["Qwen2VL"](**sizes | {"patch_size": 8, "merge_size": 1})},
+    }  # fmt: skip
+    names = [first, next(name for name in towers if name != first)]
+    group = {"encoders": names, "join": "channels"}
+    parts = {name: towers[name] for name in names}
+    return compose(tiny.llama(), parts, "mlp", tokenizer=tiny.tokenizer(), share_inputs=[group], **more)
+
+
 def batch(processor, **options):
     texts = ["<image> a b", "c <image><image>"]
     images = [[IMAGE(0)], [IMAGE(1), IMAGE(2)]]
@@ -268,10 +283,20 @@ def test_the_second_encoder_has_no_items_and_no_token_of_its_own():
     model, processor = joined(["siglip", "dino"])
     told = "dino: its features are joined to those of 'siglip'"
     inputs = batch(processor)
+    pixels = {key: value for key, value in inputs.items() if "pixel" in key}
+    features = model.get_image_features(**pixels, modality="siglip")
+    with pytest.raises(
+        ValueError, match=f"{told}, which has the projector and items of both: name that one, with the inputs"
+    ):
+        model.get_image_features(**pixels, modality="dino")
+    assert model.get_encoder("dino") is model.encoders["dino"].module
     for fails in (
         lambda: processor(text="<image>", dino=IMAGE(0)),
         lambda: processor(text="<image>", encoder_inputs={"dino": {"images": IMAGE(0)}}),
         lambda: model.set_modality_token_ids({"dino": 9}),
+        lambda: model.get_image_features(modality="dino", pixel_values=inputs["dino_pixel_values"]),
+        lambda: model.get_image_features(inputs["dino_pixel_values"], modality="dino"),
+        lambda: model(input_ids=inputs["input_ids"], mm_encoder_outputs={"dino": features}),
         lambda: model.encoders["dino"](pixel_values=inputs["dino_pixel_values"]),
         lambda: MultimodalCollator(processor)([{"text": "<image>", "dino": IMAGE(0)}]),
     ):
@@ -286,6 +311,8 @@ def test_the_second_encoder_has_no_items_and_no_token_of_its_own():
         ValueError, match="siglip: its features are joined to those of 'dino', of which there are no inputs"
     ):
         model(**inputs)
+    with pytest.raises(ValueError, match=r"siglip: got \['dino_pixel_values'\] without 'pixel_values'"):
+        model(input_ids=inputs["input_ids"], dino_pixel_values=pixels["dino_pixel_values"])
     inputs = batch(processor)
     inputs["dino_pixel_values"] = inputs["dino_pixel_values"][:2]
     with pytest.raises(ValueError, match="siglip has 3 items, and 'dino', joined to it, has 2"):
@@ -327,6 +354,83 @@ def test_options_reach_the_processor_of_each_encoder():
     assert not torch.equal(both["siglip_pixel_values"], plain["siglip_pixel_values"])
     with pytest.raises(TypeError, match="dino: .*takes no option"):
         processor(**call, dino_kwargs={"nonsense": 1})
+
+
+@pytest.mark.parametrize("names", GROUPS, ids="+".join)
+def test_tensors_that_are_processed_already_are_given_for_all_encoders_of_a_group(names):
+    _, processor = joined(names)
+    wanted = batch(processor)
+    made = processor(images=[IMAGE(i) for i in range(3)], return_tensors="pt")  # without a text, once
+    alone = {n: processor.processors[n]([IMAGE(i) for i in range(3)], return_tensors="pt") for n in names}
+    call = {"text": ["<image> a b", "c <image><image>"], "padding": True, "return_tensors": "pt"}
+    for given in (
+        alone,
+        dict(reversed(alone.items())),
+        {names[0]: made},
+        {n: {f"{n}_pixel_values": made[f"{n}_pixel_values"]} for n in names},
+        {n: {"pixel_values": made[f"{n}_pixel_values"].tolist()} for n in names},
+    ):
+        found = processor(**call, encoder_inputs=given)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for lacking in names:
+        given = {n: alone[n] for n in names if n != lacking}
+        told = rf"{names[0]}: the features of .* are joined, and encoder_inputs has no tensors of \['{lacking}'\]: give those"
+        with pytest.raises(ValueError, match=told):
+            processor(**call, encoder_inputs=given)
+    fewer = {names[-1]: {"pixel_values": alone[names[-1]]["pixel_values"][:2]}}
+    with pytest.raises(ValueError, match=f"{names[0]} has 3 items, and '{names[-1]}', joined to it, has 2"):
+        processor(**call, encoder_inputs=alone | fewer)
+    with pytest.raises(TypeError, match=rf"{names[-1]}: its encoder takes no tensors \['pixels'\]"):
+        processor(**call, encoder_inputs=alone | {names[-1]: {"pixels": made[f"{names[-1]}_pixel_values"]}})
+    with pytest.raises(ValueError, match=rf"{names[-1]}: its tensors are processed already.*\['do_normalize'\]"):
+        processor(**call, encoder_inputs=alone, **{f"{names[-1]}_kwargs": {"do_normalize": False}})
+    with pytest.raises(TypeError, match=rf"{names[-1]}: \w+ takes no option \['pixel_values'\]"):
+        processor(**call, images=[[IMAGE(0)], [IMAGE(1), IMAGE(2)]], encoder_inputs={names[-1]: alone[names[-1]]})
+    with pytest.raises(ValueError, match=rf"{names[-1]}: encoder_inputs has nothing for it"):
+        processor(**call, encoder_inputs=alone | {names[-1]: {}})
+
+
+def test_tensors_of_packed_patches_are_given_for_both_encoders():
+    _, processor = packed()
+    call = {"text": "<image> <image>", "return_tensors": "pt"}
+    images = [tiny.image(0, (16, 8)), tiny.image(1, (24, 16))]
+    wanted = processor(**call, images=images)
+    alone = {name: own(images, return_tensors="pt") for name, own in processor.processors.items()}
+    found = processor(**call, encoder_inputs=alone)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("names", [["siglip", "dino"], ["dino", "siglip"]], ids="+".join)
+def test_what_an_encoder_is_told_besides_is_said_to_any_of_a_group(names):
+    """SigLIP takes images of another size where it is told so; DINOv2 takes any."""
+    size = {"size": {"height": 12, "width": 12}}
+    changes = {
+        "siglip": {"processor": tiny.IMAGES["Siglip"](**size)},
+        "dino": {"processor": tiny.IMAGES["CLIP"](**size, do_center_crop=False)},
+    }
+    model, processor = joined(names, changes)
+    call, told = {"text": "<image>", "return_tensors": "pt"}, {"interpolate_pos_encoding": True}
+    with pytest.raises(
+        ValueError, match="SiglipVisionModel takes pixel_values of 3 x 8 x 8, got 3 x 12 x 12.*siglip_kwargs="
+    ):
+        processor(**call, images=IMAGE(0))
+    wanted = processor(**call, images=IMAGE(0), siglip_kwargs=told)
+    assert int((wanted["input_ids"] == model.config.image_token_id).sum()) == 9
+    assert model(**wanted, **told).logits.isfinite().all()
+    alone = {name: own(IMAGE(0), return_tensors="pt") for name, own in processor.processors.items()}
+    with pytest.raises(ValueError, match="SiglipVisionModel takes pixel_values of 3 x 8 x 8, got 3 x 12 x 12"):
+        processor(**call, encoder_inputs=alone)
+    for found in (
+        processor(**call, encoder_inputs=alone, siglip_kwargs=told),
+        processor(**call, encoder_inputs=alone | {"siglip": {**alone["siglip"], **told}}),
+        processor(**call, images=IMAGE(0), encoder_inputs={"siglip": told}),
+    ):
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for options, count in (
+        ({"siglip_kwargs": told}, 9),
+        ({f"{n}_kwargs": {"size": {"height": 8, "width": 8}} for n in names}, 4),
+    ):
+        assert processor._get_num_multimodal_tokens(image_sizes=[(30, 20)], **options)["num_image_tokens"] == [count]
 
 
 def test_sizes_and_names_that_clients_ask_for():
