@@ -18,11 +18,11 @@ from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
 from .configuration_multimodal import MultimodalConfig
 from .encoders.counting import FeatureCounter
-from .encoders.items import split_items, without_padding
+from .encoders.items import item_count, split_items, without_padding
 from .encoders.own_parts import settle_registered
 from .encoders.towers import keyword_for, named_inputs
 from .parts.classes import carries_code
-from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
+from .parts.known_encoders import check_facts_registered, registered_facts
 from .parts.names import own_names
 from .parts.registries import FEATURE_COUNTS, STEPS
 from .parts.stored_errors import explained
@@ -198,9 +198,8 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStor
         taken = {*names.values(), *tensor_names(self.processors.get(name), kind, True)}
         if wrong := [key for key in given if key not in taken and keyword_for(key, name, names) is None]:
             raise TypeError(f"{name}: its encoder takes no tensors {wrong}, but {sorted(names)}.")
-        # Packed patches and tiles have one row for each, their grids one for each item.
-        grid = given.get("num_tiles", grid_of(given))
-        return self._used(name, given, len(next(iter(given.values()), ()) if grid is None else grid))
+        # Tiles have one row for each.
+        return self._used(name, given, len(given.get("num_tiles", ())) or item_count(given))
 
     def _process_items(
         self, name: str, items: list[Any], options: dict[str, Any], settings: dict[str, Any]
@@ -250,25 +249,24 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStor
 
     def _for_encoder(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         """What its encoder takes of the tensors of a modality's processor, by keyword of the composed model."""
-        entry = self.config.modality(name)
         names = own_names(self.config, name)  # keyword of the composed model -> parameter of the encoder
-        if entry["kind"] == "video":
+        if self.config.modality(name)["kind"] == "video":
             output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
         return named_inputs(output, name, names)
 
     def _masked(self, name: str) -> bool:
         """Whether a mask is wanted of what is padded to a window: to leave out the padding, or as the encoder's own input."""
-        entry = self.config.modality(name)
-        return entry["trim"] or any(x.endswith("features_mask") for x in own_names(self.config, name).values())
+        trim = self.config.modality(name)["trim"]
+        return trim or any(x.endswith("features_mask") for x in own_names(self.config, name).values())
 
     def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         if name not in self.processors:
             raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
-        entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
+        kind, config = self.config.modality(name)["kind"], getattr(self.config, f"{name}_config")
         masked = self._masked(name)
-        maskless = not any(parameter.endswith("mask") for parameter in own_names(self.config, name).values())
+        maskless = not any(x.endswith("mask") for x in own_names(self.config, name).values())
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
-        own, kind = self.processors[name], entry["kind"]
+        own = self.processors[name]
         with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
             return run_subprocessor(own, name, kind, items, options, config, masked, prepared, maskless)
 

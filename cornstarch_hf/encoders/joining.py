@@ -200,10 +200,10 @@ class Join(Step):
     def tensors(self, processor: Any, name: str, items: list[Any], options: dict[str, Any]) -> Any:
         """What the encoders of a group take of its items: by keyword of the composed model, and by input of each item."""
         others = [other for other, owner in processor.config.joined.items() if owner == name]
-        own = {key: value for key, value in options.items() if key not in [f"{other}_kwargs" for other in others]}
+        own = {key: value for key, value in options.items() if "." not in key}
         used, split = processor._used(name, processor._run_subprocessor(name, items, own), len(items))
         for other in others:
-            given = dict(options.get(f"{other}_kwargs", {}))
+            given = {k.removeprefix(f"{other}."): v for k, v in options.items() if k.startswith(f"{other}.")}
             told = {key: given.pop(key) for key in ENCODER_SETTINGS if key in given}
             more, each = processor._used(other, processor._run_subprocessor(other, items, given), len(items))
             used |= more

@@ -107,9 +107,7 @@ class ClientNames(ProcessorMixin):
                 continue
             if len(names := self.config.modalities_of_kind(kind)) != 1:
                 raise ValueError(f"Sizes of the kind {kind!r} need one encoder of that kind, the model has {names}.")
-            name, joined = names[0], self.config.joined
-            own = options[name] | {f"{other}_kwargs": options[other] for other in joined if joined[other] == name}
-            each = [self._count_of_size(name, kind, i, size, own) for i, size in enumerate(sizes)]
+            each = [self._count_of_size(names[0], kind, i, size, options[names[0]]) for i, size in enumerate(sizes)]
             found[f"num_{kind}_tokens"] = [count for count, _ in each]
             if kind == "image":
                 found["num_image_patches"] = [patches for _, patches in each]
@@ -190,14 +188,13 @@ def media_arguments(
             found = ready_tensors({k: v for k, v in given.items() if k not in inside[name]}, name)
             media[owner] = media.get(owner, {}) | {start + k: v for k, v in found.items()}
     for name, options in media_options(config, processors, inside, kwargs).items():
-        owner, start = place_of(config, name)
-        if "items" in media.get(owner, ()):
-            media[owner] |= options if owner == name else {f"{name}_kwargs": options}
-        elif owner in media:
-            if idle := sorted(set(options) - {"sampling_rate", *ENCODER_SETTINGS}):
+        if "items" in media.get(name, ()):
+            media[name] |= options
+        elif name in media:
+            media[name] |= {k: options.pop(k) for k in [*options] if k.endswith(ENCODER_SETTINGS)}
+            if idle := sorted(k for k in options if not k.endswith("sampling_rate")):
                 told = f"its tensors are processed already, so that {idle} would do nothing: leave them out."
                 raise ValueError(f"{name}: {told}")
-            media[owner] |= {start + k: options[k] for k in ENCODER_SETTINGS if k in options}
     _refuse_unknown(config, processors, kwargs)
     return media
 
@@ -217,7 +214,7 @@ def check_arguments(config: MultimodalConfig, processors: Mapping, given: Mappin
 
 
 def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, kwargs: dict) -> Media:
-    """Options of every modality, whether or not it has items in this call; takes them out of `kwargs`."""
+    """Options of every modality, as ``{name}.{option}`` of encoders joined to it; takes all, used or not, out of `kwargs`."""
     kinds = {name: config.modality(name)["kind"] for name in config.encoders}
     flat = {name: flat_options(processors.get(name), kind) for name, kind in kinds.items()}
     stated = {key: kwargs.pop(key) for key in list(kwargs) if any(key in names for names in flat.values())}
@@ -239,7 +236,8 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
         taken = options_of(processor, kind)
         shared = {key: value for key, value in common.items() if key in (taken or ()) and key != "return_tensors"}
         check_options(processor, kind, name, shared | options)
-        found[name] = shared | options | rate
+        owner, start = place_of(config, name)
+        found.setdefault(owner, {}).update((start + k, v) for k, v in (shared | options | rate).items())
     known = TEXT_OPTIONS.union(*(options_of(processors.get(name), kind) or () for name, kind in kinds.items()))
     if unknown := sorted(set(common) - known):
         raise TypeError(f"common_kwargs: no part takes {unknown}.")

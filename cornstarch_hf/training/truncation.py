@@ -58,25 +58,30 @@ def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, sid
 
 
 def inputs_within(
-    inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
+    inputs: Mapping[str, Any],
+    names: Mapping[str, Sequence[Sequence[str]]],
+    items: Sequence[PlacedItem],
+    start: int,
+    stop: int,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Encoders' inputs of the items between `start` and `stop` of a row, and how many items of each modality lie elsewhere.
 
-    `names` are those of each modality's tensors among the `inputs`, whose rows must tell the items apart (ValueError).
+    `names` are those of each modality's tensors among the `inputs`, a list for each encoder that sees its items; the rows of an
+    encoder's tensors must tell the items apart (ValueError).
     """
     kept, dropped = dict(inputs), {}
-    for modality, keys in names.items():
-        own = {key: inputs[key] for key in keys if key in inputs}
+    for modality, encoders in names.items():
         placed = sorted((item for item in items if item.modality == modality), key=lambda item: item.index)
         inside = [item.index for item in placed if start <= item.start and item.stop <= stop]
         if len(inside) == len(placed):
             continue  # its tensors stay as they are
         dropped[modality] = len(placed) - len(inside)
-        if not own:  # nobody asked for its tensors
-            continue
-        parts = split_items(own, len(placed), modality)  # of each item, (1, ...) or its own packed patches
-        for key in own:
-            del kept[key]
-            if inside:  # else the batch has no such input
-                kept[key] = torch.cat([parts[index][key] for index in inside])
+        for keys in encoders:
+            if not (own := {key: inputs[key] for key in keys if key in inputs}):  # nobody asked for its tensors
+                continue
+            parts = split_items(own, len(placed), modality)  # of each item, (1, ...) or its own packed patches
+            for key in own:
+                del kept[key]
+                if inside:  # else the batch has no such input
+                    kept[key] = torch.cat([parts[index][key] for index in inside])
     return kept, dropped

@@ -382,7 +382,9 @@ def test_tensors_that_are_processed_already_are_given_for_all_encoders_of_a_grou
         processor(**call, encoder_inputs=alone | fewer)
     with pytest.raises(TypeError, match=rf"{names[-1]}: its encoder takes no tensors \['pixels'\]"):
         processor(**call, encoder_inputs=alone | {names[-1]: {"pixels": made[f"{names[-1]}_pixel_values"]}})
-    with pytest.raises(ValueError, match=rf"{names[-1]}: its tensors are processed already.*\['do_normalize'\]"):
+    with pytest.raises(
+        ValueError, match=rf"{names[0]}: its tensors are processed already, so that \['{names[-1]}.do_normalize'\]"
+    ):
         processor(**call, encoder_inputs=alone, **{f"{names[-1]}_kwargs": {"do_normalize": False}})
     with pytest.raises(TypeError, match=rf"{names[-1]}: \w+ takes no option \['pixel_values'\]"):
         processor(**call, images=[[IMAGE(0)], [IMAGE(1), IMAGE(2)]], encoder_inputs={names[-1]: alone[names[-1]]})
@@ -390,14 +392,36 @@ def test_tensors_that_are_processed_already_are_given_for_all_encoders_of_a_grou
         processor(**call, encoder_inputs=alone | {names[-1]: {}})
 
 
-def test_tensors_of_packed_patches_are_given_for_both_encoders():
-    _, processor = packed()
-    call = {"text": "<image> <image>", "return_tensors": "pt"}
-    images = [tiny.image(0, (16, 8)), tiny.image(1, (24, 16))]
-    wanted = processor(**call, images=images)
-    alone = {name: own(images, return_tensors="pt") for name, own in processor.processors.items()}
+PLACES = [tiny.image(0, (16, 8)), tiny.image(1, (24, 16)), tiny.image(2, (8, 32))]  # of 2, 6 and 4 features
+
+
+@pytest.mark.parametrize("first", ["qwen", "other"])
+def test_packed_patches_of_both_encoders_are_joined_and_given(first):
+    model, processor = packed(first)
+    call = {"text": "<image> <image><image>", "return_tensors": "pt"}
+    wanted = processor(**call, images=PLACES)
+    alone = {name: own(PLACES, return_tensors="pt") for name, own in processor.processors.items()}
     found = processor(**call, encoder_inputs=alone)
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    with torch.no_grad():
+        columns = [model.encoders[n].module(*(wanted[f"{n}_{key}"] for key in ("pixel_values", "image_grid_thw"))).pooler_output for n in model.encoders]  # fmt: skip
+        expected = model.encoders[first].projector.projection(torch.cat(columns, -1)).split([2, 6, 4])
+        for item, there in zip(model(**wanted).image_outputs.pooler_output, expected, strict=True):
+            assert torch.equal(item, there)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows of this batch were longer")
+@pytest.mark.parametrize("first", ["qwen", "other"])
+@pytest.mark.parametrize(("side", "kept"), [("right", 0), ("left", 1)])
+def test_a_row_that_is_cut_keeps_the_patches_of_whole_items_for_both_encoders(first, side, kept):
+    model, processor = packed(first)
+    rows = [{"text": "a <image> b <image> c", "images": PLACES[:2]}, {"text": "a <image> b", "images": PLACES[2:]}]
+    found = MultimodalCollator(processor, max_length=9, truncation=side)(rows)
+    whole = processor(text="<image><image>", images=[PLACES[kept], PLACES[2]], return_tensors="pt")
+    media = {key: value for key, value in found.items() if "image" in key or "pixel" in key}
+    assert media.keys() == {f"{n}_{key}" for n in ("qwen", "other") for key in ("pixel_values", "image_grid_thw")}
+    assert all(torch.equal(value, whole[key]) for key, value in media.items())
+    assert model(**found).loss.isfinite()
 
 
 @pytest.mark.parametrize("names", [["siglip", "dino"], ["dino", "siglip"]], ids="+".join)
@@ -559,6 +583,34 @@ def test_a_copy_and_a_resized_model_are_joined_within_themselves():
         assert torch.equal(own_memory(again)(**inputs).logits, own_memory(model)(**inputs).logits)
         again.resize_token_embeddings(350)
         assert again(**inputs).logits.shape[-1] == 350
+
+
+@pytest.mark.parametrize("part", ["siglip_encoder", "dino_encoder"])
+def test_a_part_that_is_put_in_the_place_of_one_is_the_one_that_runs(part):
+    """The first encoder of a group runs the others: those that the model has now, and not those that it was composed of."""
+    model, processor = joined(["siglip", "dino"])
+    inputs = batch(processor)
+    other = copy.deepcopy(getattr(model, part))
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.add_(0.1)
+    setattr(model, part, other)
+    assert model.siglip_encoder.join.others == {"dino": model.dino_encoder}
+    assert model.dino_encoder.projector is model.siglip_encoder.projector
+    with pytest.raises(
+        TypeError, match=f"{part} must be a ModalEncoderModule, got .*: put a tower in model.{part}.module"
+    ):
+        setattr(model, part, getattr(model, part).module)
+    model = own_memory(model)
+    with torch.no_grad():
+        found = model(**inputs).image_outputs.pooler_output
+        assert torch.equal(torch.stack(found), by_hand(model, ["siglip", "dino"], inputs))
+    calls = []
+    setattr(
+        model, part, torch.compile(getattr(model, part), backend=lambda graph, _: calls.append(part) or graph.forward)
+    )
+    again = model(**inputs).image_outputs.pooler_output
+    assert calls and all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
 
 
 def test_another_group_may_share_its_items():
