@@ -9,6 +9,7 @@ import tiny
 import torch
 from native_parts import randomized
 from own_memory import check_comes_back, own_memory
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -583,6 +584,80 @@ def test_a_copy_and_a_resized_model_are_joined_within_themselves():
         assert torch.equal(own_memory(again)(**inputs).logits, own_memory(model)(**inputs).logits)
         again.resize_token_embeddings(350)
         assert again(**inputs).logits.shape[-1] == 350
+
+
+def moved(model):
+    """With other values where it trains."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["all-linear", r".*(siglip|dino)_encoder\.module.*(query|value|q_proj|v_proj)"])
+@pytest.mark.parametrize("saved", ["projector", "siglip_encoder.projector"])
+def test_adapters_around_all_of_it_train_and_come_back(tmp_path, targets, saved):
+    model, processor = joined(["siglip", "dino"])
+    model.save_pretrained(tmp_path / "base")
+    inputs = batch(processor)
+    options = LoraConfig(r=2, target_modules=targets, modules_to_save=[saved], task_type="CAUSAL_LM")
+    adapted = moved(get_peft_model(model, options)).train()
+    adapted(**inputs, labels=inputs["input_ids"].clone()).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()]
+    for part in ("siglip_encoder.module", "dino_encoder.module", "siglip_encoder.projector.modules_to_save"):
+        assert [name for name in trained if part in name]
+    adapted.save_pretrained(tmp_path / "adapters")
+    again = PeftModel.from_pretrained(MultimodalModel.from_pretrained(tmp_path / "base"), tmp_path / "adapters")
+    check_comes_back(adapted.eval(), again.eval(), inputs)
+    merged = adapted.merge_and_unload()
+    assert merged.siglip_encoder.join.others == {"dino": merged.dino_encoder}
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, again(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapped", [["siglip"], ["dino"], ["siglip", "dino", "language_model"]], ids="+".join)
+def test_adapters_around_parts_are_stored_with_them(tmp_path, wrapped):
+    def part(name, made):
+        targets = ["q_proj", "v_proj", "query", "value"]
+        return moved(get_peft_model(made, LoraConfig(r=2, target_modules=targets))) if name in wrapped else made
+
+    torch.manual_seed(0)
+    names = ["siglip", "dino"]
+    encoders = {name: (made := PARTS[name]()) | {"model": part(name, made["model"])} for name in names}
+    group = {"encoders": names, "join": "channels"}
+    text = part("language_model", tiny.llama())
+    model, processor = compose(text, encoders, "mlp", tokenizer=tiny.tokenizer(), share_inputs=[group])
+    inputs = batch(processor)
+    plain = gradients(model.train(), inputs)
+    assert {key.split(".")[0] for key in plain if "lora" in key} == {
+        name if name == "language_model" else f"{name}_encoder" for name in wrapped
+    }
+    model.gradient_checkpointing_enable()
+    again = gradients(model, inputs)
+    assert plain.keys() == again.keys() and all(torch.equal(plain[key], again[key]) for key in plain)
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    check_comes_back(model, loaded, inputs, max_new_tokens=3, do_sample=False)
+    trains = [[name for name, p in each.named_parameters() if p.requires_grad] for each in (model, loaded)]
+    assert trains[0] == trains[1]
+
+
+def test_embeddings_of_placeholders_and_beams_without_a_cache_give_the_same():
+    model, processor = joined(["siglip", "dino"])
+    model = own_memory(model)
+    inputs = batch(processor)
+    ids = inputs.pop("input_ids")
+    embeds, options = model.get_input_embeddings()(ids), {"max_new_tokens": 3, "do_sample": False}
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=embeds, **inputs).logits, model(input_ids=ids, **inputs).logits)
+    for more in ({}, {"num_beams": 3}):
+        tokens = model.generate(input_ids=ids, **inputs, **options, **more)
+        assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, **options, **more), tokens[:, ids.shape[1] :])
+        assert torch.equal(model.generate(input_ids=ids, **inputs, **options, **more, use_cache=False), tokens)
 
 
 @pytest.mark.parametrize("part", ["siglip_encoder", "dino_encoder"])
