@@ -27,6 +27,7 @@ _OWN_ARGUMENTS = (TEXT_OPTIONS - {"add_special_tokens"}) | {
 }
 # Columns of rows beside those of media.
 _COLUMNS = {"messages", "text", "prompt", "completion", "tools", "chat_template_kwargs", "sampling_rate"}
+_SIZES = frozenset(["image_sizes", "pixel_mask"])  # inputs that tell an encoder what of an image is padding
 # What to do about columns of other names, as tables for other trainers have them.
 _REMEDY = (
     "rename them (dataset.rename_column), make messages of them (dataset.map(lambda row: {'messages': [{'role': 'user', "
@@ -163,8 +164,10 @@ class MultimodalCollator:
         batch = {}
         for key, blank in blanks.items():  # (batch, length) each
             batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
+        names = [own_names(self.processor.config, name) for name in self.processor.config.encoders]
+        sized = {key for own in names if not _SIZES.isdisjoint(own.values()) for key in own}
         for key in dict.fromkeys(key for row in encoded for key in row["media"]):  # rows may have different modalities
-            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key)
+            batch[key] = join([row["media"][key] for row in encoded if key in row["media"]], key, key in sized)
         return batch
 
     def _encode_row(self, index: int, row: Any, by_size: bool = False) -> dict[str, Any]:
@@ -374,16 +377,23 @@ def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, i
         )
 
 
-def join(parts: Sequence[torch.Tensor], key: str) -> torch.Tensor:
-    """Rows' tensors ``(items, ...)`` as one; where axis 1 alone differs they are padded on the right, else ValueError."""
+def join(parts: Sequence[torch.Tensor], key: str, sized: bool = False) -> torch.Tensor:
+    """Rows' tensors ``(items, ...)`` as one; where axis 1 alone differs they are padded on the right, else ValueError.
+
+    Images ``(items, ..., height, width)`` of which the encoder is told the sizes are padded below and on the right.
+    """
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) == 1:
         return torch.cat(list(parts))  # (items of all rows, ...)
-    if any(part.ndim < 2 or part.shape[2:] != parts[0].shape[2:] for part in parts):
+    rank = parts[0].ndim
+    most = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=False)]
+    uneven = {axis for part in parts for axis in range(1, min(rank, part.ndim)) if part.shape[axis] != most[axis]}
+    plane = {rank - 2, rank - 1} if sized and rank > 2 else set[int]()
+    if any(part.ndim != rank for part in parts) or not (uneven <= {1} or uneven <= plane):
         raise ValueError(
             f"{key}: the rows' tensors have the shapes {[tuple(p.shape) for p in parts]}, which do not join."
         )
-    longest = max(part.shape[1] for part in parts)
-    padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
     blank = 1 if key.endswith("_padding") else 0  # such a mask is 1 where a value is padding
-    return torch.cat([torch.nn.functional.pad(p, pad, value=blank) for p, pad in zip(parts, padding, strict=True)])
+    axes = range(rank - 1, 0, -1)  # as torch counts them for its pad()
+    wanted = [[size for axis in axes for size in (0, most[axis] - part.shape[axis])] for part in parts]
+    return torch.cat([torch.nn.functional.pad(p, pad, value=blank) for p, pad in zip(parts, wanted, strict=True)])

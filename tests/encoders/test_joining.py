@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from native_parts import randomized
 from own_memory import check_comes_back, own_memory
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,6 +17,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     DeepseekVLHybridConfig,
+    PixtralVisionConfig,
+    PixtralVisionModel,
     Trainer,
     TrainingArguments,
 )
@@ -181,6 +184,36 @@ def test_videos_are_joined_frame_by_frame():
         towers = [model.siglip_encoder.module(frames["siglip"]).last_hidden_state, model.dino_encoder.module(frames["dino"]).last_hidden_state[:, 1:]]  # fmt: skip
         expected = model.siglip_encoder.projector.projection(torch.cat(towers, -1)).flatten(0, 1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows of this batch were longer")
+@pytest.mark.parametrize("beside", [False, True])
+def test_rows_of_images_that_are_padded_to_the_largest_one_go_in_one_batch(beside):
+    """Pixtral's processor pads images of a call to one size, and tells its encoder theirs; alone, and joined to packed patches."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}  # fmt: skip
+    pixtral = getattr(transformers, f"PixtralImageProcessor{tiny.BACKEND}")(size={"longest_edge": 16}, patch_size=4)
+    parts = {"vision": {"model": PixtralVisionModel(PixtralVisionConfig(**sizes)).eval(), "processor": pixtral}}
+    if beside:
+        options = {"patch_size": 4, "merge_size": 1, "min_pixels": 16, "max_pixels": 256}
+        parts["qwen"] = {"model": tiny.qwen2_vl(spatial_merge_size=1), "processor": tiny.IMAGES["Qwen2VL"](**options)}
+    group = [{"encoders": list(parts), "join": "channels"}] if beside else None
+    model, processor = compose(tiny.llama(), parts, tokenizer=tiny.tokenizer(), share_inputs=group)
+    images = [tiny.image(0, (16, 8)), tiny.image(1, (8, 16)), tiny.image(2, (8, 8)), tiny.image(3, (16, 16))]
+    rows = [
+        {"text": "a <image><image>", "images": [images[0], images[2]]},
+        {"text": "a <image> b <image> c", "images": images[1::2]},
+    ]
+    found = MultimodalCollator(processor, max_length=16, truncation="right")(rows)
+    (pixels,) = [value for key, value in found.items() if key.endswith("pixel_values") and value.ndim == 4]
+    assert pixels.shape == (3, 3, 16, 16) and found["image_sizes"].tolist() == [[16, 8], [8, 8], [8, 16]]
+    media = {key: value for key, value in found.items() if "pixel" in key or "image" in key}
+    with torch.no_grad():
+        together = model.get_image_features(**media).pooler_output
+        for item, image in zip(together, (images[0], images[2], images[1]), strict=True):
+            alone = {k: v for k, v in processor(images=image, return_tensors="pt").items() if k in media}
+            torch.testing.assert_close(item, model.get_image_features(**alone).pooler_output[0], rtol=1e-4, atol=1e-5)
+    assert model(**found).loss.isfinite()
 
 
 def doubled(inputs, output):
