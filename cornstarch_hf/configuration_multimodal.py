@@ -255,8 +255,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     def modalities_for(self, what: str) -> list[str]:
         """The modalities that a name, or a kind (``"image"``), means; ValueError for none, or several with other inputs."""
         if (owner := self.joined.get(what)) is not None:
-            told = f"those of {owner!r}, which has items and placeholder of both"
-            raise ValueError(f"{what}: its features are joined to {told}.")
+            told = f"{owner!r}, which has the projector and items of both: name that one, with the inputs of both."
+            raise ValueError(f"{what}: its features are joined to those of {told}")
         if what in self.encoders:
             return [what]
         names = self.modalities_of_kind(what)

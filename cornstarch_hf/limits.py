@@ -59,14 +59,6 @@ def check_image(width: int, height: int, where: str) -> None:
     check(int(width) * int(height), "MAX_IMAGE_PIXELS", f"{where}: the image of {width} x {height} pixels has")
 
 
-def check_sound(frames: int, channels: int, rate: float | None, wanted: float | None, where: str) -> None:
-    """Refuse a sound of more than `MAX_AUDIO_SAMPLES`, stored or resampled from `rate` to `wanted` Hz (ValueError)."""
-    check(int(frames) * int(channels), "MAX_AUDIO_SAMPLES", f"{where}: the sound ({channels} channels) has samples")
-    if rate and wanted:
-        resampled = int(frames * wanted / rate)
-        check(resampled, "MAX_AUDIO_SAMPLES", f"{where}: the sound, resampled from {rate} to {wanted} Hz, has samples")
-
-
 def check_features(count: int, name: str) -> None:
     """Refuse an item of more than `MAX_ITEM_FEATURES` features (ValueError)."""
     check(count, "MAX_ITEM_FEATURES", f"{name}: the number of features of one item is")

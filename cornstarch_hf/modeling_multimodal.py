@@ -17,7 +17,7 @@ from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.continuing import items_to_encode
 from .encoders.feature_layout import find_stand_in
 from .encoders.module import ModalEncoderModule
-from .encoders.rebuilding import build_parts
+from .encoders.rebuilding import build_parts, connect
 from .encoders.stand_ins import idle_encoders, run_stand_in
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import (
@@ -130,24 +130,26 @@ class MultimodalModel(
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in torch; ValueError for another part in the place of one (wrapped around the same, it is the same)."""
-        old = self.__dict__.get("_modules", {}).get(name)
-        part = old is not None and (name == "language_model" or name.removesuffix("_encoder") in self.config.encoders)
-        if part and value is not old:
+        old = self.__dict__.get("_modules", {}).get(name, value)  # itself, where there is none yet
+        part = value is not old and (name == "language_model" or name.removesuffix("_encoder") in self.config.encoders)
+        if part:
             check_replaced(self.config, {name: value})
         super().__setattr__(name, value)
+        if part:
+            connect(self.encoders)
 
     def signature_changes(self, method: str) -> tuple[list[str], list[str]] | None:
         """Parameters that this instance's `forward` or `get_{kind}_features` lacks and has in addition."""
-        if method == "forward":
-            text = text_keywords(self.language_model)
-            removed = [key for key in ("position_ids",) if key not in text]
-            added = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
-            if CACHE not in ("cache", None):  # of an older version, which reads this signature
-                removed, added = [*removed, "cache"], [*added, CACHE]
-            added += step_inputs(self.config)
-            return removed, added + [key for key in text if key not in OWN_INPUTS]
-        names = self._answering(method.removeprefix("get_").removesuffix("_features"))
-        return ([], [key for n in names for key in self.config.modality(n)["input_names"]]) if names else None
+        own = method == "forward"
+        names = self.config.encoders if own else self._answering(method.removeprefix("get_").removesuffix("_features"))
+        added = [key for n in names for key in self.config.modality(n)["input_names"]]
+        if not own:
+            return ([], added) if names else None
+        text = text_keywords(self.language_model)
+        removed = [key for key in ("position_ids",) if key not in text]
+        if CACHE not in ("cache", None):  # of an older version, which reads this signature
+            removed, added = [*removed, "cache"], [*added, CACHE]
+        return removed, added + step_inputs(self.config) + [key for key in text if key not in OWN_INPUTS]
 
     @PerInstanceSignature
     def forward(
@@ -256,7 +258,7 @@ class MultimodalModel(
             inputs = {names[key]: text.pop(key) for key in names if key in text}
             inputs = {key: value for key, value in inputs.items() if value is not None}
             main = main_input(self.encoders[name].module)
-            given = [key for key, value in inputs.items() if isinstance(value, Tensor)]
+            given = [key for key in names if isinstance(inputs.get(names[key]), Tensor)]
             has_main = inputs.get(main) is not None
             if given and not has_main and self.encoders[name].preprocess_callback is None:  # which makes it of others
                 raise ValueError(f"{name}: got {given} without {main!r}, the input that its encoder needs.")
@@ -373,28 +375,26 @@ class MultimodalModel(
 
         An image encoder answers for videos too, frame by frame.  ValueError for a word that is no modality.
         """
-        kinds = self.config.modalities_of_kind
+        encoders, kinds = self.encoders, self.config.modalities_of_kind
         if modality is None:
             return self
-        if modality == "video" and "video" not in self.config.encoders and not kinds("video"):
+        if modality == "video" and modality not in encoders and not kinds(modality):
             modality = "image"
-        none = modality in MEDIA_KINDS and modality not in self.config.encoders and not kinds(modality)
-        return self if none else self.encoders[self._named(modality)].module
+        none = modality in MEDIA_KINDS and modality not in encoders and not kinds(modality)
+        return self if none else (encoders.get(modality) or encoders[self._named(modality)]).module
 
     def _named(self, modality: str) -> str:
         """The name of a modality given by name, or by a kind that only one has (ValueError)."""
-        if modality in self.config.encoders:
-            return modality
-        found = self.config.modalities_of_kind(modality)
+        config = self.config
+        found = config.modalities_for(modality) if modality in config.encoders else config.modalities_of_kind(modality)
         if len(found) == 1:
             return found[0]
         raise ValueError(
             f"{modality!r} is {'no modality' if not found else 'the kind of several modalities'} of this model, expected "
-            f"one of {found or self.config.encoders}."
+            f"one of {found or config.encoders}."
         )
 
     def describe(self) -> str:
         """Print, and return, the parts: classes, parameters, how many train, features per item, tokens."""
-        text = describe_model(self)
-        print(text)
+        print(text := describe_model(self))
         return text

@@ -18,11 +18,12 @@ from .checkpoints.plain_storage import ProcessorStorage, tokenizer_folder
 from .checkpoints.trusted_code import load_shared_code
 from .configuration_multimodal import MultimodalConfig
 from .encoders.counting import FeatureCounter
-from .encoders.items import split_items, without_padding
+from .encoders.items import item_count, split_items, without_padding
 from .encoders.own_parts import settle_registered
-from .encoders.towers import keyword_for, named_inputs, own_names
+from .encoders.towers import keyword_for, named_inputs
 from .parts.classes import carries_code
-from .parts.known_encoders import check_facts_registered, grid_of, registered_facts
+from .parts.known_encoders import check_facts_registered, registered_facts
+from .parts.names import own_names
 from .parts.registries import FEATURE_COUNTS, STEPS
 from .parts.stored_errors import explained
 from .parts.stored_values import check_values
@@ -185,22 +186,20 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStor
                 counts = self._counted_by_size(name, items, given) if by_size and not settings else None
                 used, lengths[name] = ({}, counts) if counts else self._process_items(name, items, given, settings)
             else:  # tensors made elsewhere
-                output = {key: torch.as_tensor(value) for key, value in given.items()}
-                self._check_tensors(name, output)
-                # Packed patches and tiles have one row for each, their grids one for each item.
-                grid = output.get("num_tiles", grid_of(output))
-                used, split = self._used(name, output, len(next(iter(output.values())) if grid is None else grid))
+                ready = STEPS["join"].ready if name in self.config.joined.values() else type(self)._ready
+                used, split = ready(self, name, given)
                 lengths[name] = self._counted(name, split, settings)
             tensors |= used
         return tensors, lengths, samples
 
-    def _check_tensors(self, name: str, tensors: dict[str, Any]) -> None:
-        """Refuse tensors that the encoder does not take (TypeError), unless its processor gives such besides."""
-        entry = self.config.modality(name)
-        names, emitted = entry["input_names"], tensor_names(self.processors.get(name), entry["kind"], True)
-        taken = {*names.values(), *emitted}
-        if wrong := [key for key in tensors if key not in taken and keyword_for(key, name, names) is None]:
+    def _ready(self, name: str, given: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """As `_used`, of tensors made elsewhere (TypeError for some that nothing takes)."""
+        names, kind = own_names(self.config, name), self.config.modality(name)["kind"]
+        taken = {*names.values(), *tensor_names(self.processors.get(name), kind, True)}
+        if wrong := [key for key in given if key not in taken and keyword_for(key, name, names) is None]:
             raise TypeError(f"{name}: its encoder takes no tensors {wrong}, but {sorted(names)}.")
+        # Tiles have one row for each.
+        return self._used(name, given, len(given.get("num_tiles", ())) or item_count(given))
 
     def _process_items(
         self, name: str, items: list[Any], options: dict[str, Any], settings: dict[str, Any]
@@ -250,25 +249,24 @@ class MultimodalProcessor(ChatTemplating, ClientNames, ItemCounts, ProcessorStor
 
     def _for_encoder(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         """What its encoder takes of the tensors of a modality's processor, by keyword of the composed model."""
-        entry = self.config.modality(name)
         names = own_names(self.config, name)  # keyword of the composed model -> parameter of the encoder
-        if entry["kind"] == "video":
+        if self.config.modality(name)["kind"] == "video":
             output = named_for_encoder(output, name, partial(keyword_for, modality=name, input_names=names))
         return named_inputs(output, name, names)
 
     def _masked(self, name: str) -> bool:
         """Whether a mask is wanted of what is padded to a window: to leave out the padding, or as the encoder's own input."""
-        entry = self.config.modality(name)
-        return entry["trim"] or any(x.endswith("features_mask") for x in own_names(self.config, name).values())
+        trim = self.config.modality(name)["trim"]
+        return trim or any(x.endswith("features_mask") for x in own_names(self.config, name).values())
 
     def _run_subprocessor(self, name: str, items: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         if name not in self.processors:
             raise ValueError(f"{name}: there is no processor for it, give processors={{{name!r}: ...}}.")
-        entry, config = self.config.modality(name), getattr(self.config, f"{name}_config")
+        kind, config = self.config.modality(name)["kind"], getattr(self.config, f"{name}_config")
         masked = self._masked(name)
-        maskless = not any(parameter.endswith("mask") for parameter in own_names(self.config, name).values())
+        maskless = not any(x.endswith("mask") for x in own_names(self.config, name).values())
         prepared = self.counter.has_preprocessing(name)  # then images may come as crops
-        own, kind = self.processors[name], entry["kind"]
+        own = self.processors[name]
         with self.lock if kind == "text" else nullcontext():  # a tokenizer keeps the options of its last call
             return run_subprocessor(own, name, kind, items, options, config, masked, prepared, maskless)
 

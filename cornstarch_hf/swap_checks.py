@@ -19,7 +19,7 @@ from .encoders.tiles import PackedTiles
 from .modeling_multimodal import MultimodalModel
 from .parts.adapters import is_wrapped, unwrapped
 from .parts.classes import constructor_options
-from .parts.names import parameters_by_name
+from .parts.names import own_names, parameters_by_name
 from .parts.signatures import forward_parameters
 from .parts.stored_modules import SLOTS
 from .parts.weightless import build_without_weights, without_dtypes
@@ -86,9 +86,7 @@ def check_given(model: Any, processor: Any, given: Mapping[str, Any], text: Any,
     """Refuse a model or a processor that cannot be the one to change, and what would be lost or never done."""
     if not given and text is None and not any(options[key] is not None for key in ("tokens", "rules", "share_inputs")):
         raise TypeError("replace() needs a part to change: language_model=..., or an encoder by its name.")
-    if model.config.joined or any(isinstance(group, Mapping) for group in options["share_inputs"] or ()):
-        told = f"{model.config.joined or options['share_inputs']}: one projector is made for all of a group"
-        raise ValueError(f"Encoders that are joined cannot be exchanged, {told}: compose the parts anew.")
+    _check_joined(model.config.share_inputs, given, options["share_inputs"])
     if not isinstance(options["rules"], (Mapping, type(None))) or set(options["rules"] or ()) - set(RULES):
         raise TypeError(f"rules must be a dict with some of {list(RULES)}, got {options['rules']!r:.100}.")
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
@@ -117,6 +115,26 @@ def check_given(model: Any, processor: Any, given: Mapping[str, Any], text: Any,
             raise ValueError(
                 f"{where} is frozen in parts, by names that its successor may not have: unfreeze({where!r}) or freeze all of "
                 "it before, and freeze parts of the new one."
+            )
+
+
+def _check_joined(groups: Sequence[Any], given: Mapping[str, Any], wanted: Any) -> None:
+    """Refuse other encoders in a group whose features are joined, and other such groups: all of one stay, or all go."""
+    stay, told = (
+        list[Any](),
+        "one projector is made for all of a group, which stay or go together: compose the parts anew.",
+    )
+    for group in (group for group in groups if isinstance(group, Mapping)):
+        changed = [name for name in group["encoders"] if name in given]
+        if not changed:
+            stay.append(group)
+        elif len(changed) < len(group["encoders"]) or any(given[name] is not None for name in changed):
+            raise ValueError(f"Encoders that are joined cannot be exchanged, {changed} of {group['encoders']}: {told}")
+    if wanted is not None:
+        new = [group for group in ([wanted] if isinstance(wanted, Mapping) else wanted) if isinstance(group, Mapping)]
+        if [group for group in new if group not in stay] or [group for group in stay if group not in new]:
+            raise ValueError(
+                f"Encoders that are joined cannot be exchanged, share_inputs joins {new}, the model {stay}: {told}"
             )
 
 
@@ -149,7 +167,8 @@ def _check_processor(
         return
     if not isinstance(processor, MultimodalProcessor):
         raise TypeError(f"processor must be a MultimodalProcessor, or None, got {type(processor).__name__}.")
-    ids = {name: model.config.modality(name)["token_id"] for name in model.config.encoders}
+    joined = model.config.joined  # which have no placeholders of their own
+    ids = {name: model.config.modality(name)["token_id"] for name in model.config.encoders if name not in joined}
     if processor.placeholder_ids != ids:
         raise ValueError(
             f"The processor is not this model's: its placeholders have the ids {processor.placeholder_ids}, the model's {ids}. "
@@ -276,7 +295,7 @@ def chosen_names(
         usual = assign_input_names(parameters, kinds, forward_parameters(unwrapped(language_model)))
     except ValueError:  # two would have one name, so its author chose
         usual = {key: {} for key in encoders}
-    names = {name: config.modality(name)["input_names"] for name in encoders}
+    names = {name: own_names(config, name) for name in encoders}
     return {n: {k: p for k, p in given.items() if usual[n].get(k) != p} for n, given in names.items()}
 
 

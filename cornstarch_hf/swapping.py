@@ -72,9 +72,9 @@ def replace(
     one, and share its tensors, as in `from_native`: training the one trains the other (give a `copy.deepcopy` to keep it).
 
     Kept are the selection, callbacks, kind and name of an encoder, freezing, `share_inputs`, `loss_at_labels` and rules of
-    positions and masks, as far as they fit; what may not fit raises.  A projector is kept where its widths fit; else one of its
-    type is made anew.  What then has to be trained is logged as one warning.  `config.native` goes: the result is no
-    native model.
+    positions and masks, as far as they fit; what may not fit raises.  Encoders that are joined stay or go
+    together.  A projector is kept where its widths fit; else one of its type is made anew.  What then has to be trained is
+    logged as one warning.  `config.native` goes: the result is no native model.
 
     Args:
         model: a composed model.
@@ -272,8 +272,10 @@ class _Swap:
         """The new model, with what the configuration of the one given says of what is kept."""
         old, names = self.model.config, list(self.encoders)
         rules = {key: _of_kept(getattr(old, key, None), names, old.encoders) for key in RULES} | rules
-        groups = [group for given in old.share_inputs if len(group := [n for n in given if n in names]) > 1]
-        groups = groups if share_inputs is None else valid_groups(share_inputs, names)
+        given: list[Any] = [*old.share_inputs]
+        groups = [x for x in given if isinstance(x, Mapping) and {*x["encoders"]} <= {*names}]
+        groups += [x for g in given if not isinstance(g, Mapping) and len(x := [n for n in g if n in names]) > 1]
+        groups = valid_groups(groups if share_inputs is None else share_inputs, names)
         authors = [n for n, spec in self.given.items() if isinstance(source_in(spec), ModalEncoderModule)]
         marked = [n for n in names if n in old.encoders and n not in authors and self.encoders[n].merging["marks"]]
         if self.text and marked:
@@ -284,7 +286,7 @@ class _Swap:
         share_parts(self.encoders)
         check_encoders(self.encoders, live)
         try:
-            made = MultimodalModel(encoders=self.encoders, language_model=live, **rules)
+            made = MultimodalModel(encoders=self.encoders, language_model=live, share_inputs=groups, **rules)
         except ValueError as error:
             if not old.steps:
                 raise
@@ -293,7 +295,6 @@ class _Swap:
                 "{'mask': None} drops a rule; layer_features and merge are said anew by an encoder that is exchanged, name="
                 "ModalEncoderModule(model.name_encoder.module, ...)."
             ) from error
-        made.config.share_inputs = groups
         self._carry_over(old, made.config)
         return made
 

@@ -100,7 +100,7 @@ def test_every_room_and_file_on_top_has_its_layer():
 
 def test_the_house_stays_small_enough_to_be_drawn():
     assert len([name for name in FILES if "." not in name]) <= 10
-    assert len([name for name in FILES if name != "__init__"]) <= 118
+    assert len([name for name in FILES if name != "__init__"]) <= 120
 
 
 def test_a_twentieth_of_the_lines_have_comments():

@@ -212,6 +212,8 @@ def test_one_tower_for_two_kinds_is_one_module_that_is_stored_once(tmp_path):
     assert again.video_encoder.projector is not again.vision_encoder.projector
     copied = copy.deepcopy(again)
     assert copied.video_encoder.module is copied.vision_encoder.module is not again.vision_encoder.module
+    again.vision_encoder = copied.vision_encoder  # what is put in its place serves both
+    assert again.video_encoder.module is copied.vision_encoder.module
 
 
 @pytest.mark.parametrize("shares", ["vision", "nothing"])

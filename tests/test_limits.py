@@ -17,14 +17,6 @@ def test_a_cap_is_named_with_both_numbers_and_the_remedy(monkeypatch):
     assert limits.cap("MAX_IMAGE_PIXELS") == 64_008_000
 
 
-def test_sounds_count_channels_and_what_resampling_makes():
-    limits.check_sound(50_000_000, 2, 48_000, 16_000, "x")
-    with pytest.raises(ValueError, match="150,000,000"):
-        limits.check_sound(50_000_000, 3, 48_000, 16_000, "x")
-    with pytest.raises(ValueError, match="resampled from 8000 to 32000 Hz, has samples 160,000,000"):
-        limits.check_sound(40_000_000, 1, 8_000, 32_000, "x")
-
-
 def test_features():
     limits.check_features(limits.MAX_ITEM_FEATURES, "vision")
     with pytest.raises(ValueError, match="vision: .*MAX_ITEM_FEATURES"):

@@ -21,6 +21,7 @@ from cornstarch_hf import (
     MultimodalProcessor,
     MultimodalProjector,
     MultimodalProjectorConfig,
+    compose,
     from_native,
     register_callback,
     replace,
@@ -852,18 +853,95 @@ def test_a_native_processor_that_writes_more_is_not_dropped_without_a_word(model
         replace(model, processor, audio=whisper)
 
 
-def test_joined_encoders_are_not_exchanged():
+JOINED = {"encoders": ["vision", "dino"], "join": "channels"}
+
+
+def joined(**more):
+    torch.manual_seed(0)
     parts = {
-        "vision": ModalEncoderModule(tiny.siglip()),
-        "dino": ModalEncoderModule(tiny.dinov2(image_size=8), drop_prefix=1),
+        "vision": {"model": tiny.siglip(), "processor": tiny.ENCODERS["siglip"][2]()},
+        "dino": {"model": tiny.dinov2(hidden_size=12), "processor": tiny.clip_processor(), "drop_prefix": 1},
     }
-    group = {"encoders": ["vision", "dino"], "join": "channels"}
-    joined = MultimodalModel(encoders=parts, language_model=tiny.llama(), share_inputs=[group])
-    with pytest.raises(ValueError, match="Encoders that are joined cannot be exchanged.*compose the parts anew"):
-        replace(joined, language_model=tiny.qwen3())
+    return compose(tiny.llama(), parts | more, "mlp", tokenizer=tiny.tokenizer(), share_inputs=[JOINED])
+
+
+PICTURE = {"text": ["<image> a"], "images": [tiny.image(0)], "return_tensors": "pt"}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("width", [32, 48])
+def test_another_language_model_keeps_joined_encoders(tmp_path, loaded, width, caplog):
+    model, processor = joined()
+    model.freeze("dino_encoder")
+    if loaded:
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        model, processor = MultimodalModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    old, text = model.vision_encoder.projector, {"model": tiny.qwen3(hidden_size=width), "tokenizer": tiny.tokenizer()}
+    made, ours = replace(model, processor, language_model=text)
+    assert made.config.share_inputs == [JOINED] and made.config.joined == {"dino": "vision"}
+    assert made.config.vision_modality["input_names"] == model.config.vision_modality["input_names"]
+    assert (
+        made.vision_encoder.join.others == {"dino": made.dino_encoder} and made.dino_encoder is not model.dino_encoder
+    )
+    assert model.vision_encoder.join.others == {"dino": model.dino_encoder} and model.vision_encoder.projector is old
+    new = made.vision_encoder.projector
+    assert (new.config.in_features, new.config.out_features) == (28, width) and new is made.dino_encoder.projector
+    assert not any(p.requires_grad for p in made.dino_encoder.module.parameters())
+    inputs = ours(**PICTURE)
+    assert all(torch.equal(value, inputs[key]) for key, value in processor(**PICTURE).items())
+    with torch.no_grad():
+        features, before = (m(**inputs).image_outputs.pooler_output[0] for m in (made, model))
+    if width == 32:
+        assert torch.equal(features, before) and "(kept, but trained beside another part)" in caplog.text
+    else:
+        assert features.shape == (4, 48) and "vision_encoder.projector (new and untrained)" in caplog.text
+    folder = tmp_path / "again"
+    made.save_pretrained(folder)
+    check_comes_back(made, MultimodalModel.from_pretrained(folder), inputs, max_new_tokens=2, do_sample=False)
+
+
+def test_encoders_beside_joined_ones_are_added_exchanged_and_removed():
+    model, processor = joined()
+    inputs = processor(**PICTURE)
+    audio = {"model": tiny.whisper(), "processor": tiny.whisper_processor()}
+    heard, ours = replace(model, processor, audio=audio)
+    assert heard.config.encoders == ["vision", "dino", "audio"] and heard.config.share_inputs == [JOINED]
+    for made, its in ((heard, ours), replace(heard, ours, audio=audio), replace(heard, ours, audio=None)):
+        found = its(**PICTURE)
+        assert all(torch.equal(found[key], inputs[key]) for key in inputs)
+        with torch.no_grad():
+            assert torch.equal(made(**found).logits, model(**inputs).logits)
+    clip = {"model": tiny.clip(), "processor": tiny.clip_processor()}
+    both, its = replace(model, processor, clip=clip, share_inputs=[JOINED, ["vision", "clip"]])
+    found = its(**PICTURE | {"text": [f"{its.tokens['vision']}{its.tokens['clip']}"]})
+    assert both(**found).logits.isfinite().all() and both.config.share_inputs == [JOINED, ["vision", "clip"]]
+    gone, its = replace(both, its, vision=None, dino=None)
+    assert gone.config.encoders == ["clip"] and gone.config.share_inputs == []
+
+
+def test_joined_encoders_are_not_exchanged_themselves():
+    model, processor = joined()
+    told = "Encoders that are joined cannot be exchanged.*compose the parts anew"
+    changes = [
+        {"vision": tiny.clip()},
+        {"dino": tiny.dinov2()},
+        {"dino": None},
+        {"vision": None},
+        {"vision": {"layer": -2}},
+    ]
+    for change in (
+        *changes,
+        {"share_inputs": []},
+        {"share_inputs": [["vision", "dino"]]},
+        {"share_inputs": [JOINED | {"resample": "bilinear"}]},
+    ):
+        with pytest.raises(ValueError, match=told):
+            replace(model, processor, **change)
     plain = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.siglip())}, language_model=tiny.llama())
-    with pytest.raises(ValueError, match="Encoders that are joined cannot be exchanged.*compose the parts anew"):
-        replace(plain, dino=tiny.dinov2(image_size=8), share_inputs=[group])
+    for group in ([JOINED], JOINED):
+        with pytest.raises(ValueError, match=told):
+            replace(plain, dino=tiny.dinov2(image_size=8), share_inputs=group)
 
 
 def test_the_packing_of_tiles_is_exchanged_and_its_learnt_vector_told(caplog):

@@ -31,7 +31,8 @@ def _what_it_is(config: Any) -> Any:
 
 
 def check_replaced(config: Any, parts: Mapping[str, Any]) -> None:
-    """ValueError where a part, by its attribute's name, is another model than the configuration of the whole describes.
+    """ValueError where a part, by its attribute's name, is another model than the configuration of the whole describes, and
+    TypeError where it is no encoder.
 
     The same model may be wrapped, merged, quantized or compiled, and one of its class and settings may be there; the latter's
     configuration takes the place of the one described.
@@ -40,6 +41,10 @@ def check_replaced(config: Any, parts: Mapping[str, Any]) -> None:
         key, cls, inner = "text_config", config.language_model_class, part
         if (modality := name.removesuffix("_encoder")) in config.encoders:
             entry = config.modality(modality)
+            if not hasattr(part, "selection"):
+                raise TypeError(
+                    f"{name} must be a ModalEncoderModule, got {type(part).__name__}: put a tower in model.{name}.module."
+                )
             if "module" in entry["shares"]:
                 continue
             key, cls, inner = f"{modality}_config", entry["encoder_class"], getattr(part, "module", part)

@@ -24,8 +24,19 @@ from ..parts.stored_values import (
     check_values,
     read_json,
 )
-from .finding import CONFIG, DESCRIPTIONS, GENERATION, INDEX, WEIGHTS, CheckpointFiles, Options, of_variant
+from .finding import CONFIG, DESCRIPTIONS, GENERATION, INDEX, WEIGHTS, CheckpointFiles, Options
 from .manifest import LoadPlan, checked_composition, first_weights, valid_place
+
+
+def of_variant(name: str, variant: str | None) -> str:
+    """The name of a weight file, or of an index of shards, of a variant (ValueError: the variant is no plain word)."""
+    if variant is None:
+        return name
+    if not variant.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"variant must be a plain word, got {variant!r}.")
+    stem, _, rest = name.partition(".safetensors")
+    # transformers puts the variant behind "index" in an index's name, and before the ending of a weight file.
+    return f"{stem}.safetensors.index.{variant}.json" if "index" in rest else f"{stem}.{variant}.safetensors"
 
 
 def check_files(

@@ -40,17 +40,6 @@ def weights_pattern(variant: str | None = None) -> re.Pattern:
     return re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
 
 
-def of_variant(name: str, variant: str | None) -> str:
-    """The name of a weight file, or of an index of shards, of a variant (ValueError: the variant is no plain word)."""
-    if variant is None:
-        return name
-    if not variant.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(f"variant must be a plain word, got {variant!r}.")
-    stem, _, rest = name.partition(".safetensors")
-    # transformers puts the variant behind "index" in an index's name, and before the ending of a weight file.
-    return f"{stem}.safetensors.index.{variant}.json" if "index" in rest else f"{stem}.{variant}.safetensors"
-
-
 def files_below(folder: str | os.PathLike) -> list[str]:
     """Names of all files in a folder and in those inside, relative to it, with forward slashes."""
     return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())

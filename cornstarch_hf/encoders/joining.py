@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..parts.adapters import unwrapped
+from ..parts.names import own_names
 from ..parts.registries import STEPS, Step
 from ..processing.call import ENCODER_SETTINGS
 from ..projectors.projector import per_item
 from .grids import PLANE_KINDS, Grid, GridQuery, found_grids
+from .item_sizes import refused_size
 from .items import without_padding
+from .module import first_weight
 from .selection import EncoderOutput, lengths_of, with_features
 
 KEYS = {"encoders", "join", "resample"}
@@ -69,7 +72,14 @@ class Joined:
                 f"{self.owner}: its features are joined to those of {name!r}, of which there are no inputs: pass the tensors "
                 "of both encoders, as the processor makes them."
             )
-        output = other(say=(WITHIN,), **own)  # called, so that what is hooked to it runs
+        try:
+            output = other(say=(WITHIN,), **own)  # called, so that what is hooked to it runs
+        except (RuntimeError, ValueError) as error:
+            weight = first_weight(other.module)  # with weights it says so itself
+            told = refused_size(other.module, own, other.kind, name) if weight is not None and weight.is_meta else None
+            if told is None:
+                raise
+            raise ValueError(f"{name}: {told}") from error
         return Part(name, output, output.feature_grids)
 
 
@@ -116,8 +126,7 @@ def check_grids(parts: Sequence[Part], resample: str | None) -> None:
     first = parts[0]
     for part in parts[1:]:
         if len(part.grids) != len(first.grids):
-            told = f"{len(first.grids)} items, and {part.name!r}, joined to it, has {len(part.grids)}"
-            raise ValueError(f"{first.name} has {told}: give both encoders the same items.")
+            raise ValueError(different_numbers(first.name, len(first.grids), part.name, len(part.grids)))
         for item, (there, here) in enumerate(zip(first.grids, part.grids, strict=True)):
             frames = len(there) == 3 and there[0] != here[0]
             if there != here and (resample is None or frames or len(there) != len(here)):
@@ -136,6 +145,15 @@ def check_grids(parts: Sequence[Part], resample: str | None) -> None:
                 raise ValueError(
                     f"{first.name}, item {item}: features are joined by place, but lie in {shown}: {remedy}."
                 )
+
+
+def different_numbers(first: str, here: int, other: str, there: int) -> str:
+    return f"{first} has {here} items, and {other!r}, joined to it, has {there}: give both encoders the same items."
+
+
+def under(name: str, item: dict[str, Any]) -> dict[str, Any]:
+    """One item's inputs for an encoder that another one runs, by their names there, without padding."""
+    return {f"{name}.{key}": value for key, value in without_padding(item).items()}
 
 
 def resampled(features: Tensor, grid: Grid, to: Grid, mode: str) -> Tensor:
@@ -182,14 +200,41 @@ class Join(Step):
     def tensors(self, processor: Any, name: str, items: list[Any], options: dict[str, Any]) -> Any:
         """What the encoders of a group take of its items: by keyword of the composed model, and by input of each item."""
         others = [other for other, owner in processor.config.joined.items() if owner == name]
-        own = {key: value for key, value in options.items() if key not in [f"{other}_kwargs" for other in others]}
+        own = {key: value for key, value in options.items() if "." not in key}
         used, split = processor._used(name, processor._run_subprocessor(name, items, own), len(items))
         for other in others:
-            given = dict(options.get(f"{other}_kwargs", {}))
-            told = {f"{other}.{key}": given.pop(key) for key in ENCODER_SETTINGS if key in given}
+            given = {k.removeprefix(f"{other}."): v for k, v in options.items() if k.startswith(f"{other}.")}
+            told = {key: given.pop(key) for key in ENCODER_SETTINGS if key in given}
             more, each = processor._used(other, processor._run_subprocessor(other, items, given), len(items))
-            each = [{f"{other}.{key}": value for key, value in without_padding(item).items()} for item in each]
-            used, split = used | more, [item | theirs | told for item, theirs in zip(split, each, strict=True)]
+            used |= more
+            split = [item | under(other, theirs | told) for item, theirs in zip(split, each, strict=True)]
+        return used, split
+
+    def ready(self, processor: Any, name: str, given: Mapping[str, Any]) -> Any:
+        """As `tensors`, of what was processed elsewhere: all encoders' inputs, by keyword or with `{name}.` before others'.
+
+        ValueError where those of one of them lack, or are of another number of items.
+        """
+        group = [name, *(other for other, owner in processor.config.joined.items() if owner == name)]
+        parts: dict[str, dict[str, Any]] = {each: {} for each in group}
+        for key, value in given.items():
+            other = next(
+                (o for o in group[1:] if key.startswith(f"{o}.") or key in own_names(processor.config, o)), name
+            )
+            parts[other][key.removeprefix(f"{other}.")] = value
+        told = {other: {k: own.pop(k) for k in ENCODER_SETTINGS if k in own} for other, own in parts.items()}
+        if lack := [each for each, own in parts.items() if not own]:
+            raise ValueError(
+                f"{name}: the features of {group} are joined, and encoder_inputs has no tensors of {lack}: give those of all, "
+                f"encoder_inputs={{{', '.join(f'{each!r}: ...' for each in group)}}}, or items."
+            )
+        used, split = processor._ready(name, parts.pop(name))
+        for other, own in parts.items():
+            more, each = processor._ready(other, own)
+            if len(each) != len(split):
+                raise ValueError(different_numbers(name, len(split), other, len(each)))
+            used |= more
+            split = [item | under(other, theirs | told[other]) for item, theirs in zip(split, each, strict=True)]
         return used, split
 
     def connect(self, groups: Sequence[Any], encoders: Mapping[str, Any]) -> None:

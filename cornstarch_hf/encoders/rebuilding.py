@@ -97,6 +97,15 @@ def build_parts(config: MultimodalConfig) -> tuple[dict[str, ModalEncoderModule]
     return encoders, build_language_model(config)
 
 
+def connect(encoders: Mapping[str, Any]) -> None:
+    """Have encoders that use parts of others, or run them, find the ones that are there now (in place)."""
+    for encoder in encoders.values():
+        for part, (name, _) in encoder._lenders.items():
+            encoder._lenders[part] = name, encoders[name]
+        for name in getattr(encoder.join, "others", ()):
+            encoder.join.others[name] = encoders[name]
+
+
 def complete_marks(encoder: ModalEncoderModule) -> None:
     """Give an encoder with marks a table of learnt tokens beside its projector (in place), where that has none."""
     marks, projector = encoder.merging["marks"], encoder.projector

@@ -179,14 +179,6 @@ def named_inputs(emitted: Mapping[str, Any], modality: str, input_names: Mapping
     return found
 
 
-def own_names(config: Any, name: str) -> dict[str, str]:
-    """Keywords of the composed model for one encoder's inputs; those of joined ones are ``{name}.{input}`` of the first."""
-    owner = config.joined.get(name)
-    start = "" if owner is None else f"{name}."
-    names = config.modality(owner or name)["input_names"]
-    return {key: x[len(start) :] for key, x in names.items() if x.startswith(start) and "." not in x[len(start) :]}
-
-
 def check_types(additional_args: Any, trim: Any) -> None:
     """TypeError for arguments of a `ModalEncoderModule` that are of another kind."""
     if isinstance(additional_args, str) or not all(isinstance(name, str) for name in additional_args or ()):

@@ -5,10 +5,24 @@ A pattern is a dotted name in which ``*`` stands for one layer number; it means 
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?![^.])")  # a whole component of a dotted name, not its first
+
+
+def place_of(config: Any, name: str) -> tuple[str, str]:
+    """Whose items an encoder sees, and what stands before its inputs there: ``{name}.`` where it is joined to another one."""
+    owner = config.joined.get(name)
+    return (name, "") if owner is None else (owner, f"{name}.")
+
+
+def own_names(config: Any, name: str) -> dict[str, str]:
+    """Keywords of the composed model, and an encoder's inputs by its own names."""
+    owner, start = place_of(config, name)
+    names = config.modality(owner)["input_names"]
+    return {key: x[len(start) :] for key, x in names.items() if x.startswith(start) and "." not in x[len(start) :]}
 
 
 def starred(name: str) -> str:

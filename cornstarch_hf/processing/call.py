@@ -13,6 +13,7 @@ from transformers.processing_utils import AudioKwargs, MultiModalData, TextKwarg
 
 from ..configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from ..limits import check_switch
+from ..parts.names import own_names, place_of
 from .media import check_kinds, ready_tensors
 from .placeholder_text import (
     TEXT_OPTIONS,
@@ -171,26 +172,29 @@ def media_arguments(
             _add_items(media, config.modalities_for(name)[0], items)
     inside: Media = {}  # options beside items in `encoder_inputs`
     for name, given in mapped(encoder_inputs, "encoder_inputs").items():
-        config.modalities_for(name)  # raises for what the model does not have
+        config.modalities_for(place_of(config, name)[0])  # raises for what the model does not have
         if not mapped(given, f"encoder_inputs of {name}"):
             raise ValueError(f"{name}: encoder_inputs has nothing for it: give items, or leave its name out.")
-        for key in (k for k in MEDIA_KEYS if k in given):
-            _add_items(media, name, given[key])
-        if name in media:
+        for key in given.keys() & MEDIA_KEYS:
+            _add_items(media, config.modalities_for(name)[0], given[key])
+    for name, given in (encoder_inputs or {}).items():
+        owner, start = place_of(config, name)
+        if "items" in media.get(owner, ()):
             inside[name] = {k: v for k, v in given.items() if k not in MEDIA_KEYS}
         else:  # tensors that are processed already, and options that would do nothing
             taken = options_of(processors.get(name), config.modality(name)["kind"]) or frozenset()
-            taken = taken - set(config.modality(name)["input_names"].values()) | _settings_of(config, name)
-            inside[name] = {k: given[k] for k in taken if k in given}
-            media[name] = ready_tensors({k: v for k, v in given.items() if k not in inside[name]}, name)
+            names = set(own_names(config, name).values())
+            inside[name] = {k: given[k] for k in taken - names | names & {*ENCODER_SETTINGS} if k in given}
+            found = ready_tensors({k: v for k, v in given.items() if k not in inside[name]}, name)
+            media[owner] = media.get(owner, {}) | {start + k: v for k, v in found.items()}
     for name, options in media_options(config, processors, inside, kwargs).items():
-        if "items" in media.get(owner := config.joined.get(name, name), ()):
-            media[owner] |= options if owner == name else {f"{name}_kwargs": options}
+        if "items" in media.get(name, ()):
+            media[name] |= options
         elif name in media:
-            if idle := sorted(set(options) - {"sampling_rate", *ENCODER_SETTINGS}):
+            media[name] |= {k: options.pop(k) for k in [*options] if k.endswith(ENCODER_SETTINGS)}
+            if idle := sorted(k for k in options if not k.endswith("sampling_rate")):
                 told = f"its tensors are processed already, so that {idle} would do nothing: leave them out."
                 raise ValueError(f"{name}: {told}")
-            media[name] |= {key: options[key] for key in ENCODER_SETTINGS if key in options}
     _refuse_unknown(config, processors, kwargs)
     return media
 
@@ -210,7 +214,7 @@ def check_arguments(config: MultimodalConfig, processors: Mapping, given: Mappin
 
 
 def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, kwargs: dict) -> Media:
-    """Options of every modality, whether or not it has items in this call; takes them out of `kwargs`."""
+    """Options of every modality, as ``{name}.{option}`` of encoders joined to it; takes all, used or not, out of `kwargs`."""
     kinds = {name: config.modality(name)["kind"] for name in config.encoders}
     flat = {name: flat_options(processors.get(name), kind) for name, kind in kinds.items()}
     stated = {key: kwargs.pop(key) for key in list(kwargs) if any(key in names for names in flat.values())}
@@ -227,12 +231,13 @@ def media_options(config: MultimodalConfig, processors: Mapping, inside: Media, 
         } | ({f"in {name}_kwargs": nested[name]} if name != plural else {})
         options = merged(name, sources)
         rate = {key: options.pop(key) for key in _rate_option(processor, kind) if key in options}
-        for key in _settings_of(config, name) & set(options):
+        for key in set(options).intersection(ENCODER_SETTINGS, own_names(config, name).values()):
             rate[key] = check_switch(options.pop(key), f"{name}: {key}")
         taken = options_of(processor, kind)
         shared = {key: value for key, value in common.items() if key in (taken or ()) and key != "return_tensors"}
         check_options(processor, kind, name, shared | options)
-        found[name] = shared | options | rate
+        owner, start = place_of(config, name)
+        found.setdefault(owner, {}).update((start + k, v) for k, v in (shared | options | rate).items())
     known = TEXT_OPTIONS.union(*(options_of(processors.get(name), kind) or () for name, kind in kinds.items()))
     if unknown := sorted(set(common) - known):
         raise TypeError(f"common_kwargs: no part takes {unknown}.")
@@ -257,10 +262,6 @@ def flat_options(processor: Any, kind: str) -> frozenset[str]:
     if kind == "audio":  # what else sounds and images have in common is meant for the images
         return taken & set(AudioKwargs.__annotations__) - TEXT_OPTIONS | _rate_option(processor, kind)
     return taken if kind in ("image", "video") else frozenset()
-
-
-def _settings_of(config: MultimodalConfig, name: str) -> set[str]:
-    return set(ENCODER_SETTINGS) & set(config.modality(name)["input_names"].values())
 
 
 def _rate_option(processor: Any, kind: str) -> frozenset[str]:

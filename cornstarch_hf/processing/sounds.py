@@ -17,7 +17,7 @@ from transformers import audio_utils
 from transformers.audio_utils import get_audio_filetype, load_audio
 from transformers.utils import is_soundfile_available
 
-from ..limits import check, check_sound
+from ..limits import check
 from .media import held, is_file, rated
 from .opening import decoded, opened
 from .placeholder_text import check_values
@@ -27,6 +27,14 @@ LOUDEST = 10.0
 
 
 _MIX = "mix the channels, in a table by cast_column(..., Audio(num_channels=1))."
+
+
+def check_sound(frames: int, channels: int, rate: float | None, wanted: float | None, where: str) -> None:
+    """Refuse a sound of more than `MAX_AUDIO_SAMPLES`, stored or resampled from `rate` to `wanted` Hz (ValueError)."""
+    check(int(frames) * int(channels), "MAX_AUDIO_SAMPLES", f"{where}: the sound ({channels} channels) has samples")
+    if rate and wanted:
+        resampled = int(frames * wanted / rate)
+        check(resampled, "MAX_AUDIO_SAMPLES", f"{where}: the sound, resampled from {rate} to {wanted} Hz, has samples")
 
 
 def ready_audio(item: Any, where: str, expected: int | None, given: int | None) -> np.ndarray:

@@ -347,18 +347,15 @@ class ItemCounts(ProcessorMixin):
             raise ValueError(f"{where}: expected its size as ({', '.join(axes)}), got {size!r:.100}.")
         for what, number in zip(axes or ["number of samples"], size if axes else [size], strict=True):
             check_count(number, f"{where}: its {what}")
-        if (
-            name in self.config.joined.values() and kind == "image"
-        ):  # of several processors: they tell what they make of one
+        if name in self.config.joined.values() and kind == "image":  # several processors tell what they make of one
             used, split = self._tensors(name, [np.zeros((*size, 3), np.uint8)], options)
-            return self._counted(name, split, settings)[0], len(next(iter(used.values())))
-        if isinstance(processor, ImageProcessingMixin) and not is_video_processor(processor):
+        elif isinstance(processor, ImageProcessingMixin) and not is_video_processor(processor):
             channels = image_channels(getattr(self.config, f"{name}_config"))
             output = tensors_of_size(processor, name, size, options, channels, self.counter.has_preprocessing(name))
+            used, split = self._used(name, output, 1)
         elif kind == "audio":
             return self.features_of_sound(name, size, options), 1
         else:
             told = f"{type(processor).__name__} does not tell by its size what it makes of an item"
             raise ValueError(f"{name}: {told}: call the processor with one of that size.")
-        used, split = self._used(name, output, 1)
         return self._counted(name, split, settings)[0], len(next(iter(used.values())))

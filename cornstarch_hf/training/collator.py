@@ -11,6 +11,7 @@ import jinja2
 import torch
 
 from ..limits import check_count
+from ..parts.names import own_names, place_of
 from ..parts.rules import MASK_RULES
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
@@ -307,7 +308,9 @@ class MultimodalCollator:
                 f"truncation={self.truncation!r} none has a label that one before it could predict: raise max_length, or "
                 "shorten what stands before the answer."
             )
-        names = {name: list(self.processor.config.modality(name)["input_names"]) for name in lengths}
+        names, config = dict[str, list[list[str]]](), self.processor.config
+        for name in config.encoders:  # those that are joined see the items of the first one
+            names.setdefault(place_of(config, name)[0], []).append(list(own_names(config, name)))
         media, dropped = inputs_within(encoded["media"], names, items, start, stop)
         cut = {"tokens": len(ids) - (stop - start), **dropped}
         return {"input_ids": ids[start:stop], "labels": labels[start:stop], "media": media, "cut": cut}

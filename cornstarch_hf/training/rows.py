@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..configuration_multimodal import MultimodalConfig
 from ..encoders.items import split_items
+from ..parts.names import own_names
 from ..processing.video import FRAME_MASK
 
 Row = Mapping[str, Tensor]
@@ -63,27 +64,32 @@ def whole_items_within(items: Sequence[PlacedItem], length: int, limit: int, sid
 
 
 def inputs_within(
-    inputs: Mapping[str, Any], names: Mapping[str, Sequence[str]], items: Sequence[PlacedItem], start: int, stop: int
+    inputs: Mapping[str, Any],
+    names: Mapping[str, Sequence[Sequence[str]]],
+    items: Sequence[PlacedItem],
+    start: int,
+    stop: int,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Encoders' inputs of the items between `start` and `stop` of a row, and how many items of each modality lie elsewhere.
 
-    `names` are those of each modality's tensors among the `inputs`, whose rows must tell the items apart (ValueError).
+    `names` are those of each modality's tensors among the `inputs`, a list for each encoder that sees its items; the rows of an
+    encoder's tensors must tell the items apart (ValueError).
     """
     kept, dropped = dict(inputs), {}
-    for modality, keys in names.items():
-        own = {key: inputs[key] for key in keys if key in inputs}
+    for modality, encoders in names.items():
         placed = sorted((item for item in items if item.modality == modality), key=lambda item: item.index)
         inside = [item.index for item in placed if start <= item.start and item.stop <= stop]
         if len(inside) == len(placed):
             continue  # its tensors stay as they are
         dropped[modality] = len(placed) - len(inside)
-        if not own:  # nobody asked for its tensors
-            continue
-        parts = split_items(own, len(placed), modality)  # of each item, (1, ...) or its own packed patches
-        for key in own:
-            del kept[key]
-            if inside:  # else the batch has no such input
-                kept[key] = torch.cat([parts[index][key] for index in inside])
+        for keys in encoders:
+            if not (own := {key: inputs[key] for key in keys if key in inputs}):  # nobody asked for its tensors
+                continue
+            parts = split_items(own, len(placed), modality)  # of each item, (1, ...) or its own packed patches
+            for key in own:
+                del kept[key]
+                if inside:  # else the batch has no such input
+                    kept[key] = torch.cat([parts[index][key] for index in inside])
     return kept, dropped
 
 
@@ -101,12 +107,12 @@ def join_rows(rows: Sequence[Row], config: MultimodalConfig) -> dict[str, Tensor
     """
     batch: dict[str, Tensor] = {}
     for name in config.encoders:
-        entry = config.modality(name)
-        own: Sequence[Row] = [{key: row[key] for key in entry["input_names"] if key in row} for row in rows]
-        mask = next((key for key, taken in entry["input_names"].items() if taken == FRAME_MASK), None)
+        names, kind = own_names(config, name), config.modality(name)["kind"]
+        own: Sequence[Row] = [{key: row[key] for key in names if key in row} for row in rows]
+        mask = next((key for key, taken in names.items() if taken == FRAME_MASK), None)
         own = own if mask is None else _with_frames_told(own, mask)
         for key in dict.fromkeys(key for row in own for key in row):
-            batch[key] = _joined({i: row for i, row in enumerate(own) if key in row}, key, entry["kind"], name)
+            batch[key] = _joined({i: row for i, row in enumerate(own) if key in row}, key, kind, name)
     return batch
 
 

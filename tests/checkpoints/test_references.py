@@ -28,6 +28,7 @@ PARTS = {
     "u/moe": (tiny.qwen3_moe, tiny.tokenizer),
     "u/gpt2": (tiny.gpt2, tiny.tokenizer),
     "u/clip": (tiny.clip, tiny.clip_processor),
+    "u/dino": (lambda: tiny.dinov2(hidden_size=12), tiny.clip_processor),
     "u/whisper": (whisper_model, tiny.whisper_processor),
 }
 
@@ -115,6 +116,26 @@ def test_only_projectors_of_an_untrained_composition(tmp_path, cache, language_m
     again = loads_equal(model, tmp_path / "r", cache)
     assert again.generation_config.eos_token_id == model.generation_config.eos_token_id
     assert again.name_or_path == str(tmp_path / "r")
+
+
+@pytest.mark.parametrize("tuned", [[], ["dino"]])
+def test_joined_encoders_are_each_from_their_base(tmp_path, cache, tuned):
+    towers = {"vision": {"model": "u/clip", "drop_prefix": 1}, "dino": {"model": "u/dino", "drop_prefix": 1}}
+    group = {"encoders": list(towers), "join": "channels"}
+    model, processor = compose("u/llama", towers, "mlp", share_inputs=[group], cache_dir=cache)
+    for name in tuned:
+        model.encoders[name].module = get_peft_model(
+            model.encoders[name].module, LoraConfig(r=2, target_modules="all-linear")
+        )
+    model.save_pretrained(tmp_path / "r", embed=False, cache_dir=cache)
+    assert set(described(tmp_path / "r")["components"]) >= {"vision_encoder", "dino_encoder", "language_model"}
+    assert all(".projector." in name or "lora_" in name for name in stored(tmp_path / "r"))
+    again = loads_equal(model, tmp_path / "r", cache)
+    assert again.config.joined == {"dino": "vision"} and again.vision_encoder.join.others == {
+        "dino": again.dino_encoder
+    }
+    inputs = processor(text="<image> a", images=tiny.image(0), return_tensors="pt")
+    check_comes_back(model.eval(), again, dict(inputs), max_new_tokens=2, do_sample=False)
 
 
 def test_through_every_auto_class_and_as_a_whole_again(tmp_path, cache):

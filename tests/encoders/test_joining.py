@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from native_parts import randomized
 from own_memory import check_comes_back, own_memory
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
     DeepseekVLHybridConfig,
+    PixtralVisionConfig,
+    PixtralVisionModel,
     Trainer,
     TrainingArguments,
 )
@@ -49,6 +53,21 @@ def joined(names, changes=None, projector="mlp", group=None, **more):
     encoders = {name: PARTS[name]() | (changes or {}).get(name, {}) for name in names}
     group = {"encoders": list(names), "join": "channels"} | (group or {})
     return compose(tiny.llama(), encoders, projector, tokenizer=tiny.tokenizer(), share_inputs=[group], **more)
+
+
+def packed(first="qwen", **more):
+    """Two towers that pack the patches of images of any size, or one beside DINOv2; 2 x 2 patches of 4 pixels are a feature."""
+    torch.manual_seed(0)
+    sizes = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}
+    towers = {
+        "qwen": {"model": tiny.qwen2_vl(hidden_size=24), "processor": tiny.IMAGES["Qwen2VL"](**sizes)},
+        "other": {"model": tiny.qwen2_vl(hidden_size=16, patch_size=8, spatial_merge_size=1, seed=1),
+                  "processor": tiny.IMAGES["Qwen2VL"](**sizes | {"patch_size": 8, "merge_size": 1})},
+    }  # fmt: skip
+    names = [first, next(name for name in towers if name != first)]
+    group = {"encoders": names, "join": "channels"}
+    parts = {name: towers[name] for name in names}
+    return compose(tiny.llama(), parts, "mlp", tokenizer=tiny.tokenizer(), share_inputs=[group], **more)
 
 
 def batch(processor, **options):
@@ -167,6 +186,36 @@ def test_videos_are_joined_frame_by_frame():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows of this batch were longer")
+@pytest.mark.parametrize("beside", [False, True])
+def test_rows_of_images_that_are_padded_to_the_largest_one_go_in_one_batch(beside):
+    """Pixtral's processor pads images of a call to one size, and tells its encoder theirs; alone, and joined to packed patches."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}  # fmt: skip
+    pixtral = getattr(transformers, f"PixtralImageProcessor{tiny.BACKEND}")(size={"longest_edge": 16}, patch_size=4)
+    parts = {"vision": {"model": PixtralVisionModel(PixtralVisionConfig(**sizes)).eval(), "processor": pixtral}}
+    if beside:
+        options = {"patch_size": 4, "merge_size": 1, "min_pixels": 16, "max_pixels": 256}
+        parts["qwen"] = {"model": tiny.qwen2_vl(spatial_merge_size=1), "processor": tiny.IMAGES["Qwen2VL"](**options)}
+    group = [{"encoders": list(parts), "join": "channels"}] if beside else None
+    model, processor = compose(tiny.llama(), parts, tokenizer=tiny.tokenizer(), share_inputs=group)
+    images = [tiny.image(0, (16, 8)), tiny.image(1, (8, 16)), tiny.image(2, (8, 8)), tiny.image(3, (16, 16))]
+    rows = [
+        {"text": "a <image><image>", "images": [images[0], images[2]]},
+        {"text": "a <image> b <image> c", "images": images[1::2]},
+    ]
+    found = MultimodalCollator(processor, max_length=16, truncation="right")(rows)
+    (pixels,) = [value for key, value in found.items() if key.endswith("pixel_values") and value.ndim == 4]
+    assert pixels.shape == (3, 3, 16, 16) and found["image_sizes"].tolist() == [[16, 8], [8, 8], [8, 16]]
+    media = {key: value for key, value in found.items() if "pixel" in key or "image" in key}
+    with torch.no_grad():
+        together = model.get_image_features(**media).pooler_output
+        for item, image in zip(together, (images[0], images[2], images[1]), strict=True):
+            alone = {k: v for k, v in processor(images=image, return_tensors="pt").items() if k in media}
+            torch.testing.assert_close(item, model.get_image_features(**alone).pooler_output[0], rtol=1e-4, atol=1e-5)
+    assert model(**found).loss.isfinite()
+
+
 def doubled(inputs, output):
     return BaseModelOutput(last_hidden_state=output.last_hidden_state * 2)
 
@@ -268,10 +317,20 @@ def test_the_second_encoder_has_no_items_and_no_token_of_its_own():
     model, processor = joined(["siglip", "dino"])
     told = "dino: its features are joined to those of 'siglip'"
     inputs = batch(processor)
+    pixels = {key: value for key, value in inputs.items() if "pixel" in key}
+    features = model.get_image_features(**pixels, modality="siglip")
+    with pytest.raises(
+        ValueError, match=f"{told}, which has the projector and items of both: name that one, with the inputs"
+    ):
+        model.get_image_features(**pixels, modality="dino")
+    assert model.get_encoder("dino") is model.encoders["dino"].module
     for fails in (
         lambda: processor(text="<image>", dino=IMAGE(0)),
         lambda: processor(text="<image>", encoder_inputs={"dino": {"images": IMAGE(0)}}),
         lambda: model.set_modality_token_ids({"dino": 9}),
+        lambda: model.get_image_features(modality="dino", pixel_values=inputs["dino_pixel_values"]),
+        lambda: model.get_image_features(inputs["dino_pixel_values"], modality="dino"),
+        lambda: model(input_ids=inputs["input_ids"], mm_encoder_outputs={"dino": features}),
         lambda: model.encoders["dino"](pixel_values=inputs["dino_pixel_values"]),
         lambda: MultimodalCollator(processor)([{"text": "<image>", "dino": IMAGE(0)}]),
     ):
@@ -286,6 +345,8 @@ def test_the_second_encoder_has_no_items_and_no_token_of_its_own():
         ValueError, match="siglip: its features are joined to those of 'dino', of which there are no inputs"
     ):
         model(**inputs)
+    with pytest.raises(ValueError, match=r"siglip: got \['dino_pixel_values'\] without 'pixel_values'"):
+        model(input_ids=inputs["input_ids"], dino_pixel_values=pixels["dino_pixel_values"])
     inputs = batch(processor)
     inputs["dino_pixel_values"] = inputs["dino_pixel_values"][:2]
     with pytest.raises(ValueError, match="siglip has 3 items, and 'dino', joined to it, has 2"):
@@ -327,6 +388,107 @@ def test_options_reach_the_processor_of_each_encoder():
     assert not torch.equal(both["siglip_pixel_values"], plain["siglip_pixel_values"])
     with pytest.raises(TypeError, match="dino: .*takes no option"):
         processor(**call, dino_kwargs={"nonsense": 1})
+
+
+@pytest.mark.parametrize("names", GROUPS, ids="+".join)
+def test_tensors_that_are_processed_already_are_given_for_all_encoders_of_a_group(names):
+    _, processor = joined(names)
+    wanted = batch(processor)
+    made = processor(images=[IMAGE(i) for i in range(3)], return_tensors="pt")  # without a text, once
+    alone = {n: processor.processors[n]([IMAGE(i) for i in range(3)], return_tensors="pt") for n in names}
+    call = {"text": ["<image> a b", "c <image><image>"], "padding": True, "return_tensors": "pt"}
+    for given in (
+        alone,
+        dict(reversed(alone.items())),
+        {names[0]: made},
+        {n: {f"{n}_pixel_values": made[f"{n}_pixel_values"]} for n in names},
+        {n: {"pixel_values": made[f"{n}_pixel_values"].tolist()} for n in names},
+    ):
+        found = processor(**call, encoder_inputs=given)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for lacking in names:
+        given = {n: alone[n] for n in names if n != lacking}
+        told = rf"{names[0]}: the features of .* are joined, and encoder_inputs has no tensors of \['{lacking}'\]: give those"
+        with pytest.raises(ValueError, match=told):
+            processor(**call, encoder_inputs=given)
+    fewer = {names[-1]: {"pixel_values": alone[names[-1]]["pixel_values"][:2]}}
+    with pytest.raises(ValueError, match=f"{names[0]} has 3 items, and '{names[-1]}', joined to it, has 2"):
+        processor(**call, encoder_inputs=alone | fewer)
+    with pytest.raises(TypeError, match=rf"{names[-1]}: its encoder takes no tensors \['pixels'\]"):
+        processor(**call, encoder_inputs=alone | {names[-1]: {"pixels": made[f"{names[-1]}_pixel_values"]}})
+    with pytest.raises(
+        ValueError, match=rf"{names[0]}: its tensors are processed already, so that \['{names[-1]}.do_normalize'\]"
+    ):
+        processor(**call, encoder_inputs=alone, **{f"{names[-1]}_kwargs": {"do_normalize": False}})
+    with pytest.raises(TypeError, match=rf"{names[-1]}: \w+ takes no option \['pixel_values'\]"):
+        processor(**call, images=[[IMAGE(0)], [IMAGE(1), IMAGE(2)]], encoder_inputs={names[-1]: alone[names[-1]]})
+    with pytest.raises(ValueError, match=rf"{names[-1]}: encoder_inputs has nothing for it"):
+        processor(**call, encoder_inputs=alone | {names[-1]: {}})
+
+
+PLACES = [tiny.image(0, (16, 8)), tiny.image(1, (24, 16)), tiny.image(2, (8, 32))]  # of 2, 6 and 4 features
+
+
+@pytest.mark.parametrize("first", ["qwen", "other"])
+def test_packed_patches_of_both_encoders_are_joined_and_given(first):
+    model, processor = packed(first)
+    call = {"text": "<image> <image><image>", "return_tensors": "pt"}
+    wanted = processor(**call, images=PLACES)
+    alone = {name: own(PLACES, return_tensors="pt") for name, own in processor.processors.items()}
+    found = processor(**call, encoder_inputs=alone)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    with torch.no_grad():
+        columns = [model.encoders[n].module(*(wanted[f"{n}_{key}"] for key in ("pixel_values", "image_grid_thw"))).pooler_output for n in model.encoders]  # fmt: skip
+        expected = model.encoders[first].projector.projection(torch.cat(columns, -1)).split([2, 6, 4])
+        for item, there in zip(model(**wanted).image_outputs.pooler_output, expected, strict=True):
+            assert torch.equal(item, there)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows of this batch were longer")
+@pytest.mark.parametrize("first", ["qwen", "other"])
+@pytest.mark.parametrize(("side", "kept"), [("right", 0), ("left", 1)])
+def test_a_row_that_is_cut_keeps_the_patches_of_whole_items_for_both_encoders(first, side, kept):
+    model, processor = packed(first)
+    rows = [{"text": "a <image> b <image> c", "images": PLACES[:2]}, {"text": "a <image> b", "images": PLACES[2:]}]
+    found = MultimodalCollator(processor, max_length=9, truncation=side)(rows)
+    whole = processor(text="<image><image>", images=[PLACES[kept], PLACES[2]], return_tensors="pt")
+    media = {key: value for key, value in found.items() if "image" in key or "pixel" in key}
+    assert media.keys() == {f"{n}_{key}" for n in ("qwen", "other") for key in ("pixel_values", "image_grid_thw")}
+    assert all(torch.equal(value, whole[key]) for key, value in media.items())
+    assert model(**found).loss.isfinite()
+
+
+@pytest.mark.parametrize("names", [["siglip", "dino"], ["dino", "siglip"]], ids="+".join)
+def test_what_an_encoder_is_told_besides_is_said_to_any_of_a_group(names):
+    """SigLIP takes images of another size where it is told so; DINOv2 takes any."""
+    size = {"size": {"height": 12, "width": 12}}
+    changes = {
+        "siglip": {"processor": tiny.IMAGES["Siglip"](**size)},
+        "dino": {"processor": tiny.IMAGES["CLIP"](**size, do_center_crop=False)},
+    }
+    model, processor = joined(names, changes)
+    call, told = {"text": "<image>", "return_tensors": "pt"}, {"interpolate_pos_encoding": True}
+    with pytest.raises(
+        ValueError, match="SiglipVisionModel takes pixel_values of 3 x 8 x 8, got 3 x 12 x 12.*siglip_kwargs="
+    ):
+        processor(**call, images=IMAGE(0))
+    wanted = processor(**call, images=IMAGE(0), siglip_kwargs=told)
+    assert int((wanted["input_ids"] == model.config.image_token_id).sum()) == 9
+    assert model(**wanted, **told).logits.isfinite().all()
+    alone = {name: own(IMAGE(0), return_tensors="pt") for name, own in processor.processors.items()}
+    with pytest.raises(ValueError, match="SiglipVisionModel takes pixel_values of 3 x 8 x 8, got 3 x 12 x 12"):
+        processor(**call, encoder_inputs=alone)
+    for found in (
+        processor(**call, encoder_inputs=alone, siglip_kwargs=told),
+        processor(**call, encoder_inputs=alone | {"siglip": {**alone["siglip"], **told}}),
+        processor(**call, images=IMAGE(0), encoder_inputs={"siglip": told}),
+    ):
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for options, count in (
+        ({"siglip_kwargs": told}, 9),
+        ({f"{n}_kwargs": {"size": {"height": 8, "width": 8}} for n in names}, 4),
+    ):
+        assert processor._get_num_multimodal_tokens(image_sizes=[(30, 20)], **options)["num_image_tokens"] == [count]
 
 
 def test_sizes_and_names_that_clients_ask_for():
@@ -455,6 +617,108 @@ def test_a_copy_and_a_resized_model_are_joined_within_themselves():
         assert torch.equal(own_memory(again)(**inputs).logits, own_memory(model)(**inputs).logits)
         again.resize_token_embeddings(350)
         assert again(**inputs).logits.shape[-1] == 350
+
+
+def moved(model):
+    """With other values where it trains."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["all-linear", r".*(siglip|dino)_encoder\.module.*(query|value|q_proj|v_proj)"])
+@pytest.mark.parametrize("saved", ["projector", "siglip_encoder.projector"])
+def test_adapters_around_all_of_it_train_and_come_back(tmp_path, targets, saved):
+    model, processor = joined(["siglip", "dino"])
+    model.save_pretrained(tmp_path / "base")
+    inputs = batch(processor)
+    options = LoraConfig(r=2, target_modules=targets, modules_to_save=[saved], task_type="CAUSAL_LM")
+    adapted = moved(get_peft_model(model, options)).train()
+    adapted(**inputs, labels=inputs["input_ids"].clone()).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()]
+    for part in ("siglip_encoder.module", "dino_encoder.module", "siglip_encoder.projector.modules_to_save"):
+        assert [name for name in trained if part in name]
+    adapted.save_pretrained(tmp_path / "adapters")
+    again = PeftModel.from_pretrained(MultimodalModel.from_pretrained(tmp_path / "base"), tmp_path / "adapters")
+    check_comes_back(adapted.eval(), again.eval(), inputs)
+    merged = adapted.merge_and_unload()
+    assert merged.siglip_encoder.join.others == {"dino": merged.dino_encoder}
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, again(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapped", [["siglip"], ["dino"], ["siglip", "dino", "language_model"]], ids="+".join)
+def test_adapters_around_parts_are_stored_with_them(tmp_path, wrapped):
+    def part(name, made):
+        targets = ["q_proj", "v_proj", "query", "value"]
+        return moved(get_peft_model(made, LoraConfig(r=2, target_modules=targets))) if name in wrapped else made
+
+    torch.manual_seed(0)
+    names = ["siglip", "dino"]
+    encoders = {name: (made := PARTS[name]()) | {"model": part(name, made["model"])} for name in names}
+    group = {"encoders": names, "join": "channels"}
+    text = part("language_model", tiny.llama())
+    model, processor = compose(text, encoders, "mlp", tokenizer=tiny.tokenizer(), share_inputs=[group])
+    inputs = batch(processor)
+    plain = gradients(model.train(), inputs)
+    assert {key.split(".")[0] for key in plain if "lora" in key} == {
+        name if name == "language_model" else f"{name}_encoder" for name in wrapped
+    }
+    model.gradient_checkpointing_enable()
+    again = gradients(model, inputs)
+    assert plain.keys() == again.keys() and all(torch.equal(plain[key], again[key]) for key in plain)
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    check_comes_back(model, loaded, inputs, max_new_tokens=3, do_sample=False)
+    trains = [[name for name, p in each.named_parameters() if p.requires_grad] for each in (model, loaded)]
+    assert trains[0] == trains[1]
+
+
+def test_embeddings_of_placeholders_and_beams_without_a_cache_give_the_same():
+    model, processor = joined(["siglip", "dino"])
+    model = own_memory(model)
+    inputs = batch(processor)
+    ids = inputs.pop("input_ids")
+    embeds, options = model.get_input_embeddings()(ids), {"max_new_tokens": 3, "do_sample": False}
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=embeds, **inputs).logits, model(input_ids=ids, **inputs).logits)
+    for more in ({}, {"num_beams": 3}):
+        tokens = model.generate(input_ids=ids, **inputs, **options, **more)
+        assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, **options, **more), tokens[:, ids.shape[1] :])
+        assert torch.equal(model.generate(input_ids=ids, **inputs, **options, **more, use_cache=False), tokens)
+
+
+@pytest.mark.parametrize("part", ["siglip_encoder", "dino_encoder"])
+def test_a_part_that_is_put_in_the_place_of_one_is_the_one_that_runs(part):
+    """The first encoder of a group runs the others: those that the model has now, and not those that it was composed of."""
+    model, processor = joined(["siglip", "dino"])
+    inputs = batch(processor)
+    other = copy.deepcopy(getattr(model, part))
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.add_(0.1)
+    setattr(model, part, other)
+    assert model.siglip_encoder.join.others == {"dino": model.dino_encoder}
+    assert model.dino_encoder.projector is model.siglip_encoder.projector
+    with pytest.raises(
+        TypeError, match=f"{part} must be a ModalEncoderModule, got .*: put a tower in model.{part}.module"
+    ):
+        setattr(model, part, getattr(model, part).module)
+    model = own_memory(model)
+    with torch.no_grad():
+        found = model(**inputs).image_outputs.pooler_output
+        assert torch.equal(torch.stack(found), by_hand(model, ["siglip", "dino"], inputs))
+    calls = []
+    setattr(
+        model, part, torch.compile(getattr(model, part), backend=lambda graph, _: calls.append(part) or graph.forward)
+    )
+    again = model(**inputs).image_outputs.pooler_output
+    assert calls and all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
 
 
 def test_another_group_may_share_its_items():

@@ -23,7 +23,7 @@ from cornstarch_hf import limits
 from cornstarch_hf.processing import sounds
 from cornstarch_hf.processing.media import FIRST, LAST, PLAIN_MODES, ImageForm, flatten, ready_image
 from cornstarch_hf.processing.opening import opened
-from cornstarch_hf.processing.sounds import check_sampling_rate, fewest_samples, ready_audio
+from cornstarch_hf.processing.sounds import check_sampling_rate, check_sound, fewest_samples, ready_audio
 from cornstarch_hf.processing.video import ready_video
 
 RGB, GREY = ImageForm(3), ImageForm(1)
@@ -522,3 +522,11 @@ def test_raw_files_are_read_to_their_end():
 def test_addresses_that_are_none_name_the_item(address):
     with pytest.raises(ValueError, match="vision, item 0: the image cannot be decoded"):
         ready_image(address, "vision, item 0", ImageForm(3))
+
+
+def test_sounds_count_channels_and_what_resampling_makes():
+    check_sound(50_000_000, 2, 48_000, 16_000, "x")
+    with pytest.raises(ValueError, match="150,000,000"):
+        check_sound(50_000_000, 3, 48_000, 16_000, "x")
+    with pytest.raises(ValueError, match="resampled from 8000 to 32000 Hz, has samples 160,000,000"):
+        check_sound(40_000_000, 1, 8_000, 32_000, "x")

@@ -55,6 +55,18 @@ def test_no_item_is_cut_and_no_more_than_needed_is_dropped(parts, limit, side):
         assert ids[start:stop].count(token) == sum(i.stop - i.start for i in kept)
 
 
+def test_encoders_that_see_the_same_items_pack_each_in_its_own_grid():
+    grids = {"near": torch.tensor([[1, 2, 4], [1, 2, 2]]), "far": torch.tensor([[1, 1, 2], [1, 1, 1]])}
+    inputs = {f"{name}_pixel_values": torch.arange(float(grid.prod(-1).sum()))[:, None] for name, grid in grids.items()}
+    inputs |= {f"{name}_image_grid_thw": grid for name, grid in grids.items()}
+    names = {"near": [[f"{name}_pixel_values", f"{name}_image_grid_thw"] for name in grids]}
+    items = [PlacedItem("near", 0, 1, 3), PlacedItem("near", 1, 4, 5)]
+    kept, dropped = inputs_within(inputs, names, items, 3, 6)
+    assert dropped == {"near": 1} and kept["near_image_grid_thw"].tolist() == [[1, 2, 2]]
+    assert kept["near_pixel_values"].flatten().tolist() == [8.0, 9.0, 10.0, 11.0]
+    assert kept["far_pixel_values"].flatten().tolist() == [2.0] and kept["far_image_grid_thw"].tolist() == [[1, 1, 1]]
+
+
 def test_inputs_of_dropped_items_go_with_them():
     grid = torch.tensor([[1, 2, 2], [1, 1, 2], [1, 1, 1]])
     inputs = {
@@ -62,7 +74,7 @@ def test_inputs_of_dropped_items_go_with_them():
         "image_grid_thw": grid,
         "input_features": torch.zeros(1, 3, 4),
     }
-    names = {"vision": ["pixel_values", "image_grid_thw"], "audio": ["input_features", "unused"]}
+    names = {"vision": [["pixel_values", "image_grid_thw"]], "audio": [["input_features", "unused"]]}
     items = [PlacedItem("vision", 0, 1, 3), PlacedItem("vision", 1, 3, 4), PlacedItem("audio", 0, 5, 8), PlacedItem("vision", 2, 9, 10)]  # fmt: skip
     kept, dropped = inputs_within(inputs, names, items, 0, 5)
     assert dropped == {"audio": 1, "vision": 1} and set(kept) == {"pixel_values", "image_grid_thw"}
