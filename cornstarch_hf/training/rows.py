@@ -86,11 +86,20 @@ def inputs_within(
             if not (own := {key: inputs[key] for key in keys if key in inputs}):  # nobody asked for its tensors
                 continue
             parts = split_items(own, len(placed), modality)  # of each item, (1, ...) or its own packed patches
+            left = {key: torch.cat([parts[index][key] for index in inside]) for key in own if inside}
             for key in own:
-                del kept[key]
-                if inside:  # else the batch has no such input
-                    kept[key] = torch.cat([parts[index][key] for index in inside])
+                del kept[key]  # the batch has no such input where no item is left
+            kept |= _without_margins(left, _sizes_in_pixels(own))
     return kept, dropped
+
+
+def _without_margins(inputs: dict[str, Any], filled: list[int] | None) -> dict[str, Any]:
+    """Images that were filled up to a height and width `filled`, cut to the largest ones among them."""
+    sizes = _sizes_in_pixels(inputs)
+    if filled is None or sizes is None or filled == sizes:
+        return inputs
+    padded = [key for key, x in inputs.items() if x.ndim > 3 and list(x.shape[-2:]) == filled]
+    return inputs | {key: inputs[key][..., : sizes[0], : sizes[1]] for key in padded}
 
 
 # ---- one tensor of those of all rows, filled up where something tells what is padding

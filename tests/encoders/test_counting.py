@@ -95,6 +95,13 @@ def timesfm(model_class, config_class, **changes):
     return built(model_class, shrunk(config_class, patch_length=8, context_length=64, **changes))
 
 
+def windowed(encoder, *valid):
+    """Sounds of three windows of frames, of which so many are valid."""
+    frames = 6 * encoder.config.n_window
+    sound = torch.randn(1, encoder.config.num_mel_bins, frames)
+    return [{"input_features": sound, "input_features_mask": (torch.arange(frames) < n)[None].long()} for n in valid]
+
+
 def pooled(*sides, most=4):
     """Patches of images of some sides, in squares that become one feature, padded to the most of them."""
     items = []
@@ -136,6 +143,9 @@ CASES = {
     },
     "esm": [(tiny.esm(), tokens(1, 5, 20))],
     "gemma4_vision": [(gemma4(), pooled((2, 2), (1, 2), (1, 1)))],
+    "qwen3_asr_encoder": [
+        (catalog.build("Qwen3ASREncoder"), windowed(catalog.build("Qwen3ASREncoder"), 1, 7, 9, 40, 48))
+    ],
     "qwen2_vl_vision": [(tiny.qwen2_vl(), grids((1, 4, 4), (1, 2, 8), (3, 4, 6)))],
 }
 

@@ -111,7 +111,7 @@ def config_of(**inputs):
     """A configuration of modalities by name: kind, and the keywords of their inputs."""
 
     class Config:
-        encoders = list(inputs)
+        encoders, joined = list(inputs), {}
 
         @staticmethod
         def modality(name):
