@@ -45,6 +45,12 @@ def check_replaced(config: Any, parts: Mapping[str, Any]) -> None:
                 raise TypeError(
                     f"{name} must be a ModalEncoderModule, got {type(part).__name__}: put a tower in model.{name}.module."
                 )
+            owner = config.joined.get(modality, modality if modality in config.joined.values() else None)
+            if owner != getattr(getattr(part, "join", None), "owner", None):
+                raise ValueError(
+                    f"{name}: its features are joined in the group of {owner!r}, and this one is in another or in none: put a "
+                    f"tower in model.{name}.module, or a copy.deepcopy of what was there."
+                )
             if "module" in entry["shares"]:
                 continue
             key, cls, inner = f"{modality}_config", entry["encoder_class"], getattr(part, "module", part)
@@ -60,6 +66,9 @@ def check_replaced(config: Any, parts: Mapping[str, Any]) -> None:
                 f"placeholders the configuration describes: exchange it by replace(model, processor, {modality}=...), or "
                 "compose anew, MultimodalModel(encoders=model.encoders, language_model=model.language_model) with it there."
             )
+        bare = key != "text_config" and part.projector is None and modality not in config.joined
+        if bare and "projector" not in config.modality(modality)["shares"]:
+            raise ValueError(f"{name} has no projector: ModalEncoderModule(tower, model.{name}.projector).")
         setattr(config, key, found.config)  # what is set in the one is to be set in the other
 
 

@@ -113,43 +113,59 @@ _SECONDS = (0.5, 0.2, 0.9)  # of sounds
 def _contained(processor: MultimodalProcessor, model: Any) -> Any:
     """A native processor that gives what one of a composition gives, for the native model that holds it (ValueError)."""
     model_type = model.config.model_type
-    who = PROCESSOR_MAPPING_NAMES[model_type]
+    who = PROCESSOR_MAPPING_NAMES.get(model_type, f"a processor of {model_type!r}")
     lead = f"This processor never was a native one, and {who} does not give the same"
     remedy = "convert the model alone, to_native(model, model_type=...), and make its inputs by this processor"
     if model_type not in _CONTAINED:
         raise ValueError(f"{lead}: {_MORE.get(model_type, 'it makes text of items in a way of its own')}; {remedy}.")
+    if len(processor.tokens) != 1:
+        raise ValueError(
+            f"{lead}: it has one placeholder, this one has {processor.tokens}: give the model's own processor."
+        )
     ((name, token),) = processor.tokens.items()
     if name not in processor.processors:
         raise ValueError(f"{lead}: this one has none for {name}; {remedy}.")
     kind, token_id = processor.config.modality(name)["kind"], processor.placeholder_ids[name]
-    if token_id != (expected := getattr(model.config, f"{kind}_token_id")):
+    if token_id != (expected := getattr(model.config, f"{kind}_token_id", None)):
         raise ValueError(
             f"{name}: {token!r} has the id {token_id} in this processor, and the model's placeholder is {expected}: give the "
             "processor that was made with the model."
         )
-    items = _images(processor, name) if kind == "image" else _sounds(processor, name)
-    texts = [f"{token} a b", f"c {token}{token}", "d"]
-    call: dict[str, Any] = {"text": texts, PLURALS[kind]: items, "padding": True, "return_tensors": "pt"}
-    if kind == "audio":
-        call["sampling_rate"] = sampling_rate_of(processor.processors[name])
-    ours = processor(**call)
-    count = int((ours["input_ids"][0] == token_id).sum())
-    part = "image_processor" if kind == "image" else "feature_extractor"
-    options = {part: copy.deepcopy(processor.processors[name])} | _arguments(model.config, token, count, ours)
-    named = _naming(processor.tokenizer, f"{kind}_token", token)
-    native = getattr(transformers, who)(tokenizer=named, **options)
-    try:
-        theirs = native(**call)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{lead}: it refuses {len(items)} {PLURALS[kind]} ({error!s:.300}); {remedy}.") from error
-    for key in dict.fromkeys([*ours, *theirs]):
-        if key not in ours or key not in theirs:
-            raise ValueError(f"{lead}: {key} is given by {'it' if key in theirs else 'ours'} alone; {remedy}.")
-        if not torch.equal(ours[key], theirs[key]):
-            written = int((theirs["input_ids"][0] == token_id).sum())
-            told = f"of an item it makes {written} placeholders, and this one {count}"
-            raise ValueError(f"{lead}: {told if written != count else f'its {key} differ'}; {remedy}.")
+    items, native = _images(processor, name) if kind == "image" else _sounds(processor, name), None
+    rate = {"sampling_rate": sampling_rate_of(processor.processors[name])} if kind == "audio" else {}
+    # Each alone, for they may become of different sizes, and one of them in a batch with text.
+    calls: list[dict[str, Any]] = [{"text": [f"{token} a b"], PLURALS[kind]: [item]} for item in items]
+    calls.append({"text": [f"c {token}{token}", "d", f" {token}"], PLURALS[kind]: [items[0]] * 3})
+    for call in calls:
+        call |= {"padding": True, "return_tensors": "pt"} | rate
+        ours = processor(**call)
+        if native is None:
+            count = int((ours["input_ids"] == token_id).sum())
+            native = _built(who, processor, name, kind, _arguments(model.config, token, count, ours))
+        try:
+            theirs = native(**call)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{lead}: it refuses an item of the kind {kind!r} ({error!s:.300}); {remedy}.") from error
+        for key in dict.fromkeys([*ours, *theirs]):
+            if key not in ours or key not in theirs:
+                raise ValueError(f"{lead}: {key} is given by {'it' if key in theirs else 'ours'} alone; {remedy}.")
+            if not torch.equal(ours[key], theirs[key]):
+                counts = [int((x["input_ids"] == token_id).sum()) for x in (theirs, ours)]
+                told = f"of an item it makes {counts[0]} placeholders, and this one {counts[1]}"
+                raise ValueError(f"{lead}: {told if counts[0] != counts[1] else f'its {key} differ'}; {remedy}.")
     return native
+
+
+def _built(who: str, processor: MultimodalProcessor, name: str, kind: str, arguments: Mapping[str, Any]) -> Any:
+    """A native processor of copies of what ours holds."""
+    part = "image_processor" if kind == "image" else "feature_extractor"
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    for key in ("padding_side", "truncation_side"):  # as they are now, in its files too
+        tokenizer.init_kwargs[key] = getattr(tokenizer, key)
+    if who == "DeepseekVLProcessor":  # which asks its tokenizer for the placeholder
+        tokenizer = _naming(tokenizer, f"{kind}_token", processor.tokens[name])
+    own = {part: copy.deepcopy(processor.processors[name]), "tokenizer": tokenizer}
+    return getattr(transformers, who)(**own, **arguments)
 
 
 def _images(processor: MultimodalProcessor, name: str) -> list[Any]:
@@ -192,7 +208,10 @@ def _template(processor: MultimodalProcessor) -> Any:
 
 
 def _naming(tokenizer: Any, name: str, token: str) -> Any:
-    """A copy of a tokenizer that names a token, as processors ask it for theirs."""
+    """A copy of a tokenizer that names a token, as its files then say."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return type(tokenizer).from_pretrained(folder, **{name: token})
+        named = type(tokenizer).from_pretrained(folder, **{name: token})
+    for key in ("name_or_path", "padding_side", "truncation_side", "model_input_names", "model_max_length"):
+        setattr(named, key, getattr(tokenizer, key))
+    return named

@@ -42,7 +42,7 @@ def _left(model: Any, name: str, inputs: dict[str, Any], mask: Tensor, cached: i
     values = {k: v.cpu() if isinstance(v, Tensor) and not v.is_floating_point() else v for k, v in inputs.items()}
     settings = {key: value for key, value in values.items() if not isinstance(value, (Tensor, Sequence))}
     try:
-        if counter.has_preprocessing(name) or name in model.config.joined:  # whose rows may be no items
+        if counter.has_preprocessing(name) or name in model.config.joined.values():  # whose rows may be no items
             whole = counter.batch_count(name, values) == int(mask.sum())
             return None if whole and not bool(mask[:, cached:].any()) else inputs
         items = [without_padding(item, name) for item in split_items(values, item_count(inputs), name)]

@@ -332,9 +332,7 @@ class MultimodalGenerationMixin:
             )
         marked = [name for name in outputs if self.config.modality(name)["marks"]]
         if marked and generation_config.prefill_chunk_size is not None:
-            raise ValueError(
-                f"{marked[0]}: its learnt tokens (marks) need the whole prompt: leave out prefill_chunk_size."
-            )
+            raise ValueError(f"{marked[0]}: its marks need the whole prompt: leave out prefill_chunk_size.")
         model_kwargs.pop("mm_encoder_outputs", None)
         model_kwargs = steps_before_generation(
             self, model_kwargs, masks, outputs, (len(inputs_tensor), length - cached)
@@ -354,8 +352,9 @@ class MultimodalGenerationMixin:
         expanded = {}
         for name, output in mm_encoder_output.items():
             name = self._named(name)
-            counts = masks[name].sum(-1).tolist()
-            groups = items_of_samples([len(item) for item in output.pooler_output], counts)  # batch x numbers of items
+            lengths = [len(item) for item in output.pooler_output]  # of one row that goes on from a cache the new items
+            counts = [sum(lengths)] if len(masks[name]) == 1 else masks[name].sum(-1).tolist()
+            groups = items_of_samples(lengths, counts)  # batch x numbers of items
             items = list(chain.from_iterable([*group] * expand_size for group in groups))  # of batch * expand_size rows
             expanded[name] = chosen_items(output, items)
         return expanded

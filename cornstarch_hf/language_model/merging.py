@@ -60,6 +60,9 @@ def items_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[
     for count in counts:
         start, features = stop, 0
         while features < count:
+            if stop == len(lengths):  # of several rows that go on from a cache, beams ask for those in the cache too
+                told = f"samples have {list(counts)} placeholders, and items {list(lengths)} features"
+                raise ValueError(f"{told}: of rows with a cache and new items ask for one answer each, without beams.")
             features, stop = features + lengths[stop], stop + 1
         yield range(start, stop)
 

@@ -14,17 +14,21 @@ the tail is what the one up to ``seven`` has behind its last.  Both are looked f
 text, never by counting characters, since templates may change earlier text as a conversation grows.
 """
 
+import functools
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jinja2 import nodes
+
 from .rendering import GENERATION, TEMPLATE_ERRORS, bookends, check_written, render, said, with_bookends
+from .template_sandbox import BoundedEnvironment
 
 _BOOKEND = re.compile("[\ud800-\udbff][\udc00-\uddff]")
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."
 Spans = list[tuple[int, int]]
-_SURE = 8  # times that a place is found before it is taken for known
+_SURE = 8  # places that are found, of the first and again all over the talk, before others are taken for known
 
 
 def assistant_spans(
@@ -106,6 +110,9 @@ class _Turns:
         for at in self.ordered:
             self.places.setdefault(self.whole[at : at + 2], []).append(at)
         self._known: dict[tuple, list[int]] = {}
+        self._prompt_is_constant = writes_constant_prompt(template)
+        each = max(len(messages) // _SURE, 1)
+        self._looked_up = {*range(0, len(messages), each), *range(max(len(messages) - 4, 0), len(messages) + 1)}
 
     def plain(self) -> str:
         """The whole text without bookends."""
@@ -117,6 +124,13 @@ class _Turns:
 
     def by_bookends(self, first: int, specials: Sequence[str]) -> Spans:
         """Spans of turns in the whole text; ValueError where one cannot be told from others."""
+        spans = self._by_bookends(first, specials)
+        if any(len(set(known)) > 1 for known in self._known.values()):  # so that the others have to be looked for too
+            self._looked_up = set(range(len(self.messages) + 1))
+            spans = self._by_bookends(first, specials)
+        return spans
+
+    def _by_bookends(self, first: int, specials: Sequence[str]) -> Spans:
         spans: Spans = []
         for index, message in enumerate(self.messages):
             if index < first or message.get("role") != "assistant":
@@ -134,10 +148,12 @@ class _Turns:
     def _at(self, index: int, what: str, find: Callable[[int], int]) -> int:
         """Where a turn starts or ends between two messages, of which `index` is the second.
 
-        `find` renders the conversation up to there.  Between messages of the same roles and fields a template writes the
-        same; once it was found at the same place `_SURE` times, it is there in the same text each time.
+        `find` renders the conversation up to there.  Between messages of the same roles and fields, and in the same text, it
+        is at the same place: this is looked up `_SURE` times, and again all over the conversation, for a template whose
+        generation prompt hangs on no message.  For others each is looked up.
         """
-        if not 0 < index < len(self.messages) or not self.has_bookends:
+        known_prompt = what == "end" or self._prompt_is_constant
+        if not 0 < index < len(self.messages) or not self.has_bookends or not known_prompt:
             return find(index)
         before, after = (self.places.get(mark, ()) for mark in (bookends(index - 1)[1], bookends(index)[0]))
         if len(before) != 1 or len(after) != 1 or not before[0] < after[0]:
@@ -146,7 +162,7 @@ class _Turns:
         pair = self.messages[index - 1 : index + 1]
         kinds = [(key, message["role"] if key == "role" else None) for message in pair for key in message]
         known = self._known.setdefault((what, self.whole[at + 2 : after[0]], *kinds), [])
-        if len(known) < _SURE or len(set(known)) > 1:
+        if len(known) < _SURE or index in self._looked_up:
             known.append(find(index) - at)
         return at + known[-1]
 
@@ -230,6 +246,23 @@ class _Turns:
 
     def _lost(self, index: int) -> ValueError:
         return ValueError(f"message {index} is not where it should be")
+
+
+@functools.lru_cache(maxsize=64)
+def writes_constant_prompt(template: str) -> bool:
+    """Whether what a template writes for `add_generation_prompt` is the same behind every conversation.
+
+    So it is where this is asked for at the top of the template alone, and nothing there is of a message, or was set on the way.
+    """
+    tree = BoundedEnvironment().parse(template)
+    made = {"messages", "loop"} | {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
+    made |= {macro.name for macro in tree.find_all(nodes.Macro)}
+    parts = [x for part in tree.body for x in (part.nodes if isinstance(part, nodes.Output) else [part])]
+    for part in parts:
+        names = {name.name for name in part.find_all(nodes.Name)}
+        if "add_generation_prompt" in names and (made & names or any(part.find_all((nodes.For, nodes.Assign)))):
+            return False
+    return True
 
 
 def _shared(a: str, b: str) -> str:

@@ -120,7 +120,12 @@ def join_rows(rows: Sequence[Row], config: MultimodalConfig) -> dict[str, Tensor
         own: Sequence[Row] = [{key: row[key] for key in names if key in row} for row in rows]
         mask = next((key for key, taken in names.items() if taken == FRAME_MASK), None)
         own = own if mask is None else _with_frames_told(own, mask)
+        there = {i: row for i, row in enumerate(own) if row}
         for key in dict.fromkeys(key for row in own for key in row):
+            if lacking := [i for i, row in there.items() if key not in row]:
+                raise ValueError(
+                    f"row {lacking[0]}: {name}: there is no {key}, which others have: put these rows into different batches."
+                )
             batch[key] = _joined({i: row for i, row in enumerate(own) if key in row}, key, kind, name)
     return batch
 
@@ -158,12 +163,13 @@ def _joined(rows: Mapping[int, Row], key: str, kind: str, name: str) -> Tensor:
 def _told(row: Row, key: str, kind: str) -> set[int]:
     """Axes of a row's tensor along which other inputs of its items, or its own kind, tell what padding is."""
     tensor, others = row[key], {other: x for other, x in row.items() if other != key}
-    if key.endswith("mask"):
+    if key.endswith(("mask", "_padding")):
         return set(range(1, tensor.ndim))
     last = tensor.ndim - 1
-    masks = [x for other, x in others.items() if other.endswith("mask") and x.ndim > 1]
-    # Of frames of videos only a mask tells; along this axis others lie one after the other, with their own masks and numbers.
-    told = {1} if kind != "video" or tensor.ndim < 5 or any(x.shape[1] == tensor.shape[1] for x in masks) else set()
+    masks = [x for other, x in others.items() if other.endswith(("mask", "_padding")) and x.ndim > 1]
+    # (images, tiles, channels, height, width): the encoder's own inputs, or empty tiles, tell; of frames of videos a mask.
+    told = {1} if kind == "image" and tensor.ndim > 4 else set[int]()
+    told |= {1} if any(x.shape[1] == tensor.shape[1] for x in masks) else set()
     for mask in masks:  # (items, length), or (items, ..., height, width)
         axes = range(tensor.ndim - min(mask.ndim - 1, 2), tensor.ndim)
         if all(tensor.shape[a] == mask.shape[a - tensor.ndim] for a in axes):

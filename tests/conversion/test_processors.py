@@ -4,12 +4,14 @@ import json
 import warnings
 
 import native_processors
+import native_types
 import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
 from containable import WITHOUT_CLASS_TOKEN, composed, language_model, tower
+from helpers import compose_tiny
 from native_processors import written_by
 from own_memory import own_memory
 from transformers import AutoModel, AutoProcessor
@@ -442,7 +444,47 @@ def test_chats_of_the_native_processor_are_those_of_ours(template, tmp_path):
 
 def test_deepseek_vl_takes_the_processor_along(tmp_path):
     model, processor = own(tower("siglip_vision_model"), native_processors.images("Siglip"))
+    processor.tokenizer.padding_side = "left"
     check_contained(model, processor, "deepseek_vl", tmp_path)
+
+
+def test_settings_of_the_tokenizer_made_after_loading_go_along(tmp_path):
+    model, processor = own_llava("vit")
+    processor.tokenizer.padding_side = processor.tokenizer.truncation_side = "left"
+    check_contained(model, processor, "llava", tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path).tokenizer
+    assert loaded.padding_side == loaded.truncation_side == "left"
+
+
+def test_images_that_keep_their_aspect_are_compared_one_by_one(tmp_path):
+    encoder = tower("dinov2")
+    keeps = native_processors.images("Bit", size={"shortest_edge": 32}, do_center_crop=False)
+    model, processor = own(encoder, keeps, layer=encoder.config.num_hidden_layers, drop_prefix=1)
+    native, made = to_native(model, processor, model_type="llava")
+    call = {"text": ["<image> a"], "images": [picture(0, (64, 32))], "return_tensors": "pt"}
+    found, expected = made(**call), processor(**call)
+    assert same_calls(expected, found) and found["pixel_values"].shape[-2:] == (64, 32)
+    with torch.no_grad():
+        assert torch.equal(*(own_memory(one).eval()(**expected).logits for one in (model, native)))
+
+
+def test_native_models_without_a_processor_of_their_own_say_so():
+    model, _ = from_native(native_types.build("glm_ocr"))
+    name = next(iter(model.encoders))
+    plain = MultimodalProcessor(tiny.tokenizer(), {name: tiny.qwen2_vl_processor()}, config=model.config)
+    with pytest.raises(
+        ValueError, match="a processor of 'glm_ocr' does not give the same: it makes text of items in a way"
+    ):
+        to_native(model, plain)
+
+
+def test_a_processor_of_several_modalities_is_refused():
+    model, _ = own_llava("vit")
+    _, both = compose_tiny(["clip", "whisper"])
+    with pytest.raises(
+        ValueError, match="it has one placeholder, this one has .*'audio'.*: give the model's own processor"
+    ):
+        to_native(model, both, model_type="llava")
 
 
 def whisper_sounds():

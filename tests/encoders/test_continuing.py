@@ -9,7 +9,7 @@ import tiny
 import torch
 from helpers import compose_tiny
 
-from cornstarch_hf import from_native
+from cornstarch_hf import compose, from_native
 from cornstarch_hf.encoders import continuing
 from cornstarch_hf.encoders.counting import FeatureCounter
 from cornstarch_hf.parts.versions import CACHE
@@ -28,7 +28,7 @@ def seen(monkeypatch):
         model.generation_config.eos_token_id = None
         for name, encoder in model.encoders.items():
             encoder.register_forward_hook(
-                lambda module, args, output, name=name: found.append((name, len(output.pooler_output)))
+                lambda module, args, output, name=name: found.append((name, len(output.pooler_output or ())))
             )
         return found
 
@@ -109,6 +109,21 @@ def test_tiles_of_an_image_too(seen, packing):
     assert [name for name, _ in first] == ["vision"] and rest == [[], [], []]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_joined_encoders_too(seen, packed):
+    sizes = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}
+    first = {"model": tiny.qwen2_vl(), "processor": tiny.IMAGES["Qwen2VL"](**sizes)}
+    towers = {"a": first, "b": {"model": tiny.qwen2_vl(seed=1), "processor": tiny.IMAGES["Qwen2VL"](**sizes)}}
+    if not packed:
+        towers = {"a": {"model": tiny.siglip(), "processor": tiny.siglip_processor()}}
+        towers["b"] = {"model": tiny.siglip(seed=1), "processor": tiny.siglip_processor()}
+    group = [{"encoders": ["a", "b"], "join": "channels"}]
+    model, processor = compose(tiny.llama(), towers, tokenizer=tiny.tokenizer(), share_inputs=group)
+    turns = [("what is <image>", {"a": PICTURES[:1]}), ("and why", {}), ("the sum", {})]
+    first, *rest = talk(model, processor, seen(model), turns)
+    assert "a" in {name for name, _ in first} and rest == [[], []]
+
+
 def test_what_cannot_be_counted_is_encoded_as_before(seen, monkeypatch):
     model, processor = compose_tiny({"vision": "clip"})
 
@@ -148,3 +163,31 @@ def test_another_configuration_is_counted_anew(seen):
     model.vision_encoder.layer = -2
     model.config.modality("vision")["layer"] = -2
     assert continuing._counter_of(model) is not counter
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3, "num_beams": 3}])
+def test_beams_go_on_from_a_repeated_cache_with_a_new_image(options):
+    model, processor = compose_tiny({"vision": "clip"})
+    model.generation_config.eos_token_id = None
+    first = processor(text=["a <image> b"], vision=PICTURES[:1], return_tensors="pt")
+    answer = model.generate(**first, **GREEDY)
+    turn = processor(text=[" and <image> c"], vision=PICTURES[1:2], return_tensors="pt")
+    ids = torch.cat([answer.sequences, turn["input_ids"]], 1)
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | media_of(processor, {"vision": PICTURES[:2]})
+    answer[KEYWORD].batch_repeat_interleave(3)
+    found = model.generate(**whole, **GREEDY | options, **{KEYWORD: answer[KEYWORD]})
+    assert torch.equal(found.sequences, model.generate(**whole, **GREEDY | options).sequences)
+
+
+def test_beams_of_several_rows_behind_a_cache_are_refused():
+    model, processor = compose_tiny({"vision": "clip"})
+    model.generation_config.eos_token_id = None
+    first = processor(text=["a <image> b"] * 2, vision=[PICTURES[:1]] * 2, return_tensors="pt")
+    answer = model.generate(**first, **GREEDY)
+    turn = processor(text=[" and <image> c"] * 2, vision=[PICTURES[1:2]] * 2, return_tensors="pt")
+    ids = torch.cat([answer.sequences, turn["input_ids"]], 1)
+    pixels = torch.cat([first["pixel_values"][:1], turn["pixel_values"][:1]] * 2)
+    answer[KEYWORD].batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match="ask for one answer each, without beams"):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, num_beams=2, **GREEDY,
+                       **{KEYWORD: answer[KEYWORD]})  # fmt: skip

@@ -788,3 +788,24 @@ def test_the_native_aligner_as_the_projector_of_joined_features_is_equal_to_the_
         here = model.siglip_encoder.module(inputs["siglip_pixel_values"]).last_hidden_state
         there = model.dino_encoder.module(inputs["dino_pixel_values"]).last_hidden_state[:, 1:].contiguous()
         assert torch.equal(torch.stack(model(**inputs).image_outputs.pooler_output), aligner(here, there))
+
+
+@pytest.mark.parametrize("name", ["dino", "siglip"])
+def test_an_encoder_of_no_group_is_not_put_in_the_place_of_one_that_is_joined(name):
+    model = joined(["siglip", "dino"])[0]
+    old = getattr(model, f"{name}_encoder")
+    with pytest.raises(
+        ValueError, match=f"{name}_encoder: its features are joined in the group of 'siglip'.*copy.deepcopy"
+    ):
+        setattr(model, f"{name}_encoder", ModalEncoderModule(old.module, old.projector))
+    setattr(model, f"{name}_encoder", copy.deepcopy(old))
+
+
+def test_an_encoder_without_a_projector_is_not_put_in_the_place_of_another():
+    model = MultimodalModel(encoders={"vision": ModalEncoderModule(tiny.clip())}, language_model=tiny.llama())
+    with pytest.raises(
+        ValueError,
+        match=r"vision_encoder has no projector: ModalEncoderModule\(tower, model.vision_encoder.projector\)",
+    ):
+        model.vision_encoder = ModalEncoderModule(tiny.clip())
+    model.vision_encoder = ModalEncoderModule(tiny.clip(), model.vision_encoder.projector)

@@ -229,3 +229,21 @@ def test_inputs_of_another_modality_tell_nothing():
 
 def test_rows_without_an_encoders_inputs_add_nothing():
     assert join_rows([{}, {}], config_of(vision=("image", "pixel_values"))) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [("audio", [(1, 5, 8), (1, 9, 8)]), ("audio", [(1, 300), (2, 200)]), ("image", [(1, 1, 4, 4), (1, 3, 4, 4)])],
+)
+def test_lengths_that_no_mask_tells_are_refused(kind, shapes):
+    rows = [{"values": pixels(*shape)} for shape in shapes]
+    with pytest.raises(
+        ValueError, match=r"^row 1: some: values has the shape .*, in row 0 .*nothing would tell the encoder"
+    ):
+        join_rows(rows, config_of(some=(kind, "values")))
+
+
+def test_an_input_that_one_row_lacks_is_refused():
+    rows = [{}, {"ids": torch.ones(1, 3), "mask": torch.ones(1, 3)}, {"ids": torch.ones(1, 3)}]
+    with pytest.raises(ValueError, match="^row 2: series: there is no mask, which other rows have"):
+        join_rows(rows, config_of(series=("series", "ids", "mask")))
