@@ -193,7 +193,7 @@ def test_videos_of_internvl_are_its_frames_as_images(made):
     frames = "\n".join(f"Frame{i}: {ours.tokens['vision']}" for i in (1, 2, 3))
     found = ours(text=[f"see {frames} x"], images=[film], return_tensors="pt")
     assert {*found} == {*expected} and all(torch.equal(found[key], expected[key]) for key in expected)
-    with pytest.raises(ValueError, match="'video' is no modality of this model.*pass its frames as images"):
+    with pytest.raises(ValueError, match="'video' is no modality of this model.*pass frames as images"):
         ours(text=["see <video> x"], videos=[film])
 
 
