@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_types import WITH_VIDEOS, build
 from own_memory import own_memory
+from transformers import CONFIG_MAPPING
 
 from cornstarch_hf import from_native
 from cornstarch_hf.training.rows import PlacedItem, inputs_within, join_rows, place_items, whole_items_within
@@ -122,7 +123,8 @@ def config_of(**inputs):
 
 
 def test_every_type_whose_videos_are_encoded_frame_by_frame_is_compared():
-    assert [name for name in WITH_VIDEOS if from_native(build(name))[0].encoders["video"].by_frame] == BY_FRAME
+    known = [name for name in WITH_VIDEOS if name in CONFIG_MAPPING]  # older versions of transformers lack some
+    assert [name for name in known if from_native(build(name))[0].encoders["video"].by_frame] == BY_FRAME
 
 
 @pytest.mark.parametrize("model_type", BY_FRAME)
@@ -245,5 +247,5 @@ def test_lengths_that_no_mask_tells_are_refused(kind, shapes):
 
 def test_an_input_that_one_row_lacks_is_refused():
     rows = [{}, {"ids": torch.ones(1, 3), "mask": torch.ones(1, 3)}, {"ids": torch.ones(1, 3)}]
-    with pytest.raises(ValueError, match="^row 2: series: there is no mask, which other rows have"):
+    with pytest.raises(ValueError, match="^row 2: series: there is no mask, which others have"):
         join_rows(rows, config_of(series=("series", "ids", "mask")))
