@@ -146,14 +146,21 @@ def _contained(processor: MultimodalProcessor, model: Any) -> Any:
             theirs = native(**call)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{lead}: it refuses an item of the kind {kind!r} ({error!s:.300}); {remedy}.") from error
-        for key in dict.fromkeys([*ours, *theirs]):
-            if key not in ours or key not in theirs:
-                raise ValueError(f"{lead}: {key} is given by {'it' if key in theirs else 'ours'} alone; {remedy}.")
-            if not torch.equal(ours[key], theirs[key]):
-                counts = [int((x["input_ids"] == token_id).sum()) for x in (theirs, ours)]
-                told = f"of an item it makes {counts[0]} placeholders, and this one {counts[1]}"
-                raise ValueError(f"{lead}: {told if counts[0] != counts[1] else f'its {key} differ'}; {remedy}.")
+        if (told := _difference(ours, theirs, token_id)) is not None:
+            raise ValueError(f"{lead}: {told}; {remedy}.")
     return native
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], token_id: int) -> str | None:
+    """What a native processor gives otherwise than ours, None for nothing."""
+    for key in dict.fromkeys([*ours, *theirs]):
+        if key not in ours or key not in theirs:
+            return f"{key} is given by {'it' if key in theirs else 'ours'} alone"
+        if not torch.equal(ours[key], theirs[key]):
+            counts = [int((given["input_ids"] == token_id).sum()) for given in (theirs, ours)]
+            told = f"of an item it makes {counts[0]} placeholders, and this one {counts[1]}"
+            return told if counts[0] != counts[1] else f"its {key} differ"
+    return None
 
 
 def _built(who: str, processor: MultimodalProcessor, name: str, kind: str, arguments: Mapping[str, Any]) -> Any:

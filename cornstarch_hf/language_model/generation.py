@@ -332,7 +332,8 @@ class MultimodalGenerationMixin:
             )
         marked = [name for name in outputs if self.config.modality(name)["marks"]]
         if marked and generation_config.prefill_chunk_size is not None:
-            raise ValueError(f"{marked[0]}: its marks need the whole prompt: leave out prefill_chunk_size.")
+            told = f"{marked[0]}: its learnt tokens (marks) need the whole prompt"
+            raise ValueError(f"{told}: leave out prefill_chunk_size.")
         model_kwargs.pop("mm_encoder_outputs", None)
         model_kwargs = steps_before_generation(
             self, model_kwargs, masks, outputs, (len(inputs_tensor), length - cached)
