@@ -120,10 +120,8 @@ def check_given(model: Any, processor: Any, given: Mapping[str, Any], text: Any,
 
 def _check_joined(groups: Sequence[Any], given: Mapping[str, Any], wanted: Any) -> None:
     """Refuse other encoders in a group whose features are joined, and other such groups: all of one stay, or all go."""
-    stay, told = (
-        list[Any](),
-        "one projector is made for all of a group, which stay or go together: compose the parts anew.",
-    )
+    told = "one projector is made for all of a group, which stay or go together: compose the parts anew."
+    stay: list[Any] = []
     for group in (group for group in groups if isinstance(group, Mapping)):
         changed = [name for name in group["encoders"] if name in given]
         if not changed:

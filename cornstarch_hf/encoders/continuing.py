@@ -38,19 +38,22 @@ def items_to_encode(
 def _left(model: Any, name: str, inputs: dict[str, Any], mask: Tensor, cached: int) -> dict[str, Any] | None:
     if not bool(mask[:, :cached].any()):
         return inputs
-    counter = _counter_of(model)
-    values = {k: v.cpu() if isinstance(v, Tensor) and not v.is_floating_point() else v for k, v in inputs.items()}
-    settings = {key: value for key, value in values.items() if not isinstance(value, (Tensor, Sequence))}
+    counter, settings = _counter_of(model), {k: v for k, v in inputs.items() if not isinstance(v, (Tensor, Sequence))}
     try:
         if counter.has_preprocessing(name) or name in model.config.joined.values():  # whose rows may be no items
-            whole = counter.batch_count(name, values) == int(mask.sum())
+            whole = counter.batch_count(name, _readable(inputs)) == int(mask.sum())
             return None if whole and not bool(mask[:, cached:].any()) else inputs
-        items = [without_padding(item, name) for item in split_items(values, item_count(inputs), name)]
-        lengths = [counter.count(name, item | settings) for item in items]
+        items = split_items(inputs, item_count(inputs), name)
+        lengths = [counter.count(name, without_padding(_readable(item), name) | settings) for item in items]
     except ValueError:  # the encoder tells, or says what is wrong
         return inputs
     behind = items_behind_cache(name, lengths, mask, cached)
-    return _chosen(inputs, behind, name) if behind else None
+    return _chosen(inputs, items, behind) if behind else None
+
+
+def _readable(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs whose whole numbers a counter can read: it asks of others the shapes alone."""
+    return {k: v.cpu() if isinstance(v, Tensor) and not v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def _counter_of(model: Any) -> FeatureCounter:
@@ -62,9 +65,8 @@ def _counter_of(model: Any) -> FeatureCounter:
     return counter
 
 
-def _chosen(inputs: dict[str, Any], chosen: Sequence[int], where: str) -> dict[str, Any]:
-    """Some items of a batch, by their positions, as a batch."""
-    items = split_items(inputs, item_count(inputs), where)
+def _chosen(inputs: dict[str, Any], items: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> dict[str, Any]:
+    """Some `items` of a batch, by their positions, as a batch."""
     if len(chosen) == len(items):
         return inputs
     found = dict(inputs)
