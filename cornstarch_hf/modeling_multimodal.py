@@ -21,6 +21,7 @@ from .encoders.rebuilding import build_parts, connect
 from .encoders.stand_ins import idle_encoders, run_stand_in
 from .encoders.towers import OWN_INPUTS, main_input, transformers_keywords
 from .language_model.calling import (
+    LOSS_INPUTS,
     EmbeddingsMixin,
     around_language_model,
     cached_length,
@@ -176,12 +177,12 @@ class MultimodalModel(
             use_cache: whether the language model returns a cache.
             logits_to_keep: how many last positions get logits, 0 for all.
             mm_encoder_outputs: outputs of encoders that ran before, by modality.
-            **kwargs: the encoders' inputs by their keywords, and what the language model's `forward` takes.
+            **kwargs: the encoders' inputs by their keywords, and what the language model's `forward` takes; `skip_logits`,
+                whether there shall be a loss and no logits (None: in training with labels and `config.loss_at_labels`).
 
         Returns:
-            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)`` (None in training with labels
-            and `config.loss_at_labels`), `cache` (before transformers 5.24 `past_key_values`), ..., with the encoders'
-            outputs as the attributes `image_outputs`, `audio_outputs`, ...
+            The language model's own output: `loss`, `logits` ``(batch, length, vocabulary)``, `cache` (before transformers 5.24
+            `past_key_values`), ..., with the encoders' outputs as the attributes `image_outputs`, `audio_outputs`, ...
 
         Raises:
             TypeError: an unknown keyword.
@@ -265,9 +266,8 @@ class MultimodalModel(
             has_items = len(inputs[main]) > 0 if has_main else bool(given)
             if has_items:  # inputs without one run no encoder
                 media[name] = inputs
-        # `shift_labels` are labels that were shifted already, for sequences that are split over devices.
         taken = sorted({*text_keywords(self.language_model), *step_inputs(self.config)})
-        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), "shift_labels", *others}):
+        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), *LOSS_INPUTS, *others}):
             keywords = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             raise TypeError(
                 f"forward() got unexpected keyword arguments {unknown}: the encoders take {keywords}, the language model "

@@ -1,6 +1,5 @@
 """Calling the language model of a composition: with its head and loss, or without."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,15 @@ from transformers.utils import ModelOutput, logging
 from ..parts.adapters import is_adapted, unwrapped
 from ..parts.frozen_modes import is_checkpointing
 from ..parts.registries import STEPS
-from ..parts.signatures import accepts, forward_parameters, takes_any_keyword
+from ..parts.signatures import accepts, forward_parameters
 from ..parts.versions import CACHE, CACHE_NAMES, is_paged, take_cache
 from .extra_inputs import id_input_names, with_positions
-from .merging import shifted_left
+from .label_loss import run_at_labels, takes_positions, without_logits
 
 logger = logging.get_logger(__name__)
+# Keywords of the loss beside labels: those that were shifted already, for sequences that are split over devices; and whether
+# there shall be a loss and no logits.
+LOSS_INPUTS = ("shift_labels", "skip_logits")
 
 
 def text_keywords(language_model: nn.Module) -> list[str]:
@@ -65,11 +67,13 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     """Run the language model on ids or merged embeddings.
 
     The configuration of `model`, the composed one, may set `use_cache`, `output_attentions`, `loss_at_labels`, ...; without
-    `logits` where the latter holds (in training mode, with labels ``(batch, length)``).  None among the `inputs` is left out.
+    `logits` where the latter holds (in training mode, with labels ``(batch, length)``), or where `skip_logits` among the
+    `inputs` says so.  None among these is left out.
     """
     language_model, config = model.language_model, model.config
     settings = {key: getattr(config, key, None) for key in ("use_cache", "output_attentions", "output_hidden_states")}
     settings = {key: value for key, value in settings.items() if value or (key == "use_cache" and value is not None)}
+    skip_logits = inputs.pop("skip_logits", None)
     arguments = settings | with_cache(language_model, inputs)
     # Who computes the loss?  The language model, unless its `forward` lacks a parameter that the loss needs (`labels`,
     # `num_items_in_batch`, `shift_labels`): then it runs without them, and the loss is computed here from its logits.
@@ -84,26 +88,40 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     # Where does the head run?  At all positions; at the last ones (`logits_to_keep`), which are cut out afterwards where
     # the language model does not know that parameter; or, in training with `loss_at_labels`, at labelled ones alone.
     keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-    at_labels = labels is not None and getattr(config, "loss_at_labels", False) and model.training and keep_all
+    at_labels = _skips_logits(model, skip_logits, labels, keep_all)
     slice_afterwards = not keep_all and not accepts(language_model, "logits_to_keep")
-    if at_labels and model_computes_loss and takes_positions(language_model):
-        arguments |= _head_at_labels(language_model, arguments)
-    elif not keep_all and not slice_afterwards:
+    if not keep_all and not slice_afterwards:
         arguments["logits_to_keep"] = logits_to_keep
-    refused = {key for key in arguments if not accepts(language_model, key)}
-    if wrong := sorted(key for key in refused if key != "use_cache" and arguments[key] is not False):
-        raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
-    arguments = {key: value for key, value in arguments.items() if key not in refused}
-    output = language_model(**arguments, return_dict=True)
+    arguments = _taken(language_model, arguments)
+    if at_labels and model_computes_loss and takes_positions(language_model):
+        output = run_at_labels(language_model, arguments)
+    else:
+        output = language_model(**arguments, return_dict=True)
     if wants_loss and not model_computes_loss:
         given = loss_arguments.pop("labels", None)
         output["loss"] = model.loss_function(output.logits, given, output.logits.shape[-1], **loss_arguments)
     if slice_afterwards:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         output["logits"] = output.logits[:, kept]  # (batch, kept, vocabulary)
-    if at_labels:  # logits of some positions alone would be taken for those of all
-        output = type(output)(**{key: value for key, value in output.items() if key != "logits"})
-    return output
+    return without_logits(output) if at_labels else output
+
+
+def _skips_logits(model: Any, asked: bool | None, labels: Tensor | None, keep_all: bool) -> bool:
+    """Whether the output is to have no logits, by the caller's `skip_logits`, else by the configuration (ValueError)."""
+    if asked and (labels is None or not keep_all):
+        missing = "needs labels" if labels is None else "says the opposite of logits_to_keep"
+        raise ValueError(f"skip_logits=True {missing}: there would be nothing to compute, leave it out or pass labels.")
+    if asked is None:
+        asked = getattr(model.config, "loss_at_labels", False) and model.training
+    return bool(asked) and labels is not None and keep_all
+
+
+def _taken(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a language model takes; TypeError for others, unless leaving them out changes nothing."""
+    refused = {key for key in arguments if not accepts(language_model, key)}
+    if wrong := sorted(key for key in refused if key != "use_cache" and arguments[key] is not False):
+        raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
+    return {key: value for key, value in arguments.items() if key not in refused}
 
 
 def cached_length(cache: Any) -> int:
@@ -137,37 +155,6 @@ def with_cache(language_model: nn.Module, inputs: Mapping[str, Any]) -> dict[str
     if cache is None:
         return arguments
     return arguments | {"cache" if is_paged(cache) else cache_keyword(language_model) or CACHE: cache}
-
-
-def takes_positions(language_model: nn.Module) -> bool:
-    """Whether a language model's head can run at chosen positions and its loss at the labels of these."""
-    # By the parameter `logits_to_keep`, and a loss that is transformers' own (`loss_function`) and knows `shift_labels`,
-    # which reach it by ``**kwargs``.
-    if "logits_to_keep" not in forward_parameters(language_model) or not takes_any_keyword(language_model):
-        return False
-    loss: Any = getattr(unwrapped(language_model), "loss_function", None)
-    return "loss_function" in _names_used(language_model) and "shift_labels" in inspect.signature(loss).parameters
-
-
-def _names_used(language_model: nn.Module) -> tuple[str, ...]:
-    """Names in the code of a language model's `forward`: there is no other sign of how it computes its loss."""
-    return inspect.unwrap(type(unwrapped(language_model)).forward).__code__.co_names
-
-
-def _head_at_labels(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Positions for the head (`logits_to_keep`), and the labels that are to be predicted there (`shift_labels`)."""
-    # `labels` stay as they are: a language model that did not pass `shift_labels` on to its loss would meet other sizes
-    # there and fail, rather than compute another loss.
-    targets = arguments.get("shift_labels")
-    if targets is None:
-        targets = shifted_left(arguments["labels"], -100)  # (batch, length): what each position is to predict
-    wanted = targets != -100  # bool (batch, length)
-    if not bool(wanted.any()):
-        wanted[:1, -1:] = True  # the loss is that of no label at all, as it would be with all logits
-    if "slice_logits_to_keep" not in _names_used(language_model):  # it takes the same positions in all rows
-        columns = wanted.any(0).nonzero().flatten()  # (kept,)
-        return {"logits_to_keep": columns, "shift_labels": targets[:, columns]}  # (batch, kept)
-    return {"logits_to_keep": wanted, "shift_labels": targets[wanted]}  # (labelled,), of all rows one behind the other
 
 
 @dataclass(

@@ -67,9 +67,8 @@ def items_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[
         yield range(start, stop)
 
 
-def check_counts(name: str, token: str, mask: Tensor, lengths: Sequence[int]) -> None:
-    """ValueError unless each sample has as many placeholders as the next whole items, of these lengths, have features."""
-    needed = mask.sum(-1).tolist()  # (batch, length) to one number per sample
+def check_counts(name: str, token: str, needed: Sequence[int], lengths: Sequence[int]) -> None:
+    """ValueError unless the next items of each sample have as many features (`lengths`) as it `needed` for placeholders."""
     if sum(needed) != sum(lengths):
         raise ValueError(
             f"{name}: the text has {sum(needed)} placeholder tokens ({token}), but the encoder gave {sum(lengths)} features "
@@ -122,20 +121,20 @@ def check_labels(
     labels (`num_items_in_batch`).
     """
     if shift_labels is not None and shift_labels.shape == placeholders.shape:
-        where, given = shifted_left(placeholders), shift_labels
+        where, given = shifted_left(placeholders).to(shift_labels.device), shift_labels
     elif labels is not None and counted:
-        where, given = placeholders, labels
+        where, given = placeholders.to(labels.device), labels
     else:
         return
-    where = where.to(given.device)
-    wrong = int((where & (given != -100)).sum())
+    same = torch.stack([given == token_id for token_id in token_ids]).any(0)
+    # One answer of the device to all three questions.
+    wrong, copied, there = torch.stack([(where & (given != -100)).sum(), (where & same).sum(), where.sum()]).tolist()
     # Where most placeholders are labelled with a placeholder's id, the labels are a copy of the ids.
-    copied = int((where & torch.isin(given, torch.tensor(list(token_ids), device=given.device))).sum())
-    if wrong and (counted or 2 * copied > int(where.sum())):
-        name = "labels" if given is labels else "shift_labels"
+    if wrong and (counted or 2 * copied > there):
         raise ValueError(
-            f"{wrong} of {int(where.sum())} placeholder tokens are labelled in {name}, which were counted already, and "
-            "features give no loss: set those labels to -100 before the batch is counted (MultimodalCollator does)."
+            f"{wrong} of {there} placeholder tokens are labelled in {'' if given is labels else 'shift_'}labels, which were "
+            "counted already, and features give no loss: set those labels to -100 before the batch is counted "
+            "(MultimodalCollator does)."
         )
 
 
@@ -335,20 +334,21 @@ class MergingMixin(PreTrainedModel):
                 )
         if torch.compiler.is_compiling():  # the numbers are known on the device only; `scatter_features` checks the sum
             return
-        for name, mask in masks.items():
+        asked = [name for name in masks if name in encoded_here or (prefill and name not in outputs)]
+        # One answer of the device for all modalities.
+        counts = torch.stack([masks[name].sum(-1) for name in asked]).tolist() if asked else []
+        for name, needed in zip(asked, counts, strict=True):
             entry = self.config.modality(name)
             token = entry["token"] or f"id {entry['token_id']}"
             if name in encoded_here:  # else features come ready, of one chunk of the prompt perhaps: the sum is checked
-                check_counts(name, token, mask, [len(item) for item in outputs[name].pooler_output])
-            elif name not in outputs and prefill and bool(mask.any()):
+                check_counts(name, token, needed, [len(item) for item in outputs[name].pooler_output])
+            elif any(needed):
                 raise ValueError(
-                    f"{name}: the text has {int(mask.sum())} placeholder tokens ({token}) but there is no input for the "
+                    f"{name}: the text has {sum(needed)} placeholder tokens ({token}) but there is no input for the "
                     f"encoder (0 features): pass {list(entry['input_names'])}."
                 )
 
-    def _merge(
-        self, input_ids, inputs_embeds, outputs: dict[str, Any], masks: dict[str, Tensor], text: dict[str, Any], unused
-    ):
+    def _merge(self, input_ids, inputs_embeds, outputs: dict, masks: dict[str, Tensor], text: dict[str, Any], unused):
         """``(input_ids, None, text)`` for text alone, else ``(None, embeddings with the features in them, text)``.
 
         `unused` features get gradients, which are zero, and are nowhere.
@@ -357,7 +357,7 @@ class MergingMixin(PreTrainedModel):
             return input_ids, with_unused(inputs_embeds, unused) if unused else inputs_embeds, text
         # (modalities, batch, length) -> (batch, length)
         every = torch.stack(list(masks.values())).any(0) if masks else torch.zeros_like(input_ids, dtype=torch.bool)
-        # The language model's other inputs get those that it computes from the ids, which are gone then.
+        # Those of the language model's other inputs that it computes from the ids, which are gone then.
         given = {key for key, value in text.items() if value is not None}
         text = text | id_inputs(self.language_model, input_ids, every, given)
         ids, add = input_ids, [name for name in masks if self.config.modality(name)["merge"] == "add"]
@@ -390,8 +390,7 @@ class MergingMixin(PreTrainedModel):
 
     def _attach_features(self, output: ModelOutput, outputs: dict[str, Any]) -> None:
         """Say what each encoder gave (in place), None without items: `output.image_outputs`, ..., by name where kinds clash."""
-        # Attributes and no keys: Trainer would gather keys as predictions, and DistributedDataParallel would wait for
-        # gradients of all that they were computed with.
+        # Attributes: Trainer would gather keys as predictions, DistributedDataParallel wait for gradients of all behind them.
         for name in self.config.encoders:
             kind = self.config.modality(name)["kind"]
             alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]

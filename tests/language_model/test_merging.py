@@ -49,7 +49,7 @@ def test_ids_and_embeddings_give_the_same_mask():
 
 @pytest.mark.parametrize("lengths", [[2, 3], [1, 1, 3], [2, 1, 1, 1], [2, 0, 3], [0, 2, 3]])
 def test_counts_that_fit(lengths):
-    check_counts("vision", "<image>", MASK, lengths)
+    check_counts("vision", "<image>", MASK.sum(-1).tolist(), lengths)
     items = torch.randn(5, 2).split(lengths)
     own = items_of_samples([len(item) for item in items], MASK.sum(-1).tolist())
     groups = [[items[i] for i in each] for each in own]
@@ -68,7 +68,7 @@ def test_counts_that_fit(lengths):
 )
 def test_counts_that_do_not_fit(lengths, message):
     with pytest.raises(ValueError, match=message):
-        check_counts("vision", "<image>", MASK, lengths)
+        check_counts("vision", "<image>", MASK.sum(-1).tolist(), lengths)
 
 
 def test_labels_are_masked_in_a_copy():
