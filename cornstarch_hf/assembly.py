@@ -124,7 +124,8 @@ def compose(
             (`max_memory`, `use_safetensors`, `variant`, ...); `assembly_options` lists them.
 
     Returns:
-        ``(model, processor)``; the model is in evaluation mode.
+        ``(model, processor)``; the model is in evaluation mode, and in training mode with labels has no logits
+        (`config.loss_at_labels`).
 
     Raises:
         TypeError: an unknown keyword or key, a source or a container of a wrong type.
@@ -155,6 +156,7 @@ def compose(
     share_parts(modules)
     check_encoders(modules, live)
     model = MultimodalModel(encoders=modules, language_model=live, share_inputs=groups)
+    model.config.loss_at_labels = True
     asked_for = {"model": language_model, "revision": revision}
     note_commit((model.config.origins or {}).get("language_model"), asked_for, hub)
     processor = MultimodalProcessor(tokenizer, found, model=model, tokens=tokens, chat_template=chat_template)

@@ -109,7 +109,7 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
             where their features are joined for one projector and one placeholder, those of the first one.
         positions, mask: rules that the language model's own do not know, ``{"rule": name, **options}``: how tokens are numbered
             (`register_position_rule`), and which attend to each other both ways (`register_mask_rule`).
-        loss_at_labels: in training mode, run the head at labelled positions only; the output then has no `logits`.
+        loss_at_labels: in training the head runs at labelled positions alone, and there are no `logits`; `compose()` sets it.
         **kwargs: those three for each encoder, settings that a checkpoint keeps (`OPTIONAL_KEYS`; `origins` says from
             which repository each part came), and whatever `transformers.PreTrainedConfig` takes.
 

@@ -60,7 +60,6 @@ def main() -> None:
             tokenizer=AutoTokenizer.from_pretrained(source),
             freeze=["vision_encoder.module"],
         )
-        model.config.loss_at_labels = True  # the language model's head runs where labels are, and nowhere else
         model.describe()
         trainer = Trainer(
             model=model,

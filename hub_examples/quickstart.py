@@ -37,7 +37,6 @@ def train(options: argparse.Namespace) -> None:
         "language_model": options.language_model, "encoders": {"vision": options.vision, "audio": options.audio},
     }  # fmt: skip
     model, processor = compose(**parts, projector="mlp")
-    model.config.loss_at_labels = True  # the language model's head runs where labels are, and nowhere else
     model.describe()
     rows = questions(processor, min(options.rows, options.steps * options.batch_size), held_out=False, seed=1)
     arguments = TrainingArguments(

@@ -186,7 +186,6 @@ def train_stage(stage: Stage, steps: int, before: Path, folder: Path, data: Call
     set_seed(0)
     model = AutoModel.from_pretrained(before)
     model, processor = stage.prepare(model, AutoProcessor.from_pretrained(before))
-    model.config.loss_at_labels = True  # the language model's head runs where labels are, and nowhere else
     model.describe()
     rates = stage.pretrained if options.language_model else stage.small
     arguments = TrainingArguments(

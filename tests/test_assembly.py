@@ -63,6 +63,15 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_what_is_composed_takes_its_loss_at_labels():
+    model, processor = build()
+    assert model.config.loss_at_labels is True
+    batch = processor(text=[f"{processor.tokens['vision']} what"], vision=[[tiny.image()]], return_tensors="pt")
+    ids = batch["input_ids"]
+    labels = ids.masked_fill(ids == processor.placeholder_ids["vision"], -100)
+    assert "logits" in model(**batch, labels=labels) and "logits" not in model.train()(**batch, labels=labels)
+
+
 def test_paths_and_live_objects_give_one_model(folder):
     projectors = {n: MultimodalProjector(ProjectorConfig(in_features=16, out_features=32)) for n in LIVE}
     given = {n: {"projector": p} for n, p in projectors.items()}

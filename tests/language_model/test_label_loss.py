@@ -409,6 +409,43 @@ def test_evaluation_in_parts(few_at_once):
     assert max(made[1:]) <= ROWS and not found.loss.requires_grad
 
 
+def reading_logits(model, inputs, return_outputs=False, num_items_in_batch=None):
+    return model(**inputs).logits[:, -1].sum()
+
+
+@pytest.mark.parametrize("mixed", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+def test_a_trainer_that_reads_logits_beside_labels_is_told(mixed, tmp_path):
+    model, processor = compose_tiny(["clip", "whisper"])
+    model.config.loss_at_labels = True
+    made = trainer(model, processor, tmp_path, **mixed)
+    made.compute_loss = reading_logits
+    with pytest.warns(UserWarning, match="config.loss_at_labels = False"), pytest.raises(TypeError, match="NoneType"):
+        made.train()
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    return outputs["logits"].float().logsumexp(-1).mean()
+
+
+WAYS = {"metrics": {}, "smoothed": {"label_smoothing_factor": 0.1}, "own loss": {}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trainer_gets_logits_where_it_needs_them(way, tmp_path):
+    found = []
+    for at_labels in (False, True):
+        model, processor = compose_tiny(["clip", "whisper"])
+        model.config.loss_at_labels, seen = at_labels, []
+        made = trainer(model, processor, tmp_path, **WAYS[way])
+        made.compute_metrics = lambda prediction, seen=seen: seen.append(prediction.predictions.shape) or {}
+        made.compute_loss_func = own_loss if way == "own loss" else None
+        made.train()
+        loss = made.evaluate()["eval_loss"]
+        assert [(shape[0], shape[-1]) for shape in seen] == [(2, tiny.VOCABULARY)]
+        found.append([*losses(made), loss])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_no_logits_and_nothing_else():
     whole, _, batch = pair("llama")
     unlabelled = {key: value for key, value in batch.items() if key != "labels"}
