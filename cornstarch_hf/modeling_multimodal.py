@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -230,10 +231,9 @@ class MultimodalModel(
         """
         check_tensors(input_ids=input_ids)
         paged = is_paged(cache)
-        # each encoder's tensors, and what is the language model's
         media, text = self._route(kwargs, PAGED_INPUTS if paged else frozenset())
         # Continuous batching is asked for placeholders at its door: no step of it may wait for the device.
-        prefill = not paged and cached_length(cache) == 0
+        prefill = not paged and (cache is None if is_compiling() else cached_length(cache) == 0)
         tokens: Any = inputs_embeds if input_ids is None else input_ids
         decodes = paged or (not prefill and tokens is not None and tokens.shape[1] == 1)
         encoded = given is not None and not torch.is_grad_enabled()  # by `generate`, in every process

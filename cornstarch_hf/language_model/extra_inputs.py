@@ -26,6 +26,14 @@ def mask_positions(attention_mask: Tensor, first: int = 0) -> Tensor:
     return (valid.cumsum(-1) - 1).masked_fill(valid == 0, 0) + first
 
 
+def _how_counted(inner: Any) -> tuple[bool, int]:
+    if torch.compiler.is_compiling():  # a tracer would guard what is kept of all models
+        return only_distances_count(inner), first_position(inner)
+    if inner not in _counting:
+        _counting[inner] = only_distances_count(inner), first_position(inner)
+    return _counting[inner]
+
+
 def first_position(language_model: nn.Module) -> int:
     """The position that a language model gives to its first token: 0, but behind the padding token's row in models whose
     table of positions keeps such a row (RoBERTa, Liu et al. 2019, and its relatives)."""
@@ -72,10 +80,7 @@ def with_positions(language_model: nn.Module, arguments: dict[str, Any], past: i
     """
     if arguments.get("position_ids") is not None or "position_ids" not in forward_parameters(language_model):
         return arguments
-    inner = unwrapped(language_model)
-    if inner not in _counting:
-        _counting[inner] = only_distances_count(inner), first_position(inner)
-    distances, first = _counting[inner]
+    distances, first = _how_counted(unwrapped(language_model))
     if distances:  # it is right as it is, and gives the same bits as it does on its own
         return arguments
     embeds = arguments.get("inputs_embeds")

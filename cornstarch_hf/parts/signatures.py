@@ -67,7 +67,8 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     # PEFT's own `forward` is ``(*args, **kwargs)``, which would take anything.
     forward = unwrapped(module).forward
     function = getattr(forward, "__func__", None)
-    if not isinstance(function, types.FunctionType):  # what somebody has put on the instance may be anything
+    # What somebody has put on the instance may be anything; and a tracer would guard what is kept of all functions.
+    if not isinstance(function, types.FunctionType) or torch.compiler.is_compiling():
         return inspect.signature(forward).parameters
     told = (function.__code__, vars(function).get("__signature__"))
     known, found = _KNOWN.get(function, (None, {}))
