@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from helpers import compose_tiny
 from transformers import AutoModel
@@ -24,6 +25,8 @@ OPTIONS = {
     "frozen encoder": {"frozen": ["vision_encoder"]},
     "checkpointing": {"checkpointing": False},
     "reentrant checkpointing": {"checkpointing": True},
+    "loss at labels": {"at_once": 2**24},
+    "loss in parts": {"at_once": 2 * tiny.VOCABULARY},
 }
 CASES = [(rows, "whole") for rows in ROWS] + [("other media per rank", option) for option in list(OPTIONS)[1:]]
 KINDS = ["ddp", "trainer", "fsdp", "zero1", "zero2", "zero3"]

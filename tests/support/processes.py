@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import AutoModel, AutoProcessor
 
 from cornstarch_hf import MultimodalCollator
+from cornstarch_hf.language_model import label_loss
 
 TEXTS = {"text": "a b c", "image": "<image> what", "audio": "hear <audio> now", "both": "<image> and <audio>"}
 
@@ -35,6 +36,8 @@ def prepared(folder, options):
         getattr(model, name).module.requires_grad_(False)
     if "checkpointing" in options:
         model.gradient_checkpointing_enable({"use_reentrant": options["checkpointing"]})
+    model.config.loss_at_labels = "at_once" in options
+    label_loss.LOGITS_AT_ONCE = options.get("at_once", label_loss.LOGITS_AT_ONCE)
     return model
 
 
