@@ -21,6 +21,13 @@ LORA = LoraConfig(
 )
 
 
+def composed(*parts):
+    """As `compose()` makes them: in training without logits beside labels."""
+    model, processor = compose_tiny(*parts)
+    model.config.loss_at_labels = True
+    return model, processor
+
+
 def asked(part={"type": "image"}):  # noqa: B006
     return {"role": "user", "content": [part, {"type": "text", "text": "what"}]}
 
@@ -101,7 +108,7 @@ def moved(before, model):
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "plain",
 )
 def test_sft_loss_falls(tmp_path, form, options):
-    model, processor = compose_tiny(["clip"])
+    model, processor = composed(["clip"])
     if (options := dict(options)).pop("path", False):
         model, processor = saved(model, processor, tmp_path / "model"), None
     made = sft(model, processor, tmp_path, form, max_steps=30, **options)
@@ -118,27 +125,23 @@ def test_sft_loss_falls(tmp_path, form, options):
 @pytest.mark.slow
 def test_sft_single_image_column_and_rows_without_images(tmp_path):
     single = Dataset.from_dict(COLUMNS["messages"]() | {"image": [tiny.image(i) for i in range(COUNT)]})
-    made = sft(*compose_tiny(["clip"]), tmp_path, data=single)
+    made = sft(*composed(["clip"]), tmp_path, data=single)
     made.train()
-    several = sft(*compose_tiny(["clip"]), tmp_path)
+    several = sft(*composed(["clip"]), tmp_path)
     several.train()
     assert losses(made) == losses(several)
     mixed = {"prompt": ["<image> what ", "what "] * 2, "completion": [f"it is {i}" for i in range(COUNT)]}
     mixed["images"] = [item if i % 2 == 0 else [] for i, item in enumerate(images())]
     for size in (1, 2):  # batches without any image, batches with and without
         made = sft(
-            *compose_tiny(["clip"]),
-            tmp_path,
-            data=Dataset.from_dict(mixed),
-            per_device_train_batch_size=size,
-            max_steps=4,
+            *composed(["clip"]), tmp_path, data=Dataset.from_dict(mixed), per_device_train_batch_size=size, max_steps=4
         )
         made.train()
         assert all(torch.tensor(losses(made)).isfinite())
 
 
 def test_sft_on_a_vision_and_audio_model_with_vision_rows_alone(tmp_path):
-    model, processor = compose_tiny(["clip", "whisper"])
+    model, processor = composed(["clip", "whisper"])
     ran = []
     for name, encoder in model.encoders.items():
         encoder.register_forward_hook(lambda *_, n=name: ran.append(n))
@@ -151,7 +154,7 @@ def test_sft_on_a_vision_and_audio_model_with_vision_rows_alone(tmp_path):
 
 def test_sft_on_sounds_by_our_collator(tmp_path):
     """TRL knows no sounds; rows reach our collator whole when it neither prepares the data nor drops columns."""
-    model, processor = compose_tiny(["clip", "whisper"])
+    model, processor = composed(["clip", "whisper"])
     names, items = ("prompt", "completion", "images", "audio"), rows()
     data = Dataset.from_dict({"index": range(len(items))}).with_transform(
         lambda batch: {name: [items[i].get(name) for i in batch["index"]] for name in names}
@@ -180,7 +183,7 @@ def test_sft_on_sounds_by_our_collator(tmp_path):
 )
 def test_sft_computes_what_plain_trainer_with_our_collator_does(tmp_path, form, options):
     """The same ids, labels and pixels, and the same loss and gradients."""
-    model, processor = compose_tiny(["clip"], tiny.llama(vocab_size=300))  # a head without the placeholder
+    model, processor = composed(["clip"], tiny.llama(vocab_size=300))  # a head without the placeholder
     made = sft(copy.deepcopy(model), processor, tmp_path, form, gradient_checkpointing=False, **options)
     data = [
         dict(zip(table(form).column_names, values, strict=True))
@@ -206,7 +209,7 @@ def test_sft_computes_what_plain_trainer_with_our_collator_does(tmp_path, form, 
 
 def test_sft_labels_no_placeholder(tmp_path):
     """By default every token of a conversation is labelled; ours leaves features out, before anything is counted."""
-    model, processor = compose_tiny(["clip"], tiny.llama(vocab_size=300))
+    model, processor = composed(["clip"], tiny.llama(vocab_size=300))
     made = sft(model, processor, tmp_path, max_steps=1)
     batch = made.data_collator([{"messages": [asked(), answered(0)], "images": [tiny.image()]}])
     silent = batch["input_ids"] == processor.image_token_id
@@ -218,7 +221,7 @@ def test_sft_labels_no_placeholder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.LANGUAGE_MODELS)
 def test_sft_and_plain_trainer_agree_on_every_language_model(tmp_path, name):
-    model, processor = compose_tiny(["clip"], tiny.LANGUAGE_MODELS[name]())
+    model, processor = composed(["clip"], tiny.LANGUAGE_MODELS[name]())
     made = sft(copy.deepcopy(model), processor, tmp_path, router_aux_loss_coef=0.0 if "moe" in name else None)
     made.model.eval()
     data = [{"messages": [asked(), answered(i)], "images": [tiny.image(i)]} for i in range(COUNT)]
@@ -235,7 +238,7 @@ def test_sft_and_plain_trainer_agree_on_every_language_model(tmp_path, name):
 
 def test_a_trained_model_generates_and_loads_back(tmp_path):
     """These trainers leave a `forward` of their own on the model, whose signature names no encoder."""
-    model, processor = compose_tiny(["clip"])
+    model, processor = composed(["clip"])
     sft(model, processor, tmp_path, max_steps=1).train()
     model.eval()
     inputs = processor.apply_chat_template([asked({"type": "image", "image": tiny.image()})], tokenize=True, return_dict=True,
@@ -249,7 +252,7 @@ def test_a_trained_model_generates_and_loads_back(tmp_path):
 
 def test_adapters_inside_the_language_model_train(tmp_path):
     inside = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    model, processor = compose_tiny(["clip"], get_peft_model(tiny.llama(), inside))
+    model, processor = composed(["clip"], get_peft_model(tiny.llama(), inside))
     expected = {name for name, p in model.language_model.named_parameters() if p.requires_grad}
     before = weights(model)
     made = sft(model, processor, tmp_path, max_steps=30)
@@ -260,7 +263,7 @@ def test_adapters_inside_the_language_model_train(tmp_path):
 
 def test_an_adapter_on_the_head_is_refused_where_it_would_never_train(tmp_path):
     inside = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    model, processor = compose_tiny(["clip"], get_peft_model(tiny.llama(), inside))
+    model, processor = composed(["clip"], get_peft_model(tiny.llama(), inside))
     with pytest.raises(ValueError, match=r"head has an adapter that trains.*modules_to_save"):
         sft(model, processor, tmp_path, max_steps=1).train()
 
@@ -271,7 +274,7 @@ def test_an_adapter_on_the_head_is_refused_where_it_would_never_train(tmp_path):
 @pytest.mark.parametrize("reference", ["given", "path", pytest.param("loaded", marks=pytest.mark.slow), "adapters"])
 def test_two_steps_of_dpo(tmp_path, reference):
     """Without a reference model TRL loads one from where the model came from, or switches the adapters off."""
-    model, processor = compose_tiny(["clip"])
+    model, processor = composed(["clip"])
     given, peft = None, None
     if reference == "given":
         given = copy.deepcopy(model)
@@ -300,7 +303,7 @@ def test_two_steps_of_dpo(tmp_path, reference):
 
 
 def grpo(folder, encoders=("clip",), data=None, peft=None, **options):
-    model, processor = compose_tiny(list(encoders))
+    model, processor = composed(list(encoders))
     options = {"num_generations": 2, "max_completion_length": 4} | options
     return GRPOTrainer(
         model=model,
