@@ -36,7 +36,7 @@ from .parts.adapters import WholeAdaptersMixin
 from .parts.build_bounds import bounded_tensors, check_built
 from .parts.freezing import FreezingMixin, restore_frozen
 from .parts.gathering import GatheringMixin, untied_weights
-from .parts.registries import check_steps, encoder_options, step_inputs
+from .parts.registries import ALONE, check_steps, encoder_options, step_inputs
 from .parts.signatures import PerInstanceSignature
 from .parts.stored_modules import KeptTensors, mark_initialized
 from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, PAGED_INPUTS, check_hooks, is_paged, take_cache
@@ -287,7 +287,7 @@ class MultimodalModel(
         unused: list[Tensor] = []
         for name, encoder in self.encoders.items():  # in this order in every process
             if name in media:
-                outputs[name] = encoder(**media[name], **encoder_options(self.config))
+                outputs[name] = encoder(**media[name], **encoder_options(self.config, ALONE))
             elif name in idle:
                 if name not in self._stand_ins:
                     self._stand_ins[name] = find_stand_in(self, name)

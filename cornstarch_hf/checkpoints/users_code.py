@@ -36,7 +36,7 @@ _UNLESS |= {"processing_texts": "text", "processing_video": "video"}
 # Thin files that are carried as one, with all of their names: none of them imports another module that imports one.
 _JOINED = (
     *("checkpoints_described", "checkpoints_trusted_code", "encoders_continuing"),
-    *("encoders_feature_layout", "encoders_item_sizes"),
+    *("encoders_feature_layout", "encoders_item_sizes", "encoders_unused_layers"),
     "language_model_refusals",
     *(
         "processing_addresses",
@@ -195,7 +195,9 @@ class CodeFiles:
         """Texts of which the small thin ones are one."""
         stems = self.joint = [stem for stem in _JOINED if stem in texts and stem not in self._whole]
         imports = re.compile(rf"^(\s*from )\.(?:{'|'.join(stems)}) import", re.M)
-        joint = "\n".join(texts[stem] for stem in stems)
+        lines = "\n".join(texts[stem] for stem in stems).splitlines(keepends=True)
+        again = {i for i, line in enumerate(lines) if line.startswith(("from ", "import ")) and line in lines[:i]}
+        joint = "".join(line for i, line in enumerate(lines) if i not in again)
         others = {stem: text for stem, text in texts.items() if stem not in stems} | ({JOINT: joint} if stems else {})
         return {stem: imports.sub(rf"\1.{JOINT} import", text) if stems else text for stem, text in others.items()}
 

@@ -114,9 +114,14 @@ def refused_size(module: nn.Module, inputs: Mapping[str, Any], kind: str, name: 
     return f"{type(unwrapped(module)).__name__} takes {key} of {expected}, got {got} ({cause}): {remedy}."
 
 
-def refused_by(module: nn.Module, inputs: Mapping[str, Any], kind: str, name: str) -> str | None:
-    """As `refused_size`, of an encoder with weights, of which one without is built."""
+def refused_by(
+    module: nn.Module, inputs: Mapping[str, Any], kind: str, name: str, error: Exception | None = None
+) -> str | None:
+    """As `refused_size`, of an encoder with weights that raised an error; one without is built of it."""
     inner: Any = unwrapped(module)
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weight is None or weight.is_meta or isinstance(error, torch.OutOfMemoryError):  # a dry run explains by itself
+        return None
     if not has_other_size(inputs, inner.config, kind):
         return None
     config = without_dtypes(with_plain_kernels(copy.deepcopy(inner.config)))

@@ -16,6 +16,7 @@ from .towers import TRUE_ON_PADDING, counted_lengths
 
 # Masks ``(items, length)`` of inputs.
 MASKS = ("attention_mask", "padding_mask", "input_features_mask", "mask", "audio_mel_mask")
+OUTPUT_MASKS = ("attention_mask", "output_mask", "audio_mel_mask")  # of what an encoder gives
 
 
 class Padded(NamedTuple):
@@ -177,7 +178,7 @@ def feature_lengths(
     # Masks and lengths count the dropped tokens too, which are taken off at the end.
     items, tokens = len(features), features.shape[1] + dropped
     # The encoder's own mask comes first, then that of patches, each of which gave one.
-    masks = {name: raw.get(name) for name in ("attention_mask", "output_mask", "audio_mel_mask")}
+    masks = {name: raw.get(name) for name in OUTPUT_MASKS}
     masks["patches"] = arguments.get("pixel_attention_mask")
     fitting = {k: m for k, m in masks.items() if isinstance(m, Tensor) and m.shape == (items, tokens)}
     if fitting:

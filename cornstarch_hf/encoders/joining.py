@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..parts.adapters import unwrapped
 from ..parts.names import own_names
-from ..parts.registries import STEPS, Step
+from ..parts.registries import ALONE, STEPS, Step
 from ..processing.call import ENCODER_SETTINGS
 from ..projectors.projector import per_item
 from .grids import PLANE_KINDS, Grid, GridQuery, found_grids
@@ -54,13 +54,13 @@ class Joined:
         if encoder.name == self.owner:
             starts = tuple(f"{name}." for name in self.others)
             own = {key: value for key, value in inputs.items() if not key.startswith(starts)}
-            own, raw, output, encoded = encoder.features(own)
+            own, raw, output, encoded = encoder.features(own, say)
             parts = [Part(encoder.name, output, grids_of_features(encoder, own, output, encoded))]
             parts += [self._of_other(name, other, inputs) for name, other in self.others.items()]
             return encoder.finished(say, own, raw, joined_features(parts, self.resample), encoded)
         if WITHIN not in say:
             raise ValueError(f"{encoder.name}: its features are joined to those of {self.owner!r}: call that encoder.")
-        inputs, _, output, encoded = encoder.features(inputs)
+        inputs, _, output, encoded = encoder.features(inputs, say)
         grids = grids_of_features(encoder, inputs, output, encoded)
         return with_features(EncoderOutput(), output.last_hidden_state, output.lengths, feature_grids=grids)
 
@@ -73,7 +73,7 @@ class Joined:
                 "of both encoders, as the processor makes them."
             )
         try:
-            output = other(say=(WITHIN,), **own)  # called, so that what is hooked to it runs
+            output = other(say=(WITHIN, ALONE), **own)  # called, so that what is hooked to it runs
         except (RuntimeError, ValueError) as error:
             weight = first_weight(other.module)  # with weights it says so itself
             told = refused_size(other.module, own, other.kind, name) if weight is not None and weight.is_meta else None

@@ -13,7 +13,7 @@ from ..parts.adapters import unwrapped
 from ..parts.classes import origin_of
 from ..parts.frozen_modes import is_checkpointing
 from ..parts.known_encoders import deterministic_inputs, encoder_type, refuse_random_encoder
-from ..parts.registries import CALLBACKS, SAID, merging_options
+from ..parts.registries import ALONE, CALLBACKS, SAID, merging_options
 from ..parts.signatures import accepts, forward_parameters
 from ..parts.stored_modules import SLOTS
 from ..processing.video import FRAME_MASK
@@ -33,12 +33,13 @@ from .selection import (
     with_features,
 )
 from .towers import NOT_INPUTS, check_types, infer_kind, one_of, packs_frames, resolve_tower
+from .unused_layers import Picklable, states_alone
 
 # The encoder's own output, and the same with the selected features in place of the last hidden state.
 Encoded = tuple[EncoderOutput, EncoderOutput]
 
 
-class ModalEncoderModule(nn.Module):
+class ModalEncoderModule(Picklable):
     """An encoder with its projector and callbacks.
 
     The order is: `preprocess_callback` → module → selection → `postprocess_module_callback` → projector, token reduction
@@ -188,7 +189,8 @@ class ModalEncoderModule(nn.Module):
         """Encode and project items.
 
         Args:
-            say: what the output is to say of the items beside their features, of `registries.SAID`.
+            say: what the output is to say of the items beside their features, of `registries.SAID`; `ALONE` where of the
+                encoder's own output nothing is read, which is left out then if layers behind the selected ones do not run.
             **inputs: of the encoder's `forward`, and the additional arguments; floats are cast to the encoder's dtype.
 
         Returns:
@@ -200,12 +202,14 @@ class ModalEncoderModule(nn.Module):
         """
         if self.join is not None:
             return self.join.run(self, say, inputs)
-        return self.finished(say, *self.features(inputs))
+        return self.finished(say, *self.features(inputs, say))
 
-    def features(self, inputs: dict) -> tuple[dict, EncoderOutput, EncoderOutput, list[int] | None]:
+    def features(
+        self, inputs: dict, say: Sequence[str] = ()
+    ) -> tuple[dict, EncoderOutput, EncoderOutput, list[int] | None]:
         """The items' inputs, the encoder's own output, the same with features to project, their lengths before the callback."""
         # `output` holds (items, tokens, width), or (sum of tokens, width) with `feature_lens`
-        inputs, raw, output = self._selected(inputs)
+        inputs, raw, output = self._selected(inputs, ALONE in say)
         return inputs, raw, self._postprocess("postprocess_module_callback", inputs, output), lengths_of(output)
 
     def finished(
@@ -224,10 +228,11 @@ class ModalEncoderModule(nn.Module):
         """The selected features of items as `last_hidden_state`, before the callbacks that come after the module."""
         return self._selected(inputs)[2]
 
-    def _selected(self, inputs: dict) -> tuple[dict, EncoderOutput, EncoderOutput]:
+    def _selected(self, inputs: dict, alone: bool = False) -> tuple[dict, EncoderOutput, EncoderOutput]:
         """The items' inputs for the callbacks, the encoder's own output, and the same with the selected features."""
         # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
+        options[ALONE] = alone
         if self.preprocess_callback is not None:
             inputs = self.preprocess_callback(inputs, **wishes(self.preprocess_callback, self))
             if not isinstance(inputs, dict):
@@ -282,18 +287,21 @@ class ModalEncoderModule(nn.Module):
             wanted["output_hidden_states"] = True
         if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
             wanted["use_cache"] = False  # a frozen encoder does not know that this is training
-        wanted = {key: value for key, value in wanted.items() if accepts(self.module, key)}
+        wanted = {key: value for key, value in wanted.items() if key != ALONE and accepts(self.module, key)}
         trains = any(p.requires_grad for p in self.module.parameters())
         trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
         fixed = deterministic_inputs(arguments, unwrapped(self.module).config)
         # A frozen encoder keeps no activations, unless gradients pass through it to its inputs.
         with nullcontext() if trains else torch.no_grad():
             try:
-                raw = as_output(self.module(**arguments, **fixed, **wanted))
+                states = states_alone(self, arguments | fixed, options, wanted)
+                whole = self.module(**arguments, **fixed, **wanted) if states is None else {"hidden_states": states}
             except (RuntimeError, ValueError) as error:
-                if (told := self._refused_size(error, arguments)) is None:
+                kind = "image" if self.by_frame else self.kind
+                if (told := refused_by(self.module, arguments, kind, self.name, error)) is None:
                     raise
                 raise ValueError(f"{self.name}: {told}") from error
+        raw = as_output(whole)
         # The width tells maps with their channels first from maps with them last.
         alone = self.join is None and self.projector is not None
         width = self.projector.config.in_features if alone else self.feature_width()
@@ -302,19 +310,11 @@ class ModalEncoderModule(nn.Module):
         features, grid = select_features(raw, self.selection, self.name, width, count)
         features = rows_of_items(features, count)
         dropped = self.selection.drop_prefix
+        raw = raw if states is None else EncoderOutput()
         output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded, dropped))
         if grid is not None:
             output["feature_grids"] = torch.tensor([grid] * len(features))  # (items, 2)
         return raw, output
-
-    def _refused_size(self, error: Exception, arguments: dict) -> str | None:
-        """What to say where the module failed because it was given another size than it takes; None where it was not."""
-        weight = first_weight(self.module)
-        if (
-            isinstance(error, torch.OutOfMemoryError) or weight is None or weight.is_meta
-        ):  # a dry run explains by itself
-            return None
-        return refused_by(self.module, arguments, "image" if self.by_frame else self.kind, self.name)
 
     def grids(self, inputs: dict, lengths: list | None, given: Any = None, changed: bool = False) -> list[Grid] | None:
         """The grid of each item's features: the given one, else by what `GridQuery` holds; None where the projector needs none.

@@ -23,7 +23,7 @@ from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
 
 from ..parts.adapters import unwrapped
-from ..parts.registries import encoder_options
+from ..parts.registries import ALONE, encoder_options
 from ..parts.versions import CACHE, check_caches_known, peft_is_behind, take_cache
 from .calling import cache_keyword, cached_length, is_running_state, steps_before_generation, steps_before_prefill
 from .extra_inputs import crosses_longrope_limit, first_position
@@ -169,7 +169,7 @@ class Draft:
             )
         device = self._inner.device
         inputs = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in inputs.items()}
-        found = encoder(**inputs, **encoder_options(self._inner.config))
+        found = encoder(**inputs, **encoder_options(self._inner.config, ALONE))
         lengths, expected = ([len(item) for item in x.pooler_output] for x in (found, output))
         if lengths[-len(expected) :] != expected:
             raise ValueError(

@@ -152,12 +152,12 @@ def checkpoint_frozen_layers(model: nn.Module) -> None:
     wanted = {layer: owner for layer, owner in layers if not owner.training}
     for layer in model.modules():
         current, owner = layer.__dict__.get("forward"), wanted.get(layer)
-        ours = isinstance(current, functools.partial) and current.func is _in_evaluation_mode
+        ours = isinstance(current, functools.partial) and current.func is in_evaluation_mode
         if ours and current.args[1] is owner:
             continue  # the same object still, for what has been compiled with it
         before = current.args[2] if ours else current  # a `forward` that accelerate's hooks gave the instance, or None
         # Of its own layer by an argument, and not a closure: a copy of the model keeps to its own layers.
-        forward = before if owner is None else functools.partial(_in_evaluation_mode, layer, owner, before)
+        forward = before if owner is None else functools.partial(in_evaluation_mode, layer, owner, before)
         if forward is not None:
             layer.__dict__["forward"] = forward
         elif ours:
@@ -187,7 +187,7 @@ def _checkpointing_layers(model: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield from ((layer, module) for layer in layers_in_lists(module))
 
 
-def _in_evaluation_mode(layer: Any, owner: Any, before: Callable | None, *args: Any, **kwargs: Any) -> Any:
+def in_evaluation_mode(layer: Any, owner: Any, before: Callable | None, *args: Any, **kwargs: Any) -> Any:
     """A frozen layer's `forward`: checkpointed where its owner checkpoints and gradients flow."""
     run = before or functools.partial(type(layer).forward, layer)
     cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))

@@ -143,7 +143,8 @@ class Step:
 
 STEPS: dict[str, Any] = {}  # of `Step`, by the configuration's words
 # What outputs of encoders can say of items beside their features, by a word for it; `encoders/said_of_items` has it.
-SAID: dict[str, Callable[..., dict[str, Any]]] = {}
+ALONE = "alone"  # said of features beside which nothing of the encoder's output is read
+SAID: dict[str, Callable[..., dict[str, Any]]] = {ALONE: lambda *_: {}}
 
 
 def merging_options(layer_features: Any, merge: Any, marks: Any, where: str) -> dict[str, Any]:
@@ -174,9 +175,10 @@ def step_inputs(config: Any) -> list[str]:
     return [key for name in config.steps for key in STEPS[name].inputs]
 
 
-def encoder_options(config: Any) -> dict[str, Any]:
-    """Keywords of each encoder's `forward` by the steps which a configuration asks for."""
-    return {key: value for name in config.steps for key, value in STEPS[name].encoder_options(config).items()}
+def encoder_options(config: Any, *say: str) -> dict[str, Any]:
+    """Keywords of each encoder's `forward` by the steps which a configuration asks for, and what else it is to `say`."""
+    options = {key: value for name in config.steps for key, value in STEPS[name].encoder_options(config).items()}
+    return options | ({"say": [*options.get("say", []), *say]} if say else {})
 
 
 def check_steps(model: Any) -> None:
