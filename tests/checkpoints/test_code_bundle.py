@@ -167,6 +167,18 @@ def test_reducers_are_carried_where_a_checkpoint_names_them(tmp_path, projection
 
 
 @pytest.mark.slow
+def test_a_projector_of_another_dtype_stays_so_where_the_package_is_absent(tmp_path):
+    torch.manual_seed(0)
+    projector = MultimodalProjector(MultimodalProjectorConfig(projection_type="mlp", dtype="float64"))
+    parts = {"vision": ModalEncoderModule(tiny.clip(), projector)}
+    model = MultimodalModel(encoders=parts, language_model=tiny.llama()).eval()
+    processor = MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.ENCODERS["clip"][2]()}, model=model)
+    assert projector.dtype == torch.float64
+    folder = save((model, processor), tmp_path / "checkpoint", include_code=True)
+    check(load("absent", folder, tmp_path), model, processor)
+
+
+@pytest.mark.slow
 def test_a_users_projector_that_asks_for_grids_carries_what_finds_them(tmp_path):
     torch.manual_seed(0)
     made = compose(tiny.clip(), "users_rows", drop_prefix=1)
