@@ -16,6 +16,7 @@ from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.continuing import items_to_encode
 from .encoders.feature_layout import find_stand_in
+from .encoders.feature_memo import FeatureMemoMixin
 from .encoders.module import ModalEncoderModule
 from .encoders.rebuilding import build_parts, connect
 from .encoders.stand_ins import idle_encoders, run_stand_in
@@ -45,7 +46,7 @@ EncoderOutputs = dict[str, Any]
 
 class MultimodalModel(
     MultimodalGenerationMixin, FreezingMixin, WholeAdaptersMixin, GatheringMixin, EmbeddingsMixin, MergingMixin,
-    MultimodalStorageMixin, GenerationMixin,
+    FeatureMemoMixin, MultimodalStorageMixin, GenerationMixin,
 ):  # fmt: skip
     """A multimodal language model composed of named encoders, projectors and a causal language model.
 
@@ -187,8 +188,7 @@ class MultimodalModel(
             TypeError: an unknown keyword.
             ValueError: placeholders and features that do not match in number; labelled placeholders that were counted.
         """
-        return_dict = kwargs.pop("return_dict", None)
-        kwargs = kwargs | {"cache": cache}
+        return_dict, kwargs = kwargs.pop("return_dict", None), kwargs | {"cache": cache}
         cache = take_cache(kwargs)  # a caller may use any of the cache's names; from here on there is one
         # (batch, length) ids, or (batch, length, hidden) embeddings with the features in them
         inputs, masks, outputs = self._encode_and_merge(input_ids, inputs_embeds, mm_encoder_outputs, cache, kwargs)
@@ -287,7 +287,7 @@ class MultimodalModel(
         unused: list[Tensor] = []
         for name, encoder in self.encoders.items():  # in this order in every process
             if name in media:
-                outputs[name] = encoder(**media[name], **encoder_options(self.config))
+                outputs[name] = self._run_encoder(encoder, media[name])
             elif name in idle:
                 if name not in self._stand_ins:
                     self._stand_ins[name] = find_stand_in(self, name)

@@ -38,9 +38,9 @@ _UNLESS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Thin files that are carried as one, with all of their names: none of them imports another module that imports one.
 _JOINED = (
-    "checkpoints_described", "checkpoints_trusted_code", "encoders_continuing", "encoders_feature_layout", "encoders_grids",
-    "encoders_item_sizes", "language_model_refusals", "processing_addresses", "processing_assistant_turns",
-    "processing_image_bounds", "processing_sounds", "processing_texts", "processing_video",
+    "checkpoints_described", "checkpoints_trusted_code", "encoders_continuing", "encoders_feature_layout",
+    "encoders_feature_memo", "encoders_grids", "encoders_item_sizes", "language_model_refusals", "processing_addresses",
+    "processing_assistant_turns", "processing_image_bounds", "processing_sounds", "processing_texts", "processing_video",
 )  # fmt: skip
 JOINT = "thin_files"
 THIN = {path.stem: frozenset(_UNLESS.get(path.stem, ())) for path in sorted(THIN_FOLDER.glob("[!_]*.py"))}
