@@ -31,8 +31,13 @@ from .language_model.positions import Positions
 from .language_model.text_head import TextModelWithHead
 from .modeling_multimodal import MultimodalModel
 from .parts.known_encoders import register_encoder_type
-from .parts.registries import register_callback, register_feature_count, register_projector
-from .parts.rules import register_mask_rule, register_position_rule
+from .parts.registries import (
+    register_callback,
+    register_feature_count,
+    register_mask_rule,
+    register_position_rule,
+    register_projector,
+)
 from .processing.native_call import NativeCall
 from .processing.own_processors import PrecomputedFeaturesProcessor, TimeSeriesProcessor
 from .processing_multimodal import MultimodalProcessor

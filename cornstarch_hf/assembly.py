@@ -111,7 +111,8 @@ def compose(
             callbacks, and for loading `revision`, `dtype`, `attn_implementation`, `subfolder`.  Sounds that a processor fills
             up to a window give features of their valid frames alone, where the encoder's mask tells them and projector and
             callbacks take any number; `trim` False keeps the window.
-        projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), a `MultimodalProjectorConfig`, or its fields.
+        projector: type of the projectors (`"linear"`, `"mlp"`, a registered one), a `MultimodalProjectorConfig`, or its fields:
+            ``{"dtype": "float32"}`` among them for what trains beside parts that were loaded in another one.
         tokens: placeholder tokens by encoder name.
         tokenizer, processors: of the language model, and by encoder name; found beside what is loaded by id or path.
         dtype, device_map, attn_implementation, revision: for loading what is not live; `revision` is the language model's.

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 
@@ -27,11 +28,12 @@ CUSTOM_PROJECTION = "custom"
 # What any configuration may be given, besides what its class declares.
 _BASE_KEYS = frozenset([
     *vars(PreTrainedConfig()), "attn_implementation", "auto_map", "encoder_model_type", "experts_implementation",
-    "language_model_type", "model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config",
+    "kept_dtype", "language_model_type", "model_type", "name_or_path", "num_labels", "output_attentions", "quantization_config",
     "torch_dtype", "use_cache", "tie_word_embeddings", "use_return_dict", "trust_remote_code",
 ])  # fmt: skip
 # Where encoders' configurations tell their width, the first that is there; of a list the last counts.
 _WIDTHS = ("output_proj_dims", "hidden_sizes", "hidden_size", "out_hidden_size", "output_dim", "embed_dims", "d_model")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _FIELDS = frozenset(["in_features", "out_features", "activation", "config", "projection_kwargs"])
 
 
@@ -47,11 +49,14 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         in_features: width of the encoder's features; None leaves it to the composition.
         out_features: hidden size of the language model; None leaves it to the composition.
         projection_kwargs: further constructor arguments of the projection (JSON values).
+        dtype: of the projection that is built, ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``; None builds it
+            in the encoder's.  One that is stated is kept (as `kept_dtype`) when a checkpoint is loaded, whatever dtype is asked
+            for the rest.
         **kwargs: those arguments by their own names, e.g. ``scale_factor=2``; what `PreTrainedConfig` takes.
 
     Raises:
         TypeError: a keyword that neither the projection nor `PreTrainedConfig` takes; a type that is no name.
-        ValueError: unknown projection type or activation, sizes that are not positive, options that make no sense.
+        ValueError: unknown projection type, activation or dtype, sizes that are not positive, options that make no sense.
     """
 
     model_type = "multimodal-projector"
@@ -82,10 +87,19 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         self.projection_kwargs = _projection_options(projection_type, projection_kwargs, kwargs)
         self.in_features = in_features if encoder_config is None else in_features or feature_width(encoder_config)
         self.out_features = out_features if text_config is None else out_features or text_width(text_config)
+        # A caller's `dtype` is a wish; what transformers stores under that name is how weights were loaded last.
+        wish = kwargs.pop("kept_dtype", kwargs.get("dtype") or kwargs.get("torch_dtype"))
+        if wish is not None:
+            self.kept_dtype = _checked_dtype(wish)
         # The stored names are taken out in any case: the base class is not to see them.
         self.encoder_model_type = getattr(encoder_config, "model_type", kwargs.pop("encoder_model_type", None))
         self.language_model_type = getattr(text_config, "model_type", kwargs.pop("language_model_type", None))
         super().__init__(**kwargs)
+
+    @property
+    def own_dtype(self) -> torch.dtype | None:
+        """The dtype that was asked for the projection alone; None where it has its neighbours'."""
+        return getattr(torch, self.kept_dtype) if "kept_dtype" in vars(self) else None
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
@@ -103,6 +117,7 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
         options = options_of(config_dict.get("projection_type", "linear"), tuple(config_dict))
         extras = {k: v for k, v in config_dict.items() if k not in known | options and not k.startswith("_")}
         own = {k: v for k, v in config_dict.items() if k not in extras}
+        own["kept_dtype"] = config_dict.get("kept_dtype")
         loaded = super().from_dict(own, **kwargs) if kwargs else cls(**own)  # the former also writes it out for the log
         for key, value in extras.items():
             setattr(loaded[0] if isinstance(loaded, tuple) else loaded, key, value)
@@ -110,6 +125,14 @@ class MultimodalProjectorConfig(SharedCode, PreTrainedConfig):
 
     def __eq__(self, other):
         return isinstance(other, MultimodalProjectorConfig) and self.__dict__ == other.__dict__
+
+
+def _checked_dtype(dtype: Any) -> str:
+    """The name of a projection's dtype (ValueError: none in which its layers compute)."""
+    if (name := str(dtype).removeprefix("torch.")) not in _DTYPES:
+        expected = f"None, one of {_DTYPES}, or such a torch.dtype"
+        raise ValueError(f"A projector's dtype must be {expected}, got {dtype!r:.100}.")
+    return name
 
 
 def options_of(projection_type: str, names: tuple[str, ...]) -> set[str]:

@@ -17,6 +17,7 @@ from .composition import compose_config, describe_model
 from .configuration_multimodal import MEDIA_KINDS, MultimodalConfig
 from .encoders.continuing import items_to_encode
 from .encoders.feature_layout import find_stand_in
+from .encoders.feature_memo import FeatureMemoMixin
 from .encoders.module import ModalEncoderModule
 from .encoders.rebuilding import build_parts, connect
 from .encoders.stand_ins import idle_encoders, run_stand_in
@@ -36,7 +37,7 @@ from .parts.adapters import WholeAdaptersMixin
 from .parts.build_bounds import bounded_tensors, check_built
 from .parts.freezing import FreezingMixin, restore_frozen
 from .parts.gathering import GatheringMixin, untied_weights
-from .parts.registries import ALONE, check_steps, encoder_options, step_inputs
+from .parts.registries import check_steps, encoder_options, step_inputs
 from .parts.signatures import PerInstanceSignature
 from .parts.stored_modules import KeptTensors, mark_initialized
 from .parts.versions import CACHE, GENERATION_HOOKS, MODEL_HOOKS, PAGED_INPUTS, check_hooks, is_paged, take_cache
@@ -47,7 +48,7 @@ EncoderOutputs = dict[str, Any]
 
 class MultimodalModel(
     MultimodalGenerationMixin, FreezingMixin, WholeAdaptersMixin, GatheringMixin, EmbeddingsMixin, MergingMixin,
-    MultimodalStorageMixin, GenerationMixin,
+    FeatureMemoMixin, MultimodalStorageMixin, GenerationMixin,
 ):  # fmt: skip
     """A multimodal language model composed of named encoders, projectors and a causal language model.
 
@@ -189,8 +190,7 @@ class MultimodalModel(
             TypeError: an unknown keyword.
             ValueError: placeholders and features that do not match in number; labelled placeholders that were counted.
         """
-        return_dict = kwargs.pop("return_dict", None)
-        kwargs = kwargs | {"cache": cache}
+        return_dict, kwargs = kwargs.pop("return_dict", None), kwargs | {"cache": cache}
         cache = take_cache(kwargs)  # a caller may use any of the cache's names; from here on there is one
         # (batch, length) ids, or (batch, length, hidden) embeddings with the features in them
         inputs, masks, outputs = self._encode_and_merge(input_ids, inputs_embeds, mm_encoder_outputs, cache, kwargs)
@@ -287,7 +287,7 @@ class MultimodalModel(
         unused: list[Tensor] = []
         for name, encoder in self.encoders.items():  # in this order in every process
             if name in media:
-                outputs[name] = encoder(**media[name], **encoder_options(self.config, ALONE))
+                outputs[name] = self._run_encoder(encoder, media[name])
             elif name in idle:
                 if name not in self._stand_ins:
                     self._stand_ins[name] = find_stand_in(self, name)

@@ -345,6 +345,9 @@ def projector_anew(name: str, old: MultimodalProjector) -> MultimodalProjector:
         del options["hidden_size"]
     return MultimodalProjector(
         MultimodalProjectorConfig(
-            projection_type=config.projection_type, activation=config.activation, projection_kwargs=options
+            projection_type=config.projection_type,
+            activation=config.activation,
+            projection_kwargs=options,
+            kept_dtype=config.own_dtype,
         )
     )

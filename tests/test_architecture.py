@@ -32,7 +32,6 @@ PATHS = sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "th
 ROOMS = sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__")
 # Files that are tested together with another one.
 COVERED = {
-    "conversion.comparing": "conversion/test_native",
     "conversion.configs": "conversion/test_native",
     "conversion.entries": "conversion/test_table",
     "conversion.keys": "conversion/test_table",
@@ -46,7 +45,6 @@ COVERED = {
     "projectors.native": "conversion/test_native",
     "checkpoints.code_folder": "checkpoints/test_code_bundle",
     "checkpoints.finding": "checkpoints/test_checkpoint_files",
-    "parts.rules": "parts/test_registries",
     "swap_checks": "test_swapping",
     "parts.stored_adapters": "parts/test_adapters",
     "processing.sounds": "processing/test_media",

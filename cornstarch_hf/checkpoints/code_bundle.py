@@ -19,8 +19,7 @@ from transformers import BaseVideoProcessor, FeatureExtractionMixin, PreTrainedT
 
 from ..parts.classes import CODE_ENTRY, carries_code, language_model_class, resolve_class
 from ..parts.known_encoders import ENCODER_TYPES, EncoderType, registered_facts
-from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
-from ..parts.rules import MASK_RULES, POSITION_RULES
+from ..parts.registries import CALLBACKS, FEATURE_COUNTS, MASK_RULES, POSITION_RULES, PROJECTORS
 from .code_folder import CLASSES, INSTALL, SIDES, own_modules, read_entry, write_code
 from .users_code import OPTIONAL, THIN, CodeFiles, called_name, is_installed, own_module_of, own_stem, top_calls
 
@@ -97,8 +96,9 @@ def export_code(
 def _needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
     """What a checkpoint names and not each one does, by the words of `users_code.THIN`."""
     if side == "projector":
-        return {config.projection_type} & NEEDS
+        return {config.projection_type, *_grids_for([config.projection_type])} & NEEDS
     needs = {getattr(config, f"{name}_projector_config").projection_type for name in config.encoders}
+    needs |= _grids_for(needs)
     needs |= {config.modality(name)["kind"] for name in config.encoders} & {"audio", "text", "video"}
     needs |= {config.language_model_class, *config.steps}
     callbacks = {each["name"] for name in config.encoders for each in config.modality(name)["callbacks"].values()}
@@ -107,6 +107,13 @@ def _needs_of(config: Any, side: str, others: Iterable[Any]) -> set[str]:
     needs |= {"audio" for other in others if isinstance(other, FeatureExtractionMixin)}
     needs |= {"own processors" for each in others if own_stem(_file_of(type(each))) == "processing_own_processors"}
     return (needs | ({"adapters"} if config.adapters else set())) & NEEDS
+
+
+def _grids_for(types: Iterable[str]) -> set[str]:
+    """The word for finding grids, where projectors of some of these types may ask for them; any of a user's own may."""
+    targets = [PROJECTORS[name] for name in types if name in PROJECTORS]
+    asks = [own_stem(_file_of(target)) is None or bool(getattr(target, "needs_grid", False)) for target in targets]
+    return {"grids"} if any(asks) else set()
 
 
 # ---- what a checkpoint names

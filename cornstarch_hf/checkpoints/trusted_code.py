@@ -16,8 +16,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE, get_cached_modul
 
 from ..parts.classes import CODE_ENTRY, code_source, subclasses_of
 from ..parts.known_encoders import ENCODER_TYPES
-from ..parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS
-from ..parts.rules import MASK_RULES, POSITION_RULES
+from ..parts.registries import CALLBACKS, FEATURE_COUNTS, MASK_RULES, POSITION_RULES, PROJECTORS
 from ..parts.threads import TravellingLock
 from .code_folder import HERE, ROOT, own_modules, read_entry
 from .finding import HUB_OPTIONS, PLACES, picked

@@ -13,7 +13,7 @@ import re
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..parts.classes import CODE_ENTRY
@@ -31,25 +31,20 @@ _PROGRAM_CALLS = frozenset([
 _HARMLESS_CALLS = frozenset(["setdefault", "update", "append", "add", "getLogger", "filterwarnings", "simplefilter"])
 # What a checkpoint carries by a thin file with the same names: in any case, or unless it names one of these.  Guards that
 # arrive inside the code that they guard protect nobody; what composes and exports needs the package.
-_UNLESS = {"checkpoints_loading": "references", "parts_stored_adapters": "adapters", "processing_sounds": "audio"}
-_UNLESS |= {"processing_texts": "text", "processing_video": "video"}
+_UNLESS: dict[str, tuple[str, ...]] = {
+    "checkpoints_loading": ("references",), "parts_stored_adapters": ("adapters",), "processing_sounds": ("audio",),
+    "processing_texts": ("text",), "processing_video": ("video",),
+    "encoders_grids": ("grids", "join", "layer_features", "positions", "tiles", "video"),
+}  # fmt: skip
 # Thin files that are carried as one, with all of their names: none of them imports another module that imports one.
 _JOINED = (
-    *("checkpoints_described", "checkpoints_trusted_code", "encoders_continuing"),
-    *("encoders_feature_layout", "encoders_item_sizes", "encoders_unused_layers"),
-    "language_model_refusals",
-    *(
-        "processing_addresses",
-        "processing_assistant_turns",
-        "processing_image_bounds",
-        "processing_sounds",
-        "processing_texts",
-        "processing_video",
-    ),
-)
+    "checkpoints_described", "checkpoints_trusted_code", "encoders_continuing", "encoders_feature_layout",
+    "encoders_feature_memo", "encoders_grids", "encoders_item_sizes", "encoders_unused_layers", "language_model_label_loss",
+    "language_model_refusals", "processing_addresses", "processing_assistant_turns", "processing_image_bounds",
+    "processing_sounds", "processing_texts", "processing_video",
+)  # fmt: skip
 JOINT = "thin_files"
-_THIN_STEMS = sorted(path.stem for path in THIN_FOLDER.glob("[!_]*.py"))
-THIN = {stem: frozenset([_UNLESS[stem]] if stem in _UNLESS else []) for stem in _THIN_STEMS}
+THIN = {path.stem: frozenset(_UNLESS.get(path.stem, ())) for path in sorted(THIN_FOLDER.glob("[!_]*.py"))}
 # What only a checkpoint carries that names one of these; nothing else imports it.
 OPTIONAL: dict[str, frozenset[str]] = {
     "encoders_joining": frozenset(["join"]),
@@ -60,10 +55,8 @@ OPTIONAL: dict[str, frozenset[str]] = {
     "language_model_positions": frozenset(["positions"]),
     "language_model_text_head": frozenset(["TextModelWithHead"]),
     "conversion_steps": frozenset(["native steps"]),
-    "processing_native_call": frozenset(["native processor"]),
-    "processing_native_texts": frozenset(["native processor"]),
-    "encoders_tiles": frozenset(["tiles"]),
-    "processing_tiles": frozenset(["tiles"]),
+    **dict.fromkeys(("processing_native_call", "processing_native_texts"), frozenset(["native processor"])),
+    **dict.fromkeys(("encoders_tiles", "processing_tiles"), frozenset(["tiles"])),
     "processing_own_processors": frozenset(["own processors"]),
     "projectors_native": frozenset(["native"]),
     "projectors_qformer": frozenset(["qformer"]),
@@ -119,24 +112,38 @@ def bundled(text: str, module: str) -> tuple[str, set[str]]:
             if silent and behind != tokenize.DEDENT:  # which is not all of its body
                 lines[row - 1 : last] = [""] * (last - row + 1)
             elif "\n\n" in token.string:
-                end = row + token.string[: token.string.index("\n\n")].count(
-                    "\n"
-                )  # the last line of its first paragraph
+                end = row + token.string.split("\n\n")[0].count("\n")  # the last line of its first paragraph
                 lines[end - 1 : last] = [lines[end - 1].rstrip("\n") + '"""\n', *[""] * (last - end)]
         elif re.match(r"\s*(async def|def|class) \w+", token.line):
             silent = True
         before = before if token.type == tokenize.COMMENT else token.type
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ImportFrom):  # on one line each
-            lines[node.lineno - 1 : node.end_lineno] = [
-                f"{ast.unparse(node)}\n",
-                *[""] * (node.end_lineno - node.lineno),
-            ]
+    for node in filter(lambda node: isinstance(node, ast.ImportFrom), ast.parse(text).body):  # on one line each
+        lines[node.lineno - 1 : node.end_lineno] = [f"{ast.unparse(node)}\n", *[""] * (node.end_lineno - node.lineno)]
     carried: list[str] = []
     for row, line in enumerate(lines, 1):
-        if row in inside or not (line == "\n" and carried and carried[-1] == "\n"):
+        # Of several empty lines the first stays, and none below the head of a class.
+        surplus = line == "\n" and carried and (carried[-1] == "\n" or carried[-1].endswith(":\n"))
+        if row in inside or not surplus:
             carried += [line] if line else []
     return _IMPORT.sub(flat, "".join(carried)), found
+
+
+def _as_one(texts: Sequence[str]) -> str:
+    """Bundled texts one after the other, in front of them what they import, each name once."""
+    imported: dict[str, set[str]] = {}
+    bodies = []
+    for text in texts:
+        lines = text.splitlines(keepends=True)
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                origin, _, names = lines[node.lineno - 1].strip().rpartition("import ")
+                imported.setdefault(origin or f"import {names}", set()).update(names.split(", ") if origin else ())
+                lines[node.lineno - 1] = ""
+        bodies.append("".join(lines))
+    head = [
+        f"{start}import {', '.join(sorted(names))}" if names else start for start, names in sorted(imported.items())
+    ]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join([*head, "", *bodies]))
 
 
 class CodeFiles:
@@ -195,9 +202,7 @@ class CodeFiles:
         """Texts of which the small thin ones are one."""
         stems = self.joint = [stem for stem in _JOINED if stem in texts and stem not in self._whole]
         imports = re.compile(rf"^(\s*from )\.(?:{'|'.join(stems)}) import", re.M)
-        lines = "\n".join(texts[stem] for stem in stems).splitlines(keepends=True)
-        again = {i for i, line in enumerate(lines) if line.startswith(("from ", "import ")) and line in lines[:i]}
-        joint = "".join(line for i, line in enumerate(lines) if i not in again)
+        joint = _as_one([texts[stem] for stem in stems])
         others = {stem: text for stem, text in texts.items() if stem not in stems} | ({JOINT: joint} if stems else {})
         return {stem: imports.sub(rf"\1.{JOINT} import", text) if stems else text for stem, text in others.items()}
 

@@ -19,11 +19,10 @@ from ..parts.classes import constructor_options
 from ..parts.stored_errors import make_config
 from ..parts.stored_modules import same_structure
 from ..parts.weightless import build_without_weights
-from .comparing import check_same, projector_options
 from .entries import HiddenState, Native, Part, Projector, Ratio, settings_for
 from .keys import hand_over, key_map, prefixes, tensors, tower_of, with_buffers
 from .parts import built, composed, has_bare_head
-from .refusals import entry_of_type
+from .refusals import check_same, entry_of_type, projector_options
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from ..parts.stored_errors import explained
 from ..parts.stored_modules import KeptTensors
 from ..parts.stored_values import check_kernels, check_values, without_implementations
 from ..parts.weightless import WithoutInitializers, build_without_weights
-from .comparing import check_same
 from .configs import held_configs, native_config, outer_values
 from .containers import contained
 from .entries import Native, Part, setting
 from .keys import REST, describe_tensors, hand_over, key_map, prefixes, tensors, with_buffers
 from .parts import built, composed, own_parts
 from .processors import composed_processor, loaded_processor, native_processor
-from .refusals import check_model, entry_of
+from .refusals import check_model, check_same, entry_of
 
 
 def from_native(

@@ -20,8 +20,8 @@ from ..encoders.building import modality_entry
 from ..modeling_multimodal import MultimodalModel
 from ..parts.adapters import is_wrapped
 from ..processing_multimodal import MultimodalProcessor
-from .comparing import projector_options
 from .keys import path_of
+from .refusals import projector_options
 
 _TYPE, _WEIGHTS, _PROCESSOR = "ultravox", "model", "processor_config.json"
 # What its tower gives and its projector computes, as entries and options of ours.

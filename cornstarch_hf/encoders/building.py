@@ -168,7 +168,7 @@ def check_kind(name: str, encoder: ModalEncoderModule) -> None:
 def complete_projector(
     encoder: ModalEncoderModule, language_model: nn.Module, width: int, projection_type: str, activation: str
 ) -> None:
-    """Create or complete an encoder's projector, on its device and in its dtype; ValueError for widths that do not fit."""
+    """Create or complete an encoder's projector, on its device, in its dtype or the projector's own (ValueError: widths)."""
     name, module, group = encoder.name, unwrapped(encoder.module), list(parts_of_group(encoder.name, encoder).values())
     widths = [found_width(each) for each in group]
     known = None if any(width is None for width, _ in widths) else sum(width or 0 for width, _ in widths)
@@ -190,7 +190,7 @@ def complete_projector(
     config.encoder_model_type = module.config.model_type
     config.language_model_type = unwrapped(language_model).config.model_type
     if fresh and not is_building() and (weight := first_weight(encoder.module)) is not None:
-        projector.to(device=weight.device, dtype=weight.dtype)
+        projector.to(device=weight.device, dtype=projector.config.own_dtype or weight.dtype)
     # Only then are the projected features those whose width was found: a callback or an output field may have any.
     as_encoded = found and known is not None and all(each.postprocess_module_callback is None for each in group)
     if as_encoded and config.in_features not in (None, known):

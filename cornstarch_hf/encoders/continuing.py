@@ -48,7 +48,7 @@ def _left(model: Any, name: str, inputs: dict[str, Any], mask: Tensor, cached: i
     except ValueError:  # the encoder tells, or says what is wrong
         return inputs
     behind = items_behind_cache(name, lengths, mask, cached)
-    return _chosen(inputs, items, behind) if behind else None
+    return chosen_inputs(inputs, items, behind) if behind else None
 
 
 def _readable(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _counter_of(model: Any) -> FeatureCounter:
     return counter
 
 
-def _chosen(inputs: dict[str, Any], items: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> dict[str, Any]:
+def chosen_inputs(inputs: dict[str, Any], items: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> dict[str, Any]:
     """Some `items` of a batch, by their positions, as a batch."""
     if len(chosen) == len(items):
         return inputs

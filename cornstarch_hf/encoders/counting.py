@@ -18,14 +18,14 @@ from ..configuration_projector import MultimodalProjectorConfig
 from ..limits import check_count, check_features
 from ..parts.build_bounds import bounded_tensors, build_guard
 from ..parts.classes import resolve_class
-from ..parts.known_encoders import ALL, encoder_type
+from ..parts.known_encoders import ALL, encoder_type, is_staged
 from ..parts.registries import FEATURE_COUNTS, STEPS
 from ..parts.stored_errors import explained
 from ..parts.stored_modules import SLOTS, declared_count
 from ..parts.threads import TravellingLock
 from ..parts.weightless import build_without_weights, dry_run, weights_to_meta, with_plain_kernels, without_dtypes
 from ..projectors.projector import Grid, per_item
-from .grids import first_frames, frames_as_items, is_staged
+from .grids import first_frames, frames_as_items
 from .item_sizes import refused_size
 from .items import MASKS, packed_sizes
 from .module import ModalEncoderModule

@@ -1,4 +1,7 @@
-"""How the features of an item lie in the plane, told from its encoder's inputs and configuration.  Knows no model."""
+"""How the features of an item lie in the plane, told from its encoder's inputs and configuration.  Knows no model.
+
+A checkpoint's own code has it where something asks for grids: a reduction over them, positions, tiles, or frames of videos.
+"""
 
 import itertools
 import math
@@ -8,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parts.known_encoders import PATCH_GRIDS, grid_of, patch_size
+from ..parts.known_encoders import PATCH_GRIDS, grid_of, is_staged, merged_patches, patch_size
 from ..processing.video import FRAME_MASK
 
 Grid = tuple[int, ...]
@@ -71,13 +74,6 @@ def _by_patches(query: GridQuery) -> list[Grid] | None:
     return found
 
 
-def merged_patches(config: Any) -> tuple[int, int]:
-    """Rows and columns of patches that a packed tower merges into one feature, by its configuration."""
-    # Qwen2-VL has one number for both sides, Kimi-VL's `merge_kernel_size` one for each.
-    size = getattr(config, "spatial_merge_size", None) or getattr(config, "merge_kernel_size", None) or 1
-    return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) else (int(size), int(size))
-
-
 def _by_sizes(query: GridQuery) -> list[Grid] | None:
     """Towers that take images padded to one size and the size of each in pixels (Pixtral), where those give the features."""
     sizes, patch = query.inputs.get("image_sizes"), patch_size(query.config)
@@ -124,12 +120,6 @@ def _square(query: GridQuery, length: int) -> Grid:
             f"drop_prefix={query.dropped + length - side * side}{OR_STATE}"
         )
     return side, side
-
-
-def is_staged(config: Any) -> bool:
-    """Whether a tower merges patches from stage to stage: then its configuration has lists with one entry per stage."""
-    stages = ("depths", "depth", "hidden_sizes", "embed_dims")
-    return any(isinstance(getattr(config, name, None), (list, tuple)) for name in stages)
 
 
 def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..parts.adapters import unwrapped
-from ..parts.known_encoders import encoder_type, grid_of, patch_size, unpadded_patches
-from .grids import merged_patches
+from ..parts.known_encoders import encoder_type, grid_of, merged_patches, patch_size, unpadded_patches
 from .towers import TRUE_ON_PADDING, counted_lengths
 
 # Masks ``(items, length)`` of inputs.

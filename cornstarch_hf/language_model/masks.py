@@ -16,8 +16,7 @@ from transformers.masking_utils import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..parts.adapters import unwrapped
-from ..parts.registries import STEPS, Step
-from ..parts.rules import MASK_RULES, check_rule_options, register_mask_rule
+from ..parts.registries import MASK_RULES, STEPS, Step, check_rule_options, register_mask_rule
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE, is_paged
 

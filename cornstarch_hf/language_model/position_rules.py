@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..parts.rules import register_position_rule
+from ..parts.registries import register_position_rule
 
 Grid = tuple[int, ...]
 MOST_AXES = 16  # of any language model

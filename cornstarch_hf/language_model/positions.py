@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..parts.adapters import unwrapped
-from ..parts.registries import STEPS, Step
-from ..parts.rules import POSITION_RULES, check_rule_options
+from ..parts.registries import POSITION_RULES, STEPS, Step, check_rule_options
 from ..parts.signatures import forward_parameters
 from ..parts.versions import CACHE_NAMES
 from .extra_inputs import mask_positions

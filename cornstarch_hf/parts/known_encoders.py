@@ -285,6 +285,19 @@ def patch_size(config: Any) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else None
 
 
+def merged_patches(config: Any) -> tuple[int, int]:
+    """Rows and columns of patches that a packed tower merges into one feature, by its configuration."""
+    # Qwen2-VL has one number for both sides, Kimi-VL's `merge_kernel_size` one for each.
+    size = getattr(config, "spatial_merge_size", None) or getattr(config, "merge_kernel_size", None) or 1
+    return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) else (int(size), int(size))
+
+
+def is_staged(config: Any) -> bool:
+    """Whether a tower merges patches from stage to stage: then its configuration has lists with one entry per stage."""
+    stages = ("depths", "depth", "hidden_sizes", "embed_dims")
+    return any(isinstance(getattr(config, name, None), (list, tuple)) for name in stages)
+
+
 # ---- the table
 
 _VIT = EncoderType(count=_patches_and_class, count_layers=ALL, width_layers=ALL)

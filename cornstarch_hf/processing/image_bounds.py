@@ -2,6 +2,8 @@
 
 A processor of Pillow's backend runs as an instance of a class of its own, with its attributes, whose operations are measured
 before they are done; one of torchvision's runs within a mode that measures every operation of this thread.  Nothing is changed.
+
+Stored settings that make the same of every item are refused before there is one.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..limits import check
 from ..parts.build_bounds import made_bytes
+from ..parts.stored_values import check_values
 from ..parts.threads import ThreadDispatchMode
 from .media import image_size, resized_size
 
@@ -25,6 +28,15 @@ _PIECES = ("max_patches", "max_num_patches", "max_image_tiles", "max_num_tiles",
 # Operations of torch that make no more elements than they are given: they need no measure.
 _OF_ONE_SIZE = frozenset(f"aten::{name}" for name in ("clone", "round", "clamp", "detach", "view", "permute"))
 _OPERATIONS = ("resize", "pad", "pad_to_square", "center_crop")
+
+# Settings whose products say how much memory a processor takes, and the cap of each product.
+_PRODUCTS = (
+    (("height", "width"), "MAX_IMAGE_PIXELS"),
+    (("chunk_length", "sampling_rate"), "MAX_AUDIO_SAMPLES"),
+    (("n_fft", "feature_size"), "MAX_AUDIO_SAMPLES"),
+    (("fft_length", "feature_size"), "MAX_AUDIO_SAMPLES"),
+)
+_EDGES = ("shortest_edge", "longest_edge", "height", "width", "max_height", "max_width")
 
 
 class Pixels:
@@ -171,3 +183,18 @@ def _area(size: Any) -> int:
     known = [edges.get(key) for key in ("height", "width", "shortest_edge")]
     known = [edge for edge in known if isinstance(edge, int)]
     return known[0] * known[-1] if known else 0
+
+
+def check_processor_settings(values: Mapping[str, Any], name: str) -> None:
+    """Refuse stored settings by which a processor would make an endless image or window of any item (ValueError)."""
+    check_values(values, f"{name}: its processor")
+    counts_pixels = any(key in values for key in ("max_pixels", "merge_size"))  # there an edge is a number of pixels
+    for group in (values, *(v for v in values.values() if isinstance(v, Mapping))):
+        numbers = {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
+        for key, value in numbers.items():
+            edge = key in _EDGES and not counts_pixels
+            limit, square = ("MAX_IMAGE_PIXELS", "square of the ") if edge else ("MAX_AUDIO_SAMPLES", "")
+            check(value**2 if edge else value, limit, f"{name}: the {square}setting {key!r} of its processor is")
+        for keys, limit in _PRODUCTS:
+            if all(key in numbers for key in keys):
+                check(numbers[keys[0]] * numbers[keys[1]], limit, f"{name}: {' x '.join(keys)} of its processor is")

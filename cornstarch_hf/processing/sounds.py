@@ -230,7 +230,34 @@ def audio_options(
     return found
 
 
-def sounds_together(alone: list[dict[str, torch.Tensor]], blank: float) -> dict[str, torch.Tensor]:
+def run_extractor(
+    processor: Any,
+    name: str,
+    items: list,
+    options: dict[str, Any],
+    rate: int | None,
+    masked: bool,
+    maskless: bool,
+    calls: tuple[Callable, Callable],
+) -> dict[str, torch.Tensor]:
+    """The tensors that a feature extractor makes of sounds; `options` as of its call, `rate` its own, in Hz.
+
+    `masked` and `maskless` as of `subprocessors.run_subprocessor`, whose `calls` run it on one sound, and refuse sounds of
+    several sizes where no mask would tell the encoder where each ends.
+    """
+    call, refuse_uneven = calls
+    options = dict(options)
+    given = options.pop("sampling_rate", None)
+    items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
+    options = audio_options(processor, name, items, options, masked, rate) | options
+    # In a batch some extractors of transformers take what follows a sound for sound, or round otherwise.
+    alone = [call(processor, name, [item], options, first=i) for i, item in enumerate(items)]
+    if maskless or options.get("padding") is False or not any(key.endswith("mask") for key in alone[0]):
+        refuse_uneven(processor, name, [tuple(next(iter(one.values())).shape[1:]) for one in alone])
+    return _together(alone, getattr(processor, "padding_value", 0.0))
+
+
+def _together(alone: list[dict[str, torch.Tensor]], blank: float) -> dict[str, torch.Tensor]:
     """Tensors of sounds, each with a row of its own, filled up on the right to one size, masks with 0."""
     found = {}
     for key in alone[0]:

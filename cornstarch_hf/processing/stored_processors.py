@@ -14,10 +14,9 @@ from transformers import AutoTokenizer, FeatureExtractionMixin, PreTrainedTokeni
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import TextKwargs
 
-from ..limits import check
 from ..parts.stored_errors import explained
-from ..parts.stored_values import check_values
 from .call import TEXT_OPTIONS
+from .image_bounds import check_processor_settings
 from .subprocessors import ITEM_PROCESSORS
 
 # What every tokenizer can be built with, beside the parameters of its class.
@@ -160,7 +159,7 @@ def build_subprocessor(described: Mapping[str, Any], name: str, settings: Mappin
     backend = "pil" if changes.pop("use_fast", None) is False else None
     backend = changes.pop("backend", backend)
     cls = _described_class(values, name, backend)
-    _check_settings(values, name)
+    check_processor_settings(values, name)
     try:
         made = cls.from_dict(values | changes)
     except (ValueError, ImportError, MemoryError):
@@ -195,28 +194,3 @@ def _described_class(described: Mapping[str, Any], name: str, backend: str | Non
     if not isinstance(cls, type) or not issubclass(cls, (ImageProcessingMixin, FeatureExtractionMixin)):
         raise ValueError(f"{name}: {kind!r} is no image processor or feature extractor.")
     return cls
-
-
-# Settings whose products say how much memory a processor takes, and the cap of each product.
-_PRODUCTS = (
-    (("height", "width"), "MAX_IMAGE_PIXELS"),
-    (("chunk_length", "sampling_rate"), "MAX_AUDIO_SAMPLES"),
-    (("n_fft", "feature_size"), "MAX_AUDIO_SAMPLES"),
-    (("fft_length", "feature_size"), "MAX_AUDIO_SAMPLES"),
-)
-_EDGES = ("shortest_edge", "longest_edge", "height", "width", "max_height", "max_width")
-
-
-def _check_settings(values: Mapping[str, Any], name: str) -> None:
-    """Refuse stored settings by which a processor would make an endless image or window of any item (ValueError)."""
-    check_values(values, f"{name}: its processor")
-    counts_pixels = any(key in values for key in ("max_pixels", "merge_size"))  # there an edge is a number of pixels
-    for group in (values, *(v for v in values.values() if isinstance(v, Mapping))):
-        numbers = {k: v for k, v in group.items() if isinstance(v, int) and not isinstance(v, bool)}
-        for key, value in numbers.items():
-            edge = key in _EDGES and not counts_pixels
-            limit, square = ("MAX_IMAGE_PIXELS", "square of the ") if edge else ("MAX_AUDIO_SAMPLES", "")
-            check(value**2 if edge else value, limit, f"{name}: the {square}setting {key!r} of its processor is")
-        for keys, limit in _PRODUCTS:
-            if all(key in numbers for key in keys):
-                check(numbers[keys[0]] * numbers[keys[1]], limit, f"{name}: {' x '.join(keys)} of its processor is")

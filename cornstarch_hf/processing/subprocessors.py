@@ -16,7 +16,7 @@ from ..limits import check, check_count, check_image
 from .image_bounds import bounded_processor
 from .media import check_finite, image_form, layout_of_call, ready_image, resized_size, size_of_item
 from .placeholder_text import TEXT_OPTIONS
-from .sounds import audio_options, ready_audio, sounds_together
+from .sounds import audio_options, run_extractor
 from .texts import run_tokenizer
 from .video import FRAME_MASK, SAMPLING, is_video_processor, run_on_frames, run_video_processor, video_of_size
 
@@ -129,15 +129,8 @@ def run_subprocessor(
     if isinstance(processor, ItemProcessor):
         return _tensors(processor(items, name=name, **options), name)
     if isinstance(processor, FeatureExtractionMixin):
-        rate = sampling_rate_of(processor)
-        given = options.pop("sampling_rate", None)
-        items = [ready_audio(x, f"{name}, item {i}", rate, given) for i, x in enumerate(items)]
-        options = audio_options(processor, name, items, options, masked, rate) | options
-        # In a batch some extractors of transformers take what follows a sound for sound, or round otherwise.
-        alone = [called(processor, name, [item], options, first=i) for i, item in enumerate(items)]
-        if maskless or options.get("padding") is False or not any(key.endswith("mask") for key in alone[0]):
-            _refuse_uneven(processor, name, [tuple(next(iter(one.values())).shape[1:]) for one in alone])
-        return sounds_together(alone, getattr(processor, "padding_value", 0.0))
+        rate, calls = sampling_rate_of(processor), (called, _refuse_uneven)
+        return run_extractor(processor, name, items, options, rate, masked, maskless, calls)
     if isinstance(processor, PreTrainedTokenizerBase):
         output = run_tokenizer(processor, name, items, options, encoder_config)
         if maskless and (mask := output.get("attention_mask")) is not None:

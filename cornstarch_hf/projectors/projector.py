@@ -108,7 +108,8 @@ def build_projection(config: MultimodalProjectorConfig) -> nn.Module:
     if missing and config.projection_type not in UNSIZED:
         raise ValueError(f"The {config.projection_type!r} projector lacks {missing}: set them in its configuration.")
     # By name, as users' classes take them too; options given in the configuration outdo its fields.
-    return build_by_name(PROJECTORS[config.projection_type], {**fields, **config.projection_kwargs, "config": config})
+    built = build_by_name(PROJECTORS[config.projection_type], {**fields, **config.projection_kwargs, "config": config})
+    return built if config.own_dtype is None else built.to(config.own_dtype)
 
 
 def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig) -> tuple[str, dict]:
@@ -118,10 +119,8 @@ def describe_projection(projection: nn.Module, config: MultimodalProjectorConfig
         extra = {k: v for k, v in config.projection_kwargs.items() if not hasattr(projection, k)}
         try:
             return name, (extra if name == config.projection_type else {}) | constructor_arguments(projection)
-        except (
-            NotStorable
-        ) as error:  # no attributes of its arguments: perhaps the configuration it was built from has them
-            reason = error
+        except NotStorable as error:
+            reason = error  # no attributes of its arguments: perhaps the configuration it was built from has them
     if config.projection_type != CUSTOM_PROJECTION and name in (None, config.projection_type):
         # Sizes that are still missing, or a constructor that wants more: then it is not what the configuration says.
         with contextlib.suppress(TypeError, ValueError):
@@ -223,7 +222,12 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
 
     def _wrap(self, projection: nn.Module) -> None:
         mark_initialized(projection)
-        self.projection = projection
+        self.projection, kept = projection, self.config.own_dtype
+        if kept and any(p.dtype != kept for p in projection.parameters() if p.is_floating_point()):
+            remedy = f"cast it first, projection.to({kept}), or leave the dtype out."
+            raise ValueError(
+                f"The projection that is wrapped as it is has weights of another dtype than {kept}: {remedy}"
+            )
         # The configuration is to describe what is wrapped, as if the module had been built from it.
         if isinstance(activation := getattr(projection, "activation", None), str) and activation in ACT2CLS:
             self.config.activation = activation
@@ -360,7 +364,12 @@ class MultimodalProjector(ModelStorage, PreTrainedModel):
             module.init_own_weights()
 
     def check_storable(self, where: str) -> None:
-        """ValueError, with the place, the reason and the remedy, when the projection cannot be stored."""
+        """ValueError, with place, reason and remedy, if the projection cannot be stored; a dtype that was cast away goes."""
+        dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        if self.config.own_dtype is not None and dtypes:
+            self.config.dtype = next(iter(dtypes))
+            if dtypes != {self.config.own_dtype}:  # they were cast since: what they are now is to come back
+                del self.config.kept_dtype
         if self.config.projection_type != CUSTOM_PROJECTION:
             return
         try:

@@ -12,7 +12,7 @@ import torch
 
 from ..limits import check_count
 from ..parts.names import own_names, place_of
-from ..parts.rules import MASK_RULES
+from ..parts.registries import MASK_RULES
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.opening import foreign, local_allowed

@@ -151,9 +151,9 @@ def test_a_common_checkpoint_carries_little_code(tmp_path):
 @pytest.mark.parametrize(
     "projection_type, carried",
     [
-        ("pixel_shuffle", {"projectors_reductions"}),
-        ("avg_pool", {"projectors_windows", "projectors_reductions"}),
-        ("resampler", {"projectors_resampler", "projectors_reductions"}),
+        ("pixel_shuffle", {"projectors_reductions", "encoders_grids"}),
+        ("avg_pool", {"projectors_windows", "projectors_reductions", "encoders_grids"}),
+        ("resampler", {"projectors_resampler", "projectors_reductions", "encoders_grids"}),
         ("qformer", {"projectors_qformer"}),
     ],
 )
@@ -164,6 +164,54 @@ def test_reducers_are_carried_where_a_checkpoint_names_them(tmp_path, projection
     assert {name.removesuffix(".py") for name in set(found) - set(plain)} == carried
     save(compose(tiny.clip()), tmp_path / "checkpoint", include_code=True)  # and go with it
     assert python_files(tmp_path / "checkpoint") == plain
+
+
+@pytest.mark.slow
+def test_a_projector_of_another_dtype_stays_so_where_the_package_is_absent(tmp_path):
+    torch.manual_seed(0)
+    projector = MultimodalProjector(MultimodalProjectorConfig(projection_type="mlp", dtype="float64"))
+    parts = {"vision": ModalEncoderModule(tiny.clip(), projector)}
+    model = MultimodalModel(encoders=parts, language_model=tiny.llama()).eval()
+    processor = MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.ENCODERS["clip"][2]()}, model=model)
+    assert projector.dtype == torch.float64
+    folder = save((model, processor), tmp_path / "checkpoint", include_code=True)
+    check(load("absent", folder, tmp_path), model, processor)
+
+
+@pytest.mark.slow
+def test_a_users_projector_that_asks_for_grids_carries_what_finds_them(tmp_path):
+    torch.manual_seed(0)
+    made = compose(tiny.clip(), "users_rows", drop_prefix=1)
+    folder = save(made, tmp_path / "checkpoint", include_code=True)
+    assert {"user_parts.py", "encoders_grids.py"} <= set(python_files(folder))
+    check(load("absent", folder, tmp_path, tmp_path / "again"), *made)
+    assert python_files(tmp_path / "again") == python_files(folder)
+
+
+FRAMES = """import sys, torch
+from transformers import AutoModel, AutoProcessor
+folder, file = sys.argv[1:3]
+frames, inputs, tokens = torch.load(file, weights_only=False)
+model, processor = (auto.from_pretrained(folder, trust_remote_code=True) for auto in (AutoModel, AutoProcessor))
+found = processor(text="<video> a", videos=[frames], return_tensors="pt")
+assert {*found} == {*inputs} and all(torch.equal(found[key], inputs[key]) for key in inputs)
+assert torch.equal(model.generate(**found, max_new_tokens=3, do_sample=False), tokens)
+"""
+
+
+@pytest.mark.slow
+def test_videos_of_an_encoder_of_images_run_where_the_package_is_absent(tmp_path):
+    torch.manual_seed(0)
+    parts = {"vision": ModalEncoderModule(tiny.clip(), kind="video")}
+    model = MultimodalModel(encoders=parts, language_model=tiny.llama()).eval()
+    processor = MultimodalProcessor(tiny.tokenizer(), {"vision": tiny.ENCODERS["clip"][2]()}, model=model)
+    folder = save((model, processor), tmp_path / "checkpoint", include_code=True)
+    assert {"encoders_grids.py", "processing_video.py"} <= set(python_files(folder))
+    frames = [tiny.ENCODERS["clip"][3](i) for i in range(3)]
+    inputs = dict(processor(text="<video> a", videos=[frames], return_tensors="pt"))
+    tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    torch.save((frames, inputs, tokens), tmp_path / "expected.pt")
+    run_bare(["-c", FRAMES, folder, tmp_path / "expected.pt"], tmp_path, ["cornstarch_hf"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from cornstarch_hf.checkpoints.code_bundle import ROOTS
 from cornstarch_hf.checkpoints.code_folder import THIN_FOLDER, own_modules
-from cornstarch_hf.checkpoints.users_code import OPTIONAL, THIN, CodeFiles
+from cornstarch_hf.checkpoints.users_code import JOINT, OPTIONAL, THIN, CodeFiles
 
 CARRIED = CodeFiles(ROOTS)
 EVERYTHING = frozenset().union(*THIN.values(), *OPTIONAL.values())
@@ -78,6 +78,18 @@ def test_a_file_that_nothing_carried_imports_is_not_carried():
     assert set(CARRIED.own) == set(imported(CARRIED.own)) | set(ROOTS)
     assert not set(OPTIONAL) & set(CARRIED.own)
     assert {"checkpoints_users_code", "checkpoints_files", "checkpoints_bases", "assembly"} & set(CARRIED.own) == set()
+
+
+def test_thin_files_that_are_carried_as_one_share_no_name():
+    """They import each name once, and none of them defines what another one does."""
+    tree = ast.parse(CARRIED.own[JOINT])
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [alias.asname or alias.name for node in imports for alias in node.names]
+    defined = [node.name for node in tree.body if hasattr(node, "name")]
+    defined += [target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    assert len(CARRIED.joint) > 9 and len(defined) > 20 and len(names) > 9
+    assert sorted({*names, *defined}) == sorted([*names, *defined])
+    assert tree.body[: len(imports)] == imports
 
 
 def test_constants_of_thin_files_are_those_of_whole_ones():

@@ -9,8 +9,7 @@ import tiny
 from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel, MultimodalProjectorConfig
 from cornstarch_hf.checkpoints.trusted_code import with_shared_code
 from cornstarch_hf.parts.classes import SharedConfig, carries_code
-from cornstarch_hf.parts.registries import CALLBACKS
-from cornstarch_hf.parts.rules import MASK_RULES, POSITION_RULES
+from cornstarch_hf.parts.registries import CALLBACKS, MASK_RULES, POSITION_RULES
 
 PART = """from cornstarch_hf import register_callback
 

@@ -33,6 +33,13 @@ def carried(folder, text, name="parts.py"):
     return files
 
 
+def _taken_imports(tree):
+    """What a file imports at its top; the statements are taken out."""
+    imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    tree.body = [node for node in tree.body if node not in imports]
+    return {(getattr(node, "module", None), alias.name, alias.asname) for node in imports for alias in node.names}
+
+
 def test_package_files_are_seen_by_transformers_as_python_sees_them(tmp_path):
     files = CodeFiles(ROOTS)
     for stem, text in files.own.items():
@@ -52,6 +59,9 @@ def test_package_files_are_seen_by_transformers_as_python_sees_them(tmp_path):
             ):
                 node.body[0].value.value = text.partition("\n\n")[0]
                 del node.body[: len(node.body) > 1 and not isinstance(node, ast.Module)]
+        if stem == JOINT:  # whose imports are each one of the sources', once
+            moved = [_taken_imports(tree) for tree in (whole, carried)]
+            assert moved[0] == moved[1]
         # All of it, but for the places of modules, comments, and docstrings of functions and classes, and further paragraphs.
         assert ast.dump(carried) == ast.dump(whole), stem
     found = {
@@ -88,6 +98,8 @@ def test_imports_of_the_package_become_flat(module, line, carried, found):
 def test_of_blank_lines_one_is_carried_but_in_texts():
     text = 'a = """1\n\n\n2"""\n\n\n\n\nb = 3  # why\n\n# alone\n\n\nc = (\n    1,\n\n\n    2,\n)\n'
     assert bundled(text, "a")[0] == 'a = """1\n\n\n2"""\n\nb = 3\n\nc = (\n    1,\n\n    2,\n)\n'
+    text = 'class A:\n    """Of it.\n\n    More.\n    """\n\n    x: int\n\n    def f(self):\n        return "a:\\n"\n'
+    assert bundled(text, "a")[0] == 'class A:\n    x: int\n\n    def f(self):\n        return "a:\\n"\n'
 
 
 def test_no_two_modules_are_carried_under_one_name():

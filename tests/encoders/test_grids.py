@@ -4,7 +4,8 @@ import pytest
 import torch
 from native_parts import config
 
-from cornstarch_hf.encoders.grids import GridQuery, grids_of_tensor, item_grids, merged_patches, patch_grid
+from cornstarch_hf.encoders.grids import GridQuery, grids_of_tensor, item_grids, patch_grid
+from cornstarch_hf.parts.known_encoders import merged_patches
 
 
 def pixels(*size):

@@ -12,7 +12,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from cornstarch_hf import ModalEncoderModule, MultimodalConfig, MultimodalModel, register_mask_rule
 from cornstarch_hf.language_model.masks import item_blocks, one_block, prefix
-from cornstarch_hf.parts.rules import MASK_RULES
+from cornstarch_hf.parts.registries import MASK_RULES
 from cornstarch_hf.parts.versions import CACHE
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE]}

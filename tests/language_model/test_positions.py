@@ -24,7 +24,7 @@ from cornstarch_hf import (
     register_position_rule,
 )
 from cornstarch_hf.language_model.position_rules import PositionQuery, counted, mrope, xdrope
-from cornstarch_hf.parts.rules import POSITION_RULES
+from cornstarch_hf.parts.registries import POSITION_RULES
 from cornstarch_hf.parts.versions import CACHE
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}

@@ -10,8 +10,15 @@ from cornstarch_hf import (
     register_position_rule,
     register_projector,
 )
-from cornstarch_hf.parts.registries import CALLBACKS, FEATURE_COUNTS, PROJECTORS, Callback, Registry
-from cornstarch_hf.parts.rules import MASK_RULES, POSITION_RULES
+from cornstarch_hf.parts.registries import (
+    CALLBACKS,
+    FEATURE_COUNTS,
+    MASK_RULES,
+    POSITION_RULES,
+    PROJECTORS,
+    Callback,
+    Registry,
+)
 
 REGISTERS = [(register_projector, PROJECTORS), (register_callback, CALLBACKS), (register_feature_count, FEATURE_COUNTS)]
 REGISTERS += [(register_position_rule, POSITION_RULES), (register_mask_rule, MASK_RULES)]

@@ -8,3 +8,6 @@ from typing import Any
 def bounded_processor(processor: Any, options: Mapping[str, Any], items: int, frames: int = 1) -> tuple[Any, Any]:
     """The processor, and a context that bounds nothing."""
     return processor, contextlib.nullcontext()
+
+
+def check_processor_settings(values: Mapping[str, Any], name: str) -> None: ...

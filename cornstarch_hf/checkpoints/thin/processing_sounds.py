@@ -25,5 +25,14 @@ def audio_options(
     raise needs_package("What reads sounds")
 
 
-def sounds_together(alone: list[dict[str, torch.Tensor]], blank: float) -> dict[str, torch.Tensor]:
+def run_extractor(
+    processor: Any,
+    name: str,
+    items: list,
+    options: dict[str, Any],
+    rate: int | None,
+    masked: bool,
+    maskless: bool,
+    calls: tuple[Callable, Callable],
+) -> dict[str, torch.Tensor]:
     raise needs_package("What reads sounds")
