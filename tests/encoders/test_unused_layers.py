@@ -13,7 +13,9 @@ import catalog
 import pytest
 import tiny
 import torch
+import transformers
 from helpers import compose_tiny, uneven_inputs
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
@@ -38,6 +40,9 @@ CUT = (
     *("PixtralVisionModel", "Qwen2AudioEncoder", "Siglip2VisionModel", "SiglipVisionModel", "SwinModel"),
     *("T5EncoderModel", "VideoMAEModel", "ViTModel", "ViTMSNModel", "Wav2Vec2Model", "WavLMModel", "WhisperEncoder"),
 )
+# Before transformers 5.23 these draw a number for each layer in evaluation too, which later draws would notice.
+DRAWING = ("Data2VecAudioModel", "HubertModel", "Wav2Vec2Model", "WavLMModel")
+DRAWS = Version(transformers.__version__) < Version("5.23")
 # Encoders that run whole, and why.
 WHOLE = {
     "BlipVisionModel": "fresh weights are so small that all hidden states are the same",
@@ -156,7 +161,8 @@ def test_logits_and_gradients_are_the_same_and_layers_behind_do_not_run(name, la
     layers = model.media_encoder.module.get_submodule(".".join(plan.path))
     with counted(*layers) as calls:
         assert_equal(results(model, inputs), expected)
-    assert sorted(calls) == list(range(len(layers) + 1 + layer)) and plan.equal == {False: True}
+    cut = not (DRAWS and name in DRAWING and layer == -3)
+    assert sorted(calls) == list(range(len(layers) + (1 + layer) * cut)) and plan.equal == {False: cut}
     gradients = results(model, inputs)[1]
     assert any(g is not None for key, g in gradients.items() if key.startswith("media_encoder.module"))
 
