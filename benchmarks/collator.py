@@ -1,0 +1,67 @@
+"""The collator: rows of many turns against few, and batches against the processor alone on the same rows."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cornstarch_hf import MultimodalCollator, MultimodalProcessor
+
+from .models import Pair
+from .processors import BATCH, build_processors
+from .results import Result, Target, in_turn
+from .sizes import Sizes
+from .timing import cpu_seconds
+
+FEW, MANY = 64, 256  # turns of a row
+GROWTH, BESIDE_PROCESSOR = 5, 1.2  # the row of many by that of few turns; collator / processor
+ASKED, ANSWERED = "what is in this picture, and where?", "a quick brown fox jumps over the lazy dog"
+# As ChatML, and without generation marks: what the assistant wrote has to be found.
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def talk(turns: int, *first: dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages of so many turns, users' and assistant's in turn; the first one has further parts in front."""
+    made: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[i % 2], "content": (ASKED, ANSWERED)[i % 2]} for i in range(turns)
+    ]
+    if first:
+        made[0]["content"] = [*first, {"type": "text", "text": ASKED}]
+    return made
+
+
+def collator(pair: Pair, sizes: Sizes) -> list[Result]:
+    """CPU time, each in turn with what it is compared to; the columns of both stand for native and ours."""
+    processor = build_processors(pair, sizes)[1]
+    processor.chat_template = TEMPLATE
+    collate = MultimodalCollator(processor)
+    width, height = sizes.image
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, height, width, 3), dtype=np.uint8)
+    images = [{"messages": talk(2, {"type": "image", "image": Image.fromarray(x)})} for x in pixels]
+    texts = [{"messages": talk(8)} for _ in range(BATCH)]
+    goals = (Target(at_most=GROWTH), Target(at_most=BESIDE_PROCESSOR)) if sizes.judged else (None, None)
+    few, many = ([{"messages": talk(turns)}] for turns in (FEW, MANY))
+    pairs = sizes.pairs["collator"]
+    grown = in_turn(lambda: cpu_seconds(lambda: collate(few)), lambda: cpu_seconds(lambda: collate(many)), pairs)
+    found = [Result("collator", f"collator, a row of {MANY} turns against one of {FEW}", "CPU s", *grown, goals[0])]
+    for name, rows, goal in (("images", images, goals[1]), ("8 turns of text", texts, None)):
+        samples = _beside_processor(processor, collate, rows, pairs)
+        name = f"collator against processor, {BATCH} rows of {name}"
+        found.append(Result("collator", name, "CPU s", *samples, goal))
+    return found
+
+
+def _beside_processor(
+    processor: MultimodalProcessor, collate: MultimodalCollator, rows: list[dict[str, Any]], pairs: int
+) -> tuple[list[float], list[float]]:
+    messages = [row["messages"] for row in rows]
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    return in_turn(
+        lambda: cpu_seconds(lambda: processor.apply_chat_template(messages, **options)),
+        lambda: cpu_seconds(lambda: collate(rows)),
+        pairs,
+    )
