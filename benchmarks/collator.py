@@ -1,5 +1,8 @@
 """The collator: rows of many turns against few, and batches against the processor alone on the same rows."""
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,11 +10,11 @@ from PIL import Image
 
 from cornstarch_hf import MultimodalCollator, MultimodalProcessor
 
-from .models import Pair
+from .models import build_pair
 from .processors import BATCH, build_processors
 from .results import Result, Target, in_turn
-from .sizes import Sizes
-from .timing import cpu_seconds
+from .sizes import QUICK, Sizes
+from .timing import elapsed, one_thread, quiet
 
 FEW, MANY = 64, 256  # turns of a row
 GROWTH, BESIDE_PROCESSOR = 5, 1.2  # the row of many by that of few turns; collator / processor
@@ -34,25 +37,48 @@ def talk(turns: int, *first: dict[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def collator(pair: Pair, sizes: Sizes) -> list[Result]:
-    """CPU time, each in turn with what it is compared to; the columns of both stand for native and ours."""
-    processor = build_processors(pair, sizes)[1]
+def build(sizes: Sizes) -> MultimodalProcessor:
+    """A processor of a model of one layer: of a model nothing but the number of an image's features is asked here."""
+    own = replace(sizes, vision=sizes.vision | {"num_hidden_layers": 1}, text=QUICK.text)
+    processor = build_processors(build_pair(own, QUICK.vocabularies[0]), own)[1]
     processor.chat_template = TEMPLATE
+    return processor
+
+
+def collator(sizes: Sizes) -> list[Result]:
+    """CPU time, each in turn with what it is compared to; the columns of both stand for native and ours."""
+    processor = build(sizes)
     collate = MultimodalCollator(processor)
-    width, height = sizes.image
-    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, height, width, 3), dtype=np.uint8)
-    images = [{"messages": talk(2, {"type": "image", "image": Image.fromarray(x)})} for x in pixels]
-    texts = [{"messages": talk(8)} for _ in range(BATCH)]
     goals = (Target(at_most=GROWTH), Target(at_most=BESIDE_PROCESSOR)) if sizes.judged else (None, None)
     few, many = ([{"messages": talk(turns)}] for turns in (FEW, MANY))
     pairs = sizes.pairs["collator"]
-    grown = in_turn(lambda: cpu_seconds(lambda: collate(few)), lambda: cpu_seconds(lambda: collate(many)), pairs)
-    found = [Result("collator", f"collator, a row of {MANY} turns against one of {FEW}", "CPU s", *grown, goals[0])]
-    for name, rows, goal in (("images", images, goals[1]), ("8 turns of text", texts, None)):
-        samples = _beside_processor(processor, collate, rows, pairs)
-        name = f"collator against processor, {BATCH} rows of {name}"
-        found.append(Result("collator", name, "CPU s", *samples, goal))
+    with quiet(), one_thread():
+        grown = in_turn(lambda: _seconds(lambda: collate(few)), lambda: _seconds(lambda: collate(many)), pairs)
+        found = [Result("collator", f"collator, a row of {MANY} turns against one of {FEW}", "CPU s", *grown, goals[0])]
+        for name, rows, goal in (
+            ("images", rows_of_images(sizes), goals[1]),
+            ("8 turns of text", rows_of_text(), None),
+        ):
+            samples = _beside_processor(processor, collate, rows, pairs)
+            name = f"collator against processor, {BATCH} rows of {name}"
+            found.append(Result("collator", name, "CPU s", *samples, goal))
     return found
+
+
+def rows_of_images(sizes: Sizes) -> list[dict[str, Any]]:
+    """A photograph and two turns in each."""
+    width, height = sizes.image
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, height, width, 3), dtype=np.uint8)
+    return [{"messages": talk(2, {"type": "image", "image": Image.fromarray(x)})} for x in pixels]
+
+
+def rows_of_text() -> list[dict[str, Any]]:
+    """Eight turns in each."""
+    return [{"messages": talk(8)} for _ in range(BATCH)]
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    return elapsed(run, time.process_time)
 
 
 def _beside_processor(
@@ -61,7 +87,7 @@ def _beside_processor(
     messages = [row["messages"] for row in rows]
     options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
     return in_turn(
-        lambda: cpu_seconds(lambda: processor.apply_chat_template(messages, **options)),
-        lambda: cpu_seconds(lambda: collate(rows)),
+        lambda: _seconds(lambda: processor.apply_chat_template(messages, **options)),
+        lambda: _seconds(lambda: collate(rows)),
         pairs,
     )

@@ -17,11 +17,11 @@ from .children import ROOT
 from .results import Result
 from .sizes import FULL, QUICK, Sizes
 
-ALONE = ("import", "memory", "labels", "counting", "overhead", "waits", "graphs", "ladder")
-WITH_MODELS = ("forward", "decode", "train", "chat", "processor", "collator", "storage")
+ALONE = ("import", "memory", "labels", "counting", "overhead", "waits", "collator", "graphs", "ladder")
+WITH_MODELS = ("forward", "decode", "train", "chat", "processor", "storage")
 GROUPS = ALONE + WITH_MODELS
 MODULES = {"import": "imports"}  # where the module, and the function in it, have another name
-ONCE = ("chat", "processor", "collator", "storage")  # at the first vocabulary alone
+ONCE = ("chat", "processor", "storage")  # at the first vocabulary alone
 
 
 def without_models(wanted: set[str], sizes: Sizes) -> list[Result]:
@@ -38,7 +38,6 @@ def without_models(wanted: set[str], sizes: Sizes) -> list[Result]:
 def with_models(wanted: set[str], sizes: Sizes) -> list[Result]:
     """What is measured on the two models, one vocabulary after the other."""
     from .chat import chat
-    from .collator import collator
     from .models import build_pair
     from .processors import processor
     from .speed import decode, forward, generate, train
@@ -50,7 +49,6 @@ def with_models(wanted: set[str], sizes: Sizes) -> list[Result]:
         "train": (train,),
         "chat": (chat,),
         "processor": (processor,),
-        "collator": (collator,),
         "storage": (storage,),
     }
     results: list[Result] = []
@@ -107,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     about: dict[str, Any] = environment(load)
     say(f"{about['processor']}: {about['cores']} cores, {about['threads']} threads")
-    checked = bool(wanted & {*WITH_MODELS, "overhead", "waits", "graphs", "labels"})
+    checked = bool(wanted & {*WITH_MODELS, "overhead", "waits", "graphs", "labels", "collator"})
     results += with_models(wanted, sizes)
     about |= {
         "seconds": time.perf_counter() - started,

@@ -262,20 +262,18 @@ def test_rungs_of_the_ladder_are_one_above_the_other():
     assert cached.loss == pytest.approx(short.loss, abs=0.02), "the same features, in bfloat16"
 
 
-def test_the_collator_beside_the_processor_makes_the_same_ids(pair):
-    from benchmarks.collator import FEW, TEMPLATE, collator, talk
-    from benchmarks.processors import build_processors
+def test_the_collator_beside_the_processor_makes_the_same_ids():
+    from benchmarks.collator import FEW, build, collator, talk
     from benchmarks.sizes import QUICK
     from cornstarch_hf import MultimodalCollator
 
-    processor = build_processors(pair, QUICK)[1]
-    processor.chat_template = TEMPLATE
+    processor = build(QUICK)
     image = {"type": "image", "image": Image.new("RGB", (40, 30))}
     batch = MultimodalCollator(processor)([{"messages": talk(2, image)}])
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     assert torch.equal(batch["input_ids"], processor.apply_chat_template([talk(2, image)], **options)["input_ids"])
     assert (batch["labels"] != -100).any() and len(talk(FEW)) == FEW
-    assert [result.group for result in collator(pair, QUICK)] == ["collator"] * 3
+    assert [result.group for result in collator(QUICK)] == ["collator"] * 3
 
 
 def test_clocks():
