@@ -13,7 +13,7 @@ from cornstarch_hf.encoders.counting import FeatureCounter
 
 from .results import Result, in_turn
 from .sizes import Sizes
-from .speed import seconds
+from .timing import seconds
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True}

@@ -18,7 +18,8 @@ TOLERANCE = 1e-5  # relative difference of the two processes' losses
 STEPS = 2
 # The C library keeps most of what is freed, and more or less of it by chance; with this setting of glibc the memory of
 # every larger tensor goes back to the system, and what is left is what the step needs.
-ALLOCATORS = {"": {}, ", freed memory returned": {"MALLOC_MMAP_THRESHOLD_": str(2**18)}}
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+ALLOCATORS = {"": {}, ", freed memory returned": RETURNED}
 
 
 def peak_mib() -> float:
@@ -37,15 +38,11 @@ def peak_mib() -> float:
 
 def measure(side: str, mode: str, vocabulary: int, sizes: Sizes) -> dict[str, float]:
     """Build one model in this process and run training steps; the peaks on the way and the loss."""
-    from .models import build_inputs, build_native, compose_parts_of, set_trainable
+    from .models import build_inputs, build_one
     from .speed import training_step
 
     peaks = {"imported": peak_mib()}
-    model: Any = build_native(sizes, vocabulary)
-    if side == "ours":
-        model = compose_parts_of(model)
-        model.config.loss_at_labels = True
-    set_trainable(model, mode)
+    model: Any = build_one(side, mode, vocabulary, sizes)
     peaks["built"] = peak_mib()
     inputs, labels = build_inputs(sizes, vocabulary)
     for _ in range(STEPS):
@@ -69,9 +66,7 @@ def _compare(mode: str, vocabulary: int, allocator: str, sizes: Sizes) -> Result
                 "benchmarks.memory", side, mode, str(vocabulary), *size, environment=ALLOCATORS[allocator]
             )
             taken[side].append(json.loads(answer.splitlines()[-1]))
-    native, ours = (taken[side][-1]["loss"] for side in SIDES)
-    if not abs(native - ours) <= TOLERANCE * abs(native):
-        raise ValueError(f"The losses of the two processes differ: native {native}, ours {ours}.")
+    check_losses(*(taken[side][-1]["loss"] for side in SIDES))
     name = f"peak memory, training step, {'projector only' if mode == 'projector' else 'all parameters'}"
     target = Target(at_most=TARGETS[vocabulary]) if sizes.judged else None
     peaks = {side: [run["peak"] for run in taken[side]] for side in SIDES}
@@ -84,6 +79,12 @@ def _compare(mode: str, vocabulary: int, allocator: str, sizes: Sizes) -> Result
         target,
         dict(taken),
     )
+
+
+def check_losses(native: float, ours: float) -> None:
+    """ValueError, with both, unless the losses of two processes agree."""
+    if not abs(native - ours) <= TOLERANCE * abs(native):
+        raise ValueError(f"The losses of the two processes differ: native {native}, ours {ours}.")
 
 
 def main() -> None:

@@ -79,6 +79,16 @@ def compose_parts_of(native: LlavaForConditionalGeneration) -> MultimodalModel:
     return ours
 
 
+def build_one(side: str, mode: str, vocabulary: int, sizes: Sizes) -> Any:
+    """One of the two models alone, ready for training steps, ours with its loss at labels."""
+    model: Any = build_native(sizes, vocabulary)
+    if side == "ours":
+        model = compose_parts_of(model)
+        model.config.loss_at_labels = True
+    set_trainable(model, mode)
+    return model
+
+
 def build_inputs(sizes: Sizes, vocabulary: int, batch: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
     """One image and some text in each sample.
 

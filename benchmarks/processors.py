@@ -13,7 +13,7 @@ from cornstarch_hf import MultimodalProcessor
 from .models import Pair, image_token
 from .results import Result, in_turn
 from .sizes import Sizes
-from .speed import seconds
+from .timing import seconds
 
 BATCH = 8
 TEXT = "user: <image> what is in this picture, and where? assistant: a quick brown fox jumps over the lazy dog"

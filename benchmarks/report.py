@@ -100,9 +100,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
         low, high = _middle_half(result.ratios)
         axes.barh(place, result.ratio, height=0.62, color=_color(result.ratio))
         axes.plot([low, high], [place, place], color=BOUND, linewidth=1.2)
-        if result.target is not None:
-            bound = result.target.at_most or 1 / (result.target.at_least or 1)
-            axes.plot([bound] * 2, [place - 0.4, place + 0.4], color=BOUND, linewidth=2.2)
+        if result.bound is not None:
+            axes.plot([result.bound] * 2, [place - 0.4, place + 0.4], color=BOUND, linewidth=2.2)
         axes.text(WIDEST + 0.02, place, f"{result.ratio:.2f}", va="center", fontsize=8)
     axes.axvline(1, color=BOUND, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(results)), [result.name for result in results], fontsize=8)

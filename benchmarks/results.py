@@ -8,17 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on the ratio of ours to native: ``at_most``, or on its inverse: ``at_least``.
+    """A bound on the ratio of ours to native, on its inverse, or on the difference of counts; one of them.
 
     Attributes:
         at_most: upper bound of ours / native.
         at_least: lower bound of native / ours.
+        more: upper bound of ours - native.
     """
 
     at_most: float | None = None
     at_least: float | None = None
+    more: float | None = None
 
     def __str__(self) -> str:
+        if self.more is not None:
+            return f"ours ≤ native + {self.more:g}" if self.more else "ours ≤ native"
         return f"ours / native ≤ {self.at_most}" if self.at_least is None else f"native / ours ≥ {self.at_least}"
 
 
@@ -68,10 +72,21 @@ class Result:
         return median(1 / ratio for ratio in self.ratios)
 
     @property
+    def bound(self) -> float | None:
+        """The target as a bound of `ratio`; None without one."""
+        if self.target is None:
+            return None
+        if self.target.more is not None:
+            return 1 + self.target.more / median(self.native)
+        return self.target.at_most or 1 / (self.target.at_least or 1)
+
+    @property
     def met(self) -> bool | None:
         """Whether the target is met; None without one."""
         if self.target is None:
             return None
+        if self.target.more is not None:
+            return median(self.ours) <= median(self.native) + self.target.more
         if self.target.at_least is not None:
             return self.inverse >= self.target.at_least
         return self.ratio <= (self.target.at_most or 0)

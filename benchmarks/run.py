@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,27 @@ from .children import ROOT
 from .results import Result
 from .sizes import FULL, QUICK, Sizes
 
-GROUPS = ("import", "memory", "counting", "forward", "decode", "train", "processor", "storage")
-WITH_MODELS = GROUPS[3:]
-ONCE = ("processor", "storage")  # at the first vocabulary alone
+ALONE = ("import", "memory", "labels", "counting", "overhead", "waits", "collator", "graphs", "ladder")
+WITH_MODELS = ("forward", "decode", "train", "chat", "processor", "storage")
+GROUPS = ALONE + WITH_MODELS
+MODULES = {"import": "imports"}  # where the module, and the function in it, have another name
+ONCE = ("chat", "processor", "storage")  # at the first vocabulary alone
 
 
 def without_models(wanted: set[str], sizes: Sizes) -> list[Result]:
-    """What is measured in processes of its own, and what needs no weights."""
-    from .counting import counting
-    from .imports import imports
-    from .memory import memory
-
+    """What is measured in processes of its own, what needs no weights, and what builds models of other sizes."""
     results: list[Result] = []
-    for name, measure in (("import", imports), ("memory", memory), ("counting", counting)):
-        if name in wanted:
+    for name in ALONE:
+        if name in wanted:  # imported when it is its turn, so that this process is small until then
+            module = import_module(f"{__package__}.{MODULES.get(name, name)}")
+            measure = getattr(module, MODULES.get(name, name))
             results += said(name, lambda measure=measure: measure(sizes))
     return results
 
 
 def with_models(wanted: set[str], sizes: Sizes) -> list[Result]:
     """What is measured on the two models, one vocabulary after the other."""
+    from .chat import chat
     from .models import build_pair
     from .processors import processor
     from .speed import decode, forward, generate, train
@@ -45,6 +47,7 @@ def with_models(wanted: set[str], sizes: Sizes) -> list[Result]:
         "forward": (forward,),
         "decode": (decode, generate),
         "train": (train,),
+        "chat": (chat,),
         "processor": (processor,),
         "storage": (storage,),
     }
@@ -102,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     about: dict[str, Any] = environment(load)
     say(f"{about['processor']}: {about['cores']} cores, {about['threads']} threads")
-    checked = bool(wanted & set(WITH_MODELS))
+    checked = bool(wanted & {*WITH_MODELS, "overhead", "waits", "graphs", "labels", "collator"})
     results += with_models(wanted, sizes)
     about |= {
         "seconds": time.perf_counter() - started,

@@ -18,7 +18,7 @@ from .memory import SIDES, peak_mib
 from .models import Pair, check_logits, check_weights
 from .results import Result, Target, in_turn
 from .sizes import Sizes
-from .speed import seconds
+from .timing import seconds
 
 
 class Converted:

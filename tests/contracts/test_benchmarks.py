@@ -1,6 +1,7 @@
 """The benchmarks run by one command, leave a table, JSON and a plot, and refuse models that are not equal."""
 
 import ast
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ def pair():
 def run(*arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "benchmarks.run", "--quick", *map(str, arguments)], cwd=ROOT,
-                          env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
+                          env=environment, capture_output=True, text=True, timeout=580)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -66,9 +67,16 @@ def test_one_command(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("group", ["overhead", "waits", "labels", "chat", "collator", "ladder"])
+def test_a_group_alone(tmp_path, group):
+    assert check_results(tmp_path, run("--only", group, "--output", tmp_path), {group})
+
+
+@pytest.mark.slow
 def test_everything_with_fresh_processes(tmp_path):
     out = run("--output", tmp_path)
-    groups = {"import", "memory", "counting", "forward", "decode", "train", "processor", "save", "load"}
+    groups = {"import", "memory", "labels", "counting", "overhead", "waits", "graphs", "ladder"}
+    groups |= {"forward", "decode", "train", "chat", "processor", "collator", "save", "load"}
     results = check_results(tmp_path, out, groups)
     runs = results["peak memory, training step, projector only, vocabulary 400"]["notes"]
     for side in ("native", "ours"):
@@ -154,6 +162,10 @@ def test_ratios_and_targets():
     assert rates.ratio == 0.5 and rates.met is None
     peaks = Result("memory", "peak", "MiB", [100.0], [80.0], Target(at_most=0.8))
     assert peaks.met is True and str(peaks.target) == "ours / native ≤ 0.8"
+    waits = Result("waits", "step", "waits", [4.0], [6.0], Target(more=2))
+    assert waits.met is True and waits.bound == 1.5 and str(waits.target) == "ours ≤ native + 2"
+    assert Result("waits", "step", "waits", [4.0], [5.0], Target(more=0)).met is False
+    assert str(Target(more=0)) == "ours ≤ native" and times.bound == 0.4 and peaks.bound == 0.8 and rates.bound is None
     with pytest.raises(ValueError, match="2 samples of the native model and 1"):
         Result("train", "step", "s", [1.0, 2.0], [1.0])
 
@@ -181,6 +193,97 @@ def test_the_program_of_a_memory_child():
 
     native, ours = (measure(side, "projector", 400, QUICK) for side in ("native", "ours"))
     assert native["loss"] == pytest.approx(ours["loss"], rel=1e-5) and ours["peak"] >= ours["imported"] > 10
+
+
+def test_the_program_of_a_child_with_labels_everywhere():
+    from benchmarks.labels import all_labelled, measure
+    from benchmarks.sizes import FULL, QUICK
+
+    full = all_labelled(FULL)
+    assert full.image_tokens + full.text_tokens == 640 and full.labelled == full.text_tokens and full.judged
+    native, ours = (measure(side, "projector", 400, all_labelled(QUICK)) for side in ("native", "ours"))
+    assert native["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+    assert all(run["peak"] >= run["before"] > 10 and run["added"] >= 0 for run in (native, ours))
+
+
+def test_a_chat_is_counted_turn_by_turn(pair):
+    from benchmarks.chat import chat
+    from benchmarks.sizes import QUICK
+
+    calls, encoding, _ = chat(pair, QUICK)
+    assert calls.notes == {"anew": [1, 1, 1, 1], "continued": [1, 0, 0, 0]} and calls.ratio == 0.25
+    assert len(encoding.native) == len(encoding.ours) == QUICK.pairs["chat"]
+    assert not pair.ours.vision_encoder.module._forward_hooks, "nothing is left that watches"
+
+
+def test_waits_are_counted_and_said():
+    from benchmarks.sizes import QUICK
+    from benchmarks.waits import waits
+
+    forward, token, *steps = waits(replace(QUICK, judged=True))
+    assert forward.met and token.met and all(step.met for step in steps) and len(steps) == 2
+    assert token.ours == [1.0] and all(len(result.notes["ours"]) == result.ours[0] for result in (forward, *steps))
+
+
+def test_graphs_are_counted_with_their_breaks_where_a_call_is_not_one():
+    from benchmarks.graphs import counted
+
+    def one(x):
+        return x + 1
+
+    def broken(x):
+        return x + 1 if x.sum().item() > 0 else x - 1
+
+    def run(compiled):
+        compiled(torch.ones(3))
+        compiled(torch.ones(4))
+
+    assert counted(run, one) == (2, "")
+    graphs, reason = counted(run, broken)
+    assert graphs > 2 and "data-dependent" in reason
+
+
+def test_rungs_of_the_ladder_are_one_above_the_other():
+    from benchmarks import ladder
+
+    made = ladder.rungs()
+    for below, above in itertools.pairwise(made):
+        changed = [key for key in vars(above) if key != "name" and vars(above)[key] != vars(below)[key]]
+        assert len(changed) == 1, above.name
+    steps = {rung.name: ladder.Step(rung, judged=False) for rung in made}
+    for step in steps.values():
+        step.run()
+        gradients = [n for n, p in step.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+        assert gradients and all("projector" in name for name in gradients)
+        assert all(p.dtype == torch.float32 for p in step.model.audio_encoder.projector.parameters())
+    first, at_labels, trimmed, _, short, _, cached = steps.values()
+    assert first.loss == pytest.approx(at_labels.loss, rel=1e-5)
+    assert first.length == at_labels.length > trimmed.length > short.length == cached.length
+    assert cached.loss == pytest.approx(short.loss, abs=0.02), "the same features, in bfloat16"
+
+
+def test_the_collator_beside_the_processor_makes_the_same_ids():
+    from benchmarks.collator import FEW, build, collator, talk
+    from benchmarks.sizes import QUICK
+    from cornstarch_hf import MultimodalCollator
+
+    processor = build(QUICK)
+    image = {"type": "image", "image": Image.new("RGB", (40, 30))}
+    batch = MultimodalCollator(processor)([{"messages": talk(2, image)}])
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    assert torch.equal(batch["input_ids"], processor.apply_chat_template([talk(2, image)], **options)["input_ids"])
+    assert (batch["labels"] != -100).any() and len(talk(FEW)) == FEW
+    assert [result.group for result in collator(QUICK)] == ["collator"] * 3
+
+
+def test_clocks():
+    from benchmarks.timing import cpu_seconds, one_thread, seconds
+
+    before = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before and seconds(lambda: 1) >= 0
+    assert cpu_seconds(lambda: sum(range(10**5))) > 0
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
