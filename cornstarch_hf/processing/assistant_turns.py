@@ -28,6 +28,10 @@ from .template_sandbox import BoundedEnvironment
 _BOOKEND = re.compile("[\ud800-\udbff][\udc00-\uddff]")
 _REMEDY = "Put {% generation %} ... {% endgeneration %} around them in the template, or give rows of 'prompt' and 'completion'."
 Spans = list[tuple[int, int]]
+_SHORT, _AGAIN = (
+    16,
+    32,
+)  # messages of conversations that are compared with each other, and how often one is looked at again
 _SURE = 8  # places that are found, of the first and again all over the talk, before others are taken for known
 
 
@@ -51,11 +55,11 @@ def assistant_spans(
         specials: special tokens, which tell where a turn ends in templates that end a conversation otherwise than a turn.
         add_generation_prompt: begin one more turn behind the conversation.
     """
-    check_written(messages, template, variables)
     marked = bool(GENERATION.search(template))
     grown, spans = render(
         messages, template, mark_assistant=marked, add_generation_prompt=add_generation_prompt, **variables
     )
+    check_written(messages, template, variables, grown)
     if marked and first == 0:
         return grown, spans  # the template's own word, for the whole conversation
     text = render(messages, template, **variables)[0] if add_generation_prompt else grown
@@ -110,6 +114,11 @@ class _Turns:
         for at in self.ordered:
             self.places.setdefault(self.whole[at : at + 2], []).append(at)
         self._known: dict[tuple, list[int]] = {}
+        self._shared: dict[tuple, list[int]] = {}
+        if len(messages) <= _SHORT and (form := form_by(template)) is not None:  # rows of tables often have one form
+            told = [m.get("role") for m in messages], messages[0] if form else None
+            self._shared = _places_of(template, repr((around, variables, told)))
+        self._in_doubt = False
         self._prompt_is_constant = writes_constant_prompt(template)
         each = max(len(messages) // _SURE, 1)
         self._looked_up = {*range(0, len(messages), each), *range(max(len(messages) - 4, 0), len(messages) + 1)}
@@ -125,8 +134,10 @@ class _Turns:
     def by_bookends(self, first: int, specials: Sequence[str]) -> Spans:
         """Spans of turns in the whole text; ValueError where one cannot be told from others."""
         spans = self._by_bookends(first, specials)
-        if any(len(set(known)) > 1 for known in self._known.values()):  # so that the others have to be looked for too
-            self._looked_up = set(range(len(self.messages) + 1))
+        if self._in_doubt or any(
+            len(set(known)) > 1 for known in self._known.values()
+        ):  # so that the others have to be looked for too
+            self._looked_up, self._in_doubt = set(range(len(self.messages) + 1)), True
             spans = self._by_bookends(first, specials)
         return spans
 
@@ -161,9 +172,19 @@ class _Turns:
         at = before[0]
         pair = self.messages[index - 1 : index + 1]
         kinds = [(key, message["role"] if key == "role" else None) for message in pair for key in message]
-        known = self._known.setdefault((what, self.whole[at + 2 : after[0]], *kinds), [])
+        key = (what, self.whole[at + 2 : after[0]], *kinds)
+        known, shared = (
+            self._known.setdefault(key, []),
+            self._shared.setdefault((index, len(self.messages), *key), [0, 0]),
+        )
+        if not self._in_doubt and shared[1] >= _SURE and shared[1] % _AGAIN:
+            shared[1] += 1
+            return at + shared[0]
         if len(known) < _SURE or index in self._looked_up:
             known.append(find(index) - at)
+            if shared[1] and shared[0] != known[-1]:  # it hangs on what messages say: nothing is known of it
+                self._in_doubt, shared[1] = True, -(2**62)
+            shared[:] = known[-1], shared[1] + 1
         return at + known[-1]
 
     def by_generation_marks(self, first: int) -> Spans:
@@ -263,6 +284,35 @@ def writes_constant_prompt(template: str) -> bool:
         if "add_generation_prompt" in names and (made & names or any(part.find_all((nodes.For, nodes.Assign)))):
             return False
     return True
+
+
+@functools.lru_cache(maxsize=64)
+def form_by(template: str) -> bool | None:
+    """By what conversations have one form for a template: False by roles, True by the first message too, None by all of them.
+
+    A template that does nothing with `messages` but to go through them writes each by itself; it may ask for roles of others.
+    """
+    tree, allowed, first = BoundedEnvironment().parse(template), set(), False
+    loops = [loop for loop in tree.find_all(nodes.For) if loop.test is None]
+    allowed |= {id(loop.iter) for loop in loops}
+    for outer in tree.find_all((nodes.Getattr, nodes.Getitem)):
+        inner: Any = outer.node
+        if not isinstance(inner, nodes.Getitem):
+            continue
+        number = inner.arg.node if isinstance(inner.arg, nodes.Neg) else inner.arg  # of -1
+        name = outer.attr if isinstance(outer, nodes.Getattr) else getattr(outer.arg, "value", None)
+        if isinstance(number, nodes.Const) and (name == "role" or getattr(inner.arg, "value", None) == 0):
+            allowed.add(id(inner.node))
+            first = first or name != "role"
+    names = [name for name in tree.find_all(nodes.Name) if name.name in ("messages", "namespace")]
+    beside = {"previtem", "nextitem", "changed"} & {node.attr for node in tree.find_all(nodes.Getattr)}
+    return None if beside or any(id(name) not in allowed for name in names) else first
+
+
+@functools.lru_cache(maxsize=256)
+def _places_of(template: str, form: str) -> dict[tuple, list[int]]:
+    """Of conversations of one form and a template: where turns start and end between messages, and how often that was asked."""
+    return {}
 
 
 def _shared(a: str, b: str) -> str:

@@ -106,8 +106,8 @@ class ChatTemplating(ProcessorMixin):
         variables = {**variables, "add_generation_prompt": options["add_generation_prompt"]}
         if options["return_assistant_tokens_mask"]:
             return *assistant_spans(messages, template, specials=self._specials(), **variables), media
-        check_written(messages, template, variables)
         text, _ = render(messages, template, continue_final_message=options["continue_final_message"], **variables)
+        check_written(messages, template, variables, text)
         return text if options["tokenize"] else refuse_typed(text), None, media
 
     def _chat_inputs(self, read: list[tuple[str, Any, dict[str, list]]], call: dict[str, Any]) -> BatchFeature:

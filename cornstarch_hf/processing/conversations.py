@@ -127,7 +127,7 @@ class ConversationReader:
         """Parts of which no texts, one behind the other, make a token of their ends: a mark stands in between."""
         texts = [unmark(part["text"]) if "text" in part else "\0" for part in parts]
         ends = list(accumulate(map(len, texts)))
-        found = [match.span() for match in token_pattern(self._kept).finditer("".join(texts))]
+        found = [match.span() for match in token_pattern(tuple(self._kept)).finditer("".join(texts))]
         crossed = [any(a < end < b for a, b in found) for end in ends]
         return [
             part | {"text": part["text"] + BREAK} if cut else part for part, cut in zip(parts, crossed, strict=True)

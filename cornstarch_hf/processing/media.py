@@ -321,7 +321,10 @@ def ready_tensors(given: Mapping[str, Any], name: str) -> dict[str, torch.Tensor
 def check_finite(tensors: Mapping[str, Any], where: str) -> None:
     """Refuse what a processor made of an item where it holds NaN or infinity (ValueError)."""
     for key, value in tensors.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        # A sum that is finite is of finite values alone, and takes no memory; one that is not may be too large.
+        if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
             raise ValueError(f"{where}: its processor gave {key} with values that are not finite (NaN or infinity).")
 
 
@@ -338,6 +341,8 @@ def layout_of_call(processor: Any, images: Iterable[Any], form: ImageForm) -> di
 
 def check_kinds(processor: Any, name: str, options: Mapping[str, Any]) -> None:
     """Refuse options of kinds that they do not have, and lengths that would be left aside (TypeError, ValueError)."""
+    if not options:
+        return
     defaults = {key: parameter.default for key, parameter in inspect.signature(processor).parameters.items()}
     for key in sorted(set(options) - {"padding", "truncation"}):  # some processors have words for these
         default = defaults.get(key, getattr(processor, key, None))

@@ -131,7 +131,7 @@ def in_changed_text(text: str, changed: str, placeholders: Iterable[str], specia
     [(1, 4, 1, 14)]
     """
     tokens = re.compile(f"(?:{'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})*")
-    found = [match for match in token_pattern(list(placeholders)).finditer(text) if match[1] is not None]
+    found = [match for match in token_pattern(tuple(placeholders)).finditer(text) if match[1] is not None]
     spans: list[tuple[int, int, int, int]] = []
     last, at = 0, 0
     for match in [*found, None]:

@@ -4,9 +4,9 @@ What an end user typed is wrapped in marks while a template is rendered, and enc
 surrogate pairs: no encoding of text has them alone, so no text that a tokenizer takes does.
 """
 
+import functools
 import re
 import warnings
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,8 @@ _CHOICES: dict[str, tuple[Any, ...] | None] = {
 TEXT_OPTIONS = frozenset(_CHOICES)
 
 
-def token_pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+@functools.lru_cache(maxsize=256)
+def token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
     """A pattern that finds any of the tokens, longer ones first, unless it is marked as typed text."""
     ordered = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
     # Marked text is tried first and leaves the group empty; `(?!)` matches nothing, where there are no tokens.
@@ -77,7 +78,7 @@ def mark_typed(text: str, tokens: Sequence[str]) -> str:
     True
     """
     clean = unmark(text)  # a mark in the user's text would end ours too early
-    return token_pattern(tokens).sub(rf"{MARK_START}\g<0>{MARK_END}", clean)
+    return token_pattern(tuple(tokens)).sub(rf"{MARK_START}\g<0>{MARK_END}", clean)
 
 
 def unmark(text: str) -> str:
@@ -117,7 +118,7 @@ def expand(text: str, replacements: Mapping[str, list[str]], taken: dict[str, in
     """
     # `last` is where the rest of the text begins, `size` how long the expanded text is up to there.
     pieces, spans, counts, last, size = [], [], dict.fromkeys(replacements, 0), 0, 0
-    for match in token_pattern(list(replacements)).finditer(text):
+    for match in token_pattern(tuple(replacements)).finditer(text):
         token = match[1]
         if token is None:  # typed by a user
             continue
@@ -134,7 +135,7 @@ def expand(text: str, replacements: Mapping[str, list[str]], taken: dict[str, in
 
 def occurrences(text: str, tokens: Sequence[str]) -> dict[str, int]:
     """How often each token stands in a text as a placeholder."""
-    found = [match[1] for match in token_pattern(tokens).finditer(text) if match[1] is not None]
+    found = [match[1] for match in token_pattern(tuple(tokens)).finditer(text) if match[1] is not None]
     return {token: found.count(token) for token in tokens}
 
 
@@ -146,9 +147,8 @@ def encode(tokenizer, texts: list[str], spans: Sequence[Spans] | None = None, **
     span's tokens are exactly its text.  Options are of the tokenizer's call, without padding and tensors.
     """
     turns: Sequence[Spans] = [[] for _ in texts] if spans is None else spans
-    asked = options | (
-        {} if spans is None else {"return_offsets_mapping": True}
-    )  # which tell what tokens lie in a span
+    # Offsets tell what tokens lie in a span.
+    asked = options | ({} if spans is None else {"return_offsets_mapping": True})
     rows: dict[int, dict[str, list]] = {}
     # Texts as a whole, all in one call, where nothing was typed and no token reaches over the end of a span; else pieces.
     # Slow tokenizers give no offsets.
@@ -245,17 +245,17 @@ def token_mask(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[int] | 
     >>> token_mask([(0, 3), (3, 4)], [(2, 4)]) is None
     True
     """
-    ends, mask, reached = [*sorted({end for span in spans for end in span if end > 0}), float("inf")], [], 0
+    ends = np.array([*sorted({end for span in spans for end in span if end > 0}), np.iinfo(np.int64).max])
     lows, highs = zip((0, 0), *sorted(spans), strict=True)
     farthest = np.maximum.accumulate(highs)
-    for a, b in offsets:
-        start = min(reached, a)  # white space in front that the offsets leave out
-        gap_ends = a > reached and ends[bisect_left(ends, reached)] <= a
-        if gap_ends or ends[bisect_right(ends, start)] < b:
-            return None
-        mask.append(int(start < b <= farthest[bisect_right(lows, start) - 1]))
-        reached = max(reached, b)
-    return mask
+    a, b = np.array(offsets, dtype=np.int64).reshape(-1, 2).T  # (tokens,) each
+    reached = np.maximum.accumulate(np.concatenate(([0], b)))[:-1]  # where the tokens before each one end
+    start = np.minimum(reached, a)  # white space in front that the offsets leave out
+    gap_ends = (a > reached) & (ends[np.searchsorted(ends, reached)] <= a)
+    if bool((gap_ends | (ends[np.searchsorted(ends, start, "right")] < b)).any()):
+        return None
+    inside = (start < b) & (b <= farthest[np.searchsorted(lows, start, "right") - 1])
+    return inside.astype(int).tolist()
 
 
 def pad_rows(tokenizer, rows: list[dict], extra: Mapping, padding: Mapping, max_length: int | None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ DEFAULT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PLAIN = (str, int, float, bool, type(None))
 _END = "\udfff"  # marks where the last message's text ends, which goes on; half a surrogate pair, which no text has
 # What a template raises that does not know something, or refuses it.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
@@ -266,8 +267,13 @@ def bookends(index: int) -> tuple[str, str]:
     return lead + chr(trail), lead + chr(trail + 1)
 
 
-def check_written(messages: list[dict], template: str, variables: Mapping[str, Any]) -> None:
-    """Refuse a conversation of which the template leaves out what a message says, or a tool that it calls (ValueError)."""
+def check_written(messages: list[dict], template: str, variables: Mapping[str, Any], text: str | None = None) -> None:
+    """Refuse a conversation of which the template leaves out what a message says, or a tool that it calls (ValueError).
+
+    Where its `text` is there already and shows that, nothing is rendered for it.
+    """
+    if text is not None and _shows_all(text, messages, template, variables):
+        return
     ended: list[dict] = []
     wanted: list[tuple[tuple[str, ...], int, str, str]] = []  # marks, how many must come out, and what is missing else
     for index, message in enumerate(messages):
@@ -288,6 +294,32 @@ def check_written(messages: list[dict], template: str, variables: Mapping[str, A
         escaped = [mark.encode("ascii", "backslashreplace").decode() for mark in marks]  # as a list is printed
         if sum(text.count(mark) for mark in (*marks, *escaped)) < count:
             raise ValueError(f"{what}, but the chat template does not write that: {remedy}.")
+
+
+def _shows_all(text: str, messages: list[dict], template: str, variables: Mapping[str, Any]) -> bool:
+    """Whether a rendered text has what each message says, in order, and nobody else can have written it."""
+    if any(not isinstance(x, _PLAIN) for x in variables.values()) or any(
+        m.keys() - {"role", "content"} for m in messages
+    ):
+        return False
+    said = [
+        part if isinstance(part, str) else part.get("text", "") for m in messages for part in _parts(m.get("content"))
+    ]
+    said = [words for part in said if (words := part.strip())]
+    sources = "\n".join(
+        [template, *(x for x in variables.values() if isinstance(x, str)), *(m["role"] for m in messages), *said]
+    )
+    end = 0
+    for words in said:
+        at = text.find(words, end)
+        if at < 0 or text.count(words) != 1 or sources.count(words) != 1:
+            return False  # it is not there as it is, or may be somebody else's
+        end = at + len(words)
+    return True
+
+
+def _parts(content: Any) -> Sequence[Any]:
+    return [content] if isinstance(content, str) else content or ()
 
 
 def call_with_bookend(message: dict, end: str, every: bool = False) -> dict:

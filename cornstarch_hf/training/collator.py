@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 
 from ..limits import check_count
@@ -16,7 +17,6 @@ from ..parts.registries import MASK_RULES
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
 from ..processing.media import LIST_DEPTHS, flatten
 from ..processing.opening import foreign, local_allowed
-from ..processing.placeholder_text import pad_list
 from ..processing_multimodal import MultimodalProcessor
 from .rows import inputs_within, join_rows, place_items, whole_items_within
 
@@ -158,15 +158,18 @@ class MultimodalCollator:
 
     def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for row in encoded:
-            row["attention_mask"] = [1] * len(row["input_ids"])
             if self.padding_side == "left":  # a row's first token would be predicted from padding, and alone it is not
                 row["labels"][:1] = [IGNORED]
         length = max(len(row["input_ids"]) for row in encoded)
         length += -length % (self.pad_to_multiple_of or 1)  # up to the next multiple
         blanks = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED, "attention_mask": 0}
-        batch = {}
-        for key, blank in blanks.items():  # (batch, length) each
-            batch[key] = torch.tensor([pad_list(row[key], length, blank, self.padding_side) for row in encoded])
+        arrays = {key: np.full((len(encoded), length), blank) for key, blank in blanks.items()}  # (batch, length) each
+        for i, row in enumerate(encoded):
+            size = len(row["input_ids"])
+            place = slice(length - size, length) if self.padding_side == "left" else slice(size)
+            for key, array in arrays.items():
+                array[i, place] = row.get(key, 1)  # the mask is 1 on all of a row
+        batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
         if _marks_prompts(self.processor.config):  # 0 in front of the first label, whose prompt attends both ways
             learnt = (batch["labels"] != IGNORED).long().cummax(-1).values
             batch["token_type_ids"] = learnt * batch["attention_mask"]

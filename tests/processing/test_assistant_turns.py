@@ -370,3 +370,110 @@ def test_a_long_talk_takes_no_more_renderings_than_a_short_one(monkeypatch):
         assert [text.split()[0] for text in found] == [str(i) for i in range(turns)]
         numbers.append(len(calls))
     assert max(numbers) < 60, numbers
+
+
+def short_talks(seed, number):
+    """Talks of a table's rows: of two or three turns each, with or without a system's words, words said often."""
+    rng = random.Random(seed)
+    words = ["a", "five", "and what?", "line\nline", " b ", "/no_think", "seven seven", "longer than that"]
+    talks = []
+    for _ in range(number):
+        talk = [system("be brief")] if rng.random() < 0.5 else []
+        for _ in range(rng.choice((2, 3))):
+            talk += [user(rng.choice(words)), assistant(rng.choice(words))]
+        talks.append(talk)
+    return talks
+
+
+@pytest.mark.parametrize(
+    "name", [*EVERY, *HANGING, "STRINGS", "INSTRUCT", "TRAILER", "SYSTEM_LAST", "NO_PROMPT", "COUNTS", "UPPER"]
+)
+def test_turns_of_many_talks_of_one_form_are_those_that_are_found_one_by_one(monkeypatch, name):
+    given = HANGING.get(name) or (globals()[name] if name.isupper() else template(name))
+    assistant_turns._places_of.cache_clear()
+    talks = short_talks(0, 60)
+    found = [outcome(talk, given) for talk in talks]
+    monkeypatch.setattr(assistant_turns, "_SURE", 10_000)
+    assert found == [outcome(talk, given) for talk in talks]
+
+
+def test_what_is_known_of_a_form_is_not_rendered_again_and_looked_at_from_time_to_time(monkeypatch):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return render(*args, **kwargs)
+
+    assistant_turns._places_of.cache_clear()
+    monkeypatch.setattr(assistant_turns, "render", counted)
+    numbers = []
+    for i in range(60):
+        calls.clear()
+        talk = [make(f"word {i} {k}") for k in range(3) for make in (user, assistant)]
+        assert [text.split()[1] for text in labelled(talk, STRINGS)] == [str(i)] * 3
+        numbers.append(len(calls))
+    assert max(numbers[:8]) > 5 and sorted(numbers)[:40] == [min(numbers)] * 40 and min(numbers) <= 4, numbers
+    assert max(numbers[16:]) > min(numbers)  # looked at again
+    # Other variables are another form.
+    calls.clear()
+    labelled(talk, STRINGS, bos_token="<other>")
+    assert len(calls) == numbers[0]
+
+
+def test_a_form_in_which_places_differ_is_looked_up_for_each(monkeypatch):
+    """The end of a turn hangs on what another message says, while all between two messages is the same."""
+    hanging = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last or WHEN %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    noting = "{% set ns = namespace(n=0) %}" + hanging.replace(
+        "{{ m.content }}", "{{ m.content }}{% set ns.n = m.content | length %}"
+    )
+    first = [[user("short"), assistant(f"a{i}"), user("q"), assistant("b")] for i in range(12)]
+    others = [[user("much longer"), assistant(f"a{i} a a a"), user("q"), assistant("b")] for i in range(70)]
+    for given in (
+        hanging.replace("WHEN", "messages[0].content | length < 9"),
+        hanging.replace("WHEN", "(messages | first).content | length < 9"),
+        hanging.replace("WHEN", "messages[1].content | length < 9"),
+        noting.replace("WHEN", "ns.n < 9"),
+    ):
+        assistant_turns._places_of.cache_clear()
+        monkeypatch.setattr(assistant_turns, "_SURE", 8)
+        found = [outcome(talk, given) for talk in [*first, *others]]
+        monkeypatch.setattr(assistant_turns, "_SURE", 10_000)
+        assert found == [outcome(talk, given) for talk in [*first, *others]]
+
+
+def test_a_contradiction_makes_a_form_unknown(monkeypatch):
+    assistant_turns._places_of.cache_clear()
+    monkeypatch.setattr(assistant_turns, "form_by", lambda template: False)  # as if it were not seen
+    given = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last or messages[0].content | length < 9 %}</s>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    talks = [
+        [user("short" if i < 12 else "much longer"), assistant(f"a{i}"), user("q"), assistant("b")] for i in range(150)
+    ]
+    found = [outcome(talk, given) for talk in talks]
+    monkeypatch.setattr(assistant_turns, "_SURE", 10_000)
+    expected = [outcome(talk, given) for talk in talks]
+    differ = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
+    assert all(12 <= i < 12 + 2 * assistant_turns._AGAIN for i in differ), differ
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [
+        (STRINGS, False), (TRAILER, False), (NO_PROMPT, False), (INSTRUCT, False), (COUNTS, None), (REVERSED, None),
+        (SYSTEM_LAST, None), (NO_THINK.replace("WHEN", "'a' in messages[-1].content"), None),
+        (NO_THINK.replace("WHEN", "messages[-1].role == 'user'"), False),
+        (NO_THINK.replace("WHEN", "messages[0]['role'] == 'system'"), False),
+        (NO_THINK.replace("WHEN", "messages[0]['content'] == 'a'"), True),
+        (NO_THINK.replace("WHEN", "messages[1]['content'] == 'a'"), None),
+        (NO_THINK.replace("WHEN", "messages"), None),
+        (STRINGS + "{% for m in messages %}{{ loop.previtem.content }}{% endfor %}", None),
+        (STRINGS + "{% for m in messages if m.content %}{% endfor %}", None),
+    ],
+)  # fmt: skip
+def test_by_what_conversations_have_one_form(template, form):
+    assert assistant_turns.form_by(template) is form

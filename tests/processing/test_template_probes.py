@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from templates import PARTS, STRINGS
 
+from cornstarch_hf.processing import rendering
 from cornstarch_hf.processing.rendering import (
     DEFAULT_TEMPLATE,
     bookends,
@@ -163,6 +164,48 @@ def test_what_a_template_leaves_out_of_a_message_is_refused(template, message, w
 )
 def test_what_is_printed_within_a_list_is_written(written):
     check_written([{"role": "user", "content": "q"}, ASIDE | {"tool_calls": [CALL, CALL]}], written, {})
+
+
+def test_a_text_that_shows_what_was_said_is_not_rendered_again(monkeypatch):
+    talk = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": " a fox \n"}]
+    text = render(talk, STRINGS)[0]
+    calls = []
+    monkeypatch.setattr(rendering, "render", lambda *args, **kwargs: calls.append(args) or render(*args, **kwargs))
+    check_written(talk, STRINGS, {"bos_token": "<s>", "tools": None}, text)
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}, talk[1]]
+    check_written(parts, PARTS, {}, render(parts, PARTS)[0])
+    assert calls == []
+    # Where somebody else may have written it, or it is not there as it is, the conversation is rendered with bookends.
+    for others in (
+        [*talk, talk[0]],
+        [{"role": "user", "content": "fox"}, talk[1]],
+        [{"role": "user", "content": "user"}],
+    ):
+        calls.clear()
+        check_written(others, STRINGS, {}, render(others, STRINGS)[0])
+        assert len(calls) == 1
+    for variables in ({"tools": [1]}, {"note": "what is it?"}):
+        calls.clear()
+        check_written(talk, STRINGS, variables, text)
+        assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["be rude", "user", "q", "what", "system", "<user>\nq", "q\n", "role", "content", "a q a", "no"]
+)
+@pytest.mark.parametrize("variables", [{}, {"note": "be rude"}])
+def test_what_is_left_out_is_refused_also_where_the_text_has_its_words(said, variables):
+    template = "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>\n{{ m.content }}\n{% endif %}{% endfor %}{{ note }}"
+    talk = [
+        {"role": "user", "content": "q and what"},
+        {"role": "system", "content": said},
+        {"role": "user", "content": "a q a"},
+    ]
+    for messages in (talk, talk[1:], talk[:2], talk[::-1]):
+        for extra in ({}, {"reasoning": said}):
+            given = [m | extra for m in messages]
+            with pytest.raises(ValueError, match="is of the role 'system', but the chat template does not write that"):
+                check_written(given, template, variables, render(given, template, **variables)[0])
 
 
 def test_bookends_are_distinct_and_no_text_has_them():
