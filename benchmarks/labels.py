@@ -39,13 +39,13 @@ def all_labelled(sizes: Sizes) -> Sizes:
 
 def labels(sizes: Sizes) -> list[Result]:
     """Memory and CPU time of steps in which the projector trains and the head is frozen, and in which all trains."""
-    from .models import MODES, build_pair
+    from .models import build_pair
     from .speed import MODE_NAMES
 
     own = all_labelled(sizes)
     vocabulary = own.vocabularies[-1]
     results = []
-    for mode in MODES:
+    for mode in sizes.memory_modes:
         judged = sizes.judged and mode == "projector"
         name = f"all labelled, {MODE_NAMES[mode]}, vocabulary {vocabulary:,}"
         memory = _added(mode, vocabulary, own)
@@ -53,7 +53,7 @@ def labels(sizes: Sizes) -> list[Result]:
         target = Target(at_most=MEMORY_TARGET) if judged else None
         results.append(Result("labels", f"memory added by a step, {name}", "MiB", native, ours, target, dict(memory)))
     pair = build_pair(own, vocabulary)
-    for mode in MODES:
+    for mode in sizes.memory_modes:
         target = Target(at_most=TIME_TARGET) if sizes.judged and mode == "projector" else None
         name = f"all labelled, {MODE_NAMES[mode]}, vocabulary {vocabulary:,}"
         results.append(Result("labels", f"training step, {name}", "CPU s", *_timed(pair, mode, own), target))
