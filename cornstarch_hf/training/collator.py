@@ -3,7 +3,9 @@
 import contextlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from numbers import Real
 from typing import Any
 
@@ -15,12 +17,27 @@ from ..limits import check_count
 from ..parts.names import own_names, place_of
 from ..parts.registries import MASK_RULES
 from ..processing.call import PLURALS, TEXT_OPTIONS, check_arguments, mapped
-from ..processing.media import LIST_DEPTHS, flatten
+from ..processing.media import LIST_DEPTHS
 from ..processing.opening import foreign, local_allowed
 from ..processing_multimodal import MultimodalProcessor
-from .rows import inputs_within, join_rows, place_items, whole_items_within
+from .rows import (
+    IGNORED,
+    ReadRow,
+    Spans,
+    are_alike,
+    check_labels,
+    inputs_within,
+    items_of,
+    join_rows,
+    learnable,
+    place_items,
+    split_tensors,
+    string_of,
+    whole_items_within,
+    why_not_learnable,
+    without_gaps,
+)
 
-IGNORED = -100  # a label that no loss counts
 TRUNCATIONS = ("raise", "right", "left")
 # Arguments of the processor's call that the collator gives itself; `add_special_tokens` is the only one of texts that it takes.
 _OWN_ARGUMENTS = (TEXT_OPTIONS - {"add_special_tokens"}) | {
@@ -33,7 +50,6 @@ _REMEDY = (
     "rename them (dataset.rename_column), make messages of them (dataset.map(lambda row: {'messages': [{'role': 'user', "
     "'content': [...]}, {'role': 'assistant', 'content': ...}]})), and remove the rest (dataset.remove_columns)."
 )
-Spans = list[tuple[int, int]]
 
 
 class MultimodalCollator:
@@ -136,7 +152,8 @@ class MultimodalCollator:
         """
         if not rows:
             raise ValueError("The collator got no rows.")
-        encoded = [self._encode_row(index, row) for index, row in enumerate(rows)]
+        read = [self._named(i, self._read, row) for i, row in enumerate(rows)]
+        encoded = self._together(read) or [self._named(i, self._encode, row) for i, row in enumerate(read)]
         self._warn([row["cut"] for row in encoded if row["cut"] is not None])
         batch = self._batch(encoded)
         check_labels(batch, self.processor.placeholder_ids)
@@ -154,7 +171,11 @@ class MultimodalCollator:
         if isinstance(rows, (Mapping, str)) or not isinstance(rows, Iterable):
             remedy = "give a list with a dict for each row, or a data set"
             raise TypeError(f"lengths() takes rows, got {type(rows).__name__}: {remedy}.")
-        return [len(self._encode_row(i, row, by_size=True)["input_ids"]) for i, row in enumerate(rows)]
+        read, by_size = (
+            (self._named(i, self._read, row) for i, row in enumerate(rows)),
+            partial(self._encode, by_size=True),
+        )
+        return [len(self._named(i, by_size, row)["input_ids"]) for i, row in enumerate(read)]
 
     def _batch(self, encoded: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for row in encoded:
@@ -175,12 +196,10 @@ class MultimodalCollator:
             batch["token_type_ids"] = learnt * batch["attention_mask"]
         return batch | join_rows([row["media"] for row in encoded], self.processor.config)  # of different modalities
 
-    def _encode_row(self, index: int, row: Any, by_size: bool = False) -> dict[str, Any]:
-        """As `_encode`, of the row of that number, which errors name."""
-        if not isinstance(row, Mapping):
-            raise TypeError(f"row {index}: expected a dict of columns, got {type(row).__name__}.")
+    def _named(self, index: int, make: Callable[..., Any], *given: Any) -> Any:
+        """What is made of the row of that number, which errors name."""
         try:
-            return self._encode(row, by_size)
+            return make(*given)
         except TypeError as error:
             raise TypeError(f"row {index}: {error}") from error
         except TimeoutError as error:
@@ -188,8 +207,10 @@ class MultimodalCollator:
         except (ValueError, LookupError, jinja2.TemplateError) as error:  # a template may refuse a conversation
             raise ValueError(f"row {index}: {error}") from error
 
-    def _encode(self, columns: Mapping[str, Any], by_size: bool) -> dict[str, Any]:
-        """One row's ids, labels and encoder inputs; `by_size` leaves those out that are not needed to count features."""
+    def _read(self, columns: Any) -> ReadRow:
+        """What a row's columns say."""
+        if not isinstance(columns, Mapping):
+            raise TypeError(f"expected a dict of columns, got {type(columns).__name__}.")
         row = {key: value for key, value in columns.items() if value is not None}  # None fills the gaps of a table
         audio = [self.processor.processors.get(name) for name in self.processor.config.modalities_of_kind("audio")]
         expected = next((p.sampling_rate for p in audio if hasattr(p, "sampling_rate")), None)
@@ -202,22 +223,63 @@ class MultimodalCollator:
             raise ValueError(
                 f"unknown columns {sorted(row, key=str)} among {given}: {self._media_columns()}; {_REMEDY}"
             )
-        llm: dict[str, Any] = {"text": [text], "item_lengths": True, "by_size": by_size}
-        llm |= {} if spans is None else {"assistant_spans": [spans]}
+        options = self.processor.bos_options(text), {} if rate is None else {"sampling_rate": rate}
+        return ReadRow(text, spans, media, *options)
+
+    def _encode(self, row: ReadRow, by_size: bool = False) -> dict[str, Any]:
+        """One row's ids, labels and encoder inputs; `by_size` leaves those out that are not needed to count features."""
+        out = self._processed([row], by_size)
+        (ids,), (wanted,), lengths = out.pop("input_ids"), out.pop("assistant_masks", [None]), out.pop("item_lengths")
+        return self._labelled(row, ids, wanted, out, lengths)
+
+    def _together(self, rows: Sequence[ReadRow]) -> list[dict[str, Any]] | None:
+        """All rows, by one call of the processor where that gives what it gives of each; None where it does not.
+
+        Which row is refused is told when each is encoded.
+        """
+        if not are_alike(rows, self.processor):
+            return None
+        try:
+            out = self._processed(rows)
+        except (TypeError, ValueError, LookupError, OSError):
+            return None
+        ids, masks, lengths = out.pop("input_ids"), out.pop("assistant_masks", None), out.pop("item_lengths")
+        counts = [{name: len(row.media.get(name, ())) for name in lengths} for row in rows]
+        if (parts := split_tensors(out, counts, self.processor.config)) is None:
+            return None
+        found, left = [], {name: iter(sizes) for name, sizes in lengths.items()}
+        for i, row in enumerate(rows):
+            own = {name: list(islice(left[name], count)) for name, count in counts[i].items()}
+            found.append(self._named(i, self._labelled, row, ids[i], masks and masks[i], parts[i], own))
+        if all(row["cut"] is None for row in found):  # then the tensors of all are the batch's as they are
+            found = [row | {"media": {} if i else out} for i, row in enumerate(found)]
+        return found
+
+    def _processed(self, rows: Sequence[ReadRow], by_size: bool = False) -> dict[str, Any]:
+        """What the processor makes of rows, ids by row, and of their items."""
+        llm: dict[str, Any] = {"text": [row.text for row in rows], "item_lengths": True, "by_size": by_size}
+        llm |= {} if rows[0].spans is None else {"assistant_spans": [row.spans for row in rows]}
         # Rows are cut and padded here, whatever the tokenizer was built with; what the caller says of the tokens in front wins.
-        llm |= {"return_token_type_ids": False, "padding": False, "truncation": False}
-        llm |= {"default_options": self.processor.bos_options(text)}
-        options = self.processor_kwargs | ({} if rate is None else {"sampling_rate": rate})
-        out = dict(self.processor(llm_inputs=llm, **options, **{name: [items] for name, items in media.items()}))
-        ids, lengths = out.pop("input_ids")[0], out.pop("item_lengths")
-        # Labels: the row's own ids where the assistant wrote, never on placeholders.
-        wanted = [1] * len(ids) if spans is None else out.pop("assistant_masks")[0]
-        del out["attention_mask"]  # made anew once the row is cut and padded
+        llm |= {
+            "return_token_type_ids": False,
+            "padding": False,
+            "truncation": False,
+            "default_options": rows[0].in_front,
+        }
+        names = dict.fromkeys(name for row in rows for name in row.media)
+        media = {name: [row.media.get(name, []) for row in rows] for name in names}
+        out = dict(self.processor(llm_inputs=llm, **self.processor_kwargs | rows[0].options, **media))
+        del out["attention_mask"]  # made anew once rows are cut and padded
+        return out
+
+    def _labelled(self, row: ReadRow, ids: list, wanted: list | None, media: dict, lengths: Mapping) -> dict[str, Any]:
+        """A row with labels, its own ids where the assistant wrote and never on placeholders; cut where it is too long."""
         silent = set(self.processor.placeholder_ids.values())
-        labels = [i if keep and i not in silent else IGNORED for i, keep in zip(ids, wanted, strict=True)]
+        kept = zip(ids, [1] * len(ids) if wanted is None else wanted, strict=True)
+        labels = [i if keep and i not in silent else IGNORED for i, keep in kept]
         if not learnable(labels):
-            raise ValueError(f"there is no token to learn: {_why_not(labels, spans)}")
-        return self._cut({"input_ids": ids, "labels": labels, "media": out, "cut": None}, lengths)
+            raise ValueError(f"there is no token to learn: {why_not_learnable(labels, row.spans)}")
+        return self._cut({"input_ids": ids, "labels": labels, "media": media, "cut": None}, lengths)
 
     def _drop_bookkeeping(self, row: dict[str, Any]) -> None:
         """Take out of a row its length, and what `datasets` adds for itself (``__key__``, ``__index_level_0__``)."""
@@ -249,10 +311,10 @@ class MultimodalCollator:
             if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
                 return self._conversation(row, media, [*prompt, *completion], len(prompt))  # its turns are context
             what = "a string, or lists of messages for both"
-            text = _string("prompt", prompt, what) + _string("completion", completion, what)
+            text = string_of("prompt", prompt, what) + string_of("completion", completion, what)
             return text, [(len(prompt), len(text))], media
         if "text" in row:
-            return _string("text", row.pop("text"), "a string"), None, media
+            return string_of("text", row.pop("text"), "a string"), None, media
         expected = f"expected 'messages', 'text', or 'prompt' and 'completion', and {self._media_columns()}"
         raise ValueError(f"{expected}; got the columns {columns}: {_REMEDY}")
 
@@ -263,8 +325,8 @@ class MultimodalCollator:
         tools = json.loads(tools) if isinstance(tools, str) else tools
         if not isinstance(tools, (list, tuple, type(None))):
             raise TypeError(f"expected a list of tools, or JSON of one, got {tools!r:.100}.")
-        variables = {"tools": _present(tools) or None}
-        variables |= _present(mapped(row.pop("chat_template_kwargs", None), "chat_template_kwargs"))
+        variables = {"tools": without_gaps(tools) or None}
+        variables |= without_gaps(mapped(row.pop("chat_template_kwargs", None), "chat_template_kwargs"))
         if taken := sorted({"conversation", "given", "first", "local_media"} & set(variables)):
             raise ValueError(
                 f"chat_template_kwargs has {taken}: the template cannot read variables of these names here."
@@ -272,7 +334,7 @@ class MultimodalCollator:
         read = []
         for message in messages:  # a table fills keys in that tool calls of other rows have
             calls = message.get("tool_calls") if isinstance(message, Mapping) else None
-            read.append({**message, "tool_calls": _present(calls)} if calls else message)
+            read.append({**message, "tool_calls": without_gaps(calls)} if calls else message)
         local = self.local_media
         return self.processor.read_labelled(read, given=media, first=first, local_media=local, **variables)
 
@@ -288,7 +350,7 @@ class MultimodalCollator:
                 if name in media:
                     raise ValueError(f"{name}: its items were given twice, by kind and by name.")
                 kind = config.modality(name)["kind"]
-                items = _items(value, kind)
+                items = items_of(value, kind)
                 media[name] = items if local or kind not in LIST_DEPTHS else foreign(items)
         return {name: items for name, items in media.items() if items}
 
@@ -334,54 +396,3 @@ class MultimodalCollator:
 def _marks_prompts(config: Any) -> bool:
     """Whether tokens of a prompt attend to each other both ways, so that a model must be told where it ends."""
     return config.mask is not None and getattr(MASK_RULES[config.mask["rule"]], "masks_text", False)
-
-
-def learnable(labels: Sequence[int]) -> bool:
-    """Whether a row's loss counts any of its labels: the first one stands behind no token that could predict it.
-
-    >>> learnable([5, 6]), learnable([5, -100]), learnable([])
-    (True, False, False)
-    """
-    return any(label != IGNORED for label in labels[1:])
-
-
-def _why_not(labels: Sequence[int], spans: Spans | None) -> str:
-    if any(label != IGNORED for label in labels):
-        told = "the only label is that of the row's first token, before which no token stands that could predict it"
-        return f"{told}. Put text in front of it, or the tokenizer's bos_token."
-    if spans is None:
-        return "expected text in 'text', there is none beside placeholders, which are not learned."
-    told = "expected a turn of the assistant, or a completion, with text in it"
-    return f"{told}. If there is one, the chat template's generation marks leave it out."
-
-
-def _string(name: str, value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected {name!r} to be {what}, got {type(value).__name__}.")
-    return value
-
-
-def _items(value: Any, kind: str) -> list:
-    """A cell's items in order; the missing ones of a table are left out."""
-    listed = value if isinstance(value, (list, tuple)) else [value]
-    return [item for item in (flatten(value, kind)[0] if kind in LIST_DEPTHS else listed) if item is not None]
-
-
-def _present(value: Any) -> Any:
-    """A nested value without keys whose value is None."""
-    if isinstance(value, Mapping):
-        return {key: _present(item) for key, item in value.items() if item is not None}
-    return [_present(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, int]) -> None:
-    """Refuse a batch with a label that is not its own token, or on padding or a placeholder (ValueError with the position)."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    silent = torch.tensor(list(placeholders.values()), dtype=ids.dtype)
-    wrong = (labels != IGNORED) & ((labels != ids) | (batch["attention_mask"] == 0) | torch.isin(ids, silent))
-    if wrong.any():
-        row, position = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"row {row}: the label at position {position} is {labels[row, position]}, expected {IGNORED} or the token "
-            f"{ids[row, position]} there, and {IGNORED} on padding and placeholders {dict(placeholders)}."
-        )

@@ -1,18 +1,104 @@
-"""Rows of a batch: where their items stand, what a cut leaves of them, how their inputs are joined; `collator` makes rows."""
+"""Rows of a batch: what was read of them, where their items stand, what a cut leaves of them, how their inputs are joined.
+
+`collator` makes rows.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..configuration_multimodal import MultimodalConfig
 from ..encoders.items import split_items
 from ..parts.names import own_names
+from ..processing.media import LIST_DEPTHS, flatten
+from ..processing.subprocessors import tells_by_size
 from ..processing.video import FRAME_MASK
 
 Row = Mapping[str, Tensor]
+Spans = list[tuple[int, int]]
+IGNORED = -100  # a label that no loss counts
+
+
+class ReadRow(NamedTuple):
+    """What a row's columns say, before the processor sees it."""
+
+    text: str
+    spans: Spans | None  # of what is to be learnt, in characters; None for all of it
+    media: dict[str, list]  # items by modality
+    in_front: dict[str, Any]  # options for the tokens in front of the text
+    options: dict[str, Any]  # of the processor's call
+
+
+def are_alike(rows: Sequence[ReadRow], processor: Any) -> bool:
+    """Whether one call of a processor may take all rows: without media, or with pictures that are each made to one size.
+
+    Of what cannot be read twice (files, addresses) nothing is, and nothing where items of a batch may change one another.
+    """
+    first, names = rows[0], {name for row in rows for name in row.media}
+    if any(
+        (row.in_front, row.options, row.spans is None) != (first.in_front, first.options, first.spans is None)
+        for row in rows
+    ):
+        return False
+    if not all(_is_at_hand(item) for row in rows for items in row.media.values() for item in items):
+        return False
+    config, parts = processor.config, [processor.processors.get(name) for name in names]
+    # Sizes, masks or grids beside the pixels would tell of pictures that are not made to one size.
+    plain = all(
+        tells_by_size(p) and p.model_input_names == ["pixel_values"] and not getattr(p, "do_pad", 0) for p in parts
+    )
+    kinds = {config.modality(name)["kind"] for name in names} <= {"image"} and not names & {*config.joined.values()}
+    return plain and kinds and processor.native is None and not any(map(processor.counter.has_preprocessing, names))
+
+
+def _is_at_hand(item: Any) -> bool:
+    """Whether a picture can be read as often as one likes."""
+    if isinstance(item, Mapping):  # as a table has one
+        item = item.get("bytes") if item.get("image") is None else None
+    return isinstance(item, (Image.Image, np.ndarray, Tensor, bytes))
+
+
+def split_tensors(
+    tensors: Row, counts: Sequence[Mapping[str, int]], config: MultimodalConfig
+) -> list[dict[str, Tensor]] | None:
+    """Tensors ``(items of all rows, channels, height, width)`` by row, not copied; None where one has another form.
+
+    `counts` are each row's items by modality.
+    """
+    found: list[dict[str, Tensor]] = [{} for _ in counts]
+    for name in counts[0]:
+        sizes = [row[name] for row in counts]
+        for key in own_names(config, name).keys() & tensors.keys():
+            if tensors[key].ndim != 4 or len(tensors[key]) != sum(sizes):
+                return None
+            for row, part in zip(found, tensors[key].split(sizes), strict=True):
+                row |= {key: part} if len(part) else {}
+    return found if set(tensors) == {key for row in found for key in row} else None
+
+
+def string_of(name: str, value: Any, what: str) -> str:
+    """A column that holds a text (TypeError: it does not)."""
+    if not isinstance(value, str):
+        raise TypeError(f"expected {name!r} to be {what}, got {type(value).__name__}.")
+    return value
+
+
+def items_of(value: Any, kind: str) -> list:
+    """A cell's items in order; the missing ones of a table are left out."""
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in (flatten(value, kind)[0] if kind in LIST_DEPTHS else listed) if item is not None]
+
+
+def without_gaps(value: Any) -> Any:
+    """A nested value without keys whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: without_gaps(item) for key, item in value.items() if item is not None}
+    return [without_gaps(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -145,6 +231,8 @@ def _joined(rows: Mapping[int, Row], key: str, kind: str, name: str) -> Tensor:
     """The tensors of that keyword, by the number of their row, as one."""
     parts = {i: row[key] for i, row in rows.items()}
     first, one = next(iter(parts.items()))
+    if len(parts) == 1:
+        return one
     if all(part.shape[1:] == one.shape[1:] for part in parts.values()):
         return torch.cat(list(parts.values()))  # (items of all rows, ...)
     for i, part in parts.items():
@@ -196,3 +284,39 @@ def _remedy(kind: str) -> str:
         return "sample as many frames of each (num_frames=)"
     size = "give its processor a fixed size (size={'height': ..., 'width': ...})"
     return size if kind == "image" else "give items of one size"
+
+
+# ---- labels
+
+
+def learnable(labels: Sequence[int]) -> bool:
+    """Whether a row's loss counts any of its labels: the first one stands behind no token that could predict it.
+
+    >>> learnable([5, 6]), learnable([5, -100]), learnable([])
+    (True, False, False)
+    """
+    return any(label != IGNORED for label in labels[1:])
+
+
+def why_not_learnable(labels: Sequence[int], spans: Spans | None) -> str:
+    """The reason why nothing of a row is learnt, and the remedy."""
+    if any(label != IGNORED for label in labels):
+        told = "the only label is that of the row's first token, before which no token stands that could predict it"
+        return f"{told}. Put text in front of it, or the tokenizer's bos_token."
+    if spans is None:
+        return "expected text in 'text', there is none beside placeholders, which are not learned."
+    told = "expected a turn of the assistant, or a completion, with text in it"
+    return f"{told}. If there is one, the chat template's generation marks leave it out."
+
+
+def check_labels(batch: Mapping[str, torch.Tensor], placeholders: Mapping[str, int]) -> None:
+    """Refuse a batch with a label that is not its own token, or on padding or a placeholder (ValueError with the position)."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    silent = torch.tensor(list(placeholders.values()), dtype=ids.dtype)
+    wrong = (labels != IGNORED) & ((labels != ids) | (batch["attention_mask"] == 0) | torch.isin(ids, silent))
+    if wrong.any():
+        row, position = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row}: the label at position {position} is {labels[row, position]}, expected {IGNORED} or the token "
+            f"{ids[row, position]} there, and {IGNORED} on padding and placeholders {dict(placeholders)}."
+        )
