@@ -237,16 +237,16 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         before = self.encoders[: self.encoders.index(name)]
         for part, lender in shares.items():
             if part not in SHARED_PARTS or lender not in before:
-                expected = f"some of {SHARED_PARTS} of one before it, {before}"
-                raise ValueError(f"{name}_modality: shares has {part!r}: {lender!r}, expected {expected}.")
+                told = f"expected some of {SHARED_PARTS} of one before it, {before}"
+                raise ValueError(f"{name}_modality: shares has {part!r}: {lender!r}, {told}.")
             if part in SHARED_KEYS:
                 parts[f"{name}_{SHARED_KEYS[part]}"] = getattr(self, f"{lender}_{SHARED_KEYS[part]}")
 
     def modality(self, name: str) -> dict[str, Any]:
         """The entry of one modality; ValueError that lists the names for an unknown one."""
-        if name not in self.encoders:
+        if name not in vars(self)["encoders"]:  # attributes of transformers' configurations are slow
             raise ValueError(f"Unknown modality {name!r}, this model has {self.encoders}.")
-        return getattr(self, f"{name}_modality")
+        return vars(self)[f"{name}_modality"]
 
     def modalities_of_kind(self, kind: str) -> list[str]:
         """Names of the modalities of a kind (``"image"``, ``"audio"``, ...), in order."""
@@ -255,8 +255,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     def modalities_for(self, what: str) -> list[str]:
         """The modalities that a name, or a kind (``"image"``), means; ValueError for none, or several with other inputs."""
         if (owner := self.joined.get(what)) is not None:
-            told = f"{owner!r}, which has the projector and items of both: name that one, with the inputs of both."
-            raise ValueError(f"{what}: its features are joined to those of {told}")
+            told = "which has the projector and items of both: name that one, with the inputs of both."
+            raise ValueError(f"{what}: its features are joined to those of {owner!r}, {told}")
         if what in self.encoders:
             return [what]
         names = self.modalities_of_kind(what)
@@ -274,17 +274,17 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     @property
     def joined(self) -> dict[str, str]:
         """Modalities whose features are joined to those of another one, and that one."""
-        groups: Any = [group["encoders"] for group in self.share_inputs if isinstance(group, dict)]
-        return {name: group[0] for group in groups for name in group[1:]}
+        groups = vars(self)["share_inputs"]
+        return {n: g["encoders"][0] for g in groups if isinstance(g, dict) for n in g["encoders"][1:]}
 
     @property
     def steps(self) -> list[str]:
         """What this composition does between merging and the language model and others do not, see `registries.STEPS`."""
-        entries = [self.modality(name) for name in self.encoders]
+        entries = [vars(self)[f"{name}_modality"] for name in vars(self)["encoders"]]
         found = ["merge"] if any(entry["merge"] or entry["marks"] for entry in entries) else []
-        found += ["join"] if self.joined else []
+        found += ["join"] if any(isinstance(group, dict) for group in vars(self)["share_inputs"]) else []
         found += ["layer_features"] if any(entry["layer_features"] for entry in entries) else []
-        return found + [key for key in ("positions", "mask") if getattr(self, key, None)]
+        return found + [key for key in ("positions", "mask") if vars(self).get(key)]
 
     def adapters_of(self, part: str) -> dict[str, Any] | None:
         """The adapters around a part (``"language_model"``, ``"vision_encoder.module"``), None where there are none."""

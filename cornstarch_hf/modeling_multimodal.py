@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -26,7 +25,7 @@ from .language_model.calling import (
     LOSS_INPUTS,
     EmbeddingsMixin,
     around_language_model,
-    cached_length,
+    is_prefill,
     run_backbone,
     run_language_model,
     text_keywords,
@@ -192,9 +191,9 @@ class MultimodalModel(
         """
         return_dict, kwargs = kwargs.pop("return_dict", None), kwargs | {"cache": cache}
         cache = take_cache(kwargs)  # a caller may use any of the cache's names; from here on there is one
-        # (batch, length) ids, or (batch, length, hidden) embeddings with the features in them
-        inputs, masks, outputs = self._encode_and_merge(input_ids, inputs_embeds, mm_encoder_outputs, cache, kwargs)
-        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        given = (input_ids, inputs_embeds, mm_encoder_outputs, cache, kwargs, labels is None)
+        inputs, masks, outputs = self._encode_and_merge(*given)
+        tokens: Any = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         check_lengths(tokens.shape[1], attention_mask, labels)
         own = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
         own |= {"use_cache": self._caching(use_cache, cache), "logits_to_keep": logits_to_keep}
@@ -222,20 +221,22 @@ class MultimodalModel(
         return output
 
     def _encode_and_merge(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, given: Any, cache: Any, kwargs: dict[str, Any]
+        self, input_ids: Any, inputs_embeds: Any, given: Any, cache: Any, kwargs: dict[str, Any], alone: bool = True
     ) -> tuple[dict[str, Any], dict[str, Tensor], EncoderOutputs]:
         """The corridor up to the language model: its inputs, ``(batch, length)`` masks of placeholders, features by modality.
 
-        The inputs are `input_ids` ``(batch, length)`` of text alone, or `inputs_embeds` ``(batch, length, hidden)`` with the
-        features in them; the other one is None.
+        Inputs are ids of text alone, or embeddings ``(batch, length, hidden)`` with features in them, the other one is None.
+        `alone`: nobody asks where placeholders are, unless features are.
         """
         check_tensors(input_ids=input_ids)
         paged = is_paged(cache)
         media, text = self._route(kwargs, PAGED_INPUTS if paged else frozenset())
         # Continuous batching is asked for placeholders at its door: no step of it may wait for the device.
-        prefill = not paged and (cache is None if is_compiling() else cached_length(cache) == 0)
         tokens: Any = inputs_embeds if input_ids is None else input_ids
+        prefill = not paged and is_prefill(cache, 0 if tokens is None else tokens.shape[1])
         decodes = paged or (not prefill and tokens is not None and tokens.shape[1] == 1)
+        if decodes and alone and not (media or text or given or self.config.steps):  # a token like any other
+            return {"input_ids": input_ids, "inputs_embeds": inputs_embeds}, {}, {}
         encoded = given is not None and not torch.is_grad_enabled()  # by `generate`, in every process
         # pooler_output: per item (n_i, hidden); features of encoders that ran without an item, (n, hidden) each
         outputs, unused = self._encode(media, given, None if decodes or encoded else [inputs_embeds])
@@ -248,13 +249,10 @@ class MultimodalModel(
     def _route(
         self, kwargs: dict[str, Any], others: frozenset[str] = frozenset()
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-        """Split keyword arguments into each encoder's inputs (by its own names) and the language model's.
-
-        TypeError for those that neither takes and that are not `others`.
-        """
+        """Split keywords into each encoder's inputs, by its names, and the language model's; TypeError for those of neither."""
         media: dict[str, dict[str, Any]] = {}
         text = dict(kwargs)
-        for name in self.config.encoders:
+        for name in self.config.encoders if kwargs else ():
             names = self.config.modality(name)["input_names"]
             inputs = {names[key]: text.pop(key) for key in names if key in text}
             inputs = {key: value for key, value in inputs.items() if value is not None}
@@ -266,8 +264,8 @@ class MultimodalModel(
             has_items = len(inputs[main]) > 0 if has_main else bool(given)
             if has_items:  # inputs without one run no encoder
                 media[name] = inputs
-        taken = sorted({*text_keywords(self.language_model), *step_inputs(self.config)})
-        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), *LOSS_INPUTS, *others}):
+        taken = sorted({*text_keywords(self.language_model), *step_inputs(self.config)}) if text else []
+        if unknown := sorted(set(text) - {*taken, *transformers_keywords(), *LOSS_INPUTS, *others}) if text else []:
             keywords = [key for n in self.config.encoders for key in self.config.modality(n)["input_names"]]
             raise TypeError(
                 f"forward() got unexpected keyword arguments {unknown}: the encoders take {keywords}, the language model "

@@ -143,7 +143,8 @@ def patch_grid(inputs: Mapping[str, Any], config: Any) -> Grid | None:
 
 def grids_of_tensor(grids: Any) -> list[Grid]:
     """Grids as a callback may state them, a tensor or nested lists, as tuples; ValueError for other than 2 or 3 numbers."""
-    found = [tuple(int(n) for n in row) for row in grids]
+    rows = grids.tolist() if isinstance(grids, Tensor) else grids  # at once: each number would wait for the device
+    found = [tuple(int(n) for n in row) for row in rows]
     if any(len(grid) not in (2, 3) for grid in found):
         raise ValueError(f"feature_grids must hold (height, width) or (frames, height, width) per item, got {found}.")
     return found

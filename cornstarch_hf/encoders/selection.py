@@ -33,7 +33,7 @@ class EncoderOutput(BaseModelOutputWithPooling):
     @property
     def lengths(self) -> list[int] | None:
         """`feature_lens` as integers."""
-        return None if self.feature_lens is None else [int(n) for n in self.feature_lens]
+        return None if self.feature_lens is None else torch.as_tensor(self.feature_lens).tolist()
 
 
 CHANNELS_FIRST, CHANNELS_LAST, LAYERS_FIRST = "channels_first", "channels_last", "layers_first"

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, logging
 from ..parts.adapters import is_adapted, unwrapped
 from ..parts.frozen_modes import is_checkpointing
 from ..parts.registries import STEPS
-from ..parts.signatures import accepts, forward_parameters
+from ..parts.signatures import accepts, forward_function, forward_parameters, takes_any_keyword
 from ..parts.versions import CACHE, CACHE_NAMES, is_paged, take_cache
 from .extra_inputs import id_input_names, with_positions
 from .label_loss import run_at_labels, takes_positions, without_logits
@@ -36,7 +36,8 @@ def around_language_model(
 
     `masks` and `outputs` are those of the placeholders and features that were merged, by modality.
     """
-    steps, past = [STEPS[key] for key in model.config.steps], cached_length(inputs.get("cache"))
+    steps = [STEPS[key] for key in model.config.steps]
+    past = cached_length(inputs.get("cache")) if steps else 0
     for step in steps:
         inputs = step.before_language_model(model, inputs, masks, outputs, past)
     output = run(inputs)
@@ -118,7 +119,9 @@ def _skips_logits(model: Any, asked: bool | None, labels: Tensor | None, keep_al
 
 def _taken(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a language model takes; TypeError for others, unless leaving them out changes nothing."""
-    refused = {key for key in arguments if not accepts(language_model, key)}
+    if takes_any_keyword(language_model):
+        return arguments
+    refused = arguments.keys() - forward_parameters(language_model).keys()
     if wrong := sorted(key for key in refused if key != "use_cache" and arguments[key] is not False):
         raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
     return {key: value for key, value in arguments.items() if key not in refused}
@@ -129,6 +132,14 @@ def cached_length(cache: Any) -> int:
     if cache is None or is_paged(cache):
         return 0
     return int(cache.has_previous_state()) if is_running_state(cache) else cache.get_seq_length()
+
+
+def is_prefill(cache: Any, new: int) -> bool:
+    """Whether nothing is in a cache before `new` tokens; of one whose length lies on the device, whether they are several."""
+    if cache is None or torch.compiler.is_compiling():
+        return cache is None
+    past = cached_length(cache)
+    return new > 1 if isinstance(past, Tensor) else past == 0  # to look at it waits for the device
 
 
 def is_running_state(cache: Any) -> bool:
@@ -209,6 +220,13 @@ class EmbeddingsMixin(PreTrainedModel):
                 "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`."
             )
         return False
+
+    def signature_state(self) -> tuple[Any, list[Any]]:
+        """What decides the signatures of this model's methods: values, and objects that have to stay the same."""
+        values, language_model = vars(self.config), self.language_model
+        entries = [values[f"{name}_modality"] for name in values["encoders"]]
+        plain = (values["encoders"], entries, values["share_inputs"], values.get("positions"), values.get("mask"))
+        return plain, [language_model, forward_function(language_model)]
 
     @property
     def base_model(self) -> Headless:

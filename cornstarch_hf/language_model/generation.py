@@ -233,19 +233,19 @@ class MultimodalGenerationMixin:
             raise ValueError("assistant_model cannot draft tokens for beams: leave it out, or num_beams.")
         cache = take_cache(kwargs, ("cache", CACHE or "cache"))  # by this version's name, or by ours
         past = cached_length(cache)
-        if anew := past > 0 and crosses_longrope_limit(self.language_model, past, input_ids.shape[1]):
+        if anew := crosses_longrope_limit(self.language_model, past, input_ids.shape[1]) and past > 0:
             # transformers then gives all of input_ids (batch, length) to the model, not the last one alone.
             cache = next_sequence_length = None
         kwargs |= {CACHE: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        if is_first_iteration or past == 0:
+        # To look at the length of a static cache, which lies on the device, at each token would wait for it.
+        empty = not (next_sequence_length == 1 and isinstance(past, Tensor)) and past == 0
+        if is_first_iteration or empty:
             steps_before_prefill(self, kwargs, past, input_ids.shape[1], next_sequence_length)
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
-        # transformers leaves features out of every iteration but the first; an assistant's prefill is none in its eyes, and
-        # nor is a row that is run again.
-        features = kwargs.get("mm_encoder_outputs")
-        if features is not None and (anew or (cache is not None and past == 0)):
+        # transformers leaves features out of all iterations but the first, an assistant's prefill and a row that runs again.
+        if (features := kwargs.get("mm_encoder_outputs")) is not None and (anew or (cache is not None and empty)):
             inputs.setdefault("mm_encoder_outputs", features)
         if self.config.mask and past and not is_first_iteration:  # drafted tokens and answers are of no type
             inputs = {key: value for key, value in inputs.items() if not key.endswith("token_type_ids")}

@@ -391,9 +391,10 @@ class MergingMixin(PreTrainedModel):
     def _attach_features(self, output: ModelOutput, outputs: dict[str, Any]) -> None:
         """Say what each encoder gave (in place), None without items: `output.image_outputs`, ..., by name where kinds clash."""
         # Attributes: Trainer would gather keys as predictions, DistributedDataParallel wait for gradients of all behind them.
-        for name in self.config.encoders:
-            kind = self.config.modality(name)["kind"]
-            alone = kind in MEDIA_KINDS and self.config.modalities_of_kind(kind) == [name]
+        config, names = self.config, self.config.encoders
+        kinds = {name: config.modality(name)["kind"] for name in names}
+        for name, kind in kinds.items():
+            alone = kind in MEDIA_KINDS and (len(names) == 1 or config.modalities_of_kind(kind) == [name])
             # Another encoder may have the kind as its name.
-            by_kind = alone and (kind == name or kind not in self.config.encoders)
-            setattr(output, f"{kind if by_kind else name}_outputs", outputs.get(name))
+            by_kind = alone and (kind == name or kind not in names)
+            object.__setattr__(output, f"{kind if by_kind else name}_outputs", outputs.get(name))

@@ -1,5 +1,6 @@
 """A `forward` whose signature names the inputs of an instance's encoders: Trainer drops others, `generate` and PEFT read it."""
 
+import copy
 import functools
 import inspect
 import types
@@ -28,11 +29,17 @@ def with_signature(function: Callable, removed: tuple[str, ...], added: tuple[st
     return copied
 
 
+# Of instances, by the method's name: what its signature was made by, and the function that has it.
+_MADE: Any = weakref.WeakKeyDictionary()
+
+
 class PerInstanceSignature:
     """Descriptor for a method whose signature an instance completes.
 
     The instance's ``signature_changes(method_name)`` gives the parameters to remove and to add, or None if it does not
-    have the method at all.  Nothing is stored on the instance: it pickles, and may hold a `forward` of its own.
+    have the method at all.  One that has ``signature_state()`` is asked for them again only when that is another: values that
+    are compared, and objects that have to be the same.  Nothing is stored on the instance: it pickles, and may hold a
+    `forward` of its own.
 
     Args:
         on_class: whether the class itself shows the method; transformers looks at classes to learn what models do.
@@ -52,42 +59,66 @@ class PerInstanceSignature:
             return self.function
         if torch.compiler.is_compiling():  # a tracer needs no signature
             return functools.partial(self.function, instance)
+        if (state := getattr(instance, "signature_state", None)) is None:
+            return types.MethodType(self._completed(instance), instance)
+        values, same = state()  # for every call of a model, so this is quick
+        made = _MADE.setdefault(instance, {})
+        known = made.get(self.name)
+        if known is None or known[0] != values or any(ref() is not it for ref, it in zip(known[1], same, strict=True)):
+            known = copy.deepcopy(values), [weakref.ref(each) for each in same], self._completed(instance)
+            made[self.name] = known
+        return types.MethodType(known[2], instance)
+
+    def _completed(self, instance: Any) -> Callable:
         changes = instance.signature_changes(self.name)
         if changes is None:
             raise AttributeError(f"{type(instance).__name__!r} object has no attribute {self.name!r}")
-        removed, added = tuple(sorted(set(changes[0]))), tuple(dict.fromkeys(changes[1]))
-        return types.MethodType(with_signature(self.function, removed, added), instance)
+        return with_signature(self.function, tuple(sorted(set(changes[0]))), tuple(dict.fromkeys(changes[1])))
 
 
 _KNOWN: Any = weakref.WeakKeyDictionary()  # of functions that are methods: what their signature goes by, and parameters
+# Those with a name, and whether there is ``**kwargs``.
+Parameters = tuple[Mapping[str, inspect.Parameter], bool]
 
 
-def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """All parameters of a module's `forward`, looked up once per function: it takes as long as a small layer runs."""
+def _named(signature: inspect.Signature) -> Parameters:
+    every = signature.parameters
+    named = {n: p for n, p in every.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return types.MappingProxyType(named), any(p.kind is p.VAR_KEYWORD for p in every.values())
+
+
+def _parameters(module: nn.Module) -> Parameters:
+    """The parameters of a module's `forward`, looked up once per function: it takes as long as a small layer runs."""
     # PEFT's own `forward` is ``(*args, **kwargs)``, which would take anything.
     forward = unwrapped(module).forward
     function = getattr(forward, "__func__", None)
     # What somebody has put on the instance may be anything; and a tracer would guard what is kept of all functions.
     if not isinstance(function, types.FunctionType) or torch.compiler.is_compiling():
-        return inspect.signature(forward).parameters
+        return _named(inspect.signature(forward))
     told = (function.__code__, vars(function).get("__signature__"))
-    known, found = _KNOWN.get(function, (None, {}))
-    if known is None or any(a is not b for a, b in zip(known, told, strict=True)):
-        found = inspect.signature(forward).parameters
-        _KNOWN[function] = told, found
-    return found
+    known = _KNOWN.get(function)
+    if known is None or known[0] is not told[0] or known[1] is not told[1]:
+        known = _KNOWN[function] = (*told, _named(inspect.signature(forward)))
+    return known[2]
 
 
-def forward_parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+def forward_function(module: nn.Module) -> Any:
+    """What the parameters of a module's `forward` are those of: a function, or what somebody has put in its place."""
+    forward = unwrapped(module).forward
+    return getattr(forward, "__func__", forward)
+
+
+def forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Named parameters of a module's `forward`; of a PEFT wrapper, of the model inside."""
-    return {n: p for n, p in _parameters(module).items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return _parameters(module)[0]
 
 
 def takes_any_keyword(module: nn.Module) -> bool:
     """Whether a module's `forward` has ``**kwargs``."""
-    return any(p.kind is p.VAR_KEYWORD for p in _parameters(module).values())
+    return _parameters(module)[1]
 
 
 def accepts(module: nn.Module, name: str) -> bool:
     """Whether a module's `forward` takes a keyword."""
-    return name in forward_parameters(module) or takes_any_keyword(module)
+    named, others = _parameters(module)
+    return others or name in named

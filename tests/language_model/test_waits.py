@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from helpers import compose_tiny, needs_5_24
+from transformers import StaticCache
 from waits import waits_of
 
 from cornstarch_hf import from_native
@@ -34,12 +35,17 @@ def forward_waits(model, inputs):
 
 
 def step_waits(model, inputs, labelled=3):
-    """Waits of a training step as Trainer makes it: with labels, and with their number in a tensor that is there already."""
+    """Waits of a training step as Trainer makes it: with labels, and with their number in a tensor that is there already.
+
+    The first one is not counted, in which layers that are not needed are looked for.
+    """
     model.train()
     labels = inputs["input_ids"].clone()
     labels[:, :-labelled] = -100
     number = torch.tensor(labelled)
-    return waits_of(lambda: model(**inputs, labels=labels, num_items_in_batch=number).loss.backward())
+    given = inputs | {"labels": labels, "num_items_in_batch": number}
+    model(**given)
+    return waits_of(lambda: model(**given).loss.backward())
 
 
 def same(found):
@@ -76,9 +82,26 @@ def test_a_generated_token_waits_as_often_as_a_native_one():
     counts = {}
     for name, each in (("native", native), ("ours", model)):
         each.generation_config.eos_token_id = None
+        each.generate(**inputs, max_new_tokens=1, **GREEDY)
         runs = [waits_of(lambda n=n, each=each: each.generate(**inputs, max_new_tokens=n, **GREEDY)) for n in (2, 6)]
         counts[name] = len(runs[1]) - len(runs[0])
     assert counts == {"native": 4, "ours": 4}, "one for each token: whether all rows have ended"
+
+
+@needs_5_24
+@torch.no_grad()
+def test_a_token_with_a_static_cache_does_not_wait_for_the_length_of_it():
+    pair = native_processors.pair("llava")
+    native, (model, processor) = pair[0], from_native(pair)
+    inputs = dict(processor(text=[f"a {processor.tokens['vision']} b"], images=[tiny.image(0)], return_tensors="pt"))
+    found = []
+    for each in (native, model):
+        cache = StaticCache(config=each.config.get_text_config(), max_cache_len=64)
+        each(**inputs, cache=cache)
+        given = {"input_ids": torch.tensor([[5]]), "cache": cache}
+        each(**given)
+        found.append(len(waits_of(lambda each=each, given=given: each(**given))))
+    assert found[1] <= found[0]
 
 
 # ---- growth
