@@ -302,6 +302,8 @@ class FeatureMemoMixin:
     def _run_encoder(self, encoder: Any, inputs: dict[str, Any]) -> Any:
         """The output of an encoder for the items of a step."""
         memo, options = self._feature_memo, encoder_options(self.config, ALONE)
+        if memo is not None and torch.is_grad_enabled() and any(m.training for m in _modules_of(encoder)):
+            memo.clear()  # fused optimizers write into weights without a word
         if memo is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or together():
             return encoder(**inputs, **options)
         alone = all(part.preprocess_callback is None for part in joint(encoder))  # what one makes may be other rows

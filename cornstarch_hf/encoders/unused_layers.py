@@ -1,8 +1,8 @@
 """Layers behind the selected hidden states do not run: an encoder is called as far as the deepest state that is projected.
 
-Nothing of the encoder is changed for it: `states_alone` calls a view, made anew for each call, of the modules on the way to
-its layers; `module` asks it, and calls the whole encoder where it gives None.  `Picklable` leaves out of pickles what
-transformers hooks to an encoder that was asked for its hidden states.
+`states_alone` calls a view, made anew for each call, of the modules on the way to an encoder's layers, and changes nothing
+of them; `module` asks it, and calls the whole encoder where it gives None.  `Picklable` leaves out of pickles what
+transformers hooks to an encoder that is asked for its hidden states.
 """
 
 import copy
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _has_any_global_hook
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..parts.adapters import unwrapped
 from ..parts.frozen_modes import in_evaluation_mode
@@ -84,12 +85,8 @@ def states_alone(encoder: Any, inputs: dict, options: dict, wanted: dict) -> Any
         return None
     plans = _PLANS.setdefault(tower, {})
     attention = getattr(unwrapped(tower).config, "_attn_implementation", None)
-    key = (
-        tuple(chosen),
-        tower.training,
-        str(attention),
-        *sorted(name for name, value in inputs.items() if value is not None),
-    )
+    given = sorted(name for name, value in inputs.items() if value is not None)
+    key = (tuple(chosen), tower.training, str(attention), *given)
     if key not in plans or not plans[key].is_of(tower):
         plans[key] = _Plan()
     plan = plans[key]  # complete from the beginning, whatever other threads find out
@@ -125,12 +122,14 @@ def _is_plain(tower: nn.Module, inputs: Mapping[str, Any]) -> bool:
     if any(type(x) not in (Tensor, nn.Parameter) or x.is_meta for x in tensors):
         return False
     inner: Any = unwrapped(tower)
-    return not (getattr(inner, "is_quantized", False) or getattr(tower, "_is_replica", False))
+    odd = ("is_quantized", "_is_replica", "_is_fsdp_managed_module")  # the last one of both kinds of FSDP
+    return not any(getattr(each, key, False) for key in odd for each in (tower, inner))
 
 
 def _may_be_checked(tower: nn.Module) -> bool:
     """Whether an encoder may run twice: its weights are not in pieces, and no statistics of batches move."""
     pieces = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in tower.parameters())
+    pieces |= any(hasattr(m, "_fsdp_wrapped_module") for m in tower.modules())
     recorded = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()  # in a CUDA graph nothing waits
     moving = any(isinstance(m, _NormBase) and m.training for m in tower.modules())
     return _is_untouched(tower) and not (pieces or recorded or moving)
@@ -171,17 +170,12 @@ def _shape(way: Sequence[nn.Module]) -> tuple[Any, ...]:
     return (*map(weakref.ref, way), *map(type, way[-1]._modules.values()))
 
 
-def _positions(chosen: Sequence[int], count: int) -> list[int]:
-    """Indices of hidden states, counted from the first one."""
-    return [layer % count for layer in chosen]
-
-
 def _behind(tower: nn.Module, plan: _Plan, chosen: Sequence[int]) -> Iterator[nn.Module]:
     """What does not run, or not to its end: modules on the way, layers behind, and other modules that follow them."""
     way = _way(tower, plan.path or ()) or []
     yield from way
     others = [way[depth]._modules.get(name) for depth, name in plan.behind]
-    for module in [*others, *list(way[-1]._modules.values())[max(_positions(chosen, plan.count)) :]]:
+    for module in [*others, *list(way[-1]._modules.values())[max([layer % plan.count for layer in chosen]) :]]:
         if module is not None:
             yield from module.modules()
 
@@ -194,11 +188,9 @@ def _shallow(module: nn.Module, **changes: Any) -> nn.Module:
     return copied
 
 
-def _run(
-    tower: nn.Module, plan: _Plan, chosen: Sequence[int], inputs: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> States | None:
+def _run(tower: nn.Module, plan: _Plan, chosen: Sequence[int], inputs: Mapping, wanted: Mapping) -> States | None:
     """Hidden states by a view of an encoder whose layers end the call where the deepest state is reached."""
-    path, positions = plan.path or (), _positions(chosen, plan.count)
+    path, positions = plan.path or (), [layer % plan.count for layer in chosen]
     found: dict[int, Tensor] = {}  # (items, tokens, width) each, or as the encoder has them
     top = view = _shallow(tower)
     for name in path:
@@ -229,9 +221,7 @@ def _kept(found: dict[int, Tensor], place: int, layer: nn.Module | None, *args: 
 # ---- the check
 
 
-def _checked(
-    tower: nn.Module, plan: _Plan, chosen: Sequence[int], inputs: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> tuple[_Plan, States | None]:
+def _checked(tower: Any, plan: _Plan, chosen: Sequence[int], inputs: Mapping, wanted: Mapping) -> tuple[_Plan, Any]:
     """Hidden states by a view that gives those of the whole encoder, None without one; before them what is known now."""
     device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), torch.device("cpu"))
     before, later = _random_state(device), replace(plan, tries=plan.tries - 1)
@@ -243,9 +233,9 @@ def _checked(
         after = _random_state(device)
         _set_random_state(before, device)
     count = len(states)
-    if not all(-count <= layer < count for layer in chosen) or count - 1 in _positions(chosen, count):
+    if not all(-count <= layer < count for layer in chosen) or count - 1 in [layer % count for layer in chosen]:
         return replace(plan, tries=0), None  # the whole encoder says so, or is needed
-    expected = {i: states[i] for i in _positions(chosen, count)}
+    expected = {i: states[i] for i in [layer % count for layer in chosen]}
     if any(_same(states[i], states[j]) for i in expected for j in range(count) if i != j):
         return later, None  # nothing would tell which of them it was
     paths = _lists(tower, count - 1) if plan.path is None else ()
@@ -253,12 +243,13 @@ def _checked(
         behind = list(_behind(tower, one, chosen))
         if not all(map(_is_untouched, behind)):
             return one, None
-        found = _tried(tower, one, chosen, inputs, wanted, expected)
+        found = _tried(tower, one, expected, chosen, inputs, wanted)
         # What is drawn afterwards, for dropout in the language model, must be the same too.
         right = found is not None and _random_state(device) == after
         if right or found is not None or one is plan:
             one.equal[any(module.training for module in behind)] = right
         if right:
+            _hook(tower, (_way(tower, one.path or ()) or [])[-1])
             return one, found
         _set_random_state(before, device)
         if one.equal:
@@ -266,12 +257,10 @@ def _checked(
     return replace(plan, tries=0), None
 
 
-def _tried(
-    tower: nn.Module, plan: _Plan, chosen: Sequence[int], inputs: Mapping, wanted: Mapping, expected: Mapping
-) -> States | None:
+def _tried(tower: Any, plan: _Plan, expected: Mapping, *call: Any) -> States | None:
     """Hidden states by a view, None where they are not the expected ones."""
     try:
-        found = _run(tower, plan, chosen, inputs, wanted)
+        found = _run(tower, plan, *call)
     except Exception:  # it cannot be called like this
         return None
     return found if found is not None and all(_same(found[i], state) for i, state in expected.items()) else None
@@ -293,7 +282,7 @@ def _planned(
 
 
 def _reference(
-    tower: nn.Module, inputs: Mapping[str, Any], wanted: Mapping[str, Any]
+    tower: Any, inputs: Mapping, wanted: Mapping
 ) -> tuple[tuple[Any, ...], dict[nn.Module, tuple[int, int]]]:
     """The hidden states of a whole encoder, and when each of its modules began for the first and the last time.
 
@@ -321,9 +310,8 @@ def _reference(
     # may differ by that.
     given = {name: x.view_as(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     output = top(**given, **wanted)
-    if not isinstance(output, Mapping) or any(output.get(mask) is not None for mask in OUTPUT_MASKS):
-        return (), {}
-    if any(_has_changed(module, made, kept[module]) for module, made in copies.items()):
+    odd = not isinstance(output, Mapping) or any(output.get(mask) is not None for mask in OUTPUT_MASKS)
+    if odd or any(_has_changed(module, made, kept[module]) for module, made in copies.items()):
         return (), {}
     order: dict[nn.Module, tuple[int, int]] = {}
     for i, module in enumerate(began):
@@ -393,8 +381,19 @@ def _without_captures(module: nn.Module) -> nn.Module:
         return module
     tensors = [*module.parameters(), *module.buffers()]
     made = copy.deepcopy(module, {id(x): x for x in tensors})
-    for inner in made.modules():
+    _unhook(made)
+    return made
+
+
+def _unhook(module: nn.Module) -> None:
+    for inner in module.modules():
         for number in [n for n, hook in inner._forward_hooks.items() if _captures(hook)]:
             del inner._forward_hooks[number]
         inner.__dict__.pop(_INSTALLED, None)
-    return made
+
+
+def _hook(tower: Any, layers: nn.Module) -> None:
+    """Have transformers hook what it needs, as a call of the whole encoder does, but for one that is compiled, which fails."""
+    if not all(any(map(_captures, layer._forward_hooks.values())) for layer in layers.children()):
+        _unhook(tower)  # of other layers, which stood there before
+    maybe_install_capturing_hooks(unwrapped(tower))

@@ -38,8 +38,10 @@ def takes_positions(language_model: Any) -> bool:
     if is_wrapped(language_model) and language_model.active_peft_config.is_prompt_learning:
         return False
     inner: Any = unwrapped(language_model)
-    # There is no other sign of how it computes its loss.
-    return "loss_function" in _names_used(inner) and "shift_labels" in inspect.signature(inner.loss_function).parameters
+    # There is no other sign of how it computes its loss.  One that somebody has set may tell rows apart.
+    loss = inner.loss_function
+    own = getattr(loss, "__module__", "").partition(".")[0] == "transformers"
+    return own and "loss_function" in _names_used(inner) and "shift_labels" in inspect.signature(loss).parameters
 
 
 def _names_used(inner: Any) -> tuple[str, ...]:
@@ -105,9 +107,13 @@ def _backbone(language_model: Any) -> Any:
         if len(called) != 1:
             break
         backbone = called[0]
-    # Whoever puts a `forward` of his own on a module (accelerate, to move its inputs) calls that module, and no copy of it.
-    replaced = any("forward" in vars(each) for each in _path(language_model, inner))
+    replaced = any(map(_is_replaced, _path(language_model, inner)))
     return None if backbone is inner or replaced or _captures(inner) else backbone
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether a call of a module's copy would be one of the module: accelerate's hooks, `module.compile()`."""
+    return "forward" in vars(module) or vars(module).get("_compiled_call_impl") is not None
 
 
 def _captures(inner: Any) -> bool:
@@ -183,6 +189,10 @@ class _Head:
         """Whether the labelled positions are too many for logits of all of them, and can be taken apart."""
         if self.labels.numel() <= self.rows or self.module is None:
             return False
+        # Sharded weights are whole where the language model itself runs; hooks on weights are for whole gradients.
+        sharded = getattr(self.inner, "_is_fsdp_managed_module", False)
+        if sharded or any(hasattr(p, "ds_id") or p._backward_hooks for p in self._weights()):
+            return False
         place = self.labels.device.type
         half = next(self.inner.parameters()).dtype == torch.float16
         half |= torch.is_autocast_enabled(place) and torch.get_autocast_dtype(place) == torch.float16
@@ -231,12 +241,14 @@ class _Head:
     @torch.no_grad()
     def _adds_up(self, hidden: Tensor) -> bool:
         """Whether the losses of two positions are the loss of both: found once, as something else may be in a loss."""
-        if self.inner not in _ADDS_UP:
+        function, known = _ADDS_UP.get(self.inner, (None, False))
+        if function is not self.inner.loss_function:
             both = self.loss(hidden[:, :2], self.labels[:, :2])
             apart = [self.loss(hidden[:, i : i + 1], self.labels[:, i : i + 1]) for i in range(2)]
             limit = 50 * torch.finfo(hidden.dtype).eps
-            _ADDS_UP[self.inner] = torch.allclose(both, apart[0] + apart[1], rtol=limit, atol=0)
-        return _ADDS_UP[self.inner]
+            known = torch.allclose(both, apart[0] + apart[1], rtol=limit, atol=0)
+            _ADDS_UP[self.inner] = self.inner.loss_function, known
+        return known
 
     def gradients(self, hidden: Tensor, weights: Sequence[Tensor]) -> list[Any]:
         """The loss; its gradient by hidden states ``(1, labelled, hidden)``, None where they need none; those by weights."""
@@ -257,13 +269,16 @@ class _Head:
             by_hidden += [found.pop(0)] if hidden.requires_grad else []
             sums = [a if b is None else (b if a is None else a.add_(b)) for a, b in zip(sums, found, strict=True)]
         if gathered is not None:
-            sums = [gathered.sums.get(id(p), grad) for p, grad in zip(weights, sums, strict=True)]
+            sums = [gathered.sums.pop(id(p), grad) for p, grad in zip(weights, sums, strict=True)]
+            gathered.module = None  # which holds it
         return [total, torch.cat(by_hidden, 1) if by_hidden else None, *sums]
 
 
 def _own(head: Any) -> list[Tensor]:
     """Weights whose gradients can be gathered: of a linear layer that computes with nothing else, in their own dtype."""
-    plain = type(head) is nn.Linear and not torch.is_autocast_enabled(head.weight.device.type)
+    if type(head) is not nn.Linear or set(head._parameters) != {"weight", "bias"} or head._forward_pre_hooks:
+        return []  # pruned, normalised by hooks
+    plain = not _is_replaced(head) and not torch.is_autocast_enabled(head.weight.device.type)
     return [p for p in head.parameters() if type(p) is nn.Parameter] if plain else []
 
 
@@ -323,7 +338,8 @@ class _LossInParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: _Head, hidden: Tensor, *weights: Tensor) -> Tensor:
         loss, *ctx.gradients = head.gradients(hidden, weights)
-        ctx.head = head
+        place = hidden.device.type
+        ctx.head, ctx.cast = head, (place, torch.get_autocast_dtype(place), torch.is_autocast_enabled(place))
         ctx.save_for_backward(hidden, *weights)
         return loss
 
@@ -333,7 +349,8 @@ class _LossInParts(torch.autograd.Function):
         hidden, *weights = ctx.saved_tensors
         found, ctx.gradients = ctx.gradients, None
         if found is None:  # a second pass: the first one gave them away
-            found = ctx.head.gradients(hidden, weights)[1:]
+            with torch.autocast(*ctx.cast):
+                found = ctx.head.gradients(hidden, weights)[1:]
         return None, *(None if x is None else x.mul_(gradient) for x in found)
 
 
@@ -347,12 +364,13 @@ class _NoLogits:
     """The attribute `logits` of an output that has none: None, with a word on how to get them."""
 
     def __get__(self, output: Any, owner: Any = None) -> Any:
-        if output is not None and vars(output).get("_read"):
+        value = None if output is None else vars(output).get("logits")
+        if value is None and output is not None and vars(output).get("_read"):
             warnings.warn(_WHERE_LOGITS_ARE, stacklevel=2)
-        return None
+        return value
 
     def __set__(self, output: Any, value: Any) -> None:
-        """Nothing: the constructor sets None."""
+        vars(output)["logits"] = value
 
 
 @functools.cache

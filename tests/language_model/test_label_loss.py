@@ -2,15 +2,18 @@
 
 import copy
 import functools
+import gc
 import json
 import math
 import pickle
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import torch.nn.utils.prune
 from helpers import compose_tiny, run_python
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import Bare
@@ -345,17 +348,67 @@ def test_a_loss_with_more_in_it_is_taken_whole(few_at_once):
     whole, part, batch = fully_labelled("llama")
 
     def with_more(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
-        found = torch.nn.functional.cross_entropy(
-            logits.flatten(0, -2).float(), shift_labels.flatten(), reduction="sum"
-        )
-        return found / (num_items_in_batch or (shift_labels != -100).sum()) + logits.logsumexp(-1).square().mean()
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+        found = torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
+        return found / (num_items_in_batch or (targets != -100).sum()) + logits.logsumexp(-1).square().mean()
 
     part.language_model.loss_function = with_more
     made = head_rows(part)
+    part(**batch)
+    assert made == [batch["input_ids"].shape[1]]  # somebody's own loss, of which nothing is known
+    made.clear()
+    with_more.__module__ = "transformers.loss"
     labelled = int((batch["labels"][:, 1:] != -100).sum())
     assert part(**batch).loss > whole(**batch).loss + 1 and made[-1] == labelled
     part(**batch)
     assert made[-2:] == [1, labelled]  # found out once
+
+
+def doubled_at_all(model):
+    for weight in (model.language_model.lm_head.weight, model.language_model.model.norm.weight):
+        weight.register_hook(lambda grad: 2 * grad)
+
+
+def pruned(model):
+    torch.nn.utils.prune.l1_unstructured(model.language_model.lm_head, "weight", amount=0.5)
+
+
+def patched(model):
+    head = model.language_model.lm_head
+    head.forward = lambda x: 3 * torch.nn.functional.linear(x, head.weight)
+
+
+def compiled(model):
+    model.language_model.compile(backend="eager")
+
+
+ODD = [doubled_at_all, pruned, patched, compiled]
+
+
+@pytest.mark.parametrize("at_once", [ROWS * tiny.VOCABULARY, 2**24], ids=["parts", "at once"])
+@pytest.mark.parametrize("change", ODD)
+def test_heads_that_compute_something_else(change, at_once, monkeypatch):
+    monkeypatch.setattr("cornstarch_hf.language_model.label_loss.LOGITS_AT_ONCE", at_once)
+    whole, part, batch = fully_labelled("llama")
+    for model in (whole, part):
+        change(model)
+    (full, expected), (found, got) = gradients(whole, batch), gradients(part, batch)
+    torch.testing.assert_close(found.loss, full.loss, rtol=1e-6, atol=0)
+    assert_equal_gradients(expected, got)
+
+
+def test_nothing_of_a_step_in_parts_stays(few_at_once):
+    _, part, batch = fully_labelled("llama")
+    gc.collect()
+    gc.disable()
+    try:
+        loss = part(**batch).loss
+        kept = weakref.ref(loss.grad_fn.next_functions[0][0].gradients[1])
+        loss.backward()
+        del loss
+        assert kept() is None or kept() is part.language_model.lm_head.weight.grad
+    finally:
+        gc.enable()
 
 
 def test_learnt_prompts_in_front_give_the_first_token_a_label():
@@ -386,6 +439,8 @@ def test_reading_logits_beside_labels_says_what_to_set():
         assert type(again).__name__ == "CausalLMOutputWithPast" and torch.equal(again.loss, output.loss)
         assert isinstance(output, type(again)) and list(output) == list(again)
         assert copy.copy(output).image_outputs is output.image_outputs
+        output.logits = output.loss
+        assert output.logits is output.loss and output["logits"] is output.loss
         assert part(**batch, skip_logits=False).logits.shape[:2] == batch["input_ids"].shape
 
 
