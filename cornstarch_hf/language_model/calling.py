@@ -1,5 +1,7 @@
 """Calling the language model of a composition: with its head and loss, or without."""
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from ..parts.registries import STEPS
 from ..parts.signatures import accepts, forward_function, forward_parameters, takes_any_keyword
 from ..parts.versions import CACHE, CACHE_NAMES, is_paged, take_cache
 from .extra_inputs import id_input_names, with_positions
-from .label_loss import run_at_labels, takes_positions, without_logits
+from .label_loss import run_at_labels, takes_positions
 
 logger = logging.get_logger(__name__)
 # Keywords of the loss beside labels: those that were shifted already, for sequences that are split over devices; and whether
@@ -125,6 +127,48 @@ def _taken(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, An
     if wrong := sorted(key for key in refused if key != "use_cache" and arguments[key] is not False):
         raise TypeError(f"The language model {type(unwrapped(language_model)).__name__} does not take {wrong}.")
     return {key: value for key, value in arguments.items() if key not in refused}
+
+
+_WHERE_LOGITS_ARE = (
+    "outputs.logits is None: the language model's head ran where labels are, and nowhere else. To read logits beside labels "
+    "pass skip_logits=False, or set model.config.loss_at_labels = False."
+)
+
+
+class _NoLogits:
+    """The attribute `logits` of an output that has none: None, with a word on how to get them."""
+
+    def __get__(self, output: Any, owner: Any = None) -> Any:
+        value = None if output is None else vars(output).get("logits")
+        if value is None and output is not None and vars(output).get("_read"):
+            warnings.warn(_WHERE_LOGITS_ARE, stacklevel=2)
+        return value
+
+    def __set__(self, output: Any, value: Any) -> None:
+        vars(output)["logits"] = value
+
+
+@functools.cache
+def _class_without_logits(cls: type) -> Any:
+    def finish(self: Any) -> None:
+        super(made, self).__post_init__()
+        vars(self)["_read"] = True  # from here on by others
+
+    def plain(self: Any) -> Any:
+        output = cls(**self)
+        vars(output).update({key: value for key, value in vars(self).items() if key != "_read"})
+        return output
+
+    body = {"logits": _NoLogits(), "__post_init__": finish, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    body |= {"__repr__": lambda self: repr(plain(self)), "__reduce__": lambda self: plain(self).__reduce__()}
+    made: Any = type(f"{cls.__name__}WithoutLogits", (cls,), body)
+    return made
+
+
+def without_logits(output: ModelOutput) -> ModelOutput:
+    """An output without its logits: those of some positions alone would be taken for those of all."""
+    cls = type(output) if torch.compiler.is_compiling() else _class_without_logits(type(output))
+    return cls(**{key: value for key, value in output.items() if key != "logits"})
 
 
 def cached_length(cache: Any) -> int:

@@ -6,7 +6,6 @@ stay its own: what is called is a shallow copy of it, with something that stands
 
 import functools
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -75,8 +74,8 @@ def run_at_labels(language_model: Any, arguments: dict[str, Any]) -> ModelOutput
         return output[0].flatten(0, 1).index_select(0, rows * targets.shape[1] + columns)[None]
 
     head = _Head(language_model, backbone, arguments, labels)
-    if head.takes_parts:
-        return head.in_parts(choose)
+    if head.takes_parts and (output := head.in_parts(choose)) is not None:
+        return output
 
     def run(*args: Any, **kwargs: Any) -> Any:
         output = backbone(*args, **kwargs)
@@ -108,7 +107,9 @@ def _backbone(language_model: Any) -> Any:
             break
         backbone = called[0]
     replaced = any(map(_is_replaced, _path(language_model, inner)))
-    return None if backbone is inner or replaced or _captures(inner) else backbone
+    # Somebody's own class may take more into its loss than what the head makes of hidden states.
+    known = type(inner).__module__.partition(".")[0] == "transformers" or hasattr(inner, "constructor_options")
+    return None if backbone is inner or replaced or not known or _captures(inner) else backbone
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -119,11 +120,11 @@ def _is_replaced(module: nn.Module) -> bool:
 def _captures(inner: Any) -> bool:
     """Whether a language model's `forward` records what its layers give: on those of the very module that it is called on."""
     function: Any = type(inner).forward
-    while function is not None:
-        if "capture_outputs" in getattr(function, "__code__", _captures.__code__).co_qualname:
-            return True
+    while (
+        function is not None and "capture_outputs" not in getattr(function, "__code__", _captures.__code__).co_qualname
+    ):
         function = getattr(function, "__wrapped__", None)
-    return False
+    return function is not None
 
 
 def _path(root: nn.Module, part: nn.Module) -> list[nn.Module]:
@@ -190,8 +191,10 @@ class _Head:
         if self.labels.numel() <= self.rows or self.module is None:
             return False
         # Sharded weights are whole where the language model itself runs; hooks on weights are for whole gradients.
-        sharded = getattr(self.inner, "_is_fsdp_managed_module", False)
-        if sharded or any(hasattr(p, "ds_id") or p._backward_hooks for p in self._weights()):
+        odd = any(getattr(self.inner, key, False) for key in ("_is_fsdp_managed_module", "_is_replica"))
+        if odd or _ADDS_UP.get(self.inner) == (self.inner.loss_function, False):
+            return False
+        if any(hasattr(p, "ds_id") or p._backward_hooks for p in self._weights()):
             return False
         place = self.labels.device.type
         half = next(self.inner.parameters()).dtype == torch.float16
@@ -199,8 +202,11 @@ class _Head:
         # In float16 gradients are lost unless the loss is scaled, which whoever calls does afterwards.
         return not (half and torch.is_grad_enabled())
 
-    def in_parts(self, choose: Callable[[Any], Tensor]) -> ModelOutput:
-        """The language model's output, its loss added up over parts of the positions that `choose` takes of the backbone's."""
+    def in_parts(self, choose: Callable[[Any], Tensor]) -> ModelOutput | None:
+        """The language model's output, its loss that of parts of the positions that `choose` takes.
+
+        None where the losses of parts do not add up.
+        """
         chosen: list[Tensor] = []
 
         def first(*args: Any, **kwargs: Any) -> Any:
@@ -214,9 +220,9 @@ class _Head:
         output = _with_parts(self.language_model, parts)(**self.arguments | nothing, return_dict=True)
         hidden = chosen[0]  # (1, labelled, hidden)
         if not self._adds_up(hidden.detach()):
-            loss = self.loss(hidden, self.labels)
-        elif torch.is_grad_enabled():
-            loss = _LossInParts.apply(self, hidden, *[p for p in self._weights() if p.requires_grad])
+            return None
+        if torch.is_grad_enabled():
+            loss = _LossInParts.apply(self, hidden, *self._learners(hidden))
         else:
             loss = self.gradients(hidden, [])[0]
         output["loss"] = loss + output.loss
@@ -227,6 +233,20 @@ class _Head:
         inside = {id(module) for module in self.backbone.modules()}
         left = [module for module in self.inner.modules() if id(module) not in inside]
         return list({id(p): p for module in left for p in module._parameters.values() if p is not None}.values())
+
+    def _learners(self, hidden: Tensor) -> list[Tensor]:
+        """Weights that get gradients from logits, wherever they lie: a tied head may use what belongs to the embeddings."""
+        with torch.enable_grad():
+            left, found = [self.loss(hidden[:, :1].detach(), self.labels[:, :1]).grad_fn], dict[int, Tensor]()
+        seen: set[Any] = {None}
+        while left:
+            if (node := left.pop()) in seen:
+                continue
+            seen.add(node)
+            if (weight := getattr(node, "variable", None)) is not None:
+                found[id(weight)] = weight
+            left += [before for before, _ in node.next_functions]
+        return list(found.values())
 
     def loss(self, hidden: Tensor, labels: Tensor, head: nn.Module | None = None) -> Tensor:
         """What positions ``(1, positions, hidden)`` with labels ``(1, positions)`` add to the loss of all."""
@@ -247,7 +267,8 @@ class _Head:
             apart = [self.loss(hidden[:, i : i + 1], self.labels[:, i : i + 1]) for i in range(2)]
             limit = 50 * torch.finfo(hidden.dtype).eps
             known = torch.allclose(both, apart[0] + apart[1], rtol=limit, atol=0)
-            _ADDS_UP[self.inner] = self.inner.loss_function, known
+            if both.isfinite().all():
+                _ADDS_UP[self.inner] = self.inner.loss_function, known
         return known
 
     def gradients(self, hidden: Tensor, weights: Sequence[Tensor]) -> list[Any]:
@@ -256,12 +277,12 @@ class _Head:
         gathered = _Gathered(self.module) if any(p is own for p in weights for own in _own(self.module)) else None
         by_hidden: list[Tensor] = []
         sums: list[Any] = [None] * len(weights)
-        total = torch.zeros((), device=hidden.device)
+        total: Any = 0
         for part, labels in zip(hidden.split(self.rows, 1), self.labels.split(self.rows, 1), strict=True):
             with torch.set_grad_enabled(needed):
                 rows = part.detach().requires_grad_(hidden.requires_grad)
                 loss = self.loss(rows, labels, None if gathered is None else gathered.module)
-            total += loss.detach()
+            total = total + loss.detach()
             if not needed:
                 continue
             asked = [*([rows] if hidden.requires_grad else []), *weights]
@@ -351,46 +372,4 @@ class _LossInParts(torch.autograd.Function):
         if found is None:  # a second pass: the first one gave them away
             with torch.autocast(*ctx.cast):
                 found = ctx.head.gradients(hidden, weights)[1:]
-        return None, *(None if x is None else x.mul_(gradient) for x in found)
-
-
-_WHERE_LOGITS_ARE = (
-    "outputs.logits is None: the language model's head ran where labels are, and nowhere else. To read logits beside labels "
-    "pass skip_logits=False, or set model.config.loss_at_labels = False."
-)
-
-
-class _NoLogits:
-    """The attribute `logits` of an output that has none: None, with a word on how to get them."""
-
-    def __get__(self, output: Any, owner: Any = None) -> Any:
-        value = None if output is None else vars(output).get("logits")
-        if value is None and output is not None and vars(output).get("_read"):
-            warnings.warn(_WHERE_LOGITS_ARE, stacklevel=2)
-        return value
-
-    def __set__(self, output: Any, value: Any) -> None:
-        vars(output)["logits"] = value
-
-
-@functools.cache
-def _class_without_logits(cls: type) -> Any:
-    def finish(self: Any) -> None:
-        super(made, self).__post_init__()
-        vars(self)["_read"] = True  # from here on by others
-
-    def plain(self: Any) -> Any:
-        output = cls(**self)
-        vars(output).update({key: value for key, value in vars(self).items() if key != "_read"})
-        return output
-
-    body = {"logits": _NoLogits(), "__post_init__": finish, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    body |= {"__repr__": lambda self: repr(plain(self)), "__reduce__": lambda self: plain(self).__reduce__()}
-    made: Any = type(f"{cls.__name__}WithoutLogits", (cls,), body)
-    return made
-
-
-def without_logits(output: ModelOutput) -> ModelOutput:
-    """An output without its logits: those of some positions alone would be taken for those of all."""
-    cls = type(output) if torch.compiler.is_compiling() else _class_without_logits(type(output))
-    return cls(**{key: value for key, value in output.items() if key != "logits"})
+        return None, *(None if x is None else x.mul_(gradient.reshape(())) for x in found)

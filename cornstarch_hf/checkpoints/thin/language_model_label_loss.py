@@ -27,7 +27,3 @@ def run_at_labels(language_model: Any, arguments: dict[str, Any]) -> ModelOutput
     return language_model(
         **arguments | {"logits_to_keep": pad(columns, (0, 2)), "shift_labels": labels}, return_dict=True
     )
-
-
-def without_logits(output: ModelOutput) -> ModelOutput:
-    return type(output)(**{key: value for key, value in output.items() if key != "logits"})
