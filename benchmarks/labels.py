@@ -3,14 +3,13 @@
 This module is also the program of that process.
 """
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .children import run_module
-from .memory import RETURNED, SIDES, check_losses, peak_mib
+from .memory import RETURNED, SIDES, check_losses, child, peak_mib
 from .results import Result, Target, in_turn
 from .sizes import FULL, QUICK, Sizes
 
@@ -110,17 +109,5 @@ def measure(side: str, mode: str, vocabulary: int, sizes: Sizes) -> dict[str, fl
     return {"before": before, "peak": peak_mib(), "added": peak_mib() - before, "loss": loss}
 
 
-def main() -> None:
-    """One model, one mode: print what was measured as a line of JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("side", choices=SIDES)
-    parser.add_argument("mode")
-    parser.add_argument("vocabulary", type=int)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    sizes = all_labelled(QUICK if options.quick else FULL)
-    print(json.dumps(measure(options.side, options.mode, options.vocabulary, sizes)))
-
-
 if __name__ == "__main__":
-    main()
+    child(measure, all_labelled(QUICK), all_labelled(FULL))

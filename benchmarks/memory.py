@@ -5,6 +5,7 @@ import itertools
 import json
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,17 @@ def check_losses(native: float, ours: float) -> None:
         raise ValueError(f"The losses of the two processes differ: native {native}, ours {ours}.")
 
 
-def main() -> None:
-    """One model, one mode: print what was measured as a line of JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def child(measure: Callable[[str, str, int, Sizes], dict[str, float]], quick: Sizes, full: Sizes) -> None:
+    """The program of a fresh process: one model, one mode; prints what was measured as a line of JSON."""
+    parser = argparse.ArgumentParser(description=child.__doc__)
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("mode")
     parser.add_argument("vocabulary", type=int)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    sizes = QUICK if options.quick else FULL
+    sizes = quick if options.quick else full
     print(json.dumps(measure(options.side, options.mode, options.vocabulary, sizes)))
 
 
 if __name__ == "__main__":
-    main()
+    child(measure, QUICK, FULL)

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from ..parts.adapters import unwrapped
 from ..parts.frozen_modes import in_evaluation_mode
+from ..parts.names import shallow
 from ..parts.registries import ALONE
 from .items import OUTPUT_MASKS
 
@@ -180,28 +181,20 @@ def _behind(tower: nn.Module, plan: _Plan, chosen: Sequence[int]) -> Iterator[nn
             yield from module.modules()
 
 
-def _shallow(module: nn.Module, **changes: Any) -> nn.Module:
-    """A module that shares everything with another one but its table of modules, and what is changed."""
-    copied = type(module).__new__(type(module))
-    copied.__dict__.update(module.__dict__)
-    copied.__dict__.update({"_modules": dict(module._modules), **changes})
-    return copied
-
-
 def _run(tower: nn.Module, plan: _Plan, chosen: Sequence[int], inputs: Mapping, wanted: Mapping) -> States | None:
     """Hidden states by a view of an encoder whose layers end the call where the deepest state is reached."""
     path, positions = plan.path or (), [layer % plan.count for layer in chosen]
     found: dict[int, Tensor] = {}  # (items, tokens, width) each, or as the encoder has them
-    top = view = _shallow(tower)
+    top = view = shallow(tower)
     for name in path:
-        view._modules[name] = _shallow(view._modules[name])  # type: ignore[arg-type]
+        view._modules[name] = shallow(view._modules[name])  # type: ignore[arg-type]
         view = view._modules[name]  # type: ignore[assignment]
     for i, (name, layer) in enumerate(view._modules.items()):
         if i >= max(positions) or i in positions:
             own: dict[str, Any] = {kind: OrderedDict() for kind in _HOOKS} | {"_compiled_call_impl": None}
             forward = functools.partial(_kept, found, i, layer if i < max(positions) else None)
             # Checkpointing is the layer's own affair, which is called by this one.
-            view._modules[name] = _shallow(layer, forward=forward, gradient_checkpointing=False, **own)  # type: ignore[arg-type]
+            view._modules[name] = shallow(layer, forward=forward, gradient_checkpointing=False, **own)  # type: ignore[arg-type]
     try:
         top(**inputs, **{key: value for key, value in wanted.items() if key != "output_hidden_states"})
     except _ReachedError:
@@ -295,7 +288,7 @@ def _reference(
     def copied(module: nn.Module) -> nn.Module:
         if module not in copies:
             hooks: dict[str, Any] = {kind: OrderedDict() for kind in _HOOKS}
-            made = copies[module] = _shallow(module, **hooks)
+            made = copies[module] = shallow(module, **hooks)
             made.__dict__["_buffers"] = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
             made.__dict__.pop(_INSTALLED, None)
             if "forward" in made.__dict__ and _is_untouched(module):
@@ -372,7 +365,7 @@ class Picklable(nn.Module):
         return self.__dict__ | {"_modules": parts}
 
     def __copy__(self) -> "Picklable":
-        return _shallow(self)  # type: ignore[return-value]
+        return shallow(self)  # type: ignore[return-value]
 
 
 def _without_captures(module: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..parts.adapters import is_wrapped, unwrapped
+from ..parts.names import shallow
 from ..parts.signatures import accepts, forward_parameters, takes_any_keyword
 from .merging import shifted_left
 
@@ -144,9 +145,7 @@ def _with_parts(root: Any, others: Mapping[nn.Module, nn.Module]) -> Any:
         path = _path(root, part)
         for holder, child in zip(reversed(path[:-1]), reversed(path[1:]), strict=True):  # from the part up
             if id(holder) not in copies:
-                copies[id(holder)] = copied = holder.__class__.__new__(holder.__class__)
-                copied.__dict__.update(holder.__dict__)
-                copied.__dict__["_modules"] = dict(holder._modules)
+                copies[id(holder)] = shallow(holder)
             modules = copies[id(holder)]._modules
             modules |= {name: copies[id(child)] for name, each in modules.items() if each is child}
     return copies[id(root)]
@@ -305,10 +304,7 @@ def _own(head: Any) -> list[Tensor]:
 
 def _with_forward(module: nn.Module, forward: Callable[..., Any]) -> Any:
     """A shallow copy of a module, with its weights and hooks, that runs ``forward(module, *args)``."""
-    copied = module.__class__.__new__(module.__class__)
-    copied.__dict__.update(module.__dict__)
-    copied.__dict__["forward"] = functools.partial(forward, module)
-    return copied
+    return shallow(module, forward=functools.partial(forward, module))
 
 
 @torch.no_grad()

@@ -100,3 +100,10 @@ def parameters_by_name(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, module in modules_by_name(root):
         prefix = f"{name}." if name else ""
         yield from ((prefix + key, value) for key, value in module._parameters.items() if value is not None)
+
+
+def shallow(module: nn.Module, **changes: Any) -> Any:
+    """A module that shares everything with another one but its table of modules, and what is changed."""
+    copied = object.__new__(type(module))  # classes of their own (FSDP) may build another one in theirs
+    copied.__dict__.update({**module.__dict__, "_modules": dict(module._modules), **changes})
+    return copied
