@@ -55,11 +55,12 @@ def collator(sizes: Sizes) -> list[Result]:
     with quiet(), one_thread():
         grown = in_turn(lambda: _seconds(lambda: collate(few)), lambda: _seconds(lambda: collate(many)), pairs)
         found = [Result("collator", f"collator, a row of {MANY} turns against one of {FEW}", "CPU s", *grown, goals[0])]
-        for name, rows, goal in (
-            ("images", rows_of_images(sizes), goals[1]),
-            ("8 turns of text", rows_of_text(), None),
+        for name, rows, goal, options in (
+            ("images", rows_of_images(sizes), goals[1], {}),
+            ("8 turns of text", rows_of_text(), goals[1], {"return_assistant_tokens_mask": True}),
+            ("8 turns of text, which the processor does not mark", rows_of_text(), None, {}),
         ):
-            samples = _beside_processor(processor, collate, rows, pairs)
+            samples = _beside_processor(processor, collate, rows, pairs, options)
             name = f"collator against processor, {BATCH} rows of {name}"
             found.append(Result("collator", name, "CPU s", *samples, goal))
     return found
@@ -82,10 +83,14 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _beside_processor(
-    processor: MultimodalProcessor, collate: MultimodalCollator, rows: list[dict[str, Any]], pairs: int
+    processor: MultimodalProcessor,
+    collate: MultimodalCollator,
+    rows: list[dict[str, Any]],
+    pairs: int,
+    more: dict[str, Any],
 ) -> tuple[list[float], list[float]]:
     messages = [row["messages"] for row in rows]
-    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True} | more
     return in_turn(
         lambda: _seconds(lambda: processor.apply_chat_template(messages, **options)),
         lambda: _seconds(lambda: collate(rows)),

@@ -204,9 +204,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
         projector = parts[f"{name}_projector_config"]
         if isinstance(projector, dict):
             with explained(f"{name}_projector_config"):
-                projector = MultimodalProjectorConfig.from_dict(
-                    projector | ({"auto_map": auto_map} if auto_map else {})
-                )
+                code = {"auto_map": auto_map} if auto_map else {}
+                projector = MultimodalProjectorConfig.from_dict(projector | code)
             projector.__dict__.pop("auto_map", None)  # it was only to say that the type may be defined by that code
         if not isinstance(projector, MultimodalProjectorConfig):
             raise ValueError(f"{name}_projector_config must be a MultimodalProjectorConfig, got {projector!r}.")
@@ -280,11 +279,12 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     @property
     def steps(self) -> list[str]:
         """What this composition does between merging and the language model and others do not, see `registries.STEPS`."""
-        entries = [vars(self)[f"{name}_modality"] for name in vars(self)["encoders"]]
+        values, names = vars(self), self.encoders
+        entries = [values[f"{name}_modality"] for name in names]
         found = ["merge"] if any(entry["merge"] or entry["marks"] for entry in entries) else []
-        found += ["join"] if any(isinstance(group, dict) for group in vars(self)["share_inputs"]) else []
+        found += ["join"] if any(isinstance(group, dict) for group in values["share_inputs"]) else []
         found += ["layer_features"] if any(entry["layer_features"] for entry in entries) else []
-        return found + [key for key in ("positions", "mask") if vars(self).get(key)]
+        return found + [key for key in ("positions", "mask") if values.get(key)]
 
     def adapters_of(self, part: str) -> dict[str, Any] | None:
         """The adapters around a part (``"language_model"``, ``"vision_encoder.module"``), None where there are none."""

@@ -21,7 +21,7 @@ from .grids import PLANE_KINDS, Grid, GridQuery, found_grids
 from .item_sizes import refused_size
 from .items import without_padding
 from .module import first_weight
-from .selection import EncoderOutput, lengths_of, with_features
+from .selection import EncoderOutput, Features, lengths_of, with_features
 
 KEYS = {"encoders", "join", "resample"}
 # How features come from one grid to another: modes of `torch.nn.functional.interpolate`, by whether items lie in a plane.
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     """Features of one encoder's items before they are joined."""
 
     name: str
-    output: EncoderOutput  # (items, tokens, width), or (sum of tokens, width) with lengths
+    output: EncoderOutput | Features  # (items, tokens, width), or (sum of tokens, width) with lengths
     grids: list[Grid]  # of each item; one number each where they lie in no plane
 
 
@@ -62,7 +62,7 @@ class Joined:
             raise ValueError(f"{encoder.name}: its features are joined to those of {self.owner!r}: call that encoder.")
         inputs, _, output, encoded = encoder.features(inputs, say)
         grids = grids_of_features(encoder, inputs, output, encoded)
-        return with_features(EncoderOutput(), output.last_hidden_state, output.lengths, feature_grids=grids)
+        return with_features({}, output.last_hidden_state, output.lengths, feature_grids=grids)
 
     def _of_other(self, name: str, other: Any, inputs: Mapping[str, Any]) -> Part:
         start = f"{name}."
@@ -83,7 +83,7 @@ class Joined:
         return Part(name, output, output.feature_grids)
 
 
-def grids_of_features(encoder: Any, inputs: dict, output: EncoderOutput, encoded: list[int] | None) -> list[Grid]:
+def grids_of_features(encoder: Any, inputs: dict, output: Features, encoded: list[int] | None) -> list[Grid]:
     """The grid of each item's features, or their number where they lie in no plane (ValueError where nothing tells)."""
     lengths = lengths_of(output)
     if lengths is None:
@@ -103,22 +103,22 @@ def grids_of_features(encoder: Any, inputs: dict, output: EncoderOutput, encoded
     ]
 
 
-def joined_features(parts: Sequence[Part], resample: str | None) -> EncoderOutput:
+def joined_features(parts: Sequence[Part], resample: str | None) -> Features:
     """Features of all parts side by side, ``(items, tokens, sum of widths)`` or packed, in the grids of the first one."""
     first, device = parts[0], parts[0].output.last_hidden_state.device
     check_grids(parts, resample)
-    planes = {"feature_grids": torch.tensor(first.grids)} if all(len(grid) > 1 for grid in first.grids) else {}
+    planes = torch.tensor(first.grids) if all(len(grid) > 1 for grid in first.grids) else None
     rows = [part.output.last_hidden_state for part in parts]
     if all(x.ndim == 3 for x in rows) and all(p.output.lengths is None and p.grids == first.grids for p in parts):
         # (items, tokens, width) each
-        return with_features(EncoderOutput(), torch.cat([x.to(device) for x in rows], dim=-1), None, **planes)
+        return Features(torch.cat([x.to(device) for x in rows], dim=-1), None, planes)
     columns = []
     for part in parts:  # items of (n_i, width)
         items = per_item(part.output.last_hidden_state.to(device), part.output.lengths, part.name)
         grids = zip(items, part.grids, first.grids, strict=True)
         columns.append([item if grid == to else resampled(item, grid, to, str(resample)) for item, grid, to in grids])
     items = [torch.cat(features, dim=-1) for features in zip(*columns, strict=True)]  # (n_i, sum of widths)
-    return with_features(EncoderOutput(), torch.cat(items), [len(item) for item in items], **planes)
+    return Features(torch.cat(items), [len(item) for item in items], planes)
 
 
 def check_grids(parts: Sequence[Part], resample: str | None) -> None:

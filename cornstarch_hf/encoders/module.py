@@ -23,6 +23,7 @@ from .item_sizes import refused_by
 from .items import MASKS, ItemLengthsUnknown, Padded, feature_lengths, is_raw_sequence, item_count, padding_of, parts_of
 from .selection import (
     EncoderOutput,
+    Features,
     Selection,
     as_output,
     lengths_of,
@@ -31,12 +32,12 @@ from .selection import (
     select_features,
     wishes,
     with_features,
-)
+)  # fmt: skip
 from .towers import NOT_INPUTS, check_types, infer_kind, one_of, packs_frames, resolve_tower
 from .unused_layers import Picklable, states_alone
 
-# The encoder's own output, and the same with the selected features in place of the last hidden state.
-Encoded = tuple[EncoderOutput, EncoderOutput]
+# The encoder's own output, empty where nothing of it is read, and the selected features.
+Encoded = tuple[Mapping, Features]
 
 
 class ModalEncoderModule(Picklable):
@@ -204,32 +205,32 @@ class ModalEncoderModule(Picklable):
             return self.join.run(self, say, inputs)
         return self.finished(say, *self.features(inputs, say))
 
-    def features(
-        self, inputs: dict, say: Sequence[str] = ()
-    ) -> tuple[dict, EncoderOutput, EncoderOutput, list[int] | None]:
-        """The items' inputs, the encoder's own output, the same with features to project, their lengths before the callback."""
-        # `output` holds (items, tokens, width), or (sum of tokens, width) with `feature_lens`
-        inputs, raw, output = self._selected(inputs, ALONE in say)
-        return inputs, raw, self._postprocess("postprocess_module_callback", inputs, output), lengths_of(output)
+    def features(self, inputs: dict, say: Sequence[str] = ()) -> tuple[dict, Mapping, Features, list[int] | None]:
+        """The items' inputs, the encoder's own output, the features to project, and their lengths before the callback."""
+        # (items, tokens, width), or (sum of tokens, width) with `feature_lens`
+        inputs, raw, selected = self._selected(inputs, ALONE in say)
+        features = self._postprocess("postprocess_module_callback", inputs, selected, raw)
+        return inputs, raw, features, lengths_of(selected)
 
     def finished(
-        self, say: Sequence[str], inputs: dict, raw: EncoderOutput, output: EncoderOutput, encoded: list[int] | None
+        self, say: Sequence[str], inputs: dict, raw: Mapping, output: Features, encoded: list[int] | None
     ) -> EncoderOutput:
         """What `forward` gives, of what `features` gave."""
         output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
-        output = self._postprocess("postprocess_projector_callback", inputs, output)
+        output = self._postprocess("postprocess_projector_callback", inputs, output, {})
         items = per_item(output[0], output.lengths, self.name)  # one (n_i, hidden) per item
         said: dict[str, Any] = {}
         for what in (*say, *(["levels"] if self.merging["layer_features"] else [])):
             said |= SAID[what](self, inputs, raw, output, encoded, [len(item) for item in items])
-        return with_features(raw, raw.last_hidden_state, None, pooler_output=items, **said)
+        return with_features(raw, raw.get("last_hidden_state"), None, pooler_output=items, **said)
 
     def select(self, **inputs: Any) -> EncoderOutput:
         """The selected features of items as `last_hidden_state`, before the callbacks that come after the module."""
-        return self._selected(inputs)[2]
+        _, raw, (features, lens, grids) = self._selected(inputs)
+        return with_features(raw, features, lens, feature_grids=grids)
 
-    def _selected(self, inputs: dict, alone: bool = False) -> tuple[dict, EncoderOutput, EncoderOutput]:
-        """The items' inputs for the callbacks, the encoder's own output, and the same with the selected features."""
+    def _selected(self, inputs: dict, alone: bool = False) -> tuple[dict, Mapping, Features]:
+        """The items' inputs for the callbacks, the encoder's own output, and the selected features."""
         # These are for the module: callbacks get the items' inputs alone.
         options = {key: inputs.pop(key) for key in ("output_attentions", "output_hidden_states") if key in inputs}
         options[ALONE] = alone
@@ -268,17 +269,17 @@ class ModalEncoderModule(Picklable):
             items |= dict(zip(positions, per_item(selected[0], selected.lengths, self.name), strict=True))
         ordered = [items[i] for i in range(len(items))]
         together = EncoderOutput(last_hidden_state=torch.cat(ordered))  # (sum of tokens, width)
-        return together, with_features(together, together.last_hidden_state, [len(x) for x in ordered])
+        return together, Features(together.last_hidden_state, [len(x) for x in ordered])
 
     def _encode_frames(self, arguments: dict, options: dict) -> Encoded:
         """Each frame of a video as an image of its own; an item's features are those of its frames, in order."""
         frames, counts = frames_as_items(arguments, self.name)  # (frames of all items, channels, height, width)
         raw, selected = self._encode_batch(frames, None, options)  # (frames of all items, tokens, width), or packed
         # (items, frames * tokens, width) where all have as many, else (sum of tokens, width)
-        output = with_features(raw, *joined_frames(selected[0], selected.lengths, counts))
+        features, lens = joined_frames(selected[0], selected.lengths, counts)
         if (grids := selected.feature_grids) is not None:
-            output["feature_grids"] = torch.tensor([[count, *grids[0].tolist()] for count in counts])  # (items, 3)
-        return raw, output
+            grids = torch.tensor([[count, *grids[0].tolist()] for count in counts])  # (items, 3)
+        return raw, Features(features, lens, grids)
 
     def _encode_batch(self, arguments: dict, padded: Padded | None, options: dict) -> Encoded:
         """One call of the module, and what is selected of its output."""
@@ -288,14 +289,13 @@ class ModalEncoderModule(Picklable):
         if "use_cache" in forward_parameters(self.module) and self.training and is_checkpointing(self.module):
             wanted["use_cache"] = False  # a frozen encoder does not know that this is training
         wanted = {key: value for key, value in wanted.items() if key != ALONE and accepts(self.module, key)}
-        trains = any(p.requires_grad for p in self.module.parameters())
-        trains = trains or any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
+        trains = any(getattr(x, "requires_grad", False) for x in (*arguments.values(), *self.module.parameters()))
         fixed = deterministic_inputs(arguments, unwrapped(self.module).config)
         # A frozen encoder keeps no activations, unless gradients pass through it to its inputs.
         with nullcontext() if trains else torch.no_grad():
             try:
                 states = states_alone(self, arguments | fixed, options, wanted)
-                whole = self.module(**arguments, **fixed, **wanted) if states is None else {"hidden_states": states}
+                whole = EncoderOutput(hidden_states=states) if states else self.module(**arguments, **fixed, **wanted)
             except (RuntimeError, ValueError) as error:
                 kind = "image" if self.by_frame else self.kind
                 if (told := refused_by(self.module, arguments, kind, self.name, error)) is None:
@@ -309,12 +309,10 @@ class ModalEncoderModule(Picklable):
         # (rows, tokens, width) -> (items, tokens, width), or (sum of tokens, width)
         features, grid = select_features(raw, self.selection, self.name, width, count)
         features = rows_of_items(features, count)
-        dropped = self.selection.drop_prefix
-        raw = raw if states is None else EncoderOutput()
-        output = with_features(raw, features, feature_lengths(features, arguments, raw, self.module, padded, dropped))
-        if grid is not None:
-            output["feature_grids"] = torch.tensor([grid] * len(features))  # (items, 2)
-        return raw, output
+        own: Mapping = raw if states is None else {}
+        lens = feature_lengths(features, arguments, own, self.module, padded, self.selection.drop_prefix)
+        grids = raw.feature_grids if grid is None else torch.tensor([grid] * len(features))  # (items, 2)
+        return own, Features(features, lens, grids)
 
     def grids(self, inputs: dict, lengths: list | None, given: Any = None, changed: bool = False) -> list[Grid] | None:
         """The grid of each item's features: the given one, else by what `GridQuery` holds; None where the projector needs none.
@@ -328,7 +326,7 @@ class ModalEncoderModule(Picklable):
         reason = f"the projector ({self.projector.config.projection_type}) reduces over height and width"
         return found_grids(query, given, self.by_frame, self.name, reason)
 
-    def _project(self, inputs: dict, output: EncoderOutput, encoded: list[int] | None) -> EncoderOutput:
+    def _project(self, inputs: dict, output: Features, encoded: list[int] | None) -> Features:
         """Features, ``(items, tokens, width)`` or packed, in the language model's width; the projector may leave fewer.
 
         `inputs` may tell the items' grids; `encoded` are the lengths of items before the callback that follows the module.
@@ -346,8 +344,7 @@ class ModalEncoderModule(Picklable):
             features = placed(features, first_weight(self.projector))
         if not self.projector.reduces:
             # (items, tokens, hidden), or packed as before
-            projected = self.projector(features, return_dict=True).last_hidden_state
-            return with_features(EncoderOutput(), projected, output.lengths)
+            return Features(self.projector(features, return_dict=True).last_hidden_state, output.lengths)
         lengths = lengths_of(output)
         if lengths is None:
             raise ValueError(
@@ -361,17 +358,18 @@ class ModalEncoderModule(Picklable):
             reduced = self.projector(features, return_dict=True, lengths=output.lengths, grids=grids, inputs=inputs)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        return with_features(EncoderOutput(), reduced.last_hidden_state, reduced.feature_lens)
+        return Features(reduced.last_hidden_state, reduced.feature_lens)
 
-    def _postprocess(self, slot: str, inputs: dict, output: EncoderOutput) -> EncoderOutput:
-        """What a callback makes of an output; lengths and grids that it does not state hold while the rows do."""
+    def _postprocess(self, slot: str, inputs: dict, features: Features, others: Mapping) -> Features:
+        """What a callback makes of features in an output with others; lengths and grids hold, unless stated, while rows do."""
         if (callback := getattr(self, slot)) is None:
-            return output
-        before, lens, grids = output.last_hidden_state, output.feature_lens, output.feature_grids
-        # A callback written for an encoder with `return_dict=False` expects the features as the first of a tuple.
+            return features
+        before, lens, grids = features
+        output = with_features(others, before, lens, feature_grids=grids)
+        lens = output.feature_lens  # as a tensor
+        # A callback written for an encoder with `return_dict=False` expects the features as the first of its own tuple.
         as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
-        own = ("feature_lens", "feature_grids")  # fields of this package, which no encoder's tuple has
-        given = tuple(v for k, v in output.items() if k not in own) if as_tuple else output
+        given = tuple(v for k, v in output.items() if k not in Features._fields[1:]) if as_tuple else output
         result = callback(inputs, given, **wishes(callback, self))
         if not isinstance(result, (ModelOutput, tuple)):
             what = type(result).__name__
@@ -383,7 +381,7 @@ class ModalEncoderModule(Picklable):
             given_lengths = lens if same else None
         if given_grids is None or given_grids is grids:
             given_grids = grids if same else None
-        return with_features(result, after, given_lengths, feature_grids=given_grids)
+        return Features(after, given_lengths, given_grids)
 
 
 def _check_options(encoder: ModalEncoderModule) -> None:

@@ -15,7 +15,7 @@ from ..parts.adapters import unwrapped
 from ..parts.known_encoders import PATCH_GRIDS, grid_of
 from ..parts.registries import SAID
 from .grids import OR_STATE, Grid, GridQuery, found_grids
-from .selection import EncoderOutput
+from .selection import Features
 
 SECONDS = "second_per_grid_ts"  # seconds between frames of each video: what native processors call it
 
@@ -24,7 +24,7 @@ def grids_of_items(
     encoder: Any,
     inputs: Mapping[str, Any],
     raw: Any,
-    output: EncoderOutput,
+    output: Features,
     encoded: Sequence[int] | None,
     lengths: list[int],
 ) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def levels_of_items(
     encoder: Any,
     inputs: Mapping[str, Any],
     raw: Any,
-    output: EncoderOutput,
+    output: Features,
     encoded: Sequence[int] | None,
     lengths: list[int],
 ) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,19 @@ class EncoderOutput(BaseModelOutputWithPooling):
     feature_lens: Tensor | None = None
     feature_grids: Tensor | None = None
     deepstack_features: Any = None
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """`feature_lens` as integers."""
+        return Features(None, self.feature_lens).lengths
+
+
+class Features(NamedTuple):
+    """What steps of an encoder hand on; callbacks get an `EncoderOutput` of it, which takes longer to make."""
+
+    last_hidden_state: Any
+    feature_lens: Any = None
+    feature_grids: Any = None
 
     @property
     def lengths(self) -> list[int] | None:
@@ -207,7 +220,7 @@ def rows_of_items(features: Tensor, items: int) -> Tensor:
     return features.unflatten(0, (items, -1)).flatten(1, 2)  # (items, rows / items * tokens, width)
 
 
-def lengths_of(output: EncoderOutput) -> list[int] | None:
+def lengths_of(output: EncoderOutput | Features) -> list[int] | None:
     """Features of each item before they are projected; None where the tensor does not tell."""
     features: Any = output.last_hidden_state
     if output.lengths is not None or not isinstance(features, Tensor) or features.ndim != 3:

@@ -74,7 +74,8 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     `inputs` says so.  None among these is left out.
     """
     language_model, config = model.language_model, model.config
-    settings = {key: getattr(config, key, None) for key in ("use_cache", "output_attentions", "output_hidden_states")}
+    wishes = ("use_cache", "output_attentions", "output_hidden_states")
+    settings = {key: getattr(config, key, None) for key in wishes if inputs.get(key) is None}
     settings = {key: value for key, value in settings.items() if value or (key == "use_cache" and value is not None)}
     skip_logits = inputs.pop("skip_logits", None)
     arguments = settings | with_cache(language_model, inputs)
@@ -114,9 +115,9 @@ def _skips_logits(model: Any, asked: bool | None, labels: Tensor | None, keep_al
     if asked and (labels is None or not keep_all):
         missing = "needs labels" if labels is None else "says the opposite of logits_to_keep"
         raise ValueError(f"skip_logits=True {missing}: there would be nothing to compute, leave it out or pass labels.")
-    if asked is None:
-        asked = getattr(model.config, "loss_at_labels", False) and model.training
-    return bool(asked) and labels is not None and keep_all
+    if labels is None or not keep_all:
+        return False
+    return bool(getattr(model.config, "loss_at_labels", False) and model.training if asked is None else asked)
 
 
 def _taken(language_model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +176,10 @@ def cached_length(cache: Any) -> int:
     """Tokens in a cache, 0 without one and in a paged one; 1 in one that keeps a running state alone and has seen any."""
     if cache is None or is_paged(cache):
         return 0
-    return int(cache.has_previous_state()) if is_running_state(cache) else cache.get_seq_length()
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # transformers: no layer of attention
+        return int(cache.has_previous_state())
 
 
 def is_prefill(cache: Any, new: int) -> bool:

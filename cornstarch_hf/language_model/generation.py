@@ -35,7 +35,6 @@ from .merging import (
     chosen_items,
     items_behind_cache,
     items_of_samples,
-    without_placeholders,
 )
 
 TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # of stop strings, token healing, drafts; `serve` gives the processor
@@ -87,7 +86,7 @@ class Lookup(CandidateGenerator):
     generator: PromptLookupCandidateGenerator
 
     def get_candidates(self, input_ids: Any, **kwargs: Any) -> Any:
-        known: Any = without_placeholders(input_ids, input_ids >= self.generator.vocab_size)
+        known: Any = input_ids.masked_fill(input_ids >= self.generator.vocab_size, 0)
         return continuing(input_ids, self.generator.get_candidates(known, **kwargs)[0]), None
 
     def update_candidate_strategy(self, *args: Any) -> None:
@@ -133,7 +132,7 @@ class Draft:
         table: Any = self._inner.get_input_embeddings()
         rows = getattr(table, "num_embeddings", None) or table.weight.shape[0]
         words = torch.tensor(list(self._own_ids.values()), device=input_ids.device)
-        ids = without_placeholders(input_ids, (input_ids >= rows) | torch.isin(input_ids, words))  # (1, length)
+        ids = input_ids.masked_fill((input_ids >= rows) | torch.isin(input_ids, words), 0)  # (1, length)
         features = {name: x for name, x in (mm_encoder_outputs or {}).items() if name in self._names}
         for name in features:
             token_id = self._main.config.modality(name)["token_id"]

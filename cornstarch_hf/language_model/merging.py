@@ -28,23 +28,9 @@ def check_tensors(**inputs: Any) -> None:
             raise TypeError(f"{name} must be a tensor, got a {what}: call the processor with return_tensors='pt'.")
 
 
-def placeholder_mask(input_ids: Tensor, token_id: int) -> Tensor:
-    """Where a placeholder token stands among ids ``(batch, length)``, in bool.
-
-    >>> placeholder_mask(torch.tensor([[1, 9, 9, 2]]), 9).tolist()
-    [[False, True, True, False]]
-    """
-    return input_ids == token_id
-
-
 def embedded_placeholder_mask(inputs_embeds: Tensor, embedding: Tensor) -> Tensor:
     """Where embeddings ``(batch, length, hidden)`` equal a placeholder's ``(hidden,)``: bool ``(batch, length)``."""
     return (inputs_embeds == embedding).all(-1)
-
-
-def without_placeholders(input_ids: Tensor, mask: Tensor) -> Tensor:
-    """A copy of `input_ids` in which masked positions hold 0, an id that every embedding table has."""
-    return input_ids.masked_fill(mask, 0)
 
 
 def items_of_samples(lengths: Sequence[int], counts: Sequence[int]) -> Iterator[range]:
@@ -311,7 +297,7 @@ class MergingMixin(PreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         ids = self.placeholder_ids(text_only)
         if input_ids is not None:
-            return {name: placeholder_mask(input_ids, token_id) for name, token_id in ids.items()}
+            return {name: input_ids == token_id for name, token_id in ids.items()}
         embed: Any = self.get_input_embeddings()
         rows = getattr(embed, "num_embeddings", None) or embed.weight.shape[0]
         # An id behind the table has no embedding, so none of the caller's can be it.
@@ -365,7 +351,8 @@ class MergingMixin(PreTrainedModel):
             # Those to whose embeddings features are added keep them.
             kept = torch.stack([masks[name] for name in add]).any(0) if add else None
             replaced = every if kept is None else every & ~kept
-            inputs_embeds = embed_ids(self.language_model, without_placeholders(input_ids, replaced))
+            # By 0, an id that every table has.
+            inputs_embeds = embed_ids(self.language_model, input_ids.masked_fill(replaced, 0))
         # inputs_embeds: (batch, length, hidden)
         for name, output in outputs.items():
             features = output.pooler_output  # items of (n_i, hidden), or (items, n, hidden)
@@ -391,10 +378,10 @@ class MergingMixin(PreTrainedModel):
     def _attach_features(self, output: ModelOutput, outputs: dict[str, Any]) -> None:
         """Say what each encoder gave (in place), None without items: `output.image_outputs`, ..., by name where kinds clash."""
         # Attributes: Trainer would gather keys as predictions, DistributedDataParallel wait for gradients of all behind them.
-        config, names = self.config, self.config.encoders
-        kinds = {name: config.modality(name)["kind"] for name in names}
+        names, values = self.config.encoders, vars(self.config)
+        kinds = {name: values[f"{name}_modality"]["kind"] for name in names}
         for name, kind in kinds.items():
-            alone = kind in MEDIA_KINDS and (len(names) == 1 or config.modalities_of_kind(kind) == [name])
+            alone = kind in MEDIA_KINDS and (len(names) == 1 or self.config.modalities_of_kind(kind) == [name])
             # Another encoder may have the kind as its name.
             by_kind = alone and (kind == name or kind not in names)
             object.__setattr__(output, f"{kind if by_kind else name}_outputs", outputs.get(name))

@@ -26,7 +26,8 @@ def peft_classes(*names: str) -> tuple[type, ...]:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a model is a `peft.PeftModel`."""
-    return isinstance(model, peft_classes("PeftModel"))
+    known: Any = sys.modules.get("peft.peft_model")  # asked at each step, of several parts: so not by `peft_classes`
+    return isinstance(model, getattr(known, "PeftModel", ()))
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..language_model.merging import placeholder_mask
 from ..modeling_multimodal import MultimodalModel
 
 
@@ -93,7 +92,7 @@ class BatchMetrics(TrainerCallback):
         counts = {"padding": (~mask).sum()}  # tensors: nothing waits for the device before the log is written
         for name in model.config.encoders:
             token_id = model.config.modality(name)["token_id"]
-            found = placeholder_mask(ids, token_id) & mask if ids is not None and token_id is not None else None
+            found = (ids == token_id) & mask if ids is not None and token_id is not None else None
             counts[name] = mask.new_zeros((), dtype=torch.long) if found is None else found.sum()
         counts["text"] = torch.tensor(tokens.numel(), device=tokens.device) - sum(counts.values())
         for name, number in counts.items():  # text is what is neither padding nor a placeholder
