@@ -279,8 +279,8 @@ class MultimodalConfig(SharedCode, PreTrainedConfig):
     @property
     def steps(self) -> list[str]:
         """What this composition does between merging and the language model and others do not, see `registries.STEPS`."""
-        values, names = vars(self), self.encoders
-        entries = [values[f"{name}_modality"] for name in names]
+        values = vars(self)  # attributes of transformers' configurations are slow
+        entries = [values[f"{name}_modality"] for name in values["encoders"]]
         found = ["merge"] if any(entry["merge"] or entry["marks"] for entry in entries) else []
         found += ["join"] if any(isinstance(group, dict) for group in values["share_inputs"]) else []
         found += ["layer_features"] if any(entry["layer_features"] for entry in entries) else []

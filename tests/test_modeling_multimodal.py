@@ -291,6 +291,18 @@ def test_return_dict(pair):
     assert torch.equal(model(input_ids=ids, return_dict=False)[0], model(input_ids=ids).logits)
 
 
+def test_words_are_embedded_by_a_copy_of_the_ids_without_placeholders(pair):
+    model, processor = pair
+    inputs = uneven_inputs(processor)
+    before, seen = inputs["input_ids"].clone(), []
+    mask = torch.isin(before, torch.tensor(list(model.placeholder_ids().values())))
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    model(**inputs)
+    hook.remove()
+    assert mask.any() and torch.equal(inputs["input_ids"], before)
+    assert len(seen) == 1 and seen[0][mask].eq(0).all() and torch.equal(seen[0][~mask], before[~mask])
+
+
 # ---- labels
 
 

@@ -32,7 +32,7 @@ from .selection import (
     select_features,
     wishes,
     with_features,
-)  # fmt: skip
+)
 from .towers import NOT_INPUTS, check_types, infer_kind, one_of, packs_frames, resolve_tower
 from .unused_layers import Picklable, states_alone
 
