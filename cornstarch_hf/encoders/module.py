@@ -209,15 +209,16 @@ class ModalEncoderModule(Picklable):
         """The items' inputs, the encoder's own output, the features to project, and their lengths before the callback."""
         # (items, tokens, width), or (sum of tokens, width) with `feature_lens`
         inputs, raw, selected = self._selected(inputs, ALONE in say)
-        features = self._postprocess("postprocess_module_callback", inputs, selected, raw)
-        return inputs, raw, features, lengths_of(selected)
+        given = selected if self.postprocess_module_callback is None else selected.within(raw)
+        # One that writes into what it is given has changed the lengths before it too.
+        return inputs, raw, self._postprocess("postprocess_module_callback", inputs, given), lengths_of(given)
 
     def finished(
         self, say: Sequence[str], inputs: dict, raw: Mapping, output: Features, encoded: list[int] | None
     ) -> EncoderOutput:
         """What `forward` gives, of what `features` gave."""
         output = self._project(inputs, output, encoded)  # (items, fewer or as many, hidden), or packed
-        output = self._postprocess("postprocess_projector_callback", inputs, output, {})
+        output = self._postprocess("postprocess_projector_callback", inputs, output)
         items = per_item(output[0], output.lengths, self.name)  # one (n_i, hidden) per item
         said: dict[str, Any] = {}
         for what in (*say, *(["levels"] if self.merging["layer_features"] else [])):
@@ -226,8 +227,8 @@ class ModalEncoderModule(Picklable):
 
     def select(self, **inputs: Any) -> EncoderOutput:
         """The selected features of items as `last_hidden_state`, before the callbacks that come after the module."""
-        _, raw, (features, lens, grids) = self._selected(inputs)
-        return with_features(raw, features, lens, feature_grids=grids)
+        _, raw, features = self._selected(inputs)
+        return features.within(raw)
 
     def _selected(self, inputs: dict, alone: bool = False) -> tuple[dict, Mapping, Features]:
         """The items' inputs for the callbacks, the encoder's own output, and the selected features."""
@@ -345,8 +346,7 @@ class ModalEncoderModule(Picklable):
         if not self.projector.reduces:
             # (items, tokens, hidden), or packed as before
             return Features(self.projector(features, return_dict=True).last_hidden_state, output.lengths)
-        lengths = lengths_of(output)
-        if lengths is None:
+        if (lengths := lengths_of(output)) is None:
             raise ValueError(
                 f"{self.name}: features of shape {tuple(features.shape)} do not tell which belong to which item and cannot "
                 "be reduced: set output['feature_lens'] in postprocess_module_callback."
@@ -360,13 +360,12 @@ class ModalEncoderModule(Picklable):
             raise ValueError(f"{self.name}: {error}") from error
         return Features(reduced.last_hidden_state, reduced.feature_lens)
 
-    def _postprocess(self, slot: str, inputs: dict, features: Features, others: Mapping) -> Features:
-        """What a callback makes of features in an output with others; lengths and grids hold, unless stated, while rows do."""
+    def _postprocess(self, slot: str, inputs: dict, output: Any) -> Any:
+        """What a callback makes of features, alone or in an output; unstated lengths and grids hold while the rows do."""
         if (callback := getattr(self, slot)) is None:
-            return features
-        before, lens, grids = features
-        output = with_features(others, before, lens, feature_grids=grids)
-        lens = output.feature_lens  # as a tensor
+            return output
+        output = output.within({}) if isinstance(output, Features) else output
+        before, lens, grids = output.last_hidden_state, output.feature_lens, output.feature_grids
         # A callback written for an encoder with `return_dict=False` expects the features as the first of its own tuple.
         as_tuple = getattr(unwrapped(self.module).config, "return_dict", True) is False
         given = tuple(v for k, v in output.items() if k not in Features._fields[1:]) if as_tuple else output
@@ -375,13 +374,12 @@ class ModalEncoderModule(Picklable):
             what = type(result).__name__
             raise TypeError(f"{self.name}.{slot} must return a model output or a tuple, got {what}.")
         result = as_output(result)
-        after, given_lengths, given_grids = result.last_hidden_state, result.feature_lens, result.feature_grids
+        after = result.last_hidden_state
         same = isinstance(after, Tensor) and after.shape[:-1] == before.shape[:-1]  # as many rows
-        if given_lengths is None or given_lengths is lens:  # not stated, or handed through as it was
-            given_lengths = lens if same else None
-        if given_grids is None or given_grids is grids:
-            given_grids = grids if same else None
-        return Features(after, given_lengths, given_grids)
+        stated = (result.feature_lens, lens), (result.feature_grids, grids)
+        # Not stated, or handed through as it was.
+        kept = [(old if same else None) if new is None or new is old else new for new, old in stated]
+        return Features(result[0], *kept)
 
 
 def _check_options(encoder: ModalEncoderModule) -> None:

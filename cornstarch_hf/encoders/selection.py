@@ -43,6 +43,10 @@ class Features(NamedTuple):
     feature_lens: Any = None
     feature_grids: Any = None
 
+    def within(self, others: Mapping[str, Any]) -> EncoderOutput:
+        """An output of these and the other fields of another one."""
+        return with_features(others, self[0], self.feature_lens, feature_grids=self.feature_grids)
+
     @property
     def lengths(self) -> list[int] | None:
         """`feature_lens` as integers."""
@@ -108,7 +112,7 @@ def with_features(output: Mapping[str, Any], features: Any, lens: Any, **changes
     """A copy of an output with other features (first, so that ``output[0]`` finds them) and item lengths."""
     copied = EncoderOutput(last_hidden_state=features)
     lens = lens if lens is None or isinstance(lens, Tensor) else torch.tensor(lens)
-    for key, value in {**output, **changes, "feature_lens": lens}.items():
+    for key, value in {**output, "feature_lens": lens, **changes}.items():
         if key != "last_hidden_state" and value is not None:
             copied[key] = value
     return copied

@@ -124,7 +124,7 @@ def _is_plain(tower: nn.Module, inputs: Mapping[str, Any]) -> bool:
         return False
     inner: Any = unwrapped(tower)
     odd = ("is_quantized", "_is_replica", "_is_fsdp_managed_module")  # the last one of both kinds of FSDP
-    return not any(vars(each).get(key) or getattr(type(each), key, 0) for key in odd for each in (tower, inner))
+    return not any(getattr(each, key, False) for key in odd for each in (tower, inner))
 
 
 def _may_be_checked(tower: nn.Module) -> bool:

@@ -74,8 +74,7 @@ def run_language_model(model, *, labels: Tensor | None, logits_to_keep: int | Te
     `inputs` says so.  None among these is left out.
     """
     language_model, config = model.language_model, model.config
-    wishes = ("use_cache", "output_attentions", "output_hidden_states")
-    settings = {key: getattr(config, key, None) for key in wishes if inputs.get(key) is None}
+    settings = {key: getattr(config, key, None) for key in ("use_cache", "output_attentions", "output_hidden_states")}
     settings = {key: value for key, value in settings.items() if value or (key == "use_cache" and value is not None)}
     skip_logits = inputs.pop("skip_logits", None)
     arguments = settings | with_cache(language_model, inputs)

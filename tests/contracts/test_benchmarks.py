@@ -278,7 +278,7 @@ def test_the_collator_beside_the_processor_makes_the_same_ids():
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     assert torch.equal(batch["input_ids"], processor.apply_chat_template([talk(2, image)], **options)["input_ids"])
     assert (batch["labels"] != -100).any() and len(talk(FEW)) == FEW
-    assert [result.group for result in collator(QUICK)] == ["collator"] * 3
+    assert [result.group for result in collator(QUICK)] == ["collator"] * 4
 
 
 def test_clocks():

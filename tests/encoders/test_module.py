@@ -214,6 +214,33 @@ def test_concatenated_features_need_their_lengths():
         wrong(pixel_values=PIXELS)
 
 
+@pytest.mark.parametrize(("projection_type", "side"), [("linear", 2), ("pixel_shuffle", 1), ("avg_pool", 1)])
+def test_a_module_callback_may_write_into_what_it_is_given(projection_type, side):
+    def without_cls(inputs, output):
+        output.last_hidden_state = output[0][:, 1:]
+        return output
+
+    clip, config = (
+        tiny.clip(),
+        MultimodalProjectorConfig(projection_type=projection_type, in_features=16, out_features=8),
+    )
+    projector = MultimodalProjector(config)
+    ways = {"postprocess_module_callback": without_cls}, {"drop_prefix": 1}
+    written, dropped = (
+        ModalEncoderModule(clip, projector, **way).eval()(say=("grids",), pixel_values=PIXELS) for way in ways
+    )
+    assert written.feature_grids.tolist() == dropped.feature_grids.tolist() == [[side, side]] * 2
+    assert all(map(torch.equal, written.pooler_output, dropped.pooler_output))
+
+
+@pytest.mark.parametrize("field", ["last_hidden_state", "pooler_output"])
+def test_a_projector_callback_gives_features_in_the_first_field(field):
+    made = encoder()
+    before = made(pixel_values=PIXELS).pooler_output
+    made.postprocess_projector_callback = lambda inputs, output: type(output)(**{field: output[0] * 2})
+    assert all(torch.equal(2 * a, b) for a, b in zip(before, made(pixel_values=PIXELS).pooler_output, strict=True))
+
+
 @pytest.mark.parametrize(
     "slot", ["preprocess_callback", "postprocess_module_callback", "postprocess_projector_callback"]
 )
